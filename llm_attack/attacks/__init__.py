@@ -1,0 +1,18 @@
+"""What an attack is: pure functions of a point and of a loss closure. Imports torch alone."""
+
+from llm_attack.attacks.draws import keys_for, signs, uniform
+from llm_attack.attacks.perturb import least_likely, loss_gradient, perturb, sweep
+from llm_attack.attacks.settings import ATTACKS, Attack, Kind
+
+__all__ = [
+    "ATTACKS",
+    "Attack",
+    "Kind",
+    "keys_for",
+    "least_likely",
+    "loss_gradient",
+    "perturb",
+    "signs",
+    "sweep",
+    "uniform",
+]

@@ -1,0 +1,132 @@
+"""One loop for all attacks: sign steps on a loss, projected on the L-infinity ball and the box.
+
+An attack is a function of a point `x` and of a closure `loss(x)` with one value per example; what
+the point is (pixels, features, token embeddings) only the closure knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from llm_attack.attacks.draws import signs, uniform
+from llm_attack.attacks.settings import Attack
+
+Loss = Callable[[Tensor], Tensor]
+
+
+def loss_gradient(loss: Loss, x: Tensor) -> Tensor:
+    """Gradient of `loss(x).sum()` with respect to `x` alone; nothing else gets a gradient."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_(True)
+        (gradient,) = torch.autograd.grad(loss(x).sum(), x)
+    return gradient
+
+
+def least_likely(scores: Tensor, gold: Tensor) -> Tensor:
+    """The class of the lowest score that is not a gold one, (N,).
+
+    Args:
+        scores: (N, C); classes that do not exist are +inf.
+        gold: (N,) indices or (N, C) booleans.
+    """
+    if gold.dtype != torch.bool:
+        gold = torch.nn.functional.one_hot(gold, scores.shape[-1]).bool()
+    return scores.masked_fill(gold, torch.inf).argmin(-1)
+
+
+def perturb(
+    attack: Attack,
+    x: Tensor,
+    loss: Loss | None = None,
+    *,
+    target_loss: Loss | None = None,
+    bounds: tuple[float, float] | None = None,
+    mask: Tensor | None = None,
+    keys: Tensor | None = None,
+    gradient: Tensor | None = None,
+    on_gradient: Callable[[Tensor], None] | None = None,
+) -> Tensor:
+    """The attacked point.
+
+    Args:
+        attack: name and settings; same definitions as torchattacks, foolbox and cleverhans.
+        x: the clean point, (N, ...), within `bounds`.
+        loss: closure that returns (N,), ascended by the attacks that are not targeted.
+        target_loss: closure for the targeted attacks (`ost`, `illc`), which descend it: the loss of
+            the target class, which the caller fixes at the clean point (`least_likely`).
+        bounds: box that the point must stay in, (0, 1) for pixels; None for embeddings, features.
+        mask: booleans of shape x.shape[:k]; where False (padding) the point never moves.
+        keys: int64 of shape x.shape[:k], one key per draw (`random`, `pgd`).
+        gradient: the first gradient, if the caller has it already (see
+            `Attack.uses_clean_gradient`).
+        on_gradient: called with every gradient that was used.
+
+    Returns:
+        Tensor like `x`, detached: x itself for epsilon 0 and for `none`; else within
+        [x - epsilon, x + epsilon] as computed in the dtype of `x`, and within `bounds`.
+        A gradient that is zero or NaN does not move the point.
+
+    Raises:
+        ValueError: the attack needs a closure or keys that were not given.
+    """
+    x = x.detach()
+    if attack.identity:
+        return x
+    kind = attack.kind
+    low, high = _limits(x, attack.epsilon, bounds, mask)
+    point = x
+    if kind.random_start:
+        if keys is None:
+            raise ValueError(f"attack {attack.name!r} needs keys for its draws")
+        draw = uniform if kind.gradient else signs
+        point = torch.clamp(x + attack.epsilon * draw(keys, x), low, high)
+    if not kind.gradient:
+        return point
+    ascended = target_loss if kind.targeted else loss
+    if ascended is None:
+        raise ValueError(
+            f"attack {attack.name!r} needs {'target_loss' if kind.targeted else 'loss'}"
+        )
+    step = -attack.step if kind.targeted else attack.step
+    for i in range(attack.steps if kind.iterative else 1):
+        known = gradient if i == 0 else None
+        slope = loss_gradient(ascended, point) if known is None else known
+        if on_gradient is not None:
+            on_gradient(slope)
+        point = torch.clamp(point + step * slope.sign().nan_to_num(0.0), low, high)
+    return point
+
+
+def sweep(
+    attacks: Iterable[Attack],
+    x: Tensor,
+    loss: Loss | None = None,
+    *,
+    gradient: Tensor | None = None,
+    **options,
+) -> Iterator[Tensor]:
+    """The attacked point of each attack in turn; those that start at `x` share its gradient.
+
+    `gradient` and the options are those of `perturb`. Several epsilons of `fgsm` cost one gradient.
+    """
+    for attack in attacks:
+        shares = attack.uses_clean_gradient
+        if shares and gradient is None and loss is not None:
+            gradient = loss_gradient(loss, x)
+        yield perturb(attack, x, loss, gradient=gradient if shares else None, **options)
+
+
+def _limits(
+    x: Tensor, epsilon: float, bounds: tuple[float, float] | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Lowest and highest value of each coordinate; both are `x` itself where the mask is False."""
+    low, high = x - epsilon, x + epsilon
+    if bounds is not None:
+        low, high = low.clamp(min=bounds[0]), high.clamp(max=bounds[1])
+    if mask is not None:
+        moves = mask.reshape(mask.shape + (1,) * (x.dim() - mask.dim()))
+        low, high = torch.where(moves, low, x), torch.where(moves, high, x)
+    return low, high

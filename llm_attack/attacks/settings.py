@@ -1,0 +1,100 @@
+"""The table of attacks and the settings of one: names, defaults, validation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from numbers import Real
+
+from llm_attack.errors import invalid
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What tells one attack from another; the loop in `perturb` reads nothing else."""
+
+    gradient: bool = False
+    iterative: bool = False
+    targeted: bool = False
+    random_start: bool = False
+
+
+ATTACKS: dict[str, Kind] = {
+    "none": Kind(),
+    "random": Kind(random_start=True),
+    "fgsm": Kind(gradient=True),
+    "ost": Kind(gradient=True, targeted=True),
+    "bim": Kind(gradient=True, iterative=True),
+    "illc": Kind(gradient=True, iterative=True, targeted=True),
+    "pgd": Kind(gradient=True, iterative=True, random_start=True),
+}
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One attack with its settings.
+
+    Args:
+        name: a key of `ATTACKS`. `fgsm`: Goodfellow et al. 2015; `bim`, `illc` and `ost` (one step
+            towards the least likely class): Kurakin et al. 2017; `pgd`: Madry et al. 2018.
+        epsilon: L-infinity amplitude, in the units of the point; finite, >= 0.
+        steps: of the iterative attacks; >= 1.
+        step_size: of the iterative attacks, in the units of the point; None means epsilon / 4.
+
+    Raises:
+        UsageError: a value is out of range; the message names it.
+    """
+
+    name: str = "fgsm"
+    epsilon: float = 0.01
+    steps: int = 10
+    step_size: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in ATTACKS:
+            raise invalid("attack", self.name, ATTACKS)
+        _check_real("epsilon", self.epsilon, lowest=0.0)
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+            raise invalid("steps", self.steps, "an integer, 1 or more")
+        if self.step_size is not None:
+            _check_real("step_size", self.step_size, lowest=0.0, strict=True)
+
+    @property
+    def kind(self) -> Kind:
+        return ATTACKS[self.name]
+
+    @property
+    def identity(self) -> bool:
+        """Whether the attack returns the clean point whatever the loss is."""
+        return self.name == "none" or self.epsilon == 0
+
+    @property
+    def step(self) -> float:
+        """The length of one step: epsilon for the one-step attacks."""
+        if not self.kind.iterative:
+            return self.epsilon
+        return self.epsilon / 4 if self.step_size is None else self.step_size
+
+    @property
+    def uses_clean_gradient(self) -> bool:
+        """Whether the first step follows the gradient of the untargeted loss at the clean point."""
+        kind = self.kind
+        return kind.gradient and not (kind.targeted or kind.random_start or self.identity)
+
+    @property
+    def condition(self) -> str:
+        """The condition's name in tables: `fgsm@0.01`; the clean run is `none`."""
+        return "none" if self.name == "none" else f"{self.name}@{self.epsilon:g}"
+
+    def scaled(self, factor: float) -> Attack:
+        """The same attack in other units: epsilon and step_size times `factor`."""
+        step_size = None if self.step_size is None else self.step_size * factor
+        return replace(self, epsilon=self.epsilon * factor, step_size=step_size)
+
+
+def _check_real(argument: str, value: object, lowest: float, strict: bool = False) -> None:
+    allowed = f"a finite number, {'greater than' if strict else 'at least'} {lowest:g}"
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise invalid(argument, value, allowed)
+    if value < lowest or (strict and value == lowest):
+        raise invalid(argument, value, allowed)

@@ -1,0 +1,50 @@
+"""Errors that a user can mend: one line that names the argument, the value, what is allowed.
+
+Imports the standard library alone; every other module may import this one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Iterable
+
+
+class UsageError(ValueError):
+    """Bad input. Command lines print its one line and exit with code 2."""
+
+
+def closest(word: object, allowed: Iterable[str]) -> str | None:
+    """The member of `allowed` that `word` was most likely meant to be, or None."""
+    found = difflib.get_close_matches(str(word), list(allowed), n=1, cutoff=0.6)
+    return found[0] if found else None
+
+
+def invalid(argument: str, value: object, allowed: str | Iterable[str]) -> UsageError:
+    """`UsageError` for `argument=value`.
+
+    Args:
+        argument: name of the argument as the user typed it.
+        value: the value got.
+        allowed: what is allowed, in words, or the list of allowed values; from a list, the
+            closest one is suggested.
+    """
+    if isinstance(allowed, str):
+        return UsageError(f"{argument}={value}: must be {allowed}")
+    allowed = list(allowed)
+    meant = closest(value, allowed)
+    hint = f"; did you mean {meant!r}?" if meant else ""
+    return UsageError(f"{argument}={value}: must be one of {', '.join(allowed)}{hint}")
+
+
+def report_usage_errors() -> None:
+    """From now on, an uncaught `UsageError` ends the process with its one line and exit code 2."""
+    previous = sys.excepthook
+
+    def hook(kind, error, traceback) -> None:
+        if isinstance(error, UsageError):
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2)
+        previous(kind, error, traceback)
+
+    sys.excepthook = hook

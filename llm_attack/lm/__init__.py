@@ -1,0 +1,1 @@
+"""The lm-eval model `attacked-hf`: hook, packing, scoring, losses, gold labels."""

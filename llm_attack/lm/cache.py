@@ -1,0 +1,45 @@
+"""Guards lm-eval's `--use_cache`: its keys are the requests alone, not the settings.
+
+A file written under one attack would answer for another. The first run marks the file with its
+settings, and any run with other settings refuses it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import MutableMapping
+from typing import Any
+
+from llm_attack.errors import UsageError
+
+MARK = "llm_attack settings"
+
+
+def guard(cache: MutableMapping[str, Any], settings: dict[str, Any], filename: str) -> None:
+    """Marks an empty `cache` with `settings`; else compares them with the mark.
+
+    Raises:
+        UsageError: the file holds answers from other settings, or from a model without a mark.
+    """
+    # as JSON reads them back: tuples are lists, dtypes are strings
+    settings = json.loads(json.dumps(settings, default=str))
+    mark = cache.get(MARK)
+    if mark is None and len(cache) == 0:
+        cache[MARK] = json.dumps(settings)
+        return
+    if mark is None:
+        raise UsageError(
+            f"use_cache={filename}: this file holds the answers of another model than attacked-hf;"
+            " must be a new file or one written under the same settings"
+        )
+    written = json.loads(mark)
+    differing = [
+        f"{k}={written.get(k)} there, {k}={settings.get(k)} now"
+        for k in sorted(written.keys() | settings.keys())
+        if written.get(k) != settings.get(k)
+    ]
+    if differing:
+        raise UsageError(
+            f"use_cache={filename}: this file was written under other settings"
+            f" ({'; '.join(differing)}); must be a new file or one of the same settings"
+        )

@@ -1,0 +1,50 @@
+"""Generation from attacked prompts: the perturbation is put in place at prefill, once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from llm_attack.lm.engine import Engine
+from llm_attack.lm.hook import edit_output
+from llm_attack.lm.pack import pack_rows
+from llm_attack.lm.questions import Question, Request
+from llm_attack.lm.surface import Surface, ThreatModel
+
+
+@contextmanager
+def attacked_prompts(engine: Engine, context: Tensor, mask: Tensor) -> Iterator[None]:
+    """While it lasts, the first forward over `context` reads attacked prompts.
+
+    The loss is the negative log-likelihood of each prompt (`sequence`); each is attacked alone.
+
+    Args:
+        engine: with one attack; its diagnostics are added to.
+        context: (B, L) token ids, padded on the left.
+        mask: (B, L), 0 on padding.
+    """
+    rows, length = context.shape
+    prompts = [row[keep.bool()].tolist() for row, keep in zip(context, mask, strict=True)]
+    questions = [Question([Request(tuple(prompt), 0)], [[0]]) for prompt in prompts]
+    pack = pack_rows(questions, engine.pad).to(engine.device)
+    surface = Surface(engine.scorer, pack, ThreatModel("sequence", seed=engine.threat.seed))
+    adversarial, sums = surface.attack(engine.attacks[0])
+    engine.diagnostics[0].add(sums.tolist())
+    prefilled = False
+
+    def put(output: Tensor) -> Tensor:
+        nonlocal prefilled
+        if prefilled or output.shape[1] < length:
+            return output
+        prefilled = True
+        output = output.clone()
+        beams = output.shape[0] // rows
+        for i, prompt in enumerate(prompts):
+            attacked = adversarial[i, : len(prompt)].to(output)
+            output[i * beams : (i + 1) * beams, -len(prompt) :] = attacked
+        return output
+
+    with edit_output(engine.scorer.hookpoint, put):
+        yield

@@ -1,0 +1,64 @@
+"""Threat models: what an attack on a language model ascends (section "threat models", README).
+
+All take the log-probabilities of a pack's predictions and give one value per example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llm_attack.lm.pack import Entries
+from llm_attack.lm.questions import Question
+
+LOSSES = ("sequence", "continuation", "choice")
+SCORES = ("acc", "acc_norm")
+
+
+def sum_by(values: Tensor, index: Tensor, n: int) -> Tensor:
+    """(n,) sums of `values` (E,) that have the same `index` (E,), in float64.
+
+    A log-likelihood of -1000 has a resolution of 6e-5 in float32; its terms have a better one.
+    """
+    wide = torch.float32 if values.device.type == "mps" else torch.float64
+    return torch.zeros(n, dtype=wide, device=values.device).index_add(0, index, values.to(wide))
+
+
+def negative_log_likelihood(log_probs: Tensor, entries: Entries, n: int, loss: str) -> Tensor:
+    """(n,) loss of each request: of all its tokens (`sequence`) or of its `continuation`."""
+    if loss == "continuation":
+        log_probs = log_probs * entries.continuation
+    return -sum_by(log_probs, entries.request, n)
+
+
+class ChoiceScores:
+    """The choices' scores of a batch of questions as a (questions, choices) matrix.
+
+    Questions may have different numbers of choices; `exists` is False where there is none.
+    """
+
+    def __init__(self, questions: Sequence[Question], device: torch.device | str = "cpu") -> None:
+        most = max(len(q.gold) for q in questions)
+        rows, row = [], 0
+        for q in questions:
+            rows.append([row + i if i < len(q.gold) else -1 for i in range(most)])
+            row += len(q.requests)
+        padded = [list(q.gold) + [False] * (most - len(q.gold)) for q in questions]
+        lengths = [list(q.lengths or [1.0] * len(q.gold)) for q in questions]
+        self.row = torch.tensor(rows, device=device)
+        self.exists = self.row >= 0
+        self.gold = torch.tensor(padded, device=device)
+        self.length = torch.tensor([x + [1.0] * (most - len(x)) for x in lengths], device=device)
+
+    def matrix(self, log_likelihoods: Tensor) -> Tensor:
+        """(questions, choices) scores from the log-likelihoods of all requests; -inf: no choice."""
+        scores = log_likelihoods[self.row.clamp(min=0)] / self.length
+        return scores.masked_fill(~self.exists, -torch.inf)
+
+    def cross_entropy(self, log_likelihoods: Tensor, target: Tensor) -> Tensor:
+        """(questions,) -log softmax of the choices in `target` (booleans), as one class."""
+        scores = self.matrix(log_likelihoods)
+        wanted = scores.masked_fill(~target, -torch.inf)
+        return scores.logsumexp(-1) - wanted.logsumexp(-1)

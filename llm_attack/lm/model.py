@@ -1,0 +1,309 @@
+"""`attacked-hf`: lm-eval's `hf` model with its embeddings perturbed.
+
+The way of the data: lm-eval's requests -> tokens (lm-eval's own code) -> questions -> the engine ->
+answers in the order asked.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import astuple
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from tqdm import tqdm
+
+from llm_attack.demo import MODEL_PATH
+from llm_attack.errors import UsageError, report_usage_errors
+from llm_attack.lm import cache, gold
+from llm_attack.lm.engine import Answer, Diagnostics, Engine
+from llm_attack.lm.generate import attacked_prompts
+from llm_attack.lm.hook import frozen, resolve
+from llm_attack.lm.names import check_names
+from llm_attack.lm.questions import Question, Request
+from llm_attack.lm.scoring import Scorer
+from llm_attack.lm.settings import AttackSettings, split_arguments
+from llm_attack.lm.signal import CALIBRATION_TEXT, activation_rms, embedding_rms
+
+DEFAULT_MODEL = "TinyLlama/TinyLlama_v1.1"
+
+# An lm-eval request in tokens: ((context, continuation) or None, context, continuation).
+TokenRequest = tuple[Any, list[int], list[int]]
+
+
+class AttackedHFLM(HFLM):
+    """A causal Hugging Face model whose answers are given under attack.
+
+    Args:
+        pretrained: hub id, local folder, `demo` (the bundled model) or a loaded model.
+        **arguments: those of `AttackSettings` (attack, epsilon, epsilon_unit, steps, step_size,
+            loss, score, context, hookpoint, seed) and those of lm-eval's `hf`.
+
+    Raises:
+        UsageError: an argument is unknown or out of range, or the model cannot be loaded.
+    """
+
+    progress: Callable[..., Any] = staticmethod(tqdm)
+    """Makes the progress bar of a batch of requests; called like tqdm."""
+
+    def __init__(self, pretrained: Any = DEFAULT_MODEL, **arguments: Any) -> None:
+        self.settings, arguments = split_arguments(arguments)
+        check_names(arguments)
+        self._arguments = arguments
+        self._asked: Sequence[Instance] | None = None
+        if arguments.get("device") is None:
+            arguments["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+        source = str(MODEL_PATH) if pretrained == "demo" else pretrained
+        try:
+            super().__init__(source, **arguments)
+        except OSError as error:
+            raise _not_loaded(pretrained, error) from error
+        if self.backend != "causal":
+            raise UsageError(
+                f"pretrained={pretrained}: is an encoder-decoder model; must be a causal one"
+            )
+        self.pretrained = pretrained
+        self.use(self.settings)
+        gold.note_tasks()
+
+    def use(self, settings: AttackSettings) -> None:
+        """Attacks with other settings from now on; diagnostics start anew.
+
+        Raises:
+            UsageError: the hookpoint is not a module of the model.
+        """
+        hookpoint = resolve(self.model, settings.hookpoint)
+        self.settings = settings
+        if settings.hookpoint is None or isinstance(hookpoint, torch.nn.Embedding):
+            size = self.model.get_input_embeddings().weight.shape[0]
+            self.signal_rms = embedding_rms(hookpoint, size, self.device)
+        else:
+            ids = torch.tensor([self.tok_encode(CALIBRATION_TEXT)[: self.max_length]])
+            self.signal_rms = activation_rms(self.model, hookpoint, ids.to(self.device))
+        self.attack = self.settings.resolved(self.signal_rms)
+        scorer = Scorer(self.model, hookpoint, self.mixed_precision_dtype, self.softmax_dtype)
+        pad = self.tokenizer.pad_token_id or 0
+        self.engine = Engine(scorer, [self.attack], self.settings.threat, self.device, pad)
+        self.diagnostics = Diagnostics()
+
+    # -- loading -----------------------------------------------------------------------------------
+
+    @classmethod
+    def create_from_arg_string(cls, *args: Any, **kwargs: Any) -> AttackedHFLM:
+        """As lm-eval's; its command line prints no traceback for bad input."""
+        _report_if_lm_eval_runs()
+        return super().create_from_arg_string(*args, **kwargs)
+
+    @classmethod
+    def create_from_arg_obj(cls, *args: Any, **kwargs: Any) -> AttackedHFLM:
+        """As lm-eval's; its command line prints no traceback for bad input."""
+        _report_if_lm_eval_runs()
+        return super().create_from_arg_obj(*args, **kwargs)
+
+    def _get_config(self, *args: Any, **kwargs: Any) -> None:
+        super()._get_config(*args, **kwargs)
+        check_names(self._arguments, self._config)
+
+    def _create_tokenizer(self, *args: Any, **kwargs: Any) -> None:
+        super()._create_tokenizer(*args, **kwargs)
+        tokenizer = self.tokenizer
+        given = self._arguments.get("prefix_token_id") is not None
+        if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None and not given:
+            raise UsageError(
+                f"tokenizer={tokenizer.name_or_path}: has neither a BOS nor an EOS token, and"
+                " lm-eval needs one as the prefix of empty contexts; must be a tokenizer that has"
+                " one, or give prefix_token_id="
+            )
+
+    # -- answering ---------------------------------------------------------------------------------
+
+    def loglikelihood(
+        self, requests: Sequence[Instance], disable_tqdm: bool = False
+    ) -> list[Answer]:
+        """(log-likelihood, is_greedy) of each request, under attack.
+
+        Raises:
+            UsageError: before anything is computed, when the loss needs gold labels that the task
+                does not have.
+        """
+        asked = list(requests)
+        if self.settings.threat.shared:
+            # a cache may have answered some of a question's requests: its attack needs them all
+            known = {id(r) for r in asked}
+            for request in requests:
+                for sibling in gold.siblings(request):
+                    if id(sibling) not in known:
+                        known.add(id(sibling))
+                        asked.append(sibling)
+        self._asked = asked
+        try:
+            answers = super().loglikelihood(asked, disable_tqdm=disable_tqdm)
+        finally:
+            self._asked = None
+        self._pool()
+        return answers[: len(requests)]
+
+    def loglikelihood_rolling(
+        self, requests: Sequence[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Log-likelihood of each text; every window of it is attacked alone."""
+        self._refuse_choice(requests)
+        answers = super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+        self._pool()
+        return answers
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[TokenRequest],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[Answer]:
+        questions = self._questions(requests)
+        rows = override_bs or self.batch_size
+        if str(rows).startswith("auto"):
+            rows = self.max_batch_size or 64
+        answers: list[Answer] = [(0.0, False)] * len(requests)
+        progress = self.progress(
+            total=len(requests),
+            disable=disable_tqdm or self.rank != 0,
+            desc=f"Running loglikelihood requests ({self.attack.condition})",
+        )
+        with frozen(self.model), progress:
+            for question, (found,) in self.engine.run(questions, int(rows)):
+                for indices, answer in zip(question.answers, found, strict=True):
+                    for index in indices:
+                        answers[index] = answer
+                        if requests[index][0] is not None:
+                            self.cache_hook.add_partial("loglikelihood", requests[index][0], answer)
+                    progress.update(len(indices))
+        return answers
+
+    def _questions(self, requests: Sequence[TokenRequest]) -> list[Question]:
+        """The requests grouped by what one perturbation serves."""
+        encoded = [self._request(context, continuation) for _, context, continuation in requests]
+        asked = self._asked
+        if asked is None or not self.settings.threat.shared:
+            alone: dict[Request, Question] = {}
+            for i, request in enumerate(encoded):
+                question = alone.setdefault(request, Question([request], [[]]))
+                question.answers[0].append(i)
+            return list(alone.values())
+        grouped: dict[tuple, dict[int, list[int]]] = {}
+        for i, instance in enumerate(asked):
+            of_question = grouped.setdefault((instance.task_name, instance.doc_id), {})
+            of_question.setdefault(instance.idx, []).append(i)
+        questions = []
+        for by_choice in grouped.values():
+            answers = [by_choice[idx] for idx in sorted(by_choice)]
+            question = Question([encoded[a[0]] for a in answers], answers)
+            if self.settings.loss == "choice":
+                instances = [asked[a[0]] for a in answers]
+                question.gold = gold.gold_choices(instances)
+                if self.settings.score == "acc_norm":
+                    question.lengths = gold.choice_lengths(instances)
+            questions.append(question)
+        if self.cache_hook.dbdict is not None:
+            _refuse_ambiguous(questions, asked)
+        return questions
+
+    def _request(self, context: list[int], continuation: list[int]) -> Request:
+        if not 0 < len(continuation) <= self.max_length:
+            raise UsageError(
+                f"max_length={self.max_length}: a continuation has {len(continuation)} tokens; must"
+                " be from 1 to max_length"
+            )
+        return Request(tuple((context + continuation)[-(self.max_length + 1) :]), len(continuation))
+
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continuations of the prompts, which are attacked at prefill."""
+        self._refuse_choice(requests)
+        if self.settings.loss == "continuation":
+            raise UsageError("loss=continuation: must be sequence for tasks that generate text")
+        answers = super().generate_until(requests, disable_tqdm=disable_tqdm)
+        self._pool()
+        return answers
+
+    def _model_generate(
+        self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any
+    ) -> torch.Tensor:
+        if self.attack.identity:
+            return super()._model_generate(context, max_length, stop, **options)
+        mask = options.get("attention_mask", torch.ones_like(context))
+        with frozen(self.model), attacked_prompts(self.engine, context, mask):
+            return super()._model_generate(context, max_length, stop, **options)
+
+    def _pool(self) -> None:
+        """Diagnostics so far, over all processes."""
+        sums = torch.tensor(astuple(self.engine.diagnostics[0]), dtype=torch.float64)
+        if self.world_size > 1:
+            sums = self.accelerator.gather(sums[None].to(self.device)).sum(0).cpu()
+        self.diagnostics = Diagnostics(*sums.tolist())
+
+    def _refuse_choice(self, requests: Sequence[Instance]) -> None:
+        if self.settings.loss == "choice":
+            raise UsageError(
+                f"loss=choice: task {requests[0].task_name} is not a multiple-choice task with gold"
+                " labels; use loss=sequence"
+            )
+
+    # -- what the results say of themselves --------------------------------------------------------
+
+    def get_model_info(self) -> dict[str, Any]:
+        """lm-eval's description of the model, and under "attack" all that was done to it."""
+        return {**super().get_model_info(), "attack": self.attack_info()}
+
+    def attack_info(self) -> dict[str, Any]:
+        """Resolved settings and diagnostics of the condition; README, "what the numbers mean"."""
+        iterative = self.attack.kind.iterative
+        return {
+            **self.settings.arguments(),
+            "condition": self.attack.condition,
+            "steps": self.attack.steps if iterative else None,
+            "step_size": self.attack.step if iterative else None,
+            "epsilon_absolute": self.attack.epsilon,
+            "embedding_rms"
+            if self.settings.hookpoint is None
+            else "hookpoint_rms": self.signal_rms,
+            **self.diagnostics.report(),
+        }
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Takes lm-eval's cache, unless its file was written under other settings."""
+        if cache_hook.dbdict is not None:
+            ignored = {"device", "batch_size", "max_batch_size", "parallelize"}
+            settings = {k: v for k, v in self._arguments.items() if k not in ignored}
+            settings |= {"pretrained": self.pretrained, **self.settings.arguments()}
+            cache.guard(cache_hook.dbdict, settings, cache_hook.dbdict.filename)
+        super().set_cache_hook(cache_hook)
+
+
+def _report_if_lm_eval_runs() -> None:
+    """One line instead of a traceback, if this process is lm-eval's command line."""
+    main = getattr(sys.modules.get("__main__"), "__spec__", None)
+    if "lm_eval.__main__" in sys.modules or getattr(main, "name", None) == "lm_eval.__main__":
+        report_usage_errors()
+
+
+def _not_loaded(pretrained: Any, error: OSError) -> UsageError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return UsageError(
+        f"pretrained={pretrained}: cannot be loaded ({reason}); must be a model id on a hub that"
+        " can be reached, a local folder, or demo, the bundled model (pretrained=demo)"
+    )
+
+
+def _refuse_ambiguous(questions: Sequence[Question], asked: Sequence[Instance]) -> None:
+    """lm-eval's cache has one answer per request; two questions may need two."""
+    seen: dict[Any, tuple] = {}
+    for question in questions:
+        content = (tuple(question.requests), tuple(question.gold), tuple(question.lengths))
+        for answers in question.answers:
+            request = asked[answers[0]]
+            if seen.setdefault(request.args, content) != content:
+                raise UsageError(
+                    f"use_cache: task {request.task_name} has a request that belongs to two"
+                    " questions, which lm-eval's cache cannot tell apart; run it without use_cache"
+                )

@@ -1,0 +1,84 @@
+"""Which arguments exist: a misspelt one must not vanish into `from_pretrained`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+from lm_eval.models.huggingface import HFLM
+from transformers import PretrainedConfig, PreTrainedModel
+
+from llm_attack.errors import UsageError
+from llm_attack.lm.settings import AttackSettings
+
+# What `from_pretrained` reads from its keyword arguments without naming it in its signature.
+_FROM_PRETRAINED = [
+    "adapter_kwargs",
+    "adapter_name",
+    "attn_implementation",
+    "bnb_4bit_compute_dtype",
+    "bnb_4bit_quant_storage",
+    "bnb_4bit_quant_type",
+    "bnb_4bit_use_double_quant",
+    "code_revision",
+    "device_map",
+    "device_mesh",
+    "experts_implementation",
+    "key_mapping",
+    "llm_int8_enable_fp32_cpu_offload",
+    "llm_int8_has_fp16_weight",
+    "llm_int8_skip_modules",
+    "llm_int8_threshold",
+    "load_in_4bit",
+    "load_in_8bit",
+    "low_cpu_mem_usage",
+    "max_memory",
+    "offload_buffers",
+    "offload_state_dict",
+    "proxies",
+    "quantization_config",
+    "resume_download",
+    "state_dict",
+    "torch_dtype",
+    "tp_size",
+    "use_auth_token",
+    "use_flash_attention_2",
+    "use_kernels",
+    "variant",
+]
+
+
+def known_names() -> list[str]:
+    """All arguments of `attacked-hf` but the attributes of the model's own config."""
+    names = [n for n, f in AttackSettings.__dataclass_fields__.items() if f.init]
+    for function in (HFLM.__init__, PreTrainedModel.from_pretrained):
+        for name, parameter in inspect.signature(function).parameters.items():
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                names.append(name)
+    return [n for n in dict.fromkeys([*names, *_FROM_PRETRAINED]) if n not in ("self", "cls")]
+
+
+def check_names(names: Iterable[str], config: PretrainedConfig | None = None) -> None:
+    """Refuses unknown argument names.
+
+    Args:
+        names: of the arguments got.
+        config: of the model; its attributes may be overridden too. Without it (not loaded yet), a
+            name is refused only if it looks like a known one.
+
+    Raises:
+        UsageError: naming the argument and the closest known one.
+    """
+    known = known_names()
+    for name in names:
+        if name in known or (config is not None and hasattr(config, name)):
+            continue
+        meant = get_close_matches(name, known, n=1, cutoff=0.75)
+        if not meant and config is None:
+            continue
+        hint = f"; did you mean {meant[0]!r}?" if meant else ""
+        raise UsageError(
+            f"{name}: attacked-hf has no such argument, and nor have hf, from_pretrained or the"
+            f" model's config{hint}"
+        )

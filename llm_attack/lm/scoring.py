@@ -1,0 +1,101 @@
+"""One forward of the model: logits at the positions asked for, with the point put at the hook."""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import ExitStack
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llm_attack.lm.hook import capture, edit_input, edit_output
+from llm_attack.lm.losses import sum_by
+from llm_attack.lm.pack import Entries, Pack
+
+
+class Scores(NamedTuple):
+    """What the model says of E predictions: log-probability, and whether it is greedy; (E,)."""
+
+    log_prob: Tensor
+    greedy: Tensor
+
+    def by_request(self, request: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """(n,) log-likelihood of each request and whether all its predictions are greedy.
+
+        `request` is (E,): the request that each prediction belongs to.
+        """
+        wrong = sum_by((~self.greedy).float(), request, n)
+        return sum_by(self.log_prob, request, n), wrong == 0
+
+
+class Scorer:
+    """Runs a causal language model on packs.
+
+    Args:
+        model: a transformers causal LM (or a PEFT model round one).
+        hookpoint: the module whose output is the point.
+        autocast: dtype of mixed precision, or None.
+        softmax_dtype: dtype of log-probabilities; float32 unless told.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        hookpoint: nn.Module,
+        autocast: torch.dtype | None = None,
+        softmax_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.model = model
+        self.hookpoint = hookpoint
+        self.autocast = autocast
+        self.softmax_dtype = softmax_dtype or torch.float32
+        self.head = model.get_output_embeddings()
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        takes_cache = "use_cache" in inspect.signature(base.forward).parameters
+        self.options = {"use_cache": False} if takes_cache else {}
+
+    def point(self, pack: Pack) -> Tensor:
+        """The clean point of `pack`, (B, L, H)."""
+        return capture(self.hookpoint, lambda: self._forward(pack))
+
+    def __call__(self, pack: Pack, entries: Entries, point: Tensor | None = None) -> Scores:
+        """Scores of `entries`; with `point`, (B, L, H), in place of the hookpoint's output."""
+        logits = self.logits(pack, entries.positions, point).to(self.softmax_dtype)
+        slot, target = entries.slot.to(logits.device), entries.target.to(logits.device)
+        log_prob = logits[slot, target] - logits.logsumexp(-1)[slot]
+        greedy = logits.detach().argmax(-1)[slot] == target
+        device = pack.input_ids.device  # a model split over devices answers on its last one
+        return Scores(log_prob.to(device), greedy.to(device))
+
+    def logits(self, pack: Pack, positions: Tensor, point: Tensor | None = None) -> Tensor:
+        """(P, V) logits at `positions`, flat indices into the pack's B x L.
+
+        Hidden states are gathered before the head, so that the (B, L, V) tensor never exists; what
+        an architecture does behind its head (scaling, soft-capping) is still its own.
+        """
+        rows, columns = pack.input_ids.shape
+        gathered = False
+
+        def gather(hidden: Tensor) -> Tensor:
+            nonlocal gathered
+            gathered = True
+            hidden = hidden[:, hidden.shape[1] - columns :]  # virtual tokens of prompt tuning
+            return hidden.reshape(rows * columns, -1)[positions.to(hidden.device)].unsqueeze(0)
+
+        with ExitStack() as stack:
+            if point is not None:
+                stack.enter_context(edit_output(self.hookpoint, lambda output: point))
+            if self.head is not None:
+                stack.enter_context(edit_input(self.head, gather))
+            logits = self._forward(pack).logits
+        if gathered:
+            return logits[0]
+        logits = logits[:, logits.shape[1] - columns :]
+        return logits.reshape(rows * columns, -1)[positions.to(logits.device)]
+
+    def _forward(self, pack: Pack):
+        device = pack.input_ids.device.type
+        with torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None):
+            return self.model(input_ids=pack.input_ids, **self.options)

@@ -1,0 +1,85 @@
+"""The arguments of `attacked-hf` that `hf` does not have: names, defaults, validation."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from llm_attack.attacks import Attack
+from llm_attack.errors import UsageError, invalid
+from llm_attack.lm.losses import LOSSES, SCORES
+from llm_attack.lm.surface import ThreatModel
+
+CONTEXTS = ("own", "shared")
+EPSILON_UNITS = ("absolute", "rms")
+
+
+@dataclass(frozen=True)
+class AttackSettings:
+    """How `attacked-hf` attacks; the README explains each argument.
+
+    Raises:
+        UsageError: a value is not allowed, or two do not go together.
+    """
+
+    attack: str = "fgsm"
+    epsilon: float = 0.01
+    epsilon_unit: str = "absolute"
+    steps: int = 10
+    step_size: float | None = None
+    loss: str = "sequence"
+    score: str = "acc"
+    context: str | None = None
+    hookpoint: str | None = None
+    seed: int = 0
+    attack_in_units: Attack = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        attack = Attack(self.attack, self.epsilon, self.steps, self.step_size)
+        object.__setattr__(self, "attack_in_units", attack)
+        for argument, allowed in (
+            ("epsilon_unit", EPSILON_UNITS),
+            ("loss", LOSSES),
+            ("score", SCORES),
+        ):
+            if getattr(self, argument) not in allowed:
+                raise invalid(argument, getattr(self, argument), allowed)
+        if self.context is None:
+            object.__setattr__(self, "context", "shared" if self.loss == "choice" else "own")
+        if self.context not in CONTEXTS:
+            raise invalid("context", self.context, CONTEXTS)
+        if self.loss == "choice" and self.context == "own":
+            raise UsageError(
+                "context=own: must be shared with loss=choice, which has one perturbation per"
+                " question"
+            )
+        if self.loss != "choice" and attack.kind.targeted:
+            raise UsageError(
+                f"attack={self.attack}: steps towards the least likely choice, so it needs"
+                f" loss=choice, not loss={self.loss}"
+            )
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise invalid("seed", self.seed, "an integer")
+        if self.hookpoint is not None and not isinstance(self.hookpoint, str):
+            raise invalid("hookpoint", self.hookpoint, "the dotted path of a module")
+
+    @property
+    def threat(self) -> ThreatModel:
+        return ThreatModel(self.loss, self.context == "shared", self.seed)
+
+    def resolved(self, rms: float) -> Attack:
+        """The attack in the units of the point, given the root mean square of its signal."""
+        return self.attack_in_units.scaled(rms if self.epsilon_unit == "rms" else 1.0)
+
+    def arguments(self) -> dict[str, Any]:
+        """All arguments with their values."""
+        values = asdict(self)
+        del values["attack_in_units"]
+        return values
+
+
+def split_arguments(arguments: dict[str, Any]) -> tuple[AttackSettings, dict[str, Any]]:
+    """`AttackSettings` from the arguments that are its own, and the other arguments."""
+    own = AttackSettings.__dataclass_fields__.keys() - {"attack_in_units"}
+    settings = AttackSettings(**{k: v for k, v in arguments.items() if k in own})
+    return settings, {k: v for k, v in arguments.items() if k not in own}

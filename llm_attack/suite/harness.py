@@ -1,0 +1,81 @@
+"""lm-eval with this project's model and tasks already known to it."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llm_attack._shim import register
+from llm_attack.errors import UsageError, closest
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def tasks_path() -> Path:
+    """The folder of our lm-eval YAMLs: in the package when installed, beside it in a checkout."""
+    installed = _PACKAGE / "tasks"
+    return installed if installed.is_dir() else _PACKAGE.parent / "tasks"
+
+
+def add_tasks() -> None:
+    """From now on every lm-eval `TaskManager` knows our tasks too."""
+    from lm_eval.tasks import TaskManager
+
+    build = TaskManager.__init__
+    if hasattr(build, "__wrapped__"):
+        return
+
+    @functools.wraps(build)
+    def with_ours(self: Any, *args: Any, include_path: Any = None, **kwargs: Any) -> None:
+        paths = [include_path] if isinstance(include_path, (str, Path)) else include_path or []
+        build(self, *args, include_path=[*paths, str(tasks_path())], **kwargs)
+
+    TaskManager.__init__ = with_ours
+
+
+def lm_eval(arguments: Sequence[str]) -> None:
+    """lm-eval's own command line with `arguments`; the model is attacked-hf unless one is named.
+
+    Raises:
+        UsageError: bad input that lm-eval or the model found.
+    """
+    from lm_eval.__main__ import cli_evaluate
+
+    register()
+    add_tasks()
+    arguments = list(arguments)
+    # its subcommands (run, ls, validate) come first; only run has a model
+    command = arguments[:1] if arguments[:1] and not arguments[0].startswith("-") else []
+    rest = arguments[len(command) :]
+    runs = command in ([], ["run"]) and not {"-h", "--help"} & set(rest)
+    if runs and not any(a == "--model" or a.startswith(("--model=", "-M")) for a in rest):
+        rest = ["--model", "attacked-hf", *rest]
+    sys.argv = ["lm_eval", *command, *rest]
+    try:
+        cli_evaluate()
+    except ValueError as error:
+        raise _readable(error) from error
+
+
+def _readable(error: ValueError) -> ValueError:
+    """lm-eval's complaint about a task in one line with the closest name; else the error itself."""
+    text = str(error)
+    if isinstance(error, UsageError) or not text.startswith("Tasks not found"):
+        return error
+    from lm_eval.tasks import TaskManager
+
+    missing = text.removeprefix("Tasks not found:").split(".")[0].strip()
+    return unknown_tasks(missing.split(", "), TaskManager().all_tasks)
+
+
+def unknown_tasks(missing: Sequence[str], known: Sequence[str]) -> UsageError:
+    """The error for task names that lm-eval does not know."""
+    meant = [closest(name, known) for name in missing]
+    hint = ", ".join(repr(m) for m in meant if m)
+    return UsageError(
+        f"tasks={','.join(missing)}: must be tasks, groups or tags of lm-eval"
+        f" (lm_eval ls tasks lists them){f'; did you mean {hint}?' if hint else ''}"
+    )
