@@ -29,12 +29,13 @@ def invalid(argument: str, value: object, allowed: str | Iterable[str]) -> Usage
         allowed: what is allowed, in words, or the list of allowed values; from a list, the
             closest one is suggested.
     """
+    shown = repr(value) if isinstance(value, str) and isinstance(allowed, str) else value
     if isinstance(allowed, str):
-        return UsageError(f"{argument}={value}: must be {allowed}")
+        return UsageError(f"{argument}={shown}: must be {allowed}")
     allowed = list(allowed)
     meant = closest(value, allowed)
     hint = f"; did you mean {meant!r}?" if meant else ""
-    return UsageError(f"{argument}={value}: must be one of {', '.join(allowed)}{hint}")
+    return UsageError(f"{argument}={shown}: must be one of {', '.join(allowed)}{hint}")
 
 
 def report_usage_errors() -> None:

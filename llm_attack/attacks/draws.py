@@ -36,7 +36,10 @@ def signs(keys: Tensor, x: Tensor) -> Tensor:
 
 
 def uniform(keys: Tensor, x: Tensor) -> Tensor:
-    """Uniform draws from (-1, 1), shape and dtype of `x`; `keys` is int64 of shape x.shape[:k]."""
+    """Uniform draws from (-1, 1), shape and dtype of `x`; `keys` is int64 of shape x.shape[:k].
+
+    Rounded to a dtype of few bits, such as bfloat16, a draw may be -1 or 1.
+    """
     top = _shift(_words(keys, x), 41)  # 23 bits: every value and its mirror are exact in float32
     return ((2 * top + 1).float() / (1 << 23) - 1).to(x.dtype)
 

@@ -76,27 +76,35 @@ def perturb(
     if attack.identity:
         return x
     kind = attack.kind
-    low, high = _limits(x, attack.epsilon, bounds, mask)
+    low, high = x - attack.epsilon, x + attack.epsilon
+    if bounds is not None:
+        low, high = low.clamp(min=bounds[0]), high.clamp(max=bounds[1])
+    moves = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
+    moves = moves.reshape(moves.shape + (1,) * (x.dim() - moves.dim()))
     point = x
     if kind.random_start:
         if keys is None:
             raise ValueError(f"attack {attack.name!r} needs keys for its draws")
         draw = uniform if kind.gradient else signs
-        point = torch.clamp(x + attack.epsilon * draw(keys, x), low, high)
+        start = torch.clamp(x + attack.epsilon * draw(keys, x), low, high)
+        point = torch.where(moves, start, x)
     if not kind.gradient:
         return point
     ascended = target_loss if kind.targeted else loss
     if ascended is None:
-        raise ValueError(
-            f"attack {attack.name!r} needs {'target_loss' if kind.targeted else 'loss'}"
-        )
+        needed = "target_loss" if kind.targeted else "loss"
+        raise ValueError(f"attack {attack.name!r} needs {needed}")
     step = -attack.step if kind.targeted else attack.step
     for i in range(attack.steps if kind.iterative else 1):
         known = gradient if i == 0 else None
         slope = loss_gradient(ascended, point) if known is None else known
         if on_gradient is not None:
             on_gradient(slope)
-        point = torch.clamp(point + step * slope.sign().nan_to_num(0.0), low, high)
+        direction = slope.sign()
+        # not by adding a zero: that would turn -0.0 into 0.0, and inf * 0 into NaN
+        changed = moves & (direction.abs() == 1)
+        moved = torch.clamp(point + step * direction, low, high)
+        point = torch.where(changed, moved, point)
     return point
 
 
@@ -117,16 +125,3 @@ def sweep(
         if shares and gradient is None and loss is not None:
             gradient = loss_gradient(loss, x)
         yield perturb(attack, x, loss, gradient=gradient if shares else None, **options)
-
-
-def _limits(
-    x: Tensor, epsilon: float, bounds: tuple[float, float] | None, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Lowest and highest value of each coordinate; both are `x` itself where the mask is False."""
-    low, high = x - epsilon, x + epsilon
-    if bounds is not None:
-        low, high = low.clamp(min=bounds[0]), high.clamp(max=bounds[1])
-    if mask is not None:
-        moves = mask.reshape(mask.shape + (1,) * (x.dim() - mask.dim()))
-        low, high = torch.where(moves, low, x), torch.where(moves, high, x)
-    return low, high

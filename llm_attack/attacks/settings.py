@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass, replace
-from numbers import Real
+from numbers import Integral, Real
+from typing import Any
 
 from llm_attack.errors import invalid
 
@@ -51,10 +52,10 @@ class Attack:
     step_size: float | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in ATTACKS:
+        if self.name not in list(ATTACKS):  # a list: also takes what cannot be hashed
             raise invalid("attack", self.name, ATTACKS)
         _check_real("epsilon", self.epsilon, lowest=0.0)
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+        if isinstance(self.steps, bool) or not isinstance(self.steps, Integral) or self.steps < 1:
             raise invalid("steps", self.steps, "an integer, 1 or more")
         if self.step_size is not None:
             _check_real("step_size", self.step_size, lowest=0.0, strict=True)
@@ -92,9 +93,11 @@ class Attack:
         return replace(self, epsilon=self.epsilon * factor, step_size=step_size)
 
 
-def _check_real(argument: str, value: object, lowest: float, strict: bool = False) -> None:
+def _check_real(argument: str, value: Any, lowest: float, strict: bool = False) -> None:
     allowed = f"a finite number, {'greater than' if strict else 'at least'} {lowest:g}"
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise invalid(argument, value, allowed)
-    if value < lowest or (strict and value == lowest):
+    # not isfinite(), which raises for integers beyond the floats; comparisons with NaN are false
+    number: Any = value
+    if not lowest <= number <= sys.float_info.max or (strict and number == lowest):
         raise invalid(argument, value, allowed)

@@ -123,7 +123,7 @@ class Engine:
                 sums.append(of_attack)
         log_likelihoods = torch.stack([ll for ll, _ in results]).tolist()
         greedy = torch.stack([g for _, g in results]).tolist()
-        for totals, of_attack in zip(self.diagnostics, sums, strict=True):
-            if of_attack is not None:
-                totals.add(of_attack.tolist())
+        for totals, of_condition in zip(self.diagnostics, sums, strict=True):
+            if of_condition is not None:
+                totals.add(of_condition.tolist())
         return [list(zip(*both, strict=True)) for both in zip(log_likelihoods, greedy, strict=True)]

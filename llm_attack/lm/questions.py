@@ -51,7 +51,9 @@ def batches(questions: Iterable[Question], rows: int) -> list[list[Question]]:
 
     Which questions share a batch depends on nothing but their tokens.
     """
-    order = sorted(questions, key=lambda q: (-q.longest, [r.tokens for r in q.requests]))
+    order = sorted(
+        questions, key=lambda q: (-q.longest, [(r.tokens, r.n_continuation) for r in q.requests])
+    )
     result: list[list[Question]] = []
     room = 0
     for question in order:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 from transformers import PreTrainedModel
 
 from llm_attack.lm.hook import capture, edit_input, edit_output
@@ -52,7 +53,7 @@ class Scorer:
         self.autocast = autocast
         self.softmax_dtype = softmax_dtype or torch.float32
         self.head = model.get_output_embeddings()
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = getattr(model, "get_base_model", lambda: model)()  # inside a PEFT model
         takes_cache = "use_cache" in inspect.signature(base.forward).parameters
         self.options = {"use_cache": False} if takes_cache else {}
 
@@ -63,11 +64,9 @@ class Scorer:
     def __call__(self, pack: Pack, entries: Entries, point: Tensor | None = None) -> Scores:
         """Scores of `entries`; with `point`, (B, L, H), in place of the hookpoint's output."""
         logits = self.logits(pack, entries.positions, point).to(self.softmax_dtype)
-        slot, target = entries.slot.to(logits.device), entries.target.to(logits.device)
-        log_prob = logits[slot, target] - logits.logsumexp(-1)[slot]
-        greedy = logits.detach().argmax(-1)[slot] == target
-        device = pack.input_ids.device  # a model split over devices answers on its last one
-        return Scores(log_prob.to(device), greedy.to(device))
+        scores = look_up(logits, entries.slot.to(logits.device), entries.target.to(logits.device))
+        # a model split over devices answers on its last one
+        return Scores(*(s.to(pack.input_ids.device) for s in scores))
 
     def logits(self, pack: Pack, positions: Tensor, point: Tensor | None = None) -> Tensor:
         """(P, V) logits at `positions`, flat indices into the pack's B x L.
@@ -99,3 +98,22 @@ class Scorer:
         device = pack.input_ids.device.type
         with torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None):
             return self.model(input_ids=pack.input_ids, **self.options)
+
+
+def look_up(logits: Tensor, slot: Tensor, target: Tensor) -> Scores:
+    """Scores of the tokens `target` (E,) at the rows `slot` (E,) of `logits` (P, V).
+
+    The log-probability of the likeliest token is -softplus(rest - top), where rest is the logsumexp
+    of all others: where a model is sure, log-softmax's gradient p - 1 is nothing but rounding
+    error, and an attack that follows its sign follows noise.
+    """
+    top = logits.detach().argmax(-1, keepdim=True)
+    of_top = logits.gather(-1, top).squeeze(-1)
+    of_target = logits[slot, target]
+    others = logits.scatter if logits.requires_grad else logits.scatter_  # spare a copy
+    rest = others(-1, top, -torch.inf).logsumexp(-1)
+    greedy = top.squeeze(-1)[slot] == target
+    sure = -softplus((rest - of_top)[slot])
+    return Scores(
+        torch.where(greedy, sure, of_target - torch.logaddexp(of_top, rest)[slot]), greedy
+    )

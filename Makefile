@@ -1,0 +1,66 @@
+# What one does with the project, from a fresh clone. `make help` lists the targets.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip
+
+# Libraries whose attacks the tests compare ours with. Their own requirements name torchvision,
+# TensorFlow and an old requests, which the parts used here do not import: hence --no-deps, and what
+# foolbox does import besides (eagerpy; GitPython with gitdb and smmap) by name.
+ATTACK_LIBS := torchattacks foolbox cleverhans eagerpy GitPython gitdb smmap
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## this list
+	@awk -F ':.*## ' '/^[.a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: .venv
+.venv: .venv/.installed ## the environment, with the project in editable form; PYTHON=... chooses the interpreter
+
+.venv/.installed: pyproject.toml constraints.txt _llm_attack_shim.py llm_attack_shim.pth
+	$(PYTHON) -m venv .venv
+	$(PIP) install --quiet -c constraints.txt -e ".[dev]"
+	@touch $@
+
+.PHONY: attack-libs
+attack-libs: .venv/.attack-libs ## torchattacks, foolbox and cleverhans, for the tests that compare with them
+
+# Not an error without an index: the tests that need the libraries skip then, and say so.
+.venv/.attack-libs: .venv/.installed
+	@if $(PIP) install --quiet --retries 1 --timeout 20 --no-deps -c constraints.txt $(ATTACK_LIBS); then touch $@; \
+	else echo "attack-libs: not installed; the tests that compare with them are skipped"; fi
+
+.PHONY: demo
+demo: .venv ## the whole comparison on the bundled model and tasks, offline, into results/demo
+	$(BIN)/llm-attack run --model demo --tasks demo_six -o results/demo
+
+.PHONY: test
+test: .venv attack-libs ## the tests; lists those that were skipped, and why
+	$(BIN)/python -m pytest -ra
+
+.PHONY: test-slow
+test-slow: .venv attack-libs ## the tests that take minutes
+	$(BIN)/python -m pytest -ra -m slow
+
+.PHONY: lint
+lint: .venv ## format, lint rules and types
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+.PHONY: format
+format: .venv ## put the code into form
+	$(BIN)/ruff check --fix-only
+	$(BIN)/ruff format
+
+.PHONY: startup
+startup: .venv ## what the start-up shim costs: microseconds, of 21 interpreter starts
+	@for i in $$(seq 21); do $(BIN)/python -X importtime -c pass 2>&1; done \
+	| awk '/_llm_attack_shim$$/ { print $$5 }' | sort -n \
+	| awk '{ t[NR] = $$1 } END { print "median " t[int((NR + 1) / 2)] " us, from " t[1] " to " t[NR] }'
+
+.PHONY: clean
+clean: ## remove the environment, builds and caches
+	rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

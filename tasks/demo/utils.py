@@ -1,0 +1,89 @@
+"""Documents of the demo tasks, made from the seed by `llm_attack.demo`, in the stock tasks' fields.
+
+lm-eval calls `load` with the `metadata` and the `dataset_kwargs` of the task's YAML. This file is
+found by its place beside the YAMLs, so the folder can be copied anywhere.
+"""
+
+from typing import Any
+
+import datasets
+
+from llm_attack.demo.questions import Question, question_set
+
+
+def load(questions: str, **_: Any) -> dict[str, datasets.Dataset]:
+    """The one split, `test`, of a question set (a key of `llm_attack.demo.questions.MAKERS`)."""
+    as_document = {"hellaswag": hellaswag, "openbookqa": openbookqa, "piqa": piqa}
+    as_document |= {"winogrande": winogrande, "arc_easy": arc, "arc_challenge": arc}
+    documents = [as_document[questions](question) for question in question_set(questions)]
+    return {"test": datasets.Dataset.from_list(documents)}
+
+
+def _lettered(question: Question) -> dict[str, Any]:
+    labels = list("ABCD")
+    return {
+        "choices": {"text": list(question.choices), "label": labels},
+        "answerKey": labels[question.gold],
+    }
+
+
+def _inside(context: str) -> str:
+    """The question proper: the YAML puts "Question:" and "Answer:" round it, as stock tasks do."""
+    return context.removeprefix("Question: ").removesuffix("\nAnswer:")
+
+
+def arc(question: Question) -> dict[str, Any]:
+    """As in allenai/ai2_arc."""
+    return {"question": _inside(question.context), **_lettered(question)}
+
+
+def openbookqa(question: Question) -> dict[str, Any]:
+    """As in allenai/openbookqa."""
+    return {"question_stem": question.context, **_lettered(question)}
+
+
+def hellaswag(question: Question) -> dict[str, Any]:
+    """As the stock task has it after its clean-up of Rowan/hellaswag."""
+    return {
+        "query": question.context,
+        "choices": list(question.choices),
+        "label": str(question.gold),
+    }
+
+
+def piqa(question: Question) -> dict[str, Any]:
+    """As in baber/piqa."""
+    first, second = question.choices
+    return {
+        "goal": _inside(question.context),
+        "sol1": first,
+        "sol2": second,
+        "label": question.gold,
+    }
+
+
+def winogrande(question: Question) -> dict[str, Any]:
+    """As in allenai/winogrande: a sentence with a blank, the options, the answer "1" or "2"."""
+    first, second = question.choices
+    return {
+        "sentence": f"{question.context} _ {question.ending}",
+        "option1": first,
+        "option2": second,
+        "answer": str(question.gold + 1),
+    }
+
+
+def blank_gold(document: dict[str, Any]) -> int:
+    """`doc_to_text` of a task whose choices are contexts: the index of the gold choice."""
+    return int(document["answer"]) - 1
+
+
+def blank_contexts(document: dict[str, Any]) -> list[str]:
+    """`doc_to_choice`: the sentence up to the blank, with either option in it."""
+    before = document["sentence"].split("_")[0]
+    return [before + document["option1"], before + document["option2"]]
+
+
+def blank_ending(document: dict[str, Any]) -> str:
+    """`doc_to_target`: what stands after the blank, the same for both."""
+    return document["sentence"].split("_")[1].strip()

@@ -1,0 +1,118 @@
+"""Settings of an attack: what is refused, with which message, and what follows from the values."""
+
+from fractions import Fraction
+
+import pytest
+
+from llm_attack.attacks import ATTACKS, Attack
+from llm_attack.errors import UsageError
+
+from .helpers import ALL_ATTACKS
+
+NAN, INF = float("nan"), float("inf")
+
+
+def refused(argument, value):
+    with pytest.raises(UsageError) as caught:
+        Attack(**{argument: value})
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_the_table_holds_these_attacks():
+    assert tuple(ATTACKS) == ALL_ATTACKS
+
+
+def test_defaults():
+    attack = Attack("bim")
+    assert (attack.epsilon, attack.steps, attack.step_size) == (0.01, 10, None)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), (("fsgm", "fgsm"), ("bmi", "bim"), ("randon", "random"), ("pgd ", "pgd"))
+)
+def test_a_near_miss_is_suggested(typed, meant):
+    message = refused("name", typed)
+    assert message.startswith(f"attack={typed}: must be one of none, random, fgsm, ost, bim")
+    assert message.endswith(f"did you mean {meant!r}?")
+
+
+@pytest.mark.parametrize("name", ("cw", "", 3, True))
+def test_unknown_name_without_a_suggestion(name):
+    message = refused("name", name)
+    assert message.startswith(f"attack={name}: must be one of {', '.join(ALL_ATTACKS)}")
+    assert "did you mean" not in message
+
+
+BAD_NUMBERS = (-1, -1e-9, NAN, INF, -INF, "0.1", True, False, 1j, [0.1])
+
+
+@pytest.mark.parametrize("value", (*BAD_NUMBERS, None), ids=repr)
+def test_bad_epsilon(value):
+    assert refused("epsilon", value) == f"epsilon={value!r}: must be a finite number, at least 0"
+
+
+@pytest.mark.parametrize("value", (*BAD_NUMBERS, 0, 0.0, -0.0), ids=repr)
+def test_bad_step_size(value):
+    expected = f"step_size={value!r}: must be a finite number, greater than 0"
+    assert refused("step_size", value) == expected
+
+
+@pytest.mark.parametrize("value", (0, -1, 1.0, 2.5, NAN, INF, "3", True, False, None), ids=repr)
+def test_bad_steps(value):
+    assert refused("steps", value) == f"steps={value!r}: must be an integer, 1 or more"
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    (("epsilon", 10**400), ("step_size", 10**400), ("name", ["fgsm"]), ("name", {})),
+    ids=("epsilon", "step_size", "list", "dict"),
+)
+def test_values_that_the_checks_themselves_stumble_over(argument, value):
+    refused(argument, value)
+
+
+@pytest.mark.parametrize("value", (0, 1, 0.0, 1e-300, 1e300, Fraction(1, 3)), ids=repr)
+@pytest.mark.parametrize("name", ALL_ATTACKS)
+def test_good_values(name, value):
+    attack = Attack(name, value, steps=1, step_size=value or None)
+    assert attack.identity == (name == "none" or value == 0)
+
+
+def test_settings_do_not_change():
+    with pytest.raises(AttributeError):
+        Attack().epsilon = 0.2
+
+
+@pytest.mark.parametrize("name", ALL_ATTACKS)
+@pytest.mark.parametrize("step_size", (None, 0.25))
+def test_step(name, step_size):
+    iterative = name in ("bim", "illc", "pgd")
+    expected = 2.0 if not iterative else 0.5 if step_size is None else 0.25
+    assert Attack(name, 2.0, step_size=step_size).step == expected
+
+
+@pytest.mark.parametrize("name", ALL_ATTACKS)
+@pytest.mark.parametrize("epsilon", (0, 0.5))
+def test_which_attacks_start_with_the_clean_gradient(name, epsilon):
+    expected = name in ("fgsm", "bim") and epsilon > 0
+    assert Attack(name, epsilon).uses_clean_gradient == expected
+
+
+@pytest.mark.parametrize(
+    ("attack", "condition"),
+    (
+        (Attack("none", 0.3), "none"),
+        (Attack("fgsm", 0.01), "fgsm@0.01"),
+        (Attack("pgd", 0), "pgd@0"),
+        (Attack("bim", 1e-5), "bim@1e-05"),
+    ),
+)
+def test_condition(attack, condition):
+    assert attack.condition == condition
+
+
+def test_scaled():
+    assert Attack("bim", 8.0, 3, 2.0).scaled(1 / 4) == Attack("bim", 2.0, 3, 0.5)
+    assert Attack("ost", 8.0).scaled(1 / 4) == Attack("ost", 2.0)

@@ -1,0 +1,54 @@
+"""Requests of the demo tasks and the bundled model under any settings."""
+
+import os
+from pathlib import Path
+
+import pytest
+from lm_eval.tasks import TaskManager
+from reference import Reference
+
+from llm_attack.lm import gold
+from llm_attack.lm.model import AttackedHFLM
+from llm_attack.suite.harness import tasks_path
+
+DEMO = ["arc_challenge", "arc_easy", "hellaswag", "openbookqa", "piqa", "winogrande"]
+
+
+@pytest.fixture(scope="session")
+def build():
+    """build(task, limit): a task of lm-eval with its requests."""
+    gold.note_tasks()
+    manager = TaskManager(include_path=str(tasks_path()))
+
+    def built(name, limit=4):
+        (task,) = manager.load([name])["tasks"].values()
+        task.set_config("num_fewshot", 0)
+        task.build_all_requests(limit=limit)
+        return task
+
+    return built
+
+
+@pytest.fixture(scope="session")
+def make():
+    """make(attack=..., ...): the bundled model under these settings, on the CPU in float32."""
+
+    def made(**arguments):
+        arguments = {"device": "cpu", "batch_size": 8, "pretrained": "demo", **arguments}
+        return AttackedHFLM(**arguments)
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def reference():
+    return Reference("demo")
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    """The folder of real data and models; tests that need it are skipped without."""
+    path = os.environ.get("LLM_ATTACK_TEST_DATA")
+    if not path:
+        pytest.skip("LLM_ATTACK_TEST_DATA is not set: no real data on this machine")
+    return Path(path)

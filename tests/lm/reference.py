@@ -1,0 +1,87 @@
+"""The definitions, written once more and as naively as possible: one request or question at a time.
+
+Embeddings are fed as `inputs_embeds` and all logits are computed: no hook, no packing, no sharing
+with the code under test but the keyed draws. In float64, because log-softmax's gradient in float32
+is rounding error where the model is sure, and its sign decides.
+"""
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llm_attack.attacks import keys_for, signs
+from llm_attack.demo import MODEL_PATH
+
+
+class Reference:
+    def __init__(self, path, dtype=torch.float64):
+        path = MODEL_PATH if path == "demo" else path
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+
+    def tokens(self, context, continuation):
+        """Tokens, and how many are the continuation's, as lm-eval splits them."""
+        kept = context.rstrip()
+        whole = self.tokenizer.encode(context + continuation)
+        n = len(self.tokenizer.encode(kept))
+        return whole, len(whole) - n
+
+    def embed(self, tokens):
+        return self.model.get_input_embeddings()(torch.tensor(tokens)).detach()
+
+    def log_probs(self, x, tokens):
+        """Log-probability of each token but the first; x embeds all but the last."""
+        logits = self.model(inputs_embeds=x[None]).logits[0].log_softmax(-1)
+        return logits[torch.arange(len(tokens) - 1), torch.tensor(tokens[1:])]
+
+    def iterate(self, loss, xs, epsilon, steps, step):
+        """Sign steps on sum(loss), a function of the list of tensors `xs`, clipped to the ball."""
+        clean = [x.clone() for x in xs]
+        for _ in range(steps):
+            xs = [x.detach().requires_grad_() for x in xs]
+            slopes = torch.autograd.grad(loss(xs), xs)
+            moved = [x + step * g.sign() for x, g in zip(xs, slopes, strict=True)]
+            xs = [
+                m.clamp(c - epsilon, c + epsilon).detach()
+                for m, c in zip(moved, clean, strict=True)
+            ]
+        return xs
+
+    def alone(self, request, *, epsilon=0.01, steps=1, step=None, continuation=False, draw=None):
+        """Log-likelihood of one (context, continuation) that is attacked alone."""
+        tokens, n = self.tokens(*request)
+        x = self.embed(tokens[:-1])
+        step = epsilon if step is None else step
+        if draw is not None:
+            key = torch.tensor([keys_for(draw, tokens)])
+            x = x + epsilon * signs(key, x[None])[0]
+        else:
+
+            def loss(xs):
+                log_probs = self.log_probs(xs[0], tokens)
+                return -(log_probs[-n:] if continuation else log_probs).sum()
+
+            (x,) = self.iterate(loss, [x], epsilon, steps, step)
+        return float(self.log_probs(x, tokens)[-n:].sum().detach())
+
+    def together(self, requests, loss, *, epsilon=0.01, steps=1, step=None):
+        """Log-likelihoods of a question's requests; equal prefixes share their perturbation.
+
+        loss(log-likelihoods, sequence losses) is what the attack ascends.
+        """
+        split = [self.tokens(*r) for r in requests]
+        prefixes = sorted({tuple(t[: i + 1]) for t, _ in split for i in range(len(t) - 1)})
+        index = {prefix: i for i, prefix in enumerate(prefixes)}
+        x = torch.stack([self.embed([prefix[-1]])[0] for prefix in prefixes])
+
+        def scores(nodes):
+            of_continuation, of_sequence = [], []
+            for tokens, n in split:
+                rows = nodes[[index[tuple(tokens[: i + 1])] for i in range(len(tokens) - 1)]]
+                log_probs = self.log_probs(rows, tokens)
+                of_continuation.append(log_probs[-n:].sum())
+                of_sequence.append(-log_probs.sum())
+            return torch.stack(of_continuation), torch.stack(of_sequence)
+
+        step = epsilon if step is None else step
+        (x,) = self.iterate(lambda xs: loss(*scores(xs[0])), [x], epsilon, steps, step)
+        return scores(x)[0].tolist()

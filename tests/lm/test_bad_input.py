@@ -1,0 +1,126 @@
+"""Bad input: one line that names the argument, the value and what is allowed; exit code 2."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from llm_attack.cli import main
+from llm_attack.demo import MODEL_PATH
+from llm_attack.errors import UsageError
+from llm_attack.suite.harness import tasks_path
+
+CASES = [
+    ("attack=fsgm", r"attack=fsgm: must be one of none, .*did you mean 'fgsm'\?"),
+    ("loss=choices", r"loss=choices: must be one of sequence, .*did you mean 'choice'\?"),
+    ("score=acc_nrom", r"score=acc_nrom: must be one of acc, acc_norm; did you mean 'acc_norm'\?"),
+    ("context=shard", r"context=shard: must be one of own, shared; did you mean 'shared'\?"),
+    ("epsilon_unit=mrs", r"epsilon_unit=mrs: must be one of absolute, rms; did you mean 'rms'\?"),
+    ("epsilon=-0.01", r"epsilon=-0.01: must be a finite number, at least 0"),
+    ("epsilon=nan", r"epsilon=nan: must be a finite number, at least 0"),
+    ("epsilon=inf", r"epsilon=inf: must be a finite number, at least 0"),
+    ("epsilon=small", r"epsilon='small': must be a finite number, at least 0"),
+    ("steps=0", r"steps=0: must be an integer, 1 or more"),
+    ("steps=2.5", r"steps=2.5: must be an integer, 1 or more"),
+    ("step_size=0", r"step_size=0: must be a finite number, greater than 0"),
+    ("seed=x", r"seed='x': must be an integer"),
+    ("loss=choice,context=own", r"context=own: must be shared with loss=choice"),
+    ("attack=ost", r"attack=ost: .* needs loss=choice, not loss=sequence"),
+    ("hookpoint=model.layer.0", r"hookpoint=model.layer.0: .*did you mean 'model.layers.0'\?"),
+    ("epsilom=0.1", r"epsilom: attacked-hf has no such argument.*did you mean 'epsilon'\?"),
+    ("pretraned=x", r"pretraned: attacked-hf has no such argument.*did you mean 'pretrained'\?"),
+    ("wibble=1", r"wibble: attacked-hf has no such argument"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), CASES, ids=[c[0] for c in CASES])
+def test_model_arguments(arguments, message, tmp_path):
+    out = tmp_path / "out"
+    tried = ["eval", "--model_args", f"pretrained=demo,{arguments}", "--tasks", "demo_piqa"]
+    result = CliRunner().invoke(main, [*tried, "--limit", "1", "--output_path", str(out)])
+    assert result.exit_code == 2, result.output
+    (line,) = [x for x in result.stderr.splitlines() if x.startswith("error: ")]
+    assert re.search(message, line), line
+    assert "Traceback" not in result.output + result.stderr
+    assert not out.exists()
+
+
+def test_known_arguments_are_taken(make):
+    lm = make(attn_implementation="eager", use_cache=False, max_length=32, add_bos_token=False)
+    assert lm.model.config._attn_implementation == "eager"
+    assert lm.max_length == 32
+
+
+@pytest.mark.parametrize("command", [["-m", "lm_eval"], ["-m", "llm_attack", "eval"]])
+def test_command_lines(command):
+    """Under lm-eval's own command line, too, it is one line and no traceback."""
+    arguments = ["--model", "attacked-hf", "--model_args", "pretrained=demo,attack=bimm"]
+    tasks = ["--tasks", "demo_piqa", "--include_path", str(tasks_path())]
+    done = subprocess.run(
+        [sys.executable, *command, *arguments, *tasks],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "error: attack=bimm: must be one of" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_no_gold_labels_is_said_before_anything_is_computed(make, build, monkeypatch):
+    lm = make(loss="choice")
+    monkeypatch.setattr(lm.engine, "answer", None)
+    requests = build("demo_piqa", 1).instances
+    rolling = type(requests[0])("loglikelihood_rolling", {}, ("text",), 0)
+    rolling.task_name = "wikitext"
+    with pytest.raises(UsageError, match="task wikitext is not a multiple-choice task"):
+        lm.loglikelihood_rolling([rolling])
+
+
+@pytest.mark.parametrize("name", ["no-such/model", "/no/such/folder", "not a name"])
+def test_model_that_cannot_be_loaded(make, name, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UsageError, match=rf"pretrained={name}: cannot be loaded .*pretrained=demo"):
+        make(pretrained=name)
+
+
+def test_unreachable_hub(tmp_path):
+    """With an empty cache and no network the default model cannot be had."""
+    done = subprocess.run(
+        [sys.executable, "-m", "llm_attack", "eval", "--tasks", "demo_piqa"],
+        capture_output=True,
+        text=True,
+        env={"PATH": "", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 2, done.stderr
+    assert "error: pretrained=TinyLlama/TinyLlama_v1.1: cannot be loaded" in done.stderr
+    assert "pretrained=demo" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_tokenizer_without_special_tokens(make, tmp_path):
+    vocabulary = json.loads((MODEL_PATH / "tokenizer.json").read_text())["model"]["vocab"]
+    bare = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=bare).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=r"tokenizer=.*neither a BOS nor an EOS.*prefix_token_id="):
+        make(tokenizer=str(tmp_path))
+    assert make(tokenizer=str(tmp_path), prefix_token_id=1).prefix_token_id == 1
+
+
+def test_unknown_task():
+    tried = ["eval", "--model_args", "pretrained=demo", "--tasks", "demo_sics", "--limit", "1"]
+    result = CliRunner().invoke(main, tried)
+    assert result.exit_code == 2
+    assert "error: tasks=demo_sics: must be" in result.stderr
+    assert "'demo_six'" in result.stderr
+
+
+def test_unknown_task_of_run(tmp_path):
+    tried = ["run", "--model", "demo", "--tasks", "demo_pica", "-o", str(tmp_path / "out")]
+    result = CliRunner().invoke(main, tried)
+    assert result.exit_code == 2
+    assert "error: tasks=demo_pica: must be" in result.stderr and "'demo_piqa'" in result.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,137 @@
+"""Every threat model equals its definition, computed one request or question at a time."""
+
+import functools
+
+import pytest
+import torch
+
+TASKS = ["demo_arc_challenge", "demo_piqa", "demo_winogrande"]
+
+
+@pytest.fixture
+def exact(make):
+    """make() in float64, so that no sign is a matter of rounding."""
+    return functools.partial(make, dtype="float64", softmax_dtype="float64")
+
+
+def answers(lm, task):
+    return [ll for ll, _ in lm.loglikelihood(task.instances, disable_tqdm=True)]
+
+
+def questions(task):
+    grouped = {}
+    for i, request in enumerate(task.instances):
+        grouped.setdefault(request.doc_id, []).append(i)
+    return list(grouped.values())
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    ("settings", "definition"),
+    [
+        ({"attack": "fgsm"}, {}),
+        ({"attack": "fgsm", "epsilon": 0.002, "loss": "continuation"}, {"continuation": True}),
+        ({"attack": "bim", "steps": 3}, {"steps": 3, "step": 0.0025}),
+        ({"attack": "bim", "steps": 2, "step_size": 0.02}, {"steps": 2, "step": 0.02}),
+        ({"attack": "random", "seed": 7}, {"draw": 7}),
+    ],
+    ids=["fgsm", "continuation", "bim", "bim-step_size", "random"],
+)
+def test_own_context(exact, build, reference, task, settings, definition):
+    task = build(task, 3)
+    definition.setdefault("epsilon", settings.get("epsilon", 0.01))
+    expected = [reference.alone(r.args, **definition) for r in task.instances]
+    assert answers(exact(**settings), task) == pytest.approx(expected, abs=1e-6)
+
+
+def choice_loss(gold, lengths):
+    def loss(log_likelihoods, _):
+        return -(log_likelihoods / lengths).log_softmax(0)[gold]
+
+    return loss
+
+
+def gold_of(task, doc):
+    return task.doc_to_text(doc) if task.multiple_input else int(task.doc_to_target(doc))
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("score", ["acc", "acc_norm"])
+@pytest.mark.parametrize(("attack", "steps"), [("fgsm", 1), ("bim", 3)])
+def test_choice(exact, build, reference, task, score, attack, steps):
+    task = build(task, 3)
+    expected = []
+    for indices in questions(task):
+        requests = [task.instances[i] for i in indices]
+        doc = requests[0].doc
+        lengths = [len(c) if score == "acc_norm" else 1 for c in task.doc_to_choice(doc)]
+        loss = choice_loss(gold_of(task, doc), torch.tensor(lengths))
+        step = 0.01 if attack == "fgsm" else 0.0025
+        expected += reference.together([r.args for r in requests], loss, steps=steps, step=step)
+    lm = exact(attack=attack, steps=steps, loss="choice", score=score)
+    assert answers(lm, task) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["sequence", "continuation"])
+@pytest.mark.parametrize("task", TASKS)
+def test_shared_context(exact, build, reference, task, loss):
+    """The loss of a question is the sum of its requests' losses: a shared token counts in each."""
+    task = build(task, 3)
+    ascended = {
+        "sequence": lambda _, sequence: sequence.sum(),
+        "continuation": lambda continuation, _: -continuation.sum(),
+    }
+    expected = []
+    for indices in questions(task):
+        requests = [task.instances[i].args for i in indices]
+        expected += reference.together(requests, ascended[loss])
+    lm = exact(attack="fgsm", loss=loss, context="shared")
+    assert answers(lm, task) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(("attack", "steps"), [("ost", 1), ("illc", 3)])
+def test_least_likely(exact, build, reference, attack, steps):
+    task = build("demo_arc_challenge", 4)
+    clean = answers(exact(attack="none"), task)
+    expected = []
+    for indices in questions(task):
+        requests = [task.instances[i] for i in indices]
+        gold = gold_of(task, requests[0].doc)
+        target = min((i for i in range(len(indices)) if i != gold), key=lambda i: clean[indices[i]])
+        loss = choice_loss(target, torch.ones(len(indices)))
+
+        def descended(log_likelihoods, sequence, loss=loss):
+            return -loss(log_likelihoods, sequence)
+
+        step = 0.01 if attack == "ost" else 0.0025
+        args = [r.args for r in requests]
+        expected += reference.together(args, descended, steps=steps, step=step)
+    lm = exact(attack=attack, steps=steps, loss="choice")
+    assert answers(lm, task) == pytest.approx(expected, abs=1e-6)
+
+
+def test_one_token_choices_have_perturbations_of_their_own(exact, build, reference):
+    """Requests that differ in their last token alone read the same tokens, and are not merged."""
+    task = build("demo_arc_challenge", 1)
+    context, _ = task.instances[0].args
+    words = [" " + w for w in reference.tokenizer.get_vocab() if w.isalpha()][:3]
+    requests = []
+    for i, word in enumerate(words):
+        request = type(task.instances[0])("loglikelihood", {}, (context, word), i)
+        request.task_name, request.doc_id = "one token", 0
+        requests.append(request)
+    lm = exact(attack="fgsm", logits_cache=True)
+    expected = [reference.alone(r.args) for r in requests]
+    found = [ll for ll, _ in lm.loglikelihood(requests, disable_tqdm=True)]
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["sequence", "choice"])
+def test_float32_follows_the_gradient_not_its_rounding(make, exact, build, loss):
+    """The demo model is sure of most tokens, where log-softmax's own gradient would be noise."""
+    for name in TASKS:
+        task = build(name, 6)
+        settings = {"attack": "fgsm", "loss": loss}
+        assert answers(make(**settings), task) == pytest.approx(
+            answers(exact(**settings), task), abs=1e-3
+        )

@@ -1,0 +1,67 @@
+"""attack=none equals lm-eval's stock `hf`."""
+
+import pytest
+from lm_eval.models.huggingface import HFLM
+
+from llm_attack.demo import MODEL_PATH
+
+DEMO = ["arc_challenge", "arc_easy", "hellaswag", "openbookqa", "piqa", "winogrande"]
+MODELS = ["stories260K", "tinystories-chat-3m"]
+
+
+def both(make, task, model, **options):
+    stock = HFLM(pretrained=model, device="cpu", batch_size=8, **options)
+    ours = make(pretrained=model, attack="none", batch_size=8, **options)
+    return (
+        stock.loglikelihood(task.instances, disable_tqdm=True),
+        ours.loglikelihood(task.instances, disable_tqdm=True),
+    )
+
+
+@pytest.mark.parametrize("task", DEMO)
+def test_demo(make, build, task):
+    expected, found = both(make, build(f"demo_{task}", 20), str(MODEL_PATH))
+    assert [ll for ll, _ in found] == pytest.approx([ll for ll, _ in expected], abs=1e-4)
+    assert [g for _, g in found] == [g for _, g in expected]
+
+
+@pytest.mark.parametrize("task", DEMO)
+@pytest.mark.parametrize("model", MODELS)
+def test_real_tasks(make, build, real_data, task, model):
+    """In float64 (GPT-Neo's attention is in float32 even so), where stock's sums are exact too."""
+    path = str(real_data / "models" / model)
+    expected, found = both(make, build(task, 5), path, dtype="float64", softmax_dtype="float64")
+    assert [ll for ll, _ in found] == pytest.approx([ll for ll, _ in expected], abs=2e-6)
+    assert [g for _, g in found] == [g for _, g in expected]
+
+
+@pytest.mark.parametrize("task", DEMO)
+@pytest.mark.parametrize("model", MODELS)
+def test_real_tasks_in_float32(make, build, real_data, task, model):
+    """Within 1e-4, or 3 units in the last place of stock's own float32 answer if that is more."""
+    path = str(real_data / "models" / model)
+    expected, found = both(make, build(task, 5), path, dtype="float32")
+    for (theirs, _), (ours, _) in zip(expected, found, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4, rel=3 * 2**-23)
+
+
+def test_truncation_and_empty_context(make, build):
+    """Long requests lose tokens on the left, empty contexts get a prefix token: as in `hf`."""
+    task = build("demo_arc_easy", 6)
+    for request in task.instances[::3]:
+        request.arguments = ("", request.arguments[1])
+    expected, found = both(make, task, str(MODEL_PATH), max_length=9)
+    assert [ll for ll, _ in found] == pytest.approx([ll for ll, _ in expected], abs=1e-4)
+
+
+def test_rolling(make, build):
+    task = build("demo_arc_easy", 3)
+    requests = []
+    for request in task.instances[::4]:
+        text = type(request)("loglikelihood_rolling", {}, (" ".join(request.args),), 0)
+        requests.append(text)
+    options = {"max_length": 7, "device": "cpu", "batch_size": 2}
+    stock = HFLM(pretrained=str(MODEL_PATH), **options)
+    expected = stock.loglikelihood_rolling(requests, disable_tqdm=True)
+    ours = make(attack="none", **options).loglikelihood_rolling(requests, disable_tqdm=True)
+    assert ours == pytest.approx(expected, abs=1e-4)

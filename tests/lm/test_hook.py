@@ -1,0 +1,133 @@
+"""The hookpoint: found by name, left as it was, and nothing of the model changed."""
+
+import copy
+
+import pytest
+import torch
+
+from llm_attack.errors import UsageError
+from llm_attack.lm.hook import capture, edit_input, edit_output, frozen, resolve
+
+
+def state(model):
+    """All that an attack must leave alone."""
+    hooks = [
+        (name, dict(m._forward_hooks), dict(m._forward_pre_hooks), m.training)
+        for name, m in model.named_modules()
+    ]
+    flags = [(p.requires_grad, p.grad) for p in model.parameters()]
+    tensors = {k: v.clone() for k, v in model.state_dict().items()}
+    return copy.copy(hooks), flags, tensors
+
+
+def assert_same(before, after):
+    assert before[:2] == after[:2]
+    assert before[2].keys() == after[2].keys()
+    assert all(torch.equal(v, after[2][k]) for k, v in before[2].items())
+
+
+@pytest.mark.parametrize("attack", ["fgsm", "bim", "pgd", "random", "none"])
+def test_nothing_of_the_model_changes(make, build, attack):
+    lm = make(attack=attack, steps=2)
+    for p in lm.model.parameters():
+        p.requires_grad_(True)
+    seen = []
+    handle = lm.model.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: seen.append(output.shape) and None
+    )
+    before = state(lm.model)
+    lm.loglikelihood(build("demo_piqa", 2).instances, disable_tqdm=True)
+    assert_same(before, state(lm.model))
+    assert seen
+    handle.remove()
+
+
+def test_hooks_go_when_the_forward_raises(make, build, monkeypatch):
+    lm = make(attack="fgsm")
+    before = state(lm.model)
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("in the middle of the forward")
+
+    monkeypatch.setattr(lm.model.model.norm, "forward", fail)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        lm.loglikelihood(build("demo_piqa", 1).instances, disable_tqdm=True)
+    assert_same(before, state(lm.model))
+
+
+def test_edits_and_capture():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    x = torch.ones(1, 2)
+    with edit_output(model[0], lambda y: y * 0), edit_input(model[1], lambda y: y + 1):
+        found = model(x)
+    assert torch.equal(found, model[1](torch.ones(1, 2)))
+    assert torch.equal(capture(model[0], lambda: model(x)), model[0](x))
+    assert not model[0]._forward_hooks and not model[1]._forward_pre_hooks
+
+
+def test_capture_of_a_module_that_is_not_called():
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(RuntimeError, match="never called"):
+        capture(torch.nn.Identity(), lambda: model(torch.ones(1, 2)))
+
+
+def test_frozen_restores_flags():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    with pytest.raises(RuntimeError), frozen(model):
+        assert not any(p.requires_grad for p in model.parameters())
+        raise RuntimeError
+    assert [p.requires_grad for p in model.parameters()] == [False, False, True, True]
+
+
+def test_hookpoints(make, build):
+    """The embedding by its name is the default; a deeper point is another attack, and an attack."""
+    lm = make()
+    task = build("demo_piqa", 3)
+    default = lm.loglikelihood(task.instances, disable_tqdm=True)
+    named = make(hookpoint="model.embed_tokens").loglikelihood(task.instances, disable_tqdm=True)
+    assert named == default
+    deep = make(hookpoint="model.layers.1", epsilon=0.5)
+    clean = make(attack="none").loglikelihood(task.instances, disable_tqdm=True)
+    attacked = deep.loglikelihood(task.instances, disable_tqdm=True)
+    assert attacked != clean and attacked != default
+    assert deep.attack_info()["noise_rms"] == pytest.approx(0.5, rel=1e-3)
+
+
+def test_layer_hookpoint_equals_definition(make, build, reference):
+    """FGSM on the output of a block, against autograd through a hook of the test's own."""
+    task, epsilon = build("demo_piqa", 2), 0.3
+    lm = make(hookpoint="model.layers.1", epsilon=epsilon, dtype="float64", softmax_dtype="float64")
+    found = [ll for ll, _ in lm.loglikelihood(task.instances, disable_tqdm=True)]
+    layer = reference.model.model.layers[1]
+    for request, ll in zip(task.instances, found, strict=True):
+        tokens, n = reference.tokens(*request.args)
+        x = reference.embed(tokens[:-1])
+        kept = []
+
+        def keep(module, args, output, kept=kept):
+            output.retain_grad()
+            kept.append(output)
+
+        handle = layer.register_forward_hook(keep)
+        (-reference.log_probs(x.requires_grad_(), tokens).sum()).backward()
+        handle.remove()
+        attacked = (kept[0] + epsilon * kept[0].grad.sign()).detach()
+        handle = layer.register_forward_hook(lambda module, args, output, a=attacked: a)
+        expected = float(reference.log_probs(x, tokens)[-n:].sum().detach())
+        handle.remove()
+        assert ll == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("model.layers.9", "model.layers."),
+        ("layers.1", "model.layers.1"),
+        ("embed_tokens", "model.embed_tokens"),
+        ("", ""),
+    ],
+)
+def test_unknown_hookpoint(make, name, meant):
+    with pytest.raises(UsageError, match=rf"hookpoint={name}: must be the dotted path.*{meant}"):
+        resolve(make().model, name)

@@ -1,0 +1,94 @@
+"""The command line end to end, and what its results file says of itself."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from llm_attack.cli import main
+
+
+def results_of(folder):
+    (file,) = folder.rglob("results_*.json")
+    return json.loads(file.read_text())
+
+
+def test_eval(tmp_path):
+    arguments = "pretrained=demo,attack=bim,epsilon=0.02,steps=3,loss=choice,seed=5"
+    tried = ["eval", "--model_args", arguments, "--tasks", "demo_piqa", "--limit", "10"]
+    done = CliRunner().invoke(main, [*tried, "--batch_size", "16", "--output_path", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    results = results_of(tmp_path)
+    attack = results["config"]["attack"]
+    settings = {
+        "attack": "bim",
+        "condition": "bim@0.02",
+        "epsilon": 0.02,
+        "epsilon_absolute": 0.02,
+        "epsilon_unit": "absolute",
+        "steps": 3,
+        "step_size": 0.005,
+        "loss": "choice",
+        "score": "acc",
+        "context": "shared",
+        "hookpoint": None,
+        "seed": 5,
+        "zero_gradient_fraction": 0.0,
+    }
+    assert {k: attack[k] for k in settings} == settings
+    assert 0.005 < attack["embedding_rms"] < 0.2
+    assert 0.005 < attack["noise_rms"] <= 0.02
+    assert attack["snr"] == pytest.approx((attack["signal_rms"] / attack["noise_rms"]) ** 2)
+    assert results["results"]["demo_piqa"]["acc,none"] <= 0.5
+
+
+def test_diagnostics_are_of_the_tokens_read(make, build):
+    """Random signs of amplitude epsilon: the noise is epsilon, on every token but a last one."""
+    task = build("demo_hellaswag", 5)
+    lm = make(attack="random", epsilon=0.003)
+    lm.loglikelihood(task.instances, disable_tqdm=True)
+    tokens = [lm.tok_encode("".join(r.args)) for r in task.instances]
+    assert lm.diagnostics.elements == 128 * sum(len(t) - 1 for t in tokens)
+    info = lm.attack_info()
+    assert info["noise_rms"] == pytest.approx(0.003, rel=1e-4)
+    matrix = lm.model.get_input_embeddings().weight
+    rows = matrix[[token for t in tokens for token in t[:-1]]]
+    assert info["signal_rms"] == pytest.approx(float(rows.square().mean().sqrt()), rel=1e-4)
+    assert info["embedding_rms"] == pytest.approx(float(matrix.square().mean().sqrt()), rel=1e-5)
+    assert info["zero_gradient_fraction"] is None
+
+
+def test_epsilon_in_units_of_the_embeddings(make, build):
+    lm = make(attack="fgsm", epsilon=0.5, epsilon_unit="rms")
+    assert lm.attack.epsilon == pytest.approx(0.5 * lm.signal_rms)
+    lm.loglikelihood(build("demo_piqa", 2).instances, disable_tqdm=True)
+    assert lm.attack_info()["noise_rms"] == pytest.approx(0.5 * lm.signal_rms, rel=1e-3)
+
+
+def test_masked_gradients_are_reported(make, build):
+    """A model that hides half of its gradient is not robust: the share of zeros says so."""
+    lm = make(attack="fgsm")
+    half = torch.arange(lm.model.config.hidden_size // 2)
+
+    def hide(module, args):
+        shown = args[0].index_select(-1, half)
+        return (args[0].detach().index_copy(-1, half, shown), *args[1:])
+
+    handle = lm.model.model.layers[0].register_forward_pre_hook(hide)
+    lm.loglikelihood(build("demo_piqa", 4).instances, disable_tqdm=True)
+    handle.remove()
+    assert lm.attack_info()["zero_gradient_fraction"] == pytest.approx(0.5, abs=1e-3)
+
+
+def test_run(tmp_path):
+    tried = ["run", "--model", "demo", "--tasks", "demo_piqa,demo_arc_easy", "--limit", "12"]
+    done = CliRunner().invoke(main, [*tried, "--device", "cpu", "-o", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    table = (tmp_path / "table.csv").read_text().splitlines()
+    assert table[0] == "task,none,random@0.01,fgsm@0.01,bim@0.01,baseline"
+    assert [row.split(",")[0] for row in table[1:]] == ["demo_piqa", "demo_arc_easy", "mean"]
+    assert [float(row.split(",")[-1]) for row in table[1:]] == [0.5, 0.25, 0.375]
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert list(run["attacks"]) == ["none", "random@0.01", "fgsm@0.01", "bim@0.01"]
+    assert "demo_arc_easy" in done.output and "baseline" in done.output

@@ -1,0 +1,153 @@
+"""What pip installs and removes, in a fresh environment, and whether stock `lm_eval` finds it.
+
+The fresh environment sees torch, transformers and lm-eval through a line in a `.pth` file of its
+own. The interpreter does not start the `.pth` files of a folder that it reaches in this way, so
+what is started there is what this test has installed.
+"""
+
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("hatchling", reason="hatchling, which builds the wheel, is not installed")
+pytest.importorskip("build", reason="build is not installed")
+
+ROOT = Path(__file__).parents[1]
+LM_EVAL = Path(sysconfig.get_path("scripts"), "lm_eval")
+
+
+def call(*command, cwd):
+    """What a command prints, run away from the source tree; it has to succeed."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    env |= {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+class Environment:
+    """A fresh virtual environment, with the present one's libraries in reach."""
+
+    def __init__(self, root):
+        self.root = root
+        venv.create(root, with_pip=True)
+        self.python = root / "bin" / "python"
+        packages = call(
+            self.python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=root
+        )
+        self.packages = Path(packages.strip())
+        libraries = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+        (self.packages / "zz_libraries.pth").write_text("\n".join(libraries))
+
+    def run(self, *arguments):
+        return call(self.python, *arguments, cwd=self.root)
+
+    def pip(self, *arguments):
+        return self.run("-m", "pip", "--disable-pip-version-check", *arguments)
+
+    def ours(self):
+        """Files and folders of this project, by their names."""
+        found = (path.relative_to(self.root) for path in self.root.rglob("*llm*attack*"))
+        return {path for path in found if path.parts[0] != "out"}
+
+    def check_started(self):
+        """The shim ran at start, compiled; lm-eval then knows the name, the package stays out."""
+        code = "import sys; print(sys.modules['_llm_attack_shim'].__spec__.cached)"
+        cached = Path(self.run("-c", code).strip())
+        assert cached.parent == self.packages / "__pycache__"
+        assert cached.exists()
+        code = (
+            "import lm_eval.models, sys; from lm_eval.api.registry import MODEL_REGISTRY as models;"
+            "print('attacked-hf' in models, 'llm_attack' in sys.modules)"
+        )
+        assert self.run("-c", code).splitlines()[-1] == "True False"
+
+    def check_entry_points(self):
+        code = (
+            "from importlib.metadata import distribution;"
+            "print(*((e.group, e.name, e.value) for e in distribution('llm-attack').entry_points))"
+        )
+        assert set(self.run("-c", code).strip().replace(") (", ")\n(").splitlines()) == {
+            "('console_scripts', 'llm-attack', 'llm_attack.cli:main')",
+            "('lm_eval.models', 'attacked-hf', 'llm_attack.lm.model:AttackedHFLM')",
+        }
+        assert (self.python.parent / "llm-attack").exists()
+
+    def check_lm_eval(self, tasks):
+        """The literal console script of lm-eval runs an attack, end to end."""
+        printed = self.run(
+            *(LM_EVAL, "--model", "attacked-hf", "--model_args", "pretrained=demo,attack=fgsm"),
+            *("--include_path", tasks, "--tasks", "demo_piqa", "--limit", "4"),
+        )
+        assert "|demo_piqa|" in printed.replace(" ", "")
+
+    def check_uninstall(self):
+        self.pip("uninstall", "--yes", "llm-attack")
+        assert self.ours() == set()
+        assert self.run("-c", "import sys; print('_llm_attack_shim' in sys.modules)") == "False\n"
+
+
+@pytest.fixture
+def environment(tmp_path):
+    return Environment(tmp_path / "environment")
+
+
+def relative_files(folder):
+    """Files below a folder that belong to the source, as paths relative to it."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc")
+    return {path.relative_to(folder).as_posix() for path in files}
+
+
+def test_wheel(environment, tmp_path):
+    call(
+        *(sys.executable, "-m", "build", "--wheel", "--no-isolation"),
+        *("--outdir", tmp_path / "dist", ROOT),
+        cwd=tmp_path,
+    )
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    environment.pip("install", "--no-index", "--no-deps", wheel)
+
+    installed = environment.packages
+    package = relative_files(installed / "llm_attack")
+    tasks = {f"tasks/{name}" for name in relative_files(ROOT / "tasks")}
+    assert package == relative_files(ROOT / "llm_attack") | tasks
+    for name in ("_llm_attack_shim.py", "llm_attack_shim.pth"):
+        assert (installed / name).read_text() == (ROOT / name).read_text()
+
+    environment.check_entry_points()
+    environment.check_started()
+    environment.check_lm_eval(installed / "llm_attack" / "tasks")
+    environment.check_uninstall()
+
+
+def test_editable(environment):
+    environment.pip("install", "--no-index", "--no-deps", "--no-build-isolation", "-e", ROOT)
+    assert not (environment.packages / "llm_attack").exists()
+    code = "import llm_attack; print(llm_attack.__file__)"
+    assert environment.run("-c", code).strip() == str(ROOT / "llm_attack" / "__init__.py")
+
+    environment.check_entry_points()
+    environment.check_started()
+    environment.check_lm_eval(ROOT / "tasks")
+    environment.check_uninstall()
+
+
+def test_source_distribution_builds_the_same_wheel(tmp_path):
+    for source in ("tree", "sdist"):
+        kinds = ["--wheel"] if source == "tree" else []  # neither kind named: by way of an sdist
+        out = ("--outdir", tmp_path / source)
+        call(sys.executable, "-m", "build", "--no-isolation", *kinds, *out, ROOT, cwd=tmp_path)
+    tree, sdist = (next((tmp_path / name).glob("*.whl")) for name in ("tree", "sdist"))
+    assert tree.read_bytes() == sdist.read_bytes()
