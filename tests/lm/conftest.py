@@ -29,6 +29,18 @@ def build():
     return built
 
 
+@pytest.fixture
+def only_our_tasks(monkeypatch):
+    """lm-eval's task managers index our tasks alone; indexing its own thousands takes seconds."""
+    build = TaskManager.__init__
+    paths = [str(tasks_path())]
+
+    def quick(self, *args, **kwargs):
+        build(self, *args, **{**kwargs, "include_path": paths, "include_defaults": False})
+
+    monkeypatch.setattr(TaskManager, "__init__", quick)
+
+
 @pytest.fixture(scope="session")
 def make():
     """make(attack=..., ...): the bundled model under these settings, on the CPU in float32."""
