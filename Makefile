@@ -33,7 +33,7 @@ attack-libs: .venv/.attack-libs ## torchattacks, foolbox and cleverhans, for the
 
 .PHONY: demo
 demo: .venv ## the whole comparison on the bundled model and tasks, offline, into results/demo
-	$(BIN)/llm-attack run --model demo --tasks demo_six -o results/demo
+	$(BIN)/llm-attack run --model demo --tasks demo_six --batch_size 128 -o results/demo
 
 .PHONY: test
 test: .venv attack-libs ## the tests; lists those that were skipped, and why

@@ -50,7 +50,7 @@ def eval_(arguments: tuple[str, ...]) -> None:
 @click.option("--model_args", default="", help="More arguments of attacked-hf: key=value,...")
 @click.option("--limit", type=float, help="Questions per task; below 1, their share.")
 @click.option("--num_fewshot", type=int, help="Examples in the context.")
-@click.option("--batch_size", default="32", help="Requests per batch at most, or auto.")
+@click.option("--batch_size", default="auto", help="Requests per batch at most.")
 @click.option("--device", help="cuda, cuda:1, cpu, mps, ...")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Folder for table.csv and run.json."

@@ -146,16 +146,20 @@ def main(
 
 
 def quiet_progress_bars() -> None:
-    """Silences the bars of lm-eval and datasets, which would break up ours."""
-    import functools
-
+    """Silences the bars of lm-eval, transformers and datasets, which would break up ours."""
     import datasets
     import lm_eval.api.model
     import lm_eval.api.task
+    import transformers
+    from tqdm import tqdm
+
+    def silent(*args: Any, **kwargs: Any) -> tqdm:
+        return tqdm(*args, **{**kwargs, "disable": True})
 
     datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
     for module in (lm_eval.api.model, lm_eval.api.task):
-        module.tqdm = functools.partial(module.tqdm, disable=True)
+        module.tqdm = silent
 
 
 def table(comparison: Comparison, title: str) -> Table:
