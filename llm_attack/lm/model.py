@@ -68,26 +68,37 @@ class AttackedHFLM(HFLM):
         self.pretrained = pretrained
         self.use(self.settings)
         gold.note_tasks()
+        gold.compile_templates_once()
 
-    def use(self, settings: AttackSettings) -> None:
+    def use(self, *conditions: AttackSettings) -> None:
         """Attacks with other settings from now on; diagnostics start anew.
 
+        Args:
+            conditions: what to attack with. The model's answers are those of the first; the others
+                are computed along with it, sharing its work, for `answers_of`. They may differ in
+                attack, epsilon, steps and step_size.
+
         Raises:
-            UsageError: the hookpoint is not a module of the model.
+            UsageError: the hookpoint is not a module of the model, or conditions differ in more.
         """
+        settings = conditions[0]
+        for other in conditions[1:]:
+            if (other.threat, other.hookpoint) != (settings.threat, settings.hookpoint):
+                raise UsageError("conditions of one run must have the same loss, context, seed")
         hookpoint = resolve(self.model, settings.hookpoint)
-        self.settings = settings
+        self.settings, self.conditions = settings, conditions
         if settings.hookpoint is None or isinstance(hookpoint, torch.nn.Embedding):
             size = self.model.get_input_embeddings().weight.shape[0]
             self.signal_rms = embedding_rms(hookpoint, size, self.device)
         else:
             ids = torch.tensor([self.tok_encode(CALIBRATION_TEXT)[: self.max_length]])
             self.signal_rms = activation_rms(self.model, hookpoint, ids.to(self.device))
-        self.attack = self.settings.resolved(self.signal_rms)
+        attacks = [condition.resolved(self.signal_rms) for condition in conditions]
+        self.attack = attacks[0]
         scorer = Scorer(self.model, hookpoint, self.mixed_precision_dtype, self.softmax_dtype)
         pad = self.tokenizer.pad_token_id or 0
-        self.engine = Engine(scorer, [self.attack], self.settings.threat, self.device, pad)
-        self.diagnostics = Diagnostics()
+        self.engine = Engine(scorer, attacks, settings.threat, self.device, pad)
+        self.diagnostics = [Diagnostics() for _ in attacks]
 
     # -- loading -----------------------------------------------------------------------------------
 
@@ -146,6 +157,11 @@ class AttackedHFLM(HFLM):
         self._pool()
         return answers[: len(requests)]
 
+    def answers_of(self, requests: Sequence[Instance]) -> list[list[Answer]]:
+        """The answers of `loglikelihood` under each condition (see `use`)."""
+        self.loglikelihood(requests)
+        return [answers[: len(requests)] for answers in self._answers]
+
     def loglikelihood_rolling(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[float]:
@@ -165,21 +181,24 @@ class AttackedHFLM(HFLM):
         rows = override_bs or self.batch_size
         if str(rows).startswith("auto"):
             rows = self.max_batch_size or 64
-        answers: list[Answer] = [(0.0, False)] * len(requests)
+        answers = [[(0.0, False)] * len(requests) for _ in self.conditions]
         progress = self.progress(
             total=len(requests),
             disable=disable_tqdm or self.rank != 0,
             desc=f"Running loglikelihood requests ({self.attack.condition})",
         )
         with frozen(self.model), progress:
-            for question, (found,) in self.engine.run(questions, int(rows)):
-                for indices, answer in zip(question.answers, found, strict=True):
+            for question, found in self.engine.run(questions, int(rows)):
+                for i, indices in enumerate(question.answers):
                     for index in indices:
-                        answers[index] = answer
-                        if requests[index][0] is not None:
-                            self.cache_hook.add_partial("loglikelihood", requests[index][0], answer)
+                        for of_condition, attacked in zip(answers, found, strict=True):
+                            of_condition[index] = attacked[i]
+                        asked = requests[index][0]
+                        if asked is not None:  # a window of a longer text has no key of its own
+                            self.cache_hook.add_partial("loglikelihood", asked, found[0][i])
                     progress.update(len(indices))
-        return answers
+        self._answers = answers
+        return answers[0]
 
     def _questions(self, requests: Sequence[TokenRequest]) -> list[Question]:
         """The requests grouped by what one perturbation serves."""
@@ -237,10 +256,10 @@ class AttackedHFLM(HFLM):
 
     def _pool(self) -> None:
         """Diagnostics so far, over all processes."""
-        sums = torch.tensor(astuple(self.engine.diagnostics[0]), dtype=torch.float64)
+        sums = torch.tensor([astuple(d) for d in self.engine.diagnostics], dtype=torch.float64)
         if self.world_size > 1:
             sums = self.accelerator.gather(sums[None].to(self.device)).sum(0).cpu()
-        self.diagnostics = Diagnostics(*sums.tolist())
+        self.diagnostics = [Diagnostics(*row) for row in sums.tolist()]
 
     def _refuse_choice(self, requests: Sequence[Instance]) -> None:
         if self.settings.loss == "choice":
@@ -255,19 +274,17 @@ class AttackedHFLM(HFLM):
         """lm-eval's description of the model, and under "attack" all that was done to it."""
         return {**super().get_model_info(), "attack": self.attack_info()}
 
-    def attack_info(self) -> dict[str, Any]:
-        """Resolved settings and diagnostics of the condition; README, "what the numbers mean"."""
-        iterative = self.attack.kind.iterative
+    def attack_info(self, condition: int = 0) -> dict[str, Any]:
+        """Resolved settings and diagnostics of a condition; README, "what the numbers mean"."""
+        settings, attack = self.conditions[condition], self.engine.attacks[condition]
         return {
-            **self.settings.arguments(),
-            "condition": self.attack.condition,
-            "steps": self.attack.steps if iterative else None,
-            "step_size": self.attack.step if iterative else None,
-            "epsilon_absolute": self.attack.epsilon,
-            "embedding_rms"
-            if self.settings.hookpoint is None
-            else "hookpoint_rms": self.signal_rms,
-            **self.diagnostics.report(),
+            **settings.arguments(),
+            "condition": attack.condition,
+            "steps": attack.steps if attack.kind.iterative else None,
+            "step_size": attack.step if attack.kind.iterative else None,
+            "epsilon_absolute": attack.epsilon,
+            "embedding_rms" if settings.hookpoint is None else "hookpoint_rms": self.signal_rms,
+            **self.diagnostics[condition].report(),
         }
 
     def set_cache_hook(self, cache_hook: Any) -> None:

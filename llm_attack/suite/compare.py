@@ -6,11 +6,13 @@ import json
 import logging
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import simple_parse_args_string
@@ -20,9 +22,10 @@ from rich.table import Table
 
 from llm_attack import __version__
 from llm_attack.errors import UsageError
+from llm_attack.lm.engine import Answer
 from llm_attack.lm.model import AttackedHFLM
-from llm_attack.lm.settings import split_arguments
-from llm_attack.suite.harness import add_tasks, unknown_tasks
+from llm_attack.lm.settings import AttackSettings, split_arguments
+from llm_attack.suite.harness import task_manager
 
 
 @dataclass
@@ -33,20 +36,20 @@ class Comparison:
         accuracies: a row for each task and a last one with their mean; a column for each condition
             and `baseline`, the accuracy of random guesses. lm-eval's `acc`.
         attacks: for each condition, its resolved settings and diagnostics.
-        seconds: wall time of each condition, task building included.
+        seconds: wall time, building of tasks included.
     """
 
     accuracies: pd.DataFrame
     attacks: dict[str, dict[str, Any]]
-    seconds: dict[str, float]
+    seconds: float
 
 
 class _Bar:
     """A rich progress bar with the few methods of tqdm's that the model calls."""
 
-    def __init__(self, progress: Progress, total: int, desc: str) -> None:
+    def __init__(self, progress: Progress, total: int) -> None:
         self.progress = progress
-        self.task = progress.add_task(desc, total=total)
+        self.task = progress.add_task("requests", total=total)
 
     def update(self, n: int) -> None:
         self.progress.advance(self.task, n)
@@ -58,58 +61,76 @@ class _Bar:
         pass
 
 
+class _Replay(LM):
+    """Lets lm-eval judge answers that were computed before."""
+
+    def __init__(self, answers: list[Answer]) -> None:
+        super().__init__()
+        self.answers = answers
+
+    def loglikelihood(self, requests: list[Instance]) -> list[Answer]:
+        return self.answers
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        raise UsageError(f"tasks={requests[0].task_name}: must be a task with choices")
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        raise UsageError(f"tasks={requests[0].task_name}: must be a task with choices")
+
+
+class _Recorder(_Replay):
+    """Answers for all conditions at the first one's evaluation."""
+
+    def __init__(self, lm: AttackedHFLM) -> None:
+        super().__init__([])
+        self.lm = lm
+
+    def loglikelihood(self, requests: list[Instance]) -> list[Answer]:
+        self.of_conditions = self.lm.answers_of(requests)
+        return self.of_conditions[0]
+
+
 def compare(
     lm: AttackedHFLM,
     tasks: list[str],
-    attacks: list[str],
+    conditions: list[AttackSettings],
     *,
+    manager: TaskManager | None = None,
     console: Console | None = None,
     **options: Any,
 ) -> Comparison:
-    """Evaluates `lm` on lm-eval `tasks` under each of `attacks`; its other settings stay.
+    """Evaluates `lm` on lm-eval `tasks` under all `conditions`, in one pass over the requests.
 
     Args:
         lm: the model.
-        tasks: names of tasks or groups.
-        attacks: names of attacks.
+        tasks: names of tasks or groups with choices.
+        conditions: as for `AttackedHFLM.use`.
+        manager: knows the tasks; made unless given.
         console: where a progress bar is shown.
         **options: of lm-eval's `simple_evaluate` (limit, num_fewshot, ...).
 
     Raises:
-        UsageError: a task is unknown, or an argument out of range.
+        UsageError: a task is unknown or has no choices, or an argument is out of range.
     """
-    add_tasks()
-    manager = TaskManager()
-    missing = [t for t in tasks if not manager.match_tasks([t])]
-    if missing:
-        raise unknown_tasks(missing, manager.all_tasks)
-    conditions = [replace(lm.settings, attack=name) for name in attacks]
+    manager = manager or task_manager(tasks)
+    lm.use(*conditions)
+    options = {"task_manager": manager, "bootstrap_iters": 0, "log_samples": True, **options}
     columns: dict[str, dict[str, float]] = {}
-    comparison = Comparison(pd.DataFrame(), {}, {})
+    recorder = _Recorder(lm)
+    start = time.perf_counter()
     shown = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with Progress(*shown, TimeRemainingColumn(), console=console, disable=console is None) as bars:
-        for settings in conditions:
-            lm.use(settings)
-            name = lm.attack.condition
-            lm.progress = lambda total, name=name, **_: _Bar(bars, total, f"{name:>12}")
-            start = time.perf_counter()
-            results = simple_evaluate(
-                lm,
-                tasks=tasks,
-                task_manager=manager,
-                bootstrap_iters=0,
-                log_samples=True,
-                **options,
-            )
-            comparison.seconds[name] = round(time.perf_counter() - start, 2)
-            comparison.attacks[name] = lm.attack_info()
-            of_tasks = results["samples"]
-            columns[name] = {t: results["results"][t]["acc,none"] for t in of_tasks}
-            columns["baseline"] = {t: _chance(questions) for t, questions in of_tasks.items()}
-    columns["baseline"] = columns.pop("baseline")  # the last column
-    comparison.accuracies = pd.DataFrame(columns)
-    comparison.accuracies.loc["mean"] = comparison.accuracies.mean()
-    return comparison
+        lm.progress = lambda total, **_: _Bar(bars, total)
+        results = [simple_evaluate(recorder, tasks=tasks, **options)]
+    for answers in recorder.of_conditions[1:]:
+        results.append(simple_evaluate(_Replay(answers), tasks=tasks, **options))
+    for attack, found in zip(lm.engine.attacks, results, strict=True):
+        columns[attack.condition] = {t: found["results"][t]["acc,none"] for t in found["samples"]}
+    columns["baseline"] = {t: _chance(found) for t, found in results[0]["samples"].items()}
+    frame = pd.DataFrame(columns)
+    frame.loc["mean"] = frame.mean()
+    attacks = {a.condition: lm.attack_info(i) for i, a in enumerate(lm.engine.attacks)}
+    return Comparison(frame, attacks, round(time.perf_counter() - start, 2))
 
 
 def _chance(questions: list[dict[str, Any]]) -> float:
@@ -134,11 +155,15 @@ def main(
     quiet_progress_bars()
     names = [name.strip() for name in attacks.split(",") if name.strip()]
     arguments = {**of_model, **simple_parse_args_string(model_args)}
-    for name in names:  # before the model is loaded
-        split_arguments({**arguments, "attack": name})
+    conditions = [split_arguments({**arguments, "attack": name})[0] for name in names]
+    task_names = [name.strip() for name in tasks.split(",") if name.strip()]
+    with console.status("looking up the tasks"):
+        manager = task_manager(task_names)
     with console.status(f"loading {model}"):
         lm = AttackedHFLM(pretrained=model, **arguments, attack=names[0])
-    comparison = compare(lm, tasks.split(","), names, console=console, **of_evaluation)
+    comparison = compare(
+        lm, task_names, conditions, manager=manager, console=console, **of_evaluation
+    )
     console.print(table(comparison, f"{model}: accuracy, loss={lm.settings.loss}"))
     if output is not None:
         save(comparison, output, {"model": model, "tasks": tasks, **options, **of_model})

@@ -36,6 +36,23 @@ def add_tasks() -> None:
     TaskManager.__init__ = with_ours
 
 
+def task_manager(tasks: Sequence[str]) -> Any:
+    """An lm-eval `TaskManager` that knows `tasks`, names or patterns of tasks, groups and tags.
+
+    Raises:
+        UsageError: one of them does not exist.
+    """
+    from lm_eval.tasks import TaskManager
+
+    # indexing lm-eval's own thousands of files takes seconds; our own first
+    for defaults in (False, True):
+        manager = TaskManager(include_path=str(tasks_path()), include_defaults=defaults)
+        missing = [t for t in tasks if not manager.match_tasks([t])]
+        if not missing:
+            return manager
+    raise unknown_tasks(missing, manager.all_tasks)
+
+
 def lm_eval(arguments: Sequence[str]) -> None:
     """lm-eval's own command line with `arguments`; the model is attacked-hf unless one is named.
 

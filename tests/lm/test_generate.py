@@ -65,7 +65,7 @@ def test_diagnostics_count_the_prompts(make, build):
     lm = make(attack="random", epsilon=0.02)
     generate(lm, requests)
     tokens = sum(len(lm.tok_encode(r.args[0])) for r in requests)
-    assert lm.diagnostics.elements == tokens * lm.model.config.hidden_size
+    assert lm.diagnostics[0].elements == tokens * lm.model.config.hidden_size
     assert lm.attack_info()["noise_rms"] == pytest.approx(0.02, rel=1e-5)
 
 

@@ -51,7 +51,7 @@ def test_diagnostics_are_of_the_tokens_read(make, build):
     lm = make(attack="random", epsilon=0.003)
     lm.loglikelihood(task.instances, disable_tqdm=True)
     tokens = [lm.tok_encode("".join(r.args)) for r in task.instances]
-    assert lm.diagnostics.elements == 128 * sum(len(t) - 1 for t in tokens)
+    assert lm.diagnostics[0].elements == 128 * sum(len(t) - 1 for t in tokens)
     info = lm.attack_info()
     assert info["noise_rms"] == pytest.approx(0.003, rel=1e-4)
     matrix = lm.model.get_input_embeddings().weight.detach()
