@@ -58,13 +58,12 @@ def test_known_arguments_are_taken(make):
     assert lm.max_length == 32
 
 
-@pytest.mark.parametrize("command", [["-m", "lm_eval"], ["-m", "llm_attack", "eval"]])
-def test_command_lines(command):
-    """Under lm-eval's own command line, too, it is one line and no traceback."""
+def test_command_line_of_lm_eval():
+    """There, too, it is one line and no traceback."""
     arguments = ["--model", "attacked-hf", "--model_args", "pretrained=demo,attack=bimm"]
     tasks = ["--tasks", "demo_piqa", "--include_path", str(tasks_path())]
     done = subprocess.run(
-        [sys.executable, *command, *arguments, *tasks],
+        [sys.executable, "-m", "lm_eval", *arguments, *tasks],
         capture_output=True,
         text=True,
     )
@@ -93,7 +92,7 @@ def test_model_that_cannot_be_loaded(make, name, monkeypatch):
 def test_unreachable_hub(tmp_path):
     """With an empty cache and no network the default model cannot be had."""
     done = subprocess.run(
-        [sys.executable, "-m", "llm_attack", "eval", "--tasks", "demo_piqa"],
+        [sys.executable, "-m", "llm_attack", "run", "--tasks", "demo_piqa"],
         capture_output=True,
         text=True,
         env={"PATH": "", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
