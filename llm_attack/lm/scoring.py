@@ -12,23 +12,31 @@ from torch.nn.functional import softplus
 from transformers import PreTrainedModel
 
 from llm_attack.lm.hook import capture, edit_input, edit_output
-from llm_attack.lm.losses import sum_by
 from llm_attack.lm.pack import Entries, Pack
 
 
 class Scores(NamedTuple):
-    """What the model says of E predictions: log-probability, and whether it is greedy; (E,)."""
+    """What the model says of E predictions, each (E,).
+
+    Attributes:
+        log_prob: log-probability, for a loss: its gradient is precise.
+        answer: log-probability as lm-eval computes it, detached.
+        greedy: whether the token is the likeliest.
+    """
 
     log_prob: Tensor
+    answer: Tensor
     greedy: Tensor
 
-    def by_request(self, request: Tensor, n: int) -> tuple[Tensor, Tensor]:
-        """(n,) log-likelihood of each request and whether all its predictions are greedy.
+    def by_request(self, sizes: list[int]) -> tuple[Tensor, Tensor]:
+        """(n,) log-likelihood of each of n requests, and whether all its predictions are greedy.
 
-        `request` is (E,): the request that each prediction belongs to.
+        `sizes` are the requests' numbers of predictions, which stand in order. The sums are made as
+        lm-eval makes them: at -1000 the last place of float32 is 1e-4, so the order matters.
         """
-        wrong = sum_by((~self.greedy).float(), request, n)
-        return sum_by(self.log_prob, request, n), wrong == 0
+        log_likelihoods = torch.stack([part.sum() for part in self.answer.split(sizes)])
+        greedy = torch.stack([part.all() for part in self.greedy.split(sizes)])
+        return log_likelihoods, greedy
 
 
 class Scorer:
@@ -103,17 +111,20 @@ class Scorer:
 def look_up(logits: Tensor, slot: Tensor, target: Tensor) -> Scores:
     """Scores of the tokens `target` (E,) at the rows `slot` (E,) of `logits` (P, V).
 
-    The log-probability of the likeliest token is -softplus(rest - top), where rest is the logsumexp
-    of all others: where a model is sure, log-softmax's gradient p - 1 is nothing but rounding
+    Answers are log-softmax. For a gradient, that of the likeliest token is written as
+    -softplus(rest - top), where rest is the logsumexp of all others. It keeps its precision where a
+    model is sure of a token: there the gradient of log-softmax, p - 1, is nothing but rounding
     error, and an attack that follows its sign follows noise.
     """
-    top = logits.detach().argmax(-1, keepdim=True)
-    of_top = logits.gather(-1, top).squeeze(-1)
-    of_target = logits[slot, target]
-    others = logits.scatter if logits.requires_grad else logits.scatter_  # spare a copy
-    rest = others(-1, top, -torch.inf).logsumexp(-1)
+    values = logits.detach()
+    top = values.argmax(-1, keepdim=True)
     greedy = top.squeeze(-1)[slot] == target
-    sure = -softplus((rest - of_top)[slot])
-    return Scores(
-        torch.where(greedy, sure, of_target - torch.logaddexp(of_top, rest)[slot]), greedy
-    )
+    answer = values.log_softmax(-1)[slot, target]
+    if not logits.requires_grad:
+        return Scores(answer, answer, greedy)
+    relative = logits - values.gather(-1, top)
+    of_top = relative.gather(-1, top).squeeze(-1)
+    rest = relative.scatter(-1, top, -torch.inf).logsumexp(-1)
+    sure = -softplus(rest - of_top)[slot]
+    unsure = relative[slot, target] - torch.logaddexp(of_top, rest)[slot]
+    return Scores(torch.where(greedy, sure, unsure), answer, greedy)

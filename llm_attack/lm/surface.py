@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llm_attack.attacks import Attack, least_likely, perturb
-from llm_attack.lm.losses import ChoiceScores, negative_log_likelihood
+from llm_attack.lm.losses import ChoiceScores, negative_log_likelihood, sum_by
 from llm_attack.lm.pack import Pack
 from llm_attack.lm.scoring import Scorer, Scores
 
@@ -43,6 +43,7 @@ class Surface:
         self.scorer, self.pack, self.threat = scorer, pack, threat
         self.scored = pack.entries.of_continuations()
         self.watched = pack.entries if threat.loss == "sequence" else self.scored
+        self.sizes = [r.n_continuation for q in pack.questions for r in q.requests]
         clean = scorer.point(pack)
         self.x = clean.flatten(0, 1)[pack.first] if threat.shared else clean
         self.mask = None if threat.shared else pack.mask
@@ -66,16 +67,18 @@ class Surface:
 
     def _loss(self, scores: Scores) -> Tensor:
         if self.threat.loss == "choice":
-            log_likelihoods, _ = scores.by_request(self.watched.request, self.pack.n_requests)
-            return self.choices.cross_entropy(log_likelihoods, self.choices.gold)
+            return self.choices.cross_entropy(self._sums(scores), self.choices.gold)
         n = self.pack.n_requests
         return negative_log_likelihood(scores.log_prob, self.watched, n, self.threat.loss)
 
     def target_loss(self, x: Tensor) -> Tensor:
         """What the targeted attacks descend: cross-entropy of the target choice, (questions,)."""
         scores = self.scorer(self.pack, self.watched, self.expand(x))
-        log_likelihoods, _ = scores.by_request(self.watched.request, self.pack.n_requests)
-        return self.choices.cross_entropy(log_likelihoods, self.target)
+        return self.choices.cross_entropy(self._sums(scores), self.target)
+
+    def _sums(self, scores: Scores) -> Tensor:
+        """Log-likelihoods of the requests, (requests,), for a loss."""
+        return sum_by(scores.log_prob, self.watched.request, self.pack.n_requests)
 
     @cached_property
     def target(self) -> Tensor:
@@ -99,8 +102,8 @@ class Surface:
             scores = self.scorer(self.pack, self.watched, self.expand(x))
             (gradient,) = torch.autograd.grad(self._loss(scores).sum(), x)
         keep = self.watched.continuation
-        continuations = Scores(scores.log_prob.detach()[keep], scores.greedy[keep])
-        self.clean = continuations.by_request(self.watched.request[keep], self.pack.n_requests)
+        continuations = Scores(*(s[keep].detach() for s in scores))
+        self.clean = continuations.by_request(self.sizes)
         return gradient
 
     def answers(self, x: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -108,7 +111,7 @@ class Surface:
         with torch.no_grad():
             point = None if x is None else self.expand(x)
             scores = self.scorer(self.pack, self.scored, point)
-        return scores.by_request(self.scored.request, self.pack.n_requests)
+        return scores.by_request(self.sizes)
 
     def attack(self, attack: Attack) -> tuple[Tensor, Tensor]:
         """The attacked point and its diagnostics (signal, noise, elements, zeros, gradients).

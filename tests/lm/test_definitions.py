@@ -5,6 +5,8 @@ import functools
 import pytest
 import torch
 
+from llm_attack.lm.scoring import look_up
+
 TASKS = ["demo_arc_challenge", "demo_piqa", "demo_winogrande"]
 
 
@@ -135,3 +137,18 @@ def test_float32_follows_the_gradient_not_its_rounding(make, exact, build, loss)
         assert answers(make(**settings), task) == pytest.approx(
             answers(exact(**settings), task), abs=1e-3
         )
+
+
+def test_look_up():
+    """Log-softmax and its gradient, precise where a token is nearly certain."""
+    logits = torch.tensor([[0.0, 30.0, 1.0], [2.0, 2.0, -1.0]], requires_grad=True)
+    slot, target = torch.tensor([0, 0, 1, 1]), torch.tensor([1, 2, 0, 2])
+    scores = look_up(logits, slot, target)
+    exact = logits.double().log_softmax(-1)[slot, target]
+    assert torch.allclose(scores.log_prob.double(), exact, rtol=1e-6)
+    assert torch.allclose(scores.answer.double(), exact, rtol=1e-6, atol=1e-6)
+    assert scores.greedy.tolist() == [True, False, True, False]
+    (found,) = torch.autograd.grad(scores.log_prob[0], logits)
+    (expected,) = torch.autograd.grad(exact[0], logits)
+    assert torch.allclose(found, expected, rtol=1e-5, atol=0)
+    assert found[0, 1] > 0  # log-softmax in float32 has 1 - 1 = 0 there

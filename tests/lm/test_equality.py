@@ -28,7 +28,7 @@ def test_demo(make, build, task):
 @pytest.mark.parametrize("task", DEMO)
 @pytest.mark.parametrize("model", MODELS)
 def test_real_tasks(make, build, real_data, task, model):
-    """In float64 (GPT-Neo's attention is in float32 even so), where stock's sums are exact too."""
+    """In float64; GPT-Neo's attention is in float32 even so."""
     path = str(real_data / "models" / model)
     expected, found = both(make, build(task, 5), path, dtype="float64", softmax_dtype="float64")
     assert [ll for ll, _ in found] == pytest.approx([ll for ll, _ in expected], abs=2e-6)
@@ -38,11 +38,11 @@ def test_real_tasks(make, build, real_data, task, model):
 @pytest.mark.parametrize("task", DEMO)
 @pytest.mark.parametrize("model", MODELS)
 def test_real_tasks_in_float32(make, build, real_data, task, model):
-    """Within 1e-4, or 3 units in the last place of stock's own float32 answer if that is more."""
+    """The definition is stock's to the last places of float32: at -1000, one place is 6e-5."""
     path = str(real_data / "models" / model)
     expected, found = both(make, build(task, 5), path, dtype="float32")
-    for (theirs, _), (ours, _) in zip(expected, found, strict=True):
-        assert ours == pytest.approx(theirs, abs=1e-4, rel=3 * 2**-23)
+    assert [ll for ll, _ in found] == pytest.approx([ll for ll, _ in expected], abs=1e-4)
+    assert [g for _, g in found] == [g for _, g in expected]
 
 
 def test_truncation_and_empty_context(make, build):
