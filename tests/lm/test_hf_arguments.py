@@ -1,0 +1,67 @@
+"""Arguments of `hf` mean the same to `attacked-hf`."""
+
+import pytest
+import torch
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoModelForCausalLM
+
+from llm_attack.demo import MODEL_PATH
+
+
+def answers(lm, task):
+    return [ll for ll, _ in lm.loglikelihood(task.instances, disable_tqdm=True)]
+
+
+def stock(**arguments):
+    return HFLM(**{"pretrained": str(MODEL_PATH), "device": "cpu", "batch_size": 8, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "tolerance"),
+    [
+        ({"dtype": "bfloat16"}, 0.1),
+        ({"mixed_precision_dtype": "bfloat16"}, 0.1),
+        ({"attn_implementation": "eager"}, 1e-4),
+        ({"add_bos_token": True}, 1e-4),
+        ({"prefix_token_id": 2}, 1e-4),
+        ({"truncation": True, "max_length": 8}, 1e-4),
+        ({"logits_cache": False}, 1e-4),
+        ({"revision": "main", "trust_remote_code": False, "use_fast_tokenizer": True}, 1e-4),
+    ],
+    ids=lambda x: str(x) if isinstance(x, dict) else "",
+)
+def test_as_in_stock(make, build, arguments, tolerance):
+    task = build("demo_openbookqa", 5)
+    expected = answers(stock(**arguments, softmax_dtype="float32"), task)
+    assert answers(make(attack="none", **arguments), task) == pytest.approx(expected, abs=tolerance)
+
+
+def test_peft_adapter(make, build, tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = AutoModelForCausalLM.from_pretrained(MODEL_PATH)
+    peft.get_peft_model(model, config).save_pretrained(tmp_path)
+    task = build("demo_openbookqa", 5)
+    expected = answers(stock(peft=str(tmp_path)), task)
+    clean = answers(make(attack="none", peft=str(tmp_path)), task)
+    assert clean == pytest.approx(expected, abs=1e-4)
+    assert clean != answers(make(attack="none"), task)
+    lm = make(attack="fgsm", loss="choice", peft=str(tmp_path))
+    assert answers(lm, task) != clean
+    assert lm.attack_info()["zero_gradient_fraction"] == 0
+
+
+def test_loaded_model(make, build):
+    task = build("demo_piqa", 4)
+    model = AutoModelForCausalLM.from_pretrained(MODEL_PATH)
+    lm = make(pretrained=model, tokenizer=make().tokenizer, attack="fgsm")
+    assert answers(lm, task) == answers(make(attack="fgsm"), task)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("size", ["auto", "auto:2", "3"])
+def test_batch_size(make, build, size):
+    task = build("demo_piqa", 6)
+    expected = answers(make(attack="fgsm"), task)
+    assert answers(make(attack="fgsm", batch_size=size), task) == pytest.approx(expected, abs=2e-4)
