@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -20,11 +19,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from llm_attack import __version__
 from llm_attack.errors import UsageError
 from llm_attack.lm.engine import Answer
 from llm_attack.lm.model import AttackedHFLM
 from llm_attack.lm.settings import AttackSettings, split_arguments
+from llm_attack.outputs import versions, write_json
 from llm_attack.suite.harness import task_manager
 
 
@@ -210,12 +209,4 @@ def save(comparison: Comparison, folder: Path, settings: dict[str, Any]) -> None
         "seconds": comparison.seconds,
         "versions": versions(),
     }
-    (folder / "run.json").write_text(json.dumps(run, indent=2, default=str) + "\n")
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    from importlib.metadata import version
-
-    names = ("torch", "transformers", "lm-eval", "accelerate", "datasets")
-    return {"llm-attack": __version__, **{name: version(name) for name in names}}
+    write_json(folder / "run.json", run)
