@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # colour-blind, and of distinct lightness in grey print. https://jfly.uni-koeln.de/color/
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "axes.grid": True,
     "axes.spines.right": False,
     "axes.spines.top": False,
@@ -38,8 +38,8 @@ _STYLE: dict[str, Any] = {
 def style() -> Iterator[None]:
     """Matplotlib's settings for all figures of this project, while the context lasts.
 
-    Figures are made as `matplotlib.figure.Figure`, without pyplot, which would need a screen in some
-    programs and keep every figure alive.
+    Figures are made as `matplotlib.figure.Figure`, without pyplot, which would need a screen
+    in some programs, and would keep every figure alive.
     """
     import matplotlib
     from cycler import cycler
