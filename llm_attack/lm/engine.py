@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from math import log10
+from typing import NamedTuple
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 
 from llm_attack.attacks import Attack
-from llm_attack.lm.pack import pack_rows
-from llm_attack.lm.questions import Question, batches
+from llm_attack.lm.losses import widest
+from llm_attack.lm.pack import Pack, pack_rows, pack_trees
+from llm_attack.lm.probe import trees_equal_rows
+from llm_attack.lm.questions import Question, Request, Shape, batches, of_rows, of_tree
 from llm_attack.lm.scoring import Scorer
 from llm_attack.lm.surface import Surface, ThreatModel
 
 Answer = tuple[float, bool]
+
+# Tokens of a batch: enough to keep the device busy, more only costs memory. benchmarks/engine.py
+BUDGET = {"cpu": 2048, "mps": 8192, "cuda": 32768}
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -55,6 +64,49 @@ class Diagnostics:
         }
 
 
+class Answered(NamedTuple):
+    """What the engine found for a question.
+
+    Attributes:
+        question: the question.
+        answers: for each attack, one answer per request.
+        alignment: x·g, x·x and g·g of its clean point x and the gradient g there
+            (`Surface.alignment`); None where no attack needs that gradient.
+    """
+
+    question: Question
+    answers: list[list[Answer]]
+    alignment: tuple[float, ...] | None
+
+
+@dataclass
+class Found:
+    """What the engine found for a batch: answers, and each attack's diagnostics."""
+
+    answered: list[Answered]
+    diagnostics: list[Diagnostics]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Questions that go through the model together, as trees or with a row per request."""
+
+    questions: list[Question]
+    trees: bool
+
+    @property
+    def tokens(self) -> int:
+        """Of the model's input, padding included."""
+        shapes = map(of_tree if self.trees else of_rows, self.questions)
+        return sum(shapes, Shape(0, 0)).tokens
+
+    def halves(self) -> list[Batch]:
+        """Two batches, the last first."""
+        middle = len(self.questions) // 2
+        parts = self.questions[middle:], self.questions[:middle]
+        return [Batch(part, self.trees) for part in parts]
+
+
 @dataclass
 class Engine:
     """Answers questions under a list of attacks.
@@ -65,6 +117,7 @@ class Engine:
         threat: loss and context of the attacks.
         device: where packs are put.
         pad: token id for padding; its value has no influence.
+        longest_tree: a question that is a longer tree gets a row per request; 0: all do.
     """
 
     scorer: Scorer
@@ -72,58 +125,155 @@ class Engine:
     threat: ThreatModel
     device: torch.device
     pad: int = 0
+    longest_tree: int = 0
     diagnostics: list[Diagnostics] = field(init=False)
+    _tried: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self.diagnostics = [Diagnostics() for _ in self.attacks]
 
     def run(
-        self, questions: Iterable[Question], rows: int
-    ) -> Iterator[tuple[Question, list[list[Answer]]]]:
-        """Yields each question with its answers: for each attack, one per request.
+        self, questions: Iterable[Question], rows: int, tokens: int | None = None
+    ) -> Iterator[Answered]:
+        """Yields the answers to each question; to each request alone where it is attacked alone.
 
-        A batch holds at most `rows` requests (but always a whole question); when memory runs out,
-        half as many from then on.
+        Arguments as of `batches`. Batches that run out of memory are halved, and so are those after
+        them that are as large.
         """
-        waiting = batches(questions, rows)[::-1]
-        while waiting:
-            batch = waiting.pop()
-            try:
-                answers = self.answer(batch)
-            except Exception as error:
-                if len(batch) == 1 or not should_reduce_batch_size(error):
-                    raise
-                answers = None  # what the traceback keeps alive is free only after the handler
-            if answers is None:
-                clear_device_cache(garbage_collection=True)
-                rows = max(1, sum(len(q.requests) for q in batch) // 2)
-                waiting = batches([q for b in [batch, *waiting] for q in b], rows)[::-1]
-                continue
-            at = 0
-            for question in batch:
-                end = at + len(question.requests)
-                yield question, [of_attack[at:end] for of_attack in answers]
-                at = end
+        for _, found in self.answers(self.batches(questions, rows, tokens)):
+            yield from found.answered
 
-    def answer(self, questions: Sequence[Question]) -> list[list[Answer]]:
-        """For each attack, the answers to all requests of one batch, in order."""
-        pack = pack_rows(questions, self.pad).to(self.device)
-        surface = Surface(self.scorer, pack, self.threat)
-        if any(a.uses_clean_gradient for a in self.attacks):
-            _ = surface.gradient  # its forward gives the clean answers too
-        results: list[tuple[Tensor, Tensor]] = []
-        sums: list[Tensor | None] = []
+    def batches(
+        self, questions: Iterable[Question], rows: int, tokens: int | None = None
+    ) -> list[Batch]:
+        """The questions in batches, which depend on nothing but the questions and the arguments.
+
+        Args:
+            questions: what is asked.
+            rows: of a batch at most (but always a whole question).
+            tokens: of a batch at most, padding included, unless a question has more; None: what is
+                good for the device.
+        """
+        tokens = tokens or BUDGET.get(self.device.type, BUDGET["cpu"])
+        trees, others = self.layouts(questions)
+        return [
+            Batch(batch, waiting is trees)
+            for waiting, shape in ((trees, of_tree), (others, of_rows))
+            for batch in batches(waiting, shape, rows, tokens)
+        ]
+
+    def answers(self, todo: Iterable[Batch]) -> Iterator[tuple[Batch, Found]]:
+        """Yields each batch with what was found; see `run`."""
+        waiting = [(batch, [batch]) for batch in todo][::-1]
+        limit: int | None = None  # tokens, once memory has run out
+        ready: Pack | None = None
+        while waiting:
+            batch, parts = waiting.pop()
+            found = Found([], [Diagnostics() for _ in self.attacks])
+            while parts:
+                part = parts.pop()
+                if limit is not None and part.tokens > limit and len(part.questions) > 1:
+                    parts.extend(part.halves())
+                    continue
+                pack = self.pack(part) if ready is None or part is not batch else ready
+                ready = None
+                try:
+                    values = self.answer(pack)
+                except Exception as error:
+                    if len(part.questions) == 1 or not should_reduce_batch_size(error):
+                        raise
+                    values = None  # what the traceback keeps alive is free only after the handler
+                if values is None:
+                    clear_device_cache(garbage_collection=True)
+                    limit = part.tokens // 2
+                    parts.append(part)
+                    continue
+                if not parts and waiting and limit is None:  # while the device is still at work
+                    ready = self.pack(waiting[-1][0])
+                self._collect(pack, values, found)
+            for totals, of_batch in zip(self.diagnostics, found.diagnostics, strict=True):
+                totals.add(astuple(of_batch))
+            yield batch, found
+
+    def layouts(self, questions: Iterable[Question]) -> tuple[list[Question], list[Question]]:
+        """The questions that become trees, and the others, which get a row per request.
+
+        Where the requests are attacked alone, the others are single requests, equal ones once.
+        """
+        alone: dict[Request, Question] = {}
+        trees, others = [], []
+        shared = self.threat.shared
+        packed = self.longest_tree > 0 and (shared or all(a.identity for a in self.attacks))
+        for q in questions:
+            if packed and len(q.requests) > 1 and len(q.trie) <= self.longest_tree:
+                trees.append(q)
+            elif shared:
+                others.append(q)
+            else:
+                for request, answers in zip(q.requests, q.answers, strict=True):
+                    alone.setdefault(request, Question([request], [[]])).answers[0].extend(answers)
+        longest = max(trees, key=lambda q: len(q.trie), default=None)
+        if longest is None or len(longest.trie) <= self._tried:
+            return trees, others + list(alone.values())
+        self._tried = len(longest.trie)
+        if not trees_equal_rows(self.scorer, [longest], self.device, self.pad):
+            log.warning("packing: off, as a tree of %d tokens gives other logits", self._tried)
+            self.longest_tree = 0
+        return self.layouts([*trees, *others, *alone.values()])
+
+    def pack(self, batch: Batch) -> Pack:
+        """One batch as tensors, on the host."""
+        attacked = not all(a.identity for a in self.attacks)
+        whole = attacked and self.threat.loss == "sequence"
+        if batch.trees:
+            return pack_trees(batch.questions, self.pad, whole=whole)
+        return pack_rows(batch.questions, self.pad, shared=self.threat.shared, whole=whole)
+
+    def answer(self, pack: Pack) -> Tensor:
+        """What is found for one batch, (N,) on the device, as `_collect` reads it."""
+        surface = Surface(self.scorer, pack.to(self.device), self.threat)
+        found: list[Tensor] = []
+        if self._aligned:
+            found.append(surface.alignment())  # its forward gives the clean answers too
         for attack in self.attacks:
             if attack.identity:
-                results.append(surface.clean)
-                sums.append(None)
+                found.extend(surface.clean)
             else:
-                adversarial, of_attack = surface.attack(attack)
-                results.append(surface.answers(adversarial))
-                sums.append(of_attack)
-        log_likelihoods = torch.stack([ll for ll, _ in results]).tolist()
-        greedy = torch.stack([g for _, g in results]).tolist()
-        for totals, of_condition in zip(self.diagnostics, sums, strict=True):
-            if of_condition is not None:
-                totals.add(of_condition.tolist())
-        return [list(zip(*both, strict=True)) for both in zip(log_likelihoods, greedy, strict=True)]
+                adversarial, sums = surface.attack(attack)
+                found.extend((sums, *surface.answers(adversarial)))
+        wide = widest(self.device)
+        return torch.cat([part.flatten().to(wide) for part in found])
+
+    @property
+    def _aligned(self) -> bool:
+        return any(a.uses_clean_gradient for a in self.attacks)
+
+    def _collect(self, pack: Pack, values: Tensor, found: Found) -> None:
+        """Adds the batch's answers to `found`; waits for the device, and copies from it once."""
+        values = values.cpu()
+
+        def take(n: int) -> Tensor:
+            nonlocal values
+            taken, values = values[:n], values[n:]
+            return taken
+
+        n, predictions = len(pack.questions), len(pack.scored.target)
+        alignments: list = [None] * n
+        if self._aligned:
+            alignments = [tuple(row) for row in take(3 * n).reshape(n, 3).tolist()]
+        sizes = [r.n_continuation for r in pack.requests]
+        answers: list[list[Answer]] = []
+        for attack, totals in zip(self.attacks, found.diagnostics, strict=True):
+            if not attack.identity:
+                totals.add(take(5).tolist())
+            # summed as lm-eval sums them: at -1000 the last place of float32 is 1e-4
+            log_probs = take(predictions).to(self.scorer.softmax_dtype).split(sizes)
+            greedy = take(predictions).bool().split(sizes)
+            sums = torch.stack([part.sum() for part in log_probs]).tolist()
+            answers.append(list(zip(sums, [bool(part.all()) for part in greedy], strict=True)))
+        at = 0
+        for question, alignment in zip(pack.questions, alignments, strict=True):
+            end = at + len(question.requests)
+            of_question = [of_attack[at:end] for of_attack in answers]
+            found.answered.append(Answered(question, of_question, alignment))
+            at = end

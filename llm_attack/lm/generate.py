@@ -28,7 +28,7 @@ def attacked_prompts(engine: Engine, context: Tensor, mask: Tensor) -> Iterator[
     rows, length = context.shape
     prompts = [row[keep.bool()].tolist() for row, keep in zip(context, mask, strict=True)]
     questions = [Question([Request(tuple(prompt), 0)], [[0]]) for prompt in prompts]
-    pack = pack_rows(questions, engine.pad).to(engine.device)
+    pack = pack_rows(questions, engine.pad, whole=True).to(engine.device)
     surface = Surface(engine.scorer, pack, ThreatModel("sequence", seed=engine.threat.seed))
     adversarial, sums = surface.attack(engine.attacks[0])
     engine.diagnostics[0].add(sums.tolist())

@@ -17,12 +17,17 @@ LOSSES = ("sequence", "continuation", "choice")
 SCORES = ("acc", "acc_norm")
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """The float of most bits that `device` has."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def sum_by(values: Tensor, index: Tensor, n: int) -> Tensor:
     """(n,) sums of `values` (E,) that have the same `index` (E,), in float64.
 
     A log-likelihood of -1000 has a resolution of 6e-5 in float32; its terms have a better one.
     """
-    wide = torch.float32 if values.device.type == "mps" else torch.float64
+    wide = widest(values.device)
     return torch.zeros(n, dtype=wide, device=values.device).index_add(0, index, values.to(wide))
 
 

@@ -7,25 +7,30 @@ answers in the order asked.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple
+from functools import cached_property
 from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
 from llm_attack.demo import MODEL_PATH
 from llm_attack.errors import UsageError, report_usage_errors
 from llm_attack.lm import cache, gold
-from llm_attack.lm.engine import Answer, Diagnostics, Engine
+from llm_attack.lm.encode import encoded_together
+from llm_attack.lm.engine import Answer, Batch, Diagnostics, Engine
 from llm_attack.lm.generate import attacked_prompts
 from llm_attack.lm.hook import frozen, resolve
+from llm_attack.lm.layers import blocks, compiled, recompute
 from llm_attack.lm.names import check_names
+from llm_attack.lm.probe import longest_tree
 from llm_attack.lm.questions import Question, Request
 from llm_attack.lm.scoring import Scorer
-from llm_attack.lm.settings import AttackSettings, split_arguments
+from llm_attack.lm.settings import AttackSettings, EngineSettings, split_arguments
 from llm_attack.lm.signal import CALIBRATION_TEXT, activation_rms, embedding_rms
 
 DEFAULT_MODEL = "TinyLlama/TinyLlama_v1.1"
@@ -49,11 +54,14 @@ class AttackedHFLM(HFLM):
     progress: Callable[..., Any] = staticmethod(tqdm)
     """Makes the progress bar of a batch of requests; called like tqdm."""
 
+    tokens_per_batch: int | None = None
+    """Of a batch at most, padding included; None: as many as are good for the device."""
+
     def __init__(self, pretrained: Any = DEFAULT_MODEL, **arguments: Any) -> None:
-        self.settings, arguments = split_arguments(arguments)
+        self.settings, arguments = split_arguments(arguments, AttackSettings)
+        self.engine_settings, arguments = split_arguments(arguments, EngineSettings)
         check_names(arguments)
         self._arguments = arguments
-        self._asked: Sequence[Instance] | None = None
         if arguments.get("device") is None:
             arguments["device"] = "cuda" if torch.cuda.is_available() else "cpu"
         source = str(MODEL_PATH) if pretrained == "demo" else pretrained
@@ -66,6 +74,14 @@ class AttackedHFLM(HFLM):
                 f"pretrained={pretrained}: is an encoder-decoder model; must be a causal one"
             )
         self.pretrained = pretrained
+        hookpoint = resolve(self.model, self.settings.hookpoint)
+        if self.engine_settings.gradient_checkpointing:
+            for block in blocks(self.model, "gradient_checkpointing"):
+                recompute(block)
+        if self.engine_settings.compile:
+            for block in blocks(self.model, "compile"):
+                if hookpoint not in block.modules():  # whose hook would not be seen
+                    compiled(block)
         self.use(self.settings)
         gold.note_tasks()
         gold.compile_templates_once()
@@ -97,7 +113,11 @@ class AttackedHFLM(HFLM):
         self.attack = attacks[0]
         scorer = Scorer(self.model, hookpoint, self.mixed_precision_dtype, self.softmax_dtype)
         pad = self.tokenizer.pad_token_id or 0
-        self.engine = Engine(scorer, attacks, settings.threat, self.device, pad)
+        packing = self.engine_settings.packing
+        longest = {"off": 0, "tree": sys.maxsize}.get(packing)
+        if longest is None:
+            longest = longest_tree(scorer, self.device, pad)
+        self.engine = Engine(scorer, attacks, settings.threat, self.device, pad, longest)
         self.diagnostics = [Diagnostics() for _ in attacks]
 
     # -- loading -----------------------------------------------------------------------------------
@@ -113,6 +133,11 @@ class AttackedHFLM(HFLM):
         """As lm-eval's; its command line prints no traceback for bad input."""
         _report_if_lm_eval_runs()
         return super().create_from_arg_obj(*args, **kwargs)
+
+    @cached_property
+    def prefix_token_id(self) -> int:
+        """As lm-eval's, which looks it up anew for every text."""
+        return super().prefix_token_id
 
     def _get_config(self, *args: Any, **kwargs: Any) -> None:
         super()._get_config(*args, **kwargs)
@@ -149,11 +174,7 @@ class AttackedHFLM(HFLM):
                     if id(sibling) not in known:
                         known.add(id(sibling))
                         asked.append(sibling)
-        self._asked = asked
-        try:
-            answers = super().loglikelihood(asked, disable_tqdm=disable_tqdm)
-        finally:
-            self._asked = None
+        answers = self._loglikelihood_tokens(self._encode(asked), disable_tqdm, asked=asked)
         self._pool()
         return answers[: len(requests)]
 
@@ -176,40 +197,59 @@ class AttackedHFLM(HFLM):
         requests: Sequence[TokenRequest],
         disable_tqdm: bool = False,
         override_bs: int | None = None,
+        asked: Sequence[Instance] | None = None,
     ) -> list[Answer]:
-        questions = self._questions(requests)
-        rows = override_bs or self.batch_size
-        if str(rows).startswith("auto"):
-            rows = self.max_batch_size or 64
         answers = [[(0.0, False)] * len(requests) for _ in self.conditions]
         progress = self.progress(
             total=len(requests),
             disable=disable_tqdm or self.rank != 0,
             desc=f"Running loglikelihood requests ({self.attack.condition})",
         )
+        batches = self.batches(self._questions(requests, asked), override_bs)
         with frozen(self.model), progress:
-            for question, found in self.engine.run(questions, int(rows)):
-                for i, indices in enumerate(question.answers):
-                    for index in indices:
-                        for of_condition, attacked in zip(answers, found, strict=True):
-                            of_condition[index] = attacked[i]
-                        asked = requests[index][0]
-                        if asked is not None:  # a window of a longer text has no key of its own
-                            self.cache_hook.add_partial("loglikelihood", asked, found[0][i])
-                    progress.update(len(indices))
+            for _, batch in self.engine.answers(batches):
+                for question, found, _ in batch.answered:
+                    for i, indices in enumerate(question.answers):
+                        for index in indices:
+                            for of_condition, attacked in zip(answers, found, strict=True):
+                                of_condition[index] = attacked[i]
+                            texts = requests[index][0]
+                            if texts is not None:  # a window of a longer text has no key
+                                self.cache_hook.add_partial("loglikelihood", texts, found[0][i])
+                        progress.update(len(indices))
         self._answers = answers
         return answers[0]
 
-    def _questions(self, requests: Sequence[TokenRequest]) -> list[Question]:
-        """The requests grouped by what one perturbation serves."""
-        encoded = [self._request(context, continuation) for _, context, continuation in requests]
-        asked = self._asked
-        if asked is None or not self.settings.threat.shared:
-            alone: dict[Request, Question] = {}
-            for i, request in enumerate(encoded):
-                question = alone.setdefault(request, Question([request], [[]]))
-                question.answers[0].append(i)
-            return list(alone.values())
+    def batches(self, questions: Iterable[Question], rows: int | None = None) -> list[Batch]:
+        """What goes through the model together; `rows`: at most, in place of `batch_size`."""
+        limit = rows or self.batch_size
+        if str(limit).startswith("auto"):
+            limit = self._arguments.get("max_batch_size", sys.maxsize)
+        return self.engine.batches(questions, int(limit), self.tokens_per_batch)
+
+    def questions(self, requests: Sequence[Instance]) -> list[Question]:
+        """The questions of `requests`, whose answers are indices into these.
+
+        Raises:
+            UsageError: the loss needs gold labels that the task does not have.
+        """
+        return self._questions(self._encode(requests), requests)
+
+    def _encode(self, requests: Sequence[Instance]) -> list[TokenRequest]:
+        """The requests in tokens, made by lm-eval's own code."""
+        pairs = [r.args for r in requests]
+        texts = [text for a, b in pairs for text in (a.rstrip(), a + b)]
+        with encoded_together(self.tokenizer, texts):
+            return TemplateLM.loglikelihood(_Encoder(self), requests, disable_tqdm=True)
+
+    def _questions(
+        self, requests: Sequence[TokenRequest], asked: Sequence[Instance] | None
+    ) -> list[Question]:
+        """The requests grouped by the benchmark's question; each alone if none are `asked`."""
+        longest = self.max_length
+        encoded = [_request(context, own, longest) for _, context, own in requests]
+        if asked is None:
+            return [Question([request], [[i]]) for i, request in enumerate(encoded)]
         grouped: dict[tuple, dict[int, list[int]]] = {}
         for i, instance in enumerate(asked):
             of_question = grouped.setdefault((instance.task_name, instance.doc_id), {})
@@ -224,17 +264,9 @@ class AttackedHFLM(HFLM):
                 if self.settings.score == "acc_norm":
                     question.lengths = gold.choice_lengths(instances)
             questions.append(question)
-        if self.cache_hook.dbdict is not None:
+        if self.settings.threat.shared and self.cache_hook.dbdict is not None:
             _refuse_ambiguous(questions, asked)
         return questions
-
-    def _request(self, context: list[int], continuation: list[int]) -> Request:
-        if not 0 < len(continuation) <= self.max_length:
-            raise UsageError(
-                f"max_length={self.max_length}: a continuation has {len(continuation)} tokens; must"
-                " be from 1 to max_length"
-            )
-        return Request(tuple((context + continuation)[-(self.max_length + 1) :]), len(continuation))
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations of the prompts, which are attacked at prefill."""
@@ -295,6 +327,31 @@ class AttackedHFLM(HFLM):
             settings |= {"pretrained": self.pretrained, **self.settings.arguments()}
             cache.guard(cache_hook.dbdict, settings, cache_hook.dbdict.filename)
         super().set_cache_hook(cache_hook)
+
+
+class _Encoder:
+    """A model for lm-eval that turns requests into tokens and stops there."""
+
+    def __init__(self, lm: AttackedHFLM) -> None:
+        self._lm = lm
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._lm, name)
+
+    def _loglikelihood_tokens(
+        self, requests: list[TokenRequest], **options: Any
+    ) -> list[TokenRequest]:
+        return requests
+
+
+def _request(context: list[int], continuation: list[int], longest: int) -> Request:
+    """A request of at most `longest` tokens to read."""
+    if not 0 < len(continuation) <= longest:
+        raise UsageError(
+            f"max_length={longest}: a continuation has {len(continuation)} tokens; must have from 1"
+            " to max_length"
+        )
+    return Request(tuple((context + continuation)[-(longest + 1) :]), len(continuation))
 
 
 def _report_if_lm_eval_runs() -> None:

@@ -1,15 +1,24 @@
-"""Packs: a batch of questions as tensors, and which of the model's logits are looked at."""
+"""Packs: a batch of questions as tensors, and which of the model's logits are looked at.
+
+Three layouts: a row per request; the same with perturbations that the choices share; a row per
+question, which is a tree: what its requests share as a prefix stands there once.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from llm_attack.attacks import keys_for
-from llm_attack.lm.questions import Question
+from llm_attack.lm.questions import Question, Request
+from llm_attack.lm.trie import Trie, build
 
 
 @dataclass(frozen=True)
@@ -17,10 +26,10 @@ class Entries:
     """Predictions to look up: E (position, token) pairs, at P distinct positions.
 
     Attributes:
-        positions: (P,) flat indices into batch x sequence, where logits are needed.
+        positions: (P,) flat indices into batch x sequence, where logits are needed, ascending.
         slot: (E,) index into `positions`.
         target: (E,) the token that is predicted there.
-        request: (E,) the request that the prediction belongs to.
+        request: (E,) the request that the prediction belongs to, ascending.
         continuation: (E,) whether the token is one of the request's continuation.
     """
 
@@ -32,113 +41,162 @@ class Entries:
 
     def to(self, device: torch.device) -> Entries:
         """The same entries with their tensors on `device`."""
-        return Entries(**{k: v.to(device) for k, v in vars(self).items()})
-
-    def of_continuations(self) -> Entries:
-        """Only the predictions of continuations."""
-        keep = self.continuation
-        used, slot = self.slot[keep].unique(return_inverse=True)
-        return Entries(
-            self.positions[used], slot, self.target[keep], self.request[keep], keep[keep]
-        )
+        return Entries(**{k: _send(v, device) for k, v in vars(self).items()})
 
 
 @dataclass(frozen=True)
 class Pack:
-    """One row per request, padded on the right.
+    """Rows of tokens, padded on the right: B of them, of length L.
 
     Attributes:
+        questions: what was packed.
         input_ids: (B, L) int64.
         mask: (B, L) booleans, False on padding.
-        entries: a prediction for each token of each request but its first, in order of requests.
-        questions: what was packed; request i is row i.
-        node: (B, L) index of each token's node: tokens of a question with the same prefix are one
-            node, padding is node 0. Perturbations that the choices share live on nodes.
+        scored: a prediction for each token of the continuations, in order of requests.
+        watched: what a loss may need: all tokens of the requests but their first, or the same as
+            `scored`.
+        kept: indices of `scored` among `watched`.
+        depth, end: (B, L) of the trees (see `Trie`); None with a row per request.
+        node: (B, L) with a row per request, where the point is shared: index of each token's node
+            among U (tokens of a question behind equal prefixes are one); padding is node 0.
         first: (U,) flat index into B x L of a token of each node.
     """
 
+    questions: Sequence[Question]
     input_ids: Tensor
     mask: Tensor
-    entries: Entries
-    questions: Sequence[Question]
-    node: Tensor
-    first: Tensor
+    scored: Entries
+    watched: Entries
+    kept: Tensor
+    depth: Tensor | None = None
+    end: Tensor | None = None
+    node: Tensor | None = None
+    first: Tensor | None = None
 
-    @property
-    def n_requests(self) -> int:
-        return len(self.input_ids)
+    @cached_property
+    def requests(self) -> list[Request]:
+        return [r for q in self.questions for r in q.requests]
 
     def to(self, device: torch.device) -> Pack:
         """The same pack with its tensors on `device`."""
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device),
-            mask=self.mask.to(device),
-            entries=self.entries.to(device),
-            node=self.node.to(device),
-            first=self.first.to(device),
-        )
+        content = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {
+            name: value.to(device) if isinstance(value, Entries) else _send(value, device)
+            for name, value in content.items()
+            if isinstance(value, (Entries, Tensor))
+        }
+        return replace(self, **moved)
 
-    def row_keys(self, seed: int) -> Tensor:
-        """(B,) int64: draws keyed by the request's own tokens."""
-        return torch.tensor([keys_for(seed, r.tokens) for r in _requests(self.questions)])
+    def attention(self, dtype: torch.dtype) -> Tensor | None:
+        """(B, 1, L, L) added to the attention's scores; None: the model's own causal mask will do.
 
-    def node_keys(self, seed: int) -> Tensor:
-        """(U,) int64: draws keyed by the tokens up to and including the node's."""
-        rows = [r.inputs for r in _requests(self.questions)]
-        length = self.input_ids.shape[1]
-        prefixes = ((rows[i // length], i % length) for i in self.first.tolist())
-        return torch.tensor([keys_for(seed, row[: at + 1]) for row, at in prefixes])
+        A token sees itself and what is before it in some request of its own; padding sees itself.
+        With a row per request padding is behind all that is looked at, out of a causal model's
+        sight.
+        """
+        if self.end is None:
+            return None
+        at = torch.arange(self.end.shape[1], device=self.end.device)
+        seen = (at <= at[:, None]) & (at[:, None] < self.end[:, None, :])
+        scores = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+        return scores.masked_fill_(~seen, torch.finfo(dtype).min).unsqueeze(1)
+
+    def keys(self, seed: int) -> Tensor:
+        """Keys of random draws: (B,) hashes of the requests' own tokens; (B, L) or (U,) of the
+        tokens up to and including the node's, where the point is shared.
+        """
+        if self.end is None and self.node is None:
+            return torch.tensor([keys_for(seed, r.tokens) for r in self.requests])
+        tries = [q.trie.keys(seed) for q in self.questions]
+        if self.node is not None:
+            return torch.tensor([key for of_question in tries for key in of_question])
+        keys = torch.zeros(self.input_ids.shape, dtype=torch.int64)
+        for row, of_question in zip(keys, tries, strict=True):
+            row[: len(of_question)] = torch.tensor(of_question)
+        return keys
 
 
-def _requests(questions: Sequence[Question]) -> list:
-    return [r for q in questions for r in q.requests]
+def pack_rows(
+    questions: Sequence[Question],
+    pad: int = 0,
+    *,
+    shared: bool = False,
+    whole: bool = False,
+) -> Pack:
+    """A row per request.
 
-
-def pack_rows(questions: Sequence[Question], pad: int = 0) -> Pack:
-    """Pack with a row for each request; shapes are (requests, longest request's inputs).
-
-    The model needs no attention mask for it: padding stands behind everything that is looked at,
-    where a causal model cannot see it.
+    Args:
+        questions: what is packed.
+        pad: token id of padding.
+        shared: with the nodes of the questions' tries.
+        whole: the predictions of all tokens are watched, not only the continuations'.
     """
-    rows = _requests(questions)
-    read = torch.tensor([len(r.inputs) for r in rows])
-    predicted = torch.tensor([len(r.tokens) - 1 for r in rows])
-    scored = torch.tensor([r.n_continuation for r in rows])
-    length = int(read.max())
-    input_ids = torch.full((len(rows), length), pad)
-    targets = torch.full((len(rows), length), pad)
-    for i, r in enumerate(rows):
-        input_ids[i, : len(r.inputs)] = torch.tensor(r.inputs)
-        targets[i, : len(r.tokens) - 1] = torch.tensor(r.tokens[1:])
-    column = torch.arange(length).expand(len(rows), -1)
-    known = column < predicted[:, None]
-    positions = known.flatten().nonzero().squeeze(1)
-    entries = Entries(
-        positions=positions,
-        slot=torch.arange(len(positions)),
-        target=targets[known],
-        request=torch.arange(len(rows)).repeat_interleave(predicted),
-        continuation=(column >= (predicted - scored)[:, None])[known],
-    )
-    node, first = _nodes(questions, length)
-    return Pack(input_ids, column < read[:, None], entries, questions, node, first)
-
-
-def _nodes(questions: Sequence[Question], length: int) -> tuple[Tensor, Tensor]:
-    """`node` and `first` of a `Pack`: a trie over the tokens of each question."""
-    first: list[int] = []
-    node: list[list[int]] = []
+    rows = [build([r.inputs]) for q in questions for r in q.requests]
+    pack = _pack(questions, rows, pad, whole)
+    if not shared:
+        return pack
+    node = np.zeros(pack.input_ids.shape, np.int64)
+    first = np.empty(sum(len(q.trie) for q in questions), np.int64)
+    row, base = 0, 0
     for question in questions:
-        children: dict[tuple[int, int], int] = {}
-        for r in question.requests:
-            at, row = -1, []
-            for column, token in enumerate(r.inputs):
-                child = children.get((at, token))
-                if child is None:
-                    child = children[at, token] = len(first)
-                    first.append(len(node) * length + column)
-                row.append(child)
-                at = child
-            node.append(row + [0] * (length - len(row)))
-    return torch.tensor(node), torch.tensor(first)
+        for path in question.trie.paths:
+            node[row, : len(path)] = base + path
+            first[base + path] = row * node.shape[1] + np.arange(len(path))
+            row += 1
+        base += len(question.trie)
+    return replace(pack, node=torch.from_numpy(node), first=torch.from_numpy(first))
+
+
+def pack_trees(questions: Sequence[Question], pad: int = 0, *, whole: bool = False) -> Pack:
+    """A row per question, whose requests are a tree; arguments as of `pack_rows`."""
+    tries = [q.trie for q in questions]
+    pack = _pack(questions, tries, pad, whole)
+    length = pack.input_ids.shape[1]
+    depth = np.zeros((len(tries), length), np.int64)
+    end = np.tile(np.arange(1, length + 1), (len(tries), 1))
+    for row, trie in enumerate(tries):
+        depth[row, : len(trie)] = trie.depth
+        end[row, : len(trie)] = trie.end
+    return replace(pack, depth=torch.from_numpy(depth), end=torch.from_numpy(end))
+
+
+def _pack(questions: Sequence[Question], tries: Sequence[Trie], pad: int, whole: bool) -> Pack:
+    """Rows with the tokens of `tries`, whose paths are the requests of `questions` in order."""
+    lengths = np.array([len(t) for t in tries])
+    length = int(lengths.max())
+    input_ids = np.full((len(tries), length), pad, np.int64)
+    for row, trie in enumerate(tries):
+        input_ids[row, : len(trie)] = trie.tokens
+    paths = [row * length + path for row, trie in enumerate(tries) for path in trie.paths]
+    requests = [r for q in questions for r in q.requests]
+    predicted = np.array([len(r.tokens) - 1 for r in requests])
+    request = np.repeat(np.arange(len(requests)), predicted)
+    at = np.concatenate([path[:n] for path, n in zip(paths, predicted, strict=True)])
+    target = np.concatenate([r.tokens[1:] for r in requests]).astype(np.int64)
+    left = np.arange(len(at)) - np.repeat(
+        predicted.cumsum(), predicted
+    )  # counted from the end: < 0
+    continuation = left >= -np.repeat([r.n_continuation for r in requests], predicted)
+    kept = continuation.nonzero()[0]
+
+    def entries(some: NDArray) -> Entries:
+        positions, slot = np.unique(at[some], return_inverse=True)
+        arrays = positions, slot, target[some], request[some], continuation[some]
+        return Entries(*map(torch.from_numpy, arrays))
+
+    scored = entries(kept)
+    return Pack(
+        questions,
+        input_ids=torch.from_numpy(input_ids),
+        mask=torch.arange(length) < torch.from_numpy(lengths)[:, None],
+        scored=scored,
+        watched=entries(np.arange(len(at))) if whole else scored,
+        kept=torch.from_numpy(kept if whole else np.arange(len(kept))),
+    )
+
+
+def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`, without waiting for the device."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

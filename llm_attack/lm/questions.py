@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+
+from llm_attack.lm.trie import Trie, build
 
 
 @dataclass(frozen=True)
@@ -41,25 +44,66 @@ class Question:
     gold: list[bool] = field(default_factory=list)
     lengths: list[float] = field(default_factory=list)
 
+    @cached_property
+    def trie(self) -> Trie:
+        """What the model reads for the requests, shared prefixes once."""
+        return build([r.inputs for r in self.requests])
+
     @property
     def longest(self) -> int:
-        return max(len(r.tokens) for r in self.requests)
+        """Tokens that the model reads for the longest request."""
+        return max(len(r.inputs) for r in self.requests)
 
 
-def batches(questions: Iterable[Question], rows: int) -> list[list[Question]]:
-    """Questions in batches of at most `rows` requests each (one question at least), longest first.
+@dataclass(frozen=True)
+class Shape:
+    """What a batch of questions takes up.
 
-    Which questions share a batch depends on nothing but their tokens.
+    Attributes:
+        rows: of the model's input.
+        length: of each row, padding included.
     """
+
+    rows: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+    def __add__(self, other: Shape) -> Shape:
+        return Shape(self.rows + other.rows, max(self.length, other.length))
+
+
+def of_rows(question: Question) -> Shape:
+    """The shape with a row per request."""
+    return Shape(len(question.requests), question.longest)
+
+
+def of_tree(question: Question) -> Shape:
+    """The shape as a tree."""
+    return Shape(1, len(question.trie))
+
+
+def batches(
+    questions: Sequence[Question], shape: Callable[[Question], Shape], rows: int, tokens: int
+) -> list[list[Question]]:
+    """Questions in batches, longest first, of at most `rows` rows and `tokens` tokens with padding.
+
+    A question is never split, and has a batch of its own where it is larger than that. Which
+    questions share a batch depends on nothing but their tokens.
+    """
+    shapes = {id(q): shape(q) for q in questions}
     order = sorted(
-        questions, key=lambda q: (-q.longest, [(r.tokens, r.n_continuation) for r in q.requests])
+        questions,
+        key=lambda q: (-shapes[id(q)].length, [(r.tokens, r.n_continuation) for r in q.requests]),
     )
     result: list[list[Question]] = []
-    room = 0
+    filled = Shape(0, 0)
     for question in order:
-        if len(question.requests) > room:
+        filled += shapes[id(question)]
+        if not result or filled.rows > rows or filled.tokens > tokens:
             result.append([])
-            room = rows
+            filled = shapes[id(question)]
         result[-1].append(question)
-        room -= len(question.requests)
     return result

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import inspect
 from contextlib import ExitStack
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import softplus
 from transformers import PreTrainedModel
 
 from llm_attack.lm.hook import capture, edit_input, edit_output
@@ -19,24 +18,12 @@ class Scores(NamedTuple):
     """What the model says of E predictions, each (E,).
 
     Attributes:
-        log_prob: log-probability, for a loss: its gradient is precise.
-        answer: log-probability as lm-eval computes it, detached.
+        log_prob: log-probability.
         greedy: whether the token is the likeliest.
     """
 
     log_prob: Tensor
-    answer: Tensor
     greedy: Tensor
-
-    def by_request(self, sizes: list[int]) -> tuple[Tensor, Tensor]:
-        """(n,) log-likelihood of each of n requests, and whether all its predictions are greedy.
-
-        `sizes` are the requests' numbers of predictions, which stand in order. The sums are made as
-        lm-eval makes them: at -1000 the last place of float32 is 1e-4, so the order matters.
-        """
-        log_likelihoods = torch.stack([part.sum() for part in self.answer.split(sizes)])
-        greedy = torch.stack([part.all() for part in self.greedy.split(sizes)])
-        return log_likelihoods, greedy
 
 
 class Scorer:
@@ -71,8 +58,9 @@ class Scorer:
 
     def __call__(self, pack: Pack, entries: Entries, point: Tensor | None = None) -> Scores:
         """Scores of `entries`; with `point`, (B, L, H), in place of the hookpoint's output."""
-        logits = self.logits(pack, entries.positions, point).to(self.softmax_dtype)
-        scores = look_up(logits, entries.slot.to(logits.device), entries.target.to(logits.device))
+        logits = self.logits(pack, entries.positions, point)
+        slot, target = entries.slot.to(logits.device), entries.target.to(logits.device)
+        scores = look_up(logits, slot, target, self.softmax_dtype)
         # a model split over devices answers on its last one
         return Scores(*(s.to(pack.input_ids.device) for s in scores))
 
@@ -104,27 +92,69 @@ class Scorer:
 
     def _forward(self, pack: Pack):
         device = pack.input_ids.device.type
+        options: dict[str, Any] = dict(self.options)
+        mask = pack.attention(self.model.dtype)
+        if mask is not None:
+            options |= {"attention_mask": mask, "position_ids": pack.depth}
         with torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None):
-            return self.model(input_ids=pack.input_ids, **self.options)
+            return self.model(input_ids=pack.input_ids, **options)
 
 
-def look_up(logits: Tensor, slot: Tensor, target: Tensor) -> Scores:
-    """Scores of the tokens `target` (E,) at the rows `slot` (E,) of `logits` (P, V).
+def look_up(logits: Tensor, slot: Tensor, target: Tensor, dtype: torch.dtype) -> Scores:
+    """Scores, computed in `dtype`, of the tokens `target` (E,) at the rows `slot` (E,) of `logits`.
 
-    Answers are log-softmax. For a gradient, that of the likeliest token is written as
-    -softplus(rest - top), where rest is the logsumexp of all others. It keeps its precision where a
-    model is sure of a token: there the gradient of log-softmax, p - 1, is nothing but rounding
-    error, and an attack that follows its sign follows noise.
+    `logits` are (P, V). Log-probability and gradient keep their precision where a model is sure of
+    a token: there the gradient of log-softmax, p - 1, is nothing but rounding error, and an attack
+    that follows its sign follows noise. Here the probability of the rest is summed without the
+    likeliest token.
     """
-    values = logits.detach()
-    top = values.argmax(-1, keepdim=True)
-    greedy = top.squeeze(-1)[slot] == target
-    answer = values.log_softmax(-1)[slot, target]
-    if not logits.requires_grad:
-        return Scores(answer, answer, greedy)
-    relative = logits - values.gather(-1, top)
-    of_top = relative.gather(-1, top).squeeze(-1)
-    rest = relative.scatter(-1, top, -torch.inf).logsumexp(-1)
-    sure = -softplus(rest - of_top)[slot]
-    unsure = relative[slot, target] - torch.logaddexp(of_top, rest)[slot]
-    return Scores(torch.where(greedy, sure, unsure), answer, greedy)
+    log_prob, greedy = _LogSoftmaxAt.apply(logits, slot, target, dtype)
+    return Scores(log_prob, greedy)
+
+
+class _LogSoftmaxAt(torch.autograd.Function):
+    """Log-softmax at a few places, in passes over slices that stay in the cache.
+
+    Besides the logits themselves, nothing of their size is ever kept, and one tensor is made: their
+    gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, slot: Tensor, target: Tensor, dtype: torch.dtype):
+        best = logits.argmax(-1)
+        top = logits.gather(-1, best[:, None]).to(dtype)
+        rest = torch.empty_like(top)  # odds against the likeliest token
+        for part in _slices(logits):
+            odds = (logits[part].to(dtype) - top[part]).exp_()
+            odds.scatter_(-1, best[part, None], 0)
+            torch.sum(odds, -1, keepdim=True, out=rest[part])
+        ctx.save_for_backward(logits, best, top, rest, slot, target)
+        ctx.dtype = dtype
+        greedy = target == best[slot]
+        ctx.mark_non_differentiable(greedy)
+        relative = logits[slot, target].to(dtype) - top[slot, 0]
+        return relative - rest.log1p()[slot, 0], greedy
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor, _: None):
+        logits, best, top, rest, slot, target = ctx.saved_tensors
+        total = upstream.new_zeros(len(logits)).index_add(0, slot, upstream)
+        sure = target == best[slot]
+        of_best = upstream.new_zeros(len(logits)).index_add(0, slot, upstream * sure)
+        scale = total[:, None] / (1 + rest)
+        gradient = torch.empty_like(logits)
+        for part in _slices(logits):
+            odds = (logits[part].to(ctx.dtype) - top[part]).exp_()
+            gradient[part] = odds.mul_(-scale[part])
+        # the likeliest token's own, without the difference 1 - p
+        own = (of_best * rest[:, 0] - (total - of_best)) / (1 + rest[:, 0])
+        gradient.scatter_(-1, best[:, None], own[:, None].to(gradient))
+        others = (upstream * ~sure).to(gradient)
+        return gradient.index_put_((slot, target), others, accumulate=True), None, None, None
+
+
+def _slices(logits: Tensor) -> list[slice]:
+    """Of the rows of `logits`, such that one is about 4 MB on a CPU, 256 MB elsewhere."""
+    elements = 2**20 if logits.device.type == "cpu" else 2**26
+    step = max(1, elements // max(1, logits.shape[1]))
+    return [slice(i, i + step) for i in range(0, len(logits), step)]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, TypeVar
 
 from llm_attack.attacks import Attack
 from llm_attack.errors import UsageError, invalid
@@ -12,6 +12,7 @@ from llm_attack.lm.surface import ThreatModel
 
 CONTEXTS = ("own", "shared")
 EPSILON_UNITS = ("absolute", "rms")
+PACKINGS = ("auto", "tree", "off")
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,39 @@ class AttackSettings:
         return values
 
 
-def split_arguments(arguments: dict[str, Any]) -> tuple[AttackSettings, dict[str, Any]]:
-    """`AttackSettings` from the arguments that are its own, and the other arguments."""
-    own = AttackSettings.__dataclass_fields__.keys() - {"attack_in_units"}
-    settings = AttackSettings(**{k: v for k, v in arguments.items() if k in own})
+@dataclass(frozen=True)
+class EngineSettings:
+    """How `attacked-hf` computes; the numbers do not depend on it.
+
+    Args:
+        packing: "tree": tokens that a question's requests share are computed once; "off": every
+            request has a row; "auto": trees, if a trial shows that the model takes them.
+        gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
+        compile: torch.compile for the layers.
+
+    Raises:
+        UsageError: a value is not allowed.
+    """
+
+    packing: str = "auto"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        if self.packing not in PACKINGS:
+            raise invalid("packing", self.packing, PACKINGS)
+        for argument in ("gradient_checkpointing", "compile"):
+            if not isinstance(getattr(self, argument), bool):
+                raise invalid(argument, getattr(self, argument), ("True", "False"))
+
+
+Settings = TypeVar("Settings", AttackSettings, EngineSettings)
+
+
+def split_arguments(
+    arguments: dict[str, Any], kind: type[Settings]
+) -> tuple[Settings, dict[str, Any]]:
+    """Settings of `kind` from the arguments that are its own, and the other arguments."""
+    own = {f.name for f in fields(kind) if f.init}
+    settings = kind(**{k: v for k, v in arguments.items() if k in own})
     return settings, {k: v for k, v in arguments.items() if k not in own}

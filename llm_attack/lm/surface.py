@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llm_attack.attacks import Attack, least_likely, perturb
-from llm_attack.lm.losses import ChoiceScores, negative_log_likelihood, sum_by
+from llm_attack.lm.losses import ChoiceScores, negative_log_likelihood, sum_by, widest
 from llm_attack.lm.pack import Pack
 from llm_attack.lm.scoring import Scorer, Scores
 
@@ -34,28 +34,29 @@ class Surface:
     """One pack under a threat model.
 
     Attributes:
-        x: the clean point: (B, L, H), a row per request, or, shared, (U, H), a row per node.
+        x: the clean point: (B, L, H), or (U, H) where the pack has nodes.
         mask: (B, L) booleans, False on padding; None where `x` has no padding.
-        scored: the predictions that make up the answers.
     """
 
     def __init__(self, scorer: Scorer, pack: Pack, threat: ThreatModel) -> None:
         self.scorer, self.pack, self.threat = scorer, pack, threat
-        self.scored = pack.entries.of_continuations()
-        self.watched = pack.entries if threat.loss == "sequence" else self.scored
-        self.sizes = [r.n_continuation for q in pack.questions for r in q.requests]
-        clean = scorer.point(pack)
-        self.x = clean.flatten(0, 1)[pack.first] if threat.shared else clean
-        self.mask = None if threat.shared else pack.mask
+
+    @cached_property
+    def x(self) -> Tensor:
+        clean = self.scorer.point(self.pack)
+        return clean if self.pack.first is None else clean.flatten(0, 1)[self.pack.first]
+
+    @property
+    def mask(self) -> Tensor | None:
+        return self.pack.mask if self.pack.first is None else None
 
     def expand(self, x: Tensor) -> Tensor:
         """`x` as the hookpoint's output, (B, L, H)."""
-        return x[self.pack.node] if self.threat.shared else x
+        return x if self.pack.node is None else x[self.pack.node]
 
     @cached_property
     def keys(self) -> Tensor:
-        seed = self.threat.seed
-        return self.pack.node_keys(seed) if self.threat.shared else self.pack.row_keys(seed)
+        return self.pack.keys(self.threat.seed)
 
     @cached_property
     def choices(self) -> ChoiceScores:
@@ -63,35 +64,40 @@ class Surface:
 
     def loss(self, x: Tensor) -> Tensor:
         """What the attacks ascend: (requests,), or (questions,) for the loss `choice`."""
-        return self._loss(self.scorer(self.pack, self.watched, self.expand(x)))
+        return self._loss(self.scorer(self.pack, self.pack.watched, self.expand(x)))
 
     def _loss(self, scores: Scores) -> Tensor:
+        entries = self.pack.watched
         if self.threat.loss == "choice":
             return self.choices.cross_entropy(self._sums(scores), self.choices.gold)
-        n = self.pack.n_requests
-        return negative_log_likelihood(scores.log_prob, self.watched, n, self.threat.loss)
+        n = len(self.pack.requests)
+        return negative_log_likelihood(scores.log_prob, entries, n, self.threat.loss)
 
     def target_loss(self, x: Tensor) -> Tensor:
         """What the targeted attacks descend: cross-entropy of the target choice, (questions,)."""
-        scores = self.scorer(self.pack, self.watched, self.expand(x))
+        scores = self.scorer(self.pack, self.pack.watched, self.expand(x))
         return self.choices.cross_entropy(self._sums(scores), self.target)
 
     def _sums(self, scores: Scores) -> Tensor:
-        """Log-likelihoods of the requests, (requests,), for a loss."""
-        return sum_by(scores.log_prob, self.watched.request, self.pack.n_requests)
+        """Log-likelihoods of the requests' continuations, (requests,), for a loss."""
+        entries = self.pack.watched
+        log_prob = scores.log_prob * entries.continuation
+        return sum_by(log_prob, entries.request, len(self.pack.requests))
 
     @cached_property
     def target(self) -> Tensor:
         """(questions, choices) booleans: the choice least likely at the clean point, never gold."""
-        log_likelihoods, _ = self.clean
+        log_probs, _ = self.clean
         choices = self.choices
-        scores = choices.matrix(log_likelihoods).masked_fill(~choices.exists, torch.inf)
+        n = len(self.pack.requests)
+        scores = choices.matrix(sum_by(log_probs, self.pack.scored.request, n))
+        scores = scores.masked_fill(~choices.exists, torch.inf)
         columns = torch.arange(scores.shape[1], device=scores.device)
         return columns == least_likely(scores, choices.gold)[:, None]
 
     @cached_property
-    def clean(self) -> tuple[Tensor, Tensor]:
-        """Log-likelihoods of the requests and whether they are greedy, at the clean point."""
+    def clean(self) -> Scores:
+        """Scores of the continuations' tokens at the clean point."""
         return self.answers(None)
 
     @cached_property
@@ -99,19 +105,29 @@ class Surface:
         """Gradient of the loss at the clean point; the forward for it sets `clean` as well."""
         with torch.enable_grad():
             x = self.x.detach().requires_grad_(True)
-            scores = self.scorer(self.pack, self.watched, self.expand(x))
+            scores = self.scorer(self.pack, self.pack.watched, self.expand(x))
             (gradient,) = torch.autograd.grad(self._loss(scores).sum(), x)
-        keep = self.watched.continuation
-        continuations = Scores(*(s[keep].detach() for s in scores))
-        self.clean = continuations.by_request(self.sizes)
+        self.clean = Scores(*(s.detach()[self.pack.kept] for s in scores))
         return gradient
 
-    def answers(self, x: Tensor | None) -> tuple[Tensor, Tensor]:
+    def answers(self, x: Tensor | None) -> Scores:
         """The same as `clean` at the point `x`; None: nothing is put at the hookpoint."""
         with torch.no_grad():
             point = None if x is None else self.expand(x)
-            scores = self.scorer(self.pack, self.scored, point)
-        return scores.by_request(self.sizes)
+            return self.scorer(self.pack, self.pack.scored, point)
+
+    def alignment(self) -> Tensor:
+        """(questions, 3): of each question's clean point x and gradient g there, x·g, x·x, g·g.
+
+        x·g / sqrt(x·x g·g) is the cosine similarity of embeddings and gradient.
+        """
+        x, g = self.x.float(), self.gradient.float()
+        products = torch.stack([(x * g).sum(-1), (x * x).sum(-1), (g * g).sum(-1)], -1)
+        if self.mask is not None:
+            return (products * self.mask[..., None]).sum(1)
+        sizes = torch.tensor([len(q.trie) for q in self.pack.questions])
+        owner = torch.arange(len(sizes)).repeat_interleave(sizes).to(products.device)
+        return products.new_zeros(len(sizes), 3).index_add(0, owner, products)
 
     def attack(self, attack: Attack) -> tuple[Tensor, Tensor]:
         """The attacked point and its diagnostics (signal, noise, elements, zeros, gradients).
@@ -119,11 +135,13 @@ class Surface:
         Signal and noise are sums of squares of the clean point and of the perturbation; the last
         two count exact zeros among, and all of, the elements of the gradients that were taken.
         """
-        moves = torch.ones((), device=self.x.device) if self.mask is None else self.mask[..., None]
+        wide = widest(self.x.device)
+        moves = torch.ones_like(self.x[..., :1]) if self.mask is None else self.mask[..., None]
+        elements = moves.sum(dtype=wide) * self.x.shape[-1]
         zeros: list[Tensor] = []
 
         def count(gradient: Tensor) -> None:
-            zeros.append(((gradient == 0) | gradient.isnan()).float().mul(moves).sum())
+            zeros.append((moves * ((gradient == 0) | gradient.isnan())).sum(dtype=wide))
 
         adversarial = perturb(
             attack,
@@ -135,8 +153,7 @@ class Surface:
             gradient=self.gradient if attack.uses_clean_gradient else None,
             on_gradient=count,
         )
-        elements = moves.expand_as(self.x).float().sum()
-        noise = (adversarial.float() - self.x.float()).square().sum()
-        signal = self.x.float().mul(moves).square().sum()
-        sums = [signal, noise, elements, sum(zeros, torch.zeros_like(noise)), elements * len(zeros)]
+        signal = (self.x.float().square() * moves).sum(dtype=wide)
+        noise = (adversarial.float() - self.x.float()).square().sum(dtype=wide)
+        sums = [signal, noise, elements, sum(zeros, 0 * elements), elements * len(zeros)]
         return adversarial, torch.stack(sums)

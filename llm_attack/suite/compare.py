@@ -154,7 +154,9 @@ def main(
     quiet_progress_bars()
     names = [name.strip() for name in attacks.split(",") if name.strip()]
     arguments = {**of_model, **simple_parse_args_string(model_args)}
-    conditions = [split_arguments({**arguments, "attack": name})[0] for name in names]
+    conditions = [
+        split_arguments({**arguments, "attack": name}, AttackSettings)[0] for name in names
+    ]
     task_names = [name.strip() for name in tasks.split(",") if name.strip()]
     with console.status("looking up the tasks"):
         manager = task_manager(task_names)

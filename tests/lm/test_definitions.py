@@ -1,10 +1,14 @@
 """Every threat model equals its definition, computed one request or question at a time."""
 
 import functools
+from unittest.mock import patch
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from llm_attack.lm import scoring
 from llm_attack.lm.scoring import look_up
 
 TASKS = ["demo_arc_challenge", "demo_piqa", "demo_winogrande"]
@@ -60,7 +64,8 @@ def gold_of(task, doc):
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("score", ["acc", "acc_norm"])
 @pytest.mark.parametrize(("attack", "steps"), [("fgsm", 1), ("bim", 3)])
-def test_choice(exact, build, reference, task, score, attack, steps):
+@pytest.mark.parametrize("packing", ["tree", "off"])
+def test_choice(exact, build, reference, task, score, attack, steps, packing):
     task = build(task, 3)
     expected = []
     for indices in questions(task):
@@ -70,13 +75,14 @@ def test_choice(exact, build, reference, task, score, attack, steps):
         loss = choice_loss(gold_of(task, doc), torch.tensor(lengths))
         step = 0.01 if attack == "fgsm" else 0.0025
         expected += reference.together([r.args for r in requests], loss, steps=steps, step=step)
-    lm = exact(attack=attack, steps=steps, loss="choice", score=score)
+    lm = exact(attack=attack, steps=steps, loss="choice", score=score, packing=packing)
     assert answers(lm, task) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("loss", ["sequence", "continuation"])
 @pytest.mark.parametrize("task", TASKS)
-def test_shared_context(exact, build, reference, task, loss):
+@pytest.mark.parametrize("packing", ["tree", "off"])
+def test_shared_context(exact, build, reference, task, loss, packing):
     """The loss of a question is the sum of its requests' losses: a shared token counts in each."""
     task = build(task, 3)
     ascended = {
@@ -87,7 +93,7 @@ def test_shared_context(exact, build, reference, task, loss):
     for indices in questions(task):
         requests = [task.instances[i].args for i in indices]
         expected += reference.together(requests, ascended[loss])
-    lm = exact(attack="fgsm", loss=loss, context="shared")
+    lm = exact(attack="fgsm", loss=loss, context="shared", packing=packing)
     assert answers(lm, task) == pytest.approx(expected, abs=1e-6)
 
 
@@ -143,12 +149,31 @@ def test_look_up():
     """Log-softmax and its gradient, precise where a token is nearly certain."""
     logits = torch.tensor([[0.0, 30.0, 1.0], [2.0, 2.0, -1.0]], requires_grad=True)
     slot, target = torch.tensor([0, 0, 1, 1]), torch.tensor([1, 2, 0, 2])
-    scores = look_up(logits, slot, target)
+    scores = look_up(logits, slot, target, torch.float32)
     exact = logits.double().log_softmax(-1)[slot, target]
-    assert torch.allclose(scores.log_prob.double(), exact, rtol=1e-6)
-    assert torch.allclose(scores.answer.double(), exact, rtol=1e-6, atol=1e-6)
+    assert torch.allclose(scores.log_prob.double(), exact, rtol=1e-6, atol=1e-14)
     assert scores.greedy.tolist() == [True, False, True, False]
     (found,) = torch.autograd.grad(scores.log_prob[0], logits)
     (expected,) = torch.autograd.grad(exact[0], logits)
     assert torch.allclose(found, expected, rtol=1e-5, atol=0)
     assert found[0, 1] > 0  # log-softmax in float32 has 1 - 1 = 0 there
+
+
+@given(st.data())
+def test_look_up_is_log_softmax(data):
+    """Any predictions, several of them at one position, of logits in any number of slices."""
+    rows, words = data.draw(st.integers(1, 6)), data.draw(st.integers(2, 9))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    logits = torch.randn(rows, words, dtype=torch.float64, generator=generator) * 4
+    pairs = st.tuples(st.integers(0, rows - 1), st.integers(0, words - 1))
+    slot, target = torch.tensor(data.draw(st.lists(pairs, min_size=1, max_size=12))).T
+    weights = torch.randn(len(slot), dtype=torch.float64, generator=generator)
+    logits.requires_grad_()
+    with patch.object(scoring, "_slices", lambda x: [slice(0, 2), slice(2, len(x))]):
+        scores = look_up(logits, slot, target, torch.float64)
+        (found,) = torch.autograd.grad((scores.log_prob * weights).sum(), logits)
+    expected = logits.log_softmax(-1)[slot, target]
+    assert torch.allclose(scores.log_prob, expected, atol=1e-12)
+    (gradient,) = torch.autograd.grad((expected * weights).sum(), logits)
+    assert torch.allclose(found, gradient, atol=1e-12)
+    assert torch.equal(scores.greedy, logits.argmax(-1)[slot] == target)

@@ -1,8 +1,11 @@
 """Results do not depend on batch size, order, subset, or on what else is asked."""
 
 import random
+import weakref
 
 import pytest
+
+from llm_attack.lm import engine
 
 CASES = [
     {"attack": "random"},
@@ -65,30 +68,84 @@ def test_repeated_requests_cost_one_answer(make, build):
     assert doubled[::2] == doubled[1::2] == ask(lm, task.instances)
 
 
-def test_out_of_memory_halves_the_batch(make, build, monkeypatch):
+@pytest.mark.parametrize("settings", [{"loss": "choice"}, {"loss": "sequence"}], ids=str)
+def test_out_of_memory_halves_the_batch(make, build, monkeypatch, settings):
     task = build("demo_arc_easy", 8)
-    lm = make(attack="fgsm", loss="choice", batch_size=32)
+    lm = make(attack="fgsm", batch_size=64, **settings)
     expected = ask(lm, task.instances)
-    answer, sizes = lm.engine.answer, []
+    answer, tokens = lm.engine.answer, []
 
-    def small(questions):
-        sizes.append(sum(len(q.requests) for q in questions))
-        if sizes[-1] > 8:
+    def small(pack):
+        tokens.append(pack.input_ids.numel())
+        if tokens[-1] > 100:
             raise RuntimeError("CUDA out of memory. Tried to allocate 1 GiB")
-        return answer(questions)
+        return answer(pack)
 
     monkeypatch.setattr(lm.engine, "answer", small)
     assert ask(lm, task.instances) == pytest.approx(expected, abs=2e-4)
-    assert sizes == [32, 16, 8, 8, 8, 8]
+    failed = [n for n in tokens if n > 100]
+    assert tokens[: len(failed)] == failed  # none after the first that fits
+    assert all(b <= a // 2 for a, b in zip(failed, tokens[1:], strict=False))
+
+
+def test_a_question_that_does_not_fit_alone_is_an_error(make, build, monkeypatch):
+    task = build("demo_arc_easy", 8)
+    lm = make(loss="choice", batch_size=64)
+
+    def never(pack):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 1 GiB")
+
+    monkeypatch.setattr(lm.engine, "answer", never)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        ask(lm, task.instances)
 
 
 def test_other_errors_are_not_taken_for_lack_of_memory(make, build, monkeypatch):
-    task = build("demo_arc_easy", 2)
     lm = make()
 
-    def fail(questions):
+    def fail(pack):
         raise RuntimeError("something else")
 
     monkeypatch.setattr(lm.engine, "answer", fail)
     with pytest.raises(RuntimeError, match="something else"):
-        ask(lm, task.instances)
+        ask(lm, build("demo_arc_easy", 2).instances)
+
+
+@pytest.mark.parametrize("settings", [{"loss": "choice"}, {"attack": "none"}, {}], ids=str)
+def test_nothing_is_kept_between_batches(make, build, monkeypatch, settings):
+    """When a batch goes to the device, the points and gradients of those before it are gone."""
+    task = build("demo_arc_easy", 6)
+    lm = make(batch_size=2, **settings)
+    made = []
+
+    class Watched(engine.Surface):
+        def __init__(self, *args):
+            assert all(ref() is None for ref in made)
+            made.append(weakref.ref(self))
+            super().__init__(*args)
+
+    monkeypatch.setattr(engine, "Surface", Watched)
+    ask(lm, task.instances)
+    assert len(made) >= 3
+    assert made[-1]() is None
+
+
+@pytest.mark.parametrize("settings", [{}, {"loss": "choice"}], ids=str)
+def test_batches_are_bounded(make, build, monkeypatch, settings):
+    """`batch_size` bounds the rows, the budget the tokens, and no row is longer than needed."""
+    lm = make(attack="fgsm", batch_size=3, **settings)
+    task = build("demo_arc_easy", 8)
+    answer, shapes = lm.engine.answer, []
+    lm.tokens_per_batch = 100
+
+    def seen(pack):
+        shapes.append(tuple(pack.input_ids.shape))
+        assert pack.mask.any(0).all()
+        return answer(pack)
+
+    monkeypatch.setattr(lm.engine, "answer", seen)
+    ask(lm, task.instances)
+    assert all(r == 1 or (r <= 3 and r * length <= 100) for r, length in shapes), shapes
+    assert max(rows for rows, _ in shapes) > 1
+    lengths = [length for _, length in shapes]
+    assert lengths == sorted(lengths, reverse=True)

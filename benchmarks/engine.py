@@ -1,0 +1,417 @@
+"""Time and memory of attacked evaluations, as multiples of stock lm-eval's `hf`.
+
+Both evaluate the same randomly initialised Llama on the same requests, alternating in one process;
+medians of several runs; stock at the best of several batch sizes. Requests are those of the six
+benchmarks where their data is (the environment variable LLM_ATTACK_TEST_DATA: datasets offline, and
+a Llama tokenizer), else synthetic ones of the same lengths. Times are of `loglikelihood`:
+tokenisation is part of both.
+
+    python benchmarks/engine.py --questions 24 --repeats 3 --output results/engine
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from llm_attack.lm import gold
+from llm_attack.lm.model import AttackedHFLM
+from llm_attack.lm.settings import AttackSettings
+from llm_attack.outputs import hardware, versions, write_json
+
+# Per task: choices; mean Llama tokens of what they share, and of what each has for itself.
+SYNTHETIC = {
+    "arc_challenge": (4, 32, 6),
+    "arc_easy": (4, 27, 5),
+    "hellaswag": (4, 61, 29),
+    "openbookqa": (4, 14, 4),
+    "piqa": (2, 12, 24),
+    "winogrande": (2, 12, 15),
+}
+
+# Dense bfloat16 peaks without sparsity, in FLOP/s, by a part of the device's name.
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+
+ATTACKED = {
+    "fgsm shared": [AttackSettings("fgsm", context="shared")],
+    "fgsm own": [AttackSettings("fgsm")],
+    "choice fgsm": [AttackSettings("fgsm", loss="choice")],
+    "none+random+fgsm+bim shared": [
+        AttackSettings(name, context="shared") for name in ("none", "random", "fgsm", "bim")
+    ],
+}
+
+
+def real_requests(tasks: list[str], questions: int) -> dict[str, list[Instance]]:
+    """Requests of a seeded sample of each task's questions, as lm-eval builds them."""
+    from lm_eval.tasks import TaskManager
+
+    gold.note_tasks()
+    gold.compile_templates_once()
+    manager, found = TaskManager(), {}
+    for name in tasks:
+        (task,) = manager.load([name])["tasks"].values()
+        task.set_config("num_fewshot", 0)
+        task.build_all_requests()
+        ids = sorted({r.doc_id for r in task.instances})
+        kept = set(random.Random(0).sample(ids, min(questions, len(ids))))
+        found[name] = [r for r in task.instances if r.doc_id in kept]
+    return found
+
+
+def synthetic_requests(tasks: list[str], questions: int) -> dict[str, list[Instance]]:
+    """Requests of random words with the benchmarks' lengths."""
+    draw = random.Random(0)
+
+    def text(mean: int) -> str:
+        return "".join(
+            f" {draw.choice(WORDS)}" for _ in range(max(1, round(draw.gauss(mean, mean / 4))))
+        )
+
+    found = {}
+    for name in tasks:
+        choices, shared, own = SYNTHETIC[name]
+        found[name] = []
+        for doc_id in range(questions):
+            context = text(shared)
+            for idx in range(choices):
+                arguments = (context, text(own))
+                metadata = (name, doc_id, 1)
+                found[name].append(Instance("loglikelihood", {}, arguments, idx, metadata))
+    return found
+
+
+WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world")
+
+
+@contextmanager
+def counted(model: torch.nn.Module, device: torch.device) -> Iterator[dict[str, float]]:
+    """Seconds inside the model (`device`) and altogether (`wall`), and the tokens it was given."""
+    totals = {"device": 0.0, "tokens": 0.0}
+    forward, grad = model.forward, torch.autograd.grad
+    events: list[tuple[Any, Any]] = []
+
+    def timed(call: Callable) -> Callable:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if device.type == "cuda":
+                pair = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+                pair[0].record()
+                try:
+                    return call(*args, **kwargs)
+                finally:
+                    pair[1].record()
+                    events.append(pair)
+            start = time.perf_counter()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                totals["device"] += time.perf_counter() - start
+
+        return run
+
+    inner = timed(forward)
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        totals["tokens"] += ids.numel()
+        return inner(*args, **kwargs)
+
+    model.forward, torch.autograd.grad = counting, timed(grad)
+    start = time.perf_counter()
+    try:
+        yield totals
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        totals["wall"] = time.perf_counter() - start
+        totals["device"] += sum(a.elapsed_time(b) for a, b in events) / 1000
+    finally:
+        del model.forward
+        torch.autograd.grad = grad
+
+
+def peak_memory(run: Callable[[], object], device: torch.device) -> int | None:
+    """Bytes allocated at the peak of `run()` above what there was before; None: cannot be told."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    if not sys.platform.startswith("linux"):
+        return None
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = _status("VmRSS")
+    run()
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(x.split()[1]) * 1024 for x in lines if x.startswith(name))
+
+
+def load(shape: str, dtype: str, device: str) -> tuple[Any, Any]:
+    """A Llama with random weights, and a tokenizer."""
+    data = os.environ.get("LLM_ATTACK_TEST_DATA")
+    folder = Path(data) / "models/tinyllama-shape" if data else None
+    if shape == "tinyllama" and folder is not None:
+        config = AutoConfig.from_pretrained(folder)
+    elif shape == "tinyllama":
+        raise click.UsageError("--shape tinyllama: its configuration needs LLM_ATTACK_TEST_DATA")
+    else:
+        config = LlamaConfig(
+            vocab_size=32000,
+            hidden_size=768,
+            intermediate_size=2048,
+            num_hidden_layers=12,
+            num_attention_heads=12,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+        )
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+    if folder is not None:
+        return model, AutoTokenizer.from_pretrained(folder)
+    from llm_attack.demo import MODEL_PATH
+
+    return model, AutoTokenizer.from_pretrained(MODEL_PATH)
+
+
+class Bench:
+    """Stock and ours over the same model."""
+
+    def __init__(self, model: Any, tokenizer: Any, options: dict[str, Any]) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.device = next(model.parameters()).device
+        self.ours = AttackedHFLM(
+            model, tokenizer=tokenizer, batch_size="auto", device=str(self.device), **options
+        )
+        self._stock: dict[int, HFLM] = {}
+
+    def stock(self, batch_size: int) -> HFLM:
+        if batch_size not in self._stock:
+            self._stock[batch_size] = HFLM(
+                self.model, tokenizer=self.tokenizer, batch_size=batch_size, device=str(self.device)
+            )
+        return self._stock[batch_size]
+
+    def time(self, run: Callable[[], Any]) -> tuple[dict[str, float], Any]:
+        gc.collect()
+        with counted(self.model, self.device) as totals:
+            answers = run()
+        return totals, answers
+
+    def run_stock(self, batch_size: int, requests: list[Instance]) -> Callable[[], Any]:
+        return lambda: self.stock(batch_size).loglikelihood(requests, disable_tqdm=True)
+
+    def run_ours(
+        self, conditions: list[AttackSettings], requests: list[Instance]
+    ) -> Callable[[], Any]:
+        def run() -> Any:
+            self.ours.use(*conditions)
+            return self.ours.loglikelihood(requests, disable_tqdm=True)
+
+        return run
+
+
+def difference(ours: list, stock: list) -> dict[str, Any]:
+    """Largest difference of a log-likelihood, and answers whose is_greedy differs."""
+    pairs = list(zip(ours, stock, strict=True))
+    return {
+        "log_likelihood": max(abs(a[0] - b[0]) for a, b in pairs),
+        "greedy": sum(a[1] != b[1] for a, b in pairs),
+    }
+
+
+def measure(
+    bench: Bench,
+    name: str,
+    requests: list[Instance],
+    sizes: list[int],
+    repeats: int,
+    attacked: bool,
+) -> dict[str, Any]:
+    """Everything about one task."""
+    bench.run_ours([AttackSettings("none")], requests[:8])()  # warm
+    trials = {size: bench.time(bench.run_stock(size, requests)) for size in sizes}
+    best = min(trials, key=lambda size: trials[size][0]["wall"])
+    runs: dict[str, Callable[[], Any]] = {
+        "stock": bench.run_stock(best, requests),
+        "none": bench.run_ours([AttackSettings("none")], requests),
+    }
+    if attacked:
+        have_gold = getattr(requests[0], "doc", None)
+        for label, conditions in ATTACKED.items():
+            if conditions[0].loss != "choice" or have_gold:
+                runs[label] = bench.run_ours(conditions, requests)
+    times: dict[str, list[dict[str, float]]] = {label: [] for label in runs}
+    answers: dict[str, Any] = {}
+    for _ in range(repeats):
+        for label, run in runs.items():
+            totals, answers[label] = bench.time(run)
+            times[label].append(totals)
+    if best in trials:
+        times["stock"].append(trials[best][0])
+    median = {
+        label: {key: statistics.median(t[key] for t in of_label) for key in of_label[0]}
+        for label, of_label in times.items()
+    }
+    useful = sum(t["tokens"] for t in [median["stock"]])
+    row = {
+        "task": name,
+        "requests": len(requests),
+        "stock_batch_size": best,
+        "stock_seconds": {size: trials[size][0]["wall"] for size in sizes},
+        "seconds": {label: m["wall"] for label, m in median.items()},
+        "runs": {label: [t["wall"] for t in of_label] for label, of_label in times.items()},
+        "times_stock": {label: m["wall"] / median["stock"]["wall"] for label, m in median.items()},
+        "host_share": {label: 1 - m["device"] / m["wall"] for label, m in median.items()},
+        "tokens": {label: m["tokens"] for label, m in median.items()},
+        "stock_tokens_per_second": {label: useful / m["wall"] for label, m in median.items()},
+        "difference": difference(answers["none"], answers["stock"]),
+    }
+    row["peak_memory"] = {
+        "stock": peak_memory(bench.run_stock(8, requests), bench.device),
+        "none": peak_memory(lambda: _same_tokens(bench, requests, 8), bench.device),
+    }
+    row["utilisation"] = _utilisation(bench, median)
+    return row
+
+
+def _same_tokens(bench: Bench, requests: list[Instance], rows: int) -> None:
+    """Our clean pass with batches of as many tokens as stock's largest of `rows` rows."""
+    bench.ours.use(AttackSettings("none"))
+    encoded = [len(bench.tokenizer.encode(r.args[0] + r.args[1])) for r in requests]
+    bench.ours.tokens_per_batch = rows * max(encoded)
+    try:
+        bench.ours.loglikelihood(requests, disable_tqdm=True)
+    finally:
+        bench.ours.tokens_per_batch = None
+
+
+def _utilisation(bench: Bench, median: dict[str, dict[str, float]]) -> dict[str, float] | None:
+    """Model FLOP utilisation of the clean passes: 2 FLOP per parameter and token; GPUs alone."""
+    if bench.device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name()
+    peak = next((value for part, value in PEAKS.items() if part in name), None)
+    parameters = sum(p.numel() for p in bench.model.model.layers.parameters())
+    if peak is None:
+        return None
+    done = {label: 2 * parameters * median[label]["tokens"] for label in ("stock", "none")}
+    return {label: flop / median[label]["wall"] / peak for label, flop in done.items()}
+
+
+def show(rows: list[dict[str, Any]], console: Console) -> dict[str, float]:
+    """Prints both tables; returns the geometric means over tasks of the second."""
+    first = Table("task", title="clean pass: ours against stock hf at its best batch size")
+    for column in ("batch", "stock tok/s", "ours tok/s", "faster", "host", "stock host"):
+        first.add_column(column, justify="right")
+    for column in ("memory", "stock mem.", "max diff.", "greedy"):
+        first.add_column(column, justify="right")
+    for r in rows:
+        memory = {
+            k: "?" if v is None else f"{v / 2**20:.0f} MB" for k, v in r["peak_memory"].items()
+        }
+        first.add_row(
+            r["task"],
+            str(r["stock_batch_size"]),
+            f"{r['stock_tokens_per_second']['stock']:.0f}",
+            f"{r['stock_tokens_per_second']['none']:.0f}",
+            f"{1 / r['times_stock']['none']:.2f}x",
+            f"{r['host_share']['none']:.1%}",
+            f"{r['host_share']['stock']:.1%}",
+            memory["none"],
+            memory["stock"],
+            f"{r['difference']['log_likelihood']:.1e}",
+            str(r["difference"]["greedy"]),
+        )
+    console.print(first)
+    labels = list(rows[0]["times_stock"])[1:]
+    second = Table("task", *labels, title="time as a multiple of stock clean")
+    for r in rows:
+        second.add_row(r["task"], *(f"{r['times_stock'][x]:.2f}" for x in labels))
+    means = {x: statistics.geometric_mean(r["times_stock"][x] for r in rows) for x in labels}
+    second.add_section()
+    second.add_row("geometric mean", *(f"{means[x]:.2f}" for x in labels))
+    console.print(second)
+    return means
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--tasks", default=",".join(SYNTHETIC), help="Of the six benchmarks.")
+@click.option("--questions", default=24, help="Per task.")
+@click.option("--repeats", default=3, help="Runs of which the median is reported.")
+@click.option("--batch-sizes", default="1,8,32", help="Tried for stock.")
+@click.option("--shape", default="110m", type=click.Choice(["110m", "tinyllama"]))
+@click.option("--dtype", default="float32")
+@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+@click.option("--attacks/--no-attacks", default=True, help="Measure attacked runs too.")
+@click.option("--compile", "compiled", is_flag=True, help="Ours with compile=True.")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder for the JSON file.")
+@click.option("--name", help="Of the JSON file; the device and shape unless given.")
+def main(
+    tasks: str,
+    questions: int,
+    repeats: int,
+    batch_sizes: str,
+    shape: str,
+    dtype: str,
+    device: str,
+    attacks: bool,
+    compiled: bool,
+    output: Path | None,
+    name: str | None,
+) -> None:
+    """Stock hf against attacked-hf on a randomly initialised Llama."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    console = Console(width=140)
+    names = tasks.split(",")
+    real = "LLM_ATTACK_TEST_DATA" in os.environ
+    requests = (real_requests if real else synthetic_requests)(names, questions)
+    model, tokenizer = load(shape, dtype, device)
+    bench = Bench(model, tokenizer, {"compile": compiled})
+    sizes = [int(size) for size in batch_sizes.split(",")]
+    rows = []
+    for task in names:
+        rows.append(measure(bench, task, requests[task], sizes, repeats, attacks))
+        console.print(f"{task}: stock {rows[-1]['seconds']['stock']:.1f} s")
+    means = show(rows, console)
+    if output is not None:
+        settings = click.get_current_context().params | {
+            "requests": "real" if real else "synthetic"
+        }
+        content = {
+            "settings": {k: v for k, v in settings.items() if k not in ("output", "name")},
+            "geometric_mean_times_stock": means,
+            "tasks": rows,
+            "hardware": hardware(),
+            "versions": versions(),
+        }
+        path = output / f"{name or f'{device}-{shape}'}.json"
+        write_json(path, content)
+        console.print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()

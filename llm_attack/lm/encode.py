@@ -1,0 +1,32 @@
+"""Tokenisation of many texts in one call: a fast tokenizer works on them in parallel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def encoded_together(tokenizer: Any, texts: Iterable[str]) -> Iterator[None]:
+    """While it lasts, `tokenizer.encode` knows the tokens of `texts` beforehand.
+
+    lm-eval's own code still decides how a request becomes tokens, and with which options.
+    """
+    known: dict[tuple, dict[str, list[int]]] = {}
+    distinct = list(dict.fromkeys(texts))
+    encode = tokenizer.encode
+
+    def together(text: str, **options: Any) -> list[int]:
+        key = tuple(sorted(options.items()))
+        if key not in known:
+            tokens = tokenizer(distinct, **options)["input_ids"] if distinct else []
+            known[key] = dict(zip(distinct, tokens, strict=True))
+        tokens = known[key].get(text)
+        return encode(text, **options) if tokens is None else list(tokens)
+
+    tokenizer.encode = together
+    try:
+        yield
+    finally:
+        del tokenizer.encode

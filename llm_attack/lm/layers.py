@@ -1,0 +1,59 @@
+"""The model's blocks: recomputed in the backward pass, or compiled, one by one.
+
+Not the model as a whole: hooks come and go at the embedding and at the head, and a compiled graph
+does not notice.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from llm_attack.errors import UsageError
+
+
+def blocks(model: PreTrainedModel, argument: str) -> list[nn.Module]:
+    """The modules that transformers never splits over devices: the transformer's blocks.
+
+    Raises:
+        UsageError: none are known of this model; `argument` is what asked for them.
+    """
+    found = [
+        block
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel)
+        for names in [getattr(module, "_no_split_modules", None) or ()]
+        for block in module.modules()
+        if type(block).__name__ in names
+    ]
+    if not found:
+        raise UsageError(
+            f"{argument}=True: must be False for {type(model).__name__}, whose blocks transformers"
+            " does not name"
+        )
+    return list(dict.fromkeys(found))
+
+
+def recompute(block: nn.Module) -> None:
+    """From now on only `block`'s input is kept for the backward pass.
+
+    Unlike transformers' own gradient checkpointing it works in evaluation mode, without dropout.
+    """
+    forward = block.forward
+
+    @functools.wraps(forward)
+    def checkpointed(*args, **kwargs):
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    block.forward = checkpointed
+
+
+def compiled(block: nn.Module) -> None:
+    """From now on `block` runs compiled, for any batch size and length."""
+    block.forward = torch.compile(block.forward, dynamic=True)

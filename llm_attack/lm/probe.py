@@ -1,0 +1,89 @@
+"""Does a model honour the mask and the positions of a tree? Found out by trying."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+
+from llm_attack.lm.pack import pack_rows, pack_trees
+from llm_attack.lm.questions import Question, Request
+from llm_attack.lm.scoring import Scorer
+
+# A layer that looks back no further counts rows, not a tree's positions, or loses its window to the
+# tree's mask: trees no longer than the window are safe either way.
+WINDOWS = (
+    "attention_chunk_size",
+    "attention_window",
+    "local_attention",
+    "sliding_window",
+    "window_size",
+)
+
+log = logging.getLogger(__name__)
+
+
+def longest_tree(scorer: Scorer, device: torch.device, pad: int = 0) -> int:
+    """The length up to which the model takes questions as trees; 0: it does not.
+
+    A model does not whose attention ignores the mask (some flash kernels), or whose positions are
+    not given to it (ALiBi, recurrent models); the log says so.
+    """
+    if not trees_equal_rows(scorer, _made_up(scorer), device, pad):
+        log.warning("packing: off, as the model does not take trees; every request gets a row")
+        return 0
+    config = scorer.model.config
+    configs = (config, getattr(config, "get_text_config", lambda: config)())
+    sizes = [getattr(c, name, None) for c in configs for name in WINDOWS]
+    windows = chain.from_iterable(s if isinstance(s, (list, tuple)) else [s] for s in sizes)
+    return min([w for w in windows if isinstance(w, int) and w > 0], default=sys.maxsize)
+
+
+def trees_equal_rows(
+    scorer: Scorer, questions: Sequence[Question], device: torch.device, pad: int = 0
+) -> bool:
+    """Whether the logits of `questions` as trees are those of a row per request.
+
+    They are if half of the digits agree of the dtype that the model computes in: the root mean
+    square of the difference, relative to the spread of the logits. Wrong positions, or a mask that
+    is not honoured, change the first digits.
+    """
+    try:
+        logits = []
+        for make in (pack_trees, pack_rows):
+            pack = make(questions, pad).to(device)
+            with torch.no_grad():
+                found = scorer.logits(pack, pack.scored.positions)
+            logits.append(found[pack.scored.slot.to(found.device)].float())
+    except Exception as error:
+        if should_reduce_batch_size(error):
+            raise
+        log.info("packing: the model refused a tree: %s", error)
+        return False
+    tree, rows = logits
+    difference = (tree - rows).square().mean().sqrt()
+    # models compute some things in float32 also when they are in float64
+    eps = max(torch.finfo(t).eps for t in (scorer.autocast or scorer.model.dtype, torch.float32))
+    tolerance = eps**0.5
+    return bool(difference <= tolerance * rows.std())
+
+
+def _made_up(scorer: Scorer) -> list[Question]:
+    """Two questions of different size, whose requests share more and less of their contexts."""
+    embedding: Any = scorer.model.get_input_embeddings()
+    vocabulary = embedding.weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(vocabulary, (40,), generator=generator).tolist()
+    context, rest = tuple(words[:12]), words[12:]
+    first = [context + tuple(rest[i : i + n]) for i, n in ((0, 5), (5, 3), (8, 6))]
+    first.append(first[0][:14] + tuple(rest[14:18]))
+    second = [(*rest[20:24], word) for word in rest[24:26]]
+    return [
+        Question([Request(tokens, 4) for tokens in requests], [[i] for i in range(len(requests))])
+        for requests in (first, second)
+    ]

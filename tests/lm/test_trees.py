@@ -1,0 +1,280 @@
+"""A question packed as a tree has the logits, gradients and answers of its requests alone."""
+
+import copy
+import functools
+import logging
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from llm_attack.attacks import Attack
+from llm_attack.lm import engine as engines
+from llm_attack.lm.engine import Engine
+from llm_attack.lm.hook import frozen
+from llm_attack.lm.layers import blocks, compiled, recompute
+from llm_attack.lm.pack import pack_rows, pack_trees
+from llm_attack.lm.probe import longest_tree, trees_equal_rows
+from llm_attack.lm.questions import Question, Request
+from llm_attack.lm.scoring import Scorer
+from llm_attack.lm.surface import Surface, ThreatModel
+
+CPU = torch.device("cpu")
+
+WINDOWS = {"gemma2": 64, "mistral": 64, "gpt_neo": 30}
+
+SMALL = {
+    "vocab_size": 48,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+}
+# Names of their own for the same sizes.
+GPT = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
+
+# What is special about each: learned positions; a head of another name; parallel blocks, partial
+# rotary; positions made from a mask; soft-capped logits, alternating windows; scaled logits, no
+# rotary pair order; scaled logits and residuals; tied head; fused projections.
+ARCHITECTURES = {
+    "llama": {},
+    "gpt2": GPT,
+    "gpt_neox": {},
+    "opt": {"ffn_dim": 32, "word_embed_proj_dim": 16},
+    "gemma2": {"final_logit_softcapping": 3.0, "sliding_window": 64},
+    "cohere": {"logit_scale": 0.25},
+    "granite": {"logits_scaling": 4.0, "residual_multiplier": 0.5},
+    "qwen2": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": 64},
+    "phi": {},
+    "gpt_neo": {
+        "num_layers": 2,
+        "num_heads": 2,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 30,
+    },
+}
+
+
+@functools.cache
+def network(kind):
+    """A small model with random weights, large enough ones that positions and context matter.
+
+    In float64, though most normalise in float32 all the same: hence the tolerances of 1e-5.
+    """
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **SMALL, **ARCHITECTURES[kind])
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
+    for p in model.parameters():
+        if p.dim() > 1:
+            p.data.mul_(12)
+    return model
+
+
+def scorer_of(model):
+    return Scorer(model, model.get_input_embeddings(), softmax_dtype=torch.float64)
+
+
+def question(requests, **content):
+    made = [Request(tuple(tokens), n) for tokens, n in requests]
+    return Question(made, [[i] for i in range(len(made))], **content)
+
+
+@st.composite
+def questions(draw):
+    """Questions with contexts that are shared, nested, repeated, or not shared at all."""
+    token = st.integers(2, 5)  # few: prefixes are shared by chance, too
+    made = []
+    for _ in range(draw(st.integers(1, 3))):
+        context = draw(st.lists(token, min_size=1, max_size=8))
+        requests = []
+        for _ in range(draw(st.integers(1, 4))):
+            own = draw(st.lists(token, min_size=1, max_size=5))
+            kept = context[: draw(st.integers(0, len(context)))] or [draw(token)]
+            requests.append((kept + own, draw(st.integers(1, len(own)))))
+        made.append(question(requests, gold=[True] + [False] * (len(requests) - 1)))
+    return made
+
+
+@given(questions(), st.sampled_from(["llama", "gpt2", "gemma2"]), st.integers(0, 1))
+@settings(max_examples=30)
+def test_logits(made, kind, pad):
+    """Against brute force: each request alone, unpacked, without a mask, all logits computed."""
+    model = network(kind)
+    pack = pack_trees(made, pad, whole=True)
+    with torch.no_grad():
+        found = scorer_of(model).logits(pack, pack.watched.positions)[pack.watched.slot]
+        for i, request in enumerate(pack.requests):
+            alone = model(torch.tensor([request.inputs])).logits[0]
+            assert torch.allclose(found[pack.watched.request == i], alone, atol=1e-5)
+
+
+@given(questions(), st.sampled_from(["sequence", "continuation", "choice"]))
+@settings(max_examples=20)
+def test_gradients(made, loss):
+    """The gradient at a shared token is the sum over the choices that share it."""
+    model = network("llama")
+    pack = pack_trees(made, whole=loss == "sequence")
+    threat = ThreatModel(loss, shared=True)
+    with frozen(model):
+        found = Surface(scorer_of(model), pack, threat).gradient
+    for row, of_question in enumerate(made):
+        log_likelihoods, points = [], []
+        for request in of_question.requests:
+            embedded = model.get_input_embeddings()(torch.tensor([request.inputs])).detach()
+            points.append(embedded.requires_grad_())
+            log_probs = model(inputs_embeds=points[-1]).logits[0].log_softmax(-1)
+            told = log_probs[range(len(request.inputs)), list(request.tokens[1:])]
+            log_likelihoods.append(
+                (told if loss == "sequence" else told[-request.n_continuation :]).sum()
+            )
+        scores = torch.stack(log_likelihoods)
+        value = -scores.log_softmax(0)[0] if loss == "choice" else -scores.sum()
+        gradients = torch.autograd.grad(value, points)
+        expected = torch.zeros_like(found[row])
+        for path, gradient in zip(of_question.trie.paths, gradients, strict=True):
+            expected.index_add_(0, torch.from_numpy(path), gradient[0])
+        assert torch.allclose(found[row], expected, atol=1e-5 * expected.abs().max())
+
+
+@given(questions(), st.sampled_from(["none", "random", "fgsm", "bim", "pgd"]))
+@settings(max_examples=20)
+def test_answers_do_not_depend_on_the_layout(made, name):
+    """Trees, shared rows, and batches of any composition give the same answers."""
+    attack = Attack(name, epsilon=0.05, steps=2)
+    results = []
+    for longest, tokens in ((99, 1000), (99, 20), (0, 1000), (9, 1000)):
+        scorer = scorer_of(network("llama"))
+        engine = Engine(scorer, [attack], ThreatModel("choice", shared=True), CPU, 0, longest)
+        with frozen(scorer.model):
+            found = {id(a.question): a.answers[0] for a in engine.run(made, 8, tokens)}
+        flat = [answer for q in made for answer in found[id(q)]]
+        results.append(torch.tensor([ll for ll, _ in flat], dtype=torch.float64))
+    for other in results[1:]:
+        assert torch.allclose(results[0], other, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_architectures(kind, caplog):
+    """They take trees, and their logits are only computed where they are looked at."""
+    model = network(kind)
+    scorer = scorer_of(model)
+    assert longest_tree(scorer, CPU) == WINDOWS.get(kind, sys.maxsize)
+    made = [question([([5, 6, 7, 8, 9], 2), ([5, 6, 7, 11], 1), ([5, 6, 7, 8, 9], 2)])]
+    sizes = []
+    handle = model.get_output_embeddings().register_forward_hook(
+        lambda module, args, output: sizes.append(output.shape)
+    )
+    for make in (pack_trees, pack_rows):
+        pack = make(made)
+        with torch.no_grad():
+            found = scorer.logits(pack, pack.scored.positions)
+            assert sizes[-1][:-1].numel() == len(pack.scored.positions)
+            for slot, request in zip(pack.scored.slot, pack.scored.request, strict=True):
+                alone = model(torch.tensor([pack.requests[request].inputs])).logits[0]
+                assert any(torch.allclose(found[slot], row, atol=1e-5) for row in alone)
+    handle.remove()
+    assert not [r for r in caplog.records if r.name.startswith("llm_attack")]
+
+
+@pytest.mark.parametrize("kind", ["bloom", "mpt", "mamba"])
+def test_models_without_positions_get_rows(kind, caplog):
+    """ALiBi and recurrent models; the log says so in one line."""
+    options = {"d_model": 16, "n_heads": 2, "n_layers": 2} if kind == "mpt" else {}
+    config = AutoConfig.for_model(kind, **(SMALL | options))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
+    with caplog.at_level(logging.WARNING, "llm_attack"):
+        assert longest_tree(scorer_of(model), CPU) == 0
+    (line,) = caplog.messages
+    assert line.startswith("packing: off")
+
+
+def test_layers_that_look_back_over_a_window():
+    """Trees longer than the window get rows; all answers are those of the requests alone."""
+    scorer = scorer_of(network("gpt_neo"))
+    assert longest_tree(scorer, CPU) == 30
+    context = [2 + i * 7 % 40 for i in range(20)]
+    made = [
+        question([([*context, 3, i], 2), ([*context[:n], 4, i], 1)]) for i, n in ((5, 18), (6, 2))
+    ]
+    assert [len(q.trie) for q in made] == [22, 22]
+    made.append(question([(context + [i] * 9, 2) for i in (3, 4)]))
+    assert len(made[-1].trie) == 36
+    assert not trees_equal_rows(scorer, made[-1:], CPU)  # what the rule is there for
+    engine = Engine(scorer, [Attack("none")], ThreatModel(), CPU, 0, 30)
+    trees, others = engine.layouts(made)
+    assert trees == made[:2]
+    assert [q.requests for q in others] == [[r] for r in made[2].requests]
+
+
+def test_choices_of_one_token_are_a_tree():
+    """All logits that are looked at are those of one position: their spread is over the tokens."""
+    scorer = scorer_of(copy.deepcopy(network("llama")).float())
+    made = [question([([2, 3, 4, 5 + i], 1) for i in range(4)])]
+    assert trees_equal_rows(scorer, made, CPU)
+
+
+def test_a_long_tree_that_fails_turns_packing_off(monkeypatch, caplog):
+    """The longest question of a run is tried too: short trials cannot show everything."""
+    scorer = scorer_of(network("llama"))
+    made = [question([([2, 3, 4], 1), ([2, 3, 5], 1)])]
+    engine = Engine(scorer, [Attack("none")], ThreatModel(), CPU, 0, 99)
+    monkeypatch.setattr(engines, "trees_equal_rows", lambda *args: False)
+    with caplog.at_level(logging.WARNING, "llm_attack"):
+        trees, others = engine.layouts(made)
+    assert not trees
+    assert len(others) == 2
+    assert "packing: off" in caplog.text
+
+
+@pytest.mark.parametrize("change", [recompute, compiled])
+def test_blocks_that_are_recomputed_or_compiled_change_nothing(change, monkeypatch):
+    quick = functools.partial(torch.compile, backend="aot_eager")  # traced, but not made into C++
+    monkeypatch.setattr(torch, "compile", quick)
+    made = [question([([5, 6, 7, 8, 9], 2), ([5, 6, 7, 11], 1)], gold=[True, False])]
+    plain = network("llama")
+    model = copy.deepcopy(plain)
+    found = blocks(model, "compile")
+    assert found == list(model.model.layers)
+    for block in found:
+        change(block)
+    gradients = []
+    for each in (plain, model):
+        with frozen(each):
+            surface = Surface(scorer_of(each), pack_trees(made), ThreatModel("choice", shared=True))
+            gradients.append(surface.gradient)
+            assert surface.clean.log_prob.isfinite().all()
+    assert torch.allclose(*gradients, rtol=1e-9, atol=1e-12)
+
+
+def test_recomputing_keeps_less():
+    """What autograd saves for the backward pass is a block's input, not its activations."""
+    made = [question([([*range(2, 40)], 2), ([*range(2, 39), 5], 1)])]
+
+    def saved(model):
+        sizes = []
+
+        def pack(tensor):
+            sizes.append(tensor.numel())
+            return tensor
+
+        with frozen(model), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            surface = Surface(scorer_of(model), pack_trees(made), ThreatModel(shared=True))
+            x = surface.x.requires_grad_()
+            surface.loss(x)
+        return sum(sizes)
+
+    plain = network("llama")
+    model = copy.deepcopy(plain)
+    for block in blocks(model, "gradient_checkpointing"):
+        recompute(block)
+    assert saved(model) < saved(plain) / 2
