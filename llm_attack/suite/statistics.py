@@ -31,6 +31,7 @@ _TABLE = [
     *("p_chance", "p_chance_holm", "verdict", "p_mcnemar", "p_mcnemar_holm"),
     *("drop", "lost", "gained"),
 ]
+_KEYS = ["task", "condition"]
 _COUNTS = ["n", "n_choices_min", "n_choices_max", "lost", "gained", "left_out"]
 
 
@@ -156,18 +157,12 @@ def summarise(samples: pd.DataFrame) -> pd.DataFrame:
     """
     if samples.empty:
         raise UsageError("samples: must hold at least one question")
-    of_none = samples.loc[samples["condition"] == "none", ["task", "doc_id", "acc"]]
-    clean = samples[["task", "doc_id"]].merge(of_none, how="left", validate="many_to_one")["acc"]
-    clean = clean.to_numpy().astype(float)
-    clean[(samples["condition"] == "none").to_numpy()] = np.nan
-    table = pd.DataFrame(
-        [
-            {"task": task, "condition": condition, **_row(group)}
-            for (task, condition), group in samples.assign(
-                chance=chances(samples), clean=clean
-            ).groupby(["task", "condition"], sort=False)
-        ]
-    )
+    place, is_none = ["task", "doc_id"], samples["condition"] == "none"
+    of_none = samples.loc[is_none, [*place, "acc"]]
+    clean = samples[place].merge(of_none, how="left", validate="many_to_one")["acc"]
+    clean = clean.set_axis(samples.index).mask(is_none)
+    groups = samples.assign(chance=chances(samples), clean=clean).groupby(_KEYS, sort=False)
+    table = pd.DataFrame([{**dict(zip(_KEYS, k, strict=True)), **_row(g)} for k, g in groups])
     table["p_chance_holm"] = _holm_over_tasks(table, "p_chance")
     table["p_mcnemar_holm"] = _holm_over_tasks(table, "p_mcnemar")
     differs = table["p_chance_holm"] <= ALPHA
@@ -271,7 +266,7 @@ def paired(
     Raises:
         UsageError: the runs share no task, no condition or no question.
     """
-    for key in ("task", "condition"):
+    for key in _KEYS:
         ours, theirs = samples_a[key].unique(), samples_b[key].unique()
         if not set(ours) & set(theirs):
             raise UsageError(
@@ -289,7 +284,7 @@ def paired(
     )
     pairs = pairs.merge(same, on=place)
     rows = []
-    for (task, condition), group in pairs.groupby(["task", "condition"], sort=False):
+    for (task, condition), group in pairs.groupby(_KEYS, sort=False):
         n, left_out = len(group), asked_of_task[task] - len(group)
         lost, gained = _changes(group["acc_a"], group["acc_b"])
         low, high = paired_interval(lost, gained, n)
@@ -322,7 +317,7 @@ def unshared(
 ) -> list[str]:
     """What `paired` leaves out besides single questions, a sentence for each kind."""
     sentences = []
-    for key in ("task", "condition"):
+    for key in _KEYS:
         for run, ours, theirs in (("a", samples_a, samples_b), ("b", samples_b, samples_a)):
             alone = [x for x in ours[key].unique() if x not in set(theirs[key])]
             if alone:
