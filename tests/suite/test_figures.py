@@ -99,9 +99,13 @@ def test_background_by_options(frames):
     """More options, darker; neighbours with the same number share a span."""
     tasks = {"a": (4, 2), "b": (4, 2), "c": (4, (3, 5)), "d": (4, 8)}
     (axes,) = figures.bars(statistics.summarise(frames(tasks)[0])).axes
-    spans = [p for p in axes.patches if p.get_height() == 1 and p.get_width() >= 1]
-    assert [(p.get_x(), p.get_width()) for p in spans] == [(-0.5, 2), (1.5, 1), (2.5, 1)]
-    greys = [p.get_facecolor()[0] for p in spans]
+    spans = []
+    for patch in axes.patches:
+        box = patch.get_path().transformed(patch.get_patch_transform()).get_extents()
+        if box.width >= 1:
+            spans.append((box, patch.get_facecolor()[0]))
+    assert [(box.x0, box.width) for box, _ in spans] == [(-0.5, 2), (1.5, 1), (2.5, 1)]
+    greys = [grey for _, grey in spans]
     assert greys == sorted(greys, reverse=True) and len(set(greys)) == 3
     texts = [t.get_text().replace("\n", " ") for t in axes.texts if not t.get_rotation()]
     assert texts == ["2 options", "3–5 options", "8 options"]
