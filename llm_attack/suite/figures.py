@@ -39,12 +39,12 @@ class _Look(NamedTuple):
 
 _LOOKS = {
     "none": _Look("#BBBBBB", "", "o", "-"),
-    "random": _Look(COLOURS[5], "....", "s", ":"),
+    "random": _Look(COLOURS[5], "\\\\\\\\", "s", ":"),
     "fgsm": _Look(COLOURS[3], "////", "^", "-"),
     "bim": _Look(COLOURS[0], "xxxx", "D", "--"),
-    "pgd": _Look(COLOURS[4], "\\\\\\\\", "v", "-."),
+    "pgd": _Look(COLOURS[4], "++++", "v", "-."),
     "ost": _Look(COLOURS[2], "----", "<", (0, (4, 1, 1, 1, 1, 1))),
-    "illc": _Look(COLOURS[1], "++++", ">", (0, (6, 2))),
+    "illc": _Look(COLOURS[1], "||||", ">", (0, (6, 2))),
 }
 
 
@@ -229,7 +229,7 @@ def draw_all(samples: pd.DataFrame, table: pd.DataFrame, folder: Path) -> list[s
 
 
 def _look(attack: str) -> _Look:
-    return _LOOKS.get(attack, _Look("#000000", "oo", "P", "-"))
+    return _LOOKS.get(attack, _Look("#000000", "..", "P", "-"))
 
 
 def _attacks(table: pd.DataFrame) -> list[str]:
