@@ -261,6 +261,8 @@ def test_acc_norm_and_its_mean():
     assert table.loc["a", "acc_norm"] == 0.25
     assert (table.loc["a", "acc_norm_low"], table.loc["a", "acc_norm_high"]) == s.wilson(1, 4)
     assert table.loc[["b", "mean"], "acc_norm"].isna().all()
+    half = tiny("a", normed, acc_norm={"none": [1, np.nan, 0, 0]})
+    assert s.summarise(half)["acc_norm"].isna().all()
     alone = s.summarise(both[both["task"] == "a"])
     assert alone["acc_norm"].tolist() == [0.25, 0.25]
     assert alone["acc_norm_low"][1] == pytest.approx(alone["acc_norm_low"][0])

@@ -60,6 +60,8 @@ def test_marks_are_the_verdicts(table):
     assert [note[0] for note in cells.notes[1:]] == ["†", "‡", "§"]
     assert "indistinguishable from guessing" in cells.notes[1]
     assert not set("†‡§") & set("".join(cells.rows[2]))
+    adjusted = table.assign(p_mcnemar=0.03, p_mcnemar_holm=0.06, verdict="above guessing")
+    assert all(text[5] == "§" for text in tables.accuracies(adjusted).rows[0][2:-1])
     clean = tables.accuracies(table, conditions=["none"])
     assert len(clean.notes) == 1 and clean.heading == ["task", "n", "none", "baseline"]
 
@@ -100,30 +102,42 @@ def printed(renderable, width):
 
 
 @pytest.mark.parametrize(
-    "width, intervals, tables_", [(120, True, 1), (80, False, 1), (60, False, 2)]
+    "width, intervals, parts", [(120, True, 1), (80, False, 1), (60, False, 2)]
 )
-def test_terminal(table, width, intervals, tables_):
-    """Nothing is cut: the intervals give way first, then conditions move below."""
+def test_terminal(table, width, intervals, parts):
+    """The intervals give way first, then conditions move below."""
     text = printed(tables.RunTable(table, "a title"), width)
-    assert "…" not in text and max(map(len, text.split("\n"))) <= width
-    assert text.count("a title") == 1 and text.count("some_task") == tables_
+    assert text.count("a title") == 1 and text.count("some_task") == parts
     assert text.count("† ind") == 1
     for condition in CONDITIONS:
         it = cell(table, "some_task", condition)
         assert f"{it['acc']:.3f}" in text
         assert (f"{it['acc_low']:.3f}–{it['acc_high']:.3f}" in text) == intervals
-    if tables_ == 1:
-        assert "@0.01" in text and "none" in text
+    lines = text.split("\n")
+    (above, *_) = [lines[i - 1] for i, line in enumerate(lines) if line.startswith(" mean ")]
+    assert set(above) == {" ", "─"}
+
+
+def test_terminal_cuts_nothing(table):
+    for width in range(46, 110, 3):
+        text = printed(tables.RunTable(table, ""), width)
+        assert "…" not in text and max(map(len, text.split("\n"))) <= width
+        for condition in CONDITIONS:
+            assert f"{cell(table, 'another', condition)['acc']:.3f}" in text
 
 
 def test_comparison(frames):
-    a = frames({"some_task": (50, 4), "another": (40, 2)}, {"none": 3.0, "fgsm@0.1": 1.0}, seed=1)
-    b = frames({"some_task": (50, 4), "another": (40, 2)}, {"none": 2.0, "bim@0.1": 1.0}, seed=2)
+    a = frames(
+        {"some_long_task": (50, 4), "another": (40, 2)}, {"none": 3.0, "fgsm@0.1": 1.0}, seed=1
+    )
+    b = frames(
+        {"some_long_task": (50, 4), "another": (40, 2)}, {"none": 2.0, "bim@0.1": 1.0}, seed=2
+    )
     b[1].loc[:4, "doc_hash"] = "other"
     frame = statistics.paired(*a, *b)
     cells = tables.comparison(frame, ("runs/a", "runs/b"), statistics.unshared(*a, *b))
     assert [row[:4] for row in cells.rows] == [
-        ["some_task", "none", "45", "5"],
+        ["some_long_task", "none", "45", "5"],
         ["another", "none", "40", "0"],
         ["mean", "none", "85", "5"],
     ]
@@ -137,9 +151,10 @@ def test_comparison(frames):
     assert cells.rows[2][-1] == "–"
     assert "a: runs/a; b: runs/b" in cells.notes[0]
     assert cells.notes[-1] == "conditions of run b alone: bim@0.1"
-    text = printed(cells.rich("two runs"), 80)
-    assert "…" not in text and f"{row['difference']:+.1f}" in text
-    assert max(map(len, text.split("\n"))) <= 80
+    for width in (60, 80):
+        text = printed(cells.rich("two runs"), width)
+        assert "…" not in text and f"{row['difference']:+.1f}" in text
+        assert max(map(len, text.split("\n"))) <= width
 
 
 def test_csv(table):
