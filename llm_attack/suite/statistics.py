@@ -1,0 +1,330 @@
+"""What a run's samples say: accuracies, their intervals and tests, and pairs of two runs.
+
+Pure functions over pandas frames: `summarise` makes the frame of `table.csv`, `paired` compares two
+runs; the tests and intervals that they use stand above them. Imports neither torch nor lm-eval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import reduce
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
+from scipy.stats import binom, norm
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.proportion import proportion_confint
+
+from llm_attack.errors import UsageError
+
+ALPHA = 0.05  # level of the tests; the intervals cover 1 - ALPHA
+ABOVE, BELOW = "above guessing", "below guessing"
+INDISTINGUISHABLE = "indistinguishable from guessing"
+MEAN = "mean"  # stands in the column `task` of rows with the mean over tasks
+
+# columns of the frame of `table.csv`, in order
+_TABLE = [
+    *("task", "condition", "attack", "epsilon", "n", "n_choices_min", "n_choices_max"),
+    *("acc", "acc_low", "acc_high", "acc_norm", "acc_norm_low", "acc_norm_high", "baseline"),
+    *("p_chance", "p_chance_holm", "verdict", "p_mcnemar", "p_mcnemar_holm"),
+    *("drop", "lost", "gained"),
+]
+_KEYS = ["task", "condition"]
+_COUNTS = ["n", "n_choices_min", "n_choices_max", "lost", "gained", "left_out"]
+
+
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of the share right / n (E. B. Wilson 1927)."""
+    low, high = proportion_confint(right, n, alpha=ALPHA, method="wilson")
+    # Rounding must not put the share itself outside: 0 of n and n of n lie on the interval's edge.
+    return max(0.0, min(low, right / n)), min(1.0, max(high, right / n))
+
+
+def chances(samples: pd.DataFrame) -> pd.Series:
+    """The probability that a guess is right, per row: number of gold choices / of choices."""
+    return samples["gold"].map(len) / samples["n_choices"]
+
+
+def guessing(chances: ArrayLike) -> np.ndarray:
+    """Distribution of the number of right answers when every question is guessed.
+
+    The Poisson binomial distribution. Benchmarks have few different numbers of choices: one
+    binomial distribution for each, convolved. All terms are positive, so nothing cancels.
+
+    Args:
+        chances: (n,) probability to guess each question right.
+
+    Returns:
+        (n + 1,) probability of 0, 1, ..., n right answers.
+    """
+    values, counts = np.unique(np.asarray(chances, dtype=float), return_counts=True)
+    groups = (binom.pmf(np.arange(n + 1), n, p) for p, n in zip(values, counts, strict=True))
+    return reduce(np.convolve, groups)
+
+
+def chance_test(right: int, chances: ArrayLike) -> float:
+    """Exact two-sided p-value of `right` answers against guessing.
+
+    As in `scipy.stats.binomtest`, which it equals where all chances are equal: the probability of
+    all outcomes that are not likelier than the one observed, with the same tolerance for ties.
+    """
+    pmf = guessing(chances)
+    return min(1.0, float(pmf[pmf <= pmf[right] * (1 + 1e-7)].sum()))
+
+
+def mcnemar_test(lost: int, gained: int) -> float:
+    """Exact p-value of McNemar's test: are `lost` and `gained` questions halves of their sum?"""
+    return float(mcnemar([[0, lost], [gained, 0]], exact=True).pvalue)
+
+
+def holm(p_values: ArrayLike) -> np.ndarray:
+    """Holm's adjusted p-values; NaN stays NaN and does not count as a test.
+
+    Not `statsmodels.stats.multitest.multipletests`, to which it is equal: that collects garbage at
+    every call, which takes 0.3 s beside loaded models and data sets.
+    """
+    adjusted = np.array(p_values, dtype=float)
+    order = np.argsort(adjusted)[: np.count_nonzero(~np.isnan(adjusted))]  # NaN is sorted last
+    factors = np.arange(len(order), 0, -1)
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(adjusted[order] * factors))
+    return adjusted
+
+
+def paired_interval(lost: int, gained: int, n: int) -> tuple[float, float]:
+    """95 % interval of the difference (gained - lost) / n of two shares of the same n questions.
+
+    Wald's interval after one more question is lost and one more gained: Bonett and Price 2012,
+    recommended by Fagerland, Lydersen and Laake 2014 (doi:10.1002/sim.6148).
+    """
+    down, up = (lost + 1) / (n + 2), (gained + 1) / (n + 2)
+    half = norm.ppf(1 - ALPHA / 2) * np.sqrt((up + down - (up - down) ** 2) / (n + 2))
+    return max(-1.0, float(up - down - half)), min(1.0, float(up - down + half))
+
+
+def mean_interval(values: ArrayLike, low: ArrayLike, high: ArrayLike) -> tuple[float, float]:
+    """Interval of the mean of independent estimates, from their own intervals.
+
+    The distances to the lower ends are added in squares, and so are those to the upper ends (the
+    method of variance estimates recovery: Zou and Donner 2008). Of one estimate: its own interval.
+    """
+    values = np.asarray(values, dtype=float)
+    down, up = (np.linalg.norm(values - end) / len(values) for end in (low, high))
+    return float(values.mean() - down), float(values.mean() + up)
+
+
+def gold_margin(samples: pd.DataFrame) -> pd.Series:
+    """Best log-likelihood of a gold choice minus the best of the others, per row, in nats.
+
+    NaN where a question has no other choice, or where the difference is not a number.
+    """
+    pairs = zip(samples["log_likelihoods"], samples["gold"], strict=True)
+    return pd.Series([_margin(*pair) for pair in pairs], samples.index, dtype=float)
+
+
+def _margin(log_likelihoods: Iterable[float], gold: Iterable[int]) -> float:
+    right = set(gold)
+    best = {True: -np.inf, False: -np.inf}
+    for i, value in enumerate(log_likelihoods):
+        best[i in right] = max(best[i in right], value)
+    margin = best[True] - best[False]
+    return margin if np.isfinite(margin) else np.nan
+
+
+def summarise(samples: pd.DataFrame) -> pd.DataFrame:
+    """The frame of `table.csv`: a row per task and condition, then the means over tasks.
+
+    Args:
+        samples: a row per question and condition, as in `samples.parquet`.
+
+    Returns:
+        Rows in the order of the run, then for every condition one whose `task` is "mean": the
+        unweighted mean over tasks, with the total of the counts. Columns:
+
+        - `task`, `condition`, `attack`, `epsilon`, `n` questions, `n_choices_min`, `n_choices_max`
+        - `acc`, `acc_low`, `acc_high`: accuracy and Wilson's 95 % interval (of a mean:
+          `mean_interval`); `acc_norm...`: the same, where every question has it
+        - `baseline`: accuracy of random guesses; `p_chance`: exact test against it, and
+          `p_chance_holm`: adjusted over the tasks of a condition; `verdict`: in words, at 0.05
+        - `p_mcnemar`: exact test against `none`, `p_mcnemar_holm`: adjusted over tasks; `drop`:
+          accuracy under `none` minus accuracy here, in points of a percent; `lost`: questions
+          right under `none` and wrong here; `gained`: the reverse. Null for `none` itself, and
+          everywhere when it was not run.
+
+    Raises:
+        UsageError: there are no samples.
+    """
+    if samples.empty:
+        raise UsageError("samples: must hold at least one question")
+    place, is_none = ["task", "doc_id"], samples["condition"] == "none"
+    of_none = samples.loc[is_none, [*place, "acc"]]
+    clean = samples[place].merge(of_none, how="left", validate="many_to_one")["acc"]
+    clean = clean.set_axis(samples.index).mask(is_none)
+    groups = samples.assign(chance=chances(samples), clean=clean).groupby(_KEYS, sort=False)
+    table = pd.DataFrame([{**dict(zip(_KEYS, k, strict=True)), **_row(g)} for k, g in groups])
+    table["p_chance_holm"] = _holm_over_tasks(table, "p_chance")
+    table["p_mcnemar_holm"] = _holm_over_tasks(table, "p_mcnemar")
+    differs = table["p_chance_holm"] <= ALPHA
+    side = np.where(table["acc"] > table["baseline"], ABOVE, BELOW)
+    table["verdict"] = np.where(differs, side, INDISTINGUISHABLE)
+    return _with_means(table, _TABLE, ("acc", "acc_norm"), ("baseline", "drop"))
+
+
+def _row(group: pd.DataFrame) -> dict[str, Any]:
+    """What one task's questions under one condition say, Holm's adjustment left out."""
+    n_choices = group["n_choices"]
+    row = {
+        "attack": group["attack"].iloc[0],
+        "epsilon": group["epsilon"].iloc[0],
+        "n": len(group),
+        "n_choices_min": n_choices.min(),
+        "n_choices_max": n_choices.max(),
+        "baseline": group["chance"].mean(),
+        "p_chance": chance_test(int(group["acc"].sum()), group["chance"]),
+        **_accuracy(group, "acc"),
+        **_accuracy(group, "acc_norm"),
+    }
+    pairs = group[group["clean"].notna()]
+    if pairs.empty:
+        return {**row, "p_mcnemar": np.nan, "drop": np.nan, "lost": pd.NA, "gained": pd.NA}
+    lost, gained = _changes(pairs["clean"], pairs["acc"])
+    drop = 100 * (lost - gained) / len(pairs)
+    p_value = mcnemar_test(lost, gained)
+    return {**row, "p_mcnemar": p_value, "drop": drop, "lost": lost, "gained": gained}
+
+
+def _accuracy(group: pd.DataFrame, metric: str) -> dict[str, float]:
+    values = pd.to_numeric(group[metric])
+    low = high = np.nan
+    if values.notna().all():
+        low, high = wilson(int(values.sum()), len(values))
+    return {metric: values.mean(skipna=False), f"{metric}_low": low, f"{metric}_high": high}
+
+
+def _changes(before: pd.Series, after: pd.Series) -> tuple[int, int]:
+    """How many questions were right before alone, and after alone."""
+    return int((before > after).sum()), int((before < after).sum())
+
+
+def _holm_over_tasks(table: pd.DataFrame, column: str) -> pd.Series:
+    return table.groupby("condition", sort=False)[column].transform(holm)
+
+
+def _with_means(
+    table: pd.DataFrame, columns: list[str], measured: Iterable[str], plain: Iterable[str]
+) -> pd.DataFrame:
+    """Appends the mean over tasks of every condition, and puts `columns` in order.
+
+    Args:
+        table: a row per task and condition.
+        columns: of the result; those without a mean or a total are null in its rows.
+        measured: columns that have an interval in `..._low` and `..._high`.
+        plain: other columns whose mean is taken.
+    """
+    means = []
+    for condition, group in table.groupby("condition", sort=False):
+        mean: dict[str, Any] = {"task": MEAN, "condition": condition}
+        mean |= {key: group[key].iloc[0] for key in ("attack", "epsilon") if key in columns}
+        mean |= {key: group[key].mean(skipna=False) for key in (*measured, *plain)}
+        for key in measured:
+            ends = mean_interval(group[key], group[f"{key}_low"], group[f"{key}_high"])
+            mean[f"{key}_low"], mean[f"{key}_high"] = ends
+        for key in (key for key in _COUNTS if key in columns):
+            total = {"n_choices_min": "min", "n_choices_max": "max"}.get(key, "sum")
+            mean[key] = group[key].agg(total) if group[key].notna().all() else pd.NA
+        means.append(mean)
+    both = [*table.to_dict("records"), *means]
+    types = {key: "Int64" for key in _COUNTS if key in columns}
+    return pd.DataFrame(both, columns=columns).astype(types)
+
+
+def paired(
+    samples_a: pd.DataFrame,
+    questions_a: pd.DataFrame,
+    samples_b: pd.DataFrame,
+    questions_b: pd.DataFrame,
+) -> pd.DataFrame:
+    """Compares run b with run a on the questions that both asked in the same words.
+
+    Args:
+        samples_a: a row per question and condition, as in `samples.parquet`.
+        questions_a: a row per question, as in `questions.parquet`. Questions are paired where
+            `task`, `doc_id` and `doc_hash` agree.
+        samples_b: of the other run.
+        questions_b: of the other run.
+
+    Returns:
+        A row per task and condition that both runs have, in the order of run a, then for every
+        condition the mean over tasks. Columns: `task`, `condition`, `n` questions paired,
+        `left_out`: questions of either run that found no partner, `acc_a`, `acc_b`, `difference`:
+        accuracy in b minus accuracy in a, in points of a percent, `difference_low`,
+        `difference_high`: its 95 % interval (`paired_interval`; of a mean: `mean_interval`),
+        `lost`: questions right in a and wrong in b, `gained`: the reverse, `p_mcnemar`: exact
+        test, `p_mcnemar_holm`: adjusted over the tasks of a condition.
+
+    Raises:
+        UsageError: the runs share no task, no condition or no question.
+    """
+    for key in _KEYS:
+        ours, theirs = samples_a[key].unique(), samples_b[key].unique()
+        if not set(ours) & set(theirs):
+            raise UsageError(
+                f"compare: the runs share no {key}: {', '.join(ours)} against {', '.join(theirs)}"
+            )
+    question, place = ["task", "doc_id", "doc_hash"], ["task", "doc_id"]
+    same = questions_a[question].merge(questions_b[question])[place]
+    if same.empty:
+        raise UsageError("compare: the runs share no question: their prompts differ")
+    asked = pd.concat([questions_a[place], questions_b[place]]).drop_duplicates()["task"]
+    asked_of_task = asked.value_counts()
+    columns = [*place, "condition", "acc"]
+    pairs = samples_a[columns].merge(
+        samples_b[columns], on=columns[:-1], suffixes=("_a", "_b"), validate="one_to_one"
+    )
+    pairs = pairs.merge(same, on=place)
+    rows = []
+    for (task, condition), group in pairs.groupby(_KEYS, sort=False):
+        n, left_out = len(group), asked_of_task[task] - len(group)
+        lost, gained = _changes(group["acc_a"], group["acc_b"])
+        low, high = paired_interval(lost, gained, n)
+        rows.append(
+            {
+                "task": task,
+                "condition": condition,
+                "n": n,
+                "left_out": left_out,
+                "acc_a": group["acc_a"].mean(),
+                "acc_b": group["acc_b"].mean(),
+                "difference": 100 * (gained - lost) / n,
+                "difference_low": 100 * low,
+                "difference_high": 100 * high,
+                "lost": lost,
+                "gained": gained,
+                "p_mcnemar": mcnemar_test(lost, gained),
+            }
+        )
+    frame = pd.DataFrame(rows)
+    frame["p_mcnemar_holm"] = _holm_over_tasks(frame, "p_mcnemar")
+    return _with_means(frame, list(frame), ("difference",), ("acc_a", "acc_b"))
+
+
+def unshared(
+    samples_a: pd.DataFrame,
+    questions_a: pd.DataFrame,
+    samples_b: pd.DataFrame,
+    questions_b: pd.DataFrame,
+) -> list[str]:
+    """What `paired` leaves out besides single questions, a sentence for each kind."""
+    sentences = []
+    for key in _KEYS:
+        for run, ours, theirs in (("a", samples_a, samples_b), ("b", samples_b, samples_a)):
+            alone = [x for x in ours[key].unique() if x not in set(theirs[key])]
+            if alone:
+                sentences.append(f"{key}s of run {run} alone: {', '.join(alone)}")
+    same = set(questions_a.merge(questions_b, on=["task", "doc_id", "doc_hash"])["task"])
+    both = set(questions_b["task"])
+    foreign = [x for x in questions_a["task"].unique() if x in both and x not in same]
+    if foreign:
+        sentences.append(f"no question is the same in both runs: {', '.join(foreign)}")
+    return sentences

@@ -1,0 +1,198 @@
+"""Tables of a run and of two runs: for the terminal, in Markdown, and as CSV.
+
+The numbers come from `llm_attack.suite.statistics`; here they become text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from llm_attack.outputs import write_text
+from llm_attack.suite.statistics import ALPHA, BELOW, INDISTINGUISHABLE, MEAN
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions
+    from rich.table import Table
+
+GUESSES, WORSE, UNCHANGED = "†", "‡", "§"
+_TEST = f"Holm over tasks, {ALPHA:g}"
+_MARKS = {
+    GUESSES: f"{INDISTINGUISHABLE} (exact test, {_TEST})",
+    WORSE: f"{BELOW} (exact test, {_TEST})",
+    UNCHANGED: f"not distinguishable from none (exact McNemar test, {_TEST})",
+}
+
+
+@dataclass(frozen=True)
+class Cells:
+    """A table as text: heading and rows, left column first, and the notes that explain it."""
+
+    heading: list[str]
+    rows: list[list[str]]
+    notes: list[str]
+
+    def markdown(self) -> str:
+        """As a Markdown table with the notes under it, one a line."""
+        rule = ["---", *["---:"] * (len(self.heading) - 1)]
+        lines = ["| " + " | ".join(row) + " |" for row in (self.heading, rule, *self.rows)]
+        return "\n".join([*lines, "", *(f"- {note}" for note in self.notes)]) + "\n"
+
+    def rich(self, title: str = "") -> Table:
+        """As a rich table: intervals on lines of their own, a rule above the means.
+
+        When there is too little room, the names in the first column are folded.
+        """
+        from rich.box import HORIZONTALS
+        from rich.table import Table
+        from rich.text import Text
+
+        form: Any = {"title_justify": "left", "caption_justify": "left", "padding": (0, 1, 0, 0)}
+        caption = Text("\n".join(self.notes))
+        table = Table(title=title and Text(title), caption=caption, box=HORIZONTALS, **form)
+        table.add_column(self.heading[0], overflow="fold")
+        for heading in self.heading[1:]:
+            broken = heading.replace("@", "\n@").replace(" ", "\n")
+            table.add_column(Text(broken), justify="right", no_wrap=True)
+        for before, row in zip([self.heading, *self.rows], self.rows, strict=False):
+            if row[0] == MEAN and before[0] != MEAN:
+                table.add_section()
+            table.add_row(*(Text(cell.replace(" (", "\n").rstrip(")")) for cell in row))
+        return table
+
+
+def accuracies(
+    table: pd.DataFrame,
+    metric: str = "acc",
+    conditions: Sequence[str] | None = None,
+    intervals: bool = True,
+) -> Cells:
+    """A row per task, their mean and its drop; a column per condition; the baseline.
+
+    Args:
+        table: of `summarise`.
+        metric: `acc` or `acc_norm`; the tests, and so the marks and the drop, are of `acc`.
+        conditions: those to show; default: all.
+        intervals: whether to show them.
+    """
+    conditions = table["condition"].unique() if conditions is None else conditions
+    rows, marks = [], set()
+    for task, group in table.groupby("task", sort=False):
+        of_condition = {row["condition"]: row for row in group.to_dict("records")}
+        cells = [str(task), f"{group['n'].iloc[0]}"]
+        for row in (of_condition[condition] for condition in conditions):
+            mark = _marks(row) if metric == "acc" else ""
+            marks |= set(mark)
+            accuracy = _number(row[metric], ".3f") + mark
+            cells.append(accuracy + (_interval(row, metric, "{:.3f}–{:.3f}") if intervals else ""))
+        rows.append([*cells, f"{group['baseline'].iloc[0]:.3f}"])
+    drops = table[table["task"] == MEAN].set_index("condition")["drop"].loc[list(conditions)]
+    if metric == "acc" and drops.notna().any():
+        rows.append(["mean drop, points", "", *(_number(drop, ".1f") for drop in drops), ""])
+    shown = f"{metric} (95 % interval)" if intervals else metric
+    notes = [f"{shown}; n: questions; baseline: accuracy of random guesses"]
+    notes += [f"{mark} {meaning}" for mark, meaning in _MARKS.items() if mark in marks]
+    return Cells(["task", "n", *conditions, "baseline"], rows, notes)
+
+
+def comparison(frame: pd.DataFrame, names: tuple[str, str], notes: Iterable[str] = ()) -> Cells:
+    """Two runs beside each other: a row per task and condition.
+
+    Args:
+        frame: of `paired`.
+        names: of the runs.
+        notes: more to say under the table, such as what `unshared` returns.
+    """
+    rows = []
+    for row in frame.to_dict("records"):
+        difference = f"{row['difference']:+.1f}{_interval(row, 'difference', '{:+.1f} to {:+.1f}')}"
+        of_runs = [f"{row[key]:.3f}" for key in ("acc_a", "acc_b")]
+        p_value = _number(row["p_mcnemar_holm"], ".2g")
+        counts = [f"{row[key]}" for key in ("n", "left_out")]
+        rows.append([row["task"], row["condition"], *counts, *of_runs, difference, p_value])
+    explained = [
+        f"a: {names[0]}; b: {names[1]}; difference: b minus a, points of a percent (95 % interval)",
+        "p: exact McNemar test, Holm over tasks",
+        "n: questions that both runs asked in the same words; left out: those without a partner",
+    ]
+    heading = ["task", "condition", "n", "left out", "a", "b", "difference", "p"]
+    return Cells(heading, rows, [*explained, *notes])
+
+
+@dataclass(frozen=True)
+class RunTable:
+    """What rich prints of a run: its accuracies, with their intervals if there is room for them.
+
+    Otherwise as many conditions abreast as there is room for, the others below.
+
+    Args:
+        table: of `summarise`.
+        title: above it.
+    """
+
+    table: pd.DataFrame
+    title: str
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        full = accuracies(self.table).rich(self.title)
+        if _width(full, console) <= options.max_width:
+            yield full
+            return
+        names = list(self.table["condition"].unique())
+        notes = accuracies(self.table, intervals=False).notes
+        for rows in range(1, len(names) + 1):
+            parts = [list(part) for part in np.array_split(names, rows)]
+            cells = [accuracies(self.table, "acc", part, intervals=False) for part in parts]
+            cells = [replace(c, notes=notes if c is cells[-1] else []) for c in cells]
+            tables = [c.rich("" if i else self.title) for i, c in enumerate(cells)]
+            if max(_width(table, console) for table in tables) <= options.max_width:
+                break
+        yield from tables
+
+
+def _width(table: Table, console: Console) -> int:
+    """How wide `table` would like to be."""
+    return console.measure(table, options=console.options.update(max_width=10_000)).maximum
+
+
+def markdown_of_run(table: pd.DataFrame) -> str:
+    """The content of `table.md`: acc, and acc_norm where a task has it."""
+    text = accuracies(table).markdown()
+    if table["acc_norm"].notna().any():
+        text += "\n" + accuracies(table, "acc_norm").markdown()
+    return text
+
+
+def csv(frame: pd.DataFrame) -> str:
+    """A frame of `summarise` or `paired` as CSV; equal frames give equal text."""
+    frame = frame.copy()
+    for column in frame.select_dtypes("float"):
+        form = ".6g" if column.startswith("p_") or column == "epsilon" else ".6f"
+        frame[column] = [_number(value, form, "") for value in frame[column]]
+    return frame.to_csv(index=False, lineterminator="\n")
+
+
+def save(table: pd.DataFrame, folder: Path) -> None:
+    """Writes `table.csv` and `table.md` of a run into `folder`."""
+    write_text(folder / "table.csv", csv(table))
+    write_text(folder / "table.md", markdown_of_run(table))
+
+
+def _marks(row: dict) -> str:
+    mark = {INDISTINGUISHABLE: GUESSES, BELOW: WORSE}.get(row["verdict"], "")
+    # null, for `none` and for means, compares false
+    return mark + (UNCHANGED if row["p_mcnemar_holm"] > ALPHA else "")
+
+
+def _interval(row: dict, key: str, form: str) -> str:
+    ends = row[f"{key}_low"], row[f"{key}_high"]
+    return "" if pd.isna(ends[0]) else f" ({form.format(*ends)})"
+
+
+def _number(value: float, form: str, missing: str = "–") -> str:
+    return missing if pd.isna(value) else format(value, form)

@@ -1,0 +1,370 @@
+"""Intervals, tests and the table, against scipy, brute force, closed forms and hand examples."""
+
+import subprocess
+import sys
+from itertools import product
+from unittest import mock
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binomtest, multinomial
+from statsmodels.stats.multitest import multipletests
+
+from llm_attack.errors import UsageError
+from llm_attack.suite import statistics as s
+
+CHANCES = st.lists(
+    st.sampled_from([1 / 2, 1 / 3, 1 / 4, 1 / 5, 2 / 5, 1.0]), min_size=1, max_size=9
+)
+Z = scipy.stats.norm.ppf(0.975)
+
+
+def by_enumeration(chances):
+    pmf = np.zeros(len(chances) + 1)
+    for outcome in product((0, 1), repeat=len(chances)):
+        pmf[sum(outcome)] += np.prod(
+            [p if hit else 1 - p for p, hit in zip(chances, outcome, strict=True)]
+        )
+    return pmf
+
+
+@given(st.integers(1, 5000), st.data())
+def test_wilson_ends_are_just_not_rejected(n, data):
+    """By definition the score test of an end against the observed share gives exactly z."""
+    right = data.draw(st.integers(0, n))
+    share = right / n
+    low, high = s.wilson(right, n)
+    assert 0 <= low <= share <= high <= 1
+    for end in (low, high):
+        assert (share - end) ** 2 == pytest.approx(Z**2 * end * (1 - end) / n, abs=1e-12)
+    assert (low == 0) == (right == 0) and (high == 1) == (right == n)
+
+
+def test_rounding_leaves_no_bounds():
+    """Where rounding would put a share outside of its interval, or a probability above 1."""
+    for n in range(1, 60):
+        assert s.wilson(0, n)[0] == 0 and s.wilson(n, n)[1] == 1
+        assert s.chance_test(n // 4, np.full(n, 0.25)) <= 1
+
+
+@given(CHANCES)
+def test_guessing_against_enumeration(chances):
+    np.testing.assert_allclose(s.guessing(chances), by_enumeration(chances), rtol=1e-12, atol=1e-15)
+
+
+@given(CHANCES, st.data())
+def test_chance_test_against_enumeration(chances, data):
+    right = data.draw(st.integers(0, len(chances)))
+    pmf = by_enumeration(chances)
+    expected = sum(p for p in pmf if p <= pmf[right] * (1 + 1e-7))
+    assert s.chance_test(right, chances) == pytest.approx(expected, rel=1e-9, abs=1e-15)
+
+
+@given(st.integers(1, 3000), st.sampled_from([1 / 2, 1 / 3, 1 / 4, 1 / 5, 2 / 3]), st.data())
+def test_chance_test_with_equal_chances_is_binomtest(n, p, data):
+    right = data.draw(st.integers(0, n))
+    expected = binomtest(right, n, p).pvalue
+    assert s.chance_test(right, np.full(n, p)) == pytest.approx(expected, rel=1e-9, abs=1e-290)
+
+
+@pytest.mark.parametrize("right", [0, 2400, 2510, 2511, 2600, 3000, 10042])
+def test_chance_test_of_a_large_task(right):
+    expected = binomtest(right, 10042, 0.25).pvalue
+    assert s.chance_test(right, np.full(10042, 0.25)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_guessing_of_a_large_mixed_task():
+    chances = np.resize([1 / 4, 1 / 4, 1 / 4, 1 / 3, 1 / 5], 10042)
+    pmf, outcomes = s.guessing(chances), np.arange(10043)
+    assert pmf.sum() == pytest.approx(1, abs=1e-11)
+    mean = (pmf * outcomes).sum()
+    assert mean == pytest.approx(chances.sum(), rel=1e-11)
+    variance = (pmf * (outcomes - mean) ** 2).sum()
+    assert variance == pytest.approx((chances * (1 - chances)).sum(), rel=1e-9)
+
+
+@pytest.mark.skipif(not hasattr(scipy.stats, "poisson_binom"), reason="scipy before 1.15")
+def test_guessing_against_scipy():
+    chances = np.resize([1 / 4, 1 / 4, 1 / 3, 1 / 5, 1 / 2], 500)
+    expected = scipy.stats.poisson_binom.pmf(np.arange(501), chances)
+    np.testing.assert_allclose(s.guessing(chances), expected, rtol=1e-8, atol=1e-15)
+
+
+@given(st.integers(0, 400), st.integers(0, 400))
+def test_mcnemar_is_a_test_of_halves(lost, gained):
+    n = lost + gained
+    expected = binomtest(lost, n, 0.5).pvalue if n else 1.0
+    assert s.mcnemar_test(lost, gained) == pytest.approx(expected, rel=1e-9, abs=1e-290)
+
+
+def test_holm_by_hand():
+    """Sorted 0.005, 0.01, 0.03, 0.04 times 4, 3, 2, 1; never below the one before."""
+    adjusted = s.holm([0.01, np.nan, 0.04, 0.03, 0.005])
+    np.testing.assert_allclose(adjusted, [0.03, np.nan, 0.06, 0.06, 0.02])
+    np.testing.assert_allclose(s.holm([0.7, 0.6]), [1, 1])
+    np.testing.assert_allclose(s.holm([0.02]), [0.02])
+    assert np.isnan(s.holm([np.nan, np.nan])).all()
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=9))
+def test_holm_against_statsmodels(p_values):
+    with mock.patch("gc.collect"):  # which the other library calls every time
+        expected = multipletests(p_values, method="holm")[1]
+    np.testing.assert_allclose(s.holm(p_values), expected)
+
+
+def test_paired_interval_by_hand():
+    """21 pairs, one lost, seven gained: shares 2/23 and 8/23 after one more of each."""
+    low, high = s.paired_interval(1, 7, 21)
+    half = Z * np.sqrt((10 / 23 - 36 / 529) / 23)
+    assert (low, high) == (pytest.approx(6 / 23 - half), pytest.approx(6 / 23 + half))
+    assert s.paired_interval(0, 1, 1)[1] == 1 and s.paired_interval(1, 0, 1)[0] == -1
+
+
+@given(st.integers(1, 2000), st.data())
+def test_paired_interval_holds_the_difference(n, data):
+    lost = data.draw(st.integers(0, n))
+    gained = data.draw(st.integers(0, n - lost))
+    low, high = s.paired_interval(lost, gained, n)
+    assert -1 <= low <= (gained - lost) / n <= high <= 1 and low < high
+    mirrored = s.paired_interval(gained, lost, n)
+    assert mirrored == (pytest.approx(-high), pytest.approx(-low))
+
+
+@pytest.mark.parametrize("lost, gained", [(0.3, 0.02), (0.1, 0.1), (0.5, 0.05), (0.05, 0.3)])
+@pytest.mark.parametrize("n", [30, 60])
+def test_paired_interval_covers(n, lost, gained):
+    """The exact probability that the interval holds the true difference, over all outcomes."""
+    covered = 0.0
+    law = multinomial(n, [lost, gained, 1 - lost - gained])
+    for i in range(n + 1):
+        for j in range(n + 1 - i):
+            low, high = s.paired_interval(i, j, n)
+            if low <= gained - lost <= high:
+                covered += law.pmf([i, j, n - i - j])
+    assert 0.935 < covered < 0.975
+
+
+def test_mean_interval():
+    assert s.mean_interval([0.4], [0.3], [0.6]) == (pytest.approx(0.3), pytest.approx(0.6))
+    low, high = s.mean_interval([0.5] * 4, [0.3] * 4, [0.6] * 4)
+    assert (low, high) == (pytest.approx(0.4), pytest.approx(0.55))
+    low, high = s.mean_interval([0.2, 0.8], [0.17, 0.76], [0.2, 0.85])
+    assert (low, high) == (pytest.approx(0.5 - 0.05 / 2), pytest.approx(0.5 + 0.05 / 2))
+
+
+def test_gold_margin():
+    samples = pd.DataFrame(
+        {
+            "log_likelihoods": [[-1, -3, -2], [-1, -3, -2], [-5.0], [-np.inf, -1], [-4, -4]],
+            "gold": [[2], [1, 2], [0], [0], [1]],
+        },
+        index=[7, 3, 5, 1, 2],
+    )
+    margins = s.gold_margin(samples)
+    assert margins.index.tolist() == [7, 3, 5, 1, 2]
+    np.testing.assert_array_equal(margins, [-1, -1, np.nan, np.nan, 0])
+
+
+def tiny(task, acc, gold=((0,),), n_choices=(4,), acc_norm=None):
+    """Samples of `task`: `acc` is condition -> a list of 0 and 1."""
+    n = len(next(iter(acc.values())))
+    rows = []
+    golds, counts = np.resize([len(g) for g in gold], n), np.resize(n_choices, n)
+    for i, (g, k) in enumerate(zip(golds, counts, strict=True)):
+        for condition, right in acc.items():
+            attack, _, epsilon = condition.partition("@")
+            normed = None if acc_norm is None else float(acc_norm[condition][i])
+            gold_of_row = list(range(g))
+            rows.append([task, i, condition, attack, float(epsilon or 0), int(k), gold_of_row])
+            rows[-1] += [float(right[i]), normed]
+    columns = ["task", "doc_id", "condition", "attack", "epsilon", "n_choices", "gold", "acc"]
+    return pd.DataFrame(rows, columns=[*columns, "acc_norm"])
+
+
+def test_table_by_hand():
+    """Ten questions of two or five choices and eight of four: every column."""
+    clean, attacked = [1] * 8 + [0] * 2, [1, 0, 0, 0, 1, 0, 0, 0, 1, 0]
+    first = tiny(
+        "zeta", {"none": clean, "fgsm@0.01": attacked}, gold=((0,), (0, 1)), n_choices=(2, 5)
+    )
+    second = tiny("alpha", {"none": [1] * 8, "fgsm@0.01": [0] * 8}, n_choices=(4,))
+    table = s.summarise(pd.concat([first, second], ignore_index=True))
+    assert table["task"].tolist() == ["zeta"] * 2 + ["alpha"] * 2 + ["mean"] * 2
+    assert table["condition"].tolist() == ["none", "fgsm@0.01"] * 3
+    assert table["attack"].tolist() == ["none", "fgsm"] * 3
+    assert table["epsilon"].tolist() == [0, 0.01] * 3
+    assert table["n"].tolist() == [10, 10, 8, 8, 18, 18]
+    assert table["n_choices_min"].tolist() == [2, 2, 4, 4, 2, 2]
+    assert table["n_choices_max"].tolist() == [5, 5, 4, 4, 5, 5]
+    np.testing.assert_allclose(table["acc"], [0.8, 0.3, 1, 0, 0.9, 0.15])
+    np.testing.assert_allclose(table["baseline"], [0.45, 0.45, 0.25, 0.25, 0.35, 0.35])
+    for i, (right, n) in enumerate([(8, 10), (3, 10), (8, 8), (0, 8)]):
+        low, high = s.wilson(right, n)
+        assert (table["acc_low"][i], table["acc_high"][i]) == (low, high)
+    distances = [table["acc"][i] - table["acc_low"][i] for i in (0, 2)]
+    assert table["acc_low"][4] == pytest.approx(0.9 - np.hypot(*distances) / 2)
+
+    pmf = by_enumeration([1 / 2, 2 / 5] * 5)
+    p_zeta = [pmf[pmf <= pmf[k] * (1 + 1e-7)].sum() for k in (8, 3)]
+    p_alpha = [binomtest(k, 8, 0.25).pvalue for k in (8, 0)]
+    np.testing.assert_allclose(table["p_chance"][:4], [*p_zeta, *p_alpha])
+    # 8 of 8: the smaller, times two. 0 of 8: smaller than 3 of 10.
+    assert p_alpha[0] < p_zeta[0] and p_alpha[1] < p_zeta[1]
+    adjusted = [p_zeta[0], min(1, max(p_zeta[1], 2 * p_alpha[1])), 2 * p_alpha[0]]
+    np.testing.assert_allclose(table["p_chance_holm"][:3], adjusted)
+    assert table["verdict"][:4].tolist() == [
+        "above guessing",
+        "indistinguishable from guessing",
+        "above guessing",
+        "indistinguishable from guessing",
+    ]
+    # zeta: questions 1, 2, 3, 5, 6, 7 are lost and 8 is gained
+    assert table["lost"].tolist() == [pd.NA, 6, pd.NA, 8, pd.NA, 14]
+    assert table["gained"].tolist() == [pd.NA, 1, pd.NA, 0, pd.NA, 1]
+    np.testing.assert_allclose(table["drop"], [np.nan, 50, np.nan, 100, np.nan, 75])
+    p_values = [binomtest(1, 7).pvalue, binomtest(0, 8).pvalue]
+    np.testing.assert_allclose(table["p_mcnemar"][[1, 3]], p_values)
+    np.testing.assert_allclose(table["p_mcnemar_holm"][[1, 3]], [p_values[0], 2 * p_values[1]])
+    assert table["p_mcnemar"][[0, 2, 4, 5]].isna().all()
+    assert table["verdict"][4:].isna().all() and table["p_chance_holm"][4:].isna().all()
+    assert table[["acc_norm", "acc_norm_low", "acc_norm_high"]].isna().all(axis=None)
+
+
+def test_verdicts():
+    """Of 400 questions with two choices, 200 are expected by guessing."""
+    right = {"a": 250, "b": 150, "c": 210}
+    tasks = [tiny(t, {"none": [1] * k + [0] * (400 - k)}, n_choices=(2,)) for t, k in right.items()]
+    verdicts = s.summarise(pd.concat(tasks)).set_index("task")["verdict"]
+    assert verdicts["a"] == "above guessing"
+    assert verdicts["b"] == "below guessing"
+    assert verdicts["c"] == "indistinguishable from guessing"
+
+
+def test_verdict_is_adjusted_over_tasks():
+    """Alone, 222 of 400 is significant (p = 0.03); as one of six tasks it is not."""
+    task = tiny("a", {"none": [1] * 222 + [0] * 178}, n_choices=(2,))
+    assert s.summarise(task)["verdict"][0] == "above guessing"
+    six = pd.concat([task.assign(task=name) for name in "abcdef"])
+    assert set(s.summarise(six)["verdict"][:6]) == {"indistinguishable from guessing"}
+
+
+def test_acc_norm_and_its_mean():
+    """acc_norm has an interval where present; a mean needs it of every task."""
+    normed = {"none": [1, 1, 0, 0]}
+    both = pd.concat([tiny("a", normed, acc_norm={"none": [1, 0, 0, 0]}), tiny("b", normed)])
+    table = s.summarise(both).set_index("task")
+    assert table.loc["a", "acc_norm"] == 0.25
+    assert (table.loc["a", "acc_norm_low"], table.loc["a", "acc_norm_high"]) == s.wilson(1, 4)
+    assert table.loc[["b", "mean"], "acc_norm"].isna().all()
+    half = tiny("a", normed, acc_norm={"none": [1, np.nan, 0, 0]})
+    assert s.summarise(half)["acc_norm"].isna().all()
+    alone = s.summarise(both[both["task"] == "a"])
+    assert alone["acc_norm"].tolist() == [0.25, 0.25]
+    assert alone["acc_norm_low"][1] == pytest.approx(alone["acc_norm_low"][0])
+
+
+def test_without_none():
+    table = s.summarise(tiny("a", {"fgsm@0.1": [1, 0, 1], "bim@0.1": [0, 0, 1]}))
+    assert table[["p_mcnemar", "p_mcnemar_holm", "drop", "lost", "gained"]].isna().all(axis=None)
+    np.testing.assert_allclose(table["acc"], [2 / 3, 1 / 3] * 2)
+
+
+@pytest.mark.parametrize("right", [0, 1])
+def test_one_question(right):
+    table = s.summarise(tiny("a", {"none": [right], "fgsm@0.1": [1 - right]}, n_choices=(2,)))
+    assert table["acc"].tolist() == [right, 1 - right] * 2
+    assert table["p_chance"][:2].tolist() == [1, 1] and table["p_mcnemar"][1] == 1
+    assert table["drop"][1] == 100 * (2 * right - 1)
+    assert (table["acc_low"] <= table["acc"]).all() and (table["acc"] <= table["acc_high"]).all()
+
+
+def test_no_samples(frames):
+    with pytest.raises(UsageError, match="at least one question"):
+        s.summarise(frames()[0].iloc[:0])
+
+
+def test_order_of_questions_and_storage_do_not_matter(frames, tmp_path):
+    """A shuffle within tasks, and Parquet's arrays instead of lists, change no number."""
+    samples, _ = frames({"a": (40, (3, 4)), "b": (30, 2)})
+    table = s.summarise(samples)
+    samples.to_parquet(tmp_path / "samples.parquet")
+    pd.testing.assert_frame_equal(s.summarise(pd.read_parquet(tmp_path / "samples.parquet")), table)
+    shuffled = s.summarise(samples.sample(frac=1, random_state=0))
+    keys = ["task", "condition"]
+    pd.testing.assert_frame_equal(
+        shuffled.sort_values(keys, ignore_index=True), table.sort_values(keys, ignore_index=True)
+    )
+
+
+def test_paired_with_itself(frames):
+    run = frames({"a": (20, 4), "b": (10, 2)})
+    result = s.paired(*run, *run)
+    assert result["task"].tolist() == ["a"] * 4 + ["b"] * 4 + ["mean"] * 4
+    assert result["n"].tolist() == [20] * 4 + [10] * 4 + [30] * 4
+    assert (result[["left_out", "lost", "gained", "difference"]] == 0).all(axis=None)
+    assert (result["p_mcnemar"][:8] == 1).all()
+    assert (result["acc_a"] == result["acc_b"]).all()
+    assert s.unshared(*run, *run) == []
+
+
+def test_paired_numbers(frames):
+    """Questions whose prompt differs or that one run lacks are left out, on both sides."""
+    a = frames({"a": (40, 4), "b": (30, 2), "c": (5, 2)}, {"none": 3.0, "fgsm@0.1": 1.0}, seed=1)
+    b = frames({"b": (30, 2), "a": (40, 4)}, {"fgsm@0.1": 0.5, "bim@0.1": 0.0}, seed=2)
+    b[1].loc[(b[1]["task"] == "a") & (b[1]["doc_id"] < 10), "doc_hash"] = "other"
+    drop = (b[1]["task"] == "b") & (b[1]["doc_id"] >= 25)
+    b = (b[0][~((b[0]["task"] == "b") & (b[0]["doc_id"] >= 25))], b[1][~drop])
+    result = s.paired(*a, *b)
+    assert result["task"].tolist() == ["a", "b", "mean"]
+    assert set(result["condition"]) == {"fgsm@0.1"}
+    assert result["n"].tolist() == [30, 25, 55] and result["left_out"].tolist() == [10, 5, 15]
+    expected = []
+    for i, (task, kept) in enumerate([("a", range(10, 40)), ("b", range(25))]):
+        of_run = []
+        for samples, _ in (a, b):
+            rows = samples[(samples["task"] == task) & (samples["condition"] == "fgsm@0.1")]
+            of_run.append(rows.set_index("doc_id")["acc"].loc[list(kept)].to_numpy())
+        lost = int(((of_run[0] == 1) & (of_run[1] == 0)).sum())
+        gained = int(((of_run[0] == 0) & (of_run[1] == 1)).sum())
+        row = result.loc[i]
+        assert (row["acc_a"], row["acc_b"]) == (of_run[0].mean(), of_run[1].mean())
+        assert (row["lost"], row["gained"]) == (lost, gained)
+        assert row["difference"] == pytest.approx(100 * (row["acc_b"] - row["acc_a"]))
+        ends = row["difference_low"] / 100, row["difference_high"] / 100
+        assert ends == pytest.approx(s.paired_interval(lost, gained, len(kept)))
+        assert row["p_mcnemar"] == pytest.approx(binomtest(lost, lost + gained).pvalue)
+        expected.append(row["p_mcnemar"])
+    np.testing.assert_allclose(result["p_mcnemar_holm"][:2], s.holm(expected))
+    mean = result.loc[2]
+    assert mean["difference"] == pytest.approx(result["difference"][:2].mean())
+    assert np.isnan(mean["p_mcnemar"])
+    assert s.unshared(*a, *b) == [
+        "tasks of run a alone: c",
+        "conditions of run a alone: none",
+        "conditions of run b alone: bim@0.1",
+    ]
+
+
+def test_paired_with_nothing_in_common(frames):
+    a, b = frames({"a": (3, 4)}), frames({"b": (3, 4)})
+    with pytest.raises(UsageError, match="share no task: a against b"):
+        s.paired(*a, *b)
+    with pytest.raises(UsageError, match="share no condition: none against fgsm@1"):
+        s.paired(*frames({"a": (3, 4)}, {"none": 1}), *frames({"a": (3, 4)}, {"fgsm@1": 1}))
+    other = (a[0], a[1].assign(doc_hash="other"))
+    with pytest.raises(UsageError, match="share no question"):
+        s.paired(*a, *other)
+    both = frames({"a": (3, 4), "b": (3, 4)})
+    changed = both[1].assign(doc_hash=both[1]["doc_hash"].where(both[1]["task"] == "b", "other"))
+    assert s.unshared(*both, both[0], changed) == ["no question is the same in both runs: a"]
+
+
+def test_imports_neither_torch_nor_lm_eval():
+    code = "import sys, llm_attack.suite.statistics; print({'torch', 'lm_eval'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

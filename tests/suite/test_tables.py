@@ -1,0 +1,181 @@
+"""Tables: what stands in which cell, the marks and their notes, bytes that do not vary."""
+
+import io
+
+import numpy as np
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from llm_attack.suite import statistics, tables
+
+CONDITIONS = {
+    "none": 3.0,
+    "random@0.01": 2.99,
+    "fgsm@0.01": 1.2,
+    "bim@0.01": -0.1,
+    "pgd@0.01": -3.0,
+}
+
+
+@pytest.fixture
+def table(frames):
+    samples, _ = frames({"some_task": (200, 4), "another": (120, 2)}, CONDITIONS)
+    return statistics.summarise(samples)
+
+
+def cell(table, task, condition):
+    row = table[(table["task"] == task) & (table["condition"] == condition)]
+    return row.iloc[0]
+
+
+def test_cells_of_a_run(table):
+    cells = tables.accuracies(table)
+    assert cells.heading == ["task", "n", *CONDITIONS, "baseline"]
+    assert [row[0] for row in cells.rows] == ["some_task", "another", "mean", "mean drop, points"]
+    assert [row[1] for row in cells.rows] == ["200", "120", "320", ""]
+    assert [row[-1] for row in cells.rows] == ["0.250", "0.500", "0.375", ""]
+    for row in cells.rows[:3]:
+        for condition, text in zip(CONDITIONS, row[2:-1], strict=True):
+            it = cell(table, row[0], condition)
+            value, ends = text.split(" ")
+            assert value.rstrip("†‡§") == f"{it['acc']:.3f}"
+            assert ends == f"({it['acc_low']:.3f}–{it['acc_high']:.3f})"
+    drops = [cell(table, "mean", c)["drop"] for c in CONDITIONS]
+    assert cells.rows[3][2:-1] == ["–", *(f"{d:.1f}" for d in drops[1:])]
+
+
+def test_marks_are_the_verdicts(table):
+    """Each mark stands exactly where its test says so, and is explained only if it stands."""
+    cells = tables.accuracies(table)
+    found = set()
+    for row in cells.rows[:2]:
+        for condition, text in zip(CONDITIONS, row[2:-1], strict=True):
+            it = cell(table, row[0], condition)
+            assert ("†" in text) == (it["verdict"] == "indistinguishable from guessing")
+            assert ("‡" in text) == (it["verdict"] == "below guessing")
+            assert ("§" in text) == (condition != "none" and it["p_mcnemar_holm"] > 0.05)
+            found |= set(text) & set("†‡§")
+    assert found == set("†‡§")
+    assert [note[0] for note in cells.notes[1:]] == ["†", "‡", "§"]
+    assert "indistinguishable from guessing" in cells.notes[1]
+    assert not set("†‡§") & set("".join(cells.rows[2]))
+    adjusted = table.assign(p_mcnemar=0.03, p_mcnemar_holm=0.06, verdict="above guessing")
+    assert all(text[5] == "§" for text in tables.accuracies(adjusted).rows[0][2:-1])
+    clean = tables.accuracies(table, conditions=["none"])
+    assert len(clean.notes) == 1 and clean.heading == ["task", "n", "none", "baseline"]
+
+
+def test_markdown(table):
+    text = tables.markdown_of_run(table)
+    lines = text.split("\n")
+    assert lines[0] == "| task | n | " + " | ".join(CONDITIONS) + " | baseline |"
+    assert lines[1] == "| --- |" + " ---: |" * 7
+    first = cell(table, "some_task", "none")
+    interval = f"({first['acc_low']:.3f}–{first['acc_high']:.3f})"
+    assert lines[2].startswith(f"| some_task | 200 | {first['acc']:.3f} {interval} |")
+    assert {line.count("|") for line in lines if line.startswith("|")} == {9}
+    assert "- † indistinguishable from guessing" in text
+    assert "- acc_norm (95 % interval)" in text
+    normed = text[text.index("- acc ") :]
+    assert f"| {first['acc_norm']:.3f} ({first['acc_norm_low']:.3f}–" in normed
+    assert not set("†‡§") & set(normed.split("\n\n", 1)[1])
+
+
+def test_without_acc_norm_and_none(frames):
+    samples, _ = frames({"a": (9, 4)}, {"fgsm@1": 0.0}, norm=False)
+    text = tables.markdown_of_run(statistics.summarise(samples))
+    assert "acc_norm" not in text and "mean drop" not in text and "nan" not in text
+
+
+def test_acc_norm_of_some_tasks(frames):
+    """A task without acc_norm, and the mean then, show a dash."""
+    both = pd.concat([frames({"a": (9, 4)})[0], frames({"b": (9, 4)}, norm=False)[0]])
+    cells = tables.accuracies(statistics.summarise(both), "acc_norm")
+    assert [set(row[2:-1]) == {"–"} for row in cells.rows] == [False, True, True]
+
+
+def printed(renderable, width):
+    console = Console(width=width, file=io.StringIO())
+    console.print(renderable)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "width, intervals, parts", [(120, True, 1), (80, False, 1), (60, False, 2)]
+)
+def test_terminal(table, width, intervals, parts):
+    """The intervals give way first, then conditions move below."""
+    text = printed(tables.RunTable(table, "a title"), width)
+    assert text.count("a title") == 1 and text.count("some_task") == parts
+    assert text.count("† ind") == 1
+    for condition in CONDITIONS:
+        it = cell(table, "some_task", condition)
+        assert f"{it['acc']:.3f}" in text
+        assert (f"{it['acc_low']:.3f}–{it['acc_high']:.3f}" in text) == intervals
+    lines = text.split("\n")
+    (above, *_) = [lines[i - 1] for i, line in enumerate(lines) if line.startswith(" mean ")]
+    assert set(above) == {" ", "─"}
+
+
+def test_terminal_cuts_nothing(table):
+    for width in range(46, 110, 3):
+        text = printed(tables.RunTable(table, ""), width)
+        assert "…" not in text and max(map(len, text.split("\n"))) <= width
+        for condition in CONDITIONS:
+            assert f"{cell(table, 'another', condition)['acc']:.3f}" in text
+
+
+def test_comparison(frames):
+    a = frames(
+        {"some_long_task": (50, 4), "another": (40, 2)}, {"none": 3.0, "fgsm@0.1": 1.0}, seed=1
+    )
+    b = frames(
+        {"some_long_task": (50, 4), "another": (40, 2)}, {"none": 2.0, "bim@0.1": 1.0}, seed=2
+    )
+    b[1].loc[:4, "doc_hash"] = "other"
+    frame = statistics.paired(*a, *b)
+    cells = tables.comparison(frame, ("runs/a", "runs/b"), statistics.unshared(*a, *b))
+    assert [row[:4] for row in cells.rows] == [
+        ["some_long_task", "none", "45", "5"],
+        ["another", "none", "40", "0"],
+        ["mean", "none", "85", "5"],
+    ]
+    row = frame.iloc[0]
+    assert cells.rows[0][4:] == [
+        f"{row['acc_a']:.3f}",
+        f"{row['acc_b']:.3f}",
+        f"{row['difference']:+.1f} ({row['difference_low']:+.1f} to {row['difference_high']:+.1f})",
+        f"{row['p_mcnemar_holm']:.2g}",
+    ]
+    assert cells.rows[2][-1] == "–"
+    assert "a: runs/a; b: runs/b" in cells.notes[0]
+    assert cells.notes[-1] == "conditions of run b alone: bim@0.1"
+    for width in (60, 80):
+        text = printed(cells.rich("two runs"), width)
+        assert "…" not in text and f"{row['difference']:+.1f}" in text
+        assert max(map(len, text.split("\n"))) <= width
+
+
+def test_csv(table):
+    """Six decimals, six digits of p-values and epsilons, whole counts, empty where null."""
+    text = tables.csv(table)
+    assert text == tables.csv(table.copy()) and "\r" not in text
+    back = pd.read_csv(io.StringIO(text))
+    assert list(back) == list(table)
+    for column in table.select_dtypes("number"):
+        got, expected = back[column].to_numpy(float), table[column].astype(float).to_numpy()
+        small = column.startswith("p_") or column == "epsilon"
+        np.testing.assert_allclose(
+            got, expected, rtol=1e-5 if small else 0, atol=0 if small else 5.1e-7
+        )
+    line = text.split("\n")[1].split(",")
+    assert line[:5] == ["some_task", "none", "none", "0", "200"]
+    assert line[-4:] == ["", "", "", ""] and len(line[7]) == 8
+    assert back["verdict"].dropna().tolist() == table["verdict"].dropna().tolist()
+
+
+def test_save(table, tmp_path):
+    tables.save(table, tmp_path / "run")
+    assert (tmp_path / "run/table.csv").read_text() == tables.csv(table)
+    assert (tmp_path / "run/table.md").read_text() == tables.markdown_of_run(table)
