@@ -9,7 +9,6 @@ const data = await unpack($("data").textContent).catch((error) => {
 });
 const CLEAN = data.conditions.indexOf("none");
 const every = data.id.map((_, i) => i);
-const texts = every.map((i) => [data.question[i], ...data.choices[i]].join("\n").toLowerCase());
 const headers = [...document.querySelectorAll("#table th")];
 const controls = ["task", "condition", "change", "search", "size"].map($).filter(Boolean);
 const first = { task: "", condition: $("condition").value, change: "", search: "", size: "50" };
@@ -78,6 +77,12 @@ function compare() {
   };
 }
 
+let texts; // what is searched, made when it is first needed
+const text = (i) => {
+  texts ??= every.map((j) => [data.question[j], ...data.choices[j]].join("\n").toLowerCase());
+  return texts[i];
+};
+
 /** The questions that pass the filters, in the chosen order; those without a value come last. */
 function select() {
   const sought = view.search.toLowerCase();
@@ -87,7 +92,7 @@ function select() {
       (!view.change ||
         columns.change[i] === view.change ||
         (view.change === "any" && ![null, "same"].includes(columns.change[i]))) &&
-      texts[i].includes(sought),
+      (!sought || text(i).includes(sought)),
   );
   if (!view.sort) return rows;
   const values = columns[view.sort];
@@ -136,8 +141,8 @@ const CELLS = {
   id: (i) => {
     const attributes = { type: "button", "aria-expanded": open.has(i), "data-row": i };
     if (open.has(i)) attributes["aria-controls"] = `choices-${i}`;
-    const spoken = element("span", { class: "spoken" }, ": choices");
-    const button = element("button", attributes, String(data.id[i]), spoken);
+    const spoken = element("span", { class: "spoken" }, "Question ");
+    const button = element("button", attributes, spoken, String(data.id[i]));
     return element("th", { scope: "row", class: "number" }, button);
   },
   question: (i) =>
@@ -176,7 +181,7 @@ function details(i) {
       marks[0] === "gold" ? { class: "gold" } : {},
       element("th", { scope: "row" }, letter(choice)),
       foreign("td", text, { class: "choice" }),
-      element("td", {}, ...marks.map((mark) => element("span", { class: "mark" }, mark))),
+      element("td", {}, ...marks.flatMap((mark) => [element("span", { class: "mark" }, mark), " "])),
       ...shown.map((x) => element("td", { class: "number" }, x)),
     );
   });
@@ -271,10 +276,15 @@ function turn(page) {
 
 let typing;
 for (const control of controls) {
+  const take = () => {
+    clearTimeout(typing);
+    update({ [control.id]: control.value });
+  };
+  control.addEventListener("change", take);
+  if (control.id !== "search") continue;
   control.addEventListener("input", () => {
     clearTimeout(typing);
-    const wait = control.id === "search" ? 150 : 0;
-    typing = setTimeout(() => update({ [control.id]: control.value }), wait);
+    typing = setTimeout(take, 150);
   });
 }
 $("controls").addEventListener("submit", (event) => event.preventDefault());

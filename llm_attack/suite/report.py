@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from llm_attack.outputs import write_text
-from llm_attack.suite.words import SIGNIFICANT, in_words
+from llm_attack.suite.words import ABOVE, ALPHA, MEAN, in_words
 
 _HERE = Path(__file__).parent
 _KEY = ["task", "doc_id"]
@@ -112,7 +112,7 @@ def write_report(
         model=run.get("model") or run.get("settings", {}).get("model"),
         words=in_words(table),
         accuracies=_accuracies(table),
-        significant=SIGNIFICANT,
+        statistics={"level": ALPHA, "mean": MEAN, "expected": ABOVE},
         figures=[{"title": t, "alt": d, "source": _data_uri(path)} for t, d, path in figures],
         tasks=data["tasks"],
         conditions=[c for c in data["conditions"] if c != "none"] or data["conditions"],
@@ -188,7 +188,9 @@ def _finite(values: Iterable[float]) -> list[float | None]:
 def _packed(data: dict[str, Any]) -> str:
     """JSON, compressed, in base64: half of its plain size, and no character that HTML minds."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
-    return base64.b64encode(gzip.compress(text.encode("ascii"), compresslevel=6, mtime=0)).decode("ascii")
+    return base64.b64encode(gzip.compress(text.encode("ascii"), compresslevel=6, mtime=0)).decode(
+        "ascii"
+    )
 
 
 def _accuracies(table: pd.DataFrame) -> list[dict[str, Any]]:
@@ -218,6 +220,8 @@ def _value(value: Any) -> str:
         return "–"
     if isinstance(value, float):
         return f"{value:.6g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_value(of)}" for key, of in value.items()) or "–"
     if isinstance(value, (list, tuple)):
         return ", ".join(map(_value, value)) or "–"
     return str(value)

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-SIGNIFICANT = 0.05  # of the tests in the table, adjusted by Holm's method
+ALPHA = 0.05  # level of the tests
+ABOVE, BELOW = "above guessing", "below guessing"
+INDISTINGUISHABLE = "indistinguishable from guessing"
+MEAN = "mean"  # stands in the column `task` of rows with the mean over tasks
 
-_NUMBERS = "no one two three four five six seven eight nine ten eleven twelve".split()
-_EXCEPTIONS = ("indistinguishable from guessing", "below guessing")  # the verdicts worth a sentence
+_NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
 def in_words(table: pd.DataFrame) -> list[str]:
@@ -21,8 +23,8 @@ def in_words(table: pd.DataFrame) -> list[str]:
             Accuracies are shares of one, `drop` is in points of a percent (null, like
             `p_mcnemar_holm`, in a run without the condition `none`).
     """
-    mean = table[table["task"] == "mean"]
-    tasks = table[table["task"] != "mean"]
+    mean = table[table["task"] == MEAN]
+    tasks = table[table["task"] != MEAN]
     first = tasks[tasks["condition"] == tasks["condition"].iloc[0]]
     questions = f"{int(first['n'].sum()):,} questions"
     if len(first) == 1:
@@ -76,7 +78,7 @@ def _attack(attack: str, mean: pd.DataFrame, tasks: pd.DataFrame) -> str:
         _verdicts(rows, f"Under {condition}")
         for condition, rows in tasks.groupby("condition", sort=False)
     )
-    if not verdicts and (tasks["verdict"] == "above guessing").all():
+    if not verdicts and (tasks["verdict"] == ABOVE).all():
         verdicts = f" {'Every task' if tasks['task'].nunique() > 1 else 'It'} stays above guessing."
     return f"{name} {_listed(effects)}.{verdicts}"
 
@@ -86,7 +88,7 @@ def _significance(tasks: pd.DataFrame) -> str:
     p = tasks["p_mcnemar_holm"].dropna()
     if p.empty:
         return ""
-    found = int((p < SIGNIFICANT).sum())
+    found = int((p <= ALPHA).sum())
     if len(p) == 1:
         return "; significant" if found else "; not significant"
     return f"; significant on {_of(found, len(p))}"
@@ -95,7 +97,7 @@ def _significance(tasks: pd.DataFrame) -> str:
 def _verdicts(tasks: pd.DataFrame, where: str) -> str:
     """The tasks of one condition that are not above guessing, as a sentence, or nothing."""
     parts = []
-    for verdict in _EXCEPTIONS:
+    for verdict in (INDISTINGUISHABLE, BELOW):
         names = tasks.loc[tasks["verdict"] == verdict, "task"].tolist()
         if not names:
             continue
