@@ -23,29 +23,24 @@ def in_words(table: pd.DataFrame) -> list[str]:
             Accuracies are shares of one, `drop` is in points of a percent (null, like
             `p_mcnemar_holm`, in a run without the condition `none`).
     """
-    mean = table[table["task"] == MEAN]
-    tasks = table[table["task"] != MEAN]
-    first = tasks[tasks["condition"] == tasks["condition"].iloc[0]]
-    questions = f"{int(first['n'].sum()):,} questions"
-    if len(first) == 1:
-        scope = f"{first['task'].iloc[0]}, {questions}"
-    else:
-        scope = f"mean over {number(len(first))} tasks, {questions}"
-    guessing = f"guessing would give {percent(mean['baseline'].iloc[0])}"
+    mean, tasks = table[table["task"] == MEAN], table[table["task"] != MEAN]
+    names = tasks["task"].unique()
+    n = tasks.loc[tasks["condition"] == tasks["condition"].iloc[0], "n"].sum()
+    scope = names[0] if len(names) == 1 else f"mean over {number(len(names))} tasks"
+    scope = f"({scope}, {n:,} questions)"
+    guessing = f"guessing would give {percent(mean['baseline'].iloc[0])}."
     clean = mean[mean["attack"] == "none"]
-    if len(clean):
-        start = (
-            "Without an attack the model answers"
-            f" {percent(clean['acc'].iloc[0])} of the questions rightly ({scope}); {guessing}."
-        )
-        paragraphs = [start + _verdicts(tasks[tasks["attack"] == "none"], "Even without an attack")]
+    if clean.empty:
+        start = f"The run has no condition without an attack to compare with {scope};"
     else:
-        paragraphs = [
-            f"The run has no condition without an attack to compare with ({scope}); {guessing}."
-        ]
-    for attack, rows in mean[mean["attack"] != "none"].groupby("attack", sort=False):
-        paragraphs.append(_attack(str(attack), rows, tasks[tasks["attack"] == attack]))
-    return paragraphs
+        answers = f"answers {percent(clean['acc'].iloc[0])} of the questions rightly"
+        start = f"Without an attack the model {answers} {scope};"
+    verdicts = _verdicts(tasks[tasks["attack"] == "none"], "Even without an attack")
+    attacks = mean[mean["attack"] != "none"].groupby("attack", sort=False)
+    return [
+        f"{start} {guessing}{verdicts}",
+        *(_attack(name, rows, tasks[tasks["attack"] == name]) for name, rows in attacks),
+    ]
 
 
 def percent(share: float) -> str:
@@ -60,20 +55,19 @@ def number(n: int) -> str:
 
 def _attack(attack: str, mean: pd.DataFrame, tasks: pd.DataFrame) -> str:
     """One attack at all its amplitudes: what it costs, then where guessing is as good."""
-    name = "Random noise" if attack == "random" else attack.upper()
-    effects, verb_before = [], ""
+    effects: list[str] = []
+    verb_before = ""
     for row in mean.itertuples():
-        at = f"at amplitude {row.epsilon:g}" if not effects else f"at {row.epsilon:g}"
+        at = f"at {row.epsilon:g}" if effects else f"at amplitude {row.epsilon:g}"
         if pd.isna(row.drop):
-            effects.append(f"{'leaves ' if not effects else ''}{percent(row.acc)} {at}")
-            continue
-        verb = "costs" if round(row.drop, 1) >= 0 else "gains"
-        here = tasks[tasks["condition"] == row.condition]
-        effects.append(
-            f"{f'{verb} ' if verb != verb_before else ''}{abs(row.drop):.1f} points {at}"
-            f" ({percent(row.acc)} left{_significance(here)})"
-        )
+            verb, effect = "leaves", f"{percent(row.acc)} {at}"
+        else:
+            verb = "costs" if round(row.drop, 1) >= 0 else "gains"
+            found = _significance(tasks[tasks["condition"] == row.condition])
+            effect = f"{abs(row.drop):.1f} points {at} ({percent(row.acc)} left{found})"
+        effects.append(effect if verb == verb_before else f"{verb} {effect}")
         verb_before = verb
+    name = "Random noise" if attack == "random" else attack.upper()
     verdicts = "".join(
         _verdicts(rows, f"Under {condition}")
         for condition, rows in tasks.groupby("condition", sort=False)
