@@ -1,0 +1,327 @@
+// The table of questions in report.html. What is shown follows from `view` (filters, order, page)
+// and `open` (rows that show their choices); the address keeps what differs from the first view.
+// Text reaches the page through textContent alone, so that no question can be taken for markup.
+
+const $ = (id) => document.getElementById(id);
+const data = await unpack($("data").textContent).catch((error) => {
+  $("status").textContent = `The questions cannot be shown: ${error.message}`;
+  throw error;
+});
+const CLEAN = data.conditions.indexOf("none");
+const every = data.id.map((_, i) => i);
+const headers = [...document.querySelectorAll("#table th")];
+const controls = ["task", "condition", "change", "search", "size"].map($).filter(Boolean);
+const first = { task: "", condition: $("condition").value, change: "", search: "", size: "50" };
+Object.assign(first, { sort: "", order: "ascending", page: 1 });
+
+let view = { ...first };
+const open = new Set();
+
+// ---- data
+
+async function unpack(base64) {
+  const bytes = atob(base64);
+  const packed = new Uint8Array(bytes.length);
+  for (let i = 0; i < bytes.length; i++) packed[i] = bytes.charCodeAt(i);
+  const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
+  return JSON.parse(await new Response(stream).text()); // .json() takes twice as long
+}
+
+/** Log-likelihood of the gold choice less that of the best other one; null where it has none. */
+function margin(i, condition) {
+  const values = data.log_likelihoods[condition]?.[i];
+  if (!values || values.includes(null)) return null;
+  const best = (isGold) =>
+    Math.max(...values.filter((_, choice) => data.gold[i].includes(choice) === isGold));
+  const difference = best(true) - best(false);
+  return Number.isFinite(difference) ? difference : null;
+}
+
+/** How the prediction of question i changes: a value of the filter "Flipped"; null if unknown. */
+function change(i, after) {
+  const predictions = [data.prediction[CLEAN]?.[i] ?? null, data.prediction[after][i]];
+  if (predictions.includes(null)) return null;
+  const [was, is] = predictions.map((choice) => data.gold[i].includes(choice));
+  if (was !== is) return was ? "lost" : "gained";
+  if (predictions[0] === predictions[1]) return "same";
+  return was ? "swapped" : "moved";
+}
+
+const CHANGES = Object.fromEntries(
+  [...($("change")?.options ?? [])].map((option, rank) => [option.value, { rank, name: option.text }]),
+);
+
+/** For each column, its values under the condition that is shown, by question. */
+let columns;
+let compared;
+
+function compare() {
+  if (compared === view.condition) return;
+  compared = view.condition;
+  const after = data.conditions.indexOf(compared);
+  const before = every.map((i) => margin(i, CLEAN));
+  const now = every.map((i) => margin(i, after));
+  columns = {
+    task: data.task.map((t) => data.tasks[t]),
+    id: data.id,
+    question: data.question,
+    gold: data.gold.map((gold) => gold[0]),
+    before: data.prediction[CLEAN] ?? [],
+    after: data.prediction[after],
+    change: every.map((i) => change(i, after)),
+    margin_before: before,
+    margin_after: now,
+    margin_change: every.map((i) =>
+      before[i] === null || now[i] === null ? null : now[i] - before[i],
+    ),
+  };
+}
+
+let texts; // what is searched, made when it is first needed
+const text = (i) => {
+  texts ??= every.map((j) => [data.question[j], ...data.choices[j]].join("\n").toLowerCase());
+  return texts[i];
+};
+
+/** The questions that pass the filters, in the chosen order; those without a value come last. */
+function select() {
+  const sought = view.search.toLowerCase();
+  const rows = every.filter(
+    (i) =>
+      (!view.task || columns.task[i] === view.task) &&
+      (!view.change ||
+        columns.change[i] === view.change ||
+        (view.change === "any" && ![null, "same"].includes(columns.change[i]))) &&
+      (!sought || text(i).includes(sought)),
+  );
+  if (!view.sort) return rows;
+  const values = columns[view.sort];
+  const keys = view.sort === "change" ? values.map((kind) => CHANGES[kind]?.rank ?? null) : values;
+  const sign = view.order === "descending" ? -1 : 1;
+  return rows.sort((i, j) => {
+    const [a, b] = [keys[i] ?? null, keys[j] ?? null];
+    if (a === b) return 0;
+    if (a === null || b === null) return a === null ? 1 : -1;
+    return a < b ? -sign : sign;
+  });
+}
+
+// ---- page
+
+/** An element with attributes and children, which are elements or text. */
+function element(name, attributes, ...children) {
+  const made = document.createElement(name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  made.append(...children);
+  return made;
+}
+
+/** Text from outside: a language and a direction of its own. */
+const foreign = (name, text, attributes = {}) =>
+  element(name, { dir: "auto", lang: "", ...attributes }, text);
+
+/** 0 as A, 25 as Z, 26 as AA. */
+const letter = (i) =>
+  (i > 25 ? letter(Math.floor(i / 26) - 1) : "") + String.fromCharCode(65 + (i % 26));
+
+const signed = (x, plus = "") =>
+  x === null || x === undefined ? "–" : (x > 0 ? plus : "") + x.toFixed(3).replace("-", "−");
+
+function prediction(i, choice) {
+  if (choice === null || choice === undefined) return element("td", {}, "–");
+  const right = data.gold[i].includes(choice);
+  const mark = element("span", { class: right ? "right" : "wrong", "aria-hidden": "true" });
+  mark.textContent = right ? "✓" : "✗";
+  const spoken = element("span", { class: "spoken" }, right ? " right" : " wrong");
+  return element("td", {}, letter(choice), " ", mark, spoken);
+}
+
+const CELLS = {
+  task: (i) => element("td", {}, columns.task[i]),
+  id: (i) => {
+    const attributes = { type: "button", "aria-expanded": open.has(i), "data-row": i };
+    if (open.has(i)) attributes["aria-controls"] = `choices-${i}`;
+    const spoken = element("span", { class: "spoken" }, "Question ");
+    const button = element("button", attributes, spoken, String(data.id[i]));
+    return element("th", { scope: "row", class: "number" }, button);
+  },
+  question: (i) =>
+    element("td", { class: "question" }, foreign("div", data.question[i] || "(in the choices)")),
+  gold: (i) => element("td", {}, data.gold[i].map(letter).join(", ")),
+  before: (i) => prediction(i, columns.before[i]),
+  after: (i) => prediction(i, columns.after[i]),
+  change: (i) => element("td", { class: "change" }, CHANGES[columns.change[i]]?.name ?? "–"),
+  margin_before: (i) => element("td", { class: "number" }, signed(columns.margin_before[i])),
+  margin_after: (i) => element("td", { class: "number" }, signed(columns.margin_after[i])),
+  margin_change: (i) => element("td", { class: "number" }, signed(columns.margin_change[i], "+")),
+};
+
+const row = (i) => element("tr", {}, ...headers.map((header) => CELLS[header.dataset.key](i)));
+
+/** The row under question i: its choices, with log-likelihoods and what was chosen. */
+function details(i) {
+  const after = data.conditions.indexOf(view.condition);
+  const conditions = CLEAN < 0 || CLEAN === after ? [after] : [CLEAN, after];
+  const values = conditions.map((c) => data.log_likelihoods[c][i] ?? []);
+  const names = conditions.map((c) => `Log-likelihood, ${data.conditions[c]}`);
+  const numbers = [...names, ...(values.length > 1 ? ["Change"] : [])];
+  const head = ["Choice", "Text", "Marks"].map((name) => element("th", { scope: "col" }, name));
+  head.push(...numbers.map((name) => element("th", { scope: "col", class: "number" }, name)));
+  const body = data.choices[i].map((text, choice) => {
+    const marks = conditions
+      .filter((c) => data.prediction[c][i] === choice)
+      .map((c) => `predicted, ${data.conditions[c]}`);
+    if (data.gold[i].includes(choice)) marks.unshift("gold");
+    const found = values.map((of) => of[choice] ?? null);
+    const shown = found.map((x) => signed(x));
+    if (found.length > 1)
+      shown.push(signed(found.includes(null) ? null : found[1] - found[0], "+"));
+    return element(
+      "tr",
+      marks[0] === "gold" ? { class: "gold" } : {},
+      element("th", { scope: "row" }, letter(choice)),
+      foreign("td", text, { class: "choice" }),
+      element("td", {}, ...marks.flatMap((mark) => [element("span", { class: "mark" }, mark), " "])),
+      ...shown.map((x) => element("td", { class: "number" }, x)),
+    );
+  });
+  const name = `Choices of ${columns.task[i]} ${data.id[i]}`;
+  const table = element(
+    "table",
+    {},
+    element("caption", {}, name),
+    element("thead", {}, element("tr", {}, ...head)),
+    element("tbody", {}, ...body),
+  );
+  const cell = element("td", { colspan: headers.length }, table);
+  const cosine = data.cosine[i];
+  if (cosine !== null)
+    cell.append(element("p", {}, `Cosine of embeddings and gradient: ${signed(cosine)}`));
+  return element("tr", { class: "details", id: `choices-${i}` }, cell);
+}
+
+let rows;
+let pages;
+
+function draw() {
+  compare();
+  rows = select();
+  for (const control of controls) if (control.value !== view[control.id]) control.value = view[control.id];
+  for (const header of headers) {
+    if (header.dataset.key === view.sort) header.setAttribute("aria-sort", view.order);
+    else header.removeAttribute("aria-sort");
+  }
+  $("caption").textContent =
+    CLEAN < 0 ? `Questions under ${view.condition}` : `Questions before (none) and after (${view.condition})`;
+  drawPage();
+}
+
+function drawPage() {
+  const size = Number(view.size);
+  pages = Math.max(1, Math.ceil(rows.length / size));
+  view.page = Math.min(Math.max(1, Math.trunc(view.page) || 1), pages);
+  const shown = rows.slice((view.page - 1) * size, view.page * size);
+  $("table").tBodies[0].replaceChildren(
+    ...shown.flatMap((i) => (open.has(i) ? [row(i), details(i)] : [row(i)])),
+  );
+  const count = (n) => n.toLocaleString("en");
+  $("status").textContent =
+    `${count(rows.length)} of ${count(every.length)} questions` +
+    (pages > 1 ? `, page ${count(view.page)} of ${count(pages)}` : "");
+  $("page").value = view.page;
+  $("page").max = pages;
+  $("last-page").textContent = count(pages);
+  for (const id of ["first", "previous"]) $(id).setAttribute("aria-disabled", view.page === 1);
+  for (const id of ["next", "last"]) $(id).setAttribute("aria-disabled", view.page === pages);
+}
+
+// ---- address
+
+function write() {
+  const changed = Object.entries(view).filter(([key, value]) => value !== first[key]);
+  const address = location.href.split("#")[0];
+  history.replaceState(null, "", `${address}#${new URLSearchParams(changed)}`);
+}
+
+/** Takes the view from the address, if one is there; what does not exist is passed over. */
+function read() {
+  if (!location.hash.includes("=")) return false;
+  const found = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
+  const allowed = (key, value) => {
+    if (key === "search") return true;
+    if (key === "page") return Number(value) >= 1;
+    if (key === "order") return ["ascending", "descending"].includes(value);
+    if (key === "sort") return headers.some((header) => header.dataset.key === value);
+    return [...($(key)?.options ?? [])].some((option) => option.value === value);
+  };
+  const known = Object.entries(found).filter(([key, value]) => key in first && allowed(key, value));
+  view = { ...first, ...Object.fromEntries(known) };
+  return true;
+}
+
+// ---- what the reader does
+
+function update(changes) {
+  view = { ...view, page: 1, ...changes };
+  draw();
+  write();
+}
+
+function turn(page) {
+  view.page = page;
+  drawPage();
+  write();
+  if ($("region").getBoundingClientRect().top < 0) $("region").scrollIntoView();
+}
+
+let typing;
+for (const control of controls) {
+  const take = () => {
+    clearTimeout(typing);
+    update({ [control.id]: control.value });
+  };
+  control.addEventListener("change", take);
+  if (control.id !== "search") continue;
+  control.addEventListener("input", () => {
+    clearTimeout(typing);
+    typing = setTimeout(take, 150);
+  });
+}
+$("controls").addEventListener("submit", (event) => event.preventDefault());
+$("controls").addEventListener("reset", (event) => {
+  event.preventDefault();
+  open.clear();
+  update(first);
+});
+for (const header of headers) {
+  header.firstChild.addEventListener("click", () => {
+    const again = view.sort === header.dataset.key && view.order === "ascending";
+    update({ sort: header.dataset.key, order: again ? "descending" : "ascending" });
+  });
+}
+$("table").tBodies[0].addEventListener("click", ({ target }) => {
+  const button = target.closest("button");
+  if (!button) return;
+  const i = Number(button.dataset.row);
+  const shown = open.delete(i);
+  if (!shown) open.add(i);
+  button.setAttribute("aria-expanded", !shown);
+  if (shown) {
+    $(`choices-${i}`).remove();
+    button.removeAttribute("aria-controls");
+  } else {
+    button.closest("tr").after(details(i));
+    button.setAttribute("aria-controls", `choices-${i}`);
+  }
+});
+$("first").addEventListener("click", () => turn(1));
+$("previous").addEventListener("click", () => turn(view.page - 1));
+$("next").addEventListener("click", () => turn(view.page + 1));
+$("last").addEventListener("click", () => turn(pages));
+$("page").addEventListener("change", () => turn(Number($("page").value)));
+addEventListener("hashchange", () => read() && draw());
+
+const linked = read();
+draw();
+for (const id of ["controls", "shown"]) $(id).hidden = false;
+if (linked) $("questions").scrollIntoView();

@@ -1,0 +1,115 @@
+"""What a run's table says, in sentences for a reader who does not know the table's columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+ALPHA = 0.05  # level of the tests
+ABOVE, BELOW = "above guessing", "below guessing"
+INDISTINGUISHABLE = "indistinguishable from guessing"
+MEAN = "mean"  # stands in the column `task` of rows with the mean over tasks
+
+_NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+
+def in_words(table: pd.DataFrame) -> list[str]:
+    """One paragraph for the clean model, then one for each attack, in the table's order.
+
+    Args:
+        table: a row per task and condition, and a row per condition with the task "mean"; columns
+            `task, condition, attack, epsilon, n, acc, baseline, drop, p_mcnemar_holm, verdict`.
+            Accuracies are shares of one, `drop` is in points of a percent (null, like
+            `p_mcnemar_holm`, in a run without the condition `none`).
+    """
+    mean, tasks = table[table["task"] == MEAN], table[table["task"] != MEAN]
+    names = tasks["task"].unique()
+    n = tasks.loc[tasks["condition"] == tasks["condition"].iloc[0], "n"].sum()
+    scope = names[0] if len(names) == 1 else f"mean over {number(len(names))} tasks"
+    scope = f"({scope}, {n:,} questions)"
+    guessing = f"guessing would give {percent(mean['baseline'].iloc[0])}."
+    clean = mean[mean["attack"] == "none"]
+    if clean.empty:
+        start = f"The run has no condition without an attack to compare with {scope};"
+    else:
+        answers = f"answers {percent(clean['acc'].iloc[0])} of the questions rightly"
+        start = f"Without an attack the model {answers} {scope};"
+    verdicts = _verdicts(tasks[tasks["attack"] == "none"], "Even without an attack")
+    attacks = mean[mean["attack"] != "none"].groupby("attack", sort=False)
+    return [
+        f"{start} {guessing}{verdicts}",
+        *(_attack(name, rows, tasks[tasks["attack"] == name]) for name, rows in attacks),
+    ]
+
+
+def percent(share: float) -> str:
+    """0.9661 as "96.6 %"."""
+    return f"{100 * share:.1f} %"
+
+
+def number(n: int) -> str:
+    """A count as it is written in a sentence."""
+    return _NUMBERS[n] if n < len(_NUMBERS) else f"{n:,}"
+
+
+def _attack(attack: str, mean: pd.DataFrame, tasks: pd.DataFrame) -> str:
+    """One attack at all its amplitudes: what it costs, then where guessing is as good."""
+    effects: list[str] = []
+    verb_before = ""
+    for row in mean.itertuples():
+        at = f"at {row.epsilon:g}" if effects else f"at amplitude {row.epsilon:g}"
+        if pd.isna(row.drop):
+            verb, effect = "leaves", f"{percent(row.acc)} {at}"
+        else:
+            verb = "costs" if round(row.drop, 1) >= 0 else "gains"
+            found = _significance(tasks[tasks["condition"] == row.condition])
+            effect = f"{abs(row.drop):.1f} points {at} ({percent(row.acc)} left{found})"
+        effects.append(effect if verb == verb_before else f"{verb} {effect}")
+        verb_before = verb
+    name = "Random noise" if attack == "random" else attack.upper()
+    verdicts = "".join(
+        _verdicts(rows, f"Under {condition}")
+        for condition, rows in tasks.groupby("condition", sort=False)
+    )
+    if not verdicts and (tasks["verdict"] == ABOVE).all():
+        verdicts = f" {'Every task' if tasks['task'].nunique() > 1 else 'It'} stays above guessing."
+    return f"{name} {_listed(effects)}.{verdicts}"
+
+
+def _significance(tasks: pd.DataFrame) -> str:
+    """On how many tasks the answers under a condition differ from the clean ones."""
+    p = tasks["p_mcnemar_holm"].dropna()
+    if p.empty:
+        return ""
+    found = int((p <= ALPHA).sum())
+    if len(p) == 1:
+        return "; significant" if found else "; not significant"
+    return f"; significant on {_of(found, len(p))}"
+
+
+def _verdicts(tasks: pd.DataFrame, where: str) -> str:
+    """The tasks of one condition that are not above guessing, as a sentence, or nothing."""
+    parts = []
+    for verdict in (INDISTINGUISHABLE, BELOW):
+        names = tasks.loc[tasks["verdict"] == verdict, "task"].tolist()
+        if not names:
+            continue
+        if len(tasks) == 1:
+            parts.append(f"{names[0]} is {verdict}")
+        else:
+            who = "" if len(names) == len(tasks) else f" ({_listed(names)})"
+            verb = "is" if len(names) == 1 else "are"
+            parts.append(f"{_of(len(names), len(tasks))} {verb} {verdict}{who}")
+    return f" {where} {_listed(parts)}." if parts else ""
+
+
+def _of(part: int, whole: int) -> str:
+    if part == whole:
+        return f"all {number(whole)} tasks" if whole > 2 else "both tasks"
+    return f"{number(part)} of the {number(whole)} tasks" if part else "no task"
+
+
+def _listed(parts: Sequence[str]) -> str:
+    """Parts of a sentence with commas and a last "and"."""
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)

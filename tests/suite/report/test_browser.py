@@ -1,0 +1,265 @@
+"""What the page shows, sorts and filters in a real Chromium is what pandas says it should."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from report_input import CONDITIONS, HOSTILE, build
+from report_page import CHANGES, ROWS, expected, places, write
+from selenium.webdriver.common.keys import Keys
+
+# a click on every heading (or on those from arguments[0] to arguments[1]), and a second one
+SORT = f"""
+const buttons = [...document.querySelectorAll('#table > thead button')].slice(...arguments);
+return buttons.flatMap(button => [button, button]).map(button => {{
+  button.click();
+  return [document.querySelectorAll('[aria-sort]').length, button.parentElement.dataset.key,
+    button.parentElement.ariaSort, {ROWS}];
+}});
+"""
+
+
+def test_sorting_and_filtering_give_the_rows_that_pandas_gives(page, run):
+    samples, questions, path = run
+    page.open(path)
+    assert page.rows() == places(expected(samples, questions))[:50]
+    page.choose("size", "500")
+    filters = {"condition": "random@0.01"}
+    for changed in (
+        {},
+        {"condition": "fgsm@0.01"},
+        {"task": "arc"},
+        {"change": "lost"},
+        {"change": "any"},
+        {"task": "", "change": "", "search": "STONE Lamp"},
+        {"search": "σίσυφος", "condition": "bim@0.01"},
+        *({"search": "", "change": change} for change in CHANGES),
+    ):
+        for name, value in changed.items():
+            page.choose(name, value)
+        filters |= changed
+        rows = expected(samples, questions, **filters)
+        assert page["status"].text == f"{len(rows)} of 180 questions"
+        found = page.js(SORT, *([7, 8] if changed else []))
+        assert [x[2] for x in found] == ["ascending", "descending"] * (1 if changed else 10)
+        for sorted_columns, key, order, shown in found:
+            assert sorted_columns == 1
+            assert list(map(tuple, shown)) == places(rows, key, order), (filters, key, order)
+
+
+def test_every_cell(page, run):
+    samples, questions, path = run
+    page.open(path, "#size=500&condition=fgsm%400.01")
+    cells = page.cells(page["table"], "textContent")[1:]
+    rows = expected(samples, questions, "fgsm@0.01").to_dict("records")
+    for shown, row in zip(cells, rows, strict=True):
+        letters = [chr(65 + gold) for gold in row["golds"]]
+        assert shown[:2] == [row["task"], f"Question {row['id']}"]
+        assert shown[2] == (row["question"] or "(in the choices)")
+        assert shown[3] == ", ".join(letters)
+        for cell, when in zip(shown[4:6], ("before", "after"), strict=True):
+            mark = "✓ right" if row[f"right_{when}"] else "✗ wrong"
+            assert cell == f"{chr(65 + row[when])} {mark}"
+        assert shown[6] == CHANGES[row["change"]]
+        for cell, key in zip(
+            shown[7:], ("margin_before", "margin_after", "margin_change"), strict=True
+        ):
+            assert number(cell) == pytest.approx(
+                row[key], abs=5.1e-4, nan_ok=True
+            )  # three decimals
+            assert cell.startswith("+") == (key == "margin_change" and row[key] > 0)
+
+
+def number(cell):
+    return np.nan if cell == "–" else float(cell.replace("−", "-"))
+
+
+def test_a_row_opens_its_choices_and_keeps_them_open(page, run):
+    samples, questions, path = run
+    page.open(path, "#condition=bim%400.01&task=arc")
+    for i, question in enumerate(questions[questions["task"] == "arc"].head(6).to_dict("records")):
+        button = page.all("#table > tbody > tr:not(.details) button")[i]
+        assert button.get_attribute("aria-expanded") == "false"
+        page.press(button)
+        assert button.get_attribute("aria-expanded") == "true"
+        opened = page[button.get_attribute("aria-controls")]
+        assert opened.get_attribute("class") == "details"
+        caption, cosine = page.js(
+            "return [...arguments[0].querySelectorAll('caption, p')].map(e => e.innerText)", opened
+        )
+        assert caption == f"Choices of arc {question['doc_id']}"
+        answers = samples[(samples["task"] == "arc") & (samples["doc_id"] == question["doc_id"])]
+        none, bim = answers.set_index("condition").loc[["none", "bim@0.01"]].to_dict("records")
+        assert cosine.startswith("Cosine of embeddings and gradient: ")
+        assert number(cosine.split()[-1]) == pytest.approx(none["cosine"], abs=5.6e-4)
+        head, *body = page.cells(opened.find_element("tag name", "table"))
+        assert head[:3] == ["Choice", "Text", "Marks"]
+        assert head[3:] == ["Log-likelihood, none", "Log-likelihood, bim@0.01", "Change"]
+        assert len(body) == len(question["choices"])
+        for choice, cells in enumerate(body):
+            assert cells[:2] == [chr(65 + choice), question["choices"][choice]]
+            marks = ["gold"] * (choice in question["gold"])
+            marks += ["predicted, none"] * (choice == none["prediction"])
+            marks += ["predicted, bim@0.01"] * (choice == bim["prediction"])
+            assert cells[2].strip() == " ".join(marks)
+            values = [each["log_likelihoods"][choice] for each in (none, bim)]
+            values.append(values[1] - values[0])
+            assert [number(cell) for cell in cells[3:]] == pytest.approx(values, abs=5.1e-4)
+    page.sort("id")
+    page.choose("condition", "fgsm@0.01")
+    assert len(page.all(".details")) == 6
+    assert "predicted, fgsm@0.01" in page.all(".details")[0].text
+    for button in page.all("[aria-expanded=true]"):
+        page.press(button)
+    assert page.all(".details") == [] and page.all("[aria-controls]") == []
+
+
+def test_hostile_text_is_shown_as_text(page, run):
+    _, questions, path = run
+    page.open(path)
+    for i in range(len(HOSTILE)):
+        page.press(page.all("#table > tbody > tr:not(.details) button")[i])
+    shown = page.js(
+        "return [...document.querySelectorAll('.question div')].map(cell => cell.textContent)"
+    )
+    assert shown == [text or "(in the choices)" for text in questions["question"][:50]]
+    shown = page.js(
+        "return [...document.querySelectorAll('.choice')].map(cell => cell.textContent)"
+    )
+    assert shown == [text for texts in questions["choices"][: len(HOSTILE)] for text in texts]
+    assert page.js("return window.hacked") is None
+    assert page.js("return document.scripts.length") == 2
+    assert page.all("#table img, #table script, #table iframe") == []
+
+
+def test_pages_follow_one_another(page, run):
+    samples, questions, path = run
+    page.open(path)
+    page.choose("size", "25")
+    rows = places(expected(samples, questions))
+    disabled = "return [...document.querySelectorAll('#pages button')].map(e => e.ariaDisabled)"
+    for start in range(0, 180, 25):
+        assert page.rows() == rows[start : start + 25]
+        assert page["status"].text == f"180 of 180 questions, page {start // 25 + 1} of 8"
+        edges = [str(start == 0).lower()] * 2 + [str(start == 175).lower()] * 2
+        assert page.js(disabled) == edges
+        page["next"].click()
+    assert page.rows() == rows[175:]  # there is no page after the last
+    for name, start in (("previous", 150), ("first", 0), ("previous", 0), ("last", 175)):
+        page[name].click()
+        assert page.rows() == rows[start : start + 25]
+    for typed, start in (("3", 50), ("0", 0), ("99", 175), ("", 0)):
+        page["page"].send_keys(Keys.CONTROL, "a", Keys.NULL, Keys.BACKSPACE, typed, Keys.ENTER)
+        assert page.rows() == rows[start : start + 25], typed
+    page["next"].click()
+    page.choose("task", "arc")
+    assert page.rows() == places(expected(samples, questions, task="arc"))[:25]
+
+
+def test_a_view_can_be_linked(page, run):
+    samples, questions, path = run
+    page.open(path)
+    search = "o&=# s"
+    view = {"condition": "bim@0.01", "change": "any", "size": "25", "search": "under"}
+    for name, value in view.items():
+        page.choose(name, value)
+    page.sort("margin_after")
+    page.sort("margin_after")
+    page["next"].click()
+    link, rows = page.browser.current_url, page.rows()
+    wanted = expected(samples, questions, "bim@0.01", change="any", search="under")
+    assert rows == places(wanted, "margin_after", "descending")[25:50] and rows
+    page.open(path, "#" + link.split("#")[1])
+    assert page.rows() == rows
+    assert page.sorted_by() == [("margin_after", "descending")]
+    assert {name: page[name].get_property("value") for name in view} == view
+    page["reset"].click()
+    assert page.rows() == places(expected(samples, questions))[:50]
+    assert page.browser.current_url == path.as_uri() + "#"
+    page.choose("search", search)
+    page.open(path, "#" + page.browser.current_url.split("#")[1])
+    assert page["search"].get_property("value") == search
+
+
+def test_an_address_that_is_no_view_changes_nothing(page, run):
+    samples, questions, path = run
+    rows = places(expected(samples, questions))
+    for odd in (
+        "#questions",
+        "#task=chess&sort=colour&order=up&size=7&condition=x&page=-2&a=b",
+        "#%",
+    ):
+        page.open(path, odd)
+        assert page.rows() == rows[:50] and page.sorted_by() == []
+    page.open(path, "#page=99")
+    assert page.rows() == rows[150:]
+    page.js("location.hash = 'task=arc'")
+    page.wait(lambda _: page["task"].get_property("value") == "arc")
+    assert page.rows() == places(expected(samples, questions, task="arc"))[:50]
+    page.js("location.hash = 'summary'")
+    assert page["task"].get_property("value") == "arc"
+
+
+def test_without_a_clean_run_there_is_nothing_to_compare_with(page, tmp_path):
+    samples, questions = build(10, conditions=CONDITIONS[2:])
+    page.open(write(tmp_path, samples, questions), "#change=lost")
+    keys = [th.get_attribute("data-key") for th in page.all("#table thead th")]
+    assert keys == ["task", "id", "question", "gold", "after", "margin_after"]
+    assert page.all("#change") == []
+    both = pd.concat(
+        [samples, samples[samples["condition"] == "bim@0.01"].assign(condition="none")]
+    )
+    page.choose("condition", "bim@0.01")
+    page.sort("margin_after")
+    assert page.rows() == places(expected(both, questions, "bim@0.01"), "margin_after")
+    page.press(page.all("#table tbody button")[0])
+    assert len(page.all(".details thead th")) == 4
+
+
+def test_a_clean_run_alone(page, tmp_path):
+    samples, questions = build(10, conditions=["none"])
+    page.open(write(tmp_path, samples, questions))
+    assert page.rows() == places(expected(samples, questions, "none"))
+    assert {cell.text for cell in page.all(".change")} == {"no"}
+    page.press(page.all("#table tbody button")[0])
+    assert len(page.all(".details thead th")) == 4
+
+
+def test_a_missing_answer_is_no_change_of_any_kind(page, tmp_path):
+    samples, questions = build(5, tasks=("arc",))
+    missing = (samples["doc_id"] == 6) & (samples["condition"] == "random@0.01")
+    page.open(write(tmp_path, samples[~missing], questions))
+    cells = page.cells(page["table"])[3]
+    assert cells[0] == "arc" and [i for i, text in enumerate(cells) if text == "–"] == [5, 6, 8, 9]
+    for change in ("any", "same", "lost", "gained", "moved", "swapped"):
+        page.choose("change", change)
+        assert ("arc", 6) not in page.rows()
+    page.press(page.all("#reset")[0])
+    page.press(page.all("#table tbody button")[2])
+    cells = [cell.text for cell in page.all(".details .number")]
+    assert cells.count("–") == 2 * questions["choices"].str.len()[2]
+
+
+def test_data_that_cannot_be_read_are_told(page, run, tmp_path):
+    path = tmp_path / "report.html"
+    whole = run[2].read_text("utf-8")
+    start = whole.index('id="data">') + 2000
+    path.write_text(whole[:start] + "AAAA" * 50 + whole[start + 200 :], "utf-8")
+    page.browser.get(path.as_uri())
+    page.wait(lambda _: "cannot be shown" in page["status"].text)
+    assert not page["shown"].is_displayed()
+    assert len(page.browser.get_log("browser")) == 1  # the error itself
+
+
+@pytest.mark.parametrize("n", [2_000, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_thousands_of_questions(page, tmp_path, n):
+    samples, questions = build(n // 5, tasks=tuple("abcde"))
+    page.open(write(tmp_path, samples, questions))
+    assert page["status"].text == f"{n:,} of {n:,} questions, page 1 of {n // 50}"
+    page.sort("margin_change")
+    assert page.rows() == places(expected(samples, questions), "margin_change")[:50]
+    page.choose("condition", "bim@0.01")
+    page.choose("change", "lost")
+    page.choose("search", "river")
+    rows = expected(samples, questions, "bim@0.01", change="lost", search="river")
+    assert page.rows() == places(rows, "margin_change")[:50]
+    assert page["status"].text.startswith(f"{len(rows):,} of {n:,} questions, page 1 of ")
