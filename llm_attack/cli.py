@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -41,22 +42,101 @@ def eval_(arguments: tuple[str, ...]) -> None:
     lm_eval(list(arguments))
 
 
+class _Listed(click.ParamType):
+    """Values separated by commas, or a list in a YAML file."""
+
+    name = "list"
+
+    def __init__(self, kind: type) -> None:
+        self.kind = kind
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> list[Any]:
+        parts = value if isinstance(value, (list, tuple)) else str(value).split(",")
+        try:
+            return [self.kind(str(part).strip()) for part in parts if str(part).strip()]
+        except ValueError:
+            self.fail(f"{value!r} must be numbers separated by commas", param, ctx)
+
+
+def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:
+    """Makes the settings in a YAML file the defaults of the other options."""
+    if path is not None:
+        from llm_attack.suite.plan import from_yaml
+
+        ctx.default_map = from_yaml(path)
+
+
+_NAMES, _NUMBERS = _Listed(str), _Listed(float)
+
+
 @main.command(context_settings={"show_default": True})
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    is_eager=True,
+    expose_value=False,
+    callback=_read_config,
+    help="YAML file with the same names as these options, which go before it.",
+)
 @click.option("--model", default="TinyLlama/TinyLlama_v1.1", help="Hub id, local folder, or demo.")
-@click.option("--tasks", default="paper_six", help="lm-eval tasks or groups, separated by commas.")
-@click.option("--attacks", default="none,random,fgsm,bim", help="Separated by commas.")
-@click.option("--epsilon", default=0.01, help="L-infinity amplitude of the perturbation.")
+@click.option("--tasks", type=_NAMES, default="paper_six", help="lm-eval tasks, groups or tags.")
+@click.option("--attacks", type=_NAMES, default="none,random,fgsm,bim", help="pgd, ost, illc, too.")
+@click.option("--epsilons", type=_NUMBERS, default="0.01", help="L-infinity amplitudes.")
+@click.option("--epsilon_unit", default="absolute", help="absolute or rms.")
+@click.option("--steps", default=10, help="Of bim, pgd, illc.")
+@click.option("--step_size", type=float, help="Of bim, pgd, illc; a quarter of epsilon by default.")
 @click.option("--loss", default="sequence", help="sequence, continuation or choice (gold-aware).")
-@click.option("--model_args", default="", help="More arguments of attacked-hf: key=value,...")
+@click.option("--score", default="acc", help="acc or acc_norm: what loss=choice attacks.")
+@click.option("--context", help="own or shared: perturbations of a question's common tokens.")
+@click.option("--hookpoint", help="Module whose output is perturbed; the embedding by default.")
+@click.option("--seed", default=0, help="Of random draws.")
 @click.option("--limit", type=float, help="Questions per task; below 1, their share.")
 @click.option("--num_fewshot", type=int, help="Examples in the context.")
-@click.option("--batch_size", default="auto", help="Requests per batch at most.")
+@click.option("--apply_chat_template", is_flag=True, help="Of the model, to all prompts.")
+@click.option("--fewshot_as_multiturn", is_flag=True, help="Examples as turns of a conversation.")
+@click.option("--system_instruction", help="Before all prompts.")
+@click.option("--include_path", help="Folder of more lm-eval tasks.")
+@click.option("--batch_size", default="auto", help="Rows of a batch at most.")
 @click.option("--device", help="cuda, cuda:1, cpu, mps, ...")
+@click.option("--model_args", default="", help="More arguments of attacked-hf: key=value,...")
+@click.option("--progress", default="bar", help="bar, json (lines, for logs) or quiet.")
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="Folder for table.csv and run.json."
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Folder for tables, figures, report and samples; a run that was stopped goes on there.",
 )
-def run(**options) -> None:
-    """Compare attacks over tasks: one table of accuracies beside the random-guess baseline."""
-    from llm_attack.suite.compare import main as compare
+def run(**options: Any) -> None:
+    """Compare attacks over tasks: accuracy, tests, figures and a report.
 
-    compare(**options)
+    All conditions are computed in one pass. Several processes (accelerate launch --num_processes N
+    -m llm_attack run ...) share the work.
+    """
+    from llm_attack.suite import commands
+
+    commands.run(**options)
+
+
+_FOLDER = click.Path(path_type=Path, file_okay=False)
+
+
+@main.command()
+@click.argument("folder", type=_FOLDER)
+def report(folder: Path) -> None:
+    """Write the tables, figures and report of a run anew, from its stored samples."""
+    from llm_attack.suite import commands
+
+    commands.report(folder)
+
+
+@main.command()
+@click.argument("a", type=_FOLDER)
+@click.argument("b", type=_FOLDER)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="CSV file.")
+def compare(a: Path, b: Path, output: Path | None) -> None:
+    """Compare run B with run A, paired where both asked the same question."""
+    from llm_attack.suite import commands
+
+    commands.compare(a, b, output)

@@ -36,17 +36,26 @@ def add_tasks() -> None:
     TaskManager.__init__ = with_ours
 
 
-def task_manager(tasks: Sequence[str]) -> Any:
+def task_manager(tasks: Sequence[str], include_path: str | None = None) -> Any:
     """An lm-eval `TaskManager` that knows `tasks`, names or patterns of tasks, groups and tags.
 
+    Args:
+        tasks: what is looked up.
+        include_path: a folder of tasks besides lm-eval's and ours.
+
     Raises:
-        UsageError: one of them does not exist.
+        UsageError: one of the tasks, or the folder, does not exist.
     """
     from lm_eval.tasks import TaskManager
 
+    paths = [str(tasks_path())]
+    if include_path is not None:
+        if not Path(include_path).is_dir():
+            raise UsageError(f"include_path={include_path}: must be a folder of lm-eval tasks")
+        paths.append(include_path)
     # indexing lm-eval's own thousands of files takes seconds; our own first
     for defaults in (False, True):
-        manager = TaskManager(include_path=str(tasks_path()), include_defaults=defaults)
+        manager = TaskManager(include_path=paths, include_defaults=defaults)
         missing = [t for t in tasks if not manager.match_tasks([t])]
         if not missing:
             return manager

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from llm_attack.outputs import write_text
-from llm_attack.suite.words import ABOVE, ALPHA, MEAN, in_words
+from llm_attack.suite.statistics import ABOVE, ALPHA, MEAN
+from llm_attack.suite.words import in_words
 
 _HERE = Path(__file__).parent
 _KEY = ["task", "doc_id"]

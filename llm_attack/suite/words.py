@@ -6,10 +6,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-ALPHA = 0.05  # level of the tests
-ABOVE, BELOW = "above guessing", "below guessing"
-INDISTINGUISHABLE = "indistinguishable from guessing"
-MEAN = "mean"  # stands in the column `task` of rows with the mean over tasks
+from llm_attack.suite.statistics import ABOVE, ALPHA, BELOW, INDISTINGUISHABLE, MEAN
 
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 

@@ -1,0 +1,193 @@
+"""The commands `run`, `report` and `compare`, and `evaluate`, which is `run` as a function."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import signal
+import sqlite3
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from llm_attack.errors import UsageError, invalid
+from llm_attack.outputs import write_text
+from llm_attack.suite import fingerprint, frames, results, tables
+from llm_attack.suite.plan import Plan
+from llm_attack.suite.progress import MODES
+from llm_attack.suite.run import Processes, Result, execute, prepare
+from llm_attack.suite.statistics import paired, unshared
+from llm_attack.suite.store import ProcessDied, discard
+
+
+def evaluate(
+    model: str = "demo",
+    tasks: Sequence[str] | str = ("demo_six",),
+    *,
+    output: str | Path | None = None,
+    progress: str = "bar",
+    **settings: Any,
+) -> Result | None:
+    """Evaluates a model under attack: `llm-attack run` as a function.
+
+    Args:
+        model: hub id, local folder, or `demo`.
+        tasks: of lm-eval.
+        output: the run's folder, where it goes on if it was interrupted, and all outputs are
+            written; None: nothing is kept.
+        progress: bar, json or quiet.
+        **settings: of `llm_attack.suite.plan.Plan`: attacks, epsilons, loss, limit, ...
+
+    Returns:
+        A `Result` with the pandas frames `table`, `samples` and `questions`; None on all processes
+        of a parallel run but the first.
+
+    Raises:
+        UsageError: an argument is not allowed, or the folder holds something else.
+    """
+    plan = Plan(model=model, tasks=[tasks] if isinstance(tasks, str) else list(tasks), **settings)
+    if progress not in MODES:
+        raise invalid("progress", progress, MODES)
+    rank, world = Processes.of_environment()
+    shown = progress if rank == 0 else "quiet"
+    console = Console(stderr=True)
+    if output is None:
+        if world > 1:
+            raise UsageError("output=None: must be a folder, which the processes share")
+        with tempfile.TemporaryDirectory() as nowhere:
+            return execute(prepare(plan, shown, console), Path(nowhere), shown, console)
+    folder = Path(output)
+    _writable(folder)
+    fingerprint.kept(folder)  # before a model is loaded
+    prepared = prepare(plan, shown, console)
+    fingerprint.check(folder, prepared.mark)
+    if (folder / "run.json").exists():
+        try:
+            return results.load(folder)
+        except UsageError as error:
+            console.print(f"{error}; moved aside, computed again")
+            results.set_aside(folder)
+    result = execute(prepared, folder, shown, console)
+    if result is not None:
+        results.save(result, folder, command(plan, folder))
+        discard(folder)
+    return result
+
+
+def _writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"output={folder}: cannot be written ({error.strerror}); must be a folder, or not"
+            " exist yet"
+        ) from None
+
+
+def command(plan: Plan, folder: Path | None) -> list[str]:
+    """The command line of a plan: what differs from the defaults."""
+    words = ["llm-attack", "run"]
+    defaults = asdict(Plan())
+    for name, value in asdict(plan).items():
+        if value == defaults[name] or (isinstance(value, list) and tuple(value) == defaults[name]):
+            continue
+        if isinstance(value, dict):
+            value = ",".join(f"{k}={v}" for k, v in value.items())
+        elif isinstance(value, (list, tuple)):
+            value = ",".join(map(str, value))
+        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return words if folder is None else [*words, "-o", str(folder)]
+
+
+def run(*, output: Path | None, progress: str, **settings: Any) -> None:
+    """The command `llm-attack run`."""
+    if isinstance(settings["model_args"], str):
+        from lm_eval.utils import simple_parse_args_string
+
+        settings["model_args"] = simple_parse_args_string(settings["model_args"])
+    again = shlex.join(command(Plan(**settings), output))
+    _silence()
+    with _stops_are_explained(again, output):
+        result = evaluate(output=output, progress=progress, **settings)
+    if result is not None:
+        console = Console()
+        title = f"{result.run['model']}: accuracy, loss={result.run['settings']['loss']}"
+        console.print(tables.RunTable(result.table, title))
+        if output is not None:
+            console.print(f"written: {output}: report.html, table.csv, figure.png, samples.parquet")
+
+
+def report(folder: Path) -> None:
+    """The command `llm-attack report`: tables, figures and report anew from the samples."""
+    result = results.load(folder)
+    results.render(result, folder, result.run)
+    Console().print(f"written: {folder}: report.html, tables, figures")
+
+
+def compare(a: Path, b: Path, output: Path | None) -> None:
+    """The command `llm-attack compare`: two runs, paired where their questions agree."""
+    found = [frames.load(folder) for folder in (a, b)]
+    content = [run[name] for run in found for name in ("samples", "questions")]
+    frame = paired(*content)
+    cells = tables.comparison(frame, (str(a), str(b)), unshared(*content))
+    Console().print(cells.rich("b against a, accuracy"))
+    if output is not None:
+        write_text(output, tables.csv(frame))
+
+
+@contextmanager
+def _stops_are_explained(again: str, output: Path | None) -> Iterator[None]:
+    """One line instead of a traceback when a run is stopped, with the command that goes on."""
+    kept = (
+        f"what is finished is kept; to go on: {again}" if output else "nothing is kept without -o"
+    )
+
+    def stop(*_: Any) -> None:
+        raise SystemExit(143)
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        _leave(130, f"stopped; {kept}")
+    except SystemExit as error:
+        _leave(int(error.code or 0), f"stopped; {kept}")
+    except ProcessDied as error:
+        _leave(1, f"error: {error}; {kept}")
+    except (OSError, sqlite3.OperationalError) as error:
+        _leave(1, f"error: output={output}: {error}; {kept}")
+
+
+def _leave(code: int, text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+    # not by sys.exit: libraries with threads of their own may hang when the interpreter ends
+    os._exit(code)
+
+
+def _silence() -> None:
+    """Silences the bars and logs of the libraries, which would break up ours."""
+    import datasets
+    import lm_eval.api.model
+    import lm_eval.api.task
+    import transformers
+    from tqdm import tqdm
+
+    def silent(*args: Any, **kwargs: Any) -> tqdm:
+        return tqdm(*args, **{**kwargs, "disable": True})
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    for name in ("lm_eval", "transformers", "datasets", "accelerate", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    for module in (lm_eval.api.model, lm_eval.api.task):
+        module.tqdm = silent

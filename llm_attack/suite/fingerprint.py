@@ -1,0 +1,108 @@
+"""What results depend on: the same fingerprint, the same numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.instance import Instance
+
+from llm_attack.demo import MODEL_PATH
+from llm_attack.errors import UsageError
+from llm_attack.lm.model import AttackedHFLM
+from llm_attack.outputs import versions, write_json
+from llm_attack.suite.plan import Plan
+from llm_attack.suite.store import STORE
+
+_WEIGHTS = ("*.safetensors", "*.bin", "adapter_config.json", "config.json")
+
+
+def of_run(plan: Plan, lm: AttackedHFLM, requests: Sequence[Instance]) -> dict[str, Any]:
+    """Model, tasks with their versions and all their requests, attacks, versions of packages."""
+    tasks: dict[str, Any] = {}
+    for request in requests:
+        content = json.dumps([request.doc_id, request.idx, *request.args]).encode()
+        name = str(request.task_name)
+        tasks.setdefault(name, hashlib.sha256()).update(content)
+    settings = plan.settings()
+    return {
+        **{name: settings[name] for name in settings if name not in ("tasks", "include_path")},
+        "weights": _weights(plan.model, lm),
+        "dtype": str(lm.model.dtype),
+        "tasks": {name: digest.hexdigest()[:16] for name, digest in tasks.items()},
+        "packing": "tree" if lm.engine.longest_tree else "off",
+        "versions": versions(),
+    }
+
+
+def _weights(model: str, lm: AttackedHFLM) -> str | None:
+    """The commit of a model of the hub, the hash of a local one's files."""
+    folder = MODEL_PATH if model == "demo" else Path(model)
+    if not folder.is_dir():
+        return getattr(lm.model.config, "_commit_hash", None)
+    digest = hashlib.sha256()
+    for path in sorted(p for pattern in _WEIGHTS for p in folder.glob(pattern)):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 24):
+                digest.update(chunk)
+    return digest.hexdigest()[:16]
+
+
+def kept(folder: Path) -> dict[str, Any] | None:
+    """The fingerprint of the run in `folder`, finished or not; None: there is none.
+
+    Raises:
+        UsageError: there is something else.
+    """
+    finished = folder / "run.json"
+    try:
+        for path in (folder / STORE / "fingerprint.json", finished):
+            if path.exists():
+                content = json.loads(path.read_text(encoding="utf-8"))
+                return content["fingerprint"] if path == finished else content
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UsageError(
+            f"output={folder}: {path.name} there is not of a run of this version; must be another"
+            " folder"
+        ) from None
+    return None
+
+
+def check(folder: Path, mark: dict[str, Any]) -> None:
+    """Compares `mark` with that of the run in `folder`, if there is one.
+
+    Raises:
+        UsageError: it is another run; the message says what differs.
+    """
+    found = kept(folder)
+    mark = plain(mark)
+    if found is None or found == mark:
+        return
+    differences = [
+        f"{key}: {_short(found.get(key))} there, {_short(mark.get(key))} here"
+        for key in {**found, **mark}
+        if found.get(key) != mark.get(key)
+    ]
+    raise UsageError(
+        f"output={folder}: holds a run with other settings ({'; '.join(differences)}); must be the"
+        " same run, or another folder"
+    )
+
+
+def keep(folder: Path, mark: dict[str, Any]) -> None:
+    """Marks the unfinished run in `folder`."""
+    write_json(folder / STORE / "fingerprint.json", mark)
+
+
+def plain(mark: dict[str, Any]) -> dict[str, Any]:
+    """`mark` as it comes back from a file."""
+    return json.loads(json.dumps(mark, default=str))
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,192 @@
+"""A run as frames: `questions`, a row each, and `samples`, a row per question and condition."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from lm_eval.api.instance import Instance
+
+from llm_attack.attacks import Attack
+from llm_attack.errors import UsageError
+from llm_attack.lm import gold
+from llm_attack.lm.engine import Answer
+
+FRAMES = ("questions", "samples")
+
+# x·g, x·x, g·g of a request's clean point and gradient, by the request's number.
+Alignments = Mapping[int, Sequence[float]]
+
+
+def grouped(requests: Sequence[Instance]) -> dict[tuple[str, Any], list[int]]:
+    """Numbers of the requests of each question, (task, doc_id), in order of its choices."""
+    found: dict[tuple[str, Any], list[int]] = {}
+    for number, request in enumerate(requests):
+        found.setdefault((str(request.task_name), request.doc_id), []).append(number)
+    for numbers in found.values():
+        numbers.sort(key=lambda n: requests[n].idx)
+    return found
+
+
+def questions_of(requests: Sequence[Instance], results: dict[str, Any]) -> pd.DataFrame:
+    """A row per question, in the order of the run.
+
+    Columns: `task`, `doc_id`, `doc_hash` (of the prompt, lm-eval's), `n_choices`, `gold` (indices
+    of the right choices), `question`, `choices`, `lengths` (characters of each choice, which
+    acc_norm divides by; None where the task does not list its choices).
+
+    Args:
+        requests: all requests of the run.
+        results: lm-eval's, of any condition.
+
+    Raises:
+        UsageError: a task has no choices with gold labels.
+    """
+    rows = []
+    groups = grouped(requests)
+    for task, samples in results["samples"].items():
+        for sample in _first_filter(samples):
+            asked = [requests[n] for n in groups[task, sample["doc_id"]]]
+            right = gold.gold_choices(asked)
+            try:
+                lengths = gold.choice_lengths(asked)
+            except UsageError:
+                lengths = None
+            question, choices = _texts([r.args for r in asked[: len(right)]])
+            rows.append(
+                {
+                    "task": task,
+                    "doc_id": sample["doc_id"],
+                    "doc_hash": sample["prompt_hash"],
+                    "n_choices": len(right),
+                    "gold": [i for i, is_right in enumerate(right) if is_right],
+                    "question": question,
+                    "choices": choices,
+                    "lengths": lengths,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def samples_of(
+    questions: pd.DataFrame,
+    requests: Sequence[Instance],
+    attacks: Sequence[Attack],
+    results: Sequence[dict[str, Any]],
+    answers: Sequence[Sequence[Answer]],
+    alignments: Alignments,
+) -> pd.DataFrame:
+    """A row per question and condition.
+
+    Columns: `task`, `doc_id`, `condition`, `attack`, `epsilon`, `n_choices`, `gold`, `prediction`
+    and `prediction_norm` (argmax of log-likelihood, and of log-likelihood by length), `acc` and
+    `acc_norm` (lm-eval's), `log_likelihoods`, `cosine` (similarity of the question's embeddings and
+    the gradient of the loss there).
+
+    Args:
+        questions: of `questions_of`.
+        requests: all requests of the run.
+        attacks: of the conditions.
+        results: lm-eval's, for each condition.
+        answers: for each condition, one per request.
+        alignments: of the requests whose gradient was taken.
+    """
+    groups = grouped(requests)
+    judged = [
+        {
+            (task, sample["doc_id"]): sample
+            for task, samples in found["samples"].items()
+            for sample in _first_filter(samples)
+        }
+        for found in results
+    ]
+    rows = []
+    for question in questions.to_dict("records"):
+        place = question["task"], question["doc_id"]
+        numbers = groups[place]
+        cosine = _cosine([alignments[n] for n in numbers if n in alignments])
+        for attack, samples, found in zip(attacks, judged, answers, strict=True):
+            scores = np.array([found[n][0] for n in numbers[: question["n_choices"]]])
+            norm, lengths = samples[place].get("acc_norm"), question["lengths"]
+            rows.append(
+                {
+                    **{key: question[key] for key in ("task", "doc_id")},
+                    "condition": attack.condition,
+                    "attack": attack.name,
+                    "epsilon": 0.0 if attack.identity else attack.epsilon,
+                    **{key: question[key] for key in ("n_choices", "gold")},
+                    "prediction": int(scores.argmax()),
+                    "prediction_norm": None
+                    if lengths is None or norm is None
+                    else int((scores / lengths).argmax()),
+                    "acc": float(samples[place]["acc"]),
+                    "acc_norm": None if norm is None else float(norm),
+                    "log_likelihoods": scores.tolist(),
+                    "cosine": cosine,
+                }
+            )
+    types = {"prediction_norm": "Int64", "acc_norm": float, "cosine": float}
+    return pd.DataFrame(rows).astype(types)
+
+
+def _first_filter(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """lm-eval judges once per filter; a question's first judgement is taken."""
+    return [s for s in samples if s["filter"] == samples[0]["filter"]]
+
+
+def _texts(pairs: Sequence[tuple[str, str]]) -> tuple[str, list[str]]:
+    """What the requests of a question have in common, and what each adds.
+
+    The context, unless the choices are contexts; cut between words.
+    """
+    whole = [context + continuation for context, continuation in pairs]
+    context = pairs[0][0]
+    if any(c != context for c, _ in pairs):
+        first, last = min(whole), max(whole)
+        letters = enumerate(zip(first, last, strict=False))
+        common = first[: next((i for i, (a, b) in letters if a != b), len(first))]
+        context = common[: common.rfind(" ") + 1]
+    return context.rstrip(), [text[len(context) :].strip() for text in whole]
+
+
+def _cosine(products: Sequence[Sequence[float]]) -> float | None:
+    """Cosine similarity from the sums of x·g, x·x, g·g; None: no gradient, or a zero one."""
+    if not products:
+        return None
+    xg, xx, gg = np.sum(products, axis=0)
+    return float(xg / np.sqrt(xx * gg)) if xx > 0 and gg > 0 else None
+
+
+def save(folder: Path, **frames: pd.DataFrame) -> None:
+    """Writes each frame as `name`.parquet, whole or not at all; equal frames give equal files."""
+    for name, frame in frames.items():
+        draft = folder / f".{name}.parquet"
+        try:
+            frame.to_parquet(draft, index=False)
+            draft.replace(folder / f"{name}.parquet")
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+def load(folder: Path) -> dict[str, pd.DataFrame]:
+    """The frames of a finished run.
+
+    Raises:
+        UsageError: there is none in `folder`, or a file of it cannot be read.
+    """
+    found = {}
+    for name in FRAMES:
+        path = folder / f"{name}.parquet"
+        try:
+            found[name] = pd.read_parquet(path)
+        except FileNotFoundError:
+            raise UsageError(
+                f"{folder}: has no {path.name}; must be the folder of a finished run"
+            ) from None
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UsageError(f"{path}: cannot be read ({reason}); run it again") from None
+    return found

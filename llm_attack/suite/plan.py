@@ -1,0 +1,131 @@
+"""What a run is: conditions over tasks with one model; from flags, a YAML file or a call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from llm_attack.errors import UsageError, closest, invalid
+from llm_attack.lm.settings import AttackSettings
+
+# Fields of a plan that say how it is carried out; results do not depend on them.
+_HOW = ("device",)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Conditions over tasks: every attack at every epsilon.
+
+    Args:
+        model: hub id, local folder, or `demo`.
+        tasks: of lm-eval: tasks, groups, tags or patterns.
+        attacks: names of `llm_attack.attacks.ATTACKS`.
+        epsilons: amplitudes.
+        epsilon_unit, steps, step_size, loss, score, context, hookpoint, seed: of
+            `AttackSettings`, the same for all conditions.
+        limit: questions per task; below 1, their share.
+        num_fewshot, apply_chat_template, fewshot_as_multiturn, system_instruction: of lm-eval.
+        include_path: a folder of more lm-eval tasks.
+        batch_size: rows of a batch at most, or `auto`.
+        device: cuda, cuda:1, cpu, mps, ...; None: the best there is.
+        model_args: more arguments of `attacked-hf`.
+
+    Raises:
+        UsageError: a value is not allowed.
+    """
+
+    model: str = "TinyLlama/TinyLlama_v1.1"
+    tasks: Sequence[str] = ("paper_six",)
+    attacks: Sequence[str] = ("none", "random", "fgsm", "bim")
+    epsilons: Sequence[float] = (0.01,)
+    epsilon_unit: str = "absolute"
+    steps: int = 10
+    step_size: float | None = None
+    loss: str = "sequence"
+    score: str = "acc"
+    context: str | None = None
+    hookpoint: str | None = None
+    seed: int = 0
+    limit: float | None = None
+    num_fewshot: int | None = None
+    apply_chat_template: bool | str = False
+    fewshot_as_multiturn: bool = False
+    system_instruction: str | None = None
+    include_path: str | None = None
+    batch_size: int | str = "auto"
+    device: str | None = None
+    model_args: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("tasks", "attacks", "epsilons"):
+            if not getattr(self, name):
+                raise UsageError(f"{name}=: must name at least one")
+        size = self.batch_size
+        if size != "auto" and (not str(size).isdigit() or int(size) < 1):
+            raise invalid("batch_size", size, "auto or an integer, 1 or more")
+        if self.limit is not None and not self.limit > 0:
+            raise invalid("limit", self.limit, "a number greater than 0")
+        taken = set(self.model_args) & {f.name for f in fields(self)}
+        if taken:
+            name = sorted(taken)[0]
+            raise UsageError(f"model_args={name}=...: must be given as {name} of its own")
+        names = [c.attack_in_units.condition for c in self.conditions]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice:
+            raise UsageError(f"attacks, epsilons: the condition {twice} must occur only once")
+
+    @property
+    def conditions(self) -> list[AttackSettings]:
+        """`none` once, every other attack at every epsilon."""
+        own = {f.name for f in fields(AttackSettings)} & {f.name for f in fields(self)}
+        common = {name: getattr(self, name) for name in own}
+        pairs = [
+            (attack, epsilon)
+            for attack, epsilon in product(self.attacks, self.epsilons)
+            if attack != "none" or epsilon == self.epsilons[0]
+        ]
+        return [AttackSettings(attack=a, epsilon=e, **common) for a, e in pairs]
+
+    @property
+    def evaluation(self) -> dict[str, Any]:
+        """Arguments of lm-eval's `simple_evaluate`."""
+        names = (
+            "limit",
+            "num_fewshot",
+            "apply_chat_template",
+            "fewshot_as_multiturn",
+            "system_instruction",
+        )
+        given = {name: getattr(self, name) for name in names}
+        return {k: v for k, v in given.items() if v is not None and v is not False}
+
+    def settings(self) -> dict[str, Any]:
+        """All that results depend on."""
+        return {k: v for k, v in asdict(self).items() if k not in _HOW}
+
+
+def from_yaml(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file, whose keys are those of `Plan`.
+
+    Raises:
+        UsageError: the file cannot be read, is no mapping, or has an unknown key.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"config={path}: cannot be read ({reason}); must be a YAML file") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"config={path}: must be a mapping, such as attacks: [none, fgsm]")
+    known = [*(f.name for f in fields(Plan)), "output"]
+    for key in content:
+        if key not in known:
+            meant = closest(str(key), known)
+            hint = f"; did you mean {meant!r}?" if meant else ""
+            raise UsageError(f"config={path}: {key}: must be one of {', '.join(known)}{hint}")
+    return content

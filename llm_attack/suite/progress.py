@@ -1,0 +1,89 @@
+"""How far a run is: a bar, nothing, or a line of JSON now and then."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+MODES = ("bar", "json", "quiet")
+
+# Seconds between two lines of JSON.
+PAUSE = 10.0
+
+
+class RunProgress:
+    """Counts requests, and right answers under each condition.
+
+    Args:
+        mode: of `MODES`.
+        console: where it is shown.
+        conditions: their names.
+        total: number of requests.
+        done: of them, those that were answered before.
+    """
+
+    def __init__(
+        self, mode: str, console: Console, conditions: Sequence[str], total: int, done: int = 0
+    ) -> None:
+        self.mode, self.console, self.total, self.before = mode, console, total, done
+        self.done = done
+        self.judged = 0
+        self.right = dict.fromkeys(conditions, 0.0)
+        self._start = self._last = time.monotonic()
+        columns = TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        text = TextColumn("{task.description}")
+        self._bars = Progress(*columns, text, console=console, disable=mode != "bar")
+        # the time left is estimated from what is done here, not from what was done before
+        self._bar = self._bars.add_task("", total=total - done)
+
+    def __enter__(self) -> RunProgress:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bars.stop()
+        if self.mode == "json":
+            self._line()
+
+    def add(self, requests: int, right: Sequence[Sequence[float]]) -> None:
+        """Counts answered requests, and of judged questions the right ones per condition."""
+        self.done += requests
+        self.judged += len(right)
+        for of_question in right:
+            for name, value in zip(self.right, of_question, strict=True):
+                self.right[name] += value
+        self._bars.update(self._bar, advance=requests, description=self._accuracies())
+        if self.mode == "json" and time.monotonic() - self._last >= PAUSE:
+            self._line()
+
+    def accuracy(self) -> dict[str, float]:
+        """So far, under each condition."""
+        return {name: n / self.judged for name, n in self.right.items()} if self.judged else {}
+
+    def _accuracies(self) -> str:
+        return " ".join(f"{name} {value:.3f}" for name, value in self.accuracy().items())
+
+    def _line(self) -> None:
+        self._last = time.monotonic()
+        seconds = self._last - self._start
+        new = self.done - self.before
+        line: dict[str, Any] = {
+            "event": "progress",
+            "requests": self.done,
+            "total": self.total,
+            "seconds": round(seconds, 1),
+            "seconds_left": round(seconds * (self.total - self.done) / new, 1) if new else None,
+            "accuracy": {k: round(v, 4) for k, v in self.accuracy().items()},
+        }
+        print(json.dumps(line), file=self.console.file, flush=True)
+
+
+def status(mode: str, console: Console, text: str) -> AbstractContextManager:
+    """Shows what is being done before the bar."""
+    return console.status(text) if mode == "bar" else nullcontext()

@@ -1,0 +1,97 @@
+"""The folder of a run: what is written there, and read back."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from llm_attack.errors import UsageError
+from llm_attack.outputs import write_json, write_text
+from llm_attack.suite import figures, frames, tables
+from llm_attack.suite.report import Picture, write_report
+from llm_attack.suite.run import Result
+from llm_attack.suite.statistics import summarise
+
+# What draw_all draws, and what a reader who cannot see it should know.
+_PICTURES = {
+    "figure": (
+        "Accuracy under each condition",
+        "Bars of accuracy per task and condition with 95 % intervals, over shading by the number"
+        " of options and a dashed line at the accuracy of guesses; the numbers are in the table.",
+    ),
+    "epsilon": (
+        "Accuracy against epsilon",
+        "Curves of accuracy over the amplitude of the perturbation, one panel per task, with a"
+        " dashed line at the accuracy of guesses; the numbers are in the table.",
+    ),
+    "margin": (
+        "Gold margin before and after",
+        "Histograms of the best right choice's log-likelihood minus the best wrong one's, for each"
+        " condition; questions left of zero are answered wrongly.",
+    ),
+    "cosine": (
+        "Cosine similarity of embeddings and gradient",
+        "Distributions per task of the cosine similarity between a question's embeddings and the"
+        " gradient of the loss there, for questions answered rightly and wrongly without an"
+        " attack.",
+    ),
+}
+
+
+def save(result: Result, folder: Path, command: list[str]) -> None:
+    """Writes everything of a run into `folder`; `run.json` last, which says that it is complete.
+
+    `samples.parquet`, `questions.parquet`, `table.csv`, `table.md`, figures as PNG and SVG,
+    `report.html`, `lm_eval/results_CONDITION.json` and `run.json`.
+
+    Args:
+        result: the run.
+        folder: where to.
+        command: that repeats it.
+    """
+    from lm_eval.utils import handle_non_serializable
+
+    frames.save(folder, samples=result.samples, questions=result.questions)
+    for name, found in result.lm_eval.items():
+        content = {key: value for key, value in found.items() if key != "samples"}
+        text = json.dumps(content, indent=2, default=handle_non_serializable, ensure_ascii=False)
+        write_text(folder / "lm_eval" / f"results_{name}.json", text + "\n")
+    run = {"command": shlex.join(command), **result.run}
+    render(result, folder, run)
+    write_json(folder / "run.json", run)
+
+
+def render(result: Result, folder: Path, run: dict[str, Any]) -> None:
+    """Writes tables, figures and report."""
+    tables.save(result.table, folder)
+    drawn = figures.draw_all(result.samples, result.table, folder)
+    pictures = [Picture(*_PICTURES[name], folder / f"{name}.svg") for name in drawn]
+    write_report(folder, result.samples, result.questions, result.table, pictures, run)
+
+
+def load(folder: Path) -> Result:
+    """A finished run.
+
+    Raises:
+        UsageError: there is none in `folder`, or a file of it cannot be read.
+    """
+    path = folder / "run.json"
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(
+            f"{folder}: has no run.json; must be the folder of a finished run"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read ({error}); must be of a finished run") from None
+    found = frames.load(folder)
+    return Result(summarise(found["samples"]), found["samples"], found["questions"], run, {})
+
+
+def set_aside(folder: Path) -> None:
+    """Renames the files of a run that cannot be read, so that it can be computed anew."""
+    for path in [folder / "run.json", *(folder / f"{name}.parquet" for name in frames.FRAMES)]:
+        if path.exists():
+            path.replace(path.with_name(f"{path.name}.unreadable"))

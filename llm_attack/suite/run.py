@@ -1,0 +1,304 @@
+"""The way of a run: tasks -> requests -> batches, each kept when finished -> judgement -> outputs.
+
+Processes share no memory and send no messages. Every one takes each `world`-th batch; the first
+waits for the others, judges, and writes.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+from lm_eval.api.instance import Instance
+from rich.console import Console
+
+from llm_attack.errors import UsageError
+from llm_attack.lm.engine import Answer, Batch, Diagnostics, Found
+from llm_attack.lm.hook import frozen
+from llm_attack.lm.model import AttackedHFLM
+from llm_attack.outputs import hardware, versions
+from llm_attack.suite import fingerprint, frames
+from llm_attack.suite.harness import task_manager
+from llm_attack.suite.judge import Judge
+from llm_attack.suite.plan import Plan
+from llm_attack.suite.progress import RunProgress, status
+from llm_attack.suite.statistics import summarise
+from llm_attack.suite.store import Key, Store
+
+
+class Processes(NamedTuple):
+    """Which of how many processes this is, as torchrun and accelerate launch say it."""
+
+    rank: int
+    world: int
+
+    @classmethod
+    def of_environment(cls) -> Processes:
+        return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run found.
+
+    Attributes:
+        table: accuracies and tests, a row per task and condition; see `statistics.summarise`.
+        samples: a row per question and condition; see `frames.samples_of`.
+        questions: a row per question; see `frames.questions_of`.
+        run: what is needed to repeat it: settings, versions, hardware, timings, and for each
+            condition its settings as resolved and its diagnostics.
+        lm_eval: for each condition, lm-eval's own results; empty when read from a folder.
+    """
+
+    table: pd.DataFrame
+    samples: pd.DataFrame
+    questions: pd.DataFrame
+    run: dict[str, Any]
+    lm_eval: dict[str, dict[str, Any]]
+
+
+class Work(NamedTuple):
+    """A batch of one task.
+
+    Attributes:
+        key: task and number.
+        batch: the questions.
+        numbers: of the task's requests among all of the run; answers of the batch's questions are
+            indices into these.
+    """
+
+    key: Key
+    batch: Batch
+    numbers: Sequence[int]
+
+
+class Prepared(NamedTuple):
+    """What is known before anything is computed or written.
+
+    Attributes:
+        plan: the plan.
+        lm: the model with the plan's conditions.
+        judge: the tasks.
+        requests: all of them.
+        mark: the fingerprint.
+        timings: seconds, by what they were spent on.
+    """
+
+    plan: Plan
+    lm: AttackedHFLM
+    judge: Judge
+    requests: list[Instance]
+    mark: dict[str, Any]
+    timings: dict[str, float]
+
+
+def prepare(plan: Plan, progress: str, console: Console) -> Prepared:
+    """Loads the model and builds the tasks.
+
+    Raises:
+        UsageError: an argument is not allowed.
+    """
+    clock = _Clock()
+    with status(progress, console, "looking up the tasks"):
+        manager = task_manager(plan.tasks, plan.include_path)
+    clock.stop("tasks")
+    with status(progress, console, f"loading {plan.model}"):
+        lm = _model(plan)
+        lm.use(*plan.conditions)
+    clock.stop("model")
+    with status(progress, console, "building the requests"):
+        judge = Judge(lm, manager, plan.tasks, **plan.evaluation)
+        requests = judge.requests()
+        mark = fingerprint.of_run(plan, lm, requests)
+    clock.stop("requests")
+    return Prepared(plan, lm, judge, requests, mark, clock.timings)
+
+
+def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -> Result | None:
+    """Carries out what is left of a run; None on all processes but the first.
+
+    Args:
+        prepared: of `prepare`.
+        folder: where finished batches are kept (`Store`) until the run is complete.
+        progress: of `progress.MODES`.
+        console: where it is shown.
+
+    Raises:
+        UsageError: another process is writing there, or a task has no choices with gold labels.
+        ProcessDied: another process of this run is gone; what is finished is kept.
+    """
+    plan, lm, judge, requests, mark, _ = prepared
+    clock = _Clock(prepared.timings)
+    rank, world = Processes.of_environment()
+    with Store(folder, rank, world) as store, frozen(lm.model):
+        if rank == 0:
+            fingerprint.keep(folder, mark)
+        for path in store.check():
+            console.print(f"cannot be read, moved aside, computed again: {path}")
+        work = list(_work(lm, requests))
+        _answer(prepared, work, store, progress, console)
+        store.finish()
+        if rank != 0:
+            return None
+        keys = {w.key for w in work}
+        with status(progress, console, "waiting for the other processes"):
+            store.wait(lambda: keys <= store.keys())
+        answers, alignments = _gather(lm, store, work, len(requests))
+    clock.stop("answers")
+    with status(progress, console, "judging"):
+        results = [judge.results(of_condition) for of_condition in answers]
+        questions = frames.questions_of(requests, results[0])
+        attacks = lm.engine.attacks
+        samples = frames.samples_of(questions, requests, attacks, results, answers, alignments)
+        table = summarise(samples)
+    clock.stop("judgement")
+    names = [attack.condition for attack in attacks]
+    run = {
+        "model": plan.model,
+        "settings": plan.settings(),
+        "attacks": {name: lm.attack_info(i) for i, name in enumerate(names)},
+        "fingerprint": fingerprint.plain(mark),
+        "versions": versions(),
+        "hardware": hardware() | {"device": str(lm.device), "processes": world},
+        "timings": clock.timings,
+    }
+    return Result(table, samples, questions, run, dict(zip(names, results, strict=True)))
+
+
+class _Clock:
+    """Seconds between calls of `stop`."""
+
+    def __init__(self, timings: dict[str, float] | None = None) -> None:
+        self.timings = dict(timings or {})
+        self._last = time.perf_counter()
+
+    def stop(self, name: str) -> None:
+        now = time.perf_counter()
+        self.timings[name] = round(now - self._last, 2)
+        self._last = now
+
+
+def _model(plan: Plan) -> AttackedHFLM:
+    arguments = {"batch_size": plan.batch_size, **plan.model_args}
+    device = plan.device
+    if device is None and "LOCAL_RANK" in os.environ:
+        import torch
+
+        if torch.cuda.is_available():
+            device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
+    if device is not None:
+        arguments["device"] = device
+    first = plan.conditions[0].arguments()
+    return AttackedHFLM(pretrained=plan.model, **arguments, **first)
+
+
+def _work(lm: AttackedHFLM, requests: Sequence[Instance]) -> Iterator[Work]:
+    """All batches, task by task; they depend on the requests and the settings alone."""
+    by_task: dict[str, list[int]] = {}
+    for number, request in enumerate(requests):
+        by_task.setdefault(str(request.task_name), []).append(number)
+    for task, numbers in by_task.items():
+        questions = lm.questions([requests[n] for n in numbers])
+        for i, batch in enumerate(lm.batches(questions)):
+            yield Work((task, i), batch, numbers)
+
+
+def _answer(
+    prepared: Prepared,
+    work: Sequence[Work],
+    store: Store,
+    progress: str,
+    console: Console,
+) -> None:
+    """Answers this process's share of the batches that no attempt has finished."""
+    lm = prepared.lm
+    names = [attack.condition for attack in lm.engine.attacks]
+    finished = store.keys()
+    share = work[store.rank :: store.world]
+    todo = {id(w.batch): w for w in share if w.key not in finished}
+    total = sum(map(_requests_in, share))
+    done = total - sum(map(_requests_in, todo.values()))
+    running = _RunningAccuracy(prepared.judge, prepared.requests)
+    with RunProgress(progress, console, names, total, done) as bar:
+        for batch, found in lm.engine.answers(w.batch for w in todo.values()):
+            store.watch()
+            of_batch = todo[id(batch)]
+            content = _content(of_batch, found)
+            store.add(of_batch.key, content)
+            bar.add(_requests_in(of_batch), running.add(content["answers"]))
+
+
+def _requests_in(work: Work) -> int:
+    return sum(len(indices) for q in work.batch.questions for indices in q.answers)
+
+
+def _content(work: Work, found: Found) -> dict[str, Any]:
+    """A finished batch as it is kept: numbers of requests, and what belongs to each."""
+    answers, alignments = {}, {}
+    for question, of_question, alignment in found.answered:
+        for i, indices in enumerate(question.answers):
+            for index in indices:
+                number = work.numbers[index]
+                answers[number] = [of_attack[i] for of_attack in of_question]
+                if alignment is not None:
+                    alignments[number] = alignment
+    diagnostics = [astuple(d) for d in found.diagnostics]
+    return {
+        "answers": list(answers.items()),
+        "alignments": list(alignments.items()),
+        "diagnostics": diagnostics,
+    }
+
+
+def _gather(
+    lm: AttackedHFLM, store: Store, work: Sequence[Work], n: int
+) -> tuple[list[list[Answer]], dict[int, Sequence[float]]]:
+    """The answers under each condition, and the alignments; sets the model's diagnostics."""
+    answers: list[list[Any]] = [[None] * n for _ in lm.engine.attacks]
+    alignments: dict[int, Sequence[float]] = {}
+    totals = [Diagnostics() for _ in lm.engine.attacks]
+    contents = store.contents()
+    for key in sorted(w.key for w in work):
+        content = contents[key]
+        for number, found in content["answers"]:
+            for of_condition, (log_likelihood, greedy) in zip(answers, found, strict=True):
+                of_condition[number] = (log_likelihood, greedy)
+        alignments.update(content["alignments"])
+        for total, sums in zip(totals, content["diagnostics"], strict=True):
+            total.add(sums)
+    lm.diagnostics = totals
+    return answers, alignments
+
+
+class _RunningAccuracy:
+    """Judges a question as soon as all its requests are answered."""
+
+    def __init__(self, judge: Judge, requests: Sequence[Instance]) -> None:
+        self.requests = requests
+        self.tasks = judge.by_name()
+        self.waiting = frames.grouped(requests)
+        self.answers: dict[int, list[Answer]] = {}
+
+    def add(self, answers: Sequence[tuple[int, list[Answer]]]) -> list[list[float]]:
+        """For each question that became complete, its accuracy under each condition."""
+        self.answers.update(answers)
+        places = dict.fromkeys(
+            (str(self.requests[n].task_name), self.requests[n].doc_id) for n, _ in answers
+        )
+        judged = []
+        for place in places:
+            numbers = self.waiting[place]
+            if all(n in self.answers for n in numbers):
+                task, doc = self.tasks[place[0]], self.requests[numbers[0]].doc
+                of_requests = [self.answers.pop(n) for n in numbers]
+                by_condition = zip(*of_requests, strict=True)
+                metrics = [task.process_results(doc, list(found)) for found in by_condition]
+                if any("acc" not in m for m in metrics):
+                    raise UsageError(f"tasks={place[0]}: must be a task that reports acc")
+                judged.append([float(m["acc"]) for m in metrics])
+        return judged
