@@ -248,8 +248,7 @@ function read() {
   if (!location.hash.includes("=")) return false;
   const found = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
   const allowed = (key, value) => {
-    if (key === "search") return true;
-    if (key === "page") return Number(value) >= 1;
+    if (key === "search" || key === "page") return true;
     if (key === "order") return ["ascending", "descending"].includes(value);
     if (key === "sort") return headers.some((header) => header.dataset.key === value);
     return [...($(key)?.options ?? [])].some((option) => option.value === value);

@@ -123,6 +123,10 @@ class Report:
         self.js("arguments[0].scrollIntoView({block: 'center'})", element)
         element.click()
 
+    def top(self, name):
+        """How far the element is below the upper edge of the window, in pixels."""
+        return self.js("return arguments[0].getBoundingClientRect().top", self[name])
+
     def sorted_by(self):
         found = self.all("[aria-sort]")
         return [(x.get_attribute("data-key"), x.get_attribute("aria-sort")) for x in found]

@@ -136,6 +136,7 @@ def test_the_keyboard_is_enough(page, run):
     assert page.focused().text == "Skip to the questions"
     assert page.focused().rect["x"] >= 0
     page.key(Keys.ENTER)
+    assert page.focused() == page["questions"]
     stops, headings = [], len(page.all("#table thead th"))
     for _ in range(9 + headings):
         page.key(Keys.TAB)

@@ -107,6 +107,8 @@ def test_a_row_opens_its_choices_and_keeps_them_open(page, run):
     page.sort("id")
     page.choose("condition", "fgsm@0.01")
     assert len(page.all(".details")) == 6
+    controlled = [b.get_attribute("aria-controls") for b in page.all("[aria-expanded=true]")]
+    assert controlled == [row.get_attribute("id") for row in page.all(".details")]
     assert "predicted, fgsm@0.01" in page.all(".details")[0].text
     for button in page.all("[aria-expanded=true]"):
         page.press(button)
@@ -126,6 +128,8 @@ def test_hostile_text_is_shown_as_text(page, run):
         "return [...document.querySelectorAll('.choice')].map(cell => cell.textContent)"
     )
     assert shown == [text for texts in questions["choices"][: len(HOSTILE)] for text in texts]
+    outside = page.all(".question div, .choice")
+    assert {(e.get_attribute("dir"), e.get_attribute("lang")) for e in outside} == {("auto", "")}
     assert page.js("return window.hacked") is None
     assert page.js("return document.scripts.length") == 2
     assert page.all("#table img, #table script, #table iframe") == []
@@ -142,15 +146,19 @@ def test_pages_follow_one_another(page, run):
         assert page["status"].text == f"180 of 180 questions, page {start // 25 + 1} of 8"
         edges = [str(start == 0).lower()] * 2 + [str(start == 175).lower()] * 2
         assert page.js(disabled) == edges
+        assert page["page"].get_property("valueAsNumber") == start // 25 + 1
         page["next"].click()
     assert page.rows() == rows[175:]  # there is no page after the last
+    assert page["page"].get_property("max") == page["last-page"].text == "8"
     for name, start in (("previous", 150), ("first", 0), ("previous", 0), ("last", 175)):
         page[name].click()
         assert page.rows() == rows[start : start + 25]
     for typed, start in (("3", 50), ("0", 0), ("99", 175), ("", 0)):
         page["page"].send_keys(Keys.CONTROL, "a", Keys.NULL, Keys.BACKSPACE, typed, Keys.ENTER)
         assert page.rows() == rows[start : start + 25], typed
+    page.js("arguments[0].scrollIntoView()", page["pages"])
     page["next"].click()
+    assert page["region"].is_displayed() and abs(page.top("region")) < 2
     page.choose("task", "arc")
     assert page.rows() == places(expected(samples, questions, task="arc"))[:25]
 
@@ -170,9 +178,12 @@ def test_a_view_can_be_linked(page, run):
     assert rows == places(wanted, "margin_after", "descending")[25:50] and rows
     page.open(path, "#" + link.split("#")[1])
     assert page.rows() == rows
+    assert abs(page.top("questions")) < 2
     assert page.sorted_by() == [("margin_after", "descending")]
     assert {name: page[name].get_property("value") for name in view} == view
+    page.press(page.all("#table tbody button")[0])
     page["reset"].click()
+    assert page.all(".details") == []
     assert page.rows() == places(expected(samples, questions))[:50]
     assert page.browser.current_url == path.as_uri() + "#"
     page.choose("search", search)
@@ -201,7 +212,7 @@ def test_an_address_that_is_no_view_changes_nothing(page, run):
 
 def test_without_a_clean_run_there_is_nothing_to_compare_with(page, tmp_path):
     samples, questions = build(10, conditions=CONDITIONS[2:])
-    page.open(write(tmp_path, samples, questions), "#change=lost")
+    page.open(write(tmp_path, samples.assign(cosine=None), questions), "#change=lost")
     keys = [th.get_attribute("data-key") for th in page.all("#table thead th")]
     assert keys == ["task", "id", "question", "gold", "after", "margin_after"]
     assert page.all("#change") == []
@@ -213,6 +224,7 @@ def test_without_a_clean_run_there_is_nothing_to_compare_with(page, tmp_path):
     assert page.rows() == places(expected(both, questions, "bim@0.01"), "margin_after")
     page.press(page.all("#table tbody button")[0])
     assert len(page.all(".details thead th")) == 4
+    assert page.all(".details p") == []  # nor a gradient
 
 
 def test_a_clean_run_alone(page, tmp_path):
@@ -248,6 +260,21 @@ def test_data_that_cannot_be_read_are_told(page, run, tmp_path):
     page.wait(lambda _: "cannot be shown" in page["status"].text)
     assert not page["shown"].is_displayed()
     assert len(page.browser.get_log("browser")) == 1  # the error itself
+
+
+def test_choices_beyond_the_alphabet(page, tmp_path):
+    samples, questions = build(1, tasks=("arc",))
+    samples["log_likelihoods"] = [np.arange(60.0).tolist()] * 4
+    samples["prediction"] = [0, 25, 26, 53]
+    questions["choices"], questions["gold"] = [["x"] * 60], [[52]]
+    page.open(write(tmp_path, samples, questions))
+    for condition, letter in zip(CONDITIONS[1:], ("Z", "AA", "BB"), strict=True):
+        page.choose("condition", condition)
+        assert page.cells(page["table"], "textContent")[1][3:6] == [
+            "BA",
+            "A ✗ wrong",
+            f"{letter} ✗ wrong",
+        ]
 
 
 @pytest.mark.parametrize("n", [2_000, pytest.param(20_000, marks=pytest.mark.slow)])
