@@ -60,6 +60,10 @@ startup: .venv ## what the start-up shim costs: microseconds, of 21 interpreter 
 	| awk '/_llm_attack_shim$$/ { print $$5 }' | sort -n \
 	| awk '{ t[NR] = $$1 } END { print "median " t[int((NR + 1) / 2)] " us, from " t[1] " to " t[NR] }'
 
+.PHONY: bench
+bench: .venv ## time and memory against stock lm-eval, into results/engine; half an hour on two cores
+	$(BIN)/python benchmarks/engine.py --output results/engine
+
 .PHONY: clean
 clean: ## remove the environment, builds and caches
 	rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -23,7 +23,7 @@ from llm_attack.lm.surface import Surface, ThreatModel
 Answer = tuple[float, bool]
 
 # Tokens of a batch: enough to keep the device busy, more only costs memory. benchmarks/engine.py
-BUDGET = {"cpu": 2048, "mps": 8192, "cuda": 32768}
+BUDGET = {"cpu": 768, "mps": 8192, "cuda": 32768}
 
 log = logging.getLogger(__name__)
 
