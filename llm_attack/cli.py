@@ -9,6 +9,7 @@ import click
 
 from llm_attack import __version__
 from llm_attack.errors import UsageError
+from llm_attack.reproduce import reproduce
 
 
 class _Commands(click.Group):
@@ -60,3 +61,6 @@ def run(**options) -> None:
     from llm_attack.suite.compare import main as compare
 
     compare(**options)
+
+
+main.add_command(reproduce)
