@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -76,14 +77,20 @@ def uncertainty(
         ValueError: psi is zero on the whole interval, or an integral is not finite.
     """
 
+    @cache  # the integrals share most of their nodes
     def at(x: float) -> tuple[float, float]:
         if slope is not None:
             return psi(x), slope(x)
         value, change = _with_slope(psi, torch.tensor(x, dtype=torch.float64))
         return value.item(), change.item()
 
-    def integrate(integrand: Callable) -> float:
-        return quad_vec(lambda x: integrand(x, *at(x)), a, b, epsabs=1e-12, epsrel=1e-12)[0]
+    def integrate(integrand: Callable, negligible: float) -> float:
+        # least absolute tolerance: reached where the integrand is 0 everywhere
+        options = {"epsrel": 1e-10, "epsabs": max(negligible, 1e-290), "limit": 2000}
+        value, _, info = quad_vec(lambda x: integrand(x, *at(x)), a, b, full_output=True, **options)
+        if info.status not in (0, 2):  # 2: exact but for rounding
+            raise ValueError(f"psi: its integrals do not converge on [{a}, {b}]")
+        return value
 
     ends = ((a, at(a)[0] if math.isfinite(a) else 0), (b, at(b)[0] if math.isfinite(b) else 0))
     return _relation(integrate, ends)
@@ -131,7 +138,7 @@ def uncertainty_of_samples(
     """
     x, weights = x.to(psi.device), weights.to(psi.device)
 
-    def integrate(integrand: Callable) -> Tensor:
+    def integrate(integrand: Callable, negligible: Any) -> Tensor:
         return (integrand(x, psi, slope) * weights).sum(-1)
 
     return _relation(integrate, ends)
@@ -153,19 +160,24 @@ def _with_slope(psi: Callable, x: Tensor) -> tuple[Tensor, Tensor]:
     return found[0], found[1]
 
 
-def _relation(integrate: Callable[[Callable], Any], ends: Ends) -> Uncertainty:
-    """All five numbers from integrals of functions of (x, psi, psi') over the interval."""
-    norm = integrate(lambda x, f, d: f * f)
+def _relation(integrate: Callable[[Callable, Any], Any], ends: Ends) -> Uncertainty:
+    """All five numbers from integrals of functions of (x, psi, psi') over the interval.
+
+    Args:
+        integrate: takes such a function, and what is negligible beside its integral.
+        ends: as for `uncertainty_of_samples`.
+    """
+    norm = integrate(lambda x, f, d: f * f, 0)
     if not (torch.as_tensor(norm) > 0).all():
         raise ValueError("psi: must not vanish on the whole interval, nor be NaN")
-
-    def mean(integrand: Callable) -> Any:
-        return integrate(integrand) / norm
-
-    mean_x = mean(lambda x, f, d: x * f * f)
-    mean_p = mean(lambda x, f, d: f * d)
-    dx = mean(lambda x, f, d: ((x - _column(mean_x)) * f) ** 2) ** 0.5
-    dp = mean(lambda x, f, d: (d - _column(mean_p) * f) ** 2) ** 0.5
+    # Means and variances may be 0: what they are small beside is the mean square.
+    square_x = integrate(lambda x, f, d: (x * f) ** 2, 0)
+    square_p = integrate(lambda x, f, d: d * d, 0)
+    mean_x = integrate(lambda x, f, d: x * f * f, 1e-10 * (norm * square_x) ** 0.5) / norm
+    mean_p = integrate(lambda x, f, d: f * d, 1e-10 * (norm * square_p) ** 0.5) / norm
+    m, p = _column(mean_x), _column(mean_p)
+    dx = (integrate(lambda x, f, d: ((x - m) * f) ** 2, 1e-16 * square_x) / norm) ** 0.5
+    dp = (integrate(lambda x, f, d: (d - p * f) ** 2, 1e-16 * square_p) / norm) ** 0.5
     left, right = ((end - mean_x) * f * f / norm if math.isfinite(end) else 0 for end, f in ends)
     found = Uncertainty(mean_x, dx, mean_p, dp, 0.5 * abs(1 - (right - left)))
     if not torch.isfinite(torch.as_tensor(found.product + found.bound)).all():

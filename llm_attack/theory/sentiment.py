@@ -51,7 +51,8 @@ class SentimentModel(nn.Module):
         """The point (seeds, N, length, size) of words (seeds, N, length)."""
         seeds, vocabulary, _ = self.table.shape
         offset = torch.arange(seeds, device=ids.device)[:, None, None] * vocabulary
-        return F.embedding(ids + offset, self.table.flatten(0, 1)) * (ids > 0)[..., None]
+        padded = F.pad(self.table[:, 1:], (0, 0, 1, 0))  # id 0 is the zero vector, also in training
+        return F.embedding(ids + offset, padded.flatten(0, 1))
 
     def forward(self, point: Tensor) -> Tensor:
         """Logits (seeds, N, 3) at a point."""
@@ -76,8 +77,10 @@ def cosines(model: SentimentModel, ids: Tensor, labels: Tensor) -> tuple[Tensor,
         logits.append(model(point))
         return cross_entropy(logits[0], labels)
 
-    gradient = loss_gradient(loss, point) * (ids > 0)[..., None]
-    cosine = F.cosine_similarity(point.flatten(2), gradient.flatten(2), dim=-1, eps=1e-30)
+    gradient = loss_gradient(loss, point)
+    steepness = (gradient.norm(dim=-1) * (ids > 0)).norm(dim=-1)
+    length = point.flatten(2).norm(dim=-1)
+    cosine = (point * gradient).flatten(2).sum(-1) / (length * steepness)
     return logits[0].argmax(-1) == labels, cosine
 
 
