@@ -185,7 +185,7 @@ def figure(curves: pd.DataFrame, landscapes: pd.DataFrame, settings: BinarySetti
     robust = f"{settings.attack}, ε = {settings.epsilon:g}"
     shaded(accuracy, curves, "clean", COLOURS[0], label="clean")
     shaded(accuracy, curves, "robust", COLOURS[3], label=robust, linestyle="--")
-    accuracy.set(ylabel="accuracy", ylim=(0.4, 1.02))
+    accuracy.set(ylabel="accuracy", ylim=(None, 1.02))
     shaded(widths, curves, "dx", COLOURS[0], label="Δx")
     shaded(widths, curves, "dp", COLOURS[3], label="Δp", linestyle="--")
     widths.set(ylabel="width of the packet", yscale="log")

@@ -8,6 +8,7 @@ of Adam on all its training words per epoch.
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -156,11 +157,16 @@ def reproduce(settings: SentimentSettings, folder: Path) -> dict[str, Any]:
     return {
         "words": words.groupby(["language", "label"]).size().unstack().to_dict("index"),
         "last_epoch": {
-            f"size {size}, {split}": {name: part[name].round(5).tolist() for name in MEASURED}
+            f"size {size}, {split}": {name: _numbers(part[name]) for name in MEASURED}
             for (size, split), part in last
         },
         "seconds": seconds,
     }
+
+
+def _numbers(column: pd.Series) -> list[float | None]:
+    """For JSON, which has no NaN."""
+    return [None if math.isnan(value) else round(value, 5) for value in column]
 
 
 def figure(table: pd.DataFrame) -> Any:
@@ -168,7 +174,7 @@ def figure(table: pd.DataFrame) -> Any:
     from matplotlib.figure import Figure
 
     sizes = table["size"].unique()
-    result = Figure(figsize=(2.4 * len(sizes), 4.4))
+    result = Figure(figsize=(1.3 + 2 * len(sizes), 4.2))
     axes = result.subplots(2, len(sizes), sharex=True, sharey="row", squeeze=False)
     right, wrong = COLOURS[0], COLOURS[3]
     for (above, below), size in zip(axes.T, sizes, strict=True):
@@ -184,5 +190,5 @@ def figure(table: pd.DataFrame) -> Any:
     axes[0, 0].set(ylabel="cosine of embedding\nand gradient")
     axes[1, 0].set(ylabel="accuracy")
     for row in axes:
-        row[-1].legend(*row[0].get_legend_handles_labels())
+        row[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
     return result

@@ -144,7 +144,14 @@ def test_what_is_written(tmp_path, words_csv):
         assert last[f"{name}_min"] == pytest.approx(min(found[name]), abs=1e-4)
         assert last[f"{name}_max"] == pytest.approx(max(found[name]), abs=1e-4)
     assert sum(results["words"]["en"].values()) == 90
-    json.dumps(results)
+    json.dumps(results, allow_nan=False)
+
+
+def test_no_wrong_words_are_null_in_the_record(tmp_path, words_csv):
+    settings = {**SMALL, "epochs": 60, "embedding_sizes": (4,), "learning_rate": 0.05}
+    results = reproduce(SentimentSettings(**settings, words=words_csv), tmp_path)
+    assert results["last_epoch"]["size 4, train"]["accuracy"] == [1, 1]
+    assert results["last_epoch"]["size 4, train"]["cosine_wrong"] == [None, None]
 
 
 @pytest.mark.parametrize(
