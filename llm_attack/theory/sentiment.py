@@ -155,7 +155,7 @@ def reproduce(settings: SentimentSettings, folder: Path) -> dict[str, Any]:
     write_text(folder / "curves.csv", over_seeds.to_csv(float_format="%.5g"))
     last = table[table.epoch == settings.epochs].groupby(["size", "split"])
     return {
-        "words": words.groupby(["language", "label"]).size().unstack().to_dict("index"),
+        "words": words.groupby(["language", "label"]).size().unstack(fill_value=0).to_dict("index"),
         "last_epoch": {
             f"size {size}, {split}": {name: _numbers(part[name]) for name in MEASURED}
             for (size, split), part in last

@@ -36,7 +36,9 @@ def table(n, seed=0):
 @pytest.fixture(scope="module")
 def words_csv(tmp_path_factory):
     path = tmp_path_factory.mktemp("words") / "words.csv"
-    table(90).to_csv(path, index=False)
+    words = table(90)
+    words.loc[len(words)] = ("好", "zh", "positive")
+    words.to_csv(path, index=False)
     return str(path)
 
 
@@ -144,11 +146,12 @@ def test_what_is_written(tmp_path, words_csv):
         assert last[f"{name}_min"] == pytest.approx(min(found[name]), abs=1e-4)
         assert last[f"{name}_max"] == pytest.approx(max(found[name]), abs=1e-4)
     assert sum(results["words"]["en"].values()) == 90
+    assert results["words"]["zh"] == {"negative": 0, "neutral": 0, "positive": 1}
     json.dumps(results, allow_nan=False)
 
 
 def test_no_wrong_words_are_null_in_the_record(tmp_path, words_csv):
-    settings = {**SMALL, "epochs": 60, "embedding_sizes": (4,), "learning_rate": 0.05}
+    settings = {**SMALL, "epochs": 60, "embedding_sizes": (4,), "learning_rate": 0.05, "width": 64}
     results = reproduce(SentimentSettings(**settings, words=words_csv), tmp_path)
     assert results["last_epoch"]["size 4, train"]["accuracy"] == [1, 1]
     assert results["last_epoch"]["size 4, train"]["cosine_wrong"] == [None, None]
