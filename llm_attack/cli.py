@@ -10,6 +10,7 @@ import click
 
 from llm_attack import __version__
 from llm_attack.errors import UsageError
+from llm_attack.reproduce import reproduce
 
 
 class _Commands(click.Group):
@@ -140,3 +141,6 @@ def compare(a: Path, b: Path, output: Path | None) -> None:
     from llm_attack.suite import commands
 
     commands.compare(a, b, output)
+
+
+main.add_command(reproduce)

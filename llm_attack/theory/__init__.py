@@ -1,0 +1,1 @@
+"""The uncertainty relation, the binary toy (Fig. 4) and word sentiment (Fig. 6)."""

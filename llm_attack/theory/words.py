@@ -1,0 +1,78 @@
+"""Words of three sentiments: the package's list or a file of one's own, checked and encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from llm_attack.errors import UsageError, closest, invalid
+
+COLUMNS = ("word", "language", "label")
+LABELS = ("negative", "neutral", "positive")
+LEAST = 10  # words of each label: with fewer, a share held out may have none
+
+# 400 English and 400 Chinese words for each label, written for this project.
+OWN = Path(__file__).with_name("words.csv")
+
+
+def load_words(path: str | None = None) -> pd.DataFrame:
+    """The words of a CSV file in UTF-8, the package's own unless given.
+
+    Returns:
+        A row for each word, with the columns `COLUMNS`; other columns are left out. Words that a
+        language has twice with the same label are kept once.
+
+    Raises:
+        UsageError: the file cannot be read, lacks a column, has another label than `LABELS`, gives
+            a word of a language two labels, or has fewer than `LEAST` words of a label.
+    """
+    shown = OWN if path is None else path
+    try:
+        # as text: "null" and "nan" are words
+        table = pd.read_csv(shown, dtype=str, keep_default_na=False, encoding="utf-8")
+    except (OSError, ValueError) as error:  # of pandas: empty, not UTF-8, not CSV
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"words={shown}: must be a CSV file in UTF-8 ({reason})") from error
+    for column in COLUMNS:
+        if column not in table:
+            near = closest(column, map(str, table.columns))
+            hint = f"; did you mean {column!r} by {near!r}?" if near else ""
+            raise UsageError(f"words={shown}: must have the columns {', '.join(COLUMNS)}{hint}")
+    table = table[list(COLUMNS)].apply(lambda column: column.str.strip())
+    strange = table[~table.label.isin(LABELS)]
+    if len(strange):
+        first = strange.iloc[0]
+        raise invalid(f"words={shown}: label of {first.word!r}", first.label, LABELS)
+    if (table.word == "").any():
+        row = int((table.word == "").to_numpy().argmax())
+        raise UsageError(f"words={shown}: must have a word in every row; row {row + 1} has none")
+    table = table.drop_duplicates(ignore_index=True)
+    twice = table[table.duplicated(["word", "language"])]
+    if len(twice):
+        word = twice.iloc[0].word
+        raise UsageError(f"words={shown}: must give a word one label; {word!r} has more")
+    for label in LABELS:
+        count = int((table.label == label).sum())
+        if count < LEAST:
+            least = f"at least {LEAST} words of each label"
+            raise UsageError(f"words={shown}: must have {least}; {label} has {count}")
+    return table
+
+
+def encode(words: Sequence[str]) -> tuple[Tensor, int]:
+    """Words as character ids, and the number of ids.
+
+    Returns:
+        int64 of shape (words, longest word): 1, 2, ... in the order of the characters' code
+        points, 0 after the end of a word; and one more than the largest id.
+    """
+    characters = sorted({character for word in words for character in word})
+    number = {character: i for i, character in enumerate(characters, 1)}
+    ids = torch.zeros(len(words), max(map(len, words)), dtype=torch.long)
+    for row, word in zip(ids, words, strict=True):
+        row[: len(word)] = torch.tensor([number[character] for character in word])
+    return ids, len(characters) + 1

@@ -1,0 +1,144 @@
+"""The commands of `llm-attack reproduce`: options, presets, records, bad input."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+
+from llm_attack.cli import main
+from llm_attack.experiment import PRESETS
+from llm_attack.reproduce import FIGURES
+from llm_attack.theory.settings import BINARY, SENTIMENT
+
+TINY = ["--seeds", "2", "--epochs", "2", "--points", "20", "--test-points", "20", "--device", "cpu"]
+
+
+def reproduce(*arguments):
+    return CliRunner().invoke(main, ["reproduce", *map(str, arguments)])
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Default folders are relative: nothing is written into the project."""
+    monkeypatch.chdir(tmp_path)
+
+
+def test_presets():
+    """The paper's sizes, and the same as the defaults of the settings."""
+    assert tuple(BINARY) == tuple(SENTIMENT) == PRESETS
+    assert (BINARY["paper"].seeds, BINARY["paper"].epochs) == (5, 500)
+    assert (SENTIMENT["paper"].seeds, SENTIMENT["paper"].epochs) == (10, 1000)
+    assert len(SENTIMENT["paper"].embedding_sizes) == 3
+
+
+def test_fig4_in_the_default_folder():
+    done = reproduce("fig4", *TINY)
+    assert done.exit_code == 0, done.output
+    run = json.loads(Path("results/fig4/run.json").read_text())
+    assert run["command"] == f"llm-attack reproduce fig4 --preset quick {' '.join(TINY)}"
+    assert run["settings"] | {"seeds": 2, "epochs": 2, "device": "cpu"} == run["settings"]
+    assert run["settings"]["epsilon"] == BINARY["quick"].epsilon
+    assert set(run["seconds"]) == {"training", "figure", "all"}
+    assert {"torch", "llm-attack"} <= set(run["versions"])
+    assert run["hardware"]["cores"]
+    assert len(run["results"]["last_epoch"]["dx"]) == 2
+    assert set(pd.read_csv("results/fig4/curves.csv").seed) == {0, 1}
+
+
+def test_fig6_in_a_folder_of_ones_own():
+    options = ["--embedding-sizes", "1,2", "--seeds", "1", "--epochs", "1", "--device", "cpu"]
+    done = reproduce("fig6", *options, "-o", "out", "--preset", "paper")
+    assert done.exit_code == 0, done.output
+    run = json.loads(Path("out/run.json").read_text())
+    expected = f"llm-attack reproduce fig6 --preset paper {' '.join(options)} -o out"
+    assert sorted(run["command"].split()) == sorted(expected.split())
+    assert run["settings"]["embedding_sizes"] == [1, 2]
+    assert run["settings"]["width"] == SENTIMENT["paper"].width
+    assert set(run["seconds"]) == {"size 1", "size 2", "all"}
+    assert not Path("results").exists()
+
+
+def test_all(monkeypatch):
+    """Each figure once, in its own folder, with the preset and the options."""
+    seen = {}
+    for name, module in (("fig4", "binary"), ("fig6", "sentiment")):
+
+        def run(settings, folder, name=name):
+            seen[name] = settings, folder
+            return {"seconds": {}}
+
+        monkeypatch.setattr(f"llm_attack.theory.{module}.reproduce", run)
+    done = reproduce("all", "--preset", "paper", "-o", "out", "--seed", 7, "--device", "cpu")
+    assert done.exit_code == 0, done.output
+    assert set(seen) == {"fig4", "fig6"} <= {command.name for command in FIGURES}
+    for name, presets in (("fig4", BINARY), ("fig6", SENTIMENT)):
+        settings, folder = seen[name]
+        assert folder == Path("out", name)
+        assert settings.seed == 7
+        assert settings.epochs == presets["paper"].epochs
+        assert Path("out", name, "run.json").exists()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_is_what_runs(monkeypatch, preset):
+    seen = []
+    run = lambda settings, folder: seen.append(settings) or {"seconds": {}}  # noqa: E731
+    monkeypatch.setattr("llm_attack.theory.sentiment.reproduce", run)
+    reproduce("fig6", "--preset", preset)
+    assert (seen[0].seeds, seen[0].epochs) == (SENTIMENT[preset].seeds, SENTIMENT[preset].epochs)
+    assert seen[0].device in ("cpu", "cuda")
+
+
+def test_underscores_are_as_good_as_hyphens():
+    done = reproduce("fig4", *(option.replace("-p", "_p") for option in TINY))
+    assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    (
+        (["fig4", "--preset", "papr"], "--preset"),
+        (["fig4", "--epochs", "0"], "epochs=0: must be 1 or more"),
+        (["fig4", "--epochs", "many"], "--epochs"),
+        (["fig4", "--attack", "fgms"], "attack=fgms: .* did you mean 'fgsm'"),
+        (["fig4", "--device", "gpu"], "device='gpu': must be cpu, cuda"),
+        (["fig4", "--device", "meta:x"], "device='meta:x': must be cpu, cuda"),
+        (["fig4", "--epoch", "3"], "--epochs"),
+        (["fig4", "-o", "file"], "output=file: must be a folder"),
+        (["fig4", "-o", "file/sub"], "output=file/sub: must be a folder"),
+        (["fig6", "--embedding-sizes", "8,x"], "'8,x': must be integers"),
+        (["fig6", "--embedding-sizes", "8,0"], r"embedding_sizes=\(8, 0\): must be 1 or more"),
+        (["fig6", "--words", "none.csv"], "words=none.csv: must be a CSV file"),
+        (["fig5000"], "fig5000"),
+    ),
+)
+def test_bad_input(arguments, message, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    done = reproduce(*arguments)
+    assert done.exit_code == 2, done.output
+    assert re.search(message, done.output)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    "arguments", (["--help"], ["reproduce", "--help"], ["reproduce", "fig4", "-h"])
+)
+def test_help_imports_nothing_heavy(arguments):
+    code = (
+        "import sys; from llm_attack.cli import main; main(sys.argv[1:], standalone_mode=False);"
+        "heavy = {'torch', 'pandas', 'scipy', 'matplotlib', 'numpy', 'lm_eval', 'datasets'};"
+        "print('heavy:', sorted(heavy & set(sys.modules)))"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=root, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("heavy: []\n")
+    assert "reproduce" in done.stdout

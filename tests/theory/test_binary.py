@@ -1,0 +1,206 @@
+"""The binary toy: known networks have known accuracies, landscapes and packets."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llm_attack.errors import UsageError
+from llm_attack.theory import binary
+from llm_attack.theory.binary import GRID, Toy, labels_of, reproduce, run
+from llm_attack.theory.packet import Uncertainty, uncertainty
+from llm_attack.theory.settings import BinarySettings
+
+SMALL = {"points": 40, "test_points": 200, "width": 8, "epochs": 5, "device": "cpu"}
+
+
+def toy_with(steepness, shift=0.0, **settings):
+    """A toy whose network is a known one: the boundary is at x1 = shift, for every seed."""
+    toy = Toy(BinarySettings(**{**SMALL, **settings}))
+    toy.network = lambda x: torch.stack(
+        [torch.zeros_like(x[..., 0]), steepness * (x[..., 0] - shift)], -1
+    )
+    return toy
+
+
+def test_points_and_labels():
+    toy = Toy(BinarySettings(**{**SMALL, "points": 3000}))
+    assert toy.x.shape == (5, 3000, 2)
+    assert toy.x.dtype == torch.float64
+    assert toy.x.abs().max() <= 1
+    # uniform: 3,000 draws miss none of ten equal parts
+    for seed in range(5):
+        for axis in range(2):
+            assert torch.histc(toy.x[seed, :, axis], 10, -1, 1).min() > 200
+    assert torch.equal(labels_of(toy.x), (toy.x[:, :, 0] > 0).long())
+    assert not torch.equal(toy.x[0], toy.x[1])
+    assert not torch.equal(toy.x[0, :200], toy.test[0])
+
+
+@pytest.mark.parametrize("attack", ("fgsm", "ost", "bim", "illc", "pgd"))
+def test_accuracies_of_the_true_boundary(attack):
+    """Each attack crosses the boundary from where it is within epsilon, and from nowhere else."""
+    toy = toy_with(8.0, attack=attack, epsilon=0.3)
+    clean, robust = toy.accuracies()
+    assert torch.equal(clean, torch.ones(5, dtype=torch.float64))
+    assert torch.equal(robust, (toy.test[..., 0].abs() > 0.3).double().mean(1))
+
+
+def test_accuracies_of_a_boundary_in_the_wrong_place():
+    toy = toy_with(8.0, shift=0.25, epsilon=0.1)
+    clean, robust = toy.accuracies()
+    x1 = toy.test[..., 0]
+    assert torch.equal(clean, ((x1 <= 0) | (x1 > 0.25)).double().mean(1))
+    assert torch.equal(robust, ((x1 <= 0) | (x1 > 0.35)).double().mean(1))
+
+
+def test_the_attack_stays_in_the_square():
+    seen = []
+    toy = toy_with(8.0, epsilon=0.5, attack="bim")
+    network = toy.network
+    toy.network = lambda x: seen.append(x) or network(x)
+    toy.accuracies()
+    assert max(x.abs().max() for x in seen) <= 1
+    assert max((x - toy.test).abs().max() for x in seen) > 0.4
+
+
+def test_without_an_attack_the_accuracies_are_equal():
+    clean, robust = toy_with(8.0, shift=0.1, attack="none").accuracies()
+    assert torch.equal(clean, robust)
+
+
+@pytest.mark.parametrize("label", (0, 1))
+def test_the_packet_is_the_loss_of_one_class(label):
+    found = toy_with(6.0, shift=0.2, label=label).relation()
+    sign = 1 if label else -1
+    loss = lambda x: F.softplus(-sign * 6 * (x - 0.2), threshold=1000)  # noqa: E731
+    expected = uncertainty(loss, -1, 1)
+    for name in Uncertainty.__dataclass_fields__:
+        value = getattr(found, name)
+        assert value.shape == (5,)
+        assert value.tolist() == pytest.approx([getattr(expected, name)] * 5, abs=1e-8), name
+
+
+def test_the_packet_lies_on_the_line_x2_0():
+    toy = toy_with(6.0)
+    seen = []
+    network = toy.network
+    toy.network = lambda x: seen.append(x) or network(x)
+    toy.relation()
+    assert all((x[..., 1] == 0).all() for x in seen)
+    assert min(x[..., 0].min() for x in seen) == -1
+    assert max(x[..., 0].max() for x in seen) == 1
+
+
+@pytest.fixture(scope="module")
+def small():
+    return run(BinarySettings(**SMALL, seeds=3))
+
+
+def test_every_epoch_and_seed_has_a_row(small):
+    curves, _ = small
+    assert curves.epoch.tolist() == [e for e in range(6) for _ in range(3)]
+    assert curves.seed.tolist() == [0, 1, 2] * 6
+    assert curves.notna().all(axis=None)
+    assert (curves["product"] - curves.dx * curves.dp).abs().max() < 1e-12
+    assert (curves["product"] >= curves.bound).all()
+
+
+def test_a_seed_in_company_is_that_seed_alone(small):
+    curves, _ = small
+    alone, _ = run(BinarySettings(**SMALL, seeds=1, seed=2))
+    ours = curves[curves.seed == 2].reset_index(drop=True)
+    pd.testing.assert_frame_equal(ours, alone, rtol=1e-9, atol=1e-9)
+    assert ours.dx.nunique() == 6  # it learns
+
+
+def test_landscapes(small):
+    """After a fifth, two fifths and all epochs; of the first seed; x1 and x2 in their places."""
+    _, landscapes = small
+    assert landscapes.groupby("epoch").size().to_dict() == dict.fromkeys((1, 2, 5), GRID**2)
+    toy = Toy(BinarySettings(**SMALL, seeds=3))
+    for _ in range(5):
+        toy.epoch()
+    last = landscapes[landscapes.epoch == 5]
+    x = torch.tensor(last[["x1", "x2"]].to_numpy())
+    logits = toy.network(x.expand(3, -1, -1))[0]
+    expected = F.cross_entropy(logits, torch.ones(len(x), dtype=torch.long), reduction="none")
+    assert last.loss.tolist() == pytest.approx(expected.tolist(), abs=1e-9)
+    assert sorted(set(last.x1)) == pytest.approx(torch.linspace(-1, 1, GRID).tolist(), abs=1e-6)
+
+
+def test_batches():
+    """An epoch passes over each point once, whatever the batch size."""
+    toy = Toy(BinarySettings(**SMALL, batch_size=16))
+    seen = []
+    network = toy.network
+    toy.network = lambda x: seen.append(x.detach()) or network(x)
+    toy.epoch()
+    assert [x.shape[1] for x in seen] == [16, 16, 8]
+    for seed in range(5):
+        once = torch.cat(seen, 1)[seed]
+        assert not torch.equal(once, toy.x[seed])
+        assert torch.equal(once[once[:, 0].argsort()], toy.x[seed][toy.x[seed, :, 0].argsort()])
+
+
+def test_it_learns():
+    curves, _ = run(BinarySettings(**{**SMALL, "epochs": 150, "learning_rate": 0.01}, seeds=2))
+    assert (curves[curves.epoch == 150].clean > 0.95).all()
+    assert (curves[curves.epoch == 0].clean < 0.95).all()
+
+
+def test_a_broken_relation_ends_the_run(monkeypatch, tmp_path):
+    good = Toy.relation
+    calls = []
+
+    def relation(toy):
+        calls.append(1)
+        found = good(toy)
+        return found if len(calls) < 3 else Uncertainty(0, 1, 0, found.bound - 1e-6, found.bound)
+
+    monkeypatch.setattr(Toy, "relation", relation)
+    with pytest.raises(ArithmeticError, match=r"epoch 2: .* below its bound"):
+        reproduce(BinarySettings(**SMALL), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_written(tmp_path):
+    results = reproduce(BinarySettings(**SMALL, seeds=2), tmp_path)
+    names = ("curves.csv", "figure.png", "figure.svg", "landscapes.csv")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    curves = pd.read_csv(tmp_path / "curves.csv")
+    last = curves[curves.epoch == 5]
+    for name in ("clean", "robust", "dx", "dp", "product", "bound"):
+        assert results["last_epoch"][name] == pytest.approx(last[name].tolist(), abs=1e-5)
+    margin = (curves["product"] - curves["bound"]).min()
+    assert results["lowest_margin"] == pytest.approx(margin, abs=1e-5)
+    json.dumps(results)
+
+
+def test_the_same_command_gives_the_same_files(tmp_path):
+    for folder in "ab":
+        reproduce(BinarySettings(**SMALL, seeds=1), tmp_path / folder)
+    for name in ("curves.csv", "landscapes.csv", "figure.png", "figure.svg"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    (
+        ({"epochs": 0}, "epochs=0: must be 1 or more"),
+        ({"seeds": -1}, "seeds=-1: must be 1 or more"),
+        ({"epsilon": -0.1}, "epsilon=-0.1: must be 0 or more"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan: must be 0 or more"),
+        ({"label": 2}, "label=2: must be 0 or 1"),
+    ),
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(UsageError, match=message):
+        BinarySettings(**settings)
+
+
+def test_an_unknown_attack():
+    with pytest.raises(UsageError, match=r"attack=fgms: .* did you mean 'fgsm'"):
+        binary.run(BinarySettings(**SMALL, attack="fgms"))

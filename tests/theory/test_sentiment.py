@@ -1,0 +1,172 @@
+"""Word sentiment: cosines against torch.nn, word by word; splits; what is written."""
+
+import json
+import math
+
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llm_attack.errors import UsageError
+from llm_attack.theory.sentiment import (
+    MEASURED,
+    SentimentModel,
+    cosines,
+    reproduce,
+    run_size,
+    summary,
+)
+from llm_attack.theory.settings import SentimentSettings
+from llm_attack.theory.stacked import generators
+from llm_attack.theory.words import LABELS, encode
+
+SMALL = {"embedding_sizes": (2, 3), "seeds": 2, "epochs": 3, "width": 5, "device": "cpu"}
+
+
+def table(n, seed=0):
+    """Words of random letters, with random labels; only a memory can tell their labels."""
+    draw = torch.Generator().manual_seed(seed)
+    letters = torch.randint(97, 123, (n, 6), generator=draw)
+    words = ["".join(map(chr, row)) for row in letters.tolist()]
+    labels = [LABELS[i] for i in torch.randint(3, (n,), generator=draw).tolist()]
+    return pd.DataFrame({"word": words, "language": "en", "label": labels})
+
+
+@pytest.fixture(scope="module")
+def words_csv(tmp_path_factory):
+    path = tmp_path_factory.mktemp("words") / "words.csv"
+    words = table(90)
+    words.loc[len(words)] = ("好", "zh", "positive")
+    words.to_csv(path, index=False)
+    return str(path)
+
+
+def test_cosines_word_by_word():
+    """With layers of torch.nn, and a word's own characters alone as the point."""
+    words = ["a", "abba", "cab", "bc"]
+    ids, count = encode(words)
+    model = SentimentModel(count, ids.shape[1], 3, 7, generators(0, 2))
+    labels = torch.tensor([[0, 1, 2, 0], [2, 2, 1, 0]])
+    right, cosine = cosines(model, ids.expand(2, -1, -1), labels)
+    assert right.shape == cosine.shape == (2, 4)
+    for seed in range(2):
+        for i, word in enumerate(words):
+            point = model.table[seed, ids[i, : len(word)]].detach().requires_grad_(True)
+            x = F.pad(point.flatten(), (0, 3 * (4 - len(word))))
+            for weight, bias in zip(model.classifier.weights, model.classifier.biases, strict=True):
+                last = x @ weight[seed] + bias[seed, 0]
+                x = last.tanh()
+            assert right[seed, i] == (last.argmax() == labels[seed, i])
+            F.cross_entropy(last, labels[seed, i]).backward()
+            expected = F.cosine_similarity(point.flatten(), point.grad.flatten(), dim=0)
+            assert cosine[seed, i].item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_padding_is_zero_and_stays_so():
+    ids, count = encode(["a", "bcd"])
+    model = SentimentModel(count, 3, 2, 4, generators(0, 2))
+    point = model.embed(ids.expand(2, -1, -1))
+    assert (point[:, 0, 1:] == 0).all()
+    assert (point[:, 1] != 0).all()
+    point.sum().backward()
+    assert (model.table.grad[:, 0] == 0).all()
+    assert (model.table.grad[:, 1:] == 1).all()
+
+
+def test_a_linear_classifier_has_cosine_minus_one():
+    """Where the embedding is what speaks for the label, the loss falls along it."""
+    ids, count = encode(["ab"])
+    model = SentimentModel(count, 2, 2, 1, generators(0, 1))
+    row = model.table[0, 1:].detach().flatten()
+    model.forward = lambda point: torch.stack(
+        [point.flatten(2) @ row, point.flatten(2) @ -row, 0 * point[..., 0, 0]], -1
+    )
+    for label, sign in ((0, -1), (1, 1)):
+        right, cosine = cosines(model, ids[None], torch.tensor([[label]]))
+        assert right.item() == (label == 0)
+        assert cosine.item() == pytest.approx(sign, abs=1e-6)
+
+
+def test_summary():
+    right = torch.tensor([[True, False, True, False], [True, True, True, True]])
+    cosine = torch.tensor([[0.1, 0.5, 0.3, -0.1], [0.4, 0.4, 0.0, 0.0]])
+    found = summary(right, cosine)
+    assert tuple(found) == MEASURED
+    assert found["accuracy"] == [0.5, 1.0]
+    assert found["cosine_right"] == pytest.approx([0.2, 0.2])
+    assert found["cosine_wrong"][0] == pytest.approx(0.2)
+    assert math.isnan(found["cosine_wrong"][1])
+
+
+def test_a_seed_in_company_is_that_seed_alone():
+    both = run_size(table(60), 3, SentimentSettings(**SMALL))
+    alone = run_size(table(60), 3, SentimentSettings(**{**SMALL, "seeds": 1}, seed=1))
+    ours = both[both.seed == 1].reset_index(drop=True)
+    pd.testing.assert_frame_equal(ours, alone, atol=1e-5)
+    assert both.groupby(["epoch", "split"]).size().to_dict() == {
+        (epoch, split): 2 for epoch in range(4) for split in ("test", "train")
+    }
+    assert (both["size"] == 3).all()
+
+
+def test_words_held_out_are_not_learnt():
+    """Labels are random: what was seen is learnt by heart, the rest is guessed."""
+    settings = SentimentSettings(
+        seeds=3, epochs=60, learning_rate=0.05, test_share=0.5, device="cpu"
+    )
+    found = run_size(table(120), 4, settings)
+    last = found[found.epoch == 60].groupby("split").accuracy
+    assert last.min()["train"] == 1
+    assert last.max()["test"] < 0.6
+
+
+def test_the_share_held_out():
+    """Accuracies are multiples of one word."""
+    found = run_size(table(50), 2, SentimentSettings(**SMALL, test_share=0.14))
+    for split, n in (("test", 7), ("train", 43)):
+        counts = found[found.split == split].accuracy * n
+        assert (counts - counts.round()).abs().max() < 1e-9
+
+
+def test_what_is_written(tmp_path, words_csv):
+    for folder in "ab":
+        settings = SentimentSettings(**SMALL, words=words_csv)
+        results = reproduce(settings, tmp_path / folder)
+    names = ["curves.csv", "figure.png", "figure.svg"]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == names
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    curves = pd.read_csv(tmp_path / "a" / "curves.csv")
+    assert len(curves) == 2 * 4 * 2  # sizes, epochs, splits
+    last = curves[(curves.epoch == 3) & (curves["size"] == 2) & (curves.split == "test")].iloc[0]
+    found = results["last_epoch"]["size 2, test"]
+    for name in MEASURED:
+        assert last[f"{name}_mean"] == pytest.approx(sum(found[name]) / 2, abs=1e-4)
+        assert last[f"{name}_min"] == pytest.approx(min(found[name]), abs=1e-4)
+        assert last[f"{name}_max"] == pytest.approx(max(found[name]), abs=1e-4)
+    assert sum(results["words"]["en"].values()) == 90
+    assert results["words"]["zh"] == {"negative": 0, "neutral": 0, "positive": 1}
+    json.dumps(results, allow_nan=False)
+
+
+def test_no_wrong_words_are_null_in_the_record(tmp_path, words_csv):
+    settings = {**SMALL, "epochs": 60, "embedding_sizes": (4,), "learning_rate": 0.05, "width": 64}
+    results = reproduce(SentimentSettings(**settings, words=words_csv), tmp_path)
+    assert results["last_epoch"]["size 4, train"]["accuracy"] == [1, 1]
+    assert results["last_epoch"]["size 4, train"]["cosine_wrong"] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    (
+        ({"embedding_sizes": (4, 0)}, r"embedding_sizes=\(4, 0\): must be 1 or more"),
+        ({"embedding_sizes": ()}, r"embedding_sizes=\(\): must be 1 or more"),
+        ({"epochs": 0}, "epochs=0: must be 1 or more"),
+        ({"test_share": 0.0}, "test_share=0.0: must be between 0 and 1"),
+        ({"test_share": 1.0}, "test_share=1.0: must be between 0 and 1"),
+    ),
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(UsageError, match=message):
+        SentimentSettings(**settings)
