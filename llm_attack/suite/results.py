@@ -68,7 +68,9 @@ def render(result: Result, folder: Path, run: dict[str, Any]) -> None:
     tables.save(result.table, folder)
     drawn = figures.draw_all(result.samples, result.table, folder)
     pictures = [Picture(*_PICTURES[name], folder / f"{name}.svg") for name in drawn]
-    write_report(folder, result.samples, result.questions, result.table, pictures, run)
+    # the same run gives the same report, however long it took
+    lasting = {key: value for key, value in run.items() if key != "timings"}
+    write_report(folder, result.samples, result.questions, result.table, pictures, lasting)
 
 
 def load(folder: Path) -> Result:
@@ -90,8 +92,10 @@ def load(folder: Path) -> Result:
     return Result(summarise(found["samples"]), found["samples"], found["questions"], run, {})
 
 
-def set_aside(folder: Path) -> None:
-    """Renames the files of a run that cannot be read, so that it can be computed anew."""
+def set_aside(folder: Path) -> list[Path]:
+    """Renames the files of a run one of which cannot be read; returns where they are now."""
+    renamed = []
     for path in [folder / "run.json", *(folder / f"{name}.parquet" for name in frames.FRAMES)]:
         if path.exists():
-            path.replace(path.with_name(f"{path.name}.unreadable"))
+            renamed.append(path.replace(path.with_name(f"{path.name}.unreadable")))
+    return renamed
