@@ -51,16 +51,21 @@ def save(result: Result, folder: Path, command: list[str]) -> None:
         folder: where to.
         command: that repeats it.
     """
-    from lm_eval.utils import handle_non_serializable
-
     frames.save(folder, samples=result.samples, questions=result.questions)
     for name, found in result.lm_eval.items():
         content = {key: value for key, value in found.items() if key != "samples"}
-        text = json.dumps(content, indent=2, default=handle_non_serializable, ensure_ascii=False)
+        text = json.dumps(content, indent=2, default=_as_lm_eval, ensure_ascii=False)
         write_text(folder / "lm_eval" / f"results_{name}.json", text + "\n")
     run = {"command": shlex.join(command), **result.run}
     render(result, folder, run)
     write_json(folder / "run.json", run)
+
+
+def _as_lm_eval(value: Any) -> Any:
+    """What JSON cannot hold, as lm-eval writes it; functions by name, not by their address."""
+    from lm_eval.utils import handle_non_serializable
+
+    return getattr(value, "__qualname__", None) or handle_non_serializable(value)
 
 
 def render(result: Result, folder: Path, run: dict[str, Any]) -> None:
