@@ -56,13 +56,16 @@ ATTACKED = {
     "none": [AttackSettings("none")],
     "fgsm shared": [AttackSettings("fgsm", context="shared")],
     "fgsm own": [AttackSettings("fgsm")],
-    "choice fgsm": [AttackSettings("fgsm", loss="choice")],
     LONGEST: [AttackSettings(name, context="shared") for name in ("none", "random", "fgsm", "bim")],
 }
 
 
 def real_requests(tasks: list[str], questions: int) -> dict[str, list[Instance]]:
-    """Requests of a seeded sample of each task's questions, as lm-eval builds them."""
+    """Requests of some of each task's questions, as lm-eval builds them.
+
+    Both engines sort by length, so that in a full run neighbours in length share a batch. So that
+    they do here, too, the sample is of neighbours, about the median length.
+    """
     from lm_eval.tasks import TaskManager
 
     gold.note_tasks()
@@ -72,8 +75,12 @@ def real_requests(tasks: list[str], questions: int) -> dict[str, list[Instance]]
         (task,) = manager.load([name])["tasks"].values()
         task.set_config("num_fewshot", 0)
         task.build_all_requests()
-        ids = sorted({r.doc_id for r in task.instances})
-        kept = set(random.Random(0).sample(ids, min(questions, len(ids))))
+        length: dict[int, int] = {}
+        for r in task.instances:
+            length[r.doc_id] = max(length.get(r.doc_id, 0), len(r.args[0] + r.args[1]))
+        order = sorted(length, key=lambda doc_id: (length[doc_id], doc_id))
+        start = max(0, (len(order) - questions) // 2)
+        kept = set(order[start : start + questions])
         found[name] = [r for r in task.instances if r.doc_id in kept]
         # gold labels and siblings are asked of the task, which has to know these requests alone
         task._instances = found[name]
@@ -103,7 +110,17 @@ def synthetic_requests(tasks: list[str], questions: int) -> dict[str, list[Insta
                 arguments = (context, text(own))
                 metadata = (name, doc_id, 1)
                 found[name].append(Instance("loglikelihood", {}, arguments, idx, metadata))
+        task = SyntheticTask(found[name])
+        gold._tasks[name] = task  # whose questions are attacked as a whole
+        TASKS.append(task)
     return found
+
+
+class SyntheticTask:
+    """In the place of lm-eval's task: tells which requests belong to a question."""
+
+    def __init__(self, instances: list[Instance]) -> None:
+        self.instances = instances
 
 
 WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world")
@@ -255,7 +272,7 @@ def measure(
     best = min(trials, key=lambda size: trials[size][0]["wall"])
     runs: dict[str, Callable[[], Any]] = {"stock": bench.stock(best, requests)}
     for label, conditions in ATTACKED.items():
-        if (attacked or label == "none") and (TASKS or conditions[0].loss != "choice"):
+        if attacked or label == "none":
             lm = bench.ours(conditions, requests)
             runs[label] = functools.partial(lm.loglikelihood, requests, disable_tqdm=True)
     times: dict[str, list[dict[str, float]]] = {label: [] for label in runs}

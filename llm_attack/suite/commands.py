@@ -6,7 +6,6 @@ import logging
 import os
 import shlex
 import signal
-import sqlite3
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -20,8 +19,8 @@ from rich.console import Console
 from llm_attack.errors import UsageError, invalid
 from llm_attack.outputs import write_text
 from llm_attack.suite import fingerprint, frames, results, tables
-from llm_attack.suite.plan import Plan
-from llm_attack.suite.progress import MODES
+from llm_attack.suite.plan import Plan, check_names
+from llm_attack.suite.progress import MODES, note
 from llm_attack.suite.run import Processes, Result, execute, prepare
 from llm_attack.suite.statistics import paired, unshared
 from llm_attack.suite.store import ProcessDied, discard
@@ -52,7 +51,8 @@ def evaluate(
     Raises:
         UsageError: an argument is not allowed, or the folder holds something else.
     """
-    plan = Plan(model=model, tasks=[tasks] if isinstance(tasks, str) else list(tasks), **settings)
+    check_names(settings)
+    plan = Plan(model=model, tasks=tasks, **settings)
     if progress not in MODES:
         raise invalid("progress", progress, MODES)
     rank, world = Processes.of_environment()
@@ -68,17 +68,28 @@ def evaluate(
     fingerprint.kept(folder)  # before a model is loaded
     prepared = prepare(plan, shown, console)
     fingerprint.check(folder, prepared.mark)
-    if (folder / "run.json").exists():
-        try:
-            return results.load(folder)
-        except UsageError as error:
-            console.print(f"{error}; moved aside, computed again")
-            results.set_aside(folder)
-    result = execute(prepared, folder, shown, console)
-    if result is not None:
-        results.save(result, folder, command(plan, folder))
-        discard(folder)
+    result = _finished(folder, rank, shown, console)
+    if result is None:
+        result = execute(prepared, folder, shown, console)
+        if result is not None:
+            results.save(result, folder, command(plan, folder))
+    if rank != 0:
+        return None
+    discard(folder)
     return result
+
+
+def _finished(folder: Path, rank: int, shown: str, console: Console) -> Result | None:
+    """The run in `folder`, if it is complete and can be read; files that cannot be are renamed."""
+    if not (folder / "run.json").exists():
+        return None
+    try:
+        return results.load(folder)
+    except UsageError as error:
+        if rank == 0:
+            aside = ", ".join(map(str, results.set_aside(folder)))
+            note(shown, console, f"{error}; moved aside, computed again: {aside}")
+        return None
 
 
 def _writable(folder: Path) -> None:
@@ -98,11 +109,11 @@ def command(plan: Plan, folder: Path | None) -> list[str]:
     words = ["llm-attack", "run"]
     defaults = asdict(Plan())
     for name, value in asdict(plan).items():
-        if value == defaults[name] or (isinstance(value, list) and tuple(value) == defaults[name]):
+        if value == defaults[name]:
             continue
         if isinstance(value, dict):
             value = ",".join(f"{k}={v}" for k, v in value.items())
-        elif isinstance(value, (list, tuple)):
+        elif isinstance(value, tuple):
             value = ",".join(map(str, value))
         words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return words if folder is None else [*words, "-o", str(folder)]
@@ -110,10 +121,6 @@ def command(plan: Plan, folder: Path | None) -> list[str]:
 
 def run(*, output: Path | None, progress: str, **settings: Any) -> None:
     """The command `llm-attack run`."""
-    if isinstance(settings["model_args"], str):
-        from lm_eval.utils import simple_parse_args_string
-
-        settings["model_args"] = simple_parse_args_string(settings["model_args"])
     again = shlex.join(command(Plan(**settings), output))
     _silence()
     with _stops_are_explained(again, output):
@@ -122,7 +129,7 @@ def run(*, output: Path | None, progress: str, **settings: Any) -> None:
         console = Console()
         title = f"{result.run['model']}: accuracy, loss={result.run['settings']['loss']}"
         console.print(tables.RunTable(result.table, title))
-        if output is not None:
+        if output is not None and progress != "quiet":
             console.print(f"written: {output}: report.html, table.csv, figure.png, samples.parquet")
 
 
@@ -150,25 +157,29 @@ def _stops_are_explained(again: str, output: Path | None) -> Iterator[None]:
     kept = (
         f"what is finished is kept; to go on: {again}" if output else "nothing is kept without -o"
     )
+    first = Processes.of_environment().rank == 0
 
     def stop(*_: Any) -> None:
-        raise SystemExit(143)
+        raise _Stopped
 
     signal.signal(signal.SIGTERM, stop)
     try:
         yield
     except KeyboardInterrupt:
-        _leave(130, f"stopped; {kept}")
-    except SystemExit as error:
-        _leave(int(error.code or 0), f"stopped; {kept}")
-    except ProcessDied as error:
-        _leave(1, f"error: {error}; {kept}")
-    except (OSError, sqlite3.OperationalError) as error:
-        _leave(1, f"error: output={output}: {error}; {kept}")
+        _leave(130, f"stopped; {kept}" if first else None)
+    except _Stopped:
+        _leave(143, f"stopped; {kept}" if first else None)
+    except (ProcessDied, OSError) as error:
+        _leave(1, f"error: {' '.join(str(error).split())}; {kept}")
 
 
-def _leave(code: int, text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+class _Stopped(BaseException):
+    """SIGTERM has come."""
+
+
+def _leave(code: int, text: str | None) -> None:
+    if text is not None:
+        print(text, file=sys.stderr, flush=True)
     # not by sys.exit: libraries with threads of their own may hang when the interpreter ends
     os._exit(code)
 

@@ -20,8 +20,17 @@ from llm_attack.suite.store import STORE
 _WEIGHTS = ("*.safetensors", "*.bin", "adapter_config.json", "config.json")
 
 
-def of_run(plan: Plan, lm: AttackedHFLM, requests: Sequence[Instance]) -> dict[str, Any]:
-    """Model, tasks with their versions and all their requests, attacks, versions of packages."""
+def of_run(
+    plan: Plan, lm: AttackedHFLM, requests: Sequence[Instance], batches: Sequence[Any]
+) -> dict[str, Any]:
+    """What results depend on.
+
+    Args:
+        plan: with the settings of attacks and tasks.
+        lm: the model.
+        requests: of all tasks.
+        batches: which of them are computed together.
+    """
     tasks: dict[str, Any] = {}
     for request in requests:
         content = json.dumps([request.doc_id, request.idx, *request.args]).encode()
@@ -33,7 +42,8 @@ def of_run(plan: Plan, lm: AttackedHFLM, requests: Sequence[Instance]) -> dict[s
         "weights": _weights(plan.model, lm),
         "dtype": str(lm.model.dtype),
         "tasks": {name: digest.hexdigest()[:16] for name, digest in tasks.items()},
-        "packing": "tree" if lm.engine.longest_tree else "off",
+        "batches": hashlib.sha256(json.dumps(batches).encode()).hexdigest()[:16],
+        "device": lm.device.type,
         "versions": versions(),
     }
 
@@ -58,17 +68,16 @@ def kept(folder: Path) -> dict[str, Any] | None:
     Raises:
         UsageError: there is something else.
     """
-    finished = folder / "run.json"
-    try:
-        for path in (folder / STORE / "fingerprint.json", finished):
-            if path.exists():
-                content = json.loads(path.read_text(encoding="utf-8"))
-                return content["fingerprint"] if path == finished else content
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UsageError(
-            f"output={folder}: {path.name} there is not of a run of this version; must be another"
-            " folder"
-        ) from None
+    for path in (folder / STORE / "fingerprint.json", folder / "run.json"):
+        if path.exists():
+            try:
+                content = json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
+                return {**content}
+            except (OSError, ValueError, KeyError, TypeError):
+                raise UsageError(
+                    f"output={folder}: {path.relative_to(folder)} there is not of a run of this"
+                    " version; must be another folder"
+                ) from None
     return None
 
 
@@ -82,10 +91,11 @@ def check(folder: Path, mark: dict[str, Any]) -> None:
     mark = plain(mark)
     if found is None or found == mark:
         return
+    there, here = _flat(found), _flat(mark)
     differences = [
-        f"{key}: {_short(found.get(key))} there, {_short(mark.get(key))} here"
-        for key in {**found, **mark}
-        if found.get(key) != mark.get(key)
+        f"{key}: {_short(there.get(key))} there, {_short(here.get(key))} here"
+        for key in {**there, **here}
+        if there.get(key) != here.get(key)
     ]
     raise UsageError(
         f"output={folder}: holds a run with other settings ({'; '.join(differences)}); must be the"
@@ -95,12 +105,20 @@ def check(folder: Path, mark: dict[str, Any]) -> None:
 
 def keep(folder: Path, mark: dict[str, Any]) -> None:
     """Marks the unfinished run in `folder`."""
-    write_json(folder / STORE / "fingerprint.json", mark)
+    write_json(folder / STORE / "fingerprint.json", {"fingerprint": mark})
 
 
 def plain(mark: dict[str, Any]) -> dict[str, Any]:
     """`mark` as it comes back from a file."""
     return json.loads(json.dumps(mark, default=str))
+
+
+def _flat(mark: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in mark.items():
+        inner = value.items() if isinstance(value, dict) else ()
+        flat |= {f"{key}.{name}": of for name, of in inner} or {key: value}
+    return flat
 
 
 def _short(value: Any) -> str:

@@ -165,7 +165,7 @@ def save(folder: Path, **frames: pd.DataFrame) -> None:
     for name, frame in frames.items():
         draft = folder / f".{name}.parquet"
         try:
-            frame.to_parquet(draft, index=False)
+            frame.to_parquet(draft, index=False, write_page_checksum=True)
             draft.replace(folder / f"{name}.parquet")
         finally:
             draft.unlink(missing_ok=True)
@@ -181,12 +181,12 @@ def load(folder: Path) -> dict[str, pd.DataFrame]:
     for name in FRAMES:
         path = folder / f"{name}.parquet"
         try:
-            found[name] = pd.read_parquet(path)
+            found[name] = pd.read_parquet(path, page_checksum_verification=True)
         except FileNotFoundError:
             raise UsageError(
                 f"{folder}: has no {path.name}; must be the folder of a finished run"
             ) from None
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise UsageError(f"{path}: cannot be read ({reason}); run it again") from None
+            raise UsageError(f"{path}: cannot be read ({reason})") from None
     return found

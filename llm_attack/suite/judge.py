@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
+from lm_eval import evaluator
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.evaluator import simple_evaluate
@@ -22,9 +23,12 @@ class _Collected(Exception):
 class _Stand(LM):
     """In the model's place: keeps the requests, or gives answers that were computed before."""
 
-    def __init__(self, lm: AttackedHFLM, answers: list[Answer] | None = None) -> None:
+    def __init__(
+        self, lm: AttackedHFLM, answers: list[Answer] | None = None, condition: int = 0
+    ) -> None:
         super().__init__()
-        self.lm, self.answers = lm, answers
+        self.lm, self.answers, self.condition = lm, answers, condition
+        self.config = lm.config  # where lm-eval finds the model's name
         self.requests: list[Instance] = []
 
     def loglikelihood(self, requests: list[Instance]) -> list[Answer]:
@@ -50,7 +54,7 @@ class _Stand(LM):
         return self.lm.apply_chat_template(*args, **kwargs)
 
     def get_model_info(self) -> dict[str, Any]:
-        return self.lm.get_model_info()
+        return {**self.lm.get_model_info(), "attack": self.lm.attack_info(self.condition)}
 
 
 class Judge:
@@ -84,13 +88,13 @@ class Judge:
             task.build_all_requests = lambda **options: None
         return stand.requests
 
-    def results(self, answers: list[Answer]) -> dict[str, Any]:
-        """lm-eval's results, when these are the answers to `requests()`."""
+    def results(self, answers: list[Answer], condition: int) -> dict[str, Any]:
+        """lm-eval's results, when these are the answers to `requests()` under a condition."""
         for task in self.manager.built:
             for request in task.instances:
                 request.resps.clear()
                 request.filtered_resps.clear()
-        found = self._evaluate(_Stand(self.lm, answers))
+        found = self._evaluate(_Stand(self.lm, answers, condition))
         assert found is not None  # as it is on lm-eval's first process, the only one
         return found
 
@@ -99,7 +103,20 @@ class Judge:
         return {str(task.config.task): task for task in self.manager.built}
 
     def _evaluate(self, stand: _Stand) -> dict[str, Any] | None:
-        return simple_evaluate(stand, tasks=self.tasks, task_manager=self.manager, **self.options)
+        with _no_inventory():
+            return simple_evaluate(
+                stand, tasks=self.tasks, task_manager=self.manager, **self.options
+            )
+
+
+@contextmanager
+def _no_inventory() -> Iterator[None]:
+    """Saves the seconds in which lm-eval asks pip and the system what there is: see run.json."""
+    add, evaluator.add_env_info = evaluator.add_env_info, lambda results: None
+    try:
+        yield
+    finally:
+        evaluator.add_env_info = add
 
 
 class _LoadedOnce:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import product
 from pathlib import Path
@@ -21,7 +21,8 @@ class Plan:
 
     Args:
         model: hub id, local folder, or `demo`.
-        tasks: of lm-eval: tasks, groups, tags or patterns.
+        tasks: of lm-eval: tasks, groups, tags or patterns. These, attacks and epsilons may be one,
+            several, or a string with commas.
         attacks: names of `llm_attack.attacks.ATTACKS`.
         epsilons: amplitudes.
         epsilon_unit, steps, step_size, loss, score, context, hookpoint, seed: of
@@ -31,7 +32,7 @@ class Plan:
         include_path: a folder of more lm-eval tasks.
         batch_size: rows of a batch at most, or `auto`.
         device: cuda, cuda:1, cpu, mps, ...; None: the best there is.
-        model_args: more arguments of `attacked-hf`.
+        model_args: more arguments of `attacked-hf`; a mapping, or key=value,...
 
     Raises:
         UsageError: a value is not allowed.
@@ -60,14 +61,10 @@ class Plan:
     model_args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("tasks", "attacks", "epsilons"):
-            if not getattr(self, name):
-                raise UsageError(f"{name}=: must name at least one")
-        size = self.batch_size
-        if size != "auto" and (not str(size).isdigit() or int(size) < 1):
-            raise invalid("batch_size", size, "auto or an integer, 1 or more")
-        if self.limit is not None and not self.limit > 0:
-            raise invalid("limit", self.limit, "a number greater than 0")
+        for name, kind in (("tasks", str), ("attacks", str), ("epsilons", float)):
+            object.__setattr__(self, name, _listed(name, getattr(self, name), kind))
+        for name in ("batch_size", "limit", "model_args"):
+            object.__setattr__(self, name, getattr(self, f"_{name}")())
         taken = set(self.model_args) & {f.name for f in fields(self)}
         if taken:
             name = sorted(taken)[0]
@@ -77,14 +74,41 @@ class Plan:
         if twice:
             raise UsageError(f"attacks, epsilons: the condition {twice} must occur only once")
 
+    def _batch_size(self) -> int | str:
+        size = str(self.batch_size)
+        if size != "auto" and (not size.isdecimal() or int(size) < 1):
+            raise invalid("batch_size", self.batch_size, "auto or an integer, 1 or more")
+        return size if size == "auto" else int(size)
+
+    def _limit(self) -> float | None:
+        limit = self.limit
+        if limit is None:
+            return None
+        if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0:
+            raise invalid("limit", limit, "a number greater than 0")
+        if limit > 1 and limit % 1:
+            raise invalid("limit", limit, "a whole number of questions, or a share below 1")
+        return int(limit) if limit >= 1 else limit
+
+    def _model_args(self) -> dict[str, Any]:
+        from lm_eval.utils import simple_parse_args_string
+
+        given = self.model_args
+        if isinstance(given, str) and all("=" in part for part in given.split(",") if part):
+            return simple_parse_args_string(given)
+        if not isinstance(given, dict):
+            raise invalid("model_args", given, "key=value,...")
+        return dict(given)
+
     @property
     def conditions(self) -> list[AttackSettings]:
-        """`none` once, every other attack at every epsilon."""
+        """`none` once and first, every other attack at every epsilon."""
         own = {f.name for f in fields(AttackSettings)} & {f.name for f in fields(self)}
         common = {name: getattr(self, name) for name in own}
+        attacks = sorted(self.attacks, key=lambda name: name != "none")
         pairs = [
             (attack, epsilon)
-            for attack, epsilon in product(self.attacks, self.epsilons)
+            for attack, epsilon in product(attacks, self.epsilons)
             if attack != "none" or epsilon == self.epsilons[0]
         ]
         return [AttackSettings(attack=a, epsilon=e, **common) for a, e in pairs]
@@ -107,6 +131,29 @@ class Plan:
         return {k: v for k, v in asdict(self).items() if k not in _HOW}
 
 
+def _listed(name: str, value: Any, kind: type) -> tuple:
+    """One value, several, or several in a string with commas between them."""
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",") if part.strip()]
+    try:
+        values = tuple(map(kind, value if isinstance(value, Iterable) else [value]))
+    except (TypeError, ValueError):
+        raise invalid(name, value, "numbers, with commas between them") from None
+    if not values:
+        raise UsageError(f"{name}=: must name at least one")
+    return values
+
+
+def check_names(names: Iterable[Any], also: Sequence[str] = ()) -> None:
+    """Raises UsageError unless all `names` are settings of a plan, or of `also`."""
+    known = [*(f.name for f in fields(Plan)), *also]
+    for name in names:
+        if name not in known:
+            meant = closest(name, known)
+            hint = f"; did you mean {meant!r}?" if meant else ""
+            raise UsageError(f"{name}: must be one of {', '.join(known)}{hint}")
+
+
 def from_yaml(path: Path) -> dict[str, Any]:
     """The settings in a YAML file, whose keys are those of `Plan`.
 
@@ -122,10 +169,12 @@ def from_yaml(path: Path) -> dict[str, Any]:
         raise UsageError(f"config={path}: cannot be read ({reason}); must be a YAML file") from None
     if not isinstance(content, dict):
         raise UsageError(f"config={path}: must be a mapping, such as attacks: [none, fgsm]")
-    known = [*(f.name for f in fields(Plan)), "output"]
+    several = "tasks", "attacks", "epsilons", "model_args"
     for key in content:
-        if key not in known:
-            meant = closest(str(key), known)
-            hint = f"; did you mean {meant!r}?" if meant else ""
-            raise UsageError(f"config={path}: {key}: must be one of {', '.join(known)}{hint}")
+        try:
+            check_names([key], also=["output"])
+        except UsageError as error:
+            raise UsageError(f"config={path}: {error}") from None
+        if isinstance(content[key], (dict, list)) and key not in several:
+            raise UsageError(f"config={path}: {key}: {content[key]}: must be a single value")
     return content

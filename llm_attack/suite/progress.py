@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from rich.console import Console
+from rich.columns import Columns
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 MODES = ("bar", "json", "quiet")
 
 # Seconds between two lines of JSON.
 PAUSE = 10.0
+
+
+class _Bar(Progress):
+    """The bar, and below it the accuracies, as many to a line as the screen is wide."""
+
+    below: Sequence[str] = ()
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        yield Columns(self.below, padding=(0, 2))
 
 
 class RunProgress:
@@ -36,9 +47,9 @@ class RunProgress:
         self.judged = 0
         self.right = dict.fromkeys(conditions, 0.0)
         self._start = self._last = time.monotonic()
-        columns = TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        text = TextColumn("{task.description}")
-        self._bars = Progress(*columns, text, console=console, disable=mode != "bar")
+        left = TimeRemainingColumn(), TextColumn("left")
+        columns = TextColumn("requests"), BarColumn(), MofNCompleteColumn(), *left
+        self._bars = _Bar(*columns, console=console, disable=mode != "bar")
         # the time left is estimated from what is done here, not from what was done before
         self._bar = self._bars.add_task("", total=total - done)
 
@@ -58,16 +69,14 @@ class RunProgress:
         for of_question in right:
             for name, value in zip(self.right, of_question, strict=True):
                 self.right[name] += value
-        self._bars.update(self._bar, advance=requests, description=self._accuracies())
+        self._bars.below = [f"{name} {value:.3f}" for name, value in self.accuracy().items()]
+        self._bars.update(self._bar, advance=requests)
         if self.mode == "json" and time.monotonic() - self._last >= PAUSE:
             self._line()
 
     def accuracy(self) -> dict[str, float]:
         """So far, under each condition."""
         return {name: n / self.judged for name, n in self.right.items()} if self.judged else {}
-
-    def _accuracies(self) -> str:
-        return " ".join(f"{name} {value:.3f}" for name, value in self.accuracy().items())
 
     def _line(self) -> None:
         self._last = time.monotonic()
@@ -82,6 +91,12 @@ class RunProgress:
             "accuracy": {k: round(v, 4) for k, v in self.accuracy().items()},
         }
         print(json.dumps(line), file=self.console.file, flush=True)
+
+
+def note(mode: str, console: Console, text: str) -> None:
+    """Says what the user should know, whatever the mode."""
+    line = json.dumps({"event": "note", "text": text}) if mode == "json" else text
+    print(line, file=console.file, flush=True)
 
 
 def status(mode: str, console: Console, text: str) -> AbstractContextManager:

@@ -51,16 +51,21 @@ def save(result: Result, folder: Path, command: list[str]) -> None:
         folder: where to.
         command: that repeats it.
     """
-    from lm_eval.utils import handle_non_serializable
-
     frames.save(folder, samples=result.samples, questions=result.questions)
     for name, found in result.lm_eval.items():
         content = {key: value for key, value in found.items() if key != "samples"}
-        text = json.dumps(content, indent=2, default=handle_non_serializable, ensure_ascii=False)
+        text = json.dumps(content, indent=2, default=_as_lm_eval, ensure_ascii=False)
         write_text(folder / "lm_eval" / f"results_{name}.json", text + "\n")
     run = {"command": shlex.join(command), **result.run}
     render(result, folder, run)
     write_json(folder / "run.json", run)
+
+
+def _as_lm_eval(value: Any) -> Any:
+    """What JSON cannot hold, as lm-eval writes it; functions by name, not by their address."""
+    from lm_eval.utils import handle_non_serializable
+
+    return getattr(value, "__qualname__", None) or handle_non_serializable(value)
 
 
 def render(result: Result, folder: Path, run: dict[str, Any]) -> None:
@@ -68,7 +73,9 @@ def render(result: Result, folder: Path, run: dict[str, Any]) -> None:
     tables.save(result.table, folder)
     drawn = figures.draw_all(result.samples, result.table, folder)
     pictures = [Picture(*_PICTURES[name], folder / f"{name}.svg") for name in drawn]
-    write_report(folder, result.samples, result.questions, result.table, pictures, run)
+    # the same run gives the same report, however long it took
+    lasting = {key: value for key, value in run.items() if key != "timings"}
+    write_report(folder, result.samples, result.questions, result.table, pictures, lasting)
 
 
 def load(folder: Path) -> Result:
@@ -90,8 +97,10 @@ def load(folder: Path) -> Result:
     return Result(summarise(found["samples"]), found["samples"], found["questions"], run, {})
 
 
-def set_aside(folder: Path) -> None:
-    """Renames the files of a run that cannot be read, so that it can be computed anew."""
+def set_aside(folder: Path) -> list[Path]:
+    """Renames the files of a run one of which cannot be read; returns where they are now."""
+    renamed = []
     for path in [folder / "run.json", *(folder / f"{name}.parquet" for name in frames.FRAMES)]:
         if path.exists():
-            path.replace(path.with_name(f"{path.name}.unreadable"))
+            renamed.append(path.replace(path.with_name(f"{path.name}.unreadable")))
+    return renamed

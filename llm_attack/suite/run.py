@@ -26,7 +26,7 @@ from llm_attack.suite import fingerprint, frames
 from llm_attack.suite.harness import task_manager
 from llm_attack.suite.judge import Judge
 from llm_attack.suite.plan import Plan
-from llm_attack.suite.progress import RunProgress, status
+from llm_attack.suite.progress import RunProgress, note, status
 from llm_attack.suite.statistics import summarise
 from llm_attack.suite.store import Key, Store
 
@@ -76,6 +76,17 @@ class Work(NamedTuple):
     batch: Batch
     numbers: Sequence[int]
 
+    def asked(self) -> list[list[list[int]]]:
+        """Numbers of the run's requests, per question and request of the model."""
+        return [
+            [[self.numbers[i] for i in indices] for indices in question.answers]
+            for question in self.batch.questions
+        ]
+
+    def __len__(self) -> int:
+        """How many of the run's requests are answered."""
+        return sum(len(indices) for q in self.batch.questions for indices in q.answers)
+
 
 class Prepared(NamedTuple):
     """What is known before anything is computed or written.
@@ -85,6 +96,7 @@ class Prepared(NamedTuple):
         lm: the model with the plan's conditions.
         judge: the tasks.
         requests: all of them.
+        work: the batches.
         mark: the fingerprint.
         timings: seconds, by what they were spent on.
     """
@@ -93,6 +105,7 @@ class Prepared(NamedTuple):
     lm: AttackedHFLM
     judge: Judge
     requests: list[Instance]
+    work: list[Work]
     mark: dict[str, Any]
     timings: dict[str, float]
 
@@ -114,9 +127,11 @@ def prepare(plan: Plan, progress: str, console: Console) -> Prepared:
     with status(progress, console, "building the requests"):
         judge = Judge(lm, manager, plan.tasks, **plan.evaluation)
         requests = judge.requests()
-        mark = fingerprint.of_run(plan, lm, requests)
+        work = list(_work(lm, requests))
+        batches = [(w.key, w.asked()) for w in work]
+        mark = fingerprint.of_run(plan, lm, requests, batches)
     clock.stop("requests")
-    return Prepared(plan, lm, judge, requests, mark, clock.timings)
+    return Prepared(plan, lm, judge, requests, work, mark, clock.timings)
 
 
 def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -> Result | None:
@@ -132,26 +147,25 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         UsageError: another process is writing there, or a task has no choices with gold labels.
         ProcessDied: another process of this run is gone; what is finished is kept.
     """
-    plan, lm, judge, requests, mark, _ = prepared
+    plan, lm, judge, requests, work, mark, _ = prepared
     clock = _Clock(prepared.timings)
     rank, world = Processes.of_environment()
-    with Store(folder, rank, world) as store, frozen(lm.model):
+    planned = [w.key for w in work]
+    with Store(folder, planned, rank, world) as store, frozen(lm.model):
         if rank == 0:
             fingerprint.keep(folder, mark)
         for path in store.check():
-            console.print(f"cannot be read, moved aside, computed again: {path}")
-        work = list(_work(lm, requests))
-        _answer(prepared, work, store, progress, console)
-        store.finish()
+            text = f"{path.with_suffix('.sqlite')}: cannot be read; moved aside, computed again"
+            note(progress, console, f"{text}: {path}")
+        _answer(prepared, store, progress, console)
         if rank != 0:
             return None
-        keys = {w.key for w in work}
         with status(progress, console, "waiting for the other processes"):
-            store.wait(lambda: keys <= store.keys())
+            store.wait()
         answers, alignments = _gather(lm, store, work, len(requests))
     clock.stop("answers")
     with status(progress, console, "judging"):
-        results = [judge.results(of_condition) for of_condition in answers]
+        results = [judge.results(found, i) for i, found in enumerate(answers)]
         questions = frames.questions_of(requests, results[0])
         attacks = lm.engine.attacks
         samples = frames.samples_of(questions, requests, attacks, results, answers, alignments)
@@ -164,8 +178,8 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         "attacks": {name: lm.attack_info(i) for i, name in enumerate(names)},
         "fingerprint": fingerprint.plain(mark),
         "versions": versions(),
-        "hardware": hardware() | {"device": str(lm.device), "processes": world},
-        "timings": clock.timings,
+        "hardware": hardware() | {"device": str(lm.device)},
+        "timings": {"processes": world, "seconds": clock.timings},
     }
     return Result(table, samples, questions, run, dict(zip(names, results, strict=True)))
 
@@ -210,7 +224,6 @@ def _work(lm: AttackedHFLM, requests: Sequence[Instance]) -> Iterator[Work]:
 
 def _answer(
     prepared: Prepared,
-    work: Sequence[Work],
     store: Store,
     progress: str,
     console: Console,
@@ -219,10 +232,11 @@ def _answer(
     lm = prepared.lm
     names = [attack.condition for attack in lm.engine.attacks]
     finished = store.keys()
-    share = work[store.rank :: store.world]
+    own = set(store.share(store.rank))
+    share = [w for w in prepared.work if w.key in own]
     todo = {id(w.batch): w for w in share if w.key not in finished}
-    total = sum(map(_requests_in, share))
-    done = total - sum(map(_requests_in, todo.values()))
+    total = sum(map(len, share))
+    done = total - sum(map(len, todo.values()))
     running = _RunningAccuracy(prepared.judge, prepared.requests)
     with RunProgress(progress, console, names, total, done) as bar:
         for batch, found in lm.engine.answers(w.batch for w in todo.values()):
@@ -230,11 +244,7 @@ def _answer(
             of_batch = todo[id(batch)]
             content = _content(of_batch, found)
             store.add(of_batch.key, content)
-            bar.add(_requests_in(of_batch), running.add(content["answers"]))
-
-
-def _requests_in(work: Work) -> int:
-    return sum(len(indices) for q in work.batch.questions for indices in q.answers)
+            bar.add(len(of_batch), running.add(content["answers"]))
 
 
 def _content(work: Work, found: Found) -> dict[str, Any]:

@@ -10,7 +10,9 @@ import json
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable, Iterable
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ LONGEST_START = 600.0
 
 
 class ProcessDied(Exception):
-    """Another process of this run is gone, and its share of the batches with it."""
+    """Another process of this run is gone before it finished its share of the batches."""
 
 
 class Store:
@@ -36,6 +38,7 @@ class Store:
 
     Args:
         folder: of the run; the store is a subfolder of it.
+        planned: all batches; every process takes each `world`-th.
         rank: of this process.
         world: number of processes.
 
@@ -43,9 +46,9 @@ class Store:
         UsageError: another run is writing there.
     """
 
-    def __init__(self, folder: Path, rank: int = 0, world: int = 1) -> None:
+    def __init__(self, folder: Path, planned: Sequence[Key], rank: int = 0, world: int = 1) -> None:
         self.folder = folder / STORE
-        self.rank, self.world = rank, world
+        self.planned, self.rank, self.world = planned, rank, world
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = self._lock_of(rank)
         try:
@@ -55,8 +58,6 @@ class Store:
                 f"output={folder}: another run is writing there; must be a folder of its own, or"
                 " wait until that run has ended"
             ) from None
-        self._finished = self.folder / f"finished-{rank}"
-        self._finished.unlink(missing_ok=True)
         self._seen: set[int] = set()  # processes that have been alive
         self._began = time.monotonic()
         self._part: sqlite3.Connection | None = None
@@ -69,51 +70,64 @@ class Store:
             self._part.close()
         self._lock.release()
 
+    def share(self, rank: int) -> Sequence[Key]:
+        """The batches that are up to a process."""
+        return self.planned[rank :: self.world]
+
     def add(self, key: Key, content: Any) -> None:
         """Keeps a finished batch; once this returns, it outlasts a kill or a loss of power."""
-        if self._part is None:
-            self._part = sqlite3.connect(self._path(self.rank))
-            self._part.execute("PRAGMA synchronous = FULL")
-            self._part.execute(
-                "CREATE TABLE IF NOT EXISTS batches"
-                " (task TEXT, number INTEGER, content TEXT, PRIMARY KEY (task, number))"
-            )
-        with self._part:
-            row = (*key, json.dumps(content, separators=(",", ":")))
-            self._part.execute("INSERT OR REPLACE INTO batches VALUES (?, ?, ?)", row)
+        path = self._path(self.rank)
+        text = json.dumps(content, separators=(",", ":"))
+        try:
+            if self._part is None:
+                self._part = sqlite3.connect(path)
+                self._part.execute("PRAGMA synchronous = FULL")
+                self._part.execute(
+                    "CREATE TABLE IF NOT EXISTS batches (task TEXT, number INTEGER, content TEXT,"
+                    " checksum INTEGER, PRIMARY KEY (task, number))"
+                )
+            with self._part:
+                row = (*key, text, zlib.crc32(text.encode()))
+                self._part.execute("INSERT OR REPLACE INTO batches VALUES (?, ?, ?, ?)", row)
+        except sqlite3.Error as error:
+            raise OSError(f"{path}: {error}") from error
 
     def keys(self) -> set[Key]:
         """Batches that are finished, by whichever process of whichever attempt."""
-        return {row[:2] for rows in self._read("SELECT task, number FROM batches") for row in rows}
+        return {row[:2] for row in self._rows("task, number")}
 
     def contents(self) -> dict[Key, Any]:
         """What was kept, in order of the keys."""
-        rows = self._read("SELECT task, number, content FROM batches")
-        found = {(task, n): content for part in rows for task, n, content in part}
+        found = {(task, n): content for task, n, content in self._rows("task, number, content")}
         return {key: json.loads(found[key]) for key in sorted(found)}
 
     def check(self) -> list[Path]:
-        """Moves parts that cannot be read aside, and returns where they are now."""
+        """Moves parts that cannot be read aside, and returns where they are now.
+
+        A process looks at its own; the first also at those that no process of this attempt writes.
+        """
         set_aside = []
-        for path in sorted(self.folder.glob("part-*.sqlite")):
+        for path in self._parts():
+            rank = int(path.stem.removeprefix("part-"))
+            if rank != self.rank and (self.rank != 0 or rank < self.world):
+                continue
             try:
-                with sqlite3.connect(path) as part:
+                with closing(sqlite3.connect(path)) as part:
                     (answer,) = part.execute("PRAGMA integrity_check").fetchone()
-                    part.execute("SELECT task, number, content FROM batches").fetchall()
-                if answer != "ok":
-                    raise sqlite3.DatabaseError(answer)
+                    rows = part.execute("SELECT content, checksum FROM batches").fetchall()
+                intact = all(zlib.crc32(content.encode()) == known for content, known in rows)
+                readable = answer == "ok" and intact
             except sqlite3.OperationalError as error:
                 if "no such table" not in str(error):
-                    raise
-            except sqlite3.DatabaseError:
+                    raise OSError(f"{path}: {error}") from error
+                readable = True
+            except (sqlite3.DatabaseError, AttributeError):
+                readable = False
+            if not readable:
                 aside = path.with_suffix(".corrupt")
                 path.replace(aside)
                 set_aside.append(aside)
         return set_aside
-
-    def finish(self) -> None:
-        """Says that this process has computed all of its share."""
-        self._finished.touch()
 
     def watch(self) -> None:
         """Raises ProcessDied when another process of this run has ended without finishing."""
@@ -124,35 +138,40 @@ class Store:
             except Timeout:
                 self._seen.add(rank)
                 continue
-            # looked for after the lock: a process says that it has finished before it lets go
-            ended = (self.folder / f"finished-{rank}").exists()
             lock.release()
             started = rank in self._seen or time.monotonic() - self._began > LONGEST_START
-            if started and not ended:
+            # looked for after the lock: a process keeps its last batch before it lets go
+            if started and not self.keys().issuperset(self.share(rank)):
                 raise ProcessDied(f"process {rank} of {self.world} died")
 
-    def wait(self, done: Callable[[], bool], pause: float = 0.2) -> None:
-        """Returns when `done()`; ProcessDied as of `watch`."""
-        while not done():
+    def wait(self, pause: float = 0.2) -> None:
+        """Returns when the batches of all processes are finished; ProcessDied as of `watch`."""
+        while missing := set(self.planned) - self.keys():
+            if not missing.isdisjoint(self.share(self.rank)):
+                raise ProcessDied("another process moved batches aside that could not be read")
             self.watch()
             time.sleep(pause)
 
     def _path(self, rank: int) -> Path:
         return self.folder / f"part-{rank}.sqlite"
 
+    def _parts(self) -> list[Path]:
+        return sorted(self.folder.glob("part-*.sqlite"))
+
     def _lock_of(self, rank: int) -> Any:
         return FileLock(self.folder / f"process-{rank}.lock")
 
-    def _read(self, query: str) -> Iterable[list[tuple]]:
-        for path in sorted(self.folder.glob("part-*.sqlite")):
-            part = sqlite3.connect(path)
+    def _rows(self, columns: str) -> Iterator[tuple]:
+        """Of all parts; of one that cannot be read, which its own process will find, none."""
+        for path in self._parts():
             try:
-                yield part.execute(query).fetchall()
+                with closing(sqlite3.connect(path)) as part:
+                    yield from part.execute(f"SELECT {columns} FROM batches").fetchall()
             except sqlite3.OperationalError as error:
                 if "no such table" not in str(error):
-                    raise
-            finally:
-                part.close()
+                    raise OSError(f"{path}: {error}") from error
+            except sqlite3.DatabaseError:
+                continue
 
 
 def discard(folder: Path) -> None:

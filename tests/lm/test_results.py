@@ -81,16 +81,3 @@ def test_masked_gradients_are_reported(make, build):
     lm.loglikelihood(build("demo_piqa", 4).instances, disable_tqdm=True)
     handle.remove()
     assert lm.attack_info()["zero_gradient_fraction"] == pytest.approx(0.5, abs=1e-3)
-
-
-def test_run(tmp_path):
-    tried = ["run", "--model", "demo", "--tasks", "demo_piqa,demo_arc_easy", "--limit", "12"]
-    done = CliRunner().invoke(main, [*tried, "--device", "cpu", "-o", str(tmp_path)])
-    assert done.exit_code == 0, done.output
-    table = (tmp_path / "table.csv").read_text().splitlines()
-    assert table[0] == "task,none,random@0.01,fgsm@0.01,bim@0.01,baseline"
-    assert [row.split(",")[0] for row in table[1:]] == ["demo_piqa", "demo_arc_easy", "mean"]
-    assert [float(row.split(",")[-1]) for row in table[1:]] == [0.5, 0.25, 0.375]
-    run = json.loads((tmp_path / "run.json").read_text())
-    assert list(run["attacks"]) == ["none", "random@0.01", "fgsm@0.01", "bim@0.01"]
-    assert "demo_arc_easy" in done.output and "baseline" in done.output

@@ -1,0 +1,116 @@
+"""The command line in processes of their own, forked off a server that has imported it.
+
+A test can so kill a run in the middle, and need not wait for imports at each try.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(
+    [
+        "llm_attack.suite.commands",
+        "matplotlib.backends.backend_svg",
+        "matplotlib.backends.backend_agg",
+    ]
+)
+
+# Keys of lm-eval's results that differ from one evaluation to the next.
+TIMES = ("date", "start_time", "end_time", "total_evaluation_time_seconds")
+
+
+class Command:
+    """`llm-attack` with these arguments, running in `folder`, with an environment of its own.
+
+    It writes a byte to `computed` before each batch that goes through the model.
+    """
+
+    def __init__(self, folder: Path, *arguments: object, limit: int | None = None, **environment):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        words = [str(argument) for argument in arguments]
+        self.process = _server.Process(target=_main, args=(words, folder, environment, limit))
+        self.process.start()
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def wait(self, timeout: float = 300) -> int:
+        """The exit code; -9: killed."""
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise AssertionError(f"still running after {timeout} s: {self.err}")
+        return self.process.exitcode
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+    @property
+    def out(self) -> str:
+        return (self.folder / "out").read_text()
+
+    @property
+    def err(self) -> str:
+        return (self.folder / "err").read_text()
+
+
+def _main(words: list[str], folder: Path, environment: dict[str, str], limit: int | None) -> None:
+    os.chdir(folder)
+    os.environ.update(environment)
+    for name, number in (("out", 1), ("err", 2)):
+        name += environment.get("RANK", "").replace("0", "")
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    if limit is not None:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    import torch
+
+    torch.set_num_threads(1)
+    count_batches(folder / "computed")
+    from llm_attack.cli import main
+
+    sys.argv = ["llm-attack", *words]
+    main(words)
+
+
+def count_batches(log: Path) -> None:
+    """From now on, in this process."""
+    from llm_attack.lm.engine import Engine
+
+    answer = Engine.answer
+
+    def counted(self, pack):
+        with log.open("ab", buffering=0) as file:
+            file.write(b".")
+        return answer(self, pack)
+
+    Engine.answer = counted
+
+
+def computed(folder: Path) -> int:
+    """Batches that all commands together have computed in `folder`."""
+    log = folder / "computed"
+    return log.stat().st_size if log.exists() else 0
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files of a run, without what says when it was and how long it took."""
+    found = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        content = path.read_bytes()
+        if path.suffix == ".json":
+            timeless = json.loads(content)
+            for key in ("timings", *TIMES):
+                timeless.pop(key, None)
+            content = json.dumps(timeless).encode()
+        found[str(path.relative_to(folder))] = content
+    return found

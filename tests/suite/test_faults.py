@@ -1,0 +1,323 @@
+"""Bad input and faults: a clear line each, the right exit code, nothing written or lost."""
+
+import json
+import shutil
+import sqlite3
+
+import pytest
+from click.testing import CliRunner
+from conftest import RUN
+from processes import Command, computed, contents
+
+from llm_attack import evaluate
+from llm_attack.cli import main
+from llm_attack.errors import UsageError
+from llm_attack.suite.plan import Plan
+from llm_attack.suite.progress import RunProgress
+from llm_attack.suite.store import STORE, ProcessDied, Store
+
+DEMO = ["run", "--model", "demo", "--tasks", "demo_piqa", "--limit", "4", "--device", "cpu"]
+
+
+def refused(*arguments):
+    """The one line that a command ends with."""
+    done = CliRunner().invoke(main, [*map(str, arguments)])
+    assert done.exit_code == 2, (done.output, done.exception)
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--tasks", "demo_pica"], ["tasks=demo_pica", "did you mean 'demo_piqa'?"]),
+        (["--attacks", "none,fgsn"], ["attack=fgsn", "none, random, fgsm", "'fgsm'?"]),
+        (["--attacks", "fgsm,fgsm"], ["the condition fgsm@0.01 must occur only once"]),
+        (["--attacks", ","], ["attacks=: must name at least one"]),
+        (["--epsilons", "abc"], ["epsilons=", "abc", "must be numbers"]),
+        (["--epsilons", "-0.1"], ["epsilon=-0.1", "0"]),
+        (["--epsilons", "nan"], ["epsilon=nan"]),
+        (["--steps", "many"], ["'--steps'", "'many'", "integer"]),
+        (["--steps", "0"], ["steps=0: must be an integer, 1 or more"]),
+        (["--limit", "0"], ["limit=0.0: must be a number greater than 0"]),
+        (["--limit", "2.5"], ["limit=2.5: must be a whole number"]),
+        (["--batch_size", "0"], ["batch_size='0': must be auto or an integer, 1 or more"]),
+        (["--loss", "choise"], ["loss=choise", "'choice'?"]),
+        (["--hookpoint", "model.layer.0"], ["hookpoint=model.layer.0", "model.layers.0"]),
+        (["--model_args", "attack=bim"], ["model_args=attack"]),
+        (["--model_args", "seed=1"], ["model_args=seed=...: must be given as seed of its own"]),
+        (["--model_args", "dtype"], ["model_args='dtype': must be key=value,..."]),
+        (["--model", "nowhere/no-model"], ["nowhere/no-model", "cannot be loaded"]),
+        (["--include_path", "nowhere"], ["include_path=nowhere: must be a folder"]),
+        (["--progress", "loud"], ["progress=loud", "bar, json, quiet"]),
+        (["--epsilon", "0.1"], ["--epsilon", "--epsilons"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) and value[0][0] == "-" else "",
+)
+def test_bad_input(tmp_path, arguments, says):
+    line = refused(*DEMO, "-o", tmp_path / "run", *arguments)
+    for part in says:
+        assert part in line
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_bad_calls():
+    with pytest.raises(UsageError, match=r"epsilon: must be one of .*; did you mean 'epsilons'\?"):
+        evaluate("demo", epsilon=0.1)
+    with pytest.raises(UsageError, match="steps=many"):
+        evaluate("demo", steps="many")
+    with pytest.raises(UsageError, match="limit=ten"):
+        evaluate("demo", limit="ten")
+
+
+def test_plan_reads_flags_lists_and_single_values():
+    flags = Plan(tasks="a, b", attacks="fgsm,none", epsilons="0.1,0.20", batch_size="8", limit=5.0)
+    lists = Plan(
+        tasks=["a", "b"], attacks=("fgsm", "none"), epsilons=[0.1, 0.2], batch_size=8, limit=5
+    )
+    assert flags == lists
+    assert flags.settings() == lists.settings()
+    names = [c.attack_in_units.condition for c in flags.conditions]
+    assert names == ["none", "fgsm@0.1", "fgsm@0.2"]
+    assert Plan(epsilons=0.1).epsilons == (0.1,)
+    assert Plan(model_args="dtype=float64,peft=x").model_args == {"dtype": "float64", "peft": "x"}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("atacks: [none]", ["config=", "atacks: must be one of", "did you mean 'attacks'?"]),
+        ("attacks: [none", ["config=", "cannot be read"]),
+        ("- none", ["config=", "must be a mapping"]),
+        ("epsilons: abc", ["epsilons=", "abc", "must be numbers"]),
+        ("epsilons: {a: 1}", ["epsilons=", "must be numbers"]),
+        ("steps: many", ["'--steps'", "many", "integer"]),
+        ("steps: [1, 2]", ["config=", "steps: [1, 2]: must be a single value"]),
+        ("limit: none", ["'--limit'", "none", "float"]),
+        ("fewshot_as_multiturn: perhaps", ["perhaps", "boolean"]),
+    ],
+)
+def test_bad_config(tmp_path, text, says):
+    path = tmp_path / "suite.yaml"
+    path.write_text(text)
+    line = refused("run", "--config", path)
+    for part in says:
+        assert part in line
+
+
+def test_missing_config(tmp_path):
+    assert "suite.yaml: cannot be read" in refused("run", "--config", tmp_path / "suite.yaml")
+
+
+def test_output_is_a_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("mine")
+    for output in (path, path / "below"):
+        line = refused(*DEMO, "-o", output)
+        assert f"output={output}: cannot be written" in line
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize("content", ['{"mine": 1}', '{"model": "de', "[]", '{"fingerprint": 3}'])
+@pytest.mark.parametrize("name", ["run.json", f"{STORE}/fingerprint.json"])
+def test_foreign_folder(tmp_path, content, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(content)
+    line = refused(*DEMO, "-o", tmp_path)
+    assert f"output={tmp_path}: {name} there is not of a run of this version" in line
+    assert path.read_text() == content
+
+
+def test_another_run(tmp_path, whole):
+    """Finished, and then unfinished."""
+    command = Command(tmp_path, *RUN)
+    assert command.wait() == 0
+    before = contents(tmp_path / "run")
+    other = Command(tmp_path, *RUN, "--epsilons", "0.02", "--tasks", "demo_piqa")
+    assert other.wait() == 2
+    (line,) = other.err.splitlines()
+    assert "run: holds a run with other settings (epsilons: [0.01] there, [0.02] here; " in line
+    assert 'tasks.demo_winogrande: "' in line and '" there, null here' in line
+    assert contents(tmp_path / "run") == before
+
+    folder = tmp_path / "stopped"
+    command = Command(folder, *RUN)
+    while not computed(folder):
+        pass
+    command.kill()
+    other = Command(folder, *RUN, "--seed", "1")
+    assert other.wait() == 2
+    assert "(seed: 0 there, 1 here)" in other.err
+    again = Command(folder, *RUN)
+    assert again.wait() == 0
+    assert contents(folder / "run") == whole[0]
+
+
+def test_two_runs_at_once(tmp_path, whole):
+    first = Command(tmp_path, *RUN)
+    while not computed(tmp_path):
+        pass
+    second = Command(tmp_path / "elsewhere", *RUN[:-1], tmp_path / "run")
+    assert second.wait() == 2
+    assert "another run is writing there" in second.err
+    assert first.wait() == 0
+    assert computed(tmp_path) == whole[1]
+    assert contents(tmp_path / "run") == whole[0]
+
+
+def damage(path, share=0.5):
+    """One bit."""
+    content = bytearray(path.read_bytes())
+    content[int(share * len(content))] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["bit", "truncated", "foreign", "removed"])
+def test_damaged_samples(tmp_path, whole, how):
+    folder = tmp_path / "run"
+    command = Command(tmp_path, *RUN)
+    assert command.wait() == 0
+    path = folder / "samples.parquet"
+    if how == "bit":
+        damage(path, 0.2)
+    elif how == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif how == "foreign":
+        path.write_text("a,b\n1,2\n")
+    else:
+        path.unlink()
+    again = Command(tmp_path, *RUN)
+    assert again.wait() == 0, again.err
+    note = json.loads(again.err.splitlines()[0])["text"]
+    assert "samples.parquet" in note and "moved aside, computed again" in note
+    assert computed(tmp_path) == 2 * whole[1]
+    found = contents(folder)
+    aside = {name for name in found if name.endswith(".unreadable")}
+    expected = {"run.json", "questions.parquet", *(["samples.parquet"] if how != "removed" else [])}
+    assert aside == {f"{name}.unreadable" for name in expected}
+    assert {name: found[name] for name in found if name not in aside} == whole[0]
+
+
+@pytest.mark.parametrize("how", ["digit", "page", "foreign", "empty"])
+def test_damaged_store(tmp_path, whole, how):
+    command = Command(tmp_path, *RUN)
+    while computed(tmp_path) < 6:
+        pass
+    command.kill()
+    path = tmp_path / "run" / STORE / "part-0.sqlite"
+    if how == "digit":
+        part = sqlite3.connect(path)
+        with part:
+            part.execute("UPDATE batches SET content = replace(content, '1', '2')")
+        part.close()
+    elif how == "page":
+        content = bytearray(path.read_bytes())
+        content[4096:4200] = bytes(104)
+        path.write_bytes(content)
+    else:
+        path.write_bytes(b"not a database" * 500 if how == "foreign" else b"")
+    again = Command(tmp_path, *RUN)
+    assert again.wait() == 0, again.err
+    if how != "empty":
+        note = json.loads(again.err.splitlines()[0])["text"]
+        assert "part-0.sqlite: cannot be read; moved aside, computed again: " in note
+        assert note.endswith("part-0.corrupt")
+    assert contents(tmp_path / "run") == whole[0]
+
+
+@pytest.mark.parametrize("size", [12_000, 30_000])
+def test_disk_full(tmp_path, whole, size):
+    """No file may grow beyond a size: the batches' first, then the figures'."""
+    command = Command(tmp_path, *RUN, limit=size)
+    assert command.wait() == 1
+    *_, line = command.err.splitlines()
+    assert line.startswith("error: ") and "; what is finished is kept; to go on: " in line
+    assert "Traceback" not in command.err
+    assert not (tmp_path / "run" / "run.json").exists()
+    before = computed(tmp_path)
+    again = Command(tmp_path, *RUN)
+    assert again.wait() == 0, again.err
+    assert computed(tmp_path) <= whole[1] + 1 and before > 0
+    assert contents(tmp_path / "run") == whole[0]
+
+
+def test_modes_of_progress(tmp_path, whole, monkeypatch):
+    command = Command(tmp_path, *RUN)
+    assert command.wait() == 0
+    line = json.loads(command.err.splitlines()[-1])
+    assert line["requests"] == line["total"] == 2 * 6 * 2
+    assert line["seconds_left"] == 0
+    results = {path: json.loads(path.read_text()) for path in (tmp_path / "run").rglob("results_*")}
+    for path, of_condition in results.items():
+        name = path.stem.removeprefix("results_")
+        accuracies = [found["acc,none"] for found in of_condition["results"].values()]
+        assert line["accuracy"][name] == pytest.approx(sum(accuracies) / 2, abs=1e-4)
+    quiet = Command(tmp_path, *RUN, "--progress", "quiet")
+    assert quiet.wait() == 0
+    assert quiet.err == ""
+    assert "written" in command.out and "written" not in quiet.out and "demo_piqa" in quiet.out
+
+
+def test_bar_fits_eighty_columns():
+    """The accuracy of every condition can be read, however many there are."""
+    import io
+
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
+    names = ["none", *(f"{a}@{e}" for a in ("random", "fgsm", "bim") for e in (0.002, 0.01, 0.02))]
+    with RunProgress("bar", console, names, total=62566, done=500) as progress:
+        progress.add(4, [[1.0] + [0.0] * 9, [1.0] * 10])
+    shown = console.file.getvalue()
+    for name in names:
+        assert f"{name} {1.0 if name == 'none' else 0.5:.3f}" in shown
+    assert all(len(line) <= 80 for line in shown.split("\x1b[2K")[-1].splitlines()[:-1])
+
+
+def test_json_lines_estimate_the_time_left(monkeypatch):
+    import io
+
+    from rich.console import Console
+
+    now = iter([100.0, 120.0, 120.0, 125.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(now))
+    console = Console(file=io.StringIO())
+    progress = RunProgress("json", console, ["none", "fgsm@0.1"], total=100, done=40)
+    progress.add(20, [[1.0, 0.0], [0.0, 0.0]])
+    (line,) = console.file.getvalue().splitlines()
+    assert json.loads(line) == {
+        "event": "progress",
+        "requests": 60,
+        "total": 100,
+        "seconds": 20.0,
+        "seconds_left": 40.0,
+        "accuracy": {"none": 0.5, "fgsm@0.1": 0.0},
+    }
+
+
+def test_store_watches(tmp_path):
+    """A process that goes before its share is done, and one that goes after."""
+    planned = [("a", 0), ("a", 1), ("b", 0)]
+    first = Store(tmp_path, planned, 0, 2)
+    with Store(tmp_path, planned, 1, 2) as second:
+        first.watch()
+    with pytest.raises(ProcessDied, match="process 1 of 2 died"):
+        first.watch()
+    with Store(tmp_path, planned, 1, 2) as second:
+        assert second.share(1) == [("a", 1)]
+        second.add(("a", 1), {"x": 1.5})
+    first.watch()
+    assert first.keys() == {("a", 1)}
+    for key in first.share(0):
+        first.add(key, [key])
+    first.wait()
+    assert list(first.contents()) == planned
+    assert first.contents()["a", 1] == {"x": 1.5}
+    with pytest.raises(UsageError, match="another run is writing there"):
+        Store(tmp_path, planned, 0, 1)
+    (tmp_path / STORE / "part-0.sqlite").unlink()
+    with pytest.raises(ProcessDied, match="moved batches aside"):
+        first.wait()
+    shutil.rmtree(tmp_path / STORE)

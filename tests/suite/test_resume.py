@@ -1,0 +1,211 @@
+"""Runs that are killed, stopped and started again, in one process and in several."""
+
+import json
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import RUN
+from processes import Command, computed, contents
+
+from llm_attack.suite.store import STORE
+
+OUTPUTS = {
+    *(f"{name}.{kind}" for name in ("figure", "margin", "cosine") for kind in ("png", "svg")),
+    *(f"lm_eval/results_{name}.json" for name in ("none", "random@0.01", "fgsm@0.01", "bim@0.01")),
+    *("samples.parquet", "questions.parquet", "table.csv", "table.md", "report.html", "run.json"),
+}
+
+
+def until(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
+def processes(folder, n, *arguments, **environment):
+    """A run in n processes, as launchers start them."""
+    ranks = [{"RANK": str(rank), "WORLD_SIZE": str(n)} for rank in range(n)]
+    return [Command(folder, *arguments, **rank, **environment) for rank in ranks]
+
+
+def killed_and_resumed(folder, moment):
+    """What a run leaves that is killed `moment` seconds after its start, and started again."""
+    command = Command(folder, *RUN)
+    command.process.join(moment)
+    command.kill()
+    again = Command(folder, *RUN)
+    assert again.wait() == 0, again.err
+    return contents(folder / "run")
+
+
+def test_all_outputs(whole):
+    files, batches = whole
+    assert set(files) == OUTPUTS
+    assert batches >= 12
+
+
+def test_killed(tmp_path, whole):
+    """After some batches: at the next one, whichever it is."""
+    files, batches = whole
+    for kept in (1, batches // 2, batches - 1):
+        folder = tmp_path / str(kept)
+        command = Command(folder, *RUN)
+        until(lambda folder=folder, kept=kept: computed(folder) > kept)
+        command.kill()
+        again = Command(folder, *RUN)
+        assert again.wait() == 0, again.err
+        assert computed(folder) <= batches + 1
+        assert contents(folder / "run") == files
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(tmp_path, whole):
+    files, batches = whole
+    folder = tmp_path / "timed"
+    start = time.monotonic()
+    assert Command(folder, *RUN).wait() == 0
+    seconds = time.monotonic() - start
+    draw = random.Random(0)
+    for i in range(20):
+        moment = draw.uniform(0, seconds)
+        folder = tmp_path / str(i)
+        assert killed_and_resumed(folder, moment) == files, moment
+        assert computed(folder) <= batches + 1, moment
+
+
+@pytest.mark.slow
+def test_python_m_is_killed(tmp_path, whole):
+    files, _ = whole
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "llm_attack", *RUN]
+    for kept in (2, 7):
+        folder = tmp_path / str(kept)
+        folder.mkdir()
+        run = subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.DEVNULL)
+        until(lambda folder=folder, kept=kept: _rows(folder / "run") >= kept)
+        os.kill(run.pid, signal.SIGKILL)
+        run.wait()
+        assert subprocess.run(command, cwd=folder, env=environment, check=False).returncode == 0
+        assert contents(folder / "run") == files
+
+
+def _rows(folder):
+    import sqlite3
+
+    path = folder / STORE / "part-0.sqlite"
+    if not path.exists():
+        return 0
+    try:
+        return sqlite3.connect(path).execute("SELECT count(*) FROM batches").fetchone()[0]
+    except sqlite3.OperationalError:
+        return 0
+
+
+def test_finished_run_is_read(tmp_path, whole):
+    command = Command(tmp_path, *RUN)
+    assert command.wait() == 0
+    before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in (tmp_path / "run").rglob("*")}
+    n, table = computed(tmp_path), command.out
+    (tmp_path / "run" / STORE).mkdir()  # as if killed before the batches were deleted
+    again = Command(tmp_path, *RUN)
+    assert again.wait() == 0
+    assert again.out == table
+    assert computed(tmp_path) == n
+    assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in (tmp_path / "run").rglob("*")} == {
+        **before
+    }
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
+)
+def test_stopped(tmp_path, whole, number, code):
+    """It says how to go on, and a shell that is told so goes on."""
+    files, batches = whole
+    command = Command(tmp_path, *RUN)
+    until(lambda: computed(tmp_path) > 3)
+    os.kill(command.pid, number)
+    assert command.wait() == code
+    *lines, last = command.err.splitlines()
+    assert all(json.loads(line)["event"] == "progress" for line in lines)
+    before, again = last.split("to go on: ")
+    assert before == "stopped; what is finished is kept; "
+    assert _in_a_shell(tmp_path, again) == 0
+    assert computed(tmp_path) <= batches + 1
+    assert contents(tmp_path / "run") == files
+
+
+def _in_a_shell(folder, line):
+    """The command itself; its first word is taken as the shell takes it, by our process."""
+    name, *arguments = shlex.split(line)
+    assert name == "llm-attack"
+    return Command(folder, *arguments).wait()
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_several_processes(tmp_path, whole, world):
+    files, batches = whole
+    runs = processes(tmp_path, world, *RUN)
+    assert [run.wait() for run in runs] == [0] * world, runs[0].err
+    assert computed(tmp_path) == batches
+    assert contents(tmp_path / "run") == files
+    assert "demo_piqa" in runs[0].out
+    assert (tmp_path / "out1").read_text() == (tmp_path / "err1").read_text() == ""
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_of_two_dies(tmp_path, whole, victim):
+    """The other stops and says why; one process alone then finishes."""
+    files, batches = whole
+    runs = processes(tmp_path, 2, *RUN)
+    locks = [tmp_path / "run" / STORE / f"part-{rank}.sqlite" for rank in range(2)]
+    until(lambda: all(lock.exists() for lock in locks))
+    runs[victim].kill()
+    other = runs[1 - victim]
+    assert other.wait(60) == 1
+    err = (tmp_path / ("err" if victim else "err1")).read_text().splitlines()
+    assert f"error: process {victim} of 2 died; what is finished is kept; to go on: " in err[-1]
+    assert not any("Traceback" in line for line in err)
+    alone = Command(tmp_path, *RUN)
+    assert alone.wait() == 0, alone.err
+    assert computed(tmp_path) <= batches + 2
+    assert contents(tmp_path / "run") == files
+
+
+def test_started_with_one_resumed_with_two(tmp_path, whole):
+    files, batches = whole
+    alone = Command(tmp_path, *RUN)
+    until(lambda: computed(tmp_path) > 4)
+    alone.kill()
+    runs = processes(tmp_path, 2, *RUN)
+    assert [run.wait() for run in runs] == [0, 0], runs[0].err
+    assert computed(tmp_path) <= batches + 1
+    assert contents(tmp_path / "run") == files
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
+def test_launchers(tmp_path, whole, launcher):
+    files, _ = whole
+    options = {
+        "accelerate": ["accelerate.commands.launch", "--cpu", "--num_processes", "2"],
+        "torchrun": ["torch.distributed.run", "--nproc_per_node", "2"],
+    }[launcher]
+    port = ["--main_process_port" if launcher == "accelerate" else "--master_port", "29517"]
+    done = subprocess.run(
+        [sys.executable, "-m", *options, *port, "-m", "llm_attack", *RUN],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "run") == files
