@@ -93,9 +93,10 @@ def _finished(folder: Path, rank: int, shown: str, console: Console) -> Result |
 
 
 def _writable(folder: Path) -> None:
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        # nothing is made before all arguments are known to be good
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
         raise UsageError(

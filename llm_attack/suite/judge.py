@@ -111,12 +111,19 @@ class Judge:
 
 @contextmanager
 def _no_inventory() -> Iterator[None]:
-    """Saves the seconds in which lm-eval asks pip and the system what there is: see run.json."""
-    add, evaluator.add_env_info = evaluator.add_env_info, lambda results: None
+    """Saves the seconds in which lm-eval asks pip and the system what there is: see run.json.
+
+    And git, which complains on the terminal where there is no repository.
+    """
+    names = ("add_env_info", "get_git_commit_hash")
+    before = {name: getattr(evaluator, name) for name in names if hasattr(evaluator, name)}
+    for name in before:
+        setattr(evaluator, name, lambda *args: None)
     try:
         yield
     finally:
-        evaluator.add_env_info = add
+        for name, function in before.items():
+            setattr(evaluator, name, function)
 
 
 class _LoadedOnce:

@@ -65,7 +65,8 @@ class Plan:
             object.__setattr__(self, name, _listed(name, getattr(self, name), kind))
         for name in ("batch_size", "limit", "model_args"):
             object.__setattr__(self, name, getattr(self, f"_{name}")())
-        taken = set(self.model_args) & {f.name for f in fields(self)}
+        own = {f.name for kind in (Plan, AttackSettings) for f in fields(kind)}
+        taken = set(self.model_args) & own
         if taken:
             name = sorted(taken)[0]
             raise UsageError(f"model_args={name}=...: must be given as {name} of its own")

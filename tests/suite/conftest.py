@@ -5,11 +5,7 @@ from pathlib import Path
 
 import pytest
 from invented import build
-from processes import Command, computed, contents
-
-# Many small batches.
-RUN = "run --model demo --tasks demo_piqa,demo_winogrande --limit 6 --steps 2 --device cpu"
-RUN = [*RUN.split(), "--batch_size", "2", "--progress", "json", "-o", "run"]
+from processes import RUN, Command, computed, contents
 
 
 @pytest.fixture

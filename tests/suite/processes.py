@@ -20,6 +20,10 @@ _server.set_forkserver_preload(
     ]
 )
 
+# A run of many small batches.
+RUN = "run --model demo --tasks demo_piqa,demo_winogrande --limit 6 --steps 2 --device cpu"
+RUN = [*RUN.split(), "--batch_size", "2", "--progress", "json", "-o", "run"]
+
 # Keys of lm-eval's results that differ from one evaluation to the next.
 TIMES = ("date", "start_time", "end_time", "total_evaluation_time_seconds")
 

@@ -7,10 +7,9 @@ import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import RUN
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.utils import make_table
-from processes import Command, contents
+from processes import RUN, Command, contents
 
 from llm_attack import evaluate
 from llm_attack.attacks import Attack
