@@ -1,0 +1,157 @@
+"""What the experiments of `llm-attack reproduce` share: options from settings, presets, records.
+
+An experiment is a frozen dataclass of settings, its presets, and a function that runs it and writes
+into a folder. `figure_command` makes a command of these. Nothing heavy is imported until it runs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from llm_attack.errors import UsageError, invalid
+from llm_attack.outputs import hardware, versions, write_json
+
+PRESETS = ("quick", "paper")
+
+
+class Integers(click.ParamType):
+    """Integers separated by commas, as a tuple."""
+
+    name = "integer,..."
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(int(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r}: must be integers separated by commas", param, ctx)
+
+
+def setting(default: Any, text: str, least: float | None = None, type: Any = None) -> Any:
+    """A field of an experiment's settings, which becomes the option of the same name.
+
+    Args:
+        default: its value.
+        text: what it means, for --help.
+        least: the lowest value allowed.
+        type: of the option, for click; that of the default unless given.
+    """
+    return field(default=default, metadata={"text": text, "least": least, "type": type})
+
+
+def check_settings(settings: Any) -> None:
+    """Raises `UsageError` where a value is below the `least` of its field; for __post_init__."""
+    for entry in fields(settings):
+        least, value = entry.metadata["least"], getattr(settings, entry.name)
+        values = value if isinstance(value, tuple) else (value,)
+        # not (v >= least): true for NaN
+        if least is not None and not (values and all(v >= least for v in values)):
+            raise invalid(entry.name, value, f"{least:g} or more")
+
+
+def figure_command(
+    name: str, presets: dict[str, Any], run: Callable[[Any, Path], dict[str, Any]]
+) -> click.Command:
+    """The command that runs an experiment with a preset and writes its record.
+
+    Args:
+        name: of the command; the results go to results/`name` unless --output says otherwise.
+        presets: settings (a dataclass of `setting` fields, `seed` and `device` among them) by
+            their names, those of `PRESETS`.
+        run: takes settings and an existing folder; writes figure and CSV there; returns the
+            headline results and, as `seconds`, a dictionary of timings. Its docstring is the help.
+    """
+
+    def callback(preset: str, output: Path, **given: Any) -> None:
+        overrides = {key: value for key, value in given.items() if value is not None}
+        settings = replace(presets[preset], **overrides)
+        settings = replace(settings, device=pick_device(settings.device))
+        make_folder(output)
+        start = time.perf_counter()
+        results = run(settings, output)
+        seconds = results.pop("seconds") | {"all": time.perf_counter() - start}
+        words = ["llm-attack reproduce", name, "--preset", preset]
+        for key, value in overrides.items():
+            shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            words += [f"--{key.replace('_', '-')}", shown]
+        if output != default_output:
+            words += ["-o", str(output)]
+        record = {
+            "command": " ".join(words),
+            "settings": asdict(settings),
+            "results": results,
+            "seconds": {key: round(value, 2) for key, value in seconds.items()},
+            "versions": versions(),
+            "hardware": hardware(),
+        }
+        write_json(output / "run.json", record)
+        click.echo(f"written: {output}, in {seconds['all']:.1f} s")
+
+    default_output = Path("results", name)
+    first = presets["quick"]
+    options: list[click.Parameter] = [
+        preset_option(),
+        click.Option(
+            ["-o", "--output"],
+            type=click.Path(path_type=Path),
+            default=default_output,
+            show_default=True,
+            help="Folder for figure.png, figure.svg, the CSV files and run.json.",
+        ),
+    ]
+    for entry in fields(first):
+        kind = entry.metadata["type"] or type(entry.default)
+        option = f"--{entry.name.replace('_', '-')}"
+        options.append(click.Option([option], type=kind, help=entry.metadata["text"]))
+    return click.Command(
+        name,
+        callback=callback,
+        params=options,
+        help=run.__doc__,
+        # --batch_size is as good as --batch-size
+        context_settings={"token_normalize_func": lambda token: token.replace("_", "-")},
+    )
+
+
+def preset_option() -> click.Option:
+    """The option --preset, for one experiment or for all."""
+    text = "quick: small enough for a laptop; paper: the paper's sizes. Options override."
+    return click.Option(
+        ["--preset"], type=click.Choice(PRESETS), default="quick", show_default=True, help=text
+    )
+
+
+def make_folder(folder: Path) -> None:
+    """Makes the folder for the results before anything is computed.
+
+    Raises:
+        UsageError: it is a file, or cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"output={folder}: must be a folder that can be written") from error
+
+
+def pick_device(name: str | None) -> str:
+    """The device to compute on: `name`, or else cuda where there is one, or else cpu.
+
+    Raises:
+        UsageError: torch does not know the device or cannot use it here.
+    """
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, dtype=torch.float64, device=name)
+    except (RuntimeError, AssertionError, TypeError):
+        raise invalid("device", name, "cpu, cuda, or another that torch finds here") from None
+    return name
