@@ -6,6 +6,7 @@ into a folder. `figure_command` makes a command of these. Nothing heavy is impor
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, field, fields, replace
@@ -65,7 +66,7 @@ def figure_command(
         name: of the command; the results go to results/`name` unless --output says otherwise.
         presets: settings (a dataclass of `setting` fields, `seed` and `device` among them) by
             their names, those of `PRESETS`.
-        run: takes settings and an existing folder; writes figure and CSV there; returns the
+        run: takes settings and a folder; writes figure and CSV there; returns the
             headline results and, as `seconds`, a dictionary of timings. Its docstring is the help.
     """
 
@@ -73,14 +74,13 @@ def figure_command(
         overrides = {key: value for key, value in given.items() if value is not None}
         settings = replace(presets[preset], **overrides)
         settings = replace(settings, device=pick_device(settings.device))
-        make_folder(output)
+        check_folder(output)
         start = time.perf_counter()
         results = run(settings, output)
         seconds = results.pop("seconds") | {"all": time.perf_counter() - start}
         words = ["llm-attack reproduce", name, "--preset", preset]
         for key, value in overrides.items():
-            shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            words += [f"--{key.replace('_', '-')}", shown]
+            words += [_option(key), _shown(value)]
         if output != default_output:
             words += ["-o", str(output)]
         record = {
@@ -95,7 +95,6 @@ def figure_command(
         click.echo(f"written: {output}, in {seconds['all']:.1f} s")
 
     default_output = Path("results", name)
-    first = presets["quick"]
     options: list[click.Parameter] = [
         preset_option(),
         click.Option(
@@ -106,10 +105,14 @@ def figure_command(
             help="Folder for figure.png, figure.svg, the CSV files and run.json.",
         ),
     ]
-    for entry in fields(first):
+    for entry in fields(presets["quick"]):
         kind = entry.metadata["type"] or type(entry.default)
-        option = f"--{entry.name.replace('_', '-')}"
-        options.append(click.Option([option], type=kind, help=entry.metadata["text"]))
+        shown = {preset: _shown(getattr(presets[preset], entry.name)) for preset in PRESETS}
+        values = ", ".join(f"{preset}: {value}" for preset, value in shown.items())
+        if len(set(shown.values())) == 1:
+            values = f"default: {shown['quick']}"
+        text = entry.metadata["text"] + (f"  [{values}]" if shown["quick"] else "")
+        options.append(click.Option([_option(entry.name)], type=kind, help=text))
     return click.Command(
         name,
         callback=callback,
@@ -117,6 +120,18 @@ def figure_command(
         help=run.__doc__,
         # --batch_size is as good as --batch-size
         context_settings={"token_normalize_func": lambda token: token.replace("_", "-")},
+    )
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _shown(value: Any) -> str:
+    """A value as it is typed; nothing for None."""
+    values = value if isinstance(value, tuple) else (value,)
+    return ",".join(
+        "" if v is None else f"{v:g}" if isinstance(v, float) else str(v) for v in values
     )
 
 
@@ -128,16 +143,15 @@ def preset_option() -> click.Option:
     )
 
 
-def make_folder(folder: Path) -> None:
-    """Makes the folder for the results before anything is computed.
+def check_folder(folder: Path) -> None:
+    """Refuses a folder for results before anything is computed; makes nothing.
 
     Raises:
-        UsageError: it is a file, or cannot be made.
+        UsageError: it is a file, or cannot be written, or cannot be made.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"output={folder}: must be a folder that can be written") from error
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise UsageError(f"output={folder}: must be a folder that can be written or made")
 
 
 def pick_device(name: str | None) -> str:

@@ -134,7 +134,7 @@ def _boundary(
         if not len(active):
             break
         start = x[active]
-        gaps, slopes = _slopes(scores, _boxed(start + r[active], bounds), candidates[active])
+        gaps, slopes = _slopes(scores, start + r[active], candidates[active])
         norms = slopes.flatten(2).norm(dim=2)
         distance = torch.where(norms > 0, gaps.abs() / norms, torch.inf)
         nearest = distance.argmin(1, keepdim=True)
@@ -146,6 +146,8 @@ def _boundary(
         length = distance.gather(1, nearest).clamp(min=_LEAST) / norms.gather(1, nearest)
         length = torch.where(flat, 0, length).reshape(-1, *[1] * (x.dim() - 1))
         r[active] += length * slope
+        if bounds is not None:
+            r[active] = _boxed(start + r[active], bounds) - start
         tested = _boxed(start + (1 + overshoot) * r[active], bounds)
         reached[active] = _predict(scores, tested)
         active = active[(reached[active] == left[active]) & ~flat[:, 0]]
@@ -174,23 +176,39 @@ def _sparsest(x: Tensor, normal: Tensor, gap: Tensor, bounds: tuple[float, float
     needed. That is the published loop over coordinates in closed form: what one of them can
     contribute does not depend on the others, so a running sum tells where the loop would stop.
     """
-    w = normal.flatten(1)
-    norm = w.norm(dim=1, keepdim=True)
-    w = w / norm
-    gap = gap[:, None] / norm
-    flat = x.flatten(1)
+    norm = normal.flatten(1).norm(dim=1, keepdim=True)
+    w, gap, flat = normal.flatten(1) / norm, gap[:, None] / norm, x.flatten(1)
     steep, order = w.abs().sort(dim=1, descending=True)
     room = torch.full_like(flat, torch.inf)
     if bounds is not None:
-        room = torch.where(w > 0, bounds[1] - flat, flat - bounds[0])
-    room = room.gather(1, order)
+        room = torch.where(w > 0, bounds[1] - flat, flat - bounds[0]).gather(1, order)
     gained = torch.where(steep > 0, steep * room, 0).cumsum(1)
     before = torch.cat((torch.zeros_like(gap), gained[:, :-1]), dim=1)
     step = ((gap - before + _BEYOND) / steep).clamp(min=_LEAST).minimum(room)
     step = torch.where((before < gap) & (steep > 0), step, 0)
+    behind = gap[:, 0] < 0
+    if bounds is not None and behind.any():
+        step[behind] = _away(-gap[behind], steep[behind], room[behind])
     step = torch.zeros_like(flat).scatter(1, order, step)
     moved = torch.where(step > 0, flat + w.sign() * step, flat)
     return _boxed(moved.reshape(x.shape), bounds)
+
+
+def _away(gap: Tensor, steep: Tensor, room: Tensor) -> Tensor:
+    """The published loop where the hyperplane lies the other way, by `gap` (n, 1), as (n, D) steps.
+
+    Each step takes it further away, so that every coordinate moves: the first few as far as the
+    hyperplane was away, and from where that is outside of the box, all to the edge.
+    """
+    step = torch.where(steep > 0, room, 0)
+    ahead = (steep * room).flip(1).cummax(1).values.flip(1)  # the most that is still to be gained
+    for k in range(steep.shape[1]):
+        if (gap[:, 0] + _BEYOND >= ahead[:, k]).all():
+            break
+        least = ((gap + _BEYOND) / steep[:, k : k + 1]).clamp(min=_LEAST)
+        step[:, k : k + 1] = step[:, k : k + 1].minimum(least)
+        gap = gap + steep[:, k : k + 1] * step[:, k : k + 1]
+    return step
 
 
 def _to_fool(scores: Scores, x: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:

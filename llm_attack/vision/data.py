@@ -183,12 +183,11 @@ def _open(name: str, train_split: str, test_split: str) -> list[Any]:
             parts = whole[base]
             if split != base:
                 parts = datasets.load_dataset(path, split=split, **options)
-        except ValueError as error:
-            raise invalid(
-                argument, split, "a split as `datasets` writes it: train[:90%]"
-            ) from error
+        except ValueError:
+            parts = ()
         if not len(parts):
-            raise invalid(argument, split, "a split with images")
+            wanted = "a split with images, as `datasets` writes it: train[:90%]"
+            raise invalid(argument, split, wanted)
         splits.append(parts)
     return splits
 
@@ -225,6 +224,8 @@ def _labels(tables: list[Any], column: str) -> tuple[tuple[str, ...], list[Tenso
             raise invalid("label-column", column, "one of class labels, integers or texts")
         values = sorted(set(columns[0]))
         names = [str(value) for value in values]
+    if len(names) < 2:
+        raise UsageError(f"label-column={column}: must have two classes or more")
     number = {value: i for i, value in enumerate(values)}
     for labels in columns:
         for row, value in enumerate(labels):
@@ -242,7 +243,14 @@ def _decoded(tables: list[Any], column: str) -> list[Tensor]:
 
     reader = datasets.Image()
     encoded = [t.cast_column(column, datasets.Image(decode=False))[column][:] for t in tables]
-    first = reader.decode_example(encoded[0][0])
+
+    def read(row: dict[str, Any]) -> Any:
+        try:
+            return reader.decode_example(row)
+        except OSError as error:
+            raise UsageError(f"image-column={column}: an image cannot be read: {error}") from error
+
+    first = read(encoded[0][0])
     mode = _MODES.get(first.mode, "RGB")
     fits = first.width == first.height and first.width in _SIZES
     size = first.width if fits else _RESIZED
@@ -252,7 +260,7 @@ def _decoded(tables: list[Any], column: str) -> list[Tensor]:
         nonlocal resized
         from PIL import ImageOps
 
-        image = reader.decode_example(row)
+        image = read(row)
         short, long = sorted(image.size)
         if short < _SIZES[0] or long > 2 * short:
             shape = f"{image.width} x {image.height}"

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from llm_attack.attacks import keys_for
 from llm_attack.errors import UsageError, invalid
+from llm_attack.outputs import write_text
 from llm_attack.vision import data, figures
 from llm_attack.vision.data import Dataset
 from llm_attack.vision.measure import KNOWN, Row, attacked, frozen, measure
@@ -71,7 +72,7 @@ def curves(settings: CurveSettings, folder: Path) -> dict[str, Any]:
         frames.append(frame)
         results[label] = _summary(dataset, network, rows)
     table = pd.concat(frames, ignore_index=True)
-    table.to_csv(folder / "table.csv", index=False, float_format="%.6g")
+    _write(table, folder)
     figures.curves(table, folder, settings.width, at)
     return {**results, "seconds": dict(bench.seconds)}
 
@@ -91,6 +92,8 @@ def gallery(settings: GallerySettings, folder: Path) -> dict[str, Any]:
     (name,) = _listed("network", settings.network, NETWORKS, most=1)
     bench = _Bench(settings)
     dataset = bench.load(settings.dataset)
+    if settings.images > len(dataset.classes):
+        raise invalid("images", settings.images, f"at most {len(dataset.classes)}, one a class")
     epsilon = _epsilon(settings, dataset)
 
     def after_epoch(network: nn.Sequential) -> list[Row]:
@@ -125,7 +128,7 @@ def gallery(settings: GallerySettings, folder: Path) -> dict[str, Any]:
         for i in range(len(shown))
         for condition, point in points.items()
     )
-    table.to_csv(folder / "table.csv", index=False, float_format="%.6g")
+    _write(table, folder)
     figures.gallery({c: point.cpu() for c, point in points.items()}, table, folder)
     results = {f"{dataset.name}-{name}": _summary(dataset, network, rows)}
     return {**results, "seconds": dict(bench.seconds)}
@@ -183,7 +186,6 @@ class _Bench:
         channels, size = dataset.shape
         crop = size // 8 if s.crop is None else s.crop
         flip = channels == 3 if s.flip is None else s.flip
-        rate = s.learning_rate or (0.05 if name == "cnn" else 0.1)
         attacking = 0.0
 
         def attack(epoch: int, loss: float) -> list[Row]:
@@ -201,7 +203,6 @@ class _Bench:
             dataset.train,
             s,
             attack,
-            learning_rate=rate,
             flip=flip,
             crop=crop,
             state=state,
@@ -234,13 +235,18 @@ def _listed(argument: str, text: str, allowed: Iterable[str], most: int = 99) ->
 
 def _known(network: nn.Module, dataset: Dataset, n: int) -> list[int]:
     """The first `n` test images that the network classifies rightly, of as many classes."""
-    right = network(dataset.test.scaled()).argmax(1) == dataset.test.labels
+    first = dataset.test[:250]
+    right = network(first.scaled()).argmax(1) == first.labels
     seen: dict[int, int] = {}
     for i in right.nonzero()[:, 0].tolist():
-        seen.setdefault(int(dataset.test.labels[i]), i)
+        seen.setdefault(int(first.labels[i]), i)
     if len(seen) < n:
-        raise UsageError(f"images={n}: the network knows images of {len(seen)} classes only")
+        raise UsageError(f"images={n}: the trained network knows images of {len(seen)} classes")
     return list(seen.values())[:n]
+
+
+def _write(table: pd.DataFrame, folder: Path) -> None:
+    write_text(folder / "table.csv", table.to_csv(index=False, float_format="%.6g"))
 
 
 def _summary(dataset: Dataset, network: nn.Module, rows: Sequence[Row]) -> dict[str, Any]:

@@ -108,6 +108,8 @@ def gallery(points: dict[str, Tensor], table: pd.DataFrame, folder: Path) -> Non
                     colours="RdBu_r",
                 )
                 _show(right, points[attack][image], _said(after))
+                if after["prediction"] != before["prediction"]:
+                    right.title.set_color(COLOURS[3])
             axes[row, 0].set_ylabel(_display(attack), fontsize=9)
         for axis, text in zip(
             axes[0], ("image", "perturbation", "attacked image") * len(clean), strict=True

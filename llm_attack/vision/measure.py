@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from llm_attack.attacks import ATTACKS, Attack, keys_for, least_likely, sparsefool, sweep
 from llm_attack.vision.data import Images
@@ -127,7 +128,7 @@ def measure(
     subset: int | None = None,
     at: str | None = None,
     epsilon_unit: str = "absolute",
-    batch_size: int = 500,
+    batch_size: int = 250,
     seed: int = 0,
 ) -> list[Row]:
     """A row for each condition: `none`, the attacks, and the `lowest` and `highest` of those.
@@ -170,7 +171,7 @@ def measure(
         squares = [points(rows).flatten(1).double().square().mean(1) for rows in batches]
         rms = torch.cat(squares).mean().sqrt().item()
         amplitude = epsilon * (rms if epsilon_unit == "rms" else 1.0)
-        for rows in batches:
+        for rows in tqdm(batches, desc="attacks", leave=False, disable=None):
             x = points(rows)
             clean = right(x, rows)
             tallies["none"].add(clean, clean, torch.zeros_like(x))

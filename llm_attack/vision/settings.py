@@ -51,9 +51,7 @@ class Settings:
     train_size: int | None = setting(None, "Training images, drawn at random.", type=_COUNT)
     test_size: int | None = setting(None, "Test images, drawn at random.", type=_COUNT)
     batch_size: int = setting(128, "Training images per step.", least=1)
-    learning_rate: float | None = setting(
-        None, "Highest of the cycle; unless given, 0.05 for cnn, else 0.1.", type=float
-    )
+    learning_rate: float = setting(0.05, "Highest of the cycle.", least=0)
     weight_decay: float = setting(5e-4, "Of the optimiser.", least=0)
     crop: int | None = setting(
         None,

@@ -6,6 +6,7 @@ import os
 import pickle
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ def train(
     settings: Settings,
     after_epoch: Callable[[int, float], list[Row]],
     *,
-    learning_rate: float,
     flip: bool = False,
     crop: int = 0,
     state: Path | None = None,
@@ -40,9 +40,8 @@ def train(
     Args:
         network: on the device of `images`.
         images: to learn from.
-        settings: `epochs`, `batch_size`, `weight_decay`, `precision`, `seed`.
+        settings: `epochs`, `batch_size`, `learning_rate`, `weight_decay`, `precision`, `seed`.
         after_epoch: called with the epoch's number, from 1, and its mean loss; gives what to keep.
-        learning_rate: the highest of the cycle.
         flip: mirrors half of the images.
         crop: pixels by which images are shifted at most.
         state: file that keeps weights, optimiser and rows after every epoch.
@@ -61,14 +60,12 @@ def train(
     steps = settings.epochs * per_epoch
     optimiser = torch.optim.SGD(
         network.parameters(),
-        learning_rate,
+        settings.learning_rate,
         momentum=0.9,
         nesterov=True,
         weight_decay=settings.weight_decay,
     )
-    cycle = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, learning_rate, total_steps=steps, pct_start=0.25
-    )
+    cycle = torch.optim.lr_scheduler.LambdaLR(optimiser, partial(one_cycle, steps=steps))
     mixed = mixed_precision(settings.precision, device)
     same = {**asdict(settings), "label": label}
     for where in ("resume", "device"):  # may differ from the run that is resumed
@@ -110,6 +107,12 @@ def train(
                 }
                 _write(state, kept)
     return rows
+
+
+def one_cycle(step: int, *, steps: int) -> float:
+    """Share of the highest learning rate: up in the first quarter of the steps, then down to 0."""
+    share = (step + 1) / (steps + 1)
+    return min(4 * share, (1 - share) * 4 / 3)
 
 
 def mixed_precision(precision: str, device: torch.device) -> bool:
