@@ -41,7 +41,7 @@ def curves(settings: CurveSettings, folder: Path) -> dict[str, Any]:
     unit = settings.epsilon_unit if isinstance(settings, FeatureSettings) else "absolute"
     attacks = _listed("attacks", settings.attacks, KNOWN)
     names = _listed("network", settings.network, NETWORKS)
-    bench = _Bench(settings)
+    bench = Bench(settings)
     pairs = [(bench.load(x), name) for x in settings.dataset.split(",") for name in names]
     if at is not None:
         for dataset, name in pairs:
@@ -90,7 +90,7 @@ def gallery(settings: GallerySettings, folder: Path) -> dict[str, Any]:
     """
     attacks = _listed("attacks", settings.attacks, KNOWN)
     (name,) = _listed("network", settings.network, NETWORKS, most=1)
-    bench = _Bench(settings)
+    bench = Bench(settings)
     dataset = bench.load(settings.dataset)
     if settings.images > len(dataset.classes):
         raise invalid("images", settings.images, f"at most {len(dataset.classes)}, one a class")
@@ -134,8 +134,8 @@ def gallery(settings: GallerySettings, folder: Path) -> dict[str, Any]:
     return {**results, "seconds": dict(bench.seconds)}
 
 
-class _Bench:
-    """Loads, builds and trains by the settings, and adds up the seconds."""
+class Bench:
+    """Loads data, builds and trains networks by the settings, and adds up the seconds."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings

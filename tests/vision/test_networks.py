@@ -150,3 +150,24 @@ def test_no_such_network():
 def test_bad_width(width):
     with pytest.raises(UsageError, match="width="):
         network("cnn", width=width)
+
+
+def test_residual_blocks_add_their_input():
+    net = network("resnet18", size=8, width=0.1)
+    for block in (net.layer1[1], net.layer2[0]):
+        last = [m for m in block.body if isinstance(m, nn.BatchNorm2d)][-1]
+        nn.init.zeros_(last.weight)  # nothing comes out of the convolutions
+        x = torch.rand(1, block.body[0].in_channels, 8, 8) - 0.5
+        assert torch.equal(block(x), torch.relu(block.shortcut(x)))
+        assert (len(block.shortcut) == 0) == (block is net.layer1[1])
+
+
+def test_inception_branches_stand_side_by_side():
+    block = network("googlenet", size=8, width=0.1).inception3a
+    x = torch.rand(2, block.branches[0][0].in_channels, 8, 8)
+    one, three, five, pool = (branch(x) for branch in block.branches)
+    assert torch.equal(block(x), torch.cat((one, three, five, pool), dim=1))
+    assert [x.shape[1] for x in (one, three, five, pool)] == [6, 13, 3, 3]
+    assert min(x.min() for x in (one, three, five, pool)) == 0  # rectified
+    kernels = [[m.kernel_size[0] for m in b if isinstance(m, nn.Conv2d)] for b in block.branches]
+    assert kernels == [[1], [1, 3], [1, 3, 3], [1]]
