@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from llm_attack.attacks import keys_for
+from llm_attack.attacks import Attack, keys_for
 from llm_attack.errors import UsageError, invalid
 from llm_attack.outputs import write_text
 from llm_attack.vision import data, figures
@@ -42,7 +42,9 @@ def curves(settings: CurveSettings, folder: Path) -> dict[str, Any]:
     attacks = _listed("attacks", settings.attacks, KNOWN)
     names = _listed("network", settings.network, NETWORKS)
     bench = Bench(settings)
-    pairs = [(bench.load(x), name) for x in settings.dataset.split(",") for name in names]
+    datasets = [bench.load(x) for x in settings.dataset.split(",")]
+    epsilons = {dataset.name: _epsilon(settings, dataset) for dataset in datasets}
+    pairs = [(dataset, name) for dataset in datasets for name in names]
     if at is not None:
         for dataset, name in pairs:
             split(bench.untrained(dataset, name), at)
@@ -54,7 +56,7 @@ def curves(settings: CurveSettings, folder: Path) -> dict[str, Any]:
                 network,
                 dataset.test,
                 attacks,
-                epsilon=_epsilon(settings, dataset),
+                epsilon=epsilons[dataset.name],
                 steps=settings.steps,
                 subset=settings.subset,
                 at=at,
@@ -215,10 +217,10 @@ class Bench:
 
 
 def _epsilon(settings: Settings, dataset: Dataset) -> float:
-    if settings.epsilon is not None:
-        return settings.epsilon
     on_features = isinstance(settings, FeatureSettings)
-    return 0.1 if on_features or dataset.shape[0] == 1 else 8 / 255
+    usual = 0.1 if on_features or dataset.shape[0] == 1 else 8 / 255
+    epsilon = usual if settings.epsilon is None else settings.epsilon
+    return Attack(epsilon=epsilon).epsilon  # which checks it
 
 
 def _listed(argument: str, text: str, allowed: Iterable[str], most: int = 99) -> list[str]:

@@ -166,6 +166,7 @@ def test_fig1(tmp_path):
         (CurveSettings(attacks="fgsm,spasefool"), r"attacks=spasefool: .*'sparsefool'"),
         (CurveSettings(attacks="fgsm,none"), r"attacks=none: must be one of random, fgsm"),
         (CurveSettings(dataset="digits,mnst"), r"dataset=mnst: .*'mnist'"),
+        (CurveSettings(epsilon=-0.1), r"epsilon=-0.1: must be a finite number, at least 0"),
         (CurveSettings(width=0.0), r"width=0.0: must be a number greater than 0"),
         (FeatureSettings(network="cnn"), r"at=layer3: must be one of normalise, conv1, conv2, fc1"),
         (FeatureSettings(network="resnet18", at="layr2"), r"at=layr2: .*'layer"),
@@ -247,13 +248,14 @@ def test_epsilon_is_the_papers_unless_given():
 def test_colour_images_are_mirrored_and_grey_ones_are_not(tmp_path, monkeypatch):
     from llm_attack.vision import data
 
-    seen = []
+    seen, loaded = [], []
 
     def train(network, images, settings, after_epoch, **options):
         seen.append((options["flip"], options["crop"]))
         return [{"epoch": 1, **row} for row in after_epoch(1, 0.0)]
 
     def load(name, **options):
+        loaded.append(name)
         channels, size = (3, 32) if name == "colour" else (1, 28)
         images = data.Images(
             torch.zeros(4, channels, size, size, dtype=torch.uint8), torch.tensor([0, 1, 0, 1])
@@ -264,5 +266,6 @@ def test_colour_images_are_mirrored_and_grey_ones_are_not(tmp_path, monkeypatch)
     monkeypatch.setattr(data, "load", load)
     options = {"dataset": "grey,colour", "width": 0.1, "attacks": "fgsm"}
     curves(CurveSettings(**options), tmp_path)
-    curves(CurveSettings(**options, flip=True, crop=0), tmp_path)
-    assert seen == [(False, 3), (True, 4), (True, 0), (True, 0)]
+    curves(CurveSettings(**options, network="cnn,resnet18", flip=True, crop=0), tmp_path)
+    assert seen == [(False, 3), (True, 4)] + [(True, 0)] * 4
+    assert loaded == ["grey", "colour"] * 2  # each once, also for two networks
