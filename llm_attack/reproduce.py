@@ -10,7 +10,7 @@ import click
 from llm_attack.experiment import preset_option
 
 # Each has COMMANDS, a list of click commands, and imports nothing heavy until one runs.
-MODULES = ("llm_attack.theory.commands",)
+MODULES = ("llm_attack.theory.commands", "llm_attack.vision.commands")
 
 
 @click.group()

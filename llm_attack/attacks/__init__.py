@@ -3,16 +3,19 @@
 from llm_attack.attacks.draws import keys_for, signs, uniform
 from llm_attack.attacks.perturb import least_likely, loss_gradient, perturb, sweep
 from llm_attack.attacks.settings import ATTACKS, Attack, Kind
+from llm_attack.attacks.sparsefool import deepfool, sparsefool
 
 __all__ = [
     "ATTACKS",
     "Attack",
     "Kind",
+    "deepfool",
     "keys_for",
     "least_likely",
     "loss_gradient",
     "perturb",
     "signs",
+    "sparsefool",
     "sweep",
     "uniform",
 ]

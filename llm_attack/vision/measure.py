@@ -1,0 +1,211 @@
+"""Accuracy of a classifier without and with attacks, and what the attacks found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from llm_attack.attacks import ATTACKS, Attack, keys_for, least_likely, sparsefool, sweep
+from llm_attack.vision.data import Images
+from llm_attack.vision.networks import split
+
+SIX = ("ost", "fgsm", "bim", "illc", "pgd", "sparsefool")
+KNOWN = (*(name for name in ATTACKS if name != "none"), "sparsefool")
+SLOW = (*(name for name, kind in ATTACKS.items() if kind.iterative), "sparsefool")
+
+Row = dict[str, Any]
+
+
+def cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
+    """(N,) -log softmax of each label's score, with a gradient that never cancels.
+
+    Where the network is sure, 1 - softmax is below what float32 resolves, and the gradient that
+    torch's cross-entropy has in the label's score is rounded to zero. Here it is computed from the
+    other classes' scores.
+    """
+    own = scores.gather(1, labels[:, None])[:, 0]
+    others = scores.scatter(1, labels[:, None], -torch.inf).logsumexp(1)
+    return nn.functional.softplus(others - own)
+
+
+def attacked(
+    names: Sequence[str],
+    classifier: Callable[[Tensor], Tensor],
+    x: Tensor,
+    labels: Tensor,
+    keys: Tensor,
+    *,
+    epsilon: float,
+    steps: int,
+    bounds: tuple[float, float] | None,
+    on_gradient: Callable[[str, Tensor], None] = lambda name, gradient: None,
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, attacked points) of each attack in turn.
+
+    Args:
+        names: members of `KNOWN`.
+        classifier: scores (N, C) of points (N, ...).
+        x: the clean points.
+        labels: (N,), right classes.
+        keys: (N,), of the random draws.
+        epsilon: L-infinity amplitude, in the units of the points; `sparsefool` has none.
+        steps: of the iterative attacks; `sparsefool` has its own.
+        bounds: box of the points, (0, 1) for pixels.
+        on_gradient: called with the attack's name and each gradient that it used.
+    """
+    with torch.no_grad():
+        target = least_likely(classifier(x), labels)
+    now = ""  # the attack at work: both its gradients and its result are seen one at a time
+
+    def note(gradient: Tensor) -> None:
+        on_gradient(now, gradient)
+
+    in_ball = [Attack(name, epsilon, steps) for name in names if name != "sparsefool"]
+    swept = sweep(
+        in_ball,
+        x,
+        lambda point: cross_entropy(classifier(point), labels),
+        target_loss=lambda point: cross_entropy(classifier(point), target),
+        bounds=bounds,
+        keys=keys,
+        on_gradient=note,
+    )
+    for now in names:
+        if now == "sparsefool":
+            yield now, sparsefool(classifier, x, labels=labels, bounds=bounds, on_gradient=note)
+        else:
+            yield now, next(swept)
+
+
+class _Tally:
+    """What was seen under one condition, image by image."""
+
+    def __init__(self) -> None:
+        self.right: list[Tensor] = []
+        self.found: list[Tensor] = []  # of fooled images: L0, L2, Linf, (n, 3)
+        self.was_right = 0
+        self.zeros = torch.zeros((), dtype=torch.int64)
+        self.elements = 0
+
+    def gradient(self, slope: Tensor) -> None:
+        self.zeros = self.zeros.to(slope.device) + (slope == 0).sum()
+        self.elements += slope.numel()
+
+    def add(self, was_right: Tensor, right: Tensor, change: Tensor) -> None:
+        self.right.append(right)
+        self.was_right += int(was_right.sum())
+        change = change[was_right & ~right].flatten(1).float()
+        norms = [change.norm(p, dim=1) for p in (0, 2, torch.inf)]
+        self.found.append(torch.stack(norms, dim=1))
+
+    def row(self, condition: str) -> Row:
+        right, found = torch.cat(self.right), torch.cat(self.found)
+        l0, l2, linf = found.median(0).values.tolist() if len(found) else [None] * 3
+        return {
+            "condition": condition,
+            "accuracy": right.double().mean().item(),
+            "images": len(right),
+            "fooled": len(found) / self.was_right if self.was_right else None,
+            "l0": l0,
+            "l2": l2,
+            "linf": linf,
+            "zero_gradient": self.zeros.item() / self.elements if self.elements else None,
+        }
+
+
+def measure(
+    network: nn.Sequential,
+    images: Images,
+    names: Sequence[str],
+    *,
+    epsilon: float,
+    steps: int = 10,
+    subset: int | None = None,
+    at: str | None = None,
+    epsilon_unit: str = "absolute",
+    batch_size: int = 250,
+    seed: int = 0,
+) -> list[Row]:
+    """A row for each condition: `none`, the attacks, and the `lowest` and `highest` of those.
+
+    Args:
+        network: of `networks.build`.
+        images: labelled.
+        names: of the attacks; members of `KNOWN`, at least one.
+        epsilon: L-infinity amplitude.
+        steps: of the iterative attacks.
+        subset: the attacks in `SLOW` see the first so many images; None for all.
+        at: the block whose output is attacked, without a box; None for the pixels, in [0, 1].
+        epsilon_unit: `rms` for an epsilon in units of the point's root mean square.
+        batch_size: images at once.
+        seed: of the random draws, which belong to an image, not to a batch.
+
+    Returns:
+        Rows with the accuracy, the number of `images` it is of, the share of images right before
+        that were `fooled`, the medians over these of the perturbation's L0 (coordinates), L2 and
+        L-infinity norm, the share of gradient coordinates that were exactly zero, and the
+        amplitude `epsilon` in the units of the point with the point's root mean square, `rms`.
+    """
+    extract, classifier = (nn.Identity(), network) if at is None else split(network, at)
+    few = len(images) if subset is None else min(subset, len(images))
+    edges = sorted({*range(0, few, batch_size), *range(few, len(images), batch_size)})
+    batches = [slice(a, b) for a, b in zip(edges, [*edges[1:], len(images)], strict=True)]
+    keys = torch.tensor([keys_for(seed, [i]) for i in range(len(images))])
+    keys = keys.to(images.labels.device)
+    tallies = {name: _Tally() for name in ("none", *names)}
+    with frozen(network):
+
+        def points(rows: slice) -> Tensor:
+            with torch.no_grad():
+                return extract(images[rows].scaled())
+
+        def right(x: Tensor, rows: slice) -> Tensor:
+            with torch.no_grad():
+                return classifier(x).argmax(1) == images.labels[rows]
+
+        squares = [points(rows).flatten(1).double().square().mean(1) for rows in batches]
+        rms = torch.cat(squares).mean().sqrt().item()
+        amplitude = epsilon * (rms if epsilon_unit == "rms" else 1.0)
+        for rows in tqdm(batches, desc="attacks", leave=False, disable=None):
+            x = points(rows)
+            clean = right(x, rows)
+            tallies["none"].add(clean, clean, torch.zeros_like(x))
+            for name, point in attacked(
+                [name for name in names if rows.start < few or name not in SLOW],
+                classifier,
+                x,
+                images.labels[rows],
+                keys[rows],
+                epsilon=amplitude,
+                steps=steps,
+                bounds=(0, 1) if at is None else None,
+                on_gradient=lambda name, slope: tallies[name].gradient(slope),
+            ):
+                tallies[name].add(clean, right(point, rows), point - x)
+    table = [tally.row(condition) for condition, tally in tallies.items()]
+    robust = [row["accuracy"] for row in table[1:]]
+    table += [
+        {"condition": "lowest", "accuracy": min(robust)},
+        {"condition": "highest", "accuracy": max(robust)},
+    ]
+    return [{**row, "epsilon": amplitude, "rms": rms} for row in table]
+
+
+@contextmanager
+def frozen(network: nn.Module) -> Iterator[None]:
+    """While it lasts, the network is in evaluation mode and its parameters need no gradients."""
+    modes = [(module, module.training) for module in network.modules()]
+    needed = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
+    network.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, needs in needed:
+            parameter.requires_grad_(needs)

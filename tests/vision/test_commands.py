@@ -1,0 +1,271 @@
+"""The commands: files that are complete, settings that are recorded, bad input before any work."""
+
+import json
+import re
+
+import pandas as pd
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from llm_attack.errors import UsageError
+from llm_attack.vision import experiments
+from llm_attack.vision.commands import COMMANDS
+from llm_attack.vision.experiments import curves, gallery
+from llm_attack.vision.measure import SIX
+from llm_attack.vision.settings import (
+    CURVES,
+    FEATURES,
+    GALLERY,
+    Amplitude,
+    CurveSettings,
+    FeatureSettings,
+    GallerySettings,
+)
+
+BY_NAME = {command.name: command for command in COMMANDS}
+SMALL = {"width": 0.1, "epochs": 2, "train_size": 128, "test_size": 40, "batch_size": 16}
+CONDITIONS = ["none", *SIX, "lowest", "highest"]
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(BY_NAME[arguments[0]], arguments[1:])
+
+
+def small():
+    return [part for key, value in SMALL.items() for part in (f"--{key}", str(value))]
+
+
+def figures_are_there(folder):
+    for suffix in ("png", "svg"):
+        assert (folder / f"figure.{suffix}").stat().st_size > 5000
+    with Image.open(folder / "figure.png") as image:
+        assert min(image.size) > 300
+    assert "absolute" not in (folder / "figure.svg").read_text()
+
+
+def test_three_commands():
+    assert list(BY_NAME) == ["fig1", "fig2", "fig5"]
+
+
+def test_fig2(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = invoke(
+        "fig2", *small(), "--network", "cnn,resnet18", "--epsilon", "8/255", "--subset", "10",
+        "--seed", "3", "-o", "out",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    folder = tmp_path / "out"
+    figures_are_there(folder)
+    table = pd.read_csv(folder / "table.csv")
+    keys = table[["dataset", "network", "epoch", "condition"]].values.tolist()
+    assert keys == [
+        ["digits", n, e, c] for n in ("cnn", "resnet18") for e in (1, 2) for c in CONDITIONS
+    ]
+    slow = table["condition"].isin(("bim", "illc", "pgd", "sparsefool"))
+    assert (table["images"][slow] == 10).all()
+    assert (table["images"][table["condition"].isin(("none", "ost", "fgsm"))] == 40).all()
+    assert table["epsilon"].unique() == pytest.approx([8 / 255], rel=1e-5)
+    for _, group in table.groupby(["network", "epoch"]):
+        accuracy = group.set_index("condition")["accuracy"]
+        assert accuracy["lowest"] == accuracy[list(SIX)].min()
+        assert accuracy["highest"] == accuracy[list(SIX)].max()
+
+    record = json.loads((folder / "run.json").read_text())
+    assert record["settings"]["subset"] == 10 and record["settings"]["train_size"] == 128
+    assert record["settings"]["seed"] == 3
+    last = table[(table["network"] == "resnet18") & (table["epoch"] == 2)]
+    found = record["results"]["digits-resnet18"]
+    assert list(found["accuracy"]) == CONDITIONS
+    assert list(found["accuracy"].values()) == pytest.approx(last["accuracy"], abs=1e-4)
+    assert (found["train_images"], found["test_images"], found["epochs"]) == (128, 40, 2)
+    assert found["epsilon"] == 8 / 255
+    assert set(record["seconds"]) == {
+        "data", "digits-cnn training", "digits-cnn attacks", "digits-resnet18 training",
+        "digits-resnet18 attacks", "all",
+    }  # fmt: skip
+    assert record["command"].startswith("llm-attack reproduce fig2 --preset quick")
+    assert str(tmp_path) not in (folder / "run.json").read_text()
+    lines = [x for x in result.output.splitlines() if x.startswith("digits-cnn: epoch 2 of 2")]
+    assert len(lines) == 1 and re.search(r"none 0\.\d+, ost 0\.\d+", lines[0])
+
+
+def test_the_same_command_gives_the_same_files(tmp_path):
+    for name in ("one", "two"):
+        assert (
+            invoke("fig2", *small(), "--network", "cnn", "-o", str(tmp_path / name)).exit_code == 0
+        )
+    for file in ("table.csv", "figure.png", "figure.svg"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+def test_fig2_resumes(tmp_path, monkeypatch):
+    settings = CurveSettings(**SMALL, subset=5)
+    curves(settings, tmp_path / "whole")
+    write = experiments.measure
+    calls = []
+
+    def breaks(*args, **options):
+        calls.append(None)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return write(*args, **options)
+
+    monkeypatch.setattr(experiments, "measure", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        curves(settings, tmp_path / "parts")
+    assert not (tmp_path / "parts" / "table.csv").exists()
+    curves(CurveSettings(**SMALL, subset=5, resume=True), tmp_path / "parts")
+    assert len(calls) == 3  # the first epoch was not measured again
+    whole, parts = (tmp_path / x / "table.csv" for x in ("whole", "parts"))
+    assert whole.read_bytes() == parts.read_bytes()
+
+
+def test_fig5(tmp_path):
+    settings = FeatureSettings(
+        **SMALL, network="resnet18", subset=10, epsilon_unit="rms", at="pool"
+    )
+    results = curves(settings, tmp_path)
+    figures_are_there(tmp_path)
+    assert "attacked at pool" in (tmp_path / "figure.svg").read_text()
+    table = pd.read_csv(tmp_path / "table.csv")
+    assert table["epsilon"].values == pytest.approx(0.1 * table["rms"].values, rel=1e-4)
+    assert table["rms"].nunique() == 2  # of this epoch's features
+    assert list(results["digits-resnet18"]["accuracy"]) == CONDITIONS
+    pixels = curves(CurveSettings(**SMALL, network="resnet18", subset=10), tmp_path / "pixels")
+    pixels, features = (x["digits-resnet18"]["accuracy"] for x in (pixels, results))
+    assert pixels["none"] == features["none"] and pixels != features
+
+
+def test_fig1(tmp_path):
+    settings = GallerySettings(**{**SMALL, "width": 0.5, "epochs": 10}, images=2)
+    results = gallery(settings, tmp_path)
+    figures_are_there(tmp_path)
+    table = pd.read_csv(tmp_path / "table.csv")
+    assert list(table["condition"]) == ["none", *SIX] * 2
+    assert table["label"].nunique() == 2  # of two classes
+    clean = table[table["condition"] == "none"]
+    assert (clean["prediction"] == clean["label"]).all() and (clean["l0"] == 0).all()
+    assert table["confidence"].between(0.1, 1).all()
+    attacked = table[~table["condition"].isin(("none", "sparsefool"))]
+    assert attacked["linf"].values == pytest.approx([0.1] * 10, abs=1e-5)
+    sparse = table[table["condition"] == "sparsefool"]
+    assert (sparse["prediction"] != sparse["label"]).all()
+    assert (sparse["l0"].values < attacked.groupby("image")["l0"].min().values).all()
+    assert set(results["digits-cnn"]["accuracy"]) == {"none", "fgsm", "lowest", "highest"}
+    text = (tmp_path / "figure.svg").read_text()
+    for word in ("perturbation", "attacked image", "FGSM", "SparseFool", "L∞"):
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    (
+        (CurveSettings(network="cnn,resnet"), r"network=resnet: .*'resnet18'"),
+        (CurveSettings(attacks="fgsm,spasefool"), r"attacks=spasefool: .*'sparsefool'"),
+        (CurveSettings(attacks="fgsm,none"), r"attacks=none: must be one of random, fgsm"),
+        (CurveSettings(dataset="digits,mnst"), r"dataset=mnst: .*'mnist'"),
+        (CurveSettings(epsilon=-0.1), r"epsilon=-0.1: must be a finite number, at least 0"),
+        (CurveSettings(width=0.0), r"width=0.0: must be a number greater than 0"),
+        (FeatureSettings(network="cnn"), r"at=layer3: must be one of normalise, conv1, conv2, fc1"),
+        (FeatureSettings(network="resnet18", at="layr2"), r"at=layr2: .*'layer"),
+        (FeatureSettings(network="resnet18,cnn"), r"at=layer3: must be one of normalise, conv1"),
+    ),
+    ids=str,
+)
+def test_bad_settings_are_refused_before_any_work(tmp_path, monkeypatch, settings, message):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(experiments, "train", lambda *a, **k: pytest.fail("trained"))
+    with pytest.raises(UsageError, match=message) as caught:
+        curves(settings, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_settings_of_the_gallery(tmp_path):
+    with pytest.raises(UsageError, match="network='cnn,resnet18': must be one name"):
+        gallery(GallerySettings(network="cnn,resnet18"), tmp_path / "out")
+    with pytest.raises(UsageError, match="images=11: must be at most 10, one a class"):
+        gallery(GallerySettings(images=11), tmp_path / "out")
+    # two epochs are too few to know all ten digits
+    with pytest.raises(UsageError, match="images=10: the trained network knows images of"):
+        gallery(GallerySettings(**SMALL, images=10), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    (
+        ("fig2", "--epsilon", "eight"),
+        ("fig2", "--epsilon", "1/0"),
+        ("fig2", "--precision", "float8"),
+        ("fig2", "--train-size", "0"),
+        ("fig5", "--epsilon-unit", "rsm"),
+        ("fig2", "--at", "layer3"),
+        ("fig1", "--subset", "5"),
+    ),
+    ids=" ".join,
+)
+def test_bad_options(tmp_path, arguments):
+    result = invoke(*arguments, "-o", str(tmp_path / "out"))
+    assert result.exit_code == 2
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("field", ("epochs", "batch_size", "steps", "width", "weight_decay"))
+def test_settings_out_of_range(field):
+    with pytest.raises(UsageError, match=f"{field}=-1"):
+        CurveSettings(**{field: -1})
+
+
+@pytest.mark.parametrize(("text", "value"), (("8/255", 8 / 255), ("0.1", 0.1), ("1e-3", 1e-3)))
+def test_amplitudes_may_be_fractions(text, value):
+    assert Amplitude().convert(text, None, None) == value
+
+
+def test_presets():
+    for presets in (GALLERY, CURVES, FEATURES):
+        assert list(presets) == ["quick", "paper"]
+        assert presets["quick"].dataset == "digits"
+        assert presets["paper"].epochs == 30 and presets["paper"].width == 1
+    assert CURVES["paper"].dataset == FEATURES["paper"].dataset == "mnist,cifar10"
+    assert CURVES["paper"].network == "cnn,resnet18,googlenet"
+
+
+def test_epsilon_is_the_papers_unless_given():
+    class Shaped:
+        def __init__(self, channels):
+            self.shape = (channels, 32)
+
+    epsilon = experiments._epsilon
+    assert epsilon(CurveSettings(), Shaped(1)) == 0.1
+    assert epsilon(CurveSettings(), Shaped(3)) == 8 / 255
+    assert epsilon(FeatureSettings(), Shaped(3)) == 0.1
+    assert epsilon(CurveSettings(epsilon=0.0), Shaped(3)) == 0
+
+
+def test_colour_images_are_mirrored_and_grey_ones_are_not(tmp_path, monkeypatch):
+    from llm_attack.vision import data
+
+    seen, loaded = [], []
+
+    def train(network, images, settings, after_epoch, **options):
+        seen.append((options["flip"], options["crop"]))
+        return [{"epoch": 1, **row} for row in after_epoch(1, 0.0)]
+
+    def load(name, **options):
+        loaded.append(name)
+        channels, size = (3, 32) if name == "colour" else (1, 28)
+        images = data.Images(
+            torch.zeros(4, channels, size, size, dtype=torch.uint8), torch.tensor([0, 1, 0, 1])
+        )
+        return data.Dataset(name, ("a", "b"), images, images)
+
+    monkeypatch.setattr(experiments, "train", train)
+    monkeypatch.setattr(data, "load", load)
+    options = {"dataset": "grey,colour", "width": 0.1, "attacks": "fgsm"}
+    curves(CurveSettings(**options), tmp_path)
+    curves(CurveSettings(**options, network="cnn,resnet18", flip=True, crop=0), tmp_path)
+    assert seen == [(False, 3), (True, 4)] + [(True, 0)] * 4
+    assert loaded == ["grey", "colour"] * 2  # each once, also for two networks

@@ -1,0 +1,211 @@
+"""Accuracies under attack on classifiers whose answers are known, and what is reported of them."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from llm_attack.attacks import Attack, keys_for, least_likely, perturb, sparsefool
+from llm_attack.vision.data import Images
+from llm_attack.vision.measure import KNOWN, SIX, SLOW, attacked, cross_entropy, frozen, measure
+from llm_attack.vision.networks import build
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def network(seed=0, name="cnn", **options):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = build(
+            name, torch.tensor([0.5]), torch.tensor([0.3]), size=8, width=0.25, classes=4, **options
+        )
+        for parameter in net.parameters():
+            parameter.data *= 2
+    return net
+
+
+def images(n=60):
+    pixels = torch.randint(0, 256, (n, 1, 8, 8), generator=rng(), dtype=torch.uint8)
+    return Images(pixels, torch.randint(0, 4, (n,), generator=rng(1)))
+
+
+def rows_of(table):
+    return {row["condition"]: row for row in table}
+
+
+@given(st.lists(st.floats(-30, 30), min_size=2, max_size=6), st.integers(0, 5))
+def test_cross_entropy_is_torchs(scores, label):
+    scores = torch.tensor([scores], dtype=torch.float64)
+    label = torch.tensor([label % scores.shape[1]])
+    wanted = F.cross_entropy(scores, label, reduction="none")
+    assert torch.allclose(cross_entropy(scores, label), wanted, atol=1e-12)
+
+
+def test_the_gradient_of_cross_entropy_does_not_cancel():
+    def slopes(loss, dtype):
+        scores = torch.tensor([[20.0, 0.0, -1.0]], dtype=dtype, requires_grad=True)
+        return torch.autograd.grad(loss(scores, torch.tensor([0])).sum(), scores)[0]
+
+    exact = slopes(F.cross_entropy, torch.float64)
+    assert slopes(F.cross_entropy, torch.float32)[0, 0] == 0  # what it is for
+    assert torch.allclose(slopes(cross_entropy, torch.float32).double(), exact, rtol=1e-5)
+
+
+class Threshold(nn.Module):
+    """Two classes of one pixel: the score of class 1 is the pixel - 0.5, scaled; of class 0, 0."""
+
+    def forward(self, x):
+        pixel = x.flatten(1)[:, :1]
+        return torch.cat((torch.zeros_like(pixel), 5 * (pixel - 0.5)), dim=1)
+
+
+def test_accuracies_of_a_threshold_are_known():
+    """Every attack on a linear classifier moves the pixel by epsilon towards the threshold."""
+    values = torch.arange(0, 256, 5)
+    pixels = values.to(torch.uint8).reshape(-1, 1, 1, 1)
+    labels = (values > 127).long()
+    labels[3] = 1 - labels[3]
+    net = nn.Sequential(Threshold())
+    table = rows_of(measure(net, Images(pixels, labels), SIX, epsilon=0.1, batch_size=7))
+    far = ((values / 255 - 0.5).abs() > 0.1) & (values != 15)
+    for name in ("ost", "fgsm", "bim", "illc", "pgd"):
+        row = table[name]
+        assert row["accuracy"] == pytest.approx(far.double().mean().item())
+        assert row["images"] == len(values)
+        assert row["l0"] == 1
+        assert row["fooled"] == pytest.approx(((~far).sum().item() - 1) / (len(values) - 1))
+        if name != "pgd":
+            assert row["l2"] == row["linf"] == pytest.approx(0.1)
+    assert table["none"]["accuracy"] == pytest.approx(1 - 1 / len(values))
+    assert table["none"]["fooled"] == 0 and table["none"]["l0"] is None
+    assert table["sparsefool"]["accuracy"] == 0 and table["sparsefool"]["fooled"] == 1
+    assert table["lowest"]["accuracy"] == 0
+    assert table["highest"]["accuracy"] == table["fgsm"]["accuracy"]
+    assert all(row["epsilon"] == 0.1 for row in table.values())
+    assert table["fgsm"]["zero_gradient"] == 0
+
+
+def test_zero_gradients_are_counted():
+    class Masked(Threshold):
+        def forward(self, x):
+            return super().forward(x.flatten(1)[:, :1])
+
+    pixels = torch.full((4, 1, 2, 2), 200, dtype=torch.uint8)
+    table = rows_of(
+        measure(nn.Sequential(Masked()), Images(pixels, torch.ones(4).long()), SIX, epsilon=0.1)
+    )
+    for name in SIX:
+        assert table[name]["zero_gradient"] == 0.75  # three of four pixels are not looked at
+
+
+def test_the_attacks_are_those_of_the_package():
+    net, data = network().eval().requires_grad_(False), images(20)
+    x, keys = data.scaled(), torch.tensor([keys_for(5, [i]) for i in range(20)])
+    target = least_likely(net(x), data.labels)
+    options = {
+        "loss": lambda p: cross_entropy(net(p), data.labels),
+        "target_loss": lambda p: cross_entropy(net(p), target),
+        "bounds": (0, 1),
+        "keys": keys,
+    }
+    names = ("sparsefool", "random", *SIX[:-1])
+    assert set(names) == set(KNOWN)
+    found = dict(attacked(names, net, x, data.labels, keys, epsilon=0.07, steps=4, bounds=(0, 1)))
+    assert list(found) == list(names)
+    for name, point in found.items():
+        wanted = (
+            sparsefool(net, x, labels=data.labels)
+            if name == "sparsefool"
+            else perturb(Attack(name, 0.07, steps=4), x, **options)
+        )
+        assert torch.equal(point, wanted)
+
+
+def test_accuracies_do_not_depend_on_the_batch_size():
+    net, data = network(), images(30)
+    one = measure(net, data, (*SIX, "random"), epsilon=0.05, seed=3, batch_size=30)
+    other = measure(net, data, (*SIX, "random"), epsilon=0.05, seed=3, batch_size=7)
+    for a, b in zip(one, other, strict=True):
+        assert a == pytest.approx(b, nan_ok=True)
+    assert one != measure(net, data, (*SIX, "random"), epsilon=0.05, seed=4, batch_size=30)
+
+
+def test_the_slow_attacks_see_a_subset():
+    net, data = network(), images(30)
+    table = rows_of(measure(net, data, SIX, epsilon=0.05, subset=11, batch_size=8))
+    whole = rows_of(measure(net, data, SIX, epsilon=0.05))
+    part = rows_of(measure(net, data[:11], SIX, epsilon=0.05))
+    assert set(SLOW) == {"bim", "illc", "pgd", "sparsefool"}
+    for name in ("none", *SIX):
+        assert table[name] == pytest.approx(
+            (part if name in SLOW else whole)[name] | {"rms": table[name]["rms"]}
+        )
+        assert table[name]["images"] == (11 if name in SLOW else 30)
+    assert rows_of(measure(net, data, SIX, epsilon=0.05, subset=99)) == whole
+
+
+@pytest.mark.parametrize(("at", "unit"), (("conv2", "absolute"), ("fc1", "rms")))
+def test_features_are_attacked_without_a_box(at, unit):
+    net, data = network(), images(30)
+    blocks = dict(net.named_children())
+    names = list(blocks)
+    extractor = nn.Sequential(*(blocks[k] for k in names[: names.index(at) + 1]))
+    classifier = nn.Sequential(*(blocks[k] for k in names[names.index(at) + 1 :]))
+    with torch.no_grad():
+        features = extractor(data.scaled())
+    rms = features.square().mean().sqrt().item()
+    epsilon = 0.2 * (rms if unit == "rms" else 1)
+    table = rows_of(
+        measure(net, data, ("fgsm", "sparsefool"), epsilon=0.2, at=at, epsilon_unit=unit)
+    )
+    with frozen(net):
+        attacked_features = perturb(
+            Attack("fgsm", epsilon), features, lambda p: cross_entropy(classifier(p), data.labels)
+        )
+        right = classifier(attacked_features).argmax(1) == data.labels
+        clean = classifier(features).argmax(1) == data.labels
+    assert attacked_features.min() < 0  # rectified features have no box either
+    assert table["fgsm"]["accuracy"] == pytest.approx(right.double().mean().item())
+    assert table["none"]["accuracy"] == pytest.approx(clean.double().mean().item())
+    assert table["fgsm"]["epsilon"] == pytest.approx(epsilon)
+    assert table["fgsm"]["rms"] == pytest.approx(rms)
+    assert table["fgsm"]["linf"] == pytest.approx(epsilon, rel=1e-5)
+    # a coordinate a search, and no box that would call for more
+    assert table["sparsefool"]["l0"] <= 20
+    assert table["sparsefool"]["fooled"] > 0.9
+
+
+def test_nothing_known_nothing_fooled():
+    net, data = network(), images(10)
+    with frozen(net), torch.no_grad():
+        wrong = (net(data.scaled()).argmax(1) + 1) % 4
+    table = rows_of(measure(net, Images(data.pixels, wrong), ("fgsm",), epsilon=0.01))
+    assert table["none"]["accuracy"] == 0 and table["fgsm"]["fooled"] is None
+    assert table["fgsm"]["l2"] is None and not math.isnan(table["fgsm"]["accuracy"])
+
+
+@pytest.mark.parametrize("name", ("cnn", "resnet18"))
+def test_measuring_leaves_no_trace(name):
+    net = network(name=name).train()
+    net[1].eval()
+    net[2].requires_grad_(False)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    modes = [m.training for m in net.modules()]
+    needs = [p.requires_grad for p in net.parameters()]
+    measure(net, images(10), SIX, epsilon=0.05, at="conv2" if name == "cnn" else "layer3")
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+    assert [m.training for m in net.modules()] == modes
+    assert [p.requires_grad for p in net.parameters()] == needs
+    assert all(p.grad is None for p in net.parameters())
+    with pytest.raises(ArithmeticError), frozen(net):
+        assert not any(m.training for m in net.modules())
+        assert not any(p.requires_grad for p in net.parameters())
+        raise ArithmeticError
+    assert [m.training for m in net.modules()] == modes
+    assert [p.requires_grad for p in net.parameters()] == needs

@@ -1,0 +1,167 @@
+"""Training: it learns, a resumed run is the uninterrupted one, and bad states are refused."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from llm_attack.errors import UsageError
+from llm_attack.vision.data import load
+from llm_attack.vision.networks import build
+from llm_attack.vision.settings import CurveSettings
+from llm_attack.vision.train import mixed_precision, one_cycle, train
+
+SETTINGS = CurveSettings(epochs=4, batch_size=32, width=0.25, learning_rate=0.1)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return load("digits", train_size=200).train
+
+
+def network(images, name="resnet18", width=0.1):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return build(name, *images.moments(), size=8, width=width)
+
+
+class Stop(Exception):
+    pass
+
+
+def run(images, settings=SETTINGS, stop_at=None, **options):
+    """Trains; the network, the rows and the losses. Stops, if told, in the midst of an epoch."""
+    net, losses = network(images), []
+
+    def after_epoch(epoch, loss):
+        if epoch == stop_at:
+            raise Stop
+        losses.append(loss)
+        return [{"condition": "none", "loss": loss}, {"condition": "fgsm", "loss": -loss}]
+
+    rows = []
+    try:
+        rows = train(net, images, settings, after_epoch, crop=1, flip=True, **options)
+    except Stop:
+        assert stop_at is not None
+    return net, rows, losses
+
+
+def same(a, b):
+    pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    return all(torch.equal(x, y) for x, y in pairs)
+
+
+def test_it_learns(images):
+    net = network(images, "cnn", width=0.5)
+    train(net, images, replace(SETTINGS, epochs=12, batch_size=10), lambda epoch, loss: [])
+    assert (net.eval()(images.scaled()).argmax(1) == images.labels).double().mean() > 0.95
+
+
+def test_the_rows_of_all_epochs_are_given(images):
+    net, rows, losses = run(images)
+    assert [r["epoch"] for r in rows] == [1, 1, 2, 2, 3, 3, 4, 4]
+    assert [r["loss"] for r in rows[::2]] == losses
+    assert net.training
+
+
+def test_the_same_seed_is_the_same_run(images):
+    first, rows, _ = run(images)
+    again, other_rows, _ = run(images)
+    assert same(first, again) and rows == other_rows
+    other, _, _ = run(images, replace(SETTINGS, seed=1))
+    assert not same(first, other)
+
+
+@pytest.mark.parametrize("stop_at", (1, 3))
+def test_a_resumed_run_is_the_uninterrupted_one(images, tmp_path, stop_at):
+    whole, rows, losses = run(images)
+    state = tmp_path / "deep" / "state.pt"
+    run(images, stop_at=stop_at, state=state)
+    assert state.exists() == (stop_at > 1)
+    resumed, resumed_rows, later = run(images, state=state, resume=True)
+    assert same(whole, resumed) and resumed_rows == rows
+    assert later == losses[stop_at - 1 :]
+    # a finished run is taken as it is
+    finished, finished_rows, none = run(images, state=state, resume=True)
+    assert same(whole, finished) and finished_rows == rows and none == []
+    assert [p.name for p in state.parent.iterdir()] == ["state.pt"]
+
+
+def test_the_optimiser_is_as_set(images, tmp_path):
+    settings = replace(SETTINGS, weight_decay=0.01, epochs=1, batch_size=20)
+    run(images, settings, state=tmp_path / "state.pt")
+    (group,) = torch.load(tmp_path / "state.pt", weights_only=True)["optimiser"]["param_groups"]
+    assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.9, True, 0.01)
+    assert group["initial_lr"] == 0.1 and group["lr"] == pytest.approx(0)
+
+
+def test_the_cycle_rises_for_a_quarter_of_the_steps():
+    shares = [one_cycle(step, steps=39) for step in range(40)]
+    assert shares[0] == pytest.approx(0.1) and shares[9] == 1 and shares[39] == 0
+    rises = [b - a for a, b in pairwise(shares)]
+    assert rises[:9] == pytest.approx([0.1] * 9) and rises[9:] == pytest.approx([-1 / 30] * 30)
+
+
+def test_without_resume_the_state_is_written_anew(images, tmp_path):
+    state = tmp_path / "state.pt"
+    state.write_bytes(b"of another run")
+    _, rows, _ = run(images, state=state)
+    assert len(rows) == 8
+    assert torch.load(state, weights_only=True)["epoch"] == 4
+
+
+def test_a_state_of_other_settings_is_refused(images, tmp_path):
+    state = tmp_path / "state.pt"
+    run(images, state=state, stop_at=2)
+    kept = state.read_bytes()
+    with pytest.raises(UsageError) as caught:
+        run(images, replace(SETTINGS, epochs=5, epsilon=0.2), state=state, resume=True)
+    message = str(caught.value)
+    assert message.endswith("of other settings: epsilon=0.2, there None; epochs=5, there 4")
+    assert state.read_bytes() == kept
+    with pytest.raises(UsageError, match="label=other, there "):
+        run(images, state=state, resume=True, label="other")
+    # where it runs and that it is resumed are no settings
+    run(images, replace(SETTINGS, device="cpu", resume=True), state=state, resume=True)
+
+
+@pytest.mark.parametrize("content", (b"", b"no such file", {"epoch": 1}, [1], nn.Linear(1, 1)))
+def test_a_file_that_is_no_state_is_refused(images, tmp_path, content):
+    state = tmp_path / "state.pt"
+    if isinstance(content, bytes):
+        state.write_bytes(content)
+    else:
+        torch.save(content, state)
+    with pytest.raises(UsageError, match=r"resume: .*state.pt: must be a file that training wrote"):
+        run(images, state=state, resume=True)
+
+
+def test_batches_are_no_larger_than_the_data(images):
+    _, rows, losses = run(images[:10], replace(SETTINGS, batch_size=64, epochs=1))
+    assert len(rows) == 2 and losses[0] > 0
+
+
+def test_the_mean_loss_is_reported(images):
+    """At a learning rate of zero, the loss is that of the untrained network."""
+    settings = replace(SETTINGS, learning_rate=0.0, batch_size=50, epochs=1)
+    net, losses = network(images, "cnn"), []
+    train(net, images, settings, lambda epoch, loss: losses.append(loss) or [])
+    wanted = nn.functional.cross_entropy(net(images.scaled()), images.labels)
+    assert losses == [pytest.approx(wanted.item(), rel=1e-5)]
+
+
+def test_precision(images):
+    cpu = torch.device("cpu")
+    assert not mixed_precision("auto", cpu) and not mixed_precision("float32", cpu)
+    assert mixed_precision("bfloat16", cpu)
+    seen = []
+    net = network(images, "cnn")
+    net.fc2.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    for precision in ("float32", "bfloat16"):
+        settings = replace(SETTINGS, precision=precision, epochs=1, batch_size=200)
+        train(net, images, settings, lambda epoch, loss: [])
+    assert seen == [torch.float32, torch.bfloat16]
+    assert all(p.dtype == torch.float32 for p in net.parameters())
