@@ -33,6 +33,7 @@ attack-libs: .venv/.attack-libs ## torchattacks, foolbox and cleverhans, for the
 
 .PHONY: demo
 demo: .venv ## the whole comparison on the bundled model and tasks, offline, into results/demo
+	rm -rf results/demo # a finished run would only be read
 	$(BIN)/llm-attack run --model demo --tasks demo_six --batch_size 128 -o results/demo
 
 .PHONY: test
