@@ -69,15 +69,15 @@ def kept(folder: Path) -> dict[str, Any] | None:
         UsageError: there is something else.
     """
     for path in (folder / STORE / "fingerprint.json", folder / "run.json"):
-        if path.exists():
-            try:
-                content = json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
-                return {**content}
-            except (OSError, ValueError, KeyError, TypeError):
-                raise UsageError(
-                    f"output={folder}: {path.relative_to(folder)} there is not of a run of this"
-                    " version; must be another folder"
-                ) from None
+        try:
+            return {**json.loads(path.read_text(encoding="utf-8"))["fingerprint"]}
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UsageError(
+                f"output={folder}: {path.relative_to(folder)} there is not of a run of this"
+                " version; must be another folder"
+            ) from None
     return None
 
 

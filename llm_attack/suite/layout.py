@@ -54,7 +54,7 @@ def rows_of_tasks(
 
     Args:
         tasks: all of them.
-        inches: width that a task needs for its bars; it gets more if its name is wider.
+        inches: width that a task needs for its bars; more if its labels are wider.
         height: of a row without labels, in inches.
 
     Returns:
@@ -63,7 +63,7 @@ def rows_of_tasks(
     from matplotlib.figure import Figure
 
     longest = max(len(word) for task in tasks for word in task.replace("_", "_ ").split())
-    inches = max(inches, _LETTER * (min(longest, 14) + 0.5))
+    inches = max(inches, _LETTER * (np.clip(longest, len("options"), 14) + 0.5))
     rows = int(np.ceil(len(tasks) * inches / (_PAGE - _AXIS)))
     per_row = int(np.ceil(len(tasks) / rows))
     width = np.clip(inches * per_row + _AXIS, _COLUMN, _PAGE)

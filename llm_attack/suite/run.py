@@ -152,8 +152,7 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
     rank, world = Processes.of_environment()
     planned = [w.key for w in work]
     with Store(folder, planned, rank, world) as store, frozen(lm.model):
-        if rank == 0:
-            fingerprint.keep(folder, mark)
+        fingerprint.keep(folder, mark)
         for path in store.check():
             text = f"{path.with_suffix('.sqlite')}: cannot be read; moved aside, computed again"
             note(progress, console, f"{text}: {path}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -76,6 +77,7 @@ def _main(words: list[str], folder: Path, environment: dict[str, str], limit: in
         import resource
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which background jobs lack
     import torch
 
     torch.set_num_threads(1)

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from invented import SHIFTS, SIX, build
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 
+from llm_attack.outputs import COLOURS
 from llm_attack.suite import figures, statistics
-from llm_attack.suite.layout import wrapped
+from llm_attack.suite.layout import panels, wrapped
 
 LADDER = {"none": 3.0} | {
     f"{attack}@{epsilon}": 2.9 - (1 + i) * 40 * epsilon - i
@@ -24,6 +26,7 @@ CASES = {
     "without none": ({"piqa": (20, 2), "arc": (9, (3, 4, 5))}, {"bim@0.1": 1.0, "new@0.1": 0.5}),
     "eight": (EIGHT, {**MANY, "illc@0.1": 0.0, "ost@0.2": 0.1}),
     "ladder": (SIX, LADDER),
+    "narrow": ({f"t{i}": (9, ((3, 4, 5), 2)[i % 2]) for i in range(12)}, {"none": 2.0}),
 }
 
 
@@ -109,6 +112,34 @@ def test_background_by_options(frames):
     assert greys == sorted(greys, reverse=True) and len(set(greys)) == 3
     texts = [t.get_text().replace("\n", " ") for t in axes.texts if not t.get_rotation()]
     assert texts == ["2 options", "3–5 options", "8 options"]
+
+
+def test_smaller_epsilons_are_paler(ladder):
+    """The largest epsilon of each attack has the attack's colour; none stays as it is."""
+    (axes,) = figures.bars(ladder[1]).axes
+    of = {c.get_label(): np.array(c[0].get_facecolor()[:3]) for c in axes.containers[::2]}
+    steps = [of[f"fgsm@{e}"] for e in (0.02, 0.01, 0.005, 0.002)]
+    np.testing.assert_allclose(steps[0], to_rgb(COLOURS[3]))
+    whiteness = [step.sum() for step in steps]
+    assert whiteness == sorted(whiteness) and whiteness[3] - whiteness[0] > 0.5
+    np.testing.assert_allclose(of["none"], to_rgb("#BBBBBB"))
+    assert len({c[0].get_hatch() for c in axes.containers[::2]}) == 4
+
+
+@pytest.mark.parametrize("count, shape", [(1, (1, 1)), (2, (1, 2)), (4, (1, 4)), (7, (2, 4)),
+                                          (8, (3, 3)), (12, (4, 3)), (13, (4, 4))])  # fmt: skip
+def test_panels_fill_the_grid_from_below(count, shape):
+    """In the order of reading; only the first row may be short."""
+    names = [f"panel {i}" for i in range(count)]
+    _, grid = panels(names)
+    assert list(grid) == names == [a.get_title() for a in grid.values()]
+    specs = [a.get_subplotspec() for a in grid.values()]
+    assert specs[0].get_gridspec().get_geometry() == shape
+    places = [(s.rowspan.start, s.colspan.start) for s in specs]
+    assert places == sorted(places)
+    assert {p for p in places if p[0]} == {
+        (r, c) for r in range(1, shape[0]) for c in range(shape[1])
+    }
 
 
 def test_curves_are_the_table(ladder):
