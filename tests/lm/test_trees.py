@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -150,6 +150,8 @@ def test_gradients(made, loss):
 @settings(max_examples=20)
 def test_answers_do_not_depend_on_the_layout(made, name):
     """Trees, shared rows, and batches of any composition give the same answers."""
+    for q in made:  # among equal choices the loss is constant: its gradient's sign is rounding
+        assume(len({(r.tokens, r.n_continuation) for r in q.requests}) == len(q.requests))
     attack = Attack(name, epsilon=0.05, steps=2)
     results = []
     for longest, tokens in ((99, 1000), (99, 20), (0, 1000), (9, 1000)):

@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+from fractions import Fraction
 from itertools import product
+from math import comb
 from unittest import mock
 
 import numpy as np
@@ -67,8 +69,17 @@ def test_chance_test_against_enumeration(chances, data):
 @given(st.integers(1, 3000), st.sampled_from([1 / 2, 1 / 3, 1 / 4, 1 / 5, 2 / 3]), st.data())
 def test_chance_test_with_equal_chances_is_binomtest(n, p, data):
     right = data.draw(st.integers(0, n))
-    expected = binomtest(right, n, p).pvalue
-    assert s.chance_test(right, np.full(n, p)) == pytest.approx(expected, rel=1e-9, abs=1e-290)
+    expected = binomtest(right, n, p).pvalue  # its own error is up to 2e-9, at 1e-280
+    assert s.chance_test(right, np.full(n, p)) == pytest.approx(expected, rel=1e-8, abs=1e-290)
+
+
+@pytest.mark.parametrize(("right", "n", "p"), [(18, 671, 2 / 3), (0, 60, 0.25), (90, 300, 0.2)])
+def test_chance_test_against_fractions(right, n, p):
+    """Without any rounding."""
+    hit = Fraction(p)
+    pmf = [comb(n, k) * hit**k * (1 - hit) ** (n - k) for k in range(n + 1)]
+    expected = sum(x for x in pmf if x <= pmf[right] * (1 + Fraction(1, 10**7)))
+    assert s.chance_test(right, np.full(n, p)) == pytest.approx(float(expected), rel=1e-12, abs=0)
 
 
 @pytest.mark.parametrize("right", [0, 2400, 2510, 2511, 2600, 3000, 10042])
