@@ -6,7 +6,7 @@ benchmarks where their data is (the environment variable LLM_ATTACK_TEST_DATA: d
 a Llama tokenizer), else synthetic ones of the same lengths. Times are of `loglikelihood`:
 tokenisation is part of both.
 
-    python benchmarks/engine.py --questions 24 --repeats 3 --output results/engine
+    python benchmarks/engine.py --tokens 8000 --repeats 3 --output results/engine
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import random
 import statistics
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 from llm_attack.lm import gold
 from llm_attack.lm.model import AttackedHFLM
 from llm_attack.lm.settings import AttackSettings
+from llm_attack.lm.trie import build
 from llm_attack.outputs import hardware, versions, write_json
 
 # Per task: choices; mean Llama tokens of what they share, and of what each has for itself.
@@ -55,16 +57,18 @@ LONGEST = "none+random+fgsm+bim shared"  # measured once: two dozen passes are a
 ATTACKED = {
     "none": [AttackSettings("none")],
     "fgsm shared": [AttackSettings("fgsm", context="shared")],
+    "fgsm choice": [AttackSettings("fgsm", loss="choice")],
     "fgsm own": [AttackSettings("fgsm")],
     LONGEST: [AttackSettings(name, context="shared") for name in ("none", "random", "fgsm", "bim")],
 }
 
 
-def real_requests(tasks: list[str], questions: int) -> dict[str, list[Instance]]:
-    """Requests of some of each task's questions, as lm-eval builds them.
+def real_requests(tasks: list[str], tokens: int, tokenizer: Any) -> dict[str, list[Instance]]:
+    """Requests of some of each task's questions, as lm-eval builds them: `tokens` of them.
 
-    Both engines sort by length, so that in a full run neighbours in length share a batch. So that
-    they do here, too, the sample is of neighbours, about the median length.
+    Both engines sort by length, so that in a full run neighbours in length share a batch, and 0 to
+    7 % of the tokens are padding. So that it is here, too, the sample is of neighbours in size,
+    about the median.
     """
     from lm_eval.tasks import TaskManager
 
@@ -75,10 +79,13 @@ def real_requests(tasks: list[str], questions: int) -> dict[str, list[Instance]]
         (task,) = manager.load([name])["tasks"].values()
         task.set_config("num_fewshot", 0)
         task.build_all_requests()
-        length: dict[int, int] = {}
-        for r in task.instances:
-            length[r.doc_id] = max(length.get(r.doc_id, 0), len(r.args[0] + r.args[1]))
-        order = sorted(length, key=lambda doc_id: (length[doc_id], doc_id))
+        of_question: dict[int, list[list[int]]] = defaultdict(list)
+        texts = [r.args[0] + r.args[1] for r in task.instances]
+        for r, ids in zip(task.instances, tokenizer(texts)["input_ids"], strict=True):
+            of_question[r.doc_id].append(ids)
+        order = sorted(of_question, key=lambda doc_id: (len(build(of_question[doc_id])), doc_id))
+        middle = of_question[order[len(order) // 2]]
+        questions = max(1, round(tokens / sum(map(len, middle))))
         start = max(0, (len(order) - questions) // 2)
         kept = set(order[start : start + questions])
         found[name] = [r for r in task.instances if r.doc_id in kept]
@@ -91,7 +98,7 @@ def real_requests(tasks: list[str], questions: int) -> dict[str, list[Instance]]
 TASKS: list[Any] = []  # kept alive for as long as their requests are in use
 
 
-def synthetic_requests(tasks: list[str], questions: int) -> dict[str, list[Instance]]:
+def synthetic_requests(tasks: list[str], tokens: int) -> dict[str, list[Instance]]:
     """Requests of random words with the benchmarks' lengths."""
     draw = random.Random(0)
 
@@ -104,7 +111,7 @@ def synthetic_requests(tasks: list[str], questions: int) -> dict[str, list[Insta
     for name in tasks:
         choices, shared, own = SYNTHETIC[name]
         found[name] = []
-        for doc_id in range(questions):
+        for doc_id in range(max(1, round(tokens / (choices * (shared + own))))):
             context = text(shared)
             for idx in range(choices):
                 arguments = (context, text(own))
@@ -384,7 +391,7 @@ def show(rows: list[dict[str, Any]], console: Console) -> dict[str, float]:
 
 @click.command(context_settings={"show_default": True})
 @click.option("--tasks", default=",".join(SYNTHETIC), help="Of the six benchmarks.")
-@click.option("--questions", default=24, help="Per task.")
+@click.option("--tokens", default=8000, help="Of the requests of each task.")
 @click.option("--repeats", default=3, help="Runs of which the median is reported.")
 @click.option("--batch-sizes", default="1,8,32", help="Tried for stock.")
 @click.option("--shape", default="110m", type=click.Choice(["110m", "tinyllama"]))
@@ -396,7 +403,7 @@ def show(rows: list[dict[str, Any]], console: Console) -> dict[str, float]:
 @click.option("--name", help="Of the JSON file; the device and shape unless given.")
 def main(
     tasks: str,
-    questions: int,
+    tokens: int,
     repeats: int,
     batch_sizes: str,
     shape: str,
@@ -412,8 +419,10 @@ def main(
     console = Console(width=140)
     names = tasks.split(",")
     real = "LLM_ATTACK_TEST_DATA" in os.environ
-    requests = (real_requests if real else synthetic_requests)(names, questions)
     model, tokenizer = load(shape, dtype, device)
+    requests = (
+        real_requests(names, tokens, tokenizer) if real else synthetic_requests(names, tokens)
+    )
     bench = Bench(model, tokenizer, {"compile": compiled})
     sizes = [int(size) for size in batch_sizes.split(",")]
     rows = []

@@ -86,7 +86,7 @@ def write_report(
         figures: `Picture`s, or tuples of the same.
         run: what `run.json` holds. `command` (a string, or a list of arguments), `model` (or
             `settings.model`) and `attacks` (for each condition, its settings and diagnostics) have
-            places of their own; whatever else is there is shown as it stands.
+            places of their own; whatever else is there is shown as it stands, but `fingerprint`.
 
     Returns:
         The path of the report.
@@ -125,7 +125,7 @@ def write_report(
         command=command if isinstance(command, (str, type(None))) else shlex.join(command),
         attacks=attacks,
         settings=list(dict.fromkeys(key for settings in attacks.values() for key in settings)),
-        run={k: v for k, v in run.items() if k not in ("command", "attacks")},
+        run={k: v for k, v in run.items() if k not in ("command", "attacks", "fingerprint")},
         style=Markup(style),
         script=Markup(script),
         style_hash=_hash(style),
