@@ -62,8 +62,16 @@ class ChoiceScores:
         scores = log_likelihoods[self.row.clamp(min=0)] / self.length
         return scores.masked_fill(~self.exists, -torch.inf)
 
-    def cross_entropy(self, log_likelihoods: Tensor, target: Tensor) -> Tensor:
-        """(questions,) -log softmax of the choices in `target` (booleans), as one class."""
+    def margin(self, log_likelihoods: Tensor, target: Tensor) -> Tensor:
+        """(questions,) log odds of the other choices against those in `target` (booleans).
+
+        The cross-entropy of `target` is softplus of this: attacks that follow the sign of the
+        gradient do the same with either. But where the model is sure of `target`, the gradient of
+        the cross-entropy underflows to zero, and is slow to compute before it does. Zero where
+        there are no others.
+        """
         scores = self.matrix(log_likelihoods)
+        others = scores.masked_fill(target, -torch.inf)
         wanted = scores.masked_fill(~target, -torch.inf)
-        return scores.logsumexp(-1) - wanted.logsumexp(-1)
+        some = (self.exists & ~target).any(-1)
+        return torch.where(some, others.logsumexp(-1) - wanted.logsumexp(-1), 0.0)

@@ -69,14 +69,14 @@ class Surface:
     def _loss(self, scores: Scores) -> Tensor:
         entries = self.pack.watched
         if self.threat.loss == "choice":
-            return self.choices.cross_entropy(self._sums(scores), self.choices.gold)
+            return self.choices.margin(self._sums(scores), self.choices.gold)
         n = len(self.pack.requests)
         return negative_log_likelihood(scores.log_prob, entries, n, self.threat.loss)
 
     def target_loss(self, x: Tensor) -> Tensor:
-        """What the targeted attacks descend: cross-entropy of the target choice, (questions,)."""
+        """What the targeted attacks descend, for the target choice, (questions,)."""
         scores = self.scorer(self.pack, self.pack.watched, self.expand(x))
-        return self.choices.cross_entropy(self._sums(scores), self.target)
+        return self.choices.margin(self._sums(scores), self.target)
 
     def _sums(self, scores: Scores) -> Tensor:
         """Log-likelihoods of the requests' continuations, (requests,), for a loss."""

@@ -7,8 +7,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.functional import softplus
 
 from llm_attack.lm import scoring
+from llm_attack.lm.losses import ChoiceScores
+from llm_attack.lm.questions import Question, Request
 from llm_attack.lm.scoring import look_up
 
 TASKS = ["demo_arc_challenge", "demo_piqa", "demo_winogrande"]
@@ -48,6 +51,26 @@ def test_own_context(exact, build, reference, task, settings, definition):
     definition.setdefault("epsilon", settings.get("epsilon", 0.01))
     expected = [reference.alone(r.args, **definition) for r in task.instances]
     assert answers(exact(**settings), task) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("gold", [[0], [2], [0, 1], [0, 1, 2]])
+def test_margin_is_cross_entropy_that_does_not_vanish(gold):
+    """The cross-entropy is softplus of it, so that the signs of the gradients are the same."""
+    is_gold = [i in gold for i in range(3)]
+    request = Request((1, 2), 1)
+    choices = ChoiceScores([Question([request] * 3, [[0], [1], [2]], is_gold)])
+
+    def gradients(scores):
+        scores = torch.tensor(scores, dtype=torch.float64, requires_grad=True)
+        margin = choices.margin(scores, choices.gold)
+        odds = scores.softmax(0)[gold].sum()
+        assert len(gold) == 3 or torch.allclose(softplus(margin), -odds.log(), rtol=1e-12)
+        return [torch.autograd.grad(loss, scores)[0] for loss in (margin.sum(), -odds.log())]
+
+    slope, of_cross_entropy = gradients([-3.0, -4.0, -2.5])
+    assert torch.equal(slope.sign(), of_cross_entropy.round(decimals=12).sign())
+    slope, _ = gradients([-3.0 + 1e4 * i for i in map(float, is_gold)])
+    assert (slope == 0).all() if len(gold) == 3 else slope.abs().sum() == pytest.approx(2)
 
 
 def choice_loss(gold, lengths):

@@ -138,7 +138,8 @@ def test_gradients(made, loss):
                 (told if loss == "sequence" else told[-request.n_continuation :]).sum()
             )
         scores = torch.stack(log_likelihoods)
-        value = -scores.log_softmax(0)[0] if loss == "choice" else -scores.sum()
+        others = scores[1:].logsumexp(0) if len(scores) > 1 else scores[0]  # of one: no attack
+        value = others - scores[0] if loss == "choice" else -scores.sum()
         gradients = torch.autograd.grad(value, points)
         expected = torch.zeros_like(found[row])
         for path, gradient in zip(of_question.trie.paths, gradients, strict=True):
