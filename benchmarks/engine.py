@@ -272,16 +272,15 @@ def measure(
     requests: list[Instance],
     sizes: list[int],
     repeats: int,
-    attacked: bool,
+    labels: list[str],
 ) -> dict[str, Any]:
     """Everything about one task."""
     trials = {size: bench.time(bench.stock(size, requests)) for size in sizes}
     best = min(trials, key=lambda size: trials[size][0]["wall"])
     runs: dict[str, Callable[[], Any]] = {"stock": bench.stock(best, requests)}
-    for label, conditions in ATTACKED.items():
-        if attacked or label == "none":
-            lm = bench.ours(conditions, requests)
-            runs[label] = functools.partial(lm.loglikelihood, requests, disable_tqdm=True)
+    for label in labels:
+        lm = bench.ours(ATTACKED[label], requests)
+        runs[label] = functools.partial(lm.loglikelihood, requests, disable_tqdm=True)
     times: dict[str, list[dict[str, float]]] = {label: [] for label in runs}
     answers: dict[str, Any] = {}
     for i in range(repeats):
@@ -397,7 +396,13 @@ def show(rows: list[dict[str, Any]], console: Console) -> dict[str, float]:
 @click.option("--shape", default="110m", type=click.Choice(["110m", "tinyllama"]))
 @click.option("--dtype", default="float32")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-@click.option("--attacks/--no-attacks", default=True, help="Measure attacked runs too.")
+@click.option(
+    "--conditions",
+    default=tuple(ATTACKED),
+    multiple=True,
+    type=click.Choice(list(ATTACKED)),
+    help="Measured beside stock; `none` always is.",
+)
 @click.option("--compile", "compiled", is_flag=True, help="Ours with compile=True.")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder for the JSON file.")
 @click.option("--name", help="Of the JSON file; the device and shape unless given.")
@@ -409,7 +414,7 @@ def main(
     shape: str,
     dtype: str,
     device: str,
-    attacks: bool,
+    conditions: tuple[str, ...],
     compiled: bool,
     output: Path | None,
     name: str | None,
@@ -425,9 +430,10 @@ def main(
     )
     bench = Bench(model, tokenizer, {"compile": compiled})
     sizes = [int(size) for size in batch_sizes.split(",")]
+    labels = list(dict.fromkeys(("none", *conditions)))
     rows = []
     for task in names:
-        rows.append(measure(bench, task, requests[task], sizes, repeats, attacks))
+        rows.append(measure(bench, task, requests[task], sizes, repeats, labels))
         ratios = {label: round(ratio, 2) for label, ratio in rows[-1]["times_stock"].items()}
         console.print(f"{task}: stock {rows[-1]['seconds']['stock']:.1f} s; {ratios}")
     means = show(rows, console)

@@ -20,6 +20,7 @@ def stock(**arguments):
     ("arguments", "tolerance"),
     [
         ({"dtype": "bfloat16"}, 0.1),
+        ({"dtype": "float16"}, 0.02),
         ({"mixed_precision_dtype": "bfloat16"}, 0.1),
         ({"attn_implementation": "eager"}, 1e-4),
         ({"add_bos_token": True}, 1e-4),
@@ -34,6 +35,21 @@ def test_as_in_stock(make, build, arguments, tolerance):
     task = build("demo_openbookqa", 5)
     expected = answers(stock(**arguments, softmax_dtype="float32"), task)
     assert answers(make(attack="none", **arguments), task) == pytest.approx(expected, abs=tolerance)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"dtype": "bfloat16"}, {"dtype": "float16"}, {"mixed_precision_dtype": "bfloat16"}],
+    ids=str,
+)
+def test_attack_of_low_precision_does_what_that_of_float32_does(make, build, arguments):
+    task = build("demo_openbookqa", 5)
+    clean, expected = (answers(make(attack=attack), task) for attack in ("none", "fgsm"))
+    lm = make(attack="fgsm", **arguments)
+    found = answers(lm, task)
+    damage = sum(clean) - sum(expected)
+    assert sum(clean) - sum(found) == pytest.approx(damage, rel=0.02)
+    assert lm.attack_info()["noise_rms"] == pytest.approx(0.01, rel=2e-3)
 
 
 def test_peft_adapter(make, build, tmp_path):
