@@ -16,6 +16,9 @@ from llm_attack.lm.questions import Question
 LOSSES = ("sequence", "continuation", "choice")
 SCORES = ("acc", "acc_norm")
 
+# Relative to the likeliest choice: beyond the digits of float64, far above where float32 ends.
+_LEAST_WEIGHT = 1e-20
+
 
 def widest(device: torch.device) -> torch.dtype:
     """The float of most bits that `device` has."""
@@ -67,11 +70,19 @@ class ChoiceScores:
 
         The cross-entropy of `target` is softplus of this: attacks that follow the sign of the
         gradient do the same with either. But where the model is sure of `target`, the gradient of
-        the cross-entropy underflows to zero, and is slow to compute before it does. Zero where
-        there are no others.
+        the cross-entropy underflows to zero, and is slow to compute before it does. For the same
+        reason no choice has a weight below `_LEAST_WEIGHT` in the gradient here: where its tokens
+        are shared that is lost in rounding, where they are not the sign is kept. Zero where there
+        are no others.
         """
         scores = self.matrix(log_likelihoods)
-        others = scores.masked_fill(target, -torch.inf)
-        wanted = scores.masked_fill(~target, -torch.inf)
-        some = (self.exists & ~target).any(-1)
-        return torch.where(some, others.logsumexp(-1) - wanted.logsumexp(-1), 0.0)
+        others = self.exists & ~target
+        some = others.any(-1)
+        value, slope = torch.zeros_like(scores[:, 0]), torch.zeros_like(scores[:, 0])
+        for sign, these in ((1, others), (-1, target)):
+            part = scores.masked_fill(~these, -torch.inf)
+            value = value + sign * part.detach().logsumexp(-1)
+            weights = part.detach().softmax(-1).clamp(min=_LEAST_WEIGHT)
+            slope = slope + sign * (weights * scores.masked_fill(~these, 0)).sum(-1)
+        # the value of the first, the gradient of the second
+        return torch.where(some, value + (slope - slope.detach()), 0.0)
