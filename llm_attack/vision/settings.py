@@ -113,7 +113,7 @@ class FeatureSettings(CurveSettings):
     )
 
 
-_QUICK: dict[str, Any] = {"dataset": "digits", "width": 0.25, "epochs": 8}
+_QUICK: dict[str, Any] = {"dataset": "digits", "width": 0.25, "epochs": 8, "batch_size": 32}
 _PAPER: dict[str, Any] = {"dataset": "mnist,cifar10", "subset": 1000}
 
 GALLERY = {
