@@ -62,7 +62,7 @@ startup: .venv ## what the start-up shim costs: microseconds, of 21 interpreter 
 	| awk '{ t[NR] = $$1 } END { print "median " t[int((NR + 1) / 2)] " us, from " t[1] " to " t[NR] }'
 
 .PHONY: bench
-bench: .venv ## time and memory against stock lm-eval, into results/engine; half an hour on two cores
+bench: .venv ## time and memory against stock lm-eval, into results/engine; forty minutes on two cores
 	$(BIN)/python benchmarks/engine.py --output results/engine
 
 .PHONY: clean

@@ -6,7 +6,7 @@ benchmarks where their data is (the environment variable LLM_ATTACK_TEST_DATA: d
 a Llama tokenizer), else synthetic ones of the same lengths. Times are of `loglikelihood`:
 tokenisation is part of both.
 
-    python benchmarks/engine.py --tokens 8000 --repeats 3 --output results/engine
+    python benchmarks/engine.py --tokens 6000 --repeats 2 --output results/engine
 """
 
 from __future__ import annotations
@@ -390,8 +390,8 @@ def show(rows: list[dict[str, Any]], console: Console) -> dict[str, float]:
 
 @click.command(context_settings={"show_default": True})
 @click.option("--tasks", default=",".join(SYNTHETIC), help="Of the six benchmarks.")
-@click.option("--tokens", default=8000, help="Of the requests of each task.")
-@click.option("--repeats", default=3, help="Runs of which the median is reported.")
+@click.option("--tokens", default=6000, help="Of the requests of each task.")
+@click.option("--repeats", default=2, help="Runs of which the median is reported.")
 @click.option("--batch-sizes", default="1,8,32", help="Tried for stock.")
 @click.option("--shape", default="110m", type=click.Choice(["110m", "tinyllama"]))
 @click.option("--dtype", default="float32")
