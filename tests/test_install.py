@@ -132,6 +132,7 @@ def test_wheel(environment, tmp_path):
     environment.check_uninstall()
 
 
+@pytest.mark.slow  # the tests themselves run in an editable install
 def test_editable(environment):
     environment.pip("install", "--no-index", "--no-deps", "--no-build-isolation", "-e", ROOT)
     assert not (environment.packages / "llm_attack").exists()
