@@ -1,5 +1,9 @@
 """What all tests share."""
 
+import os
+from pathlib import Path
+
+import pytest
 import torch
 from hypothesis import settings
 
@@ -9,3 +13,12 @@ torch.set_num_threads(1)
 # Machines that run tests are noisy: how long an example takes says nothing about the code.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    """The folder of real data and models; tests that need it are skipped without."""
+    path = os.environ.get("LLM_ATTACK_TEST_DATA")
+    if not path:
+        pytest.skip("LLM_ATTACK_TEST_DATA is not set: no real data on this machine")
+    return Path(path)

@@ -1,8 +1,5 @@
 """Requests of the demo tasks and the bundled model under any settings."""
 
-import os
-from pathlib import Path
-
 import pytest
 from lm_eval.tasks import TaskManager
 from reference import Reference
@@ -55,12 +52,3 @@ def make():
 @pytest.fixture(scope="session")
 def reference():
     return Reference("demo")
-
-
-@pytest.fixture(scope="session")
-def real_data():
-    """The folder of real data and models; tests that need it are skipped without."""
-    path = os.environ.get("LLM_ATTACK_TEST_DATA")
-    if not path:
-        pytest.skip("LLM_ATTACK_TEST_DATA is not set: no real data on this machine")
-    return Path(path)
