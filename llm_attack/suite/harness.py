@@ -48,14 +48,20 @@ def task_manager(tasks: Sequence[str], include_path: str | None = None) -> Any:
     """
     from lm_eval.tasks import TaskManager
 
-    paths = [str(tasks_path())]
+    ours = tasks_path()
+    # the demo is whole in itself: indexing the thousands of files of lm-eval takes seconds
+    kinds: list[dict[str, Any]] = [
+        {"include_path": [str(ours / "demo")], "include_defaults": False}
+    ]
+    paths = [str(ours)]
     if include_path is not None:
         if not Path(include_path).is_dir():
             raise UsageError(f"include_path={include_path}: must be a folder of lm-eval tasks")
         paths.append(include_path)
-    # indexing lm-eval's own thousands of files takes seconds; our own first
-    for defaults in (False, True):
-        manager = TaskManager(include_path=paths, include_defaults=defaults)
+        kinds.clear()  # a task there may have any name, and build on any of lm-eval's
+    kinds.append({"include_path": paths})
+    for kind in kinds:
+        manager = TaskManager(**kind)
         missing = [t for t in tasks if not manager.match_tasks([t])]
         if not missing:
             return manager

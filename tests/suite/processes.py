@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 _server = multiprocessing.get_context("forkserver")
@@ -33,13 +34,28 @@ class Command:
     """`llm-attack` with these arguments, running in `folder`, with an environment of its own.
 
     It writes a byte to `computed` before each batch that goes through the model.
+
+    Args:
+        folder: where it runs.
+        *arguments: of the command line.
+        limit: bytes of a file at most.
+        hold: after so many batches of its own it waits for the file `go` before the next one, so
+            that what a test does to it meanwhile is done in the middle of a run.
+        **environment: variables besides those of this process.
     """
 
-    def __init__(self, folder: Path, *arguments: object, limit: int | None = None, **environment):
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: object,
+        limit: int | None = None,
+        hold: int | None = None,
+        **environment: str,
+    ):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         words = [str(argument) for argument in arguments]
-        self.process = _server.Process(target=_main, args=(words, folder, environment, limit))
+        self.process = _server.Process(target=_main, args=(words, folder, environment, limit, hold))
         self.process.start()
 
     @property
@@ -67,7 +83,13 @@ class Command:
         return (self.folder / "err").read_text()
 
 
-def _main(words: list[str], folder: Path, environment: dict[str, str], limit: int | None) -> None:
+def _main(
+    words: list[str],
+    folder: Path,
+    environment: dict[str, str],
+    limit: int | None,
+    hold: int | None,
+) -> None:
     os.chdir(folder)
     os.environ.update(environment)
     for name, number in (("out", 1), ("err", 2)):
@@ -81,22 +103,27 @@ def _main(words: list[str], folder: Path, environment: dict[str, str], limit: in
     import torch
 
     torch.set_num_threads(1)
-    count_batches(folder / "computed")
+    count_batches(folder, hold)
     from llm_attack.cli import main
 
     sys.argv = ["llm-attack", *words]
     main(words)
 
 
-def count_batches(log: Path) -> None:
-    """From now on, in this process."""
+def count_batches(folder: Path, hold: int | None) -> None:
+    """From now on, in this process; it waits for `go` after `hold` batches."""
     from llm_attack.lm.engine import Engine
 
-    answer = Engine.answer
+    answer, left = Engine.answer, hold
 
     def counted(self, pack):
-        with log.open("ab", buffering=0) as file:
+        nonlocal left
+        with (folder / "computed").open("ab", buffering=0) as file:
             file.write(b".")
+        if left is not None:
+            while left == 0 and not (folder / "go").exists():
+                time.sleep(0.01)
+            left = max(0, left - 1)
         return answer(self, pack)
 
     Engine.answer = counted

@@ -28,10 +28,10 @@ def until(condition, seconds=120):
         time.sleep(0.01)
 
 
-def processes(folder, n, *arguments, **environment):
+def processes(folder, n, *arguments, **options):
     """A run in n processes, as launchers start them."""
     ranks = [{"RANK": str(rank), "WORLD_SIZE": str(n)} for rank in range(n)]
-    return [Command(folder, *arguments, **rank, **environment) for rank in ranks]
+    return [Command(folder, *arguments, **rank, **options) for rank in ranks]
 
 
 def killed_and_resumed(folder, moment):
@@ -55,7 +55,7 @@ def test_killed(tmp_path, whole):
     files, batches = whole
     for kept in (1, batches // 2, batches - 1):
         folder = tmp_path / str(kept)
-        command = Command(folder, *RUN)
+        command = Command(folder, *RUN, hold=kept)
         until(lambda folder=folder, kept=kept: computed(folder) > kept)
         command.kill()
         again = Command(folder, *RUN)
@@ -131,7 +131,7 @@ def test_finished_run_is_read(tmp_path, whole):
 def test_stopped(tmp_path, whole, number, code):
     """It says how to go on, and a shell that is told so goes on."""
     files, batches = whole
-    command = Command(tmp_path, *RUN)
+    command = Command(tmp_path, *RUN, hold=3)
     until(lambda: computed(tmp_path) > 3)
     os.kill(command.pid, number)
     assert command.wait() == code
@@ -166,10 +166,10 @@ def test_several_processes(tmp_path, whole, world):
 def test_one_of_two_dies(tmp_path, whole, victim):
     """The other stops and says why; one process alone then finishes."""
     files, batches = whole
-    runs = processes(tmp_path, 2, *RUN)
-    locks = [tmp_path / "run" / STORE / f"part-{rank}.sqlite" for rank in range(2)]
-    until(lambda: all(lock.exists() for lock in locks))
+    runs = processes(tmp_path, 2, *RUN, hold=1)
+    until(lambda: computed(tmp_path) == 4)  # both have kept a batch and are at the next
     runs[victim].kill()
+    (tmp_path / "go").touch()
     other = runs[1 - victim]
     assert other.wait(60) == 1
     err = (tmp_path / ("err" if victim else "err1")).read_text().splitlines()
@@ -183,7 +183,7 @@ def test_one_of_two_dies(tmp_path, whole, victim):
 
 def test_started_with_one_resumed_with_two(tmp_path, whole):
     files, batches = whole
-    alone = Command(tmp_path, *RUN)
+    alone = Command(tmp_path, *RUN, hold=4)
     until(lambda: computed(tmp_path) > 4)
     alone.kill()
     runs = processes(tmp_path, 2, *RUN)

@@ -17,7 +17,7 @@ from llm_attack.cli import main
 from llm_attack.lm import gold
 from llm_attack.lm.model import AttackedHFLM
 from llm_attack.suite import frames, results
-from llm_attack.suite.harness import task_manager
+from llm_attack.suite.harness import task_manager, tasks_path
 from llm_attack.suite.judge import Judge
 
 DEMO = [f"demo_{name}" for name in ("arc_challenge", "arc_easy", "hellaswag", "openbookqa")]
@@ -107,6 +107,28 @@ def test_stock_tasks(real_data, stock, attack):
 def stock(real_data):
     path = str(real_data / "models" / "stories260K")
     return evaluate(path, STOCK, attacks=["none", "fgsm"], limit=6, **SETTINGS)
+
+
+def test_default_tasks(real_data, tmp_path):
+    """The paper's group, which names lm-eval's tasks, is what a run without `--tasks` asks."""
+    path = str(real_data / "models" / "stories260K")
+    command = Command(tmp_path, "run", "--model", path, "--limit", 1, "-o", "run")
+    assert command.wait() == 0, command.err
+    table = pd.read_csv(tmp_path / "run" / "table.csv")
+    assert sorted(set(table["task"])) == sorted([*STOCK, "mean"])
+    assert set(table["condition"]) == {"none", "random@0.01", "fgsm@0.01", "bim@0.01"}
+
+
+def test_group_of_include_path(real_data, tmp_path):
+    """A user's group may name lm-eval's tasks, ours and its own."""
+    own_task = {"include": str(tasks_path() / "demo" / "demo_piqa.yaml"), "task": "own_piqa"}
+    members = ["piqa", "demo_piqa", "own_piqa"]
+    for name, content in (("own", own_task), ("few", {"group": "few", "task": members})):
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(content))
+    path = str(real_data / "models" / "stories260K")
+    options = {"limit": 2, "attacks": "none", "device": "cpu", "progress": "quiet"}
+    result = evaluate(path, "few", include_path=str(tmp_path), **options)
+    assert sorted(result.questions["task"]) == sorted(members * 2)
 
 
 def test_questions(demo):
