@@ -73,8 +73,15 @@ _ANY = click.UNPROCESSED
 )
 @click.option("--model", default="TinyLlama/TinyLlama_v1.1", help="Hub id, local folder, or demo.")
 @click.option("--tasks", type=_ANY, default="paper_six", help="lm-eval tasks, groups or tags.")
-@click.option("--attacks", type=_ANY, default="none,random,fgsm,bim", help="pgd, ost, illc, too.")
-@click.option("--epsilons", type=_ANY, default="0.01", help="L-infinity amplitudes.")
+@click.option(
+    "--attacks", type=_ANY, default="none,random,fgsm,bim", help="pgd, ost, illc, reversed, too."
+)
+@click.option(
+    "--epsilons",
+    type=_ANY,
+    default="0.01",
+    help="L-infinity amplitudes; 0.7rms: in units of the embeddings' RMS.",
+)
 @click.option("--epsilon_unit", default="absolute", help="absolute or rms.")
 @click.option("--steps", default=10, help="Of bim, pgd, illc.")
 @click.option("--step_size", type=float, help="Of bim, pgd, illc; a quarter of epsilon by default.")

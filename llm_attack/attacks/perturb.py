@@ -94,7 +94,7 @@ def perturb(
     if ascended is None:
         needed = "target_loss" if kind.targeted else "loss"
         raise ValueError(f"attack {attack.name!r} needs {needed}")
-    step = -attack.step if kind.targeted else attack.step
+    step = -attack.step if kind.targeted or kind.reverse else attack.step
     for i in range(attack.steps if kind.iterative else 1):
         known = gradient if i == 0 else None
         slope = loss_gradient(ascended, point) if known is None else known

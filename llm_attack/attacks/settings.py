@@ -18,6 +18,7 @@ class Kind:
     iterative: bool = False
     targeted: bool = False
     random_start: bool = False
+    reverse: bool = False
 
 
 ATTACKS: dict[str, Kind] = {
@@ -28,6 +29,7 @@ ATTACKS: dict[str, Kind] = {
     "bim": Kind(gradient=True, iterative=True),
     "illc": Kind(gradient=True, iterative=True, targeted=True),
     "pgd": Kind(gradient=True, iterative=True, random_start=True),
+    "reversed": Kind(gradient=True, reverse=True),
 }
 
 
@@ -37,10 +39,12 @@ class Attack:
 
     Args:
         name: a key of `ATTACKS`. `fgsm`: Goodfellow et al. 2015; `bim`, `illc` and `ost` (one step
-            towards the least likely class): Kurakin et al. 2017; `pgd`: Madry et al. 2018.
+            towards the least likely class): Kurakin et al. 2017; `pgd`: Madry et al. 2018;
+            `reversed`: `fgsm` with the other sign, the control that has to lower the loss.
         epsilon: L-infinity amplitude, in the units of the point; finite, >= 0.
         steps: of the iterative attacks; >= 1.
         step_size: of the iterative attacks, in the units of the point; None means epsilon / 4.
+        label: the amplitude in the condition's name; None means epsilon.
 
     Raises:
         UsageError: a value is out of range; the message names it.
@@ -50,6 +54,7 @@ class Attack:
     epsilon: float = 0.01
     steps: int = 10
     step_size: float | None = None
+    label: str | None = None
 
     def __post_init__(self) -> None:
         if self.name not in list(ATTACKS):  # a list: also takes what cannot be hashed
@@ -84,11 +89,12 @@ class Attack:
 
     @property
     def condition(self) -> str:
-        """The condition's name in tables: `fgsm@0.01`; the clean run is `none`."""
-        return "none" if self.name == "none" else f"{self.name}@{self.epsilon:g}"
+        """The condition's name in tables: `fgsm@0.01`, `fgsm@0.7rms`; the clean run is `none`."""
+        label = f"{self.epsilon:g}" if self.label is None else self.label
+        return "none" if self.name == "none" else f"{self.name}@{label}"
 
     def scaled(self, factor: float) -> Attack:
-        """The same attack in other units: epsilon and step_size times `factor`."""
+        """The same attack in other units: epsilon and step_size times `factor`, the same label."""
         step_size = None if self.step_size is None else self.step_size * factor
         return replace(self, epsilon=self.epsilon * factor, step_size=step_size)
 

@@ -37,6 +37,8 @@ class Diagnostics:
         elements: coordinates of the points.
         zero_gradients: coordinates where a gradient was exactly zero (or NaN): no step was made.
         gradients: coordinates of all gradients taken.
+        tokens: that were looked up in the vocabulary (`Nearest`), where the points are embeddings.
+        nearest_l2, nearest_linf: those of them that no other token's embedding is nearer to.
     """
 
     signal: float = 0.0
@@ -44,13 +46,18 @@ class Diagnostics:
     elements: float = 0.0
     zero_gradients: float = 0.0
     gradients: float = 0.0
+    tokens: float = 0.0
+    nearest_l2: float = 0.0
+    nearest_linf: float = 0.0
 
     def add(self, sums: Iterable[float]) -> None:
         for name, value in zip(vars(self).copy(), sums, strict=True):
             setattr(self, name, getattr(self, name) + value)
 
     def report(self) -> dict[str, float | None]:
-        """Signal-to-noise ratio (power, and in dB), RMS of both, share of zero gradients."""
+        """Signal-to-noise ratio (power, and in dB), RMS of both, share of zero gradients, and of
+        tokens still nearest to their own embedding.
+        """
         some = self.elements > 0
         noisy = self.noise > 0
         return {
@@ -60,6 +67,10 @@ class Diagnostics:
             "snr_db": 10 * log10(self.signal / self.noise) if noisy else None,
             "zero_gradient_fraction": (
                 self.zero_gradients / self.gradients if self.gradients else None
+            ),
+            "nearest_token_unchanged": self.nearest_l2 / self.tokens if self.tokens else None,
+            "nearest_token_unchanged_linf": (
+                self.nearest_linf / self.tokens if self.tokens else None
             ),
         }
 
@@ -265,7 +276,7 @@ class Engine:
         answers: list[list[Answer]] = []
         for attack, totals in zip(self.attacks, found.diagnostics, strict=True):
             if not attack.identity:
-                totals.add(take(5).tolist())
+                totals.add(take(len(vars(totals))).tolist())
             # summed as lm-eval sums them: at -1000 the last place of float32 is 1e-4
             log_probs = take(predictions).to(self.scorer.softmax_dtype).split(sizes)
             greedy = take(predictions).bool().split(sizes)

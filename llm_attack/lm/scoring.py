@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llm_attack.lm.hook import capture, edit_input, edit_output
+from llm_attack.lm.nearest import Nearest
 from llm_attack.lm.pack import Entries, Pack
 
 
@@ -48,6 +49,9 @@ class Scorer:
         self.autocast = autocast
         self.softmax_dtype = softmax_dtype or torch.float32
         self.head = model.get_output_embeddings()
+        self.nearest = None
+        if isinstance(hookpoint, nn.Embedding) and hookpoint is model.get_input_embeddings():
+            self.nearest = Nearest(hookpoint, hookpoint.num_embeddings)
         base = getattr(model, "get_base_model", lambda: model)()  # inside a PEFT model
         takes_cache = "use_cache" in inspect.signature(base.forward).parameters
         self.options = {"use_cache": False} if takes_cache else {}

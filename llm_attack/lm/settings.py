@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from llm_attack.attacks import Attack
@@ -11,7 +11,8 @@ from llm_attack.lm.losses import LOSSES, SCORES
 from llm_attack.lm.surface import ThreatModel
 
 CONTEXTS = ("own", "shared")
-EPSILON_UNITS = ("absolute", "rms")
+RMS = "rms"
+EPSILON_UNITS = ("absolute", RMS)
 PACKINGS = ("auto", "tree", "off")
 
 
@@ -24,7 +25,7 @@ class AttackSettings:
     """
 
     attack: str = "fgsm"
-    epsilon: float = 0.01
+    epsilon: float | str = 0.01
     epsilon_unit: str = "absolute"
     steps: int = 10
     step_size: float | None = None
@@ -36,7 +37,15 @@ class AttackSettings:
     attack_in_units: Attack = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        attack = Attack(self.attack, self.epsilon, self.steps, self.step_size)
+        if self.attack is None:  # what lm-eval makes of `attack=none` in a string of arguments
+            object.__setattr__(self, "attack", "none")
+        epsilon, unit = amplitude(self.epsilon)
+        object.__setattr__(self, "epsilon", epsilon)
+        if unit is not None:
+            object.__setattr__(self, "epsilon_unit", unit)
+        attack = Attack(self.attack, epsilon, self.steps, self.step_size)
+        if self.epsilon_unit == RMS:
+            attack = replace(attack, label=f"{epsilon:g}{RMS}")
         object.__setattr__(self, "attack_in_units", attack)
         for argument, allowed in (
             ("epsilon_unit", EPSILON_UNITS),
@@ -70,7 +79,7 @@ class AttackSettings:
 
     def resolved(self, rms: float) -> Attack:
         """The attack in the units of the point, given the root mean square of its signal."""
-        return self.attack_in_units.scaled(rms if self.epsilon_unit == "rms" else 1.0)
+        return self.attack_in_units.scaled(rms if self.epsilon_unit == RMS else 1.0)
 
     def arguments(self) -> dict[str, Any]:
         """All arguments with their values."""
@@ -103,6 +112,21 @@ class EngineSettings:
         for argument in ("gradient_checkpointing", "compile"):
             if not isinstance(getattr(self, argument), bool):
                 raise invalid(argument, getattr(self, argument), ("True", "False"))
+
+
+def amplitude(epsilon: Any) -> tuple[Any, str | None]:
+    """(number, unit) of an epsilon: 0.7 and "rms" of "0.7rms"; as it is and None of a number.
+
+    Raises:
+        UsageError: it is a text that is not of that form.
+    """
+    if not isinstance(epsilon, str):
+        return epsilon, None
+    try:
+        return float(epsilon.removesuffix(RMS)), RMS if epsilon.endswith(RMS) else None
+    except ValueError:
+        allowed = "a finite number, at least 0, or one in units of the RMS, such as 0.7rms"
+        raise invalid("epsilon", epsilon, allowed) from None
 
 
 Settings = TypeVar("Settings", AttackSettings, EngineSettings)

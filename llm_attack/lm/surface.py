@@ -130,11 +130,7 @@ class Surface:
         return products.new_zeros(len(sizes), 3).index_add(0, owner, products)
 
     def attack(self, attack: Attack) -> tuple[Tensor, Tensor]:
-        """The attacked point and its diagnostics (signal, noise, elements, zeros, gradients).
-
-        Signal and noise are sums of squares of the clean point and of the perturbation; the last
-        two count exact zeros among, and all of, the elements of the gradients that were taken.
-        """
+        """The attacked point, and the sums of `engine.Diagnostics`, in its order."""
         wide = widest(self.x.device)
         moves = torch.ones_like(self.x[..., :1]) if self.mask is None else self.mask[..., None]
         elements = moves.sum(dtype=wide) * self.x.shape[-1]
@@ -156,4 +152,14 @@ class Surface:
         signal = (self.x.float().square() * moves).sum(dtype=wide)
         noise = (adversarial.float() - self.x.float()).square().sum(dtype=wide)
         sums = [signal, noise, elements, sum(zeros, 0 * elements), elements * len(zeros)]
-        return adversarial, torch.stack(sums)
+        return adversarial, torch.stack([*sums, *self._nearest(adversarial, wide)])
+
+    def _nearest(self, adversarial: Tensor, dtype: torch.dtype) -> Tensor:
+        """(3,): tokens looked up, and of those the unchanged ones in L2 and in L-infinity."""
+        if self.scorer.nearest is None:
+            return torch.zeros(3, dtype=dtype, device=adversarial.device)
+        ids, first = self.pack.input_ids.flatten(), self.pack.first
+        kept = self.pack.mask.flatten() if self.mask is not None else slice(None)
+        ids = ids[kept] if first is None else ids[first]
+        unchanged = self.scorer.nearest.unchanged(adversarial.flatten(0, -2)[kept], ids)
+        return torch.stack([torch.ones_like(unchanged[0]), *unchanged]).sum(-1, dtype=dtype)

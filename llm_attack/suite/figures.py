@@ -45,6 +45,7 @@ _LOOKS = {
     "pgd": _Look(COLOURS[4], "++++", "v", "-."),
     "ost": _Look(COLOURS[2], "----", "<", (0, (4, 1, 1, 1, 1, 1))),
     "illc": _Look(COLOURS[1], "||||", ">", (0, (6, 2))),
+    "reversed": _Look("#999933", "oo", "X", (0, (3, 1))),
 }
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from llm_attack.errors import UsageError, closest, invalid
-from llm_attack.lm.settings import AttackSettings
+from llm_attack.lm.settings import AttackSettings, amplitude
 
 # Fields of a plan that say how it is carried out; results do not depend on them.
 _HOW = ("device",)
@@ -24,7 +24,8 @@ class Plan:
         tasks: of lm-eval: tasks, groups, tags or patterns. These, attacks and epsilons may be one,
             several, or a string with commas.
         attacks: names of `llm_attack.attacks.ATTACKS`.
-        epsilons: amplitudes.
+        epsilons: amplitudes; one with the suffix rms, as 0.7rms, is in units of the embeddings'
+            root mean square whatever `epsilon_unit` says.
         epsilon_unit, steps, step_size, loss, score, context, hookpoint, seed: of
             `AttackSettings`, the same for all conditions.
         limit: questions per task; below 1, their share.
@@ -41,7 +42,7 @@ class Plan:
     model: str = "TinyLlama/TinyLlama_v1.1"
     tasks: Sequence[str] = ("paper_six",)
     attacks: Sequence[str] = ("none", "random", "fgsm", "bim")
-    epsilons: Sequence[float] = (0.01,)
+    epsilons: Sequence[float | str] = (0.01,)
     epsilon_unit: str = "absolute"
     steps: int = 10
     step_size: float | None = None
@@ -61,7 +62,7 @@ class Plan:
     model_args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, kind in (("tasks", str), ("attacks", str), ("epsilons", float)):
+        for name, kind in (("tasks", str), ("attacks", str), ("epsilons", _epsilon)):
             object.__setattr__(self, name, _listed(name, getattr(self, name), kind))
         for name in ("batch_size", "limit", "model_args"):
             object.__setattr__(self, name, getattr(self, f"_{name}")())
@@ -132,12 +133,19 @@ class Plan:
         return {k: v for k, v in asdict(self).items() if k not in _HOW}
 
 
-def _listed(name: str, value: Any, kind: type) -> tuple:
+def _epsilon(value: Any) -> float | str:
+    number, unit = amplitude(value)
+    return float(number) if unit is None else f"{number:g}{unit}"
+
+
+def _listed(name: str, value: Any, kind: Callable[[Any], Any]) -> tuple:
     """One value, several, or several in a string with commas between them."""
     if isinstance(value, str):
         value = [part.strip() for part in value.split(",") if part.strip()]
     try:
         values = tuple(map(kind, value if isinstance(value, Iterable) else [value]))
+    except UsageError:
+        raise
     except (TypeError, ValueError):
         raise invalid(name, value, "numbers, with commas between them") from None
     if not values:

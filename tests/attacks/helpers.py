@@ -4,10 +4,11 @@ import torch
 
 from llm_attack.attacks import keys_for
 
-GRADIENT_ATTACKS = ("fgsm", "ost", "bim", "illc", "pgd")
+GRADIENT_ATTACKS = ("fgsm", "ost", "bim", "illc", "pgd", "reversed")
 ALL_ATTACKS = ("none", "random", *GRADIENT_ATTACKS)
 TARGETED = ("ost", "illc")
 ITERATIVE = ("bim", "illc", "pgd")
+DESCENDING = (*TARGETED, "reversed")
 
 
 def rng(seed):

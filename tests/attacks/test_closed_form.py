@@ -14,6 +14,7 @@ from llm_attack.attacks import Attack, keys_for, least_likely, perturb, signs, u
 
 from .helpers import (
     ALL_ATTACKS,
+    DESCENDING,
     GRADIENT_ATTACKS,
     ITERATIVE,
     TARGETED,
@@ -34,7 +35,7 @@ over_shapes = pytest.mark.parametrize("shape", ((7,), (3, 5, 5), (11, 4)), ids=s
 
 def way(name):
     """The direction in which an attack moves along the gradient of its loss."""
-    return -1 if name in TARGETED else 1
+    return -1 if name in DESCENDING else 1
 
 
 def attacked(attack, x, loss, **options):
@@ -114,7 +115,8 @@ def test_two_classes(name, n, shape):
     assert torch.equal(targets, 1 - labels)
     classes = targets if name in TARGETED else labels
     loss = lambda point: F.cross_entropy(logits(point), classes, reduction="none")  # noqa: E731
-    corner = x + EPS * (w[1 - labels] - w[labels]).sign()
+    away = -1 if name == "reversed" else 1
+    corner = x + away * EPS * (w[1 - labels] - w[labels]).sign()
     assert torch.equal(attacked(Attack(name, EPS), x, loss), corner)
 
 

@@ -96,7 +96,7 @@ def test_step(name, step_size):
 @pytest.mark.parametrize("name", ALL_ATTACKS)
 @pytest.mark.parametrize("epsilon", (0, 0.5))
 def test_which_attacks_start_with_the_clean_gradient(name, epsilon):
-    expected = name in ("fgsm", "bim") and epsilon > 0
+    expected = name in ("fgsm", "bim", "reversed") and epsilon > 0
     assert Attack(name, epsilon).uses_clean_gradient == expected
 
 
@@ -107,6 +107,7 @@ def test_which_attacks_start_with_the_clean_gradient(name, epsilon):
         (Attack("fgsm", 0.01), "fgsm@0.01"),
         (Attack("pgd", 0), "pgd@0"),
         (Attack("bim", 1e-5), "bim@1e-05"),
+        (Attack("bim", 0.7, label="0.7rms").scaled(0.136), "bim@0.7rms"),
     ),
 )
 def test_condition(attack, condition):

@@ -6,6 +6,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM
 
 from llm_attack.demo import MODEL_PATH
+from llm_attack.lm.model import AttackedHFLM
 
 
 def answers(lm, task):
@@ -81,3 +82,11 @@ def test_batch_size(make, build, size):
     task = build("demo_piqa", 6)
     expected = answers(make(attack="fgsm"), task)
     assert answers(make(attack="fgsm", batch_size=size), task) == pytest.approx(expected, abs=2e-4)
+
+
+def test_strings_of_arguments():
+    """lm-eval reads `none` in them as Python's None."""
+    lm = AttackedHFLM.create_from_arg_string("pretrained=demo,attack=none,epsilon=0.7rms")
+    assert lm.attack_info()["condition"] == "none"
+    lm = AttackedHFLM.create_from_arg_string("pretrained=demo,attack=fgsm,epsilon=0.7rms")
+    assert lm.attack_info()["condition"] == "fgsm@0.7rms"

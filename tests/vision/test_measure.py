@@ -114,7 +114,7 @@ def test_the_attacks_are_those_of_the_package():
         "bounds": (0, 1),
         "keys": keys,
     }
-    names = ("sparsefool", "random", *SIX[:-1])
+    names = ("sparsefool", "random", "reversed", *SIX[:-1])
     assert set(names) == set(KNOWN)
     found = dict(attacked(names, net, x, data.labels, keys, epsilon=0.07, steps=4, bounds=(0, 1)))
     assert list(found) == list(names)
