@@ -144,10 +144,9 @@ def _listed(name: str, value: Any, kind: Callable[[Any], Any]) -> tuple:
         value = [part.strip() for part in value.split(",") if part.strip()]
     try:
         values = tuple(map(kind, value if isinstance(value, Iterable) else [value]))
-    except UsageError:
-        raise
     except (TypeError, ValueError):
-        raise invalid(name, value, "numbers, with commas between them") from None
+        allowed = "numbers, such as 0.01 or 0.7rms, with commas between them"
+        raise invalid(name, value, allowed) from None
     if not values:
         raise UsageError(f"{name}=: must name at least one")
     return values
