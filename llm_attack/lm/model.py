@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
 from llm_attack.demo import MODEL_PATH
-from llm_attack.errors import UsageError, report_usage_errors
-from llm_attack.lm import cache, gold
+from llm_attack.errors import UsageError, closest, report_usage_errors
+from llm_attack.lm import cache, gguf, gold
 from llm_attack.lm.encode import encoded_together
 from llm_attack.lm.engine import Answer, Batch, Diagnostics, Engine
 from llm_attack.lm.generate import attacked_prompts
@@ -43,7 +44,7 @@ class AttackedHFLM(HFLM):
     """A causal Hugging Face model whose answers are given under attack.
 
     Args:
-        pretrained: hub id, local folder, `demo` (the bundled model) or a loaded model.
+        pretrained: hub id, local folder, GGUF file, `demo` (the bundled model) or a loaded model.
         **arguments: those of `AttackSettings` (attack, epsilon, epsilon_unit, steps, step_size,
             loss, score, context, hookpoint, seed) and those of lm-eval's `hf`.
 
@@ -65,10 +66,18 @@ class AttackedHFLM(HFLM):
         if arguments.get("device") is None:
             arguments["device"] = "cuda" if torch.cuda.is_available() else "cpu"
         source = str(MODEL_PATH) if pretrained == "demo" else pretrained
+        source, gguf_file = gguf.located(source, arguments.get("gguf_file"))
+        if gguf_file is not None:
+            arguments["gguf_file"] = gguf_file
         try:
-            super().__init__(source, **arguments)
-        except OSError as error:
-            raise _not_loaded(pretrained, error) from error
+            with gguf.without_progress():
+                super().__init__(source, **arguments)
+        except UsageError:
+            raise
+        except gguf.UNREADABLE as error:
+            if gguf_file is None and not isinstance(error, OSError) and not gguf.names_in(source):
+                raise
+            raise _not_loaded(pretrained, gguf_file, error) from error
         if self.backend != "causal":
             raise UsageError(
                 f"pretrained={pretrained}: is an encoder-decoder model; must be a causal one"
@@ -361,11 +370,21 @@ def _report_if_lm_eval_runs() -> None:
         report_usage_errors()
 
 
-def _not_loaded(pretrained: Any, error: OSError) -> UsageError:
+def _not_loaded(pretrained: Any, gguf_file: str | None, error: Exception) -> UsageError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if gguf_file is not None:
+        return UsageError(
+            f"pretrained={pretrained}, gguf_file={gguf_file}: cannot be loaded ({reason}); must be"
+            " a whole GGUF file of an architecture and quantisation that transformers reads"
+        )
+    there = gguf.names_in(pretrained)
+    hint = f"; the folder has GGUF files: gguf_file={there[0]}" if there else ""
+    path = Path(str(pretrained))
+    meant = closest(path.name, gguf.names_in(path.parent))
+    hint = f"; did you mean {path.with_name(meant)}?" if meant else hint
     return UsageError(
         f"pretrained={pretrained}: cannot be loaded ({reason}); must be a model id on a hub that"
-        " can be reached, a local folder, or demo, the bundled model (pretrained=demo)"
+        f" can be reached, a local folder, or demo, the bundled model (pretrained=demo){hint}"
     )
 
 

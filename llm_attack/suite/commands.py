@@ -128,7 +128,7 @@ def run(*, output: Path | None, progress: str, **settings: Any) -> None:
         result = evaluate(output=output, progress=progress, **settings)
     if result is not None:
         console = Console()
-        title = f"{result.run['model']}: accuracy, loss={result.run['settings']['loss']}"
+        title = f"{result.run['model_name']}: accuracy, loss={result.run['settings']['loss']}"
         console.print(tables.RunTable(result.table, title))
         if output is not None and progress != "quiet":
             console.print(f"written: {output}: report.html, table.csv, figure.png, samples.parquet")

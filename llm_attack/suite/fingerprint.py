@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lm_eval.api.instance import Instance
 
-from llm_attack.demo import MODEL_PATH
 from llm_attack.errors import UsageError
 from llm_attack.lm.model import AttackedHFLM
 from llm_attack.outputs import versions, write_json
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.store import STORE
 
-_WEIGHTS = ("*.safetensors", "*.bin", "adapter_config.json", "config.json")
+_DIGITS = 16  # of a SHA-256, in hexadecimal
 
 
 def of_run(
-    plan: Plan, lm: AttackedHFLM, requests: Sequence[Instance], batches: Sequence[Any]
+    plan: Plan,
+    lm: AttackedHFLM,
+    requests: Sequence[Instance],
+    tokens: Iterable[Any],
+    batches: Sequence[Any],
 ) -> dict[str, Any]:
     """What results depend on.
 
@@ -29,6 +33,7 @@ def of_run(
         plan: with the settings of attacks and tasks.
         lm: the model.
         requests: of all tasks.
+        tokens: what the model reads for them.
         batches: which of them are computed together.
     """
     tasks: dict[str, Any] = {}
@@ -39,27 +44,37 @@ def of_run(
     settings = plan.settings()
     return {
         **{name: settings[name] for name in settings if name not in ("tasks", "include_path")},
-        "weights": _weights(plan.model, lm),
+        "weights": weights(lm.model),
         "dtype": str(lm.model.dtype),
-        "tasks": {name: digest.hexdigest()[:16] for name, digest in tasks.items()},
-        "batches": hashlib.sha256(json.dumps(batches).encode()).hexdigest()[:16],
+        "tasks": {name: digest.hexdigest()[:_DIGITS] for name, digest in tasks.items()},
+        "tokens": _digest(map(json.dumps, tokens)),
+        "batches": _digest([json.dumps(batches)]),
         "device": lm.device.type,
         "versions": versions(),
     }
 
 
-def _weights(model: str, lm: AttackedHFLM) -> str | None:
-    """The commit of a model of the hub, the hash of a local one's files."""
-    folder = MODEL_PATH if model == "demo" else Path(model)
-    if not folder.is_dir():
-        return getattr(lm.model.config, "_commit_hash", None)
+def weights(model: torch.nn.Module) -> str:
+    """Hash of what was loaded: names, types, shapes and bytes of parameters and buffers.
+
+    Not of files: which of a folder's, or of a GGUF file's, are read is for the loader to decide. A
+    tensor without data (on the device `meta`) counts by its name, type and shape. Takes about a
+    second for each gigabyte.
+    """
+    return _digest(part for item in model.state_dict().items() for part in _parts(*item))
+
+
+def _parts(name: str, tensor: torch.Tensor) -> Iterator[Any]:
+    yield f"{name} {tensor.dtype} {tuple(tensor.shape)}"
+    if not tensor.is_meta:
+        yield tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _digest(parts: Iterable[Any]) -> str:
     digest = hashlib.sha256()
-    for path in sorted(p for pattern in _WEIGHTS for p in folder.glob(pattern)):
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 24):
-                digest.update(chunk)
-    return digest.hexdigest()[:16]
+    for part in parts:
+        digest.update(part.encode() if isinstance(part, str) else part)
+    return digest.hexdigest()[:_DIGITS]
 
 
 def kept(folder: Path) -> dict[str, Any] | None:

@@ -103,6 +103,12 @@ class Plan:
         return dict(given)
 
     @property
+    def model_name(self) -> str:
+        """What tables call the model: its id on the hub, or the name of its folder or file."""
+        path = Path(str(self.model_args.get("gguf_file") or self.model))
+        return path.resolve().name if path.suffix == ".gguf" or path.exists() else self.model
+
+    @property
     def conditions(self) -> list[AttackSettings]:
         """`none` once and first, every other attack at every epsilon."""
         own = {f.name for f in fields(AttackSettings)} & {f.name for f in fields(self)}

@@ -84,9 +84,9 @@ def write_report(
         questions: a row per question: `task, doc_id, question, choices, gold`.
         table: the accuracies, see `in_words`, with `acc_low` and `acc_high`.
         figures: `Picture`s, or tuples of the same.
-        run: what `run.json` holds. `command` (a string, or a list of arguments), `model` (or
-            `settings.model`) and `attacks` (for each condition, its settings and diagnostics) have
-            places of their own; whatever else is there is shown as it stands, but `fingerprint`.
+        run: what `run.json` holds. `command` (a string, or a list of arguments), `model_name` (or
+            `model`) and `attacks` (for each condition, its settings and diagnostics) have places
+            of their own; whatever else is there is shown as it stands, but `fingerprint`.
 
     Returns:
         The path of the report.
@@ -110,7 +110,7 @@ def write_report(
     command = run.get("command")
     style, script = ((_HERE / name).read_text("utf-8") for name in ("report.css", "report.js"))
     page = environment.get_template("report.html.j2").render(
-        model=run.get("model") or run.get("settings", {}).get("model"),
+        model=run.get("model_name") or run.get("model"),
         words=in_words(table),
         accuracies=_accuracies(table),
         statistics={"level": ALPHA, "mean": MEAN, "expected": ABOVE},

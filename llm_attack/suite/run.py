@@ -129,7 +129,9 @@ def prepare(plan: Plan, progress: str, console: Console) -> Prepared:
         requests = judge.requests()
         work = list(_work(lm, requests))
         batches = [(w.key, w.asked()) for w in work]
-        mark = fingerprint.of_run(plan, lm, requests, batches)
+        asked = (r for w in work for q in w.batch.questions for r in q.requests)
+        read = ((r.tokens, r.n_continuation) for r in asked)
+        mark = fingerprint.of_run(plan, lm, requests, read, batches)
     clock.stop("requests")
     return Prepared(plan, lm, judge, requests, work, mark, clock.timings)
 
@@ -173,6 +175,7 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
     names = [attack.condition for attack in attacks]
     run = {
         "model": plan.model,
+        "model_name": plan.model_name,
         "settings": plan.settings(),
         "attacks": {name: lm.attack_info(i) for i, name in enumerate(names)},
         "fingerprint": fingerprint.plain(mark),
