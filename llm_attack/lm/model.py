@@ -259,13 +259,15 @@ class AttackedHFLM(HFLM):
         encoded = [_request(context, own, longest) for _, context, own in requests]
         if asked is None:
             return [Question([request], [[i]]) for i, request in enumerate(encoded)]
-        grouped: dict[tuple, dict[int, list[int]]] = {}
-        for i, instance in enumerate(asked):
-            of_question = grouped.setdefault((instance.task_name, instance.doc_id), {})
-            of_question.setdefault(instance.idx, []).append(i)
+        grouped: dict[tuple, dict[tuple, list[int]]] = {}
+        for i, (instance, request) in enumerate(zip(asked, encoded, strict=True)):
+            # requests of no task, made by hand, have no doc_id, and each is alone
+            alone = i if instance.doc_id is None else -1
+            of_question = grouped.setdefault((instance.task_name, instance.doc_id, alone), {})
+            of_question.setdefault((instance.idx, request.tokens), []).append(i)
         questions = []
         for by_choice in grouped.values():
-            answers = [by_choice[idx] for idx in sorted(by_choice)]
+            answers = [by_choice[key] for key in sorted(by_choice)]
             question = Question([encoded[a[0]] for a in answers], answers)
             if self.settings.loss == "choice":
                 instances = [asked[a[0]] for a in answers]

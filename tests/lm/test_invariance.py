@@ -4,6 +4,7 @@ import random
 import weakref
 
 import pytest
+from lm_eval.api.instance import Instance
 
 from llm_attack.lm import engine
 
@@ -149,3 +150,13 @@ def test_batches_are_bounded(make, build, monkeypatch, settings):
     assert max(rows for rows, _ in shapes) > 1
     lengths = [length for _, length in shapes]
     assert lengths == sorted(lengths, reverse=True)
+
+
+def test_requests_of_no_task_are_told_apart(make):
+    """Made by hand they have no document, and are not choices of one question."""
+    lm = make(attack="none")
+    requests = [Instance("loglikelihood", {}, ("the", word), 0) for word in (" cat", " dog", " a")]
+    together = [ll for ll, _ in lm.loglikelihood(requests, disable_tqdm=True)]
+    alone = [lm.loglikelihood([request], disable_tqdm=True)[0][0] for request in requests]
+    assert together == pytest.approx(alone, abs=1e-5)
+    assert len({round(ll, 3) for ll in alone}) == 3
