@@ -22,6 +22,7 @@ import pandas as pd
 
 from llm_attack.outputs import write_text
 from llm_attack.suite.statistics import ABOVE, ALPHA, MEAN
+from llm_attack.suite.tables import means
 from llm_attack.suite.words import in_words
 
 _HERE = Path(__file__).parent
@@ -113,6 +114,7 @@ def write_report(
         model=run.get("model_name") or run.get("model"),
         words=in_words(table),
         accuracies=_accuracies(table),
+        means=means(table),
         statistics={"level": ALPHA, "mean": MEAN, "expected": ABOVE},
         figures=[{"title": t, "alt": d, "source": _data_uri(path)} for t, d, path in figures],
         tasks=data["tasks"],

@@ -94,7 +94,8 @@ def load(folder: Path) -> Result:
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot be read ({error}); must be of a finished run") from None
     found = frames.load(folder)
-    return Result(summarise(found["samples"]), found["samples"], found["questions"], run, {})
+    table = summarise(found["samples"], run.get("attacks"))
+    return Result(table, found["samples"], found["questions"], run, {})
 
 
 def set_aside(folder: Path) -> list[Path]:

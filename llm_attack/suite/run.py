@@ -170,20 +170,20 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         questions = frames.questions_of(requests, results[0])
         attacks = lm.engine.attacks
         samples = frames.samples_of(questions, requests, attacks, results, answers, alignments)
-        table = summarise(samples)
+        infos = {attack.condition: lm.attack_info(i) for i, attack in enumerate(attacks)}
+        table = summarise(samples, infos)
     clock.stop("judgement")
-    names = [attack.condition for attack in attacks]
     run = {
         "model": plan.model,
         "model_name": plan.model_name,
         "settings": plan.settings(),
-        "attacks": {name: lm.attack_info(i) for i, name in enumerate(names)},
+        "attacks": infos,
         "fingerprint": fingerprint.plain(mark),
         "versions": versions(),
         "hardware": hardware() | {"device": str(lm.device)},
         "timings": {"processes": world, "seconds": clock.timings},
     }
-    return Result(table, samples, questions, run, dict(zip(names, results, strict=True)))
+    return Result(table, samples, questions, run, dict(zip(infos, results, strict=True)))
 
 
 class _Clock:

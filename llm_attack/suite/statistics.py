@@ -6,7 +6,7 @@ runs; the tests and intervals that they use stand above them. Imports neither to
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import reduce
 from typing import Any
 
@@ -26,12 +26,14 @@ MEAN = "mean"  # stands in the column `task` of rows with the mean over tasks
 
 # columns of the frame of `table.csv`, in order
 _TABLE = [
-    *("task", "condition", "attack", "epsilon", "n", "n_choices_min", "n_choices_max"),
+    *("task", "condition", "attack", "epsilon", "snr_db"),
+    *("n", "n_choices_min", "n_choices_max"),
     *("acc", "acc_low", "acc_high", "acc_norm", "acc_norm_low", "acc_norm_high", "baseline"),
     *("p_chance", "p_chance_holm", "verdict", "p_mcnemar", "p_mcnemar_holm"),
-    *("drop", "lost", "gained"),
+    *("drop", "lost", "gained", "log_likelihood_change", "margin_change"),
 ]
 _KEYS = ["task", "condition"]
+_CHANGING = ["acc", "log_likelihood", "margin"]  # of a question, from `none` to another condition
 _COUNTS = ["n", "n_choices_min", "n_choices_max", "lost", "gained", "left_out"]
 
 
@@ -132,43 +134,58 @@ def _margin(log_likelihoods: Iterable[float], gold: Iterable[int]) -> float:
     return margin if np.isfinite(margin) else np.nan
 
 
-def summarise(samples: pd.DataFrame) -> pd.DataFrame:
+def summarise(
+    samples: pd.DataFrame, attacks: Mapping[str, Mapping[str, Any]] | None = None
+) -> pd.DataFrame:
     """The frame of `table.csv`: a row per task and condition, then the means over tasks.
 
     Args:
         samples: a row per question and condition, as in `samples.parquet`.
+        attacks: what `run.json` says of each condition; of it `snr_db` is taken.
 
     Returns:
         Rows in the order of the run, then for every condition one whose `task` is "mean": the
         unweighted mean over tasks, with the total of the counts. Columns:
 
-        - `task`, `condition`, `attack`, `epsilon`, `n` questions, `n_choices_min`, `n_choices_max`
+        - `task`, `condition`, `attack`, `epsilon` in the units of the point, `snr_db`: signal to
+          noise of the condition over all tasks, `n` questions, `n_choices_min`, `n_choices_max`
         - `acc`, `acc_low`, `acc_high`: accuracy and Wilson's 95 % interval (of a mean:
           `mean_interval`); `acc_norm...`: the same, where every question has it
         - `baseline`: accuracy of random guesses; `p_chance`: exact test against it, and
           `p_chance_holm`: adjusted over the tasks of a condition; `verdict`: in words, at 0.05
         - `p_mcnemar`: exact test against `none`, `p_mcnemar_holm`: adjusted over tasks; `drop`:
           accuracy under `none` minus accuracy here, in points of a percent; `lost`: questions
-          right under `none` and wrong here; `gained`: the reverse. Null for `none` itself, and
-          everywhere when it was not run.
+          right under `none` and wrong here; `gained`: the reverse
+        - `log_likelihood_change`, `margin_change`: of a choice, and of the gold against the best
+          other choice, from `none` to here, mean over questions in nats. These, like the tests
+          against `none`, are null for `none` itself, and everywhere when it was not run.
 
     Raises:
         UsageError: there are no samples.
     """
     if samples.empty:
         raise UsageError("samples: must hold at least one question")
+    samples = samples.reset_index(drop=True)
+    samples = samples.assign(
+        chance=chances(samples),
+        log_likelihood=samples["log_likelihoods"].map(np.mean),
+        margin=gold_margin(samples),
+    )
     place, is_none = ["task", "doc_id"], samples["condition"] == "none"
-    of_none = samples.loc[is_none, [*place, "acc"]]
-    clean = samples[place].merge(of_none, how="left", validate="many_to_one")["acc"]
-    clean = clean.set_axis(samples.index).mask(is_none)
-    groups = samples.assign(chance=chances(samples), clean=clean).groupby(_KEYS, sort=False)
+    of_none = samples.loc[is_none, [*place, *_CHANGING]]
+    clean = samples[place].merge(of_none, how="left", validate="many_to_one")[_CHANGING]
+    clean = clean.mask(is_none).add_prefix("clean_")
+    groups = samples.join(clean).groupby(_KEYS, sort=False)
     table = pd.DataFrame([{**dict(zip(_KEYS, k, strict=True)), **_row(g)} for k, g in groups])
     table["p_chance_holm"] = _holm_over_tasks(table, "p_chance")
     table["p_mcnemar_holm"] = _holm_over_tasks(table, "p_mcnemar")
     differs = table["p_chance_holm"] <= ALPHA
     side = np.where(table["acc"] > table["baseline"], ABOVE, BELOW)
     table["verdict"] = np.where(differs, side, INDISTINGUISHABLE)
-    return _with_means(table, _TABLE, ("acc", "acc_norm"), ("baseline", "drop"))
+    ratio = {name: of.get("snr_db") for name, of in (attacks or {}).items()}
+    table["snr_db"] = table["condition"].map(ratio).astype(float)
+    plain = ("baseline", "drop", "snr_db", "log_likelihood_change", "margin_change")
+    return _with_means(table, _TABLE, ("acc", "acc_norm"), plain)
 
 
 def _row(group: pd.DataFrame) -> dict[str, Any]:
@@ -185,10 +202,12 @@ def _row(group: pd.DataFrame) -> dict[str, Any]:
         **_accuracy(group, "acc"),
         **_accuracy(group, "acc_norm"),
     }
-    pairs = group[group["clean"].notna()]
+    for name in ("log_likelihood", "margin"):
+        row[f"{name}_change"] = (group[name] - group[f"clean_{name}"]).mean()
+    pairs = group[group["clean_acc"].notna()]
     if pairs.empty:
         return {**row, "p_mcnemar": np.nan, "drop": np.nan, "lost": pd.NA, "gained": pd.NA}
-    lost, gained = _changes(pairs["clean"], pairs["acc"])
+    lost, gained = _changes(pairs["clean_acc"], pairs["acc"])
     drop = 100 * (lost - gained) / len(pairs)
     p_value = mcnemar_test(lost, gained)
     return {**row, "p_mcnemar": p_value, "drop": drop, "lost": lost, "gained": gained}

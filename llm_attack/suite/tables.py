@@ -29,6 +29,16 @@ _MARKS = {
 }
 
 
+# Rows under the mean accuracies: their names, columns and forms.
+_MEANS = [
+    ("mean drop, points", "drop", ".1f"),
+    ("likelihood, nats", "log_likelihood_change", "+.2f"),
+    ("gold margin, nats", "margin_change", "+.2f"),
+    ("epsilon", "epsilon", ".4g"),
+    ("signal/noise, dB", "snr_db", ".1f"),
+]
+
+
 @dataclass(frozen=True)
 class Cells:
     """A table as text: heading and rows, left column first, and the notes that explain it."""
@@ -91,13 +101,33 @@ def accuracies(
             accuracy = _number(row[metric], ".3f") + mark
             cells.append(accuracy + (_interval(row, metric, "{:.3f}–{:.3f}") if intervals else ""))
         rows.append([*cells, f"{group['baseline'].iloc[0]:.3f}"])
-    drops = table[table["task"] == MEAN].set_index("condition")["drop"].loc[list(conditions)]
-    if metric == "acc" and drops.notna().any():
-        rows.append(["mean drop, points", "", *(_number(drop, ".1f") for drop in drops), ""])
+    under = means(table[table["condition"].isin(conditions)]) if metric == "acc" else {}
+    rows += [[name, "", *(of[c] for c in conditions), ""] for name, of in under.items()]
     shown = f"{metric} (95 % interval)" if intervals else metric
     notes = [f"{shown}; n: questions; baseline: accuracy of random guesses"]
+    if "gold margin, nats" in under:
+        change = "change from none of log-likelihood, and of gold's margin over the best other"
+        notes.append(f"nats: {change}; means over questions")
     notes += [f"{mark} {meaning}" for mark, meaning in _MARKS.items() if mark in marks]
     return Cells(["task", "n", *conditions, "baseline"], rows, notes)
+
+
+def means(table: pd.DataFrame) -> dict[str, dict[str, str]]:
+    """What stands under the accuracies: name -> condition -> text; rows without a value left out.
+
+    Args:
+        table: of `summarise`.
+    """
+    mean = table[table["task"] == MEAN].set_index("condition")
+    shown = {
+        name: {condition: _number(x, form) for condition, x in mean[column].items()}
+        for name, column, form in _MEANS
+    }
+    some = {name: mean[column].notna().any() for name, column, _ in _MEANS}
+    attacked = mean[mean["attack"] != "none"]
+    in_names = map("{}@{:g}".format, attacked["attack"], attacked["epsilon"])
+    some["epsilon"] = list(in_names) != list(attacked.index)
+    return {name: of for name, of in shown.items() if some[name]}
 
 
 def comparison(frame: pd.DataFrame, names: tuple[str, str], notes: Iterable[str] = ()) -> Cells:

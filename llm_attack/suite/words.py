@@ -10,6 +10,8 @@ from llm_attack.suite.statistics import ABOVE, ALPHA, BELOW, INDISTINGUISHABLE, 
 
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
+_NAMES = {"random": "Random noise", "reversed": "FGSM with the sign reversed"}
+
 
 def in_words(table: pd.DataFrame) -> list[str]:
     """One paragraph for the clean model, then one for each attack, in the table's order.
@@ -55,7 +57,7 @@ def _attack(attack: str, mean: pd.DataFrame, tasks: pd.DataFrame) -> str:
     effects: list[str] = []
     verb_before = ""
     for row in mean.itertuples():
-        at = f"at {row.epsilon:g}" if effects else f"at amplitude {row.epsilon:g}"
+        at = f"at {'' if effects else 'amplitude '}{_amplitude(row.condition, row.epsilon)}"
         if pd.isna(row.drop):
             verb, effect = "leaves", f"{percent(row.acc)} {at}"
         else:
@@ -64,7 +66,7 @@ def _attack(attack: str, mean: pd.DataFrame, tasks: pd.DataFrame) -> str:
             effect = f"{abs(row.drop):.1f} points {at} ({percent(row.acc)} left{found})"
         effects.append(effect if verb == verb_before else f"{verb} {effect}")
         verb_before = verb
-    name = "Random noise" if attack == "random" else attack.upper()
+    name = _NAMES.get(attack, attack.upper())
     verdicts = "".join(
         _verdicts(rows, f"Under {condition}")
         for condition, rows in tasks.groupby("condition", sort=False)
@@ -72,6 +74,13 @@ def _attack(attack: str, mean: pd.DataFrame, tasks: pd.DataFrame) -> str:
     if not verdicts and (tasks["verdict"] == ABOVE).all():
         verdicts = f" {'Every task' if tasks['task'].nunique() > 1 else 'It'} stays above guessing."
     return f"{name} {_listed(effects)}.{verdicts}"
+
+
+def _amplitude(condition: str, epsilon: float) -> str:
+    """As the condition's name has it; in the units of the point beside it if those are others."""
+    _, _, label = condition.partition("@")
+    plain = f"{epsilon:g}"
+    return plain if label == plain else f"{label.replace('rms', ' RMS')} ({epsilon:.3g})"
 
 
 def _significance(tasks: pd.DataFrame) -> str:

@@ -192,9 +192,9 @@ def tiny(task, acc, gold=((0,),), n_choices=(4,), acc_norm=None):
             normed = None if acc_norm is None else float(acc_norm[condition][i])
             gold_of_row = list(range(g))
             rows.append([task, i, condition, attack, float(epsilon or 0), int(k), gold_of_row])
-            rows[-1] += [float(right[i]), normed]
+            rows[-1] += [float(right[i]), normed, [float(right[i])] * g + [0.5] * (k - g)]
     columns = ["task", "doc_id", "condition", "attack", "epsilon", "n_choices", "gold", "acc"]
-    return pd.DataFrame(rows, columns=[*columns, "acc_norm"])
+    return pd.DataFrame(rows, columns=[*columns, "acc_norm", "log_likelihoods"])
 
 
 def test_table_by_hand():
@@ -204,11 +204,13 @@ def test_table_by_hand():
         "zeta", {"none": clean, "fgsm@0.01": attacked}, gold=((0,), (0, 1)), n_choices=(2, 5)
     )
     second = tiny("alpha", {"none": [1] * 8, "fgsm@0.01": [0] * 8}, n_choices=(4,))
-    table = s.summarise(pd.concat([first, second], ignore_index=True))
+    attacks = {"none": {"snr_db": None}, "fgsm@0.01": {"snr_db": 9.5, "snr": 8.9}}
+    table = s.summarise(pd.concat([first, second], ignore_index=True), attacks)
     assert table["task"].tolist() == ["zeta"] * 2 + ["alpha"] * 2 + ["mean"] * 2
     assert table["condition"].tolist() == ["none", "fgsm@0.01"] * 3
     assert table["attack"].tolist() == ["none", "fgsm"] * 3
     assert table["epsilon"].tolist() == [0, 0.01] * 3
+    np.testing.assert_array_equal(table["snr_db"], [np.nan, 9.5] * 3)
     assert table["n"].tolist() == [10, 10, 8, 8, 18, 18]
     assert table["n_choices_min"].tolist() == [2, 2, 4, 4, 2, 2]
     assert table["n_choices_max"].tolist() == [5, 5, 4, 4, 5, 5]
@@ -238,6 +240,11 @@ def test_table_by_hand():
     assert table["lost"].tolist() == [pd.NA, 6, pd.NA, 8, pd.NA, 14]
     assert table["gained"].tolist() == [pd.NA, 1, pd.NA, 0, pd.NA, 1]
     np.testing.assert_allclose(table["drop"], [np.nan, 50, np.nan, 100, np.nan, 75])
+    # four lost questions with 2 of 5 choices, two lost and one gained with 1 of 2, by 1 each
+    lower = [np.nan, -(4 * 2 / 5 + 1 / 2) / 10, np.nan, -1 / 4]
+    np.testing.assert_allclose(table["log_likelihood_change"][:4], lower)
+    np.testing.assert_allclose(table["log_likelihood_change"][5], (lower[1] + lower[3]) / 2)
+    np.testing.assert_allclose(table["margin_change"], [np.nan, -0.5, np.nan, -1, np.nan, -0.75])
     p_values = [binomtest(1, 7).pvalue, binomtest(0, 8).pvalue]
     np.testing.assert_allclose(table["p_mcnemar"][[1, 3]], p_values)
     np.testing.assert_allclose(table["p_mcnemar_holm"][[1, 3]], [p_values[0], 2 * p_values[1]])

@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from llm_attack.suite import statistics, tables
+from llm_attack.suite.words import in_words
 
 CONDITIONS = {
     "none": 3.0,
@@ -32,17 +33,37 @@ def cell(table, task, condition):
 def test_cells_of_a_run(table):
     cells = tables.accuracies(table)
     assert cells.heading == ["task", "n", *CONDITIONS, "baseline"]
-    assert [row[0] for row in cells.rows] == ["some_task", "another", "mean", "mean drop, points"]
-    assert [row[1] for row in cells.rows] == ["200", "120", "320", ""]
-    assert [row[-1] for row in cells.rows] == ["0.250", "0.500", "0.375", ""]
+    under = {"mean drop, points": "drop"}
+    under |= {"likelihood, nats": "log_likelihood_change"}
+    under |= {"gold margin, nats": "margin_change"}
+    assert [row[0] for row in cells.rows] == ["some_task", "another", "mean", *under]
+    assert [row[1] for row in cells.rows] == ["200", "120", "320", "", "", ""]
+    assert [row[-1] for row in cells.rows] == ["0.250", "0.500", "0.375", "", "", ""]
     for row in cells.rows[:3]:
         for condition, text in zip(CONDITIONS, row[2:-1], strict=True):
             it = cell(table, row[0], condition)
             value, ends = text.split(" ")
             assert value.rstrip("†‡§") == f"{it['acc']:.3f}"
             assert ends == f"({it['acc_low']:.3f}–{it['acc_high']:.3f})"
-    drops = [cell(table, "mean", c)["drop"] for c in CONDITIONS]
-    assert cells.rows[3][2:-1] == ["–", *(f"{d:.1f}" for d in drops[1:])]
+    columns = zip(under.values(), (".1f", "+.2f", "+.2f"), strict=True)
+    for row, (column, form) in zip(cells.rows[3:], columns, strict=True):
+        values = [cell(table, "mean", c)[column] for c in CONDITIONS]
+        assert row[2:-1] == ["–", *(format(value, form) for value in values[1:])]
+
+
+def test_units_of_the_rms_are_told(frames):
+    """Beside a name such as fgsm@0.7rms, what that is, and its signal to noise."""
+    samples, _ = frames({"some_task": (9, 4)}, {"none": 3.0, "fgsm@0.07": 1.0, "fgsm@0.02": 2.0})
+    plain = tables.means(statistics.summarise(samples))
+    assert "epsilon" not in plain and "signal/noise, dB" not in plain
+    samples = samples.replace({"condition": {"fgsm@0.07": "fgsm@0.5rms"}})
+    attacks = {"none": {}, "fgsm@0.5rms": {"snr_db": 6.02}, "fgsm@0.02": {"snr_db": 16.9}}
+    table = statistics.summarise(samples, attacks)
+    found = tables.means(table)
+    assert found["epsilon"]["fgsm@0.5rms"] == "0.07"
+    assert found["signal/noise, dB"] == {"none": "–", "fgsm@0.5rms": "6.0", "fgsm@0.02": "16.9"}
+    (_, said) = in_words(table)
+    assert "at amplitude 0.5 RMS (0.07)" in said and " at 0.02 (" in said
 
 
 def test_marks_are_the_verdicts(table):
@@ -57,8 +78,8 @@ def test_marks_are_the_verdicts(table):
             assert ("§" in text) == (condition != "none" and it["p_mcnemar_holm"] > 0.05)
             found |= set(text) & set("†‡§")
     assert found == set("†‡§")
-    assert [note[0] for note in cells.notes[1:]] == ["†", "‡", "§"]
-    assert "indistinguishable from guessing" in cells.notes[1]
+    assert [note[0] for note in cells.notes[2:]] == ["†", "‡", "§"]
+    assert "indistinguishable from guessing" in cells.notes[2]
     assert not set("†‡§") & set("".join(cells.rows[2]))
     adjusted = table.assign(p_mcnemar=0.03, p_mcnemar_holm=0.06, verdict="above guessing")
     assert all(text[5] == "§" for text in tables.accuracies(adjusted).rows[0][2:-1])
@@ -170,8 +191,8 @@ def test_csv(table):
             got, expected, rtol=1e-5 if small else 0, atol=0 if small else 5.1e-7
         )
     line = text.split("\n")[1].split(",")
-    assert line[:5] == ["some_task", "none", "none", "0", "200"]
-    assert line[-4:] == ["", "", "", ""] and len(line[7]) == 8
+    assert line[:6] == ["some_task", "none", "none", "0", "", "200"]
+    assert line[-6:] == [""] * 6 and len(line[8]) == 8
     assert back["verdict"].dropna().tolist() == table["verdict"].dropna().tolist()
 
 
