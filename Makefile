@@ -61,6 +61,16 @@ test: .venv attack-libs ## the tests; lists those that were skipped, and why
 test-slow: .venv attack-libs ## the tests that take minutes
 	$(BIN)/python -m pytest -ra -m slow
 
+# An environment of its own; Python 3.10 or 3.11. Without the libraries of attack-libs.
+.venv-oldest/.installed: pyproject.toml constraints-oldest.txt _llm_attack_shim.py llm_attack_shim.pth
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet -c constraints-oldest.txt -e ".[dev]"
+	@touch $@
+
+.PHONY: test-oldest
+test-oldest: .venv-oldest/.installed ## the tests with the lowest releases that pyproject.toml allows; Python 3.10 or 3.11
+	.venv-oldest/bin/python -m pytest -ra
+
 .PHONY: lint
 lint: .venv ## format, lint rules and types
 	$(BIN)/ruff format --check
@@ -83,6 +93,6 @@ bench: .venv ## time and memory against stock lm-eval, into results/engine; fort
 	$(BIN)/python benchmarks/engine.py --output results/engine
 
 .PHONY: clean
-clean: ## remove the environment, builds and caches
-	rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+clean: ## remove the environments, builds and caches
+	rm -rf .venv .venv-oldest build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

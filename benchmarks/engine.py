@@ -70,13 +70,13 @@ def real_requests(tasks: list[str], tokens: int, tokenizer: Any) -> dict[str, li
     7 % of the tokens are padding. So that it is here, too, the sample is of neighbours in size,
     about the median.
     """
-    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks import TaskManager, get_task_dict
 
     gold.note_tasks()
     gold.compile_templates_once()
     manager, found = TaskManager(), {}
     for name in tasks:
-        (task,) = manager.load([name])["tasks"].values()
+        (task,) = get_task_dict([name], manager).values()
         task.set_config("num_fewshot", 0)
         task.build_all_requests()
         of_question: dict[int, list[list[int]]] = defaultdict(list)

@@ -159,8 +159,9 @@ def test_the_model_folder_is_small():
 def test_the_model_answers_held_out_questions(tokenizer):
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
+    from versions import dtype_of
 
-    model = AutoModelForCausalLM.from_pretrained(MODEL_PATH, dtype="auto").eval()
+    model = AutoModelForCausalLM.from_pretrained(MODEL_PATH, **dtype_of("auto")).eval()
     assert model.dtype == torch.float32
     for name in SETS:
         questions = question_set(name)[:60]

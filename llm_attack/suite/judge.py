@@ -139,7 +139,7 @@ class _LoadedOnce:
         self._loaded = self._loaded or self._manager.load(names)
         return self._loaded
 
-    def load_task_or_group(self, names: Any) -> Any:  # lm-eval 0.4.9
+    def load_task_or_group(self, names: Any) -> Any:  # lm-eval 0.4.9.1 and 0.4.9.2
         self._loaded = self._loaded or self._manager.load_task_or_group(names)
         return self._loaded
 

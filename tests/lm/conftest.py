@@ -1,7 +1,7 @@
 """Requests of the demo tasks and the bundled model under any settings."""
 
 import pytest
-from lm_eval.tasks import TaskManager
+from lm_eval.tasks import TaskManager, get_task_dict
 from reference import Reference
 
 from llm_attack.lm import gold
@@ -18,7 +18,7 @@ def build():
     manager = TaskManager(include_path=str(tasks_path()))
 
     def built(name, limit=4):
-        (task,) = manager.load([name])["tasks"].values()
+        (task,) = get_task_dict([name], manager).values()
         task.set_config("num_fewshot", 0)
         task.build_all_requests(limit=limit)
         return task

@@ -7,6 +7,7 @@ is rounding error where the model is sure, and its sign decides.
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from versions import dtype_of
 
 from llm_attack.attacks import keys_for, signs
 from llm_attack.demo import MODEL_PATH
@@ -15,7 +16,7 @@ from llm_attack.demo import MODEL_PATH
 class Reference:
     def __init__(self, path, dtype=torch.float64):
         path = MODEL_PATH if path == "demo" else path
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(path, **dtype_of(dtype)).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(path)
 
     def tokens(self, context, continuation):

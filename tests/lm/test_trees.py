@@ -10,6 +10,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
+from versions import dtype_of
 
 from llm_attack.attacks import Attack
 from llm_attack.lm import engine as engines
@@ -73,7 +74,7 @@ def network(kind):
     """
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **SMALL, **ARCHITECTURES[kind])
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
+    model = AutoModelForCausalLM.from_config(config, **dtype_of(torch.float64)).eval()
     for p in model.parameters():
         if p.dim() > 1:
             p.data.mul_(12)
@@ -194,7 +195,7 @@ def test_models_without_positions_get_rows(kind, caplog):
     """ALiBi and recurrent models; the log says so in one line."""
     options = {"d_model": 16, "n_heads": 2, "n_layers": 2} if kind == "mpt" else {}
     config = AutoConfig.for_model(kind, **(SMALL | options))
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
+    model = AutoModelForCausalLM.from_config(config, **dtype_of(torch.float64)).eval()
     with caplog.at_level(logging.WARNING, "llm_attack"):
         assert longest_tree(scorer_of(model), CPU) == 0
     (line,) = caplog.messages

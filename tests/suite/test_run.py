@@ -8,6 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from lm_eval.evaluator import simple_evaluate
+from lm_eval.tasks import get_task_dict
 from lm_eval.utils import make_table
 from processes import RUN, Command, contents
 
@@ -135,7 +136,7 @@ def test_questions(demo):
     """Texts and gold labels are those of the data."""
     result, _ = demo
     questions = result.questions.set_index(["task", "doc_id"])
-    loaded = task_manager(DEMO).load(DEMO)["tasks"]
+    loaded = get_task_dict(DEMO, task_manager(DEMO))
     for name in DEMO:
         docs = list(loaded[name].eval_docs)[:8]
         for doc_id, doc in enumerate(docs):
