@@ -1,0 +1,135 @@
+"""The tables of `fig3.md`, from the stored samples of runs.
+
+    python docs/fig3.py results/smollm2-135m
+
+Prints Markdown: what attacks cost against no attack, what gradients cost against noise of the same
+amplitude, which questions fall, and whether perturbed embeddings are still nearest to their token.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pandas as pd
+from scipy.stats import mannwhitneyu
+
+from llm_attack.suite import results
+from llm_attack.suite.run import Result
+from llm_attack.suite.statistics import gold_margin, paired, wilson
+from llm_attack.suite.tables import Cells
+
+QUARTERS = ("smallest", "second", "third", "largest")
+
+
+def differences(found: Result, pairs: list[tuple[str, str]]) -> pd.DataFrame:
+    """Of each pair of conditions (a, b) accuracy under b minus that under a: see `paired`."""
+    parts = []
+    for a, b in pairs:
+        label = f"{b} − {a}"
+        samples = [
+            found.samples[found.samples["condition"] == condition].assign(condition=label)
+            for condition in (a, b)
+        ]
+        parts.append(paired(samples[0], found.questions, samples[1], found.questions))
+    return pd.concat(parts, ignore_index=True)
+
+
+def table_of_differences(frame: pd.DataFrame) -> Cells:
+    """A row per task and their mean, a column per pair; points with paired 95 % intervals."""
+    labels = list(frame["condition"].unique())
+    of = frame.set_index(["task", "condition"])
+    rows = []
+    for task in frame["task"].unique():
+        cells = [of.loc[(task, label)] for label in labels]
+        rows.append([task, *map(_difference, cells)])
+    notes = ["points of a percent, paired 95 % interval; * exact McNemar test, Holm over tasks"]
+    return Cells(["task", *labels], rows, notes)
+
+
+def _difference(row: pd.Series) -> str:
+    p_value = row["p_mcnemar_holm"]
+    star = " *" if pd.notna(p_value) and p_value <= 0.05 else ""
+    ends = f"{row['difference_low']:+.1f} to {row['difference_high']:+.1f}"
+    return f"{row['difference']:+.1f} ({ends}){star}"
+
+
+def falls(found: Result) -> Cells:
+    """Of the questions right without an attack, how many each condition takes, by clean margin."""
+    samples = found.samples.assign(margin=gold_margin(found.samples))
+    clean = samples[samples["condition"] == "none"].set_index(["task", "doc_id"])
+    right = clean[clean["acc"] == 1]["margin"]
+    ends = right.quantile([0.25, 0.5, 0.75]).tolist()
+    bounds = [-np.inf, *ends, np.inf]
+    rows = []
+    for condition, group in samples.groupby("condition", sort=False):
+        if condition == "none":
+            continue
+        lost = group.set_index(["task", "doc_id"])["acc"].loc[right.index] == 0
+        cells = []
+        for low, high in pairwise(bounds):
+            inside = lost[(right > low) & (right <= high)]
+            low_share, high_share = wilson(int(inside.sum()), len(inside))
+            cells.append(f"{inside.mean():.0%} ({low_share:.0%}–{high_share:.0%})")
+        kept_above = mannwhitneyu(right[~lost], right[lost]).statistic
+        area = kept_above / ((~lost).sum() * lost.sum()) if lost.any() else np.nan
+        rows.append([str(condition), f"{lost.sum()} of {len(lost)}", *cells, f"{area:.2f}"])
+    heading = ["condition", "lost", *(f"{name} margins" for name in QUARTERS), "AUC"]
+    quarters = ", ".join(f"{end:.2f}" for end in ends)
+    notes = [
+        f"share lost of each quarter by gold margin without an attack (bounds {quarters} nats),"
+        " with Wilson's 95 % interval",
+        "AUC: probability that a question that is kept had a larger margin than one that is lost",
+    ]
+    return Cells(heading, rows, notes)
+
+
+def point(found: Result) -> Cells:
+    """What each condition did to the embeddings."""
+    rows = []
+    for condition, of in found.run["attacks"].items():
+        if condition == "none":
+            continue
+        numbers: list[tuple[str, Any]] = [
+            (".4g", of["epsilon_absolute"]),
+            (".3f", of["epsilon_absolute"] / of["embedding_rms"]),
+            (".1f", of["snr_db"]),
+            (".2%", of["nearest_token_unchanged"]),
+            (".2%", of["nearest_token_unchanged_linf"]),
+        ]
+        rows.append([condition, *(format(value, form) for form, value in numbers)])
+    heading = ["condition", "epsilon", "in RMS", "SNR, dB", "own token nearest, L2", "L-infinity"]
+    return Cells(heading, rows, ["RMS: of the embedding matrix"])
+
+
+def against_noise(conditions: list[str]) -> list[tuple[str, str]]:
+    """(random@e, attack@e) for every other attack."""
+    labels = [condition.partition("@") for condition in conditions]
+    return [
+        (f"random@{epsilon}", f"{attack}@{epsilon}")
+        for attack, _, epsilon in labels
+        if attack not in ("none", "random") and f"random@{epsilon}" in conditions
+    ]
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+def main(folder: Path) -> None:
+    """Tables of the run in FOLDER."""
+    found = results.load(folder)
+    conditions = list(found.samples["condition"].unique())
+    attacked = [("none", condition) for condition in conditions if condition != "none"]
+    for title, cells in (
+        ("Against no attack", table_of_differences(differences(found, attacked))),
+        ("Against noise", table_of_differences(differences(found, against_noise(conditions)))),
+        ("Which questions fall", falls(found)),
+        ("The embeddings", point(found)),
+    ):
+        print(f"### {title}\n\n{cells.markdown()}")
+
+
+if __name__ == "__main__":
+    main()
