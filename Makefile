@@ -13,7 +13,7 @@ ATTACK_LIBS := torchattacks foolbox cleverhans eagerpy GitPython gitdb smmap
 
 .PHONY: help
 help: ## this list
-	@awk -F ':.*## ' '/^[.a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[.a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: .venv
 .venv: .venv/.installed ## the environment, with the project in editable form; PYTHON=... chooses the interpreter
@@ -43,6 +43,10 @@ test: .venv attack-libs ## the tests; lists those that were skipped, and why
 .PHONY: test-slow
 test-slow: .venv attack-libs ## the tests that take minutes
 	$(BIN)/python -m pytest -ra -m slow
+
+.PHONY: test-processors
+test-processors: .venv attack-libs ## the numerical tests with each instruction set of this processor, on one thread and two
+	$(BIN)/python tests/processors.py
 
 .PHONY: lint
 lint: .venv ## format, lint rules and types

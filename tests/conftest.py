@@ -1,14 +1,17 @@
 """What all tests share."""
 
 import os
+
+# Nothing is fetched: a model that is not on this machine is an error at once, not after the retries
+# of a hub that is not there. Processes that tests start inherit it.
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+# The tensors here are small: a second thread costs more than it brings, above all on busy machines.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import settings
-
-# The tensors here are small: a second thread costs more than it brings, above all on busy machines.
-torch.set_num_threads(1)
 
 # Machines that run tests are noisy: how long an example takes says nothing about the code.
 settings.register_profile("untimed", deadline=None)

@@ -83,8 +83,7 @@ def test_no_gold_labels_is_said_before_anything_is_computed(make, build, monkeyp
 
 
 @pytest.mark.parametrize("name", ["no-such/model", "/no/such/folder", "not a name"])
-def test_model_that_cannot_be_loaded(make, name, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_model_that_cannot_be_loaded(make, name):
     with pytest.raises(UsageError, match=rf"pretrained={name}: cannot be loaded .*pretrained=demo"):
         make(pretrained=name)
 

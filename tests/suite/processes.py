@@ -100,9 +100,6 @@ def _main(
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which background jobs lack
-    import torch
-
-    torch.set_num_threads(1)
     count_batches(folder, hold)
     from llm_attack.cli import main
 
