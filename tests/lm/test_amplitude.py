@@ -52,5 +52,6 @@ def test_refused(typed):
         with pytest.raises(UsageError) as caught:
             make()
         message = str(caught.value)
-        assert message.startswith("epsilon") and "at least 0" in message
+        assert message.startswith("epsilon")
+        assert "at least 0" in message or "must be numbers, such as 0.01 or 0.7rms" in message
         assert "\n" not in message

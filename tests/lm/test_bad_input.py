@@ -15,8 +15,6 @@ from llm_attack.demo import MODEL_PATH
 from llm_attack.errors import UsageError
 from llm_attack.suite.harness import tasks_path
 
-pytestmark = pytest.mark.usefixtures("only_our_tasks")
-
 CASES = [
     ("attack=fsgm", r"attack=fsgm: must be one of none, .*did you mean 'fgsm'\?"),
     ("loss=choices", r"loss=choices: must be one of sequence, .*did you mean 'choice'\?"),

@@ -5,6 +5,11 @@ from invented import build
 from processes import RUN, Command, computed, contents
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quick(one_index):
+    """For all tests here."""
+
+
 @pytest.fixture
 def frames():
     """The function that makes samples and questions of a run that never was."""

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 _server = multiprocessing.get_context("forkserver")
@@ -124,6 +125,14 @@ def count_batches(folder: Path, hold: int | None) -> None:
         return answer(self, pack)
 
     Engine.answer = counted
+
+
+def until(condition: Callable[[], bool], seconds: float = 300) -> None:
+    """Waits for what a command does."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
 
 
 def computed(folder: Path) -> int:

@@ -1,14 +1,12 @@
 """Bad input and faults: a clear line each, the right exit code, nothing written or lost."""
 
 import json
-import os
 import shutil
-import signal
 import sqlite3
 
 import pytest
 from click.testing import CliRunner
-from processes import RUN, Command, computed, contents
+from processes import RUN, Command, computed, contents, until
 
 from llm_attack import evaluate
 from llm_attack.cli import main
@@ -144,9 +142,8 @@ def test_another_run(tmp_path, whole):
     assert contents(tmp_path / "run") == before
 
     folder = tmp_path / "stopped"
-    command = Command(folder, *RUN)
-    while not computed(folder):
-        pass
+    command = Command(folder, *RUN, hold=1)
+    until(lambda: computed(folder) > 1)
     command.kill()
     other = Command(folder, *RUN, "--seed", "1")
     assert other.wait() == 2
@@ -157,13 +154,11 @@ def test_another_run(tmp_path, whole):
 
 
 def test_two_runs_at_once(tmp_path, whole):
-    first = Command(tmp_path, *RUN)
-    while not computed(tmp_path):
-        pass
-    os.kill(first.pid, signal.SIGSTOP)  # alive, and not finished before the second has come so far
+    first = Command(tmp_path, *RUN, hold=1)
+    until(lambda: computed(tmp_path) > 1)
     second = Command(tmp_path / "elsewhere", *RUN[:-1], tmp_path / "run")
     assert second.wait() == 2
-    os.kill(first.pid, signal.SIGCONT)
+    (tmp_path / "go").touch()
     assert "another run is writing there" in second.err
     assert first.wait() == 0
     assert computed(tmp_path) == whole[1]
@@ -205,9 +200,8 @@ def test_damaged_samples(tmp_path, whole, how):
 
 @pytest.mark.parametrize("how", ["digit", "page", "foreign", "empty"])
 def test_damaged_store(tmp_path, whole, how):
-    command = Command(tmp_path, *RUN)
-    while computed(tmp_path) < 6:
-        pass
+    command = Command(tmp_path, *RUN, hold=5)
+    until(lambda: computed(tmp_path) > 5)
     command.kill()
     path = tmp_path / "run" / STORE / "part-0.sqlite"
     if how == "digit":
