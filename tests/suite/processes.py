@@ -18,8 +18,11 @@ _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(
     [
         "llm_attack.suite.commands",
-        "matplotlib.backends.backend_svg",
+        "llm_attack.suite.figures",
         "matplotlib.backends.backend_agg",
+        "matplotlib.backends.backend_svg",
+        "matplotlib.figure",
+        "transformers.models.llama.modeling_llama",
     ]
 )
 

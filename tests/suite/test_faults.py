@@ -129,10 +129,8 @@ def test_foreign_folder(tmp_path, content, name):
     assert path.read_text() == content
 
 
-def test_another_run(tmp_path, whole):
+def test_another_run(finished, tmp_path, whole):
     """Finished, and then unfinished."""
-    command = Command(tmp_path, *RUN)
-    assert command.wait() == 0
     before = contents(tmp_path / "run")
     other = Command(tmp_path, *RUN, "--epsilons", "0.02", "--tasks", "demo_piqa")
     assert other.wait() == 2
@@ -173,10 +171,8 @@ def damage(path, share=0.5):
 
 
 @pytest.mark.parametrize("how", ["bit", "truncated", "foreign", "removed"])
-def test_damaged_samples(tmp_path, whole, how):
+def test_damaged_samples(finished, tmp_path, whole, how):
     folder = tmp_path / "run"
-    command = Command(tmp_path, *RUN)
-    assert command.wait() == 0
     path = folder / "samples.parquet"
     if how == "bit":
         damage(path, 0.2)
@@ -240,10 +236,8 @@ def test_disk_full(tmp_path, whole, size):
     assert contents(tmp_path / "run") == whole[0]
 
 
-def test_modes_of_progress(tmp_path, whole, monkeypatch):
-    command = Command(tmp_path, *RUN)
-    assert command.wait() == 0
-    line = json.loads(command.err.splitlines()[-1])
+def test_modes_of_progress(finished, tmp_path):
+    line = json.loads((tmp_path / "err").read_text().splitlines()[-1])
     assert line["requests"] == line["total"] == 2 * 6 * 2
     assert line["seconds_left"] == 0
     results = {path: json.loads(path.read_text()) for path in (tmp_path / "run").rglob("results_*")}
@@ -251,7 +245,7 @@ def test_modes_of_progress(tmp_path, whole, monkeypatch):
         name = path.stem.removeprefix("results_")
         accuracies = [found["acc,none"] for found in of_condition["results"].values()]
         assert line["accuracy"][name] == pytest.approx(sum(accuracies) / 2, abs=1e-4)
-    assert "written" in command.out
+    assert "written" in (tmp_path / "out").read_text()
     quiet = Command(tmp_path, *RUN, "--progress", "quiet")
     assert quiet.wait() == 0
     assert quiet.err == ""
