@@ -41,7 +41,7 @@ test: .venv attack-libs ## the tests; lists those that were skipped, and why
 	$(BIN)/python -m pytest -ra
 
 .PHONY: test-slow
-test-slow: .venv attack-libs ## the tests that take minutes
+test-slow: .venv attack-libs ## the tests that take minutes, such as every command line of the documentation
 	$(BIN)/python -m pytest -ra -m slow
 
 .PHONY: test-processors
