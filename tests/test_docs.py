@@ -135,7 +135,7 @@ def prepared(tmp_path_factory):
         call([sys.executable, "-m", "llm_attack", "run", "--config", "suite.yaml"], folder)
     shutil.copytree(folder / "DIR_A", folder / "DIR_B")
     (folder / "suite.yaml").write_text(json.dumps({**settings, "output": "of-settings"}))
-    rows = [f"{a}{b},en,{w}" for w in ("negative", "neutral", "positive") for a in w for b in "xyz"]
+    rows = [f"{w}{i},en,{w}" for w in ("negative", "neutral", "positive") for i in range(20)]
     (folder / "words.csv").write_text("\n".join(["word,language,label", *rows]))
     for name in ("benchmarks", "tasks"):
         (folder / name).symlink_to(ROOT / name)
