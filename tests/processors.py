@@ -48,16 +48,16 @@ def tested(torch_set: str, onednn_set: str, mkl_set: str, threads: int, argument
 
 def main(arguments: list[str]) -> int:
     own = torch.backends.cpu.get_cpu_capability()
-    names = [names[0] for names in SETS]
-    if own not in names:
+    known = [name for name, *_ in SETS]
+    if own not in known:
         print(f"{own}: only the instruction sets of x86 can be chosen among; with this one alone")
-    sets = SETS[: names.index(own) + 1] if own in names else [(own, own, own)]
+    sets = SETS[: known.index(own) + 1] if own in known else [(own, own, own)]
     found = []
-    for names in sets:
+    for name, *others in sets:
         for threads in (1, 2):
-            print(f"\n{names[0]}, {threads} threads", flush=True)
-            code, last = tested(*names, threads, arguments)
-            found.append((code, f"{names[0]}, {threads} threads: {last}"))
+            print(f"\n{name}, {threads} threads", flush=True)
+            code, last = tested(name, *others, threads, arguments)
+            found.append((code, f"{name}, {threads} threads: {last}"))
     print("", *(line for _, line in found), sep="\n")
     return max(code for code, _ in found)
 

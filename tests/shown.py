@@ -136,8 +136,11 @@ RULES = (
     Rule(r"llm-attack run --model .*", FEW, changes=(*MODEL, *TASKS), more="--limit 2"),
     Rule(
         r"accelerate launch --num_processes \d+ -m llm_attack run .*",
-        f"{FEW}, two processes",
-        changes=(*MODEL, (r"--num_processes \d+", "--num_processes 2 --main_process_port {port}")),
+        f"{FEW}; two processes, which share the CPU",
+        changes=(
+            *MODEL,
+            (r"--num_processes \d+", "--cpu --num_processes 2 --main_process_port {port}"),
+        ),
         more="--tasks demo_piqa --limit 4",
         needs="accelerate",
     ),
@@ -149,9 +152,9 @@ RULES = (
     ),
     Rule(
         r"llm-attack reproduce fig1 .*",
-        "few images, and epochs enough to know some of them",
+        "few images, one of them in the figure: any network knows one",
         changes=IMAGES,
-        more="--network cnn --width 0.5 --train-size 500 --test-size 40 --epochs 8 --images 2",
+        more="--network cnn --width 0.5 --train-size 500 --test-size 100 --epochs 2 --images 1",
     ),
     Rule(
         r"llm-attack reproduce fig[25] .*",
