@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -11,8 +12,12 @@ import sysconfig
 from importlib.util import find_spec
 from itertools import pairwise
 
+import click
 import pytest
+from click.testing import CliRunner
 from shown import PAGES, ROOT, commands, rule_of
+
+from llm_attack.cli import main
 
 SHOWN = list(dict.fromkeys(c for page in PAGES for c in commands(page.read_text("utf-8"))))
 
@@ -108,6 +113,17 @@ def test_a_rule_knows_it(command):
 def test_a_command_that_no_rule_knows(command):
     with pytest.raises(LookupError, match=re.escape(command)):
         rule_of(command)
+
+
+@pytest.mark.parametrize("command", [c for c in SHOWN if re.search(r"\bllm.attack .* -", c)])
+def test_options_exist(command, monkeypatch, tmp_path):
+    """As shown, nothing shortened: the command line takes it; nothing is computed."""
+    monkeypatch.setattr(click.Command, "invoke", lambda self, context: None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "suite.yaml").write_text("attacks: [none, fgsm]")
+    words = shlex.split(re.split(r"\bllm.attack ", command)[1])
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.output
 
 
 def call(words, cwd):
