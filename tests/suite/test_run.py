@@ -55,7 +55,8 @@ def check(result, expected, attack, tolerance=1e-6):
         for sample in metrics:
             of_question = found.loc[sample["doc_id"]]
             scores = [ll for ll, _ in sample["filtered_resps"]]
-            assert of_question["log_likelihoods"] == pytest.approx(scores, abs=tolerance, rel=tolerance)
+            expected_scores = pytest.approx(scores, abs=tolerance, rel=tolerance)
+            assert of_question["log_likelihoods"] == expected_scores
             assert of_question["prediction"] == np.argmax(scores)
             assert of_question["acc"] == sample["acc"]
             assert (of_question["prediction"] in of_question["gold"]) == sample["acc"]
