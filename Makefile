@@ -19,7 +19,7 @@ LIMIT ?= 10
 
 .PHONY: help
 help: ## this list
-	@awk -F ':.*## ' '/^[.a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[.a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: .venv
 .venv: .venv/.installed ## the environment, with the project in editable form; PYTHON=... chooses the interpreter
@@ -58,7 +58,7 @@ test: .venv attack-libs ## the tests; lists those that were skipped, and why
 	$(BIN)/python -m pytest -ra
 
 .PHONY: test-slow
-test-slow: .venv attack-libs ## the tests that take minutes
+test-slow: .venv attack-libs ## the tests that take minutes, such as every command line of the documentation
 	$(BIN)/python -m pytest -ra -m slow
 
 # An environment of its own; Python 3.10 or 3.11. Without the libraries of attack-libs.
@@ -70,6 +70,10 @@ test-slow: .venv attack-libs ## the tests that take minutes
 .PHONY: test-oldest
 test-oldest: .venv-oldest/.installed ## the tests with the lowest releases that pyproject.toml allows; Python 3.10 or 3.11
 	.venv-oldest/bin/python -m pytest -ra
+
+.PHONY: test-processors
+test-processors: .venv attack-libs ## the numerical tests with each instruction set of this processor, on one thread and two
+	$(BIN)/python tests/processors.py
 
 .PHONY: lint
 lint: .venv ## format, lint rules and types

@@ -1,18 +1,47 @@
 """What all tests share."""
 
 import os
+
+# Nothing is fetched: a model that is not on this machine is an error at once, not after the retries
+# of a hub that is not there. Processes that tests start inherit it.
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+# The tensors here are small: a second thread costs more than it brings, above all on busy machines.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import functools
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import settings
-
-# The tensors here are small: a second thread costs more than it brings, above all on busy machines.
-torch.set_num_threads(1)
 
 # Machines that run tests are noisy: how long an example takes says nothing about the code.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+
+@pytest.fixture(scope="session")
+def one_index():
+    """lm-eval's thousands of tasks are indexed once, not by each of its task managers: it takes
+    seconds.
+    """
+    try:
+        from lm_eval.tasks._index import TaskIndex
+    except ImportError:  # of an older lm-eval, which has another
+        return (yield)
+
+    build, defaults = TaskIndex.build, Path(find_spec("lm_eval.tasks").origin).parent
+    of_defaults = functools.cache(lambda: build([defaults]))
+
+    def quick(paths, **options):
+        index = {}
+        for path in paths:
+            index |= of_defaults() if path == defaults else build([path], **options)
+        return index
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TaskIndex, "build", staticmethod(quick))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,15 +1,30 @@
 """What the documentation shows, runs."""
 
+import json
+import os
 import re
-from pathlib import Path
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+from importlib.util import find_spec
+from itertools import pairwise
 
+import click
 import pytest
+from click.testing import CliRunner
+from shown import PAGES, ROOT, commands, rule_of
 
-DOCS = Path(__file__).parent.parent / "docs"
+from llm_attack.cli import main
+
+SHOWN = list(dict.fromkeys(c for page in PAGES for c in commands(page.read_text("utf-8"))))
 
 
 def blocks(name):
-    return re.findall(r"```python\n(.*?)```", (DOCS / name).read_text(encoding="utf-8"), re.DOTALL)
+    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
 @pytest.fixture
@@ -40,3 +55,136 @@ def test_library(one_task):
     assert list(names["wide"]) == sorted(names["table"].index.unique("condition"))
     exec(attack, names)
     assert 0 < (names["attacked"] - names["x"]).abs().max() <= 8 / 255 + 1e-6
+
+
+PAGE = """
+    make demo          # all of it
+    llm-attack run --model demo \\
+      -o DIR
+
+As `pip install .`, or `llm-attack run
+--config suite.yaml`; `lm_eval` alone is a name, and `attack=fgsm` no command. Nor is this:
+
+    from llm_attack import evaluate
+    evaluate("demo")
+
+1. In a list, twice:
+
+```bash
+make demo
+nonsense --now
+```
+```python
+make = "demo"
+```
+```yaml
+make: demo
+```
+"""
+
+
+def test_commands_are_found():
+    assert commands(PAGE) == [
+        "make demo",
+        "llm-attack run --model demo -o DIR",
+        "nonsense --now",
+        "pip install .",
+        "llm-attack run --config suite.yaml",
+    ]
+    with pytest.raises(ValueError, match="neither commands nor Python"):
+        commands("\n\n    nonsense --now\n")
+
+
+def test_commands_of_the_pages():
+    """Those that nobody would take out, so that a parser that finds none fails."""
+    assert {"make demo", "make bench", "pip install .", "llm-attack report DIR"} <= set(SHOWN)
+    assert sum(c.startswith("lm_eval --model attacked-hf") for c in SHOWN) >= 3
+    assert sum(c.startswith("llm-attack reproduce") for c in SHOWN) >= 10
+
+
+@pytest.mark.parametrize("command", SHOWN)
+def test_a_rule_knows_it(command):
+    assert rule_of(command).reason
+
+
+@pytest.mark.parametrize(
+    "command", ["nonsense --now", "make", "llm-attack rum --model x/y", "python -m llm_attack.x"]
+)
+def test_a_command_that_no_rule_knows(command):
+    with pytest.raises(LookupError, match=re.escape(command)):
+        rule_of(command)
+
+
+@pytest.mark.parametrize("command", [c for c in SHOWN if re.search(r"\bllm.attack .* -", c)])
+def test_options_exist(command, monkeypatch, tmp_path):
+    """As shown, nothing shortened: the command line takes it; nothing is computed."""
+    monkeypatch.setattr(click.Command, "invoke", lambda self, context: None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "suite.yaml").write_text("attacks: [none, fgsm]")
+    words = shlex.split(re.split(r"\bllm.attack ", command)[1])
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.output
+
+
+def call(words, cwd):
+    """What a command printed; it has to succeed. `python` and the others are those of here."""
+    path = os.pathsep.join((sysconfig.get_path("scripts"), os.environ["PATH"]))
+    done = subprocess.run(
+        words,
+        cwd=cwd,
+        env=os.environ | {"PATH": path},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    """A folder with what the commands name: runs, settings, words, and what a checkout has."""
+    folder = tmp_path_factory.mktemp("shown")
+    settings = {"model": "demo", "tasks": "demo_piqa", "attacks": ["none", "fgsm"], "limit": 4}
+    for name in ("DIR", "DIR_A"):
+        (folder / "suite.yaml").write_text(json.dumps({**settings, "output": name}))
+        call([sys.executable, "-m", "llm_attack", "run", "--config", "suite.yaml"], folder)
+    shutil.copytree(folder / "DIR_A", folder / "DIR_B")
+    (folder / "suite.yaml").write_text(json.dumps({**settings, "output": "of-settings"}))
+    rows = [f"{w}{i},en,{w}" for w in ("negative", "neutral", "positive") for i in range(20)]
+    (folder / "words.csv").write_text("\n".join(["word,language,label", *rows]))
+    for name in ("benchmarks", "tasks"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", SHOWN)
+def test_command(command, prepared, tmp_path):
+    """With real data, where they are, the six benchmarks and a small Llama instead of the demo."""
+    rule = rule_of(command)
+    if find_spec(rule.needs) is None:
+        pytest.skip(f"{rule.needs} is not installed")
+    data = os.environ.get("LLM_ATTACK_TEST_DATA")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = rule.shortened(
+        command,
+        {
+            "model": f"{data}/models/stories260K" if data else "demo",
+            "prefix": "" if data else "demo_",
+            "six": "paper_six" if data else "demo_six",
+            "default_tasks": "" if data else "--tasks demo_six",
+            "include": "" if data else "--include_path tasks",
+            "mnist": "mnist" if data else "digits",
+            "cifar10": "cifar10" if data else "digits",
+            "port": str(port),
+            "root": str(ROOT),
+        },
+    )
+    folder = shutil.copytree(prepared, tmp_path / "here", symlinks=True)
+    call(words, ROOT if rule.at_root else folder)
+    for option, value in pairwise(words):
+        if option in ("-o", "--output", "--output_path"):
+            assert (folder / value).exists(), value

@@ -42,7 +42,7 @@ class Environment:
 
     def __init__(self, root):
         self.root = root
-        venv.create(root, with_pip=True)
+        venv.create(root, with_pip=False)  # pip is among the libraries in reach
         self.python = root / "bin" / "python"
         packages = call(
             self.python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=root

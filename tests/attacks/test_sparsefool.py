@@ -94,12 +94,13 @@ unit = st.floats(0, 1).map(lambda v: round(v, 2))
     st.floats(-3, 3),
 )
 def test_the_linear_solver_is_the_loop_over_coordinates(coordinates, gap):
-    x, normal = (torch.tensor(column).double() for column in zip(*coordinates, strict=True))
+    x, normal = torch.tensor(coordinates, dtype=torch.float64).T
     assume(normal.norm() > 0 and abs(gap) > 1e-6)
     normal = normal / normal.norm()
     on_plane = x + gap * normal
     wanted = reference.linear_solver(x, normal, on_plane, 0.0, 1.0)
-    got = _sparsest(x[None], 3 * normal[None], torch.tensor([3 * gap]).double(), (0.0, 1.0))[0]
+    as_far = torch.tensor([3 * gap], dtype=torch.float64)
+    got = _sparsest(x[None], 3 * normal[None], as_far, (0.0, 1.0))[0]
     assert torch.allclose(got, wanted, atol=1e-9)
 
 

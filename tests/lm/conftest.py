@@ -1,5 +1,7 @@
 """Requests of the demo tasks and the bundled model under any settings."""
 
+import functools
+
 import pytest
 from lm_eval.tasks import TaskManager, get_task_dict
 from reference import Reference
@@ -11,8 +13,13 @@ from llm_attack.suite.harness import tasks_path
 DEMO = ["arc_challenge", "arc_easy", "hellaswag", "openbookqa", "piqa", "winogrande"]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quick(one_index):
+    """For all tests here."""
+
+
 @pytest.fixture(scope="session")
-def build():
+def build(one_index):
     """build(task, limit): a task of lm-eval with its requests."""
     gold.note_tasks()
     manager = TaskManager(include_path=str(tasks_path()))
@@ -26,18 +33,6 @@ def build():
     return built
 
 
-@pytest.fixture
-def only_our_tasks(monkeypatch):
-    """lm-eval's task managers index our tasks alone; indexing its own thousands takes seconds."""
-    build = TaskManager.__init__
-    paths = [str(tasks_path())]
-
-    def quick(self, *args, **kwargs):
-        build(self, *args, **{**kwargs, "include_path": paths, "include_defaults": False})
-
-    monkeypatch.setattr(TaskManager, "__init__", quick)
-
-
 @pytest.fixture(scope="session")
 def make():
     """make(attack=..., ...): the bundled model under these settings, on the CPU in float32."""
@@ -47,6 +42,12 @@ def make():
         return AttackedHFLM(**arguments)
 
     return made
+
+
+@pytest.fixture(scope="session")
+def exact(make):
+    """make() in float64, so that no sign is a matter of rounding."""
+    return functools.partial(make, dtype="float64", softmax_dtype="float64")
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,6 @@ from llm_attack.demo import MODEL_PATH
 from llm_attack.errors import UsageError
 from llm_attack.suite.harness import tasks_path
 
-pytestmark = pytest.mark.usefixtures("only_our_tasks")
-
 CASES = [
     ("attack=fsgm", r"attack=fsgm: must be one of none, .*did you mean 'fgsm'\?"),
     ("loss=choices", r"loss=choices: must be one of sequence, .*did you mean 'choice'\?"),
@@ -83,8 +81,7 @@ def test_no_gold_labels_is_said_before_anything_is_computed(make, build, monkeyp
 
 
 @pytest.mark.parametrize("name", ["no-such/model", "/no/such/folder", "not a name"])
-def test_model_that_cannot_be_loaded(make, name, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_model_that_cannot_be_loaded(make, name):
     with pytest.raises(UsageError, match=rf"pretrained={name}: cannot be loaded .*pretrained=demo"):
         make(pretrained=name)
 

@@ -1,6 +1,5 @@
 """Every threat model equals its definition, computed one request or question at a time."""
 
-import functools
 from unittest.mock import patch
 
 import pytest
@@ -15,12 +14,6 @@ from llm_attack.lm.questions import Question, Request
 from llm_attack.lm.scoring import look_up
 
 TASKS = ["demo_arc_challenge", "demo_piqa", "demo_winogrande"]
-
-
-@pytest.fixture
-def exact(make):
-    """make() in float64, so that no sign is a matter of rounding."""
-    return functools.partial(make, dtype="float64", softmax_dtype="float64")
 
 
 def answers(lm, task):

@@ -27,14 +27,19 @@ def test_demo(make, build, task):
 
 @pytest.mark.parametrize("task", DEMO)
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 2e-6), ("float32", 1e-4)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [("float64", {"abs": 2e-6, "rel": 1e-7}), ("float32", {"abs": 1e-4, "rel": 3e-6})],
+    ids=["float64", "float32"],
+)
 def test_real_tasks(make, build, real_data, task, model, dtype, tolerance):
-    """In float32 a log-likelihood of -1000 has a last place of 6e-5; GPT-Neo's attention is in
-    float32 always.
+    """In float32 a log-likelihood of -1000 has a last place of 6e-5: up to a few of them. GPT-Neo's
+    attention is in float32 always.
     """
     path = str(real_data / "models" / model)
     expected, found = both(make, build(task, 5), path, dtype=dtype, softmax_dtype=dtype)
-    assert [ll for ll, _ in found] == pytest.approx([ll for ll, _ in expected], abs=tolerance)
+    expected_lls = [ll for ll, _ in expected]
+    assert [ll for ll, _ in found] == pytest.approx(expected_lls, **tolerance)
     assert [g for _, g in found] == [g for _, g in expected]
 
 

@@ -20,9 +20,10 @@ def stock(**arguments):
 @pytest.mark.parametrize(
     ("arguments", "tolerance"),
     [
-        ({"dtype": "bfloat16"}, 0.1),
-        ({"dtype": "float16"}, 0.02),
-        ({"mixed_precision_dtype": "bfloat16"}, 0.1),
+        # a logit of 16 has a last place of 0.125 in bfloat16 and of 0.016 in float16: a few of them
+        ({"dtype": "bfloat16"}, 0.5),
+        ({"dtype": "float16"}, 0.06),
+        ({"mixed_precision_dtype": "bfloat16"}, 0.5),
         ({"attn_implementation": "eager"}, 1e-4),
         ({"add_bos_token": True}, 1e-4),
         ({"prefix_token_id": 2}, 1e-4),
@@ -49,7 +50,7 @@ def test_attack_of_low_precision_does_what_that_of_float32_does(make, build, arg
     lm = make(attack="fgsm", **arguments)
     found = answers(lm, task)
     damage = sum(clean) - sum(expected)
-    assert sum(clean) - sum(found) == pytest.approx(damage, rel=0.02)
+    assert sum(clean) - sum(found) == pytest.approx(damage, rel=0.05)
     assert lm.attack_info()["noise_rms"] == pytest.approx(0.01, rel=2e-3)
 
 
@@ -78,10 +79,11 @@ def test_loaded_model(make, build):
 
 
 @pytest.mark.parametrize("size", ["auto", "auto:2", "3"])
-def test_batch_size(make, build, size):
+def test_batch_size(exact, build, size):
     task = build("demo_piqa", 6)
-    expected = answers(make(attack="fgsm"), task)
-    assert answers(make(attack="fgsm", batch_size=size), task) == pytest.approx(expected, abs=2e-4)
+    expected = answers(exact(attack="fgsm"), task)
+    found = answers(exact(attack="fgsm", batch_size=size), task)
+    assert found == pytest.approx(expected, abs=1e-6)
 
 
 def test_strings_of_arguments():

@@ -8,8 +8,6 @@ from click.testing import CliRunner
 
 from llm_attack.cli import main
 
-pytestmark = pytest.mark.usefixtures("only_our_tasks")
-
 
 def results_of(folder):
     (file,) = folder.rglob("results_*.json")

@@ -151,20 +151,23 @@ def test_gradients(made, loss):
 @given(questions(), st.sampled_from(["none", "random", "fgsm", "bim", "pgd"]))
 @settings(max_examples=20)
 def test_answers_do_not_depend_on_the_layout(made, name):
-    """Trees, shared rows, and batches of any composition give the same answers."""
+    """Trees, shared rows, and batches of any composition give the same answers.
+
+    Of GPT-2, all of which is in float64, so that no sign is a matter of rounding.
+    """
     for q in made:  # among equal choices the loss is constant: its gradient's sign is rounding
         assume(len({(r.tokens, r.n_continuation) for r in q.requests}) == len(q.requests))
     attack = Attack(name, epsilon=0.05, steps=2)
     results = []
     for longest, tokens in ((99, 1000), (99, 20), (0, 1000), (9, 1000)):
-        scorer = scorer_of(network("llama"))
+        scorer = scorer_of(network("gpt2"))
         engine = Engine(scorer, [attack], ThreatModel("choice", shared=True), CPU, 0, longest)
         with frozen(scorer.model):
             found = {id(a.question): a.answers[0] for a in engine.run(made, 8, tokens)}
         flat = [answer for q in made for answer in found[id(q)]]
         results.append(torch.tensor([ll for ll, _ in flat], dtype=torch.float64))
     for other in results[1:]:
-        assert torch.allclose(results[0], other, atol=1e-5)
+        assert torch.allclose(results[0], other, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)

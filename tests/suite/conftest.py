@@ -1,8 +1,15 @@
 """What the tests of the suite share."""
 
+import shutil
+
 import pytest
 from invented import build
 from processes import RUN, Command, computed, contents
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick(one_index):
+    """For all tests here."""
 
 
 @pytest.fixture
@@ -12,9 +19,21 @@ def frames():
 
 
 @pytest.fixture(scope="session")
-def whole(tmp_path_factory):
-    """(files, number of batches) of `RUN` without an interruption."""
+def uninterrupted(tmp_path_factory):
+    """Where `RUN` has been."""
     folder = tmp_path_factory.mktemp("whole")
     command = Command(folder, *RUN)
     assert command.wait() == 0, command.err
-    return contents(folder / "run"), computed(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole(uninterrupted):
+    """(files, number of batches) of `RUN` without an interruption."""
+    return contents(uninterrupted / "run"), computed(uninterrupted)
+
+
+@pytest.fixture
+def finished(uninterrupted, tmp_path):
+    """A folder of the test's own where `RUN` has been: `run`, `out`, `err` and `computed`."""
+    return shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)

@@ -11,14 +11,18 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(
     [
         "llm_attack.suite.commands",
-        "matplotlib.backends.backend_svg",
+        "llm_attack.suite.figures",
         "matplotlib.backends.backend_agg",
+        "matplotlib.backends.backend_svg",
+        "matplotlib.figure",
+        "transformers.models.llama.modeling_llama",
     ]
 )
 
@@ -100,9 +104,6 @@ def _main(
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which background jobs lack
-    import torch
-
-    torch.set_num_threads(1)
     count_batches(folder, hold)
     from llm_attack.cli import main
 
@@ -127,6 +128,14 @@ def count_batches(folder: Path, hold: int | None) -> None:
         return answer(self, pack)
 
     Engine.answer = counted
+
+
+def until(condition: Callable[[], bool], seconds: float = 300) -> None:
+    """Waits for what a command does."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
 
 
 def computed(folder: Path) -> int:

@@ -1,14 +1,12 @@
 """Bad input and faults: a clear line each, the right exit code, nothing written or lost."""
 
 import json
-import os
 import shutil
-import signal
 import sqlite3
 
 import pytest
 from click.testing import CliRunner
-from processes import RUN, Command, computed, contents
+from processes import RUN, Command, computed, contents, until
 
 from llm_attack import evaluate
 from llm_attack.cli import main
@@ -131,10 +129,8 @@ def test_foreign_folder(tmp_path, content, name):
     assert path.read_text() == content
 
 
-def test_another_run(tmp_path, whole):
+def test_another_run(finished, tmp_path, whole):
     """Finished, and then unfinished."""
-    command = Command(tmp_path, *RUN)
-    assert command.wait() == 0
     before = contents(tmp_path / "run")
     other = Command(tmp_path, *RUN, "--epsilons", "0.02", "--tasks", "demo_piqa")
     assert other.wait() == 2
@@ -144,9 +140,8 @@ def test_another_run(tmp_path, whole):
     assert contents(tmp_path / "run") == before
 
     folder = tmp_path / "stopped"
-    command = Command(folder, *RUN)
-    while not computed(folder):
-        pass
+    command = Command(folder, *RUN, hold=1)
+    until(lambda: computed(folder) > 1)
     command.kill()
     other = Command(folder, *RUN, "--seed", "1")
     assert other.wait() == 2
@@ -157,13 +152,11 @@ def test_another_run(tmp_path, whole):
 
 
 def test_two_runs_at_once(tmp_path, whole):
-    first = Command(tmp_path, *RUN)
-    while not computed(tmp_path):
-        pass
-    os.kill(first.pid, signal.SIGSTOP)  # alive, and not finished before the second has come so far
+    first = Command(tmp_path, *RUN, hold=1)
+    until(lambda: computed(tmp_path) > 1)
     second = Command(tmp_path / "elsewhere", *RUN[:-1], tmp_path / "run")
     assert second.wait() == 2
-    os.kill(first.pid, signal.SIGCONT)
+    (tmp_path / "go").touch()
     assert "another run is writing there" in second.err
     assert first.wait() == 0
     assert computed(tmp_path) == whole[1]
@@ -178,10 +171,8 @@ def damage(path, share=0.5):
 
 
 @pytest.mark.parametrize("how", ["bit", "truncated", "foreign", "removed"])
-def test_damaged_samples(tmp_path, whole, how):
+def test_damaged_samples(finished, tmp_path, whole, how):
     folder = tmp_path / "run"
-    command = Command(tmp_path, *RUN)
-    assert command.wait() == 0
     path = folder / "samples.parquet"
     if how == "bit":
         damage(path, 0.2)
@@ -205,9 +196,8 @@ def test_damaged_samples(tmp_path, whole, how):
 
 @pytest.mark.parametrize("how", ["digit", "page", "foreign", "empty"])
 def test_damaged_store(tmp_path, whole, how):
-    command = Command(tmp_path, *RUN)
-    while computed(tmp_path) < 6:
-        pass
+    command = Command(tmp_path, *RUN, hold=5)
+    until(lambda: computed(tmp_path) > 5)
     command.kill()
     path = tmp_path / "run" / STORE / "part-0.sqlite"
     if how == "digit":
@@ -246,10 +236,8 @@ def test_disk_full(tmp_path, whole, size):
     assert contents(tmp_path / "run") == whole[0]
 
 
-def test_modes_of_progress(tmp_path, whole, monkeypatch):
-    command = Command(tmp_path, *RUN)
-    assert command.wait() == 0
-    line = json.loads(command.err.splitlines()[-1])
+def test_modes_of_progress(finished, tmp_path):
+    line = json.loads((tmp_path / "err").read_text().splitlines()[-1])
     assert line["requests"] == line["total"] == 2 * 6 * 2
     assert line["seconds_left"] == 0
     results = {path: json.loads(path.read_text()) for path in (tmp_path / "run").rglob("results_*")}
@@ -257,7 +245,7 @@ def test_modes_of_progress(tmp_path, whole, monkeypatch):
         name = path.stem.removeprefix("results_")
         accuracies = [found["acc,none"] for found in of_condition["results"].values()]
         assert line["accuracy"][name] == pytest.approx(sum(accuracies) / 2, abs=1e-4)
-    assert "written" in command.out
+    assert "written" in (tmp_path / "out").read_text()
     quiet = Command(tmp_path, *RUN, "--progress", "quiet")
     assert quiet.wait() == 0
     assert quiet.err == ""

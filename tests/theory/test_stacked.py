@@ -19,7 +19,7 @@ def test_the_same_as_linear_layers_of_torch():
             layer.load_state_dict({"weight": weight[seed].T, "bias": bias[seed, 0]})
             layers += [layer, torch.nn.Tanh()]
         alone = torch.nn.Sequential(*layers[:-1])
-        assert torch.allclose(network(x)[seed], alone(x[seed]), rtol=0, atol=1e-14)
+        assert torch.allclose(network(x)[seed], alone(x[seed]), rtol=0, atol=1e-13)
 
 
 def test_weights_are_drawn_as_by_torch():
@@ -48,9 +48,10 @@ def trained(first, seeds):
 
 
 def test_a_seed_learns_in_company_what_it_learns_alone():
+    """But for rounding, of which Adam makes more where a gradient is small."""
     together = trained(3, 3)
     for seed in range(3):
-        assert torch.allclose(together[seed], trained(3 + seed, 1)[0], rtol=0, atol=1e-12)
+        assert torch.allclose(together[seed], trained(3 + seed, 1)[0], rtol=0, atol=1e-9)
 
 
 def test_pick():

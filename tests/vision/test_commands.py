@@ -175,7 +175,6 @@ def test_fig1(tmp_path):
     ids=str,
 )
 def test_bad_settings_are_refused_before_any_work(tmp_path, monkeypatch, settings, message):
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(experiments, "train", lambda *a, **k: pytest.fail("trained"))
     with pytest.raises(UsageError, match=message) as caught:
         curves(settings, tmp_path / "out")

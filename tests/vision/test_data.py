@@ -239,8 +239,7 @@ def test_a_single_class(tmp_path, folder):
 
 
 @pytest.mark.parametrize(("name", "meant"), (("mnst", "'mnist'"), ("/no/such/folder", "digits")))
-def test_unknown_data_set(name, meant, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+def test_unknown_data_set(name, meant):
     with pytest.raises(UsageError) as caught:
         load(name)
     message = str(caught.value)

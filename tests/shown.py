@@ -1,0 +1,201 @@
+"""The command lines that the documentation shows, and how a test runs each.
+
+A command of the documentation takes a model from the hub, or an hour. `RULES` says what is changed
+so that it takes seconds, and why; all else is as shown. One that no rule knows is an error: whoever
+shows a new command adds a line here, where the present rules do not cover it.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "results" / "README.md")
+
+PROGRAMS = ("accelerate", "lm_eval", "llm-attack", "make", "pip", "python")
+SHELL = ("", "bash", "sh", "shell", "console")
+
+
+def commands(text: str) -> list[str]:
+    """The commands of a Markdown text, each once: of its blocks, and those in backticks.
+
+    Raises:
+        ValueError: a block is neither commands nor Python.
+    """
+    found, rest = [], []
+    for block, prose in _parts(f"\n{text}"):
+        rest.append(prose)
+        lines = re.sub(r"\\\n\s*", "", block).splitlines()
+        if lines and _is_command(lines[0]):
+            found += [line for line in lines if line.strip()]
+        elif block and not re.search("^(from|import) ", block, re.MULTILINE):
+            raise ValueError(f"neither commands nor Python: {block}")
+    for code in re.findall(r"`([^`]+)`", "\n".join(rest)):
+        if _is_command(code) and len(code.split()) > 1:
+            found.append(code)
+    return list(dict.fromkeys(shlex.join(shlex.split(line, comments=True)) for line in found))
+
+
+def _is_command(line: str) -> bool:
+    return line.split()[:1] != [] and line.split()[0] in PROGRAMS
+
+
+def _parts(text: str) -> list[tuple[str, str]]:
+    """(block, prose before it), fences and indents removed; blocks of other languages are prose."""
+    block = r"^```(\w*)\n(.*?)^```$|(?<=\n\n)((?:^ {4}[^\n]*\n?|^\n(?= {4}))+)"
+    parts, end = [], 0
+    for match in re.finditer(block, text, re.MULTILINE | re.DOTALL):
+        language, fenced, indented = match.groups()
+        content = re.sub("^ {4}", "", indented or "", flags=re.MULTILINE)
+        if fenced is not None:
+            content = fenced if language in SHELL else ""
+        parts.append((content, text[end : match.start()]))
+        end = match.end()
+    return [*parts, ("", text[end:])]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How commands of a kind are run.
+
+    Args:
+        pattern: regular expression of the whole command.
+        reason: why it is not run as it stands.
+        changes: regular expressions and what takes their place, in turn.
+        more: arguments that are added; where one is given twice, the last counts.
+        at_root: whether it runs in the project's folder, and not in one of the test's own.
+        needs: a package without which it cannot run.
+    """
+
+    pattern: str
+    reason: str
+    changes: tuple[tuple[str, str], ...] = ()
+    more: str = ""
+    at_root: bool = False
+    needs: str = "llm_attack"
+
+    def shortened(self, command: str, words: dict[str, str]) -> list[str]:
+        """The words of the command that is run; `words` are those for {model} and the like."""
+        for old, new in self.changes:
+            command = re.sub(old, new, command)
+        return shlex.split(f"{command} {self.more}".format(**words))
+
+
+# A model of the hub, and the default, are one that is here.
+MODEL = (
+    (r"pretrained=[\w.-]+/[\w.-]+", "pretrained={model}"),
+    (r"--model_args (?!\S*pretrained=)", "--model_args pretrained={model},"),
+    (r"--model (\w[\w.-]*/[\w.-]+|\.\.\.)", "--model {model}"),
+)
+# Without the data of the benchmarks, the demo's tasks of the same shapes; likewise images.
+TASKS = (
+    (r"(?<=[ ,])(?=(arc_challenge|arc_easy|hellaswag|openbookqa|piqa|winogrande)\b)", "{prefix}"),
+    (r"--tasks paper_six", "--tasks {six}"),
+)
+IMAGES = ((r"--dataset (mnist|cifar10)", r"--dataset {\1}"),)
+FEW = "a few questions of each task"
+
+RULES = (
+    Rule("make help", "as shown", at_root=True),
+    Rule(
+        r"make [a-z-]+",
+        "builds an environment, takes long or runs these tests: what it would do is printed",
+        changes=((r"^make", "make -n"),),
+        at_root=True,
+    ),
+    Rule(
+        r"pip install \.",
+        "the libraries are here, and nothing is fetched; tests/test_install.py installs for real",
+        changes=((r"\.$", "{root}"),),
+        more="--no-index --no-deps --no-build-isolation --target installed",
+        needs="hatchling",
+    ),
+    Rule(
+        r"(pip|llm-attack) [a-z]+( --target)?",
+        "named, not shown: its help",
+        changes=((" --target", ""),),
+        more="--help",
+    ),
+    Rule(
+        r"lm_eval --model attacked-hf --model_args .*",
+        f"{FEW}; where there are no data, tasks of ours, of which lm_eval has to be told",
+        changes=(*MODEL, *TASKS),
+        more="--limit 2 {include}",
+    ),
+    Rule(r"llm-attack eval --model_args .*", FEW, changes=(*MODEL, *TASKS), more="--limit 2"),
+    Rule(r"llm-attack run --config suite\.yaml", "as shown"),
+    Rule(
+        r"llm-attack run --model (?=\S+ -o)(?!demo).*",
+        f"{FEW}; its tasks are the default, the paper's, where their data is",
+        changes=MODEL,
+        more="--limit 1 {default_tasks}",
+    ),
+    Rule(r"llm-attack run --model .*", FEW, changes=(*MODEL, *TASKS), more="--limit 2"),
+    Rule(
+        r"accelerate launch --num_processes \d+ -m llm_attack run .*",
+        f"{FEW}; two processes, which share the CPU",
+        changes=(
+            *MODEL,
+            (r"--num_processes \d+", "--cpu --num_processes 2 --main_process_port {port}"),
+        ),
+        more="--tasks demo_piqa --limit 4",
+        needs="accelerate",
+    ),
+    Rule(r"llm-attack (report DIR|compare DIR_A DIR_B)", "as shown"),
+    Rule(
+        r"llm-attack reproduce all .*",
+        "each figure has a rule of its own, and `all` no option that shortens it",
+        more="--help",
+    ),
+    Rule(
+        r"llm-attack reproduce fig1 .*",
+        "few images, one of them in the figure: any network knows one",
+        changes=IMAGES,
+        more="--network cnn --width 0.5 --train-size 500 --test-size 100 --epochs 2 --images 1",
+    ),
+    Rule(
+        r"llm-attack reproduce fig[25] .*",
+        "narrow networks, few images, one epoch",
+        changes=IMAGES,
+        more="--width 0.1 --train-size 64 --test-size 20 --subset 2 --epochs 1",
+    ),
+    Rule(
+        r"llm-attack reproduce fig4( .*)?",
+        "few points and epochs",
+        more="--seeds 2 --epochs 2 --points 50 --test-points 50",
+    ),
+    Rule(
+        r"llm-attack reproduce fig6( .*)?",
+        "small networks, few epochs",
+        more="--seeds 2 --epochs 2 --embedding-sizes 2,3",
+    ),
+    Rule(
+        r"python benchmarks/sparsefool\.py .*",
+        "few images",
+        changes=IMAGES,
+        more="--train-size 200 --batch 2 --rounds 1",
+        needs="torchattacks",
+    ),
+    Rule(r"python benchmarks/suite\.py .*", FEW, more="--tasks demo_piqa --limit 4 --repeats 1"),
+    Rule(
+        r"python -m llm_attack\.demo\.train --output DIR",
+        "three steps, not two thousand",
+        changes=(("DIR", "trained"),),
+        more="--steps 3 --batch-size 4",
+    ),
+)
+
+
+def rule_of(command: str) -> Rule:
+    """The first rule that knows the command.
+
+    Raises:
+        LookupError: none does.
+    """
+    for rule in RULES:
+        if re.fullmatch(rule.pattern, command):
+            return rule
+    raise LookupError(f"no rule in tests/shown.py says how a test runs: {command}")
