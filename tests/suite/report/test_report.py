@@ -19,7 +19,9 @@ from llm_attack.suite.words import in_words
 ABOVE, GUESSES, BELOW = "above guessing", "indistinguishable from guessing", "below guessing"
 RUN = {
     "command": ["llm-attack", "run", "--model", "a b"],
-    "settings": {"model": "demo", "limit": None, "stop": ["x", 1], "of": {"k": 0.5}},
+    "model": "models/demo",
+    "model_name": "demo",
+    "settings": {"limit": None, "stop": ["x", 1], "of": {"k": 0.5}},
     "attacks": {
         "none": {"epsilon": 0.01},
         "fgsm@0.01": {"snr_db": 9.6294516, "zero_gradient_fraction": 0.0},
@@ -260,6 +262,8 @@ def test_the_table_of_accuracies(tmp_path):
     text = Page(write(tmp_path, samples, questions, tables=tables)).text
     row = "25.0 20.0–30.0 below guessing"
     assert f"piqa {row} {row} 33.3 arc {row} {row} 33.3 mean 50.0 45.0–55.0 62.5 33.3" in text
+    under = "mean drop, points 0.0 1.0 likelihood, nats – -1.50 gold margin, nats – -0.25"
+    assert f"33.3 {under} signal/noise, dB – 12.5" in text
 
 
 def test_a_figure_of_another_type_is_an_error(tmp_path):
