@@ -88,7 +88,7 @@ class Rule:
 MODEL = (
     (r"pretrained=[\w.-]+/[\w.-]+", "pretrained={model}"),
     (r"--model_args (?!\S*pretrained=)", "--model_args pretrained={model},"),
-    (r"--model (\w[\w.-]*/[\w.-]+|\.\.\.)", "--model {model}"),
+    (r"--model (\w[\w.-]*/[\w.-]+|\.\.\.|\S+\.gguf)", "--model {model}"),
 )
 # Without the data of the benchmarks, the demo's tasks of the same shapes; likewise images.
 TASKS = (
@@ -107,9 +107,9 @@ RULES = (
         at_root=True,
     ),
     Rule(
-        r"pip install \.",
+        r"pip install ('\.\[gguf\]'|\.)",
         "the libraries are here, and nothing is fetched; tests/test_install.py installs for real",
-        changes=((r"\.$", "{root}"),),
+        changes=((r"'?\.(\[gguf\])?'?$", r"'{root}\1'"),),
         more="--no-index --no-deps --no-build-isolation --target installed",
         needs="hatchling",
     ),
@@ -145,6 +145,7 @@ RULES = (
         needs="accelerate",
     ),
     Rule(r"llm-attack (report DIR|compare DIR_A DIR_B)", "as shown"),
+    Rule(r"python docs/fig3\.py results/[\w-]+", "as shown", at_root=True),
     Rule(
         r"llm-attack reproduce all .*",
         "each figure has a rule of its own, and `all` no option that shortens it",

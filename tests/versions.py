@@ -1,10 +1,17 @@
-"""What has another name in other releases of the libraries that we support."""
+"""What has another name or form in other releases of the libraries that we support."""
 
-import transformers
+from importlib.metadata import version
+
 from packaging.version import Version
+
+TRANSFORMERS = Version(version("transformers"))
+# In transformers 4, its SDPA makes the mask itself.
+GPT2_TAKES_TREES = TRANSFORMERS.major >= 5
+# `datasets` 4 has another form of lists, and transformers 5 another class of tokenizers, than those
+# before: what was stored by these is not read by them.
+READS_STORED_DATA = Version(version("datasets")).major >= 4 and TRANSFORMERS.major >= 5
 
 
 def dtype_of(dtype):
     """The keyword by which transformers' model classes take a dtype."""
-    renamed = Version(transformers.__version__) >= Version("4.56")
-    return {"dtype" if renamed else "torch_dtype": dtype}
+    return {"dtype" if Version("4.56") <= TRANSFORMERS else "torch_dtype": dtype}

@@ -119,7 +119,7 @@ def curves(table: pd.DataFrame) -> Figure | None:
             axes.axhline(rows["baseline"].iloc[0], color="k", ls="--", lw=0.9, label="random guess")
             # linear up to the smallest epsilon, so that 0 has a place, and logarithmic above
             axes.set_xscale("symlog", linthresh=epsilons[1], linscale=0.5)
-            axes.set_xticks(epsilons, [f"{e:g}" for e in epsilons], rotation=90)
+            axes.set_xticks(epsilons, [f"{e:.3g}" for e in epsilons], rotation=90)
             axes.set_xticks([], minor=True)
             axes.set(ylim=(0, 1.03), yticks=np.arange(0, 1.01, 0.25))
         figure.supxlabel("epsilon", size=7)

@@ -126,7 +126,14 @@ def prepare(plan: Plan, progress: str, console: Console) -> Prepared:
     clock.stop("model")
     with status(progress, console, "building the requests"):
         judge = Judge(lm, manager, plan.tasks, **plan.evaluation)
-        requests = judge.requests()
+        try:
+            requests = judge.requests()
+        except OSError as error:
+            reason = " ".join(str(error).split())
+            raise UsageError(
+                f"tasks={','.join(plan.tasks)}: their data cannot be had ({reason}); must be in the"
+                " cache of datasets, or on a hub that can be reached"
+            ) from error
         work = list(_work(lm, requests))
         batches = [(w.key, w.asked()) for w in work]
         asked = (r for w in work for q in w.batch.questions for r in q.requests)

@@ -106,14 +106,17 @@ def test_layer_hookpoint_equals_definition(make, build, reference):
         kept = []
 
         def keep(module, args, output, kept=kept):
-            output.retain_grad()
-            kept.append(output)
+            kept.append(output[0] if isinstance(output, tuple) else output)
+            kept[0].retain_grad()
+
+        def put(module, args, output, kept=kept):
+            attacked = (kept[0] + epsilon * kept[0].grad.sign()).detach()
+            return (attacked, *output[1:]) if isinstance(output, tuple) else attacked
 
         handle = layer.register_forward_hook(keep)
         (-reference.log_probs(x.requires_grad_(), tokens).sum()).backward()
         handle.remove()
-        attacked = (kept[0] + epsilon * kept[0].grad.sign()).detach()
-        handle = layer.register_forward_hook(lambda module, args, output, a=attacked: a)
+        handle = layer.register_forward_hook(put)
         expected = float(reference.log_probs(x, tokens)[-n:].sum().detach())
         handle.remove()
         assert ll == pytest.approx(expected, abs=1e-6)

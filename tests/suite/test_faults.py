@@ -105,6 +105,13 @@ def test_bad_config(tmp_path, text, says):
         assert part in line
 
 
+def test_no_data_and_no_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "nothing")
+    line = refused("run", "--model", "demo", "--tasks", "piqa", "-o", tmp_path / "out")
+    assert "tasks=piqa: their data cannot be had (" in line and "hub" in line
+    assert not (tmp_path / "out").exists()
+
+
 def test_missing_config(tmp_path):
     assert "suite.yaml: cannot be read" in refused("run", "--config", tmp_path / "suite.yaml")
 

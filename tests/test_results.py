@@ -1,0 +1,51 @@
+"""The numbers that the documentation shows are those of the results in the repository."""
+
+import re
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+from shown import ROOT
+
+# Folder -> where its table of accuracies stands.
+SHOWN = {
+    "smollm2-135m": "## What it finds",
+    "demo": "`make demo` prints",
+    "demo-choice": "With the gold known",
+}
+
+
+def tables(text):
+    """Rows of cells of each Markdown table, without its rule."""
+    for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        rows = [
+            [cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()
+        ]
+        yield [rows[0], *rows[2:]]
+
+
+@pytest.mark.parametrize("folder", SHOWN)
+def test_accuracies_of_the_readme(folder):
+    text = (ROOT / "README.md").read_text("utf-8")
+    heading, *rows = next(tables(text[text.index(SHOWN[folder]) :]))
+    found = pd.read_csv(ROOT / "results" / folder / "table.csv").set_index(["task", "condition"])
+    assert [row[0] for row in rows] == list(found.index.unique("task"))
+    for task, *cells in rows:
+        for condition, cell in zip(heading[1:], cells, strict=True):
+            if condition == "baseline":
+                expected = found.loc[(task, "none"), "baseline"]
+            else:
+                expected = found.loc[(task, condition), "acc"]
+            assert float(cell) == pytest.approx(expected, abs=5.1e-4), (task, condition)
+
+
+@pytest.mark.parametrize("folder", ["smollm2-135m"])
+def test_tables_of_fig3(folder):
+    command = [sys.executable, "docs/fig3.py", f"results/{folder}"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    page = list(tables((ROOT / "docs" / "fig3.md").read_text("utf-8")))
+    made = list(tables(printed))
+    assert len(made) == 4
+    for table in made:
+        assert table in page
