@@ -1,10 +1,10 @@
 """Time and memory of attacked evaluations, as multiples of stock lm-eval's `hf`.
 
-Both evaluate the same randomly initialised Llama on the same requests, alternating in one process;
-medians of several runs; stock at the best of several batch sizes. Requests are those of the six
-benchmarks where their data is (the environment variable LLM_ATTACK_TEST_DATA: datasets offline, and
-a Llama tokenizer), else synthetic ones of the same lengths. Times are of `loglikelihood`:
-tokenisation is part of both.
+Both evaluate the same model (a randomly initialised Llama unless one is named) on the same requests,
+alternating in one process; medians of several runs; stock at the best of several batch sizes.
+Requests are those of the six benchmarks where their data is (the environment variable
+LLM_ATTACK_TEST_DATA: datasets offline, and a Llama tokenizer), else synthetic ones of the same
+lengths. Times are of `loglikelihood`: tokenisation is part of both.
 
     python benchmarks/engine.py --tokens 6000 --repeats 2 --output results/engine
 """
@@ -201,8 +201,11 @@ def _status(name: str) -> int:
     return next(int(x.split()[1]) * 1024 for x in lines if x.startswith(name))
 
 
-def load(shape: str, dtype: str, device: str) -> tuple[Any, Any]:
-    """A Llama with random weights, and a tokenizer."""
+def load(name: str | None, shape: str, dtype: str, device: str) -> tuple[Any, Any]:
+    """The model of this name, or a Llama with random weights; and its tokenizer."""
+    if name is not None:
+        lm = AttackedHFLM(name, attack="none", dtype=dtype, device=device)
+        return lm.model, lm.tokenizer
     data = os.environ.get("LLM_ATTACK_TEST_DATA")
     folder = Path(data) / "models/tinyllama-shape" if data else None
     if shape == "tinyllama" and folder is not None:
@@ -393,6 +396,7 @@ def show(rows: list[dict[str, Any]], console: Console) -> dict[str, float]:
 @click.option("--tokens", default=6000, help="Of the requests of each task.")
 @click.option("--repeats", default=2, help="Runs of which the median is reported.")
 @click.option("--batch-sizes", default="1,8,32", help="Tried for stock.")
+@click.option("--model", help="As `pretrained` of attacked-hf; random weights unless given.")
 @click.option("--shape", default="110m", type=click.Choice(["110m", "tinyllama"]))
 @click.option("--dtype", default="float32")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -411,6 +415,7 @@ def main(
     tokens: int,
     repeats: int,
     batch_sizes: str,
+    model: str | None,
     shape: str,
     dtype: str,
     device: str,
@@ -419,16 +424,16 @@ def main(
     output: Path | None,
     name: str | None,
 ) -> None:
-    """Stock hf against attacked-hf on a randomly initialised Llama."""
+    """Stock hf against attacked-hf over the same model."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     console = Console(width=140)
     names = tasks.split(",")
     real = "LLM_ATTACK_TEST_DATA" in os.environ
-    model, tokenizer = load(shape, dtype, device)
+    network, tokenizer = load(model, shape, dtype, device)
     requests = (
         real_requests(names, tokens, tokenizer) if real else synthetic_requests(names, tokens)
     )
-    bench = Bench(model, tokenizer, {"compile": compiled})
+    bench = Bench(network, tokenizer, {"compile": compiled})
     sizes = [int(size) for size in batch_sizes.split(",")]
     labels = list(dict.fromkeys(("none", *conditions)))
     rows = []
@@ -448,7 +453,8 @@ def main(
             "hardware": hardware(),
             "versions": versions(),
         }
-        path = output / f"{name or f'{device}-{shape}'}.json"
+        content["settings"]["model"] = None if model is None else Path(model).name
+        path = output / f"{name or f'{device}-{Path(model or shape).stem}'}.json"
         write_json(path, content)
         console.print(f"written: {path}")
 

@@ -2,8 +2,8 @@
 
     python benchmarks/equality.py --model_args pretrained=FOLDER,gguf_file=NAME --limit 167
 
-Three evaluations through lm-eval: stock with batch size 16, with batch size 1, and ours. How far
-stock is from itself is what float32 gives; ours cannot be asked to be closer.
+Three evaluations through lm-eval: stock with batch size 16, with batch size 1, and ours. With
+`--float64` a fourth, stock in float64, which shows which of the others is nearer to the truth.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ SIDES: dict[str, tuple[str, str, int | str]] = {
     "stock, batches of 1": ("hf", "", 1),
     "attack=none": ("attacked-hf", ",attack=none", "auto"),
 }
+EXACT: dict[str, tuple[str, str, int | str]] = {"stock, float64": ("hf", ",dtype=float64", 16)}
 METRICS = ("acc", "acc_norm")
 
 
@@ -34,7 +35,7 @@ def evaluate(side: str, model_args: str, cache: Path | None, **arguments: Any) -
 
     With `cache`, what lm-eval has answered before an interruption is not asked again.
     """
-    model, more, batch_size = SIDES[side]
+    model, more, batch_size = (SIDES | EXACT)[side]
     found = lm_eval.simple_evaluate(
         model=model,
         model_args=model_args + more,
@@ -74,10 +75,17 @@ def compare(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
 @click.option("--tasks", default="arc_challenge,arc_easy,hellaswag,openbookqa,piqa,winogrande")
 @click.option("--limit", default=167, help="Questions per task.")
 @click.option("--device", default="cpu")
+@click.option("--float64", "exact", is_flag=True, help="Stock in float64, too.")
 @click.option("--cache", type=click.Path(path_type=Path), help="Folder to resume from.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="JSON file.")
 def main(
-    model_args: str, tasks: str, limit: int, device: str, cache: Path | None, output: Path | None
+    model_args: str,
+    tasks: str,
+    limit: int,
+    device: str,
+    exact: bool,
+    cache: Path | None,
+    output: Path | None,
 ) -> None:
     """attack=none against stock hf, and stock against itself."""
     names = tasks.split(",")
@@ -85,7 +93,8 @@ def main(
     arguments = {"tasks": names, "task_manager": manager, "limit": limit, "device": device}
     if cache is not None:
         cache.mkdir(parents=True, exist_ok=True)
-    found = {side: evaluate(side, model_args, cache, **arguments) for side in SIDES}
+    sides = [*SIDES, *EXACT] if exact else SIDES
+    found = {side: evaluate(side, model_args, cache, **arguments) for side in sides}
     (first, *_) = found.values()
     sizes = {"requests": len(first["answers"]), "questions": len(first["judged"])}
     pairs = {f"{a} / {b}": compare(found[a], found[b]) for a, b in combinations(found, 2)}

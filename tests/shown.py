@@ -180,6 +180,12 @@ RULES = (
         more="--train-size 200 --batch 2 --rounds 1",
         needs="torchattacks",
     ),
+    Rule(
+        r"python benchmarks/equality\.py .*",
+        FEW,
+        changes=((r"pretrained=\S+", "pretrained={model}"),),
+        more="--tasks {easy} --limit 2",
+    ),
     Rule(r"python benchmarks/suite\.py .*", FEW, more="--tasks demo_piqa --limit 4 --repeats 1"),
     Rule(
         r"python -m llm_attack\.demo\.train --output DIR",

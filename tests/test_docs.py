@@ -175,6 +175,7 @@ def test_command(command, prepared, tmp_path):
             "model": f"{data}/models/stories260K" if data else "demo",
             "prefix": "" if data else "demo_",
             "six": "paper_six" if data else "demo_six",
+            "easy": "arc_easy" if data else "demo_arc_easy",
             "default_tasks": "" if data else "--tasks demo_six",
             "include": "" if data else "--include_path tasks",
             "mnist": "mnist" if data else "digits",
