@@ -1,7 +1,7 @@
 """Time and memory of attacked evaluations, as multiples of stock lm-eval's `hf`.
 
-Both evaluate the same model (a randomly initialised Llama unless one is named) on the same requests,
-alternating in one process; medians of several runs; stock at the best of several batch sizes.
+Both evaluate the same model (a randomly initialised Llama unless one is named) on the same
+requests, alternating in one process; medians of several runs; stock at the best of several batches.
 Requests are those of the six benchmarks where their data is (the environment variable
 LLM_ATTACK_TEST_DATA: datasets offline, and a Llama tokenizer), else synthetic ones of the same
 lengths. Times are of `loglikelihood`: tokenisation is part of both.
