@@ -100,8 +100,9 @@ def watched(lm: AttackedHFLM) -> Iterator[Counter[str]]:
         started[0] = start = now()
         gradients = grad(*args, **kwargs)
         found["backward"] += now() - start
-        tokens = gradients[0].numel() // gradients[0].shape[-1]
-        found["flop"] += 2 * blocks * tokens + 2 * head.weight.numel() * found.pop("gradients")
+        if "gradients" in found:  # and not where the compiler traces one
+            tokens = gradients[0].numel() // gradients[0].shape[-1]
+            found["flop"] += 2 * blocks * tokens + 2 * head.weight.numel() * found.pop("gradients")
         return gradients
 
     handles = [head.register_forward_pre_hook(before), head.register_forward_hook(after)]

@@ -8,11 +8,12 @@ import pandas as pd
 import pytest
 from shown import ROOT
 
-# Folder -> where its table of accuracies stands.
+# Folder -> the page, and what stands there before the table of accuracies.
 SHOWN = {
-    "smollm2-135m": "## What it finds",
-    "demo": "`make demo` prints",
-    "demo-choice": "With the gold known",
+    "smollm2-135m": ("README.md", "## What it finds"),
+    "smollm2-135m-choice": ("docs/fig3.md", "## What would the amplitude"),
+    "demo": ("README.md", "`make demo` prints"),
+    "demo-choice": ("README.md", "With the gold known"),
 }
 
 
@@ -26,9 +27,10 @@ def tables(text):
 
 
 @pytest.mark.parametrize("folder", SHOWN)
-def test_accuracies_of_the_readme(folder):
-    text = (ROOT / "README.md").read_text("utf-8")
-    heading, *rows = next(tables(text[text.index(SHOWN[folder]) :]))
+def test_accuracies(folder):
+    page, place = SHOWN[folder]
+    text = (ROOT / page).read_text("utf-8")
+    heading, *rows = next(tables(text[text.index(place) :]))
     found = pd.read_csv(ROOT / "results" / folder / "table.csv").set_index(["task", "condition"])
     assert [row[0] for row in rows] == list(found.index.unique("task"))
     for task, *cells in rows:
