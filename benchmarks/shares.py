@@ -22,7 +22,7 @@ from typing import Any
 
 import click
 import torch
-from engine import real_requests
+from engine import real_requests, synthetic_requests
 from rich.console import Console
 from rich.table import Table
 
@@ -192,7 +192,13 @@ def main(
     for kind in kinds.split(","):
         lm = AttackedHFLM(model, attack="none", device="cpu", batch_size="auto", **KINDS[kind])
         if not requests:
-            of_tasks = real_requests(tasks.split(","), tokens, lm.tokenizer)
+            names = tasks.split(",")
+            real = "LLM_ATTACK_TEST_DATA" in os.environ
+            of_tasks = (
+                real_requests(names, tokens, lm.tokenizer)
+                if real
+                else synthetic_requests(names, tokens)
+            )
             requests = [r for name in of_tasks for r in of_tasks[name]]
         results[kind] = measure(lm, requests, repeats)
         changed = changes(results[kind]["answers"], next(iter(results.values()))["answers"])

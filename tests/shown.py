@@ -186,6 +186,12 @@ RULES = (
         changes=((r"pretrained=\S+", "pretrained={model}"),),
         more="--tasks {easy} --limit 2",
     ),
+    Rule(
+        r"python benchmarks/shares\.py .*",
+        "few questions, one kind; on the model that is here",
+        changes=MODEL,
+        more="--tasks arc_easy --tokens 50 --repeats 1 --kinds float32",
+    ),
     Rule(r"python benchmarks/suite\.py .*", FEW, more="--tasks demo_piqa --limit 4 --repeats 1"),
     Rule(
         r"python -m llm_attack\.demo\.train --output DIR",
