@@ -155,11 +155,16 @@ def test_several_processes(tmp_path, whole, world):
 def test_one_of_two_dies(tmp_path, whole, victim):
     """The other stops and says why; one process alone then finishes."""
     files, batches = whole
-    runs = processes(tmp_path, 2, *RUN, hold=1)
-    until(lambda: computed(tmp_path) == 4)  # both have kept a batch and are at the next
-    runs[victim].kill()
+
+    def started(rank):
+        return Command(tmp_path, *RUN, hold=1, RANK=str(rank), WORLD_SIZE="2")
+
+    first = started(victim)
+    until(lambda: computed(tmp_path) == 2)  # it has kept a batch and is at the next
+    other = started(1 - victim)  # which finds the first at work
+    until(lambda: computed(tmp_path) == 4)
+    first.kill()
     (tmp_path / "go").touch()
-    other = runs[1 - victim]
     assert other.wait() == 1
     err = (tmp_path / ("err" if victim else "err1")).read_text().splitlines()
     assert f"error: process {victim} of 2 died; what is finished is kept; to go on: " in err[-1]
