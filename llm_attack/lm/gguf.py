@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from llm_attack.errors import UsageError, closest
 
 # What transformers and gguf raise on a file that is cut off, or of a kind that they do not know.
-UNREADABLE = (OSError, ValueError, LookupError, NotImplementedError, struct.error)
+UNREADABLE = (OSError, ValueError, LookupError, NotImplementedError, ImportError, struct.error)
 
 
 def located(pretrained: Any, gguf_file: str | None) -> tuple[Any, str | None]:

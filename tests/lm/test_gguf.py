@@ -22,8 +22,9 @@ HIDDEN, HEADS, INNER = 32, 4, 64
 def write(path, seed=0, architecture="llama", kind=gguf.GGMLQuantizationType.F32):
     """A Llama of one layer that reads bytes, with weights of `seed`."""
     draw = np.random.default_rng(seed)
-    vocabulary = [*bytes_to_unicode().values(), "ab", "<|endoftext|>"]
+    vocabulary = [*bytes_to_unicode().values(), "ab", "cd", "<|endoftext|>"]
     writer = gguf.GGUFWriter(path, architecture)
+    writer.add_name("tiny")
     writer.add_context_length(2048)
     writer.add_embedding_length(HIDDEN)
     writer.add_block_count(1)
@@ -36,7 +37,7 @@ def write(path, seed=0, architecture="llama", kind=gguf.GGMLQuantizationType.F32
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(vocabulary)
     writer.add_token_types([1] * (len(vocabulary) - 1) + [3])
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "c d"])
     writer.add_bos_token_id(len(vocabulary) - 1)
     writer.add_eos_token_id(len(vocabulary) - 1)
     shapes = {"token_embd": (len(vocabulary), HIDDEN)}
