@@ -1,13 +1,16 @@
 """What an attack is: pure functions of a point and of a loss closure. Imports torch alone."""
 
 from llm_attack.attacks.draws import keys_for, signs, uniform
+from llm_attack.attacks.norms import NORMS, Groups, widest
 from llm_attack.attacks.perturb import least_likely, loss_gradient, perturb, sweep
 from llm_attack.attacks.settings import ATTACKS, Attack, Kind
 from llm_attack.attacks.sparsefool import deepfool, sparsefool
 
 __all__ = [
     "ATTACKS",
+    "NORMS",
     "Attack",
+    "Groups",
     "Kind",
     "deepfool",
     "keys_for",
@@ -18,4 +21,5 @@ __all__ = [
     "sparsefool",
     "sweep",
     "uniform",
+    "widest",
 ]

@@ -8,6 +8,7 @@ Flood 2014, "Fast splittable pseudorandom number generators".
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 
 import torch
@@ -22,6 +23,7 @@ def _signed(word: int) -> int:
 _GOLDEN = _signed(0x9E3779B97F4A7C15)
 _MIX_1 = _signed(0xBF58476D1CE4E5B9)
 _MIX_2 = _signed(0x94D049BB133111EB)
+_LOW = (1 << 32) - 1
 
 
 def keys_for(seed: int, tokens: Sequence[int]) -> int:
@@ -32,7 +34,7 @@ def keys_for(seed: int, tokens: Sequence[int]) -> int:
 
 def signs(keys: Tensor, x: Tensor) -> Tensor:
     """Uniform draws from {-1, +1}, shape and dtype of `x`; `keys` is int64 of shape x.shape[:k]."""
-    return torch.where(_words(keys, x) < 0, -1.0, 1.0).to(x.dtype)
+    return torch.where(words(keys, x) < 0, -1.0, 1.0).to(x.dtype)
 
 
 def uniform(keys: Tensor, x: Tensor) -> Tensor:
@@ -40,11 +42,22 @@ def uniform(keys: Tensor, x: Tensor) -> Tensor:
 
     Rounded to a dtype of few bits, such as bfloat16, a draw may be -1 or 1.
     """
-    top = _shift(_words(keys, x), 41)  # 23 bits: every value and its mirror are exact in float32
+    top = _shift(words(keys, x), 41)  # 23 bits: every value and its mirror are exact in float32
     return ((2 * top + 1).float() / (1 << 23) - 1).to(x.dtype)
 
 
-def _words(keys: Tensor, x: Tensor) -> Tensor:
+def normal(keys: Tensor, x: Tensor) -> Tensor:
+    """Standard normal draws, shape of `x`; `keys` is int64 of shape x.shape[:k].
+
+    By Box and Muller from the two halves of a word; in float32, or the dtype of `x` if wider.
+    """
+    word = words(keys, x)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    first, second = ((half.to(dtype) + 0.5) / 2**32 for half in (_shift(word, 32), word & _LOW))
+    return (-2 * first.log()).sqrt() * (2 * math.pi * second).cos()
+
+
+def words(keys: Tensor, x: Tensor) -> Tensor:
     """One 64-bit hash per element of `x`, int64."""
     if keys.shape != x.shape[: keys.dim()]:
         raise ValueError(f"keys of shape {tuple(keys.shape)} for a point of {tuple(x.shape)}")

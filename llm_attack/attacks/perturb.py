@@ -1,4 +1,4 @@
-"""One loop for all attacks: sign steps on a loss, projected on the L-infinity ball and the box.
+"""One loop for all attacks: steps along a loss's gradient, projected on the ball and the box.
 
 An attack is a function of a point `x` and of a closure `loss(x)` with one value per example; what
 the point is (pixels, features, token embeddings) only the closure knows.
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from llm_attack.attacks.draws import signs, uniform
+from llm_attack.attacks.norms import NORMS, Groups
 from llm_attack.attacks.settings import Attack
 
 Loss = Callable[[Tensor], Tensor]
@@ -46,6 +46,8 @@ def perturb(
     bounds: tuple[float, float] | None = None,
     mask: Tensor | None = None,
     keys: Tensor | None = None,
+    examples: Groups | None = None,
+    balls: Groups | None = None,
     gradient: Tensor | None = None,
     on_gradient: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
@@ -53,41 +55,48 @@ def perturb(
 
     Args:
         attack: name and settings; same definitions as torchattacks, foolbox and cleverhans.
-        x: the clean point, (N, ...), within `bounds`.
+        x: the clean point within `bounds`; (N, ...), unless `examples` says otherwise.
         loss: closure that returns (N,), ascended by the attacks that are not targeted.
         target_loss: closure for the targeted attacks (`ost`, `illc`), which descend it: the loss of
             the target class, which the caller fixes at the clean point (`least_likely`).
         bounds: box that the point must stay in, (0, 1) for pixels; None for embeddings, features.
         mask: booleans of shape x.shape[:k]; where False (padding) the point never moves.
-        keys: int64 of shape x.shape[:k], one key per draw (`random`, `pgd`).
+        keys: int64 of shape x.shape[:k], one key per draw (`random`, `pgd`); None: one for each
+            entry of the first dimension, from torch's generator.
+        examples: which of the N examples each element of `x` belongs to; None: `x` has a row each.
+        balls: which elements share a ball of radius epsilon; None: those of an example.
         gradient: the first gradient, if the caller has it already (see
             `Attack.uses_clean_gradient`).
         on_gradient: called with every gradient that was used.
 
     Returns:
-        Tensor like `x`, detached: x itself for epsilon 0 and for `none`; else within
-        [x - epsilon, x + epsilon] as computed in the dtype of `x`, and within `bounds`.
-        A gradient that is zero or NaN does not move the point.
+        Tensor like `x`, detached: x itself for epsilon 0 and for `none`; else within epsilon of x
+        in the attack's norm, as computed in the dtype of `x`, and within `bounds`. A gradient that
+        is zero or NaN does not move the point.
 
     Raises:
-        ValueError: the attack needs a closure or keys that were not given.
+        ValueError: the attack needs a closure that was not given.
     """
     x = x.detach()
     if attack.identity:
         return x
-    kind = attack.kind
-    low, high = x - attack.epsilon, x + attack.epsilon
-    if bounds is not None:
-        low, high = low.clamp(min=bounds[0]), high.clamp(max=bounds[1])
+    kind, norm = attack.kind, NORMS[attack.norm]
+    examples = examples or Groups.rows(x)
+    balls = balls or examples
     moves = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
     moves = moves.reshape(moves.shape + (1,) * (x.dim() - moves.dim()))
+
+    def stay(point: Tensor) -> Tensor:
+        inside = norm.project(point, x, attack.epsilon, balls)
+        inside = inside if bounds is None else inside.clamp(*bounds)
+        return torch.where(moves, inside, x)
+
     point = x
     if kind.random_start:
         if keys is None:
-            raise ValueError(f"attack {attack.name!r} needs keys for its draws")
-        draw = uniform if kind.gradient else signs
-        start = torch.clamp(x + attack.epsilon * draw(keys, x), low, high)
-        point = torch.where(moves, start, x)
+            keys = torch.randint(-(2**63), 2**63 - 1, (len(x),), device=x.device)
+        draw = norm.in_ball if kind.gradient else norm.on_sphere
+        point = stay(x + attack.epsilon * draw(keys, moves, x, balls))
     if not kind.gradient:
         return point
     ascended = target_loss if kind.targeted else loss
@@ -95,16 +104,18 @@ def perturb(
         needed = "target_loss" if kind.targeted else "loss"
         raise ValueError(f"attack {attack.name!r} needs {needed}")
     step = -attack.step if kind.targeted or kind.reverse else attack.step
+    velocity: Tensor | float = 0.0
     for i in range(attack.steps if kind.iterative else 1):
         known = gradient if i == 0 else None
         slope = loss_gradient(ascended, point) if known is None else known
         if on_gradient is not None:
             on_gradient(slope)
-        direction = slope.sign()
+        slope = slope.masked_fill(slope.isnan() | ~moves, 0)
+        if kind.momentum:
+            slope = velocity = attack.decay * velocity + examples.scaled(slope, 1)
+        direction = norm.direction(slope, balls)
         # not by adding a zero: that would turn -0.0 into 0.0, and inf * 0 into NaN
-        changed = moves & (direction.abs() == 1)
-        moved = torch.clamp(point + step * direction, low, high)
-        point = torch.where(changed, moved, point)
+        point = stay(torch.where(direction != 0, point + step * direction, point))
     return point
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any
 
+from llm_attack.attacks.norms import NORMS
 from llm_attack.errors import invalid
 
 
@@ -19,6 +20,7 @@ class Kind:
     targeted: bool = False
     random_start: bool = False
     reverse: bool = False
+    momentum: bool = False
 
 
 ATTACKS: dict[str, Kind] = {
@@ -29,6 +31,7 @@ ATTACKS: dict[str, Kind] = {
     "bim": Kind(gradient=True, iterative=True),
     "illc": Kind(gradient=True, iterative=True, targeted=True),
     "pgd": Kind(gradient=True, iterative=True, random_start=True),
+    "mifgsm": Kind(gradient=True, iterative=True, momentum=True),
     "reversed": Kind(gradient=True, reverse=True),
 }
 
@@ -40,10 +43,13 @@ class Attack:
     Args:
         name: a key of `ATTACKS`. `fgsm`: Goodfellow et al. 2015; `bim`, `illc` and `ost` (one step
             towards the least likely class): Kurakin et al. 2017; `pgd`: Madry et al. 2018;
-            `reversed`: `fgsm` with the other sign, the control that has to lower the loss.
-        epsilon: L-infinity amplitude, in the units of the point; finite, >= 0.
+            `mifgsm`: Dong et al. 2018; `reversed`: `fgsm` with the other sign, the control that has
+            to lower the loss.
+        epsilon: radius of the ball round the clean point, in the units of the point; finite, >= 0.
         steps: of the iterative attacks; >= 1.
         step_size: of the iterative attacks, in the units of the point; None means epsilon / 4.
+        decay: of the momentum of `mifgsm`; finite, >= 0.
+        norm: of the ball, a key of `NORMS`; with `l2` a step follows the gradient itself.
         label: the amplitude in the condition's name; None means epsilon.
 
     Raises:
@@ -54,6 +60,8 @@ class Attack:
     epsilon: float = 0.01
     steps: int = 10
     step_size: float | None = None
+    decay: float = 1.0
+    norm: str = "linf"
     label: str | None = None
 
     def __post_init__(self) -> None:
@@ -64,6 +72,9 @@ class Attack:
             raise invalid("steps", self.steps, "an integer, 1 or more")
         if self.step_size is not None:
             _check_real("step_size", self.step_size, lowest=0.0, strict=True)
+        _check_real("decay", self.decay, lowest=0.0)
+        if self.norm not in list(NORMS):
+            raise invalid("norm", self.norm, NORMS)
 
     @property
     def kind(self) -> Kind:

@@ -4,10 +4,10 @@ import torch
 
 from llm_attack.attacks import keys_for
 
-GRADIENT_ATTACKS = ("fgsm", "ost", "bim", "illc", "pgd", "reversed")
+GRADIENT_ATTACKS = ("fgsm", "ost", "bim", "illc", "pgd", "mifgsm", "reversed")
 ALL_ATTACKS = ("none", "random", *GRADIENT_ATTACKS)
 TARGETED = ("ost", "illc")
-ITERATIVE = ("bim", "illc", "pgd")
+ITERATIVE = ("bim", "illc", "pgd", "mifgsm")
 DESCENDING = (*TARGETED, "reversed")
 
 

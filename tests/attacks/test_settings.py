@@ -88,7 +88,7 @@ def test_settings_do_not_change():
 @pytest.mark.parametrize("name", ALL_ATTACKS)
 @pytest.mark.parametrize("step_size", (None, 0.25))
 def test_step(name, step_size):
-    iterative = name in ("bim", "illc", "pgd")
+    iterative = name in ("bim", "illc", "pgd", "mifgsm")
     expected = 2.0 if not iterative else 0.5 if step_size is None else 0.25
     assert Attack(name, 2.0, step_size=step_size).step == expected
 
@@ -96,7 +96,7 @@ def test_step(name, step_size):
 @pytest.mark.parametrize("name", ALL_ATTACKS)
 @pytest.mark.parametrize("epsilon", (0, 0.5))
 def test_which_attacks_start_with_the_clean_gradient(name, epsilon):
-    expected = name in ("fgsm", "bim", "reversed") and epsilon > 0
+    expected = name in ("fgsm", "bim", "mifgsm", "reversed") and epsilon > 0
     assert Attack(name, epsilon).uses_clean_gradient == expected
 
 
