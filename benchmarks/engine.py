@@ -250,7 +250,7 @@ class Bench:
         """Warm: whether the model takes trees is tried once per model, not once per question."""
         lm = AttackedHFLM(batch_size="auto", **self.options)
         lm.use(*conditions)
-        lm.engine.layouts(lm.questions(requests))
+        lm.batches(lm.questions(requests))
         return lm
 
     def time(self, run: Callable[[], Any]) -> tuple[dict[str, float], Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import click
 
 from llm_attack import __version__
+from llm_attack.declare import DIALECT, options
 from llm_attack.errors import UsageError
 from llm_attack.reproduce import reproduce
 
@@ -58,11 +60,22 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
         ctx.default_map = from_yaml(path)
 
 
-# Text of a flag, list or mapping of a YAML file: the plan reads both.
-_ANY = click.UNPROCESSED
+class _OfPlan(click.Command):
+    """A command whose options are the settings of a plan, looked up when it is asked for."""
+
+    @cached_property
+    def settings(self) -> list[click.Option]:
+        from llm_attack.suite.plan import Plan
+
+        return options(Plan)
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Those of the command, and the plan's behind the first."""
+        first, *others = super().get_params(ctx)
+        return [first, *self.settings, *others]
 
 
-@main.command(context_settings={"show_default": True})
+@main.command(cls=_OfPlan, context_settings={"show_default": True, **DIALECT})
 @click.option(
     "--config",
     type=click.Path(path_type=Path),
@@ -71,42 +84,14 @@ _ANY = click.UNPROCESSED
     callback=_read_config,
     help="YAML file with the same names as these options, which go before it.",
 )
-@click.option("--model", default="TinyLlama/TinyLlama_v1.1", help="Hub id, local folder, or demo.")
-@click.option("--tasks", type=_ANY, default="paper_six", help="lm-eval tasks, groups or tags.")
-@click.option(
-    "--attacks", type=_ANY, default="none,random,fgsm,bim", help="pgd, ost, illc, reversed, too."
-)
-@click.option(
-    "--epsilons",
-    type=_ANY,
-    default="0.01",
-    help="L-infinity amplitudes; 0.7rms: in units of the embeddings' RMS.",
-)
-@click.option("--epsilon_unit", default="absolute", help="absolute or rms.")
-@click.option("--steps", default=10, help="Of bim, pgd, illc.")
-@click.option("--step_size", type=float, help="Of bim, pgd, illc; a quarter of epsilon by default.")
-@click.option("--loss", default="sequence", help="sequence, continuation or choice (gold-aware).")
-@click.option("--score", default="acc", help="acc or acc_norm: what loss=choice attacks.")
-@click.option("--context", help="own or shared: perturbations of a question's common tokens.")
-@click.option("--hookpoint", help="Module whose output is perturbed; the embedding by default.")
-@click.option("--seed", default=0, help="Of random draws.")
-@click.option("--limit", type=float, help="Questions per task; below 1, their share.")
-@click.option("--num_fewshot", type=int, help="Examples in the context.")
-@click.option("--apply_chat_template", is_flag=True, help="Of the model, to all prompts.")
-@click.option("--fewshot_as_multiturn", is_flag=True, help="Examples as turns of a conversation.")
-@click.option("--system_instruction", help="Before all prompts.")
-@click.option("--include_path", help="Folder of more lm-eval tasks.")
-@click.option("--batch_size", default="auto", help="Rows of a batch at most.")
-@click.option("--device", help="cuda, cuda:1, cpu, mps, ...")
-@click.option("--model_args", type=_ANY, default="", help="Of attacked-hf: key=value,...")
-@click.option("--progress", default="bar", help="bar, json (lines, for logs) or quiet.")
+@click.option("--progress", default="bar", help="How progress is shown: bar, json or quiet.")
 @click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path),
     help="Folder for tables, figures, report and samples; a run that was stopped goes on there.",
 )
-def run(**options: Any) -> None:
+def run(**settings: Any) -> None:
     """Compare attacks over tasks: accuracy, tests, figures and a report.
 
     All conditions are computed in one pass. Several processes (accelerate launch --num_processes N
@@ -114,7 +99,7 @@ def run(**options: Any) -> None:
     """
     from llm_attack.suite import commands
 
-    commands.run(**options)
+    commands.run(**settings)
 
 
 _FOLDER = click.Path(path_type=Path, file_okay=False)

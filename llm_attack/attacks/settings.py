@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass, replace
-from numbers import Integral, Real
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from llm_attack.attacks.norms import NORMS
+from llm_attack.declare import About, check, setting
 from llm_attack.errors import invalid
 
 
@@ -35,9 +34,28 @@ ATTACKS: dict[str, Kind] = {
     "reversed": Kind(gradient=True, reverse=True),
 }
 
+ITERATIVE = ", ".join(name for name, kind in ATTACKS.items() if kind.iterative)
+
+_EPSILON = About("radius of the ball", float, least=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSettings:
+    """How an attack steps. What is declared here, every program and model takes."""
+
+    steps: int = setting(10, f"Steps of {ITERATIVE}", least=1)
+    step_size: float | None = setting(
+        None,
+        f"Length of a step of {ITERATIVE}; a quarter of epsilon unless given",
+        float,
+        least=0.0,
+        above=True,
+    )
+    decay: float = setting(1.0, "Decay of the momentum of mifgsm", least=0.0)
+
 
 @dataclass(frozen=True)
-class Attack:
+class Attack(StepSettings):
     """One attack with its settings.
 
     Args:
@@ -58,23 +76,15 @@ class Attack:
 
     name: str = "fgsm"
     epsilon: float = 0.01
-    steps: int = 10
-    step_size: float | None = None
-    decay: float = 1.0
-    norm: str = "linf"
+    norm: str = setting("linf", "Norm of the ball", choices=tuple(NORMS))
     label: str | None = None
 
     def __post_init__(self) -> None:
         if self.name not in list(ATTACKS):  # a list: also takes what cannot be hashed
             raise invalid("attack", self.name, ATTACKS)
-        _check_real("epsilon", self.epsilon, lowest=0.0)
-        if isinstance(self.steps, bool) or not isinstance(self.steps, Integral) or self.steps < 1:
-            raise invalid("steps", self.steps, "an integer, 1 or more")
-        if self.step_size is not None:
-            _check_real("step_size", self.step_size, lowest=0.0, strict=True)
-        _check_real("decay", self.decay, lowest=0.0)
-        if self.norm not in list(NORMS):
-            raise invalid("norm", self.norm, NORMS)
+        if not _EPSILON.allows(self.epsilon):
+            raise invalid("epsilon", self.epsilon, _EPSILON.words())
+        check(self)
 
     @property
     def kind(self) -> Kind:
@@ -110,11 +120,6 @@ class Attack:
         return replace(self, epsilon=self.epsilon * factor, step_size=step_size)
 
 
-def _check_real(argument: str, value: Any, lowest: float, strict: bool = False) -> None:
-    allowed = f"a finite number, {'greater than' if strict else 'at least'} {lowest:g}"
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise invalid(argument, value, allowed)
-    # not isfinite(), which raises for integers beyond the floats; comparisons with NaN are false
-    number: Any = value
-    if not lowest <= number <= sys.float_info.max or (strict and number == lowest):
-        raise invalid(argument, value, allowed)
+def step_settings(settings: StepSettings) -> dict[str, Any]:
+    """The values of `StepSettings` alone."""
+    return {entry.name: getattr(settings, entry.name) for entry in fields(StepSettings)}

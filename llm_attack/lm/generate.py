@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -11,7 +12,7 @@ from llm_attack.lm.engine import Engine
 from llm_attack.lm.hook import edit_output
 from llm_attack.lm.pack import pack_rows
 from llm_attack.lm.questions import Question, Request
-from llm_attack.lm.surface import Surface, ThreatModel
+from llm_attack.lm.surface import Surface
 
 
 @contextmanager
@@ -29,9 +30,9 @@ def attacked_prompts(engine: Engine, context: Tensor, mask: Tensor) -> Iterator[
     prompts = [row[keep.bool()].tolist() for row, keep in zip(context, mask, strict=True)]
     questions = [Question([Request(tuple(prompt), 0)], [[0]]) for prompt in prompts]
     pack = pack_rows(questions, engine.pad, whole=True).to(engine.device)
-    surface = Surface(engine.scorer, pack, ThreatModel("sequence", seed=engine.threat.seed))
+    surface = Surface(engine.scorer, pack, replace(engine.threat, shared=False))
     adversarial, sums = surface.attack(engine.attacks[0])
-    engine.diagnostics[0].add(sums.tolist())
+    engine.diagnostics[0].add({name: float(value) for name, value in sums.items()})
     prefilled = False
 
     def put(output: Tensor) -> Tensor:

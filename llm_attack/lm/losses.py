@@ -1,28 +1,43 @@
 """Threat models: what an attack on a language model ascends (section "threat models", README).
 
-All take the log-probabilities of a pack's predictions and give one value per example.
+A loss is a row of `LOSSES`: which predictions it reads, whose they are, and the value that it makes
+of their summed log-probabilities. Nothing else asks for a loss by its name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from llm_attack.lm.pack import Entries
+from llm_attack.attacks import widest
 from llm_attack.lm.questions import Question
 
-LOSSES = ("sequence", "continuation", "choice")
 SCORES = ("acc", "acc_norm")
 
 # Relative to the likeliest choice: beyond the digits of float64, far above where float32 ends.
 _LEAST_WEIGHT = 1e-20
 
 
-def widest(device: torch.device) -> torch.dtype:
-    """The float of most bits that `device` has."""
-    return torch.float32 if device.type == "mps" else torch.float64
+@dataclass(frozen=True)
+class LossKind:
+    """What tells one loss from another.
+
+    Attributes:
+        value: (sums, choices) -> one value per example; `sums` (requests,) are log-probabilities
+            summed over the tokens that the loss reads, `choices` the `ChoiceScores` if it knows the
+            gold, else None.
+        whole: it reads all tokens of a request but the first, not only the continuation's.
+        gold: the attacker knows which choices are right: one value per question, which has one
+            perturbation, instead of one value per request.
+    """
+
+    value: Callable[[Tensor, Any], Tensor]
+    whole: bool = False
+    gold: bool = False
 
 
 def sum_by(values: Tensor, index: Tensor, n: int) -> Tensor:
@@ -32,13 +47,6 @@ def sum_by(values: Tensor, index: Tensor, n: int) -> Tensor:
     """
     wide = widest(values.device)
     return torch.zeros(n, dtype=wide, device=values.device).index_add(0, index, values.to(wide))
-
-
-def negative_log_likelihood(log_probs: Tensor, entries: Entries, n: int, loss: str) -> Tensor:
-    """(n,) loss of each request: of all its tokens (`sequence`) or of its `continuation`."""
-    if loss == "continuation":
-        log_probs = log_probs * entries.continuation
-    return -sum_by(log_probs, entries.request, n)
 
 
 class ChoiceScores:
@@ -86,3 +94,35 @@ class ChoiceScores:
             slope = slope + sign * (weights * scores.masked_fill(~these, 0)).sum(-1)
         # the value of the first, the gradient of the second
         return torch.where(some, value + (slope - slope.detach()), 0.0)
+
+
+LOSSES = {
+    "sequence": LossKind(lambda sums, choices: -sums, whole=True),
+    "continuation": LossKind(lambda sums, choices: -sums),
+    "choice": LossKind(lambda sums, choices: choices.margin(sums, choices.gold), gold=True),
+}
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    """What the attacker ascends and may touch; `loss`, `context` and `norm` of the README.
+
+    Attributes:
+        loss: a key of `LOSSES`.
+        shared: one perturbation for the tokens that a question's requests share, instead of one
+            perturbation per request.
+        per_token: every token has a ball of its own, instead of one for the whole perturbation.
+        seed: of the random draws.
+    """
+
+    loss: str = "sequence"
+    shared: bool = False
+    per_token: bool = False
+    seed: int = 0
+
+
+class Signal(NamedTuple):
+    """The scale of a point: root mean square of its coordinates, and how many a token has."""
+
+    rms: float
+    width: int

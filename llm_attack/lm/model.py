@@ -22,17 +22,20 @@ from tqdm import tqdm
 from llm_attack.demo import MODEL_PATH
 from llm_attack.errors import UsageError, closest, report_usage_errors
 from llm_attack.lm import cache, gguf, gold
+from llm_attack.lm.batches import Batch
+from llm_attack.lm.diagnostics import Diagnostics
 from llm_attack.lm.encode import encoded_together
-from llm_attack.lm.engine import Answer, Batch, Diagnostics, Engine
+from llm_attack.lm.engine import Answer, Engine
 from llm_attack.lm.generate import attacked_prompts
 from llm_attack.lm.hook import frozen, resolve
 from llm_attack.lm.layers import blocks, compiled, recompute
+from llm_attack.lm.losses import LOSSES
 from llm_attack.lm.names import check_names
 from llm_attack.lm.probe import longest_tree
 from llm_attack.lm.questions import Question, Request
 from llm_attack.lm.scoring import Scorer
 from llm_attack.lm.settings import AttackSettings, EngineSettings, split_arguments
-from llm_attack.lm.signal import CALIBRATION_TEXT, activation_rms, embedding_rms
+from llm_attack.lm.signal import CALIBRATION_TEXT, of_activation, of_embedding
 
 DEFAULT_MODEL = "TinyLlama/TinyLlama_v1.1"
 
@@ -114,11 +117,11 @@ class AttackedHFLM(HFLM):
         self.settings, self.conditions = settings, conditions
         if settings.hookpoint is None or isinstance(hookpoint, torch.nn.Embedding):
             size = self.model.get_input_embeddings().weight.shape[0]
-            self.signal_rms = embedding_rms(hookpoint, size, self.device)
+            self.signal = of_embedding(hookpoint, size, self.device)
         else:
             ids = torch.tensor([self.tok_encode(CALIBRATION_TEXT)[: self.max_length]])
-            self.signal_rms = activation_rms(self.model, hookpoint, ids.to(self.device))
-        attacks = [condition.resolved(self.signal_rms) for condition in conditions]
+            self.signal = of_activation(self.model, hookpoint, ids.to(self.device))
+        attacks = [condition.resolved(self.signal) for condition in conditions]
         self.attack = attacks[0]
         scorer = Scorer(self.model, hookpoint, self.mixed_precision_dtype, self.softmax_dtype)
         pad = self.tokenizer.pad_token_id or 0
@@ -234,6 +237,8 @@ class AttackedHFLM(HFLM):
         limit = rows or self.batch_size
         if str(limit).startswith("auto"):
             limit = self._arguments.get("max_batch_size", sys.maxsize)
+        questions = list(questions)
+        self.engine.probe(questions)
         return self.engine.batches(questions, int(limit), self.tokens_per_batch)
 
     def questions(self, requests: Sequence[Instance]) -> list[Question]:
@@ -269,7 +274,7 @@ class AttackedHFLM(HFLM):
         for by_choice in grouped.values():
             answers = [by_choice[key] for key in sorted(by_choice)]
             question = Question([encoded[a[0]] for a in answers], answers)
-            if self.settings.loss == "choice":
+            if self.settings.needs_gold:
                 instances = [asked[a[0]] for a in answers]
                 question.gold = gold.gold_choices(instances)
                 if self.settings.score == "acc_norm":
@@ -282,8 +287,9 @@ class AttackedHFLM(HFLM):
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations of the prompts, which are attacked at prefill."""
         self._refuse_choice(requests)
-        if self.settings.loss == "continuation":
-            raise UsageError("loss=continuation: must be sequence for tasks that generate text")
+        loss = self.settings.loss
+        if not LOSSES[loss].whole:
+            raise UsageError(f"loss={loss}: must be sequence for tasks that generate text")
         answers = super().generate_until(requests, disable_tqdm=disable_tqdm)
         self._pool()
         return answers
@@ -305,10 +311,10 @@ class AttackedHFLM(HFLM):
         self.diagnostics = [Diagnostics(*row) for row in sums.tolist()]
 
     def _refuse_choice(self, requests: Sequence[Instance]) -> None:
-        if self.settings.loss == "choice":
+        if self.settings.needs_gold:
             raise UsageError(
-                f"loss=choice: task {requests[0].task_name} is not a multiple-choice task with gold"
-                " labels; use loss=sequence"
+                f"loss={self.settings.loss}: task {requests[0].task_name} is not a multiple-choice"
+                " task with gold labels; use loss=sequence"
             )
 
     # -- what the results say of themselves --------------------------------------------------------
@@ -325,8 +331,9 @@ class AttackedHFLM(HFLM):
             "condition": attack.condition,
             "steps": attack.steps if attack.kind.iterative else None,
             "step_size": attack.step if attack.kind.iterative else None,
+            "decay": attack.decay if attack.kind.momentum else None,
             "epsilon_absolute": attack.epsilon,
-            "embedding_rms" if settings.hookpoint is None else "hookpoint_rms": self.signal_rms,
+            "embedding_rms" if settings.hookpoint is None else "hookpoint_rms": self.signal.rms,
             **self.diagnostics[condition].report(),
         }
 

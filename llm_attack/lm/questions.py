@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -53,57 +52,3 @@ class Question:
     def longest(self) -> int:
         """Tokens that the model reads for the longest request."""
         return max(len(r.inputs) for r in self.requests)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a batch of questions takes up.
-
-    Attributes:
-        rows: of the model's input.
-        length: of each row, padding included.
-    """
-
-    rows: int
-    length: int
-
-    @property
-    def tokens(self) -> int:
-        return self.rows * self.length
-
-    def __add__(self, other: Shape) -> Shape:
-        return Shape(self.rows + other.rows, max(self.length, other.length))
-
-
-def of_rows(question: Question) -> Shape:
-    """The shape with a row per request."""
-    return Shape(len(question.requests), question.longest)
-
-
-def of_tree(question: Question) -> Shape:
-    """The shape as a tree."""
-    return Shape(1, len(question.trie))
-
-
-def batches(
-    questions: Sequence[Question], shape: Callable[[Question], Shape], rows: int, tokens: int
-) -> list[list[Question]]:
-    """Questions in batches, longest first, of at most `rows` rows and `tokens` tokens with padding.
-
-    A question is never split, and has a batch of its own where it is larger than that. Which
-    questions share a batch depends on nothing but their tokens.
-    """
-    shapes = {id(q): shape(q) for q in questions}
-    order = sorted(
-        questions,
-        key=lambda q: (-shapes[id(q)].length, [(r.tokens, r.n_continuation) for r in q.requests]),
-    )
-    result: list[list[Question]] = []
-    filled = Shape(0, 0)
-    for question in order:
-        filled += shapes[id(question)]
-        if not result or filled.rows > rows or filled.tokens > tokens:
-            result.append([])
-            filled = shapes[id(question)]
-        result[-1].append(question)
-    return result

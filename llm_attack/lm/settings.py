@@ -1,39 +1,99 @@
-"""The arguments of `attacked-hf` that `hf` does not have: names, defaults, validation."""
+"""The arguments of `attacked-hf` that `hf` does not have."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
-from llm_attack.attacks import Attack
+from llm_attack.attacks import ATTACKS, Attack
+from llm_attack.attacks.settings import StepSettings, step_settings
+from llm_attack.declare import check, names, setting, underscored
 from llm_attack.errors import UsageError, invalid
-from llm_attack.lm.losses import LOSSES, SCORES
-from llm_attack.lm.surface import ThreatModel
+from llm_attack.lm.losses import LOSSES, SCORES, Signal, ThreatModel
 
 CONTEXTS = ("own", "shared")
 RMS = "rms"
 EPSILON_UNITS = ("absolute", RMS)
+PER_TOKEN = "_token"
+NORMS = ("linf", "l2", f"l2{PER_TOKEN}")
 PACKINGS = ("auto", "tree", "off")
+EPSILON = "a finite number, at least 0, or one in units of the RMS, such as 0.7rms"
 
 
-@dataclass(frozen=True)
-class AttackSettings:
-    """How `attacked-hf` attacks; the README explains each argument.
+@dataclass(frozen=True, kw_only=True)
+class ThreatSettings(StepSettings):
+    """What all conditions of a run have in common.
 
     Raises:
         UsageError: a value is not allowed, or two do not go together.
     """
 
-    attack: str = "fgsm"
-    epsilon: float | str = 0.01
-    epsilon_unit: str = "absolute"
-    steps: int = 10
-    step_size: float | None = None
-    loss: str = "sequence"
-    score: str = "acc"
-    context: str | None = None
-    hookpoint: str | None = None
-    seed: int = 0
+    epsilon_unit: str = setting(
+        "absolute",
+        "Unit of epsilon and step size; rms: the root mean square of the embedding matrix, times"
+        " the square root of its width in L2, to compare models, whose embeddings differ in scale",
+        choices=EPSILON_UNITS,
+    )
+    norm: str = setting(
+        "linf",
+        "Norm that epsilon bounds, of the whole perturbation or of each token's",
+        choices=NORMS,
+    )
+    loss: str = setting(
+        "sequence",
+        "What the attack ascends; choice: the log odds against the gold, which it knows",
+        choices=tuple(LOSSES),
+    )
+    score: str = setting("acc", "Metric that the loss choice attacks", choices=SCORES)
+    context: str | None = setting(
+        None,
+        "Whether the tokens that requests of a question share have a perturbation in each, or one;"
+        " own unless the loss knows the gold",
+        str,
+        choices=CONTEXTS,
+    )
+    hookpoint: str | None = setting(
+        None,
+        "Module whose output is perturbed, such as model.layers.12; the input embedding by default",
+        str,
+        allowed="the dotted path of a module",
+    )
+    seed: int = setting(0, "Seed of the random draws")
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.needs_gold and self.context == "own":
+            raise UsageError(
+                f"context=own: must be shared with loss={self.loss}, which has one perturbation per"
+                " question"
+            )
+
+    @property
+    def needs_gold(self) -> bool:
+        """Whether the attacker knows which choices are right."""
+        return LOSSES[self.loss].gold
+
+    @property
+    def threat(self) -> ThreatModel:
+        per_token = self.norm.endswith(PER_TOKEN)
+        return ThreatModel(self.loss, self.context == "shared", per_token, self.seed)
+
+
+@dataclass(frozen=True)
+class AttackSettings(ThreatSettings):
+    """How `attacked-hf` attacks.
+
+    Raises:
+        UsageError: a value is not allowed, or two do not go together.
+    """
+
+    attack: str = setting("fgsm", "The attack", choices=tuple(ATTACKS))
+    epsilon: float | str = setting(
+        0.01,
+        "Radius of the ball round the clean point; 0.7rms is 0.7 with epsilon_unit=rms",
+        also=str,
+        allowed=EPSILON,
+    )
     attack_in_units: Attack = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -43,75 +103,57 @@ class AttackSettings:
         object.__setattr__(self, "epsilon", epsilon)
         if unit is not None:
             object.__setattr__(self, "epsilon_unit", unit)
-        attack = Attack(self.attack, epsilon, self.steps, self.step_size)
-        if self.epsilon_unit == RMS:
-            attack = replace(attack, label=f"{epsilon:g}{RMS}")
-        object.__setattr__(self, "attack_in_units", attack)
-        for argument, allowed in (
-            ("epsilon_unit", EPSILON_UNITS),
-            ("loss", LOSSES),
-            ("score", SCORES),
-        ):
-            if getattr(self, argument) not in allowed:
-                raise invalid(argument, getattr(self, argument), allowed)
+        attack = Attack(self.attack, epsilon, **step_settings(self))
+        super().__post_init__()
         if self.context is None:
-            object.__setattr__(self, "context", "shared" if self.loss == "choice" else "own")
-        if self.context not in CONTEXTS:
-            raise invalid("context", self.context, CONTEXTS)
-        if self.loss == "choice" and self.context == "own":
-            raise UsageError(
-                "context=own: must be shared with loss=choice, which has one perturbation per"
-                " question"
-            )
-        if self.loss != "choice" and attack.kind.targeted:
+            object.__setattr__(self, "context", "shared" if self.needs_gold else "own")
+        if attack.kind.targeted and not self.needs_gold:
+            knowing = " or ".join(f"loss={name}" for name, kind in LOSSES.items() if kind.gold)
             raise UsageError(
                 f"attack={self.attack}: steps towards the least likely choice, so it needs"
-                f" loss=choice, not loss={self.loss}"
+                f" {knowing}, not loss={self.loss}"
             )
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise invalid("seed", self.seed, "an integer")
-        if self.hookpoint is not None and not isinstance(self.hookpoint, str):
-            raise invalid("hookpoint", self.hookpoint, "the dotted path of a module")
+        in_rms = RMS if self.epsilon_unit == RMS else ""
+        in_norm = "" if self.norm == "linf" else f"-{self.norm}"
+        label = f"{epsilon:g}{in_rms}{in_norm}"
+        attack = replace(attack, norm=self.norm.removesuffix(PER_TOKEN), label=label)
+        object.__setattr__(self, "attack_in_units", attack)
 
-    @property
-    def threat(self) -> ThreatModel:
-        return ThreatModel(self.loss, self.context == "shared", self.seed)
-
-    def resolved(self, rms: float) -> Attack:
-        """The attack in the units of the point, given the root mean square of its signal."""
-        return self.attack_in_units.scaled(rms if self.epsilon_unit == RMS else 1.0)
+    def resolved(self, signal: Signal) -> Attack:
+        """The attack in the units of the point; one of RMS is, in L2, the norm of a token of it."""
+        attack = self.attack_in_units
+        size = signal.rms * (1.0 if attack.norm == "linf" else signal.width**0.5)
+        return attack.scaled(size if self.epsilon_unit == RMS else 1.0)
 
     def arguments(self) -> dict[str, Any]:
         """All arguments with their values."""
         values = asdict(self)
-        del values["attack_in_units"]
-        return values
+        return {name: values[name] for name in names(self)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EngineSettings:
     """How `attacked-hf` computes; the numbers do not depend on it.
-
-    Args:
-        packing: "tree": tokens that a question's requests share are computed once; "off": every
-            request has a row; "auto": trees, if a trial shows that the model takes them.
-        gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
-        compile: torch.compile for the layers.
 
     Raises:
         UsageError: a value is not allowed.
     """
 
-    packing: str = "auto"
-    gradient_checkpointing: bool = False
-    compile: bool = False
+    packing: str = setting(
+        "auto",
+        "Layout of a question's requests; tree: tokens that they share are computed once, off: each"
+        " has a row, auto: trees, if a trial at the start shows that the model takes them",
+        choices=PACKINGS,
+    )
+    gradient_checkpointing: bool = setting(
+        False,
+        "Recompute activations in the backward pass instead of keeping them: less memory, more"
+        " time",
+    )
+    compile: bool = setting(False, "Compile the model's blocks with torch.compile")
 
     def __post_init__(self) -> None:
-        if self.packing not in PACKINGS:
-            raise invalid("packing", self.packing, PACKINGS)
-        for argument in ("gradient_checkpointing", "compile"):
-            if not isinstance(getattr(self, argument), bool):
-                raise invalid(argument, getattr(self, argument), ("True", "False"))
+        check(self)
 
 
 def amplitude(epsilon: Any) -> tuple[Any, str | None]:
@@ -125,8 +167,7 @@ def amplitude(epsilon: Any) -> tuple[Any, str | None]:
     try:
         return float(epsilon.removesuffix(RMS)), RMS if epsilon.endswith(RMS) else None
     except ValueError:
-        allowed = "a finite number, at least 0, or one in units of the RMS, such as 0.7rms"
-        raise invalid("epsilon", epsilon, allowed) from None
+        raise invalid("epsilon", epsilon, EPSILON) from None
 
 
 Settings = TypeVar("Settings", AttackSettings, EngineSettings)
@@ -136,6 +177,6 @@ def split_arguments(
     arguments: dict[str, Any], kind: type[Settings]
 ) -> tuple[Settings, dict[str, Any]]:
     """Settings of `kind` from the arguments that are its own, and the other arguments."""
-    own = {f.name for f in fields(kind) if f.init}
-    settings = kind(**{k: v for k, v in arguments.items() if k in own})
-    return settings, {k: v for k, v in arguments.items() if k not in own}
+    own = {name for name in arguments if underscored(name) in names(kind)}
+    settings = kind(**{underscored(name): arguments[name] for name in own})
+    return settings, {name: arguments[name] for name in arguments if name not in own}

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_attack.lm.hook import capture
+from llm_attack.lm.losses import Signal
 
 # Any fixed text would do; that it is fixed makes epsilon independent of the data evaluated.
 CALIBRATION_TEXT = (
@@ -17,19 +18,22 @@ CALIBRATION_TEXT = (
 )
 
 
-def embedding_rms(embedding: nn.Module, vocabulary: int, device: torch.device) -> float:
-    """RMS of the embedding layer's output over the vocabulary: of its matrix, scaled as it is."""
+def of_embedding(embedding: nn.Module, vocabulary: int, device: torch.device) -> Signal:
+    """Of the embedding layer's output over the vocabulary: of its matrix, scaled as it is."""
     ids = torch.arange(vocabulary, device=device)
+    squares = []
     with torch.no_grad():
-        squares = [embedding(chunk).float().square().mean(-1) for chunk in ids.split(8192)]
-    return float(torch.cat(squares).mean().sqrt())
+        for chunk in ids.split(8192):
+            output = embedding(chunk)
+            squares.append(output.float().square().mean(-1))
+    return Signal(float(torch.cat(squares).mean().sqrt()), output.shape[-1])
 
 
-def activation_rms(model: nn.Module, module: nn.Module, input_ids: Tensor) -> float:
-    """RMS of `module`'s output on `input_ids`, (1, L).
+def of_activation(model: nn.Module, module: nn.Module, input_ids: Tensor) -> Signal:
+    """Of `module`'s output on `input_ids`, (1, L).
 
     The first position is left out: many models park an attention sink there, whose norm is
     hundreds of times that of the others.
     """
     output = capture(module, lambda: model(input_ids=input_ids))
-    return float(output[:, 1:].float().square().mean().sqrt())
+    return Signal(float(output[:, 1:].float().square().mean().sqrt()), output.shape[-1])

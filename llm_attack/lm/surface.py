@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from llm_attack.attacks import Attack, least_likely, perturb
-from llm_attack.lm.losses import ChoiceScores, negative_log_likelihood, sum_by, widest
+from llm_attack.attacks import Attack, Groups, least_likely, perturb, widest
+from llm_attack.lm.losses import LOSSES, ChoiceScores, ThreatModel, sum_by
 from llm_attack.lm.pack import Pack
 from llm_attack.lm.scoring import Scorer, Scores
-
-
-@dataclass(frozen=True)
-class ThreatModel:
-    """What the attacker ascends and may touch; `loss` and `context` of the README.
-
-    Attributes:
-        loss: "sequence", "continuation" or "choice".
-        shared: one perturbation for the tokens that a question's requests share, instead of one
-            perturbation per request.
-        seed: of the random draws.
-    """
-
-    loss: str = "sequence"
-    shared: bool = False
-    seed: int = 0
 
 
 class Surface:
@@ -59,19 +42,33 @@ class Surface:
         return self.pack.keys(self.threat.seed)
 
     @cached_property
+    def examples(self) -> Groups:
+        """What is attacked as one: questions, or requests where each is attacked alone."""
+        if self.pack.first is None:
+            return Groups.rows(self.x)
+        sizes = torch.tensor([len(q.trie) for q in self.pack.questions])
+        owner = torch.arange(len(sizes)).repeat_interleave(sizes)
+        return Groups(owner.to(self.x.device), len(sizes))
+
+    @cached_property
+    def balls(self) -> Groups:
+        """The tokens whose perturbations share a ball."""
+        if not self.threat.per_token:
+            return self.examples
+        n = self.x.shape[:-1].numel()
+        return Groups(torch.arange(n, device=self.x.device).reshape(self.x.shape[:-1]), n)
+
+    @cached_property
     def choices(self) -> ChoiceScores:
         return ChoiceScores(self.pack.questions, self.pack.input_ids.device)
 
     def loss(self, x: Tensor) -> Tensor:
-        """What the attacks ascend: (requests,), or (questions,) for the loss `choice`."""
+        """What the attacks ascend: (requests,), or (questions,) where the loss knows the gold."""
         return self._loss(self.scorer(self.pack, self.pack.watched, self.expand(x)))
 
     def _loss(self, scores: Scores) -> Tensor:
-        entries = self.pack.watched
-        if self.threat.loss == "choice":
-            return self.choices.margin(self._sums(scores), self.choices.gold)
-        n = len(self.pack.requests)
-        return negative_log_likelihood(scores.log_prob, entries, n, self.threat.loss)
+        kind = LOSSES[self.threat.loss]
+        return kind.value(self._sums(scores), self.choices if kind.gold else None)
 
     def target_loss(self, x: Tensor) -> Tensor:
         """What the targeted attacks descend, for the target choice, (questions,)."""
@@ -79,10 +76,8 @@ class Surface:
         return self.choices.margin(self._sums(scores), self.target)
 
     def _sums(self, scores: Scores) -> Tensor:
-        """Log-likelihoods of the requests' continuations, (requests,), for a loss."""
-        entries = self.pack.watched
-        log_prob = scores.log_prob * entries.continuation
-        return sum_by(log_prob, entries.request, len(self.pack.requests))
+        """(requests,) log-probabilities of the tokens that the loss reads."""
+        return sum_by(scores.log_prob, self.pack.watched.request, len(self.pack.requests))
 
     @cached_property
     def target(self) -> Tensor:
@@ -125,12 +120,10 @@ class Surface:
         products = torch.stack([(x * g).sum(-1), (x * x).sum(-1), (g * g).sum(-1)], -1)
         if self.mask is not None:
             return (products * self.mask[..., None]).sum(1)
-        sizes = torch.tensor([len(q.trie) for q in self.pack.questions])
-        owner = torch.arange(len(sizes)).repeat_interleave(sizes).to(products.device)
-        return products.new_zeros(len(sizes), 3).index_add(0, owner, products)
+        return products.new_zeros(self.examples.n, 3).index_add(0, self.examples.index, products)
 
-    def attack(self, attack: Attack) -> tuple[Tensor, Tensor]:
-        """The attacked point, and the sums of `engine.Diagnostics`, in its order."""
+    def attack(self, attack: Attack) -> tuple[Tensor, dict[str, Tensor]]:
+        """The attacked point, and what it adds to the sums of `Diagnostics`, by name."""
         wide = widest(self.x.device)
         moves = torch.ones_like(self.x[..., :1]) if self.mask is None else self.mask[..., None]
         elements = moves.sum(dtype=wide) * self.x.shape[-1]
@@ -146,20 +139,28 @@ class Surface:
             target_loss=self.target_loss,
             mask=self.mask,
             keys=self.keys if attack.kind.random_start else None,
+            examples=self.examples,
+            balls=self.balls,
             gradient=self.gradient if attack.uses_clean_gradient else None,
             on_gradient=count,
         )
-        signal = (self.x.float().square() * moves).sum(dtype=wide)
-        noise = (adversarial.float() - self.x.float()).square().sum(dtype=wide)
-        sums = [signal, noise, elements, sum(zeros, 0 * elements), elements * len(zeros)]
-        return adversarial, torch.stack([*sums, *self._nearest(adversarial, wide)])
+        noise = adversarial.float() - self.x.float()
+        return adversarial, {
+            "signal": (self.x.float().square() * moves).sum(dtype=wide),
+            "noise": noise.square().sum(dtype=wide),
+            "elements": elements,
+            "zero_gradients": sum(zeros, 0 * elements),
+            "gradients": elements * len(zeros),
+            **self._nearest(adversarial),
+        }
 
-    def _nearest(self, adversarial: Tensor, dtype: torch.dtype) -> Tensor:
-        """(3,): tokens looked up, and of those the unchanged ones in L2 and in L-infinity."""
+    def _nearest(self, adversarial: Tensor) -> dict[str, Tensor]:
+        """Tokens looked up in the vocabulary, and of those the unchanged ones in L2 and in Linf."""
         if self.scorer.nearest is None:
-            return torch.zeros(3, dtype=dtype, device=adversarial.device)
+            return {}
         ids, first = self.pack.input_ids.flatten(), self.pack.first
         kept = self.pack.mask.flatten() if self.mask is not None else slice(None)
         ids = ids[kept] if first is None else ids[first]
-        unchanged = self.scorer.nearest.unchanged(adversarial.flatten(0, -2)[kept], ids)
-        return torch.stack([torch.ones_like(unchanged[0]), *unchanged]).sum(-1, dtype=dtype)
+        l2, linf = self.scorer.nearest.unchanged(adversarial.flatten(0, -2)[kept], ids)
+        sums = {"tokens": torch.ones_like(l2), "nearest_l2": l2, "nearest_linf": linf}
+        return {name: of_tokens.sum() for name, of_tokens in sums.items()}

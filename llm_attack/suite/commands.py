@@ -16,10 +16,11 @@ from typing import Any
 
 from rich.console import Console
 
+from llm_attack.declare import check_names, names
 from llm_attack.errors import UsageError, invalid
 from llm_attack.outputs import write_text
 from llm_attack.suite import fingerprint, frames, results, tables
-from llm_attack.suite.plan import Plan, check_names
+from llm_attack.suite.plan import Plan
 from llm_attack.suite.progress import MODES, note
 from llm_attack.suite.run import Processes, Result, execute, prepare
 from llm_attack.suite.statistics import paired, unshared
@@ -51,7 +52,7 @@ def evaluate(
     Raises:
         UsageError: an argument is not allowed, or the folder holds something else.
     """
-    check_names(settings)
+    check_names(settings, names(Plan))
     plan = Plan(model=model, tasks=tasks, **settings)
     if progress not in MODES:
         raise invalid("progress", progress, MODES)
@@ -109,7 +110,8 @@ def command(plan: Plan, folder: Path | None) -> list[str]:
     """The command line of a plan: what differs from the defaults."""
     words = ["llm-attack", "run"]
     defaults = asdict(Plan())
-    for name, value in asdict(plan).items():
+    for name in names(plan):
+        value = getattr(plan, name)
         if value == defaults[name]:
             continue
         if isinstance(value, dict):

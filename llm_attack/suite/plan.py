@@ -3,76 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from llm_attack.errors import UsageError, closest, invalid
-from llm_attack.lm.settings import AttackSettings, amplitude
+from llm_attack.attacks import ATTACKS
+from llm_attack.declare import check_names, names, setting, underscored
+from llm_attack.errors import UsageError, invalid
+from llm_attack.lm.settings import AttackSettings, EngineSettings, ThreatSettings, amplitude
 
-# Fields of a plan that say how it is carried out; results do not depend on them.
+# Settings that say how a plan is carried out; results do not depend on them.
 _HOW = ("device",)
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(ThreatSettings, EngineSettings):
     """Conditions over tasks: every attack at every epsilon.
-
-    Args:
-        model: hub id, local folder, or `demo`.
-        tasks: of lm-eval: tasks, groups, tags or patterns. These, attacks and epsilons may be one,
-            several, or a string with commas.
-        attacks: names of `llm_attack.attacks.ATTACKS`.
-        epsilons: amplitudes; one with the suffix rms, as 0.7rms, is in units of the embeddings'
-            root mean square whatever `epsilon_unit` says.
-        epsilon_unit, steps, step_size, loss, score, context, hookpoint, seed: of
-            `AttackSettings`, the same for all conditions.
-        limit: questions per task; below 1, their share.
-        num_fewshot, apply_chat_template, fewshot_as_multiturn, system_instruction: of lm-eval.
-        include_path: a folder of more lm-eval tasks.
-        batch_size: rows of a batch at most, or `auto`.
-        device: cuda, cuda:1, cpu, mps, ...; None: the best there is.
-        model_args: more arguments of `attacked-hf`; a mapping, or key=value,...
 
     Raises:
         UsageError: a value is not allowed.
     """
 
-    model: str = "TinyLlama/TinyLlama_v1.1"
-    tasks: Sequence[str] = ("paper_six",)
-    attacks: Sequence[str] = ("none", "random", "fgsm", "bim")
-    epsilons: Sequence[float | str] = (0.01,)
-    epsilon_unit: str = "absolute"
-    steps: int = 10
-    step_size: float | None = None
-    loss: str = "sequence"
-    score: str = "acc"
-    context: str | None = None
-    hookpoint: str | None = None
-    seed: int = 0
-    limit: float | None = None
-    num_fewshot: int | None = None
-    apply_chat_template: bool | str = False
-    fewshot_as_multiturn: bool = False
-    system_instruction: str | None = None
-    include_path: str | None = None
-    batch_size: int | str = "auto"
-    device: str | None = None
-    model_args: dict[str, Any] = field(default_factory=dict)
+    model: str = setting(
+        "TinyLlama/TinyLlama_v1.1", "Hub id, local folder, GGUF file, or demo, the bundled model"
+    )
+    tasks: Sequence[str] = setting(
+        ("paper_six",), "Tasks, groups, tags or patterns of lm-eval, with commas between them"
+    )
+    attacks: Sequence[str] = setting(
+        ("none", "random", "fgsm", "bim"), f"Some of {', '.join(ATTACKS)}"
+    )
+    epsilons: Sequence[float | str] = setting(
+        (0.01,), "Amplitudes; 0.7rms is in units of the embeddings' RMS, whatever the unit"
+    )
+    limit: float | None = setting(
+        None, "Questions per task; below 1, their share", float, least=0.0, above=True
+    )
+    num_fewshot: int | None = setting(None, "Examples in the context", int, least=0)
+    apply_chat_template: bool | str = setting(
+        False, "Put all prompts into the model's chat template", also=str
+    )
+    fewshot_as_multiturn: bool = setting(False, "Give examples as turns of a conversation")
+    system_instruction: str | None = setting(None, "Text before all prompts", str)
+    include_path: str | None = setting(None, "Folder of more lm-eval tasks", str)
+    batch_size: int | str = setting("auto", "Rows of a batch at most, or auto", tuple)
+    device: str | None = setting(None, "cuda, cuda:1, cpu, mps, ...; the best there is", str)
+    model_args: dict[str, Any] = setting(
+        "", "More arguments of attacked-hf, as key=value,...", tuple
+    )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, kind in (("tasks", str), ("attacks", str), ("epsilons", _epsilon)):
             object.__setattr__(self, name, _listed(name, getattr(self, name), kind))
         for name in ("batch_size", "limit", "model_args"):
             object.__setattr__(self, name, getattr(self, f"_{name}")())
-        own = {f.name for kind in (Plan, AttackSettings) for f in fields(kind)}
-        taken = set(self.model_args) & own
+        own = {*names(Plan), *names(AttackSettings)}
+        taken = own & set(map(underscored, self.model_args))
         if taken:
             name = sorted(taken)[0]
             raise UsageError(f"model_args={name}=...: must be given as {name} of its own")
-        names = [c.attack_in_units.condition for c in self.conditions]
-        twice = next((name for name in names if names.count(name) > 1), None)
+        given = [c.attack_in_units.condition for c in self.conditions]
+        twice = next((name for name in given if given.count(name) > 1), None)
         if twice:
             raise UsageError(f"attacks, epsilons: the condition {twice} must occur only once")
 
@@ -84,13 +77,9 @@ class Plan:
 
     def _limit(self) -> float | None:
         limit = self.limit
-        if limit is None:
-            return None
-        if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0:
-            raise invalid("limit", limit, "a number greater than 0")
-        if limit > 1 and limit % 1:
+        if limit is not None and limit > 1 and limit % 1:
             raise invalid("limit", limit, "a whole number of questions, or a share below 1")
-        return int(limit) if limit >= 1 else limit
+        return limit if limit is None or limit < 1 else int(limit)
 
     def _model_args(self) -> dict[str, Any]:
         from lm_eval.utils import simple_parse_args_string
@@ -111,8 +100,7 @@ class Plan:
     @property
     def conditions(self) -> list[AttackSettings]:
         """`none` once and first, every other attack at every epsilon."""
-        own = {f.name for f in fields(AttackSettings)} & {f.name for f in fields(self)}
-        common = {name: getattr(self, name) for name in own}
+        common = {name: getattr(self, name) for name in names(ThreatSettings)}
         attacks = sorted(self.attacks, key=lambda name: name != "none")
         pairs = [
             (attack, epsilon)
@@ -124,19 +112,19 @@ class Plan:
     @property
     def evaluation(self) -> dict[str, Any]:
         """Arguments of lm-eval's `simple_evaluate`."""
-        names = (
+        passed = (
             "limit",
             "num_fewshot",
             "apply_chat_template",
             "fewshot_as_multiturn",
             "system_instruction",
         )
-        given = {name: getattr(self, name) for name in names}
+        given = {name: getattr(self, name) for name in passed}
         return {k: v for k, v in given.items() if v is not None and v is not False}
 
     def settings(self) -> dict[str, Any]:
         """All that results depend on."""
-        return {k: v for k, v in asdict(self).items() if k not in _HOW}
+        return {name: value for name, value in asdict(self).items() if name not in _HOW}
 
 
 def _epsilon(value: Any) -> float | str:
@@ -158,16 +146,6 @@ def _listed(name: str, value: Any, kind: Callable[[Any], Any]) -> tuple:
     return values
 
 
-def check_names(names: Iterable[Any], also: Sequence[str] = ()) -> None:
-    """Raises UsageError unless all `names` are settings of a plan, or of `also`."""
-    known = [*(f.name for f in fields(Plan)), *also]
-    for name in names:
-        if name not in known:
-            meant = closest(name, known)
-            hint = f"; did you mean {meant!r}?" if meant else ""
-            raise UsageError(f"{name}: must be one of {', '.join(known)}{hint}")
-
-
 def from_yaml(path: Path) -> dict[str, Any]:
     """The settings in a YAML file, whose keys are those of `Plan`.
 
@@ -184,9 +162,10 @@ def from_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UsageError(f"config={path}: must be a mapping, such as attacks: [none, fgsm]")
     several = "tasks", "attacks", "epsilons", "model_args"
+    content = {underscored(str(key)): value for key, value in content.items()}
     for key in content:
         try:
-            check_names([key], also=["output"])
+            check_names([key], [*names(Plan), "output"])
         except UsageError as error:
             raise UsageError(f"config={path}: {error}") from None
         if isinstance(content[key], (dict, list)) and key not in several:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,9 @@ from lm_eval.api.instance import Instance
 from rich.console import Console
 
 from llm_attack.errors import UsageError
-from llm_attack.lm.engine import Answer, Batch, Diagnostics, Found
+from llm_attack.lm.batches import Batch
+from llm_attack.lm.diagnostics import Diagnostics
+from llm_attack.lm.engine import Answer, Found
 from llm_attack.lm.hook import frozen
 from llm_attack.lm.model import AttackedHFLM
 from llm_attack.outputs import hardware, versions
@@ -266,7 +268,7 @@ def _content(work: Work, found: Found) -> dict[str, Any]:
                 answers[number] = [of_attack[i] for of_attack in of_question]
                 if alignment is not None:
                     alignments[number] = alignment
-    diagnostics = [astuple(d) for d in found.diagnostics]
+    diagnostics = [asdict(d) for d in found.diagnostics]
     return {
         "answers": list(answers.items()),
         "alignments": list(alignments.items()),

@@ -65,7 +65,7 @@ def attacked(
     def note(gradient: Tensor) -> None:
         on_gradient(now, gradient)
 
-    in_ball = [Attack(name, epsilon, steps) for name in names if name != "sparsefool"]
+    in_ball = [Attack(name, epsilon, steps=steps) for name in names if name != "sparsefool"]
     swept = sweep(
         in_ball,
         x,

@@ -66,7 +66,7 @@ def test_steps_up_to_the_corner(name, n, shape):
     x, w = problem(n, shape)
     for steps, step_size in product((1, 3, 4, 5, 10), (None, 1 / 64, EPS, 1.0)):
         gone = min(EPS, steps * (STEP if step_size is None else step_size))
-        got = attacked(Attack(name, EPS, steps, step_size), x, linear(w))
+        got = attacked(Attack(name, EPS, steps=steps, step_size=step_size), x, linear(w))
         assert torch.equal(got, x + way(name) * gone * w.sign())
 
 
@@ -99,7 +99,9 @@ def test_the_gradient_is_taken_anew_at_each_step(name, steps):
     x = grid(3, 17, seed=1)
     k = torch.arange(-8, 9).expand_as(x)
     best = x + k * STEP
-    got = attacked(Attack(name, EPS, steps), x, lambda p: -way(name) * ((p - best) ** 2).sum(1))
+    got = attacked(
+        Attack(name, EPS, steps=steps), x, lambda p: -way(name) * ((p - best) ** 2).sum(1)
+    )
     assert torch.equal(got, x + k.clamp(-min(steps, 4), min(steps, 4)) * STEP)
 
 

@@ -44,7 +44,7 @@ class Setting:
         self.dtype, self.epsilon, self.steps, self.most = CASES[case]
         if name == "pgd" and case == "exact":
             self.most = 1e-6  # its start is not on the grid
-        self.name, self.attack = name, Attack(name, self.epsilon, self.steps)
+        self.name, self.attack = name, Attack(name, self.epsilon, steps=self.steps)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(33)
             self.network = nn.Sequential(

@@ -61,7 +61,7 @@ def test_l2_ball_box_and_mask(seed, name, epsilon, boxed):
     x = torch.rand(3, 4, 5, generator=generator, dtype=torch.float64)
     w = torch.randn(x.shape, generator=generator, dtype=torch.float64)
     mask = torch.rand(3, 4, generator=generator) < 0.6
-    attack = Attack(name, epsilon, 3, norm="l2")
+    attack = Attack(name, epsilon, steps=3, norm="l2")
     box = (0, 1) if boxed else None
     loss = lambda point: (w * (point + (3 * point).sin())).flatten(1).sum(1)  # noqa: E731
     got = attacked(attack, x, loss, mask=mask, bounds=box)
@@ -164,7 +164,7 @@ class Setting:
         return F.cross_entropy(self.network(point), self.labels, reduction="none")
 
     def ours(self, name, **settings):
-        attack = Attack(name, self.epsilon, self.steps, **settings)
+        attack = Attack(name, self.epsilon, steps=self.steps, **settings)
         return perturb(attack, self.x, self.loss, bounds=(0, 1))
 
 
@@ -194,7 +194,7 @@ def test_l2_equals_torchattacks():
 
 @pytest.mark.parametrize("decay", (1.0, 0.5))
 def test_momentum_equals_torchattacks(decay):
-    """Which divides by the mean of the absolute gradient, not by its sum: the signs are the same."""
+    """Which divides by the mean of absolute values, not by their sum: the signs are the same."""
     library = pytest.importorskip("torchattacks", reason=TORCHATTACKS)
     at = Setting()
     at.epsilon = 8 / 255
@@ -227,6 +227,6 @@ def test_a_step_equals_that_of_adv_lib(norm, p, auto_pgd):
     auto_pgd._apgd(at.network, at.x, at.labels, torch.full((8,), at.epsilon), **options)
     start, theirs = seen[:2]
     assert torch.equal(start, at.x)
-    attack = Attack("bim", at.epsilon, 1, 2 * at.epsilon, norm=norm)
+    attack = Attack("bim", at.epsilon, steps=1, step_size=2 * at.epsilon, norm=norm)
     got = perturb(attack, at.x, at.loss, bounds=(0, 1))
     assert (got - theirs).abs().max() <= 1e-12

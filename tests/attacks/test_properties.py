@@ -36,7 +36,7 @@ SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple)
 @st.composite
 def attacks(draw, names=ALL_ATTACKS):
     name, epsilon = draw(st.sampled_from(names)), draw(EPSILONS)
-    return Attack(name, epsilon, draw(st.integers(1, 4)), draw(STEP_SIZES))
+    return Attack(name, epsilon, steps=draw(st.integers(1, 4)), step_size=draw(STEP_SIZES))
 
 
 @st.composite

@@ -115,5 +115,6 @@ def test_condition(attack, condition):
 
 
 def test_scaled():
-    assert Attack("bim", 8.0, 3, 2.0).scaled(1 / 4) == Attack("bim", 2.0, 3, 0.5)
+    scaled = Attack("bim", 2.0, steps=3, step_size=0.5)
+    assert Attack("bim", 8.0, steps=3, step_size=2.0).scaled(1 / 4) == scaled
     assert Attack("ost", 8.0).scaled(1 / 4) == Attack("ost", 2.0)

@@ -34,20 +34,29 @@ class Reference:
         logits = self.model(inputs_embeds=x[None]).logits[0].log_softmax(-1)
         return logits[torch.arange(len(tokens) - 1), torch.tensor(tokens[1:])]
 
-    def iterate(self, loss, xs, epsilon, steps, step):
-        """Sign steps on sum(loss), a function of the list of tensors `xs`, clipped to the ball."""
-        clean = [x.clone() for x in xs]
-        for _ in range(steps):
-            xs = [x.detach().requires_grad_() for x in xs]
-            slopes = torch.autograd.grad(loss(xs), xs)
-            moved = [x + step * g.sign() for x, g in zip(xs, slopes, strict=True)]
-            xs = [
-                m.clamp(c - epsilon, c + epsilon).detach()
-                for m, c in zip(moved, clean, strict=True)
-            ]
-        return xs
+    def iterate(self, loss, x, epsilon, steps, step, norm="linf", decay=None):
+        """Steps on loss(x), x (tokens, hidden) of one example, drawn back into the ball.
 
-    def alone(self, request, *, epsilon=0.01, steps=1, step=None, continuation=False, draw=None):
+        norm: "l2" of all, or "l2_token" of each token; decay: of a momentum.
+        """
+        dim = {"linf": None, "l2": (0, 1), "l2_token": 1}[norm]
+        clean, velocity = x.clone(), torch.zeros_like(x)
+        for _ in range(steps):
+            x = x.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(loss(x), x)
+            if decay is not None:
+                slope = velocity = decay * velocity + slope / slope.abs().sum()
+            if dim is None:
+                x = (x + step * slope.sign()).clamp(clean - epsilon, clean + epsilon)
+                continue
+            change = x - clean + step * slope / slope.norm(dim=dim, keepdim=True)
+            length = change.norm(dim=dim, keepdim=True)
+            x = clean + change * (epsilon / length).clamp(max=1)
+        return x.detach()
+
+    def alone(
+        self, request, *, epsilon=0.01, steps=1, step=None, continuation=False, draw=None, **ball
+    ):
         """Log-likelihood of one (context, continuation) that is attacked alone."""
         tokens, n = self.tokens(*request)
         x = self.embed(tokens[:-1])
@@ -57,14 +66,14 @@ class Reference:
             x = x + epsilon * signs(key, x[None])[0]
         else:
 
-            def loss(xs):
-                log_probs = self.log_probs(xs[0], tokens)
+            def loss(x):
+                log_probs = self.log_probs(x, tokens)
                 return -(log_probs[-n:] if continuation else log_probs).sum()
 
-            (x,) = self.iterate(loss, [x], epsilon, steps, step)
+            x = self.iterate(loss, x, epsilon, steps, step, **ball)
         return float(self.log_probs(x, tokens)[-n:].sum().detach())
 
-    def together(self, requests, loss, *, epsilon=0.01, steps=1, step=None):
+    def together(self, requests, loss, *, epsilon=0.01, steps=1, step=None, **ball):
         """Log-likelihoods of a question's requests; equal prefixes share their perturbation.
 
         loss(log-likelihoods, sequence losses) is what the attack ascends.
@@ -84,5 +93,5 @@ class Reference:
             return torch.stack(of_continuation), torch.stack(of_sequence)
 
         step = epsilon if step is None else step
-        (x,) = self.iterate(lambda xs: loss(*scores(xs[0])), [x], epsilon, steps, step)
+        x = self.iterate(lambda x: loss(*scores(x)), x, epsilon, steps, step, **ball)
         return scores(x)[0].tolist()

@@ -3,6 +3,7 @@
 import pytest
 
 from llm_attack.errors import UsageError
+from llm_attack.lm.losses import Signal
 from llm_attack.lm.settings import AttackSettings
 from llm_attack.suite.commands import command
 from llm_attack.suite.plan import Plan
@@ -14,20 +15,20 @@ from llm_attack.suite.plan import Plan
     ids=["suffix", "unit"],
 )
 def test_named_in_its_unit(arguments):
-    resolved = AttackSettings("fgsm", **arguments).resolved(0.1356)
+    resolved = AttackSettings("fgsm", **arguments).resolved(Signal(0.1356, 576))
     assert resolved.condition == "fgsm@0.7rms"
     assert resolved.epsilon == pytest.approx(0.7 * 0.1356)
 
 
 def test_absolute_as_before():
-    resolved = AttackSettings("fgsm", 0.01).resolved(0.1356)
+    resolved = AttackSettings("fgsm", 0.01).resolved(Signal(0.1356, 576))
     assert (resolved.condition, resolved.epsilon) == ("fgsm@0.01", 0.01)
 
 
 def test_both_units_in_one_plan():
     plan = Plan(attacks="none,fgsm", epsilons="0.01,0.7rms")
     assert plan.epsilons == (0.01, "0.7rms")
-    attacks = [condition.resolved(0.5) for condition in plan.conditions]
+    attacks = [condition.resolved(Signal(0.5, 576)) for condition in plan.conditions]
     assert [a.condition for a in attacks] == ["none", "fgsm@0.01", "fgsm@0.7rms"]
     assert [a.epsilon for a in attacks[1:]] == pytest.approx([0.01, 0.35])
     assert "--epsilons 0.01,0.7rms" in " ".join(command(plan, None))
@@ -35,7 +36,7 @@ def test_both_units_in_one_plan():
 
 def test_a_step_size_is_in_the_unit_of_its_epsilon():
     plan = Plan(attacks="bim", epsilons="0.1,0.7rms", step_size=0.2)
-    assert [c.resolved(0.5).step for c in plan.conditions] == pytest.approx([0.2, 0.1])
+    assert [c.resolved(Signal(0.5, 576)).step for c in plan.conditions] == pytest.approx([0.2, 0.1])
 
 
 def test_one_amplitude_twice_is_refused():

@@ -72,7 +72,7 @@ def test_command_line_of_lm_eval():
 
 def test_no_gold_labels_is_said_before_anything_is_computed(make, build, monkeypatch):
     lm = make(loss="choice")
-    monkeypatch.setattr(lm.engine, "answer", None)
+    monkeypatch.setattr(lm.engine, "compute", None)
     requests = build("demo_piqa", 1).instances
     rolling = type(requests[0])("loglikelihood_rolling", {}, ("text",), 0)
     rolling.task_name = "wikitext"

@@ -16,7 +16,7 @@ def test_same_settings_reuse_the_file(make, build, tmp_path, monkeypatch):
     task, file = build("demo_piqa", 3), str(tmp_path / "cache.db")
     first = ask(CachingLM(make(attack="fgsm"), file), task)
     again = CachingLM(make(attack="fgsm", batch_size=2), file)
-    monkeypatch.setattr(again.lm.engine, "answer", None)  # nothing may be computed
+    monkeypatch.setattr(again.lm.engine, "compute", None)  # nothing may be computed
     assert ask(again, task) == first
 
 

@@ -16,6 +16,15 @@ from llm_attack.lm.scoring import look_up
 TASKS = ["demo_arc_challenge", "demo_piqa", "demo_winogrande"]
 
 
+# Steps that know which tokens are one example's, or one ball's: settings, and their definition.
+SHAPES = [
+    ({"attack": "mifgsm", "steps": 3, "epsilon": 0.01, "decay": 0.5}, {"decay": 0.5}),
+    ({"attack": "bim", "steps": 3, "epsilon": 0.2, "norm": "l2"}, {"norm": "l2"}),
+    ({"attack": "bim", "steps": 3, "epsilon": 0.05, "norm": "l2_token"}, {"norm": "l2_token"}),
+]
+SHAPE_NAMES = ["mifgsm", "l2", "l2_token"]
+
+
 def answers(lm, task):
     return [ll for ll, _ in lm.loglikelihood(task.instances, disable_tqdm=True)]
 
@@ -36,8 +45,9 @@ def questions(task):
         ({"attack": "bim", "steps": 3}, {"steps": 3, "step": 0.0025}),
         ({"attack": "bim", "steps": 2, "step_size": 0.02}, {"steps": 2, "step": 0.02}),
         ({"attack": "random", "seed": 7}, {"draw": 7}),
+        *((own, {**shape, "steps": 3, "step": own["epsilon"] / 4}) for own, shape in SHAPES),
     ],
-    ids=["fgsm", "continuation", "bim", "bim-step_size", "random"],
+    ids=["fgsm", "continuation", "bim", "bim-step_size", "random", *SHAPE_NAMES],
 )
 def test_own_context(exact, build, reference, task, settings, definition):
     task = build(task, 3)
@@ -115,6 +125,23 @@ def test_shared_context(exact, build, reference, task, loss, packing):
         expected += reference.together(requests, ascended[loss])
     lm = exact(attack="fgsm", loss=loss, context="shared", packing=packing)
     assert answers(lm, task) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("packing", ["tree", "off"])
+@pytest.mark.parametrize(("settings", "definition"), SHAPES, ids=SHAPE_NAMES)
+def test_shared_balls(exact, build, reference, settings, definition, task, packing):
+    """A question has one ball and one momentum, however its tokens are laid out."""
+    task = build(task, 3)
+    expected = []
+    for indices in questions(task):
+        requests = [task.instances[i].args for i in indices]
+        shape = {**definition, "epsilon": settings["epsilon"], "step": settings["epsilon"] / 4}
+        total = lambda _, sequence: sequence.sum()  # noqa: E731
+        expected += reference.together(requests, total, steps=3, **shape)
+    lm = exact(context="shared", packing=packing, **settings)
+    # a Llama normalises in float32 all the same, and L2 steps carry that on, where signs do not
+    assert answers(lm, task) == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize(("attack", "steps"), [("ost", 1), ("illc", 3)])

@@ -39,12 +39,12 @@ def test_attacked_equals_definition(make, build, reference, epsilon):
     for request, text in zip(requests, found, strict=True):
         tokens = tokenizer.encode(request.args[0])
 
-        def loss(xs, tokens=tokens):
-            logits = model(inputs_embeds=xs[0][None]).logits[0, :-1].log_softmax(-1)
+        def loss(x, tokens=tokens):
+            logits = model(inputs_embeds=x[None]).logits[0, :-1].log_softmax(-1)
             return -logits[torch.arange(len(tokens) - 1), torch.tensor(tokens[1:])].sum()
 
         # the loss does not depend on the last token, whose gradient is zero: it stays as it is
-        (x,) = reference.iterate(loss, [reference.embed(tokens)], epsilon, 1, epsilon)
+        x = reference.iterate(loss, reference.embed(tokens), epsilon, 1, epsilon)
         ids = model.generate(
             inputs_embeds=x[None],
             attention_mask=torch.ones(1, len(tokens), dtype=torch.long),

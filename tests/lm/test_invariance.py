@@ -75,15 +75,15 @@ def test_out_of_memory_halves_the_batch(exact, build, monkeypatch, settings):
     task = build("demo_arc_easy", 8)
     lm = exact(attack="fgsm", batch_size=64, **settings)
     expected = ask(lm, task.instances)
-    answer, tokens = lm.engine.answer, []
+    compute, tokens = lm.engine.compute, []
 
     def small(pack):
         tokens.append(pack.input_ids.numel())
         if tokens[-1] > 100:
             raise RuntimeError("CUDA out of memory. Tried to allocate 1 GiB")
-        return answer(pack)
+        return compute(pack)
 
-    monkeypatch.setattr(lm.engine, "answer", small)
+    monkeypatch.setattr(lm.engine, "compute", small)
     assert ask(lm, task.instances) == pytest.approx(expected, abs=1e-6)
     failed = [n for n in tokens if n > 100]
     assert tokens[: len(failed)] == failed  # none after the first that fits
@@ -97,7 +97,7 @@ def test_a_question_that_does_not_fit_alone_is_an_error(make, build, monkeypatch
     def never(pack):
         raise RuntimeError("CUDA out of memory. Tried to allocate 1 GiB")
 
-    monkeypatch.setattr(lm.engine, "answer", never)
+    monkeypatch.setattr(lm.engine, "compute", never)
     with pytest.raises(RuntimeError, match="out of memory"):
         ask(lm, task.instances)
 
@@ -108,7 +108,7 @@ def test_other_errors_are_not_taken_for_lack_of_memory(make, build, monkeypatch)
     def fail(pack):
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(lm.engine, "answer", fail)
+    monkeypatch.setattr(lm.engine, "compute", fail)
     with pytest.raises(RuntimeError, match="something else"):
         ask(lm, build("demo_arc_easy", 2).instances)
 
@@ -137,15 +137,15 @@ def test_batches_are_bounded(make, build, monkeypatch, settings):
     """`batch_size` bounds the rows, the budget the tokens, and no row is longer than needed."""
     lm = make(attack="fgsm", batch_size=3, **settings)
     task = build("demo_arc_easy", 8)
-    answer, shapes = lm.engine.answer, []
+    compute, shapes = lm.engine.compute, []
     lm.tokens_per_batch = 100
 
     def seen(pack):
         shapes.append(tuple(pack.input_ids.shape))
         assert pack.mask.any(0).all()
-        return answer(pack)
+        return compute(pack)
 
-    monkeypatch.setattr(lm.engine, "answer", seen)
+    monkeypatch.setattr(lm.engine, "compute", seen)
     ask(lm, task.instances)
     assert all(r == 1 or (r <= 3 and r * length <= 100) for r, length in shapes), shapes
     assert max(rows for rows, _ in shapes) > 1

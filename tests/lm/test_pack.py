@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_attack.attacks import keys_for
+from llm_attack.lm.batches import batched, of_rows, of_tree
 from llm_attack.lm.pack import pack_rows, pack_trees
-from llm_attack.lm.questions import Question, Request, batches, of_rows, of_tree
+from llm_attack.lm.questions import Question, Request
 from llm_attack.lm.trie import build
 
 TOKEN = st.integers(0, 3)  # few, so that prefixes are shared by chance
@@ -127,8 +128,8 @@ def test_keys_depend_on_the_request_or_the_prefix_alone(questions, seed):
 
 
 @given(asked(), st.integers(1, 9), st.integers(1, 60), st.sampled_from([of_rows, of_tree]))
-def test_batches(questions, rows, tokens, shape):
-    found = batches(questions, shape, rows, tokens)
+def test_batched(questions, rows, tokens, shape):
+    found = batched(questions, shape, rows, tokens)
     assert sorted(id(q) for b in found for q in b) == sorted(map(id, questions))
     for batch in found:
         height = sum(shape(q).rows for q in batch)
@@ -136,7 +137,7 @@ def test_batches(questions, rows, tokens, shape):
         assert len(batch) == 1 or (height <= rows and height * length <= tokens)
     lengths = [shape(q).length for b in found for q in b]
     assert lengths == sorted(lengths, reverse=True)
-    again = batches(questions[::-1], shape, rows, tokens)
+    again = batched(questions[::-1], shape, rows, tokens)
     content = [[q.requests for q in b] for b in found]
     assert [[q.requests for q in b] for b in again] == content
 

@@ -61,9 +61,20 @@ def test_diagnostics_are_of_the_tokens_read(make, build):
 
 def test_epsilon_in_units_of_the_embeddings(make, build):
     lm = make(attack="fgsm", epsilon=0.5, epsilon_unit="rms")
-    assert lm.attack.epsilon == pytest.approx(0.5 * lm.signal_rms)
+    assert lm.attack.epsilon == pytest.approx(0.5 * lm.signal.rms)
     lm.loglikelihood(build("demo_piqa", 2).instances, disable_tqdm=True)
-    assert lm.attack_info()["noise_rms"] == pytest.approx(0.5 * lm.signal_rms, rel=1e-3)
+    assert lm.attack_info()["noise_rms"] == pytest.approx(0.5 * lm.signal.rms, rel=1e-3)
+
+
+def test_epsilon_in_units_of_a_token(make, build):
+    """In L2 the same share of the signal's power; the condition's name tells the norm."""
+    lm = make(attack="fgsm", epsilon="0.5rms", norm="l2_token")
+    width = lm.model.config.hidden_size
+    assert lm.attack.epsilon == pytest.approx(0.5 * lm.signal.rms * width**0.5)
+    lm.loglikelihood(build("demo_piqa", 2).instances, disable_tqdm=True)
+    info = lm.attack_info()
+    assert info["noise_rms"] == pytest.approx(0.5 * lm.signal.rms, rel=1e-3)
+    assert (info["condition"], info["norm"]) == ("fgsm@0.5rms-l2_token", "l2_token")
 
 
 def test_masked_gradients_are_reported(make, build):

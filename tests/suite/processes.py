@@ -115,7 +115,7 @@ def count_batches(folder: Path, hold: int | None) -> None:
     """From now on, in this process; it waits for `go` after `hold` batches."""
     from llm_attack.lm.engine import Engine
 
-    answer, left = Engine.answer, hold
+    compute, left = Engine.compute, hold
 
     def counted(self, pack):
         nonlocal left
@@ -125,9 +125,9 @@ def count_batches(folder: Path, hold: int | None) -> None:
             while left == 0 and not (folder / "go").exists():
                 time.sleep(0.01)
             left = max(0, left - 1)
-        return answer(self, pack)
+        return compute(self, pack)
 
-    Engine.answer = counted
+    Engine.compute = counted
 
 
 def until(condition: Callable[[], bool], seconds: float = 300) -> None:

@@ -24,7 +24,12 @@ from llm_attack.suite.judge import Judge
 DEMO = [f"demo_{name}" for name in ("arc_challenge", "arc_easy", "hellaswag", "openbookqa")]
 DEMO += ["demo_piqa", "demo_winogrande"]
 STOCK = ["arc_challenge", "arc_easy", "hellaswag", "openbookqa", "piqa", "winogrande"]
-CONDITIONS = [Attack("none"), Attack("random", 0.01), Attack("fgsm", 0.01), Attack("bim", 0.01, 3)]
+CONDITIONS = [
+    Attack("none"),
+    Attack("random", 0.01),
+    Attack("fgsm", 0.01),
+    Attack("bim", 0.01, steps=3),
+]
 SETTINGS = {"steps": 3, "device": "cpu", "batch_size": 16, "progress": "quiet"}
 # Where lm-eval's batches are others than ours, so that no sign is a matter of rounding.
 EXACT = {"dtype": "float64", "softmax_dtype": "float64"}
@@ -90,7 +95,7 @@ def test_few_shot_choice_and_several_epsilons():
     settings = {"attacks": "bim,none", "epsilons": "0.003,0.01", "loss": "choice"}
     result = evaluate("demo", tasks, **settings, **options, model_args=EXACT, **SETTINGS)
     assert list(result.samples["condition"].unique()) == ["none", "bim@0.003", "bim@0.01"]
-    for attack in (Attack("none"), Attack("bim", 0.003, 3), Attack("bim", 0.01, 3)):
+    for attack in (Attack("none"), Attack("bim", 0.003, steps=3), Attack("bim", 0.01, steps=3)):
         expected = own("demo", tasks, attack, {"loss": "choice"}, **options)
         assert expected["n-shot"] == {"demo_piqa": 1, "demo_winogrande": 1}
         check(result, expected, attack)

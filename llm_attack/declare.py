@@ -1,0 +1,156 @@
+"""Settings, declared once: the fields of a dataclass say what they mean and what they may be.
+
+Validation, command-line options, tables of the documentation and names in results follow from the
+declaration: a new argument is one line. Imports the standard library alone until it is used.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any
+
+from llm_attack.errors import UsageError, closest, invalid
+
+if TYPE_CHECKING:
+    import click
+
+
+@dataclass(frozen=True)
+class About:
+    """What is known of a setting.
+
+    Attributes:
+        text: what it means, without a full stop.
+        kind: bool, int, float, str, or tuple for what may be a list.
+        also: another type allowed.
+        choices: the values allowed, if they can be listed.
+        least: the lowest number allowed.
+        above: whether `least` itself is too low.
+        allowed: what is allowed, in words, where that cannot be told from the others.
+    """
+
+    text: str
+    kind: type
+    also: type | None = None
+    choices: tuple[str, ...] = ()
+    least: float | None = None
+    above: bool = False
+    allowed: str | None = None
+
+    def words(self) -> str:
+        """What is allowed, in words."""
+        if self.allowed is not None:
+            return self.allowed
+        if self.kind is int:
+            return "an integer" if self.least is None else f"an integer, {self.least:g} or more"
+        if self.kind is float:
+            bound = "greater than" if self.above else "at least"
+            return "a finite number" + ("" if self.least is None else f", {bound} {self.least:g}")
+        return {bool: "True or False", str: "a text"}.get(self.kind, "values with commas between")
+
+    def allows(self, value: Any) -> bool:
+        """Whether a value is one of those allowed; a number is not a text, True no number."""
+        if self.also is not None and isinstance(value, self.also):
+            return True
+        if self.choices:
+            return isinstance(value, str) and value in self.choices
+        if self.kind in (int, float):
+            number = Integral if self.kind is int else Real
+            return (
+                isinstance(value, number)
+                and not isinstance(value, bool)
+                and self._in_range(value, -sys.float_info.max if self.least is None else self.least)
+            )
+        return self.kind is tuple or isinstance(value, self.kind)
+
+    def _in_range(self, value: Any, least: float) -> bool:
+        # not isfinite(), which raises for integers beyond the floats; comparisons with NaN are
+        # false
+        return least <= value <= sys.float_info.max and not (self.above and value == least)
+
+
+def setting(default: Any, text: str, kind: type | None = None, **about: Any) -> Any:
+    """A field with its meaning; None is allowed where it is the default.
+
+    Args:
+        default: its value; of type `kind` unless None.
+        text: what it means.
+        kind: see `About`; that of the default unless given.
+        **about: more of `About`.
+    """
+    known = About(text, type(default) if kind is None else kind, **about)
+    return field(default=default, metadata={"about": known})
+
+
+def declared(kind: Any) -> Iterator[tuple[Field, About]]:
+    """The settings of a dataclass, or of an instance; those that may be positional come first."""
+    for entry in sorted(fields(kind), key=lambda entry: entry.kw_only is True):
+        if "about" in entry.metadata:
+            yield entry, entry.metadata["about"]
+
+
+def names(kind: Any) -> list[str]:
+    """The names of the settings of a dataclass."""
+    return [entry.name for entry, _ in declared(kind)]
+
+
+def check(settings: Any) -> None:
+    """Compares all settings with their declarations; for __post_init__.
+
+    Raises:
+        UsageError: a value is not allowed.
+    """
+    for entry, about in declared(settings):
+        value = getattr(settings, entry.name)
+        if (value is None and entry.default is None) or about.allows(value):
+            continue
+        choices = ("True", "False") if about.kind is bool else about.choices
+        raise invalid(entry.name, value, choices or about.words())
+
+
+def check_names(given: Iterable[Any], known: Sequence[str]) -> None:
+    """Raises `UsageError` unless all names are known, with the closest one."""
+    for name in given:
+        if name not in known:
+            meant = closest(name, known)
+            hint = f"; did you mean {meant!r}?" if meant else ""
+            raise UsageError(f"{name}: must be one of {', '.join(known)}{hint}")
+
+
+def underscored(name: str) -> str:
+    """The name of a setting, which may be typed with hyphens."""
+    return name.replace("-", "_")
+
+
+# Lets options be typed with hyphens or underscores.
+DIALECT = {"token_normalize_func": underscored}
+
+
+def options(kind: Any) -> list[click.Option]:
+    """A command-line option for each setting of a dataclass, with the same name and default."""
+    import click
+
+    made = []
+    for entry, about in declared(kind):
+        default = None if entry.default is MISSING else entry.default
+        if isinstance(default, tuple):
+            default = ",".join(map(str, default))
+        text = f"{about.text}." + f" One of {', '.join(about.choices)}." * bool(about.choices)
+        kind = {bool: None, tuple: click.UNPROCESSED}.get(about.kind, about.kind)  # YAML has lists
+        flag = about.kind is bool
+        option = [f"--{entry.name}"]
+        made.append(click.Option(option, default=default, help=text, type=kind, is_flag=flag))
+    return made
+
+
+def table(*kinds: Any) -> str:
+    """Markdown: name, allowed values, default and meaning of the settings of dataclasses."""
+    rows = ["| argument | values | default | meaning |", "|---|---|---|---|"]
+    for entry, about in (pair for kind in kinds for pair in declared(kind)):
+        values = " ".join(f"`{choice}`" for choice in about.choices) or about.words()
+        default = "–" if entry.default is None else f"`{entry.default}`"
+        rows.append(f"| `{entry.name}` | {values} | {default} | {about.text} |")
+    return "\n".join(rows) + "\n"

@@ -1,0 +1,55 @@
+"""What a condition did, in sums that add up over batches and processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import log10
+
+
+@dataclass
+class Diagnostics:
+    """What a condition did, summed over all tokens that it could perturb.
+
+    Attributes:
+        signal, noise: sums of squares of the clean point and of the perturbation.
+        elements: coordinates of the points.
+        zero_gradients: coordinates where a gradient was exactly zero (or NaN): no step was made.
+        gradients: coordinates of all gradients taken.
+        tokens: that were looked up in the vocabulary (`Nearest`), where the points are embeddings.
+        nearest_l2, nearest_linf: those of them that no other token's embedding is nearer to.
+    """
+
+    signal: float = 0.0
+    noise: float = 0.0
+    elements: float = 0.0
+    zero_gradients: float = 0.0
+    gradients: float = 0.0
+    tokens: float = 0.0
+    nearest_l2: float = 0.0
+    nearest_linf: float = 0.0
+
+    def add(self, sums: Mapping[str, float]) -> None:
+        """Adds to the sums of these names."""
+        for name, value in sums.items():
+            setattr(self, name, getattr(self, name) + value)
+
+    def report(self) -> dict[str, float | None]:
+        """Signal-to-noise ratio (power, and in dB), RMS of both, share of zero gradients, and of
+        tokens still nearest to their own embedding.
+        """
+        snr = _ratio(self.signal, self.noise)
+        signal, noise = _ratio(self.signal, self.elements), _ratio(self.noise, self.elements)
+        return {
+            "signal_rms": None if signal is None else signal**0.5,
+            "noise_rms": None if noise is None else noise**0.5,
+            "snr": snr,
+            "snr_db": None if snr is None else 10 * log10(snr),
+            "zero_gradient_fraction": _ratio(self.zero_gradients, self.gradients),
+            "nearest_token_unchanged": _ratio(self.nearest_l2, self.tokens),
+            "nearest_token_unchanged_linf": _ratio(self.nearest_linf, self.tokens),
+        }
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole > 0 else None
