@@ -139,7 +139,8 @@ def options(kind: Any) -> list[click.Option]:
         if isinstance(default, tuple):
             default = ",".join(map(str, default))
         text = f"{about.text}." + f" One of {', '.join(about.choices)}." * bool(about.choices)
-        kind = {bool: None, tuple: click.UNPROCESSED}.get(about.kind, about.kind)  # YAML has lists
+        kinds: dict[Any, Any] = {bool: None, tuple: click.UNPROCESSED}  # YAML has lists
+        kind = kinds.get(about.kind, about.kind)
         flag = about.kind is bool
         option = [f"--{entry.name}"]
         made.append(click.Option(option, default=default, help=text, type=kind, is_flag=flag))

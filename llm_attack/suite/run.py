@@ -17,12 +17,14 @@ import pandas as pd
 from lm_eval.api.instance import Instance
 from rich.console import Console
 
+from llm_attack.declare import names
 from llm_attack.errors import UsageError
 from llm_attack.lm.batches import Batch
 from llm_attack.lm.diagnostics import Diagnostics
 from llm_attack.lm.engine import Answer, Found
 from llm_attack.lm.hook import frozen
 from llm_attack.lm.model import AttackedHFLM
+from llm_attack.lm.settings import EngineSettings
 from llm_attack.outputs import hardware, versions
 from llm_attack.suite import fingerprint, frames
 from llm_attack.suite.harness import task_manager
@@ -209,7 +211,8 @@ class _Clock:
 
 
 def _model(plan: Plan) -> AttackedHFLM:
-    arguments = {"batch_size": plan.batch_size, **plan.model_args}
+    engine = {name: getattr(plan, name) for name in names(EngineSettings)}
+    arguments = {"batch_size": plan.batch_size, **engine, **plan.model_args}
     device = plan.device
     if device is None and "LOCAL_RANK" in os.environ:
         import torch
@@ -241,7 +244,7 @@ def _answer(
 ) -> None:
     """Answers this process's share of the batches that no attempt has finished."""
     lm = prepared.lm
-    names = [attack.condition for attack in lm.engine.attacks]
+    conditions = [attack.condition for attack in lm.engine.attacks]
     finished = store.keys()
     own = set(store.share(store.rank))
     share = [w for w in prepared.work if w.key in own]
@@ -249,7 +252,7 @@ def _answer(
     total = sum(map(len, share))
     done = total - sum(map(len, todo.values()))
     running = _RunningAccuracy(prepared.judge, prepared.requests)
-    with RunProgress(progress, console, names, total, done) as bar:
+    with RunProgress(progress, console, conditions, total, done) as bar:
         for batch, found in lm.engine.answers(w.batch for w in todo.values()):
             store.watch()
             of_batch = todo[id(batch)]
