@@ -33,8 +33,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from llm_attack.lm import gold
-from llm_attack.lm.model import AttackedHFLM
+from llm_attack.harness import gold
+from llm_attack.harness.model import AttackedHFLM
 from llm_attack.lm.settings import AttackSettings
 from llm_attack.lm.trie import build
 from llm_attack.outputs import hardware, versions, write_json

@@ -12,7 +12,7 @@ from lm_eval.api.instance import Instance
 
 from llm_attack.attacks import Attack
 from llm_attack.errors import UsageError
-from llm_attack.lm import gold
+from llm_attack.harness import gold
 from llm_attack.lm.engine import Answer
 
 FRAMES = ("questions", "samples")

@@ -18,13 +18,13 @@ from lm_eval.api.instance import Instance
 from rich.console import Console
 
 from llm_attack.errors import UsageError
+from llm_attack.harness.judge import Judge
+from llm_attack.harness.model import AttackedHFLM
+from llm_attack.harness.tasks import task_manager
 from llm_attack.lm.engine import Answer, Batch, Diagnostics, Found
 from llm_attack.lm.hook import frozen
-from llm_attack.lm.model import AttackedHFLM
 from llm_attack.outputs import hardware, versions
 from llm_attack.suite import fingerprint, frames
-from llm_attack.suite.harness import task_manager
-from llm_attack.suite.judge import Judge
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.progress import RunProgress, note, status
 from llm_attack.suite.statistics import summarise

@@ -21,13 +21,14 @@ from tqdm import tqdm
 
 from llm_attack.demo import MODEL_PATH
 from llm_attack.errors import UsageError, closest, report_usage_errors
-from llm_attack.lm import cache, gguf, gold
+from llm_attack.harness import cache, gold
+from llm_attack.harness.names import check_names
+from llm_attack.lm import gguf
 from llm_attack.lm.encode import encoded_together
 from llm_attack.lm.engine import Answer, Batch, Diagnostics, Engine
 from llm_attack.lm.generate import attacked_prompts
 from llm_attack.lm.hook import frozen, resolve
 from llm_attack.lm.layers import blocks, compiled, recompute
-from llm_attack.lm.names import check_names
 from llm_attack.lm.probe import longest_tree
 from llm_attack.lm.questions import Question, Request
 from llm_attack.lm.scoring import Scorer

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from llm_attack.cli import main
 from llm_attack.demo import MODEL_PATH
 from llm_attack.errors import UsageError
-from llm_attack.suite.harness import tasks_path
+from llm_attack.harness.tasks import tasks_path
 
 CASES = [
     ("attack=fsgm", r"attack=fsgm: must be one of none, .*did you mean 'fgsm'\?"),

@@ -12,8 +12,8 @@ from lm_eval.api.model import LM
 from lm_eval.evaluator import simple_evaluate
 
 from llm_attack.errors import UsageError
+from llm_attack.harness.model import AttackedHFLM
 from llm_attack.lm.engine import Answer
-from llm_attack.lm.model import AttackedHFLM
 
 
 class _Collected(Exception):
