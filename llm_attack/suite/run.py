@@ -14,15 +14,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-from lm_eval.api.instance import Instance
 from rich.console import Console
 
 from llm_attack.errors import UsageError
+from llm_attack.harness.gold import task_of
 from llm_attack.harness.judge import Judge
 from llm_attack.harness.model import AttackedHFLM
+from llm_attack.harness.patches import templates_compiled_once
+from llm_attack.harness.requests import Instance, encode, questions_of
 from llm_attack.harness.tasks import task_manager
 from llm_attack.lm.engine import Answer, Batch, Diagnostics, Found
 from llm_attack.lm.hook import frozen
+from llm_attack.lm.scatter import by_index
 from llm_attack.outputs import hardware, versions
 from llm_attack.suite import fingerprint, frames
 from llm_attack.suite.plan import Plan
@@ -110,6 +113,7 @@ class Prepared(NamedTuple):
     timings: dict[str, float]
 
 
+@templates_compiled_once()
 def prepare(plan: Plan, progress: str, console: Console) -> Prepared:
     """Loads the model and builds the tasks.
 
@@ -143,6 +147,7 @@ def prepare(plan: Plan, progress: str, console: Console) -> Prepared:
     return Prepared(plan, lm, judge, requests, work, mark, clock.timings)
 
 
+@templates_compiled_once()
 def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -> Result | None:
     """Carries out what is left of a run; None on all processes but the first.
 
@@ -226,7 +231,8 @@ def _work(lm: AttackedHFLM, requests: Sequence[Instance]) -> Iterator[Work]:
     for number, request in enumerate(requests):
         by_task.setdefault(str(request.task_name), []).append(number)
     for task, numbers in by_task.items():
-        questions = lm.questions([requests[n] for n in numbers])
+        asked = [requests[n] for n in numbers]
+        questions = questions_of(asked, encode(lm, asked), lm.settings)
         for i, batch in enumerate(lm.batches(questions)):
             yield Work((task, i), batch, numbers)
 
@@ -246,7 +252,7 @@ def _answer(
     todo = {id(w.batch): w for w in share if w.key not in finished}
     total = sum(map(len, share))
     done = total - sum(map(len, todo.values()))
-    running = _RunningAccuracy(prepared.judge, prepared.requests)
+    running = _RunningAccuracy(prepared.requests)
     with RunProgress(progress, console, names, total, done) as bar:
         for batch, found in lm.engine.answers(w.batch for w in todo.values()):
             store.watch()
@@ -258,19 +264,12 @@ def _answer(
 
 def _content(work: Work, found: Found) -> dict[str, Any]:
     """A finished batch as it is kept: numbers of requests, and what belongs to each."""
-    answers, alignments = {}, {}
-    for question, of_question, alignment in found.answered:
-        for i, indices in enumerate(question.answers):
-            for index in indices:
-                number = work.numbers[index]
-                answers[number] = [of_attack[i] for of_attack in of_question]
-                if alignment is not None:
-                    alignments[number] = alignment
-    diagnostics = [astuple(d) for d in found.diagnostics]
+    of_requests = {work.numbers[i]: of for i, of in by_index(found.answered).items()}
+    alignments = [(n, of.alignment) for n, of in of_requests.items() if of.alignment is not None]
     return {
-        "answers": list(answers.items()),
-        "alignments": list(alignments.items()),
-        "diagnostics": diagnostics,
+        "answers": [(n, of.answers) for n, of in of_requests.items()],
+        "alignments": alignments,
+        "diagnostics": [astuple(d) for d in found.diagnostics],
     }
 
 
@@ -297,9 +296,8 @@ def _gather(
 class _RunningAccuracy:
     """Judges a question as soon as all its requests are answered."""
 
-    def __init__(self, judge: Judge, requests: Sequence[Instance]) -> None:
+    def __init__(self, requests: Sequence[Instance]) -> None:
         self.requests = requests
-        self.tasks = judge.by_name()
         self.waiting = frames.grouped(requests)
         self.answers: dict[int, list[Answer]] = {}
 
@@ -313,10 +311,11 @@ class _RunningAccuracy:
         for place in places:
             numbers = self.waiting[place]
             if all(n in self.answers for n in numbers):
-                task, doc = self.tasks[place[0]], self.requests[numbers[0]].doc
+                request = self.requests[numbers[0]]
                 of_requests = [self.answers.pop(n) for n in numbers]
                 by_condition = zip(*of_requests, strict=True)
-                metrics = [task.process_results(doc, list(found)) for found in by_condition]
+                judge = task_of(request).process_results
+                metrics = [judge(request.doc, list(found)) for found in by_condition]
                 if any("acc" not in m for m in metrics):
                     raise UsageError(f"tasks={place[0]}: must be a task that reports acc")
                 judged.append([float(m["acc"]) for m in metrics])
