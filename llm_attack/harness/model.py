@@ -32,7 +32,7 @@ from llm_attack.lm import gguf
 from llm_attack.lm.engine import Answer, Batch, Diagnostics, Engine
 from llm_attack.lm.generate import attacked_prompts
 from llm_attack.lm.hook import frozen, resolve
-from llm_attack.lm.layers import blocks, compiled, recompute
+from llm_attack.lm.layers import prepare
 from llm_attack.lm.probe import longest_tree
 from llm_attack.lm.questions import Question
 from llm_attack.lm.scatter import by_index
@@ -87,13 +87,7 @@ class AttackedHFLM(HFLM):
             )
         self.pretrained = pretrained
         hookpoint = resolve(self.model, self.settings.hookpoint)
-        if self.engine_settings.gradient_checkpointing:
-            for block in blocks(self.model, "gradient_checkpointing"):
-                recompute(block)
-        if self.engine_settings.compile:
-            for block in blocks(self.model, "compile"):
-                if hookpoint not in block.modules():  # whose hook would not be seen
-                    compiled(block)
+        prepare(self.model, self.engine_settings, hookpoint)
         self.use(self.settings)
 
     def use(self, *conditions: AttackSettings) -> None:

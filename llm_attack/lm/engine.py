@@ -143,17 +143,6 @@ class Engine:
     def __post_init__(self) -> None:
         self.diagnostics = [Diagnostics() for _ in self.attacks]
 
-    def run(
-        self, questions: Iterable[Question], rows: int, tokens: int | None = None
-    ) -> Iterator[Answered]:
-        """Yields the answers to each question; to each request alone where it is attacked alone.
-
-        Arguments as of `batches`. Batches that run out of memory are halved, and so are those after
-        them that are as large.
-        """
-        for _, found in self.answers(self.batches(questions, rows, tokens)):
-            yield from found.answered
-
     def batches(
         self, questions: Iterable[Question], rows: int, tokens: int | None = None
     ) -> list[Batch]:
@@ -174,7 +163,10 @@ class Engine:
         ]
 
     def answers(self, todo: Iterable[Batch]) -> Iterator[tuple[Batch, Found]]:
-        """Yields each batch with what was found; see `run`."""
+        """Yields each batch with what was found: to each request alone where it is attacked alone.
+
+        Batches that run out of memory are halved, and so are those after them that are as large.
+        """
         waiting = [(batch, [batch]) for batch in todo][::-1]
         limit: int | None = None  # tokens, once memory has run out
         ready: Pack | None = None

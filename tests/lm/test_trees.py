@@ -167,7 +167,9 @@ def test_answers_do_not_depend_on_the_layout(made, name):
         scorer = scorer_of(network("gpt2"))
         engine = Engine(scorer, [attack], ThreatModel("choice", shared=True), CPU, 0, longest)
         with frozen(scorer.model):
-            found = {id(a.question): a.answers[0] for a in engine.run(made, 8, tokens)}
+            batches = list(engine.answers(engine.batches(made, 8, tokens)))
+        answered = [a for _, found in batches for a in found.answered]
+        found = {id(a.question): a.answers[0] for a in answered}
         flat = [answer for q in made for answer in found[id(q)]]
         results.append(torch.tensor([ll for ll, _ in flat], dtype=torch.float64))
     for other in results[1:]:
