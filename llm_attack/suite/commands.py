@@ -23,8 +23,8 @@ from llm_attack.suite import fingerprint, frames, results, tables
 from llm_attack.suite.plan import Plan, check_names
 from llm_attack.suite.progress import MODES, note
 from llm_attack.suite.run import Processes, Result, execute, prepare
-from llm_attack.suite.statistics import paired, unshared
 from llm_attack.suite.store import ProcessDied, discard
+from llm_attack.suite.summary import paired, unshared
 
 
 def evaluate(

@@ -13,7 +13,7 @@ from llm_attack.outputs import write_json, write_text
 from llm_attack.suite import figures, frames, tables
 from llm_attack.suite.report import Picture, write_report
 from llm_attack.suite.run import Result
-from llm_attack.suite.statistics import summarise
+from llm_attack.suite.summary import summarise
 
 # What draw_all draws, and what a reader who cannot see it should know.
 _PICTURES = {

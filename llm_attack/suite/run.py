@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,21 +16,19 @@ import pandas as pd
 from rich.console import Console
 
 from llm_attack.errors import UsageError
-from llm_attack.harness.gold import task_of
 from llm_attack.harness.judge import Judge
 from llm_attack.harness.model import AttackedHFLM
 from llm_attack.harness.patches import templates_compiled_once
-from llm_attack.harness.requests import Instance, encode, questions_of
+from llm_attack.harness.requests import Instance
 from llm_attack.harness.tasks import task_manager
-from llm_attack.lm.engine import Answer, Batch, Diagnostics, Found
 from llm_attack.lm.hook import frozen
-from llm_attack.lm.scatter import by_index
 from llm_attack.outputs import hardware, versions
 from llm_attack.suite import fingerprint, frames
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.progress import RunProgress, note, status
-from llm_attack.suite.statistics import summarise
-from llm_attack.suite.store import Key, Store
+from llm_attack.suite.store import Store
+from llm_attack.suite.summary import summarise
+from llm_attack.suite.work import RunningAccuracy, Work, gather, work_of
 
 
 class Processes(NamedTuple):
@@ -50,7 +47,7 @@ class Result:
     """What a run found.
 
     Attributes:
-        table: accuracies and tests, a row per task and condition; see `statistics.summarise`.
+        table: accuracies and tests, a row per task and condition; see `summary.summarise`.
         samples: a row per question and condition; see `frames.samples_of`.
         questions: a row per question; see `frames.questions_of`.
         run: what is needed to repeat it: settings, versions, hardware, timings, and for each
@@ -63,32 +60,6 @@ class Result:
     questions: pd.DataFrame
     run: dict[str, Any]
     lm_eval: dict[str, dict[str, Any]]
-
-
-class Work(NamedTuple):
-    """A batch of one task.
-
-    Attributes:
-        key: task and number.
-        batch: the questions.
-        numbers: of the task's requests among all of the run; answers of the batch's questions are
-            indices into these.
-    """
-
-    key: Key
-    batch: Batch
-    numbers: Sequence[int]
-
-    def asked(self) -> list[list[list[int]]]:
-        """Numbers of the run's requests, per question and request of the model."""
-        return [
-            [[self.numbers[i] for i in indices] for indices in question.answers]
-            for question in self.batch.questions
-        ]
-
-    def __len__(self) -> int:
-        """How many of the run's requests are answered."""
-        return sum(len(indices) for q in self.batch.questions for indices in q.answers)
 
 
 class Prepared(NamedTuple):
@@ -138,7 +109,7 @@ def prepare(plan: Plan, progress: str, console: Console) -> Prepared:
                 f"tasks={','.join(plan.tasks)}: their data cannot be had ({reason}); must be in the"
                 " cache of datasets, or on a hub that can be reached"
             ) from error
-        work = list(_work(lm, requests))
+        work = list(work_of(lm, requests))
         batches = [(w.key, w.asked()) for w in work]
         asked = (r for w in work for q in w.batch.questions for r in q.requests)
         read = ((r.tokens, r.n_continuation) for r in asked)
@@ -175,7 +146,7 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
             return None
         with status(progress, console, "waiting for the other processes"):
             store.wait()
-        answers, alignments = _gather(lm, store, work, len(requests))
+        answers, alignments, lm.diagnostics = gather(store.contents(), work, len(requests))
     clock.stop("answers")
     with status(progress, console, "judging"):
         results = [judge.results(found, i) for i, found in enumerate(answers)]
@@ -225,24 +196,7 @@ def _model(plan: Plan) -> AttackedHFLM:
     return AttackedHFLM(pretrained=plan.model, **arguments, **first)
 
 
-def _work(lm: AttackedHFLM, requests: Sequence[Instance]) -> Iterator[Work]:
-    """All batches, task by task; they depend on the requests and the settings alone."""
-    by_task: dict[str, list[int]] = {}
-    for number, request in enumerate(requests):
-        by_task.setdefault(str(request.task_name), []).append(number)
-    for task, numbers in by_task.items():
-        asked = [requests[n] for n in numbers]
-        questions = questions_of(asked, encode(lm, asked), lm.settings)
-        for i, batch in enumerate(lm.batches(questions)):
-            yield Work((task, i), batch, numbers)
-
-
-def _answer(
-    prepared: Prepared,
-    store: Store,
-    progress: str,
-    console: Console,
-) -> None:
+def _answer(prepared: Prepared, store: Store, progress: str, console: Console) -> None:
     """Answers this process's share of the batches that no attempt has finished."""
     lm = prepared.lm
     names = [attack.condition for attack in lm.engine.attacks]
@@ -252,71 +206,11 @@ def _answer(
     todo = {id(w.batch): w for w in share if w.key not in finished}
     total = sum(map(len, share))
     done = total - sum(map(len, todo.values()))
-    running = _RunningAccuracy(prepared.requests)
+    running = RunningAccuracy(prepared.requests)
     with RunProgress(progress, console, names, total, done) as bar:
         for batch, found in lm.engine.answers(w.batch for w in todo.values()):
             store.watch()
             of_batch = todo[id(batch)]
-            content = _content(of_batch, found)
+            content = of_batch.content(found)
             store.add(of_batch.key, content)
             bar.add(len(of_batch), running.add(content["answers"]))
-
-
-def _content(work: Work, found: Found) -> dict[str, Any]:
-    """A finished batch as it is kept: numbers of requests, and what belongs to each."""
-    of_requests = {work.numbers[i]: of for i, of in by_index(found.answered).items()}
-    alignments = [(n, of.alignment) for n, of in of_requests.items() if of.alignment is not None]
-    return {
-        "answers": [(n, of.answers) for n, of in of_requests.items()],
-        "alignments": alignments,
-        "diagnostics": [astuple(d) for d in found.diagnostics],
-    }
-
-
-def _gather(
-    lm: AttackedHFLM, store: Store, work: Sequence[Work], n: int
-) -> tuple[list[list[Answer]], dict[int, Sequence[float]]]:
-    """The answers under each condition, and the alignments; sets the model's diagnostics."""
-    answers: list[list[Any]] = [[None] * n for _ in lm.engine.attacks]
-    alignments: dict[int, Sequence[float]] = {}
-    totals = [Diagnostics() for _ in lm.engine.attacks]
-    contents = store.contents()
-    for key in sorted(w.key for w in work):
-        content = contents[key]
-        for number, found in content["answers"]:
-            for of_condition, (log_likelihood, greedy) in zip(answers, found, strict=True):
-                of_condition[number] = (log_likelihood, greedy)
-        alignments.update(content["alignments"])
-        for total, sums in zip(totals, content["diagnostics"], strict=True):
-            total.add(sums)
-    lm.diagnostics = totals
-    return answers, alignments
-
-
-class _RunningAccuracy:
-    """Judges a question as soon as all its requests are answered."""
-
-    def __init__(self, requests: Sequence[Instance]) -> None:
-        self.requests = requests
-        self.waiting = frames.grouped(requests)
-        self.answers: dict[int, list[Answer]] = {}
-
-    def add(self, answers: Sequence[tuple[int, list[Answer]]]) -> list[list[float]]:
-        """For each question that became complete, its accuracy under each condition."""
-        self.answers.update(answers)
-        places = dict.fromkeys(
-            (str(self.requests[n].task_name), self.requests[n].doc_id) for n, _ in answers
-        )
-        judged = []
-        for place in places:
-            numbers = self.waiting[place]
-            if all(n in self.answers for n in numbers):
-                request = self.requests[numbers[0]]
-                of_requests = [self.answers.pop(n) for n in numbers]
-                by_condition = zip(*of_requests, strict=True)
-                judge = task_of(request).process_results
-                metrics = [judge(request.doc, list(found)) for found in by_condition]
-                if any("acc" not in m for m in metrics):
-                    raise UsageError(f"tasks={place[0]}: must be a task that reports acc")
-                judged.append([float(m["acc"]) for m in metrics])
-        return judged
