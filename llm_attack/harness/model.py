@@ -31,7 +31,7 @@ from llm_attack.harness.requests import (
 from llm_attack.lm import gguf
 from llm_attack.lm.engine import Answer, Batch, Diagnostics, Engine
 from llm_attack.lm.generate import attacked_prompts
-from llm_attack.lm.hook import frozen, resolve
+from llm_attack.lm.hook import frozen, resolve, try_out
 from llm_attack.lm.layers import prepare
 from llm_attack.lm.probe import longest_tree
 from llm_attack.lm.questions import Question
@@ -99,7 +99,7 @@ class AttackedHFLM(HFLM):
                 differ in attack, epsilon, steps and step_size.
 
         Raises:
-            UsageError: the hookpoint is not a module of the model, or conditions differ in more.
+            UsageError: the hookpoint is none of the model's, or conditions differ in more.
         """
         settings = conditions[0]
         for other in conditions[1:]:
@@ -107,12 +107,14 @@ class AttackedHFLM(HFLM):
                 raise UsageError("conditions of one run must have the same loss, context, seed")
         hookpoint = resolve(self.model, settings.hookpoint)
         self.settings, self.conditions = settings, conditions
-        if settings.hookpoint is None or isinstance(hookpoint, torch.nn.Embedding):
+        text = torch.tensor([self.tok_encode(CALIBRATION_TEXT)[: self.max_length]])
+        if settings.hookpoint is not None:
+            try_out(self.model, settings.hookpoint, text.to(self.device))
+        if hookpoint is self.model.get_input_embeddings():
             size = self.model.get_input_embeddings().weight.shape[0]
             self.signal_rms = embedding_rms(hookpoint, size, self.device)
         else:
-            ids = torch.tensor([self.tok_encode(CALIBRATION_TEXT)[: self.max_length]])
-            self.signal_rms = activation_rms(self.model, hookpoint, ids.to(self.device))
+            self.signal_rms = activation_rms(self.model, hookpoint, text.to(self.device))
         attacks = [condition.resolved(self.signal_rms) for condition in conditions]
         self.attack = attacks[0]
         scorer = Scorer(self.model, hookpoint, self.mixed_precision_dtype, self.softmax_dtype)
