@@ -62,6 +62,7 @@ class AttackedHFLM(HFLM):
     """Of a batch at most, padding included; None: as many as are good for the device."""
 
     def __init__(self, pretrained: Any = DEFAULT_MODEL, **arguments: Any) -> None:
+        _report_if_lm_eval_runs()
         self.settings, arguments = split_arguments(arguments, AttackSettings)
         self.engine_settings, arguments = split_arguments(arguments, EngineSettings)
         check_names(arguments)
@@ -127,18 +128,6 @@ class AttackedHFLM(HFLM):
         self.diagnostics = [Diagnostics() for _ in attacks]
 
     # -- loading -----------------------------------------------------------------------------------
-
-    @classmethod
-    def create_from_arg_string(cls, *args: Any, **kwargs: Any) -> AttackedHFLM:
-        """As lm-eval's; its command line prints no traceback for bad input."""
-        _report_if_lm_eval_runs()
-        return super().create_from_arg_string(*args, **kwargs)
-
-    @classmethod
-    def create_from_arg_obj(cls, *args: Any, **kwargs: Any) -> AttackedHFLM:
-        """As lm-eval's; its command line prints no traceback for bad input."""
-        _report_if_lm_eval_runs()
-        return super().create_from_arg_obj(*args, **kwargs)
 
     @cached_property
     def prefix_token_id(self) -> int:

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from llm_attack.errors import UsageError
 from llm_attack.lm.settings import AttackSettings
 
-__all__ = ["check_names", "known_names", "simple_parse_args_string"]
+__all__ = ["check_names", "simple_parse_args_string"]
 
 # What `from_pretrained` reads from its keyword arguments without naming it in its signature.
 _FROM_PRETRAINED = [

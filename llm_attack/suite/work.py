@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 from llm_attack.errors import UsageError
 from llm_attack.harness.gold import task_of
 from llm_attack.harness.model import AttackedHFLM
-from llm_attack.harness.requests import Instance, encode, questions_of
+from llm_attack.harness.requests import Instance, by_question, encode, questions_of
 from llm_attack.lm.engine import Answer, Batch, Diagnostics, Found
 from llm_attack.lm.scatter import by_index
-from llm_attack.suite.frames import grouped
 from llm_attack.suite.store import Key
 
 
@@ -39,10 +38,10 @@ class Work(NamedTuple):
 
     def content(self, found: Found) -> dict[str, Any]:
         """The finished batch as it is kept: numbers of requests, and what belongs to each."""
-        of = {self.numbers[i]: scattered for i, scattered in by_index(found.answered).items()}
+        of = [(self.numbers[i], *parts) for i, parts in by_index(found.answered).items()]
         return {
-            "answers": [(n, x.answers) for n, x in of.items()],
-            "alignments": [(n, x.alignment) for n, x in of.items() if x.alignment is not None],
+            "answers": [(n, answers) for n, answers, _ in of],
+            "alignments": [(n, alignment) for n, _, alignment in of if alignment is not None],
             "diagnostics": [astuple(d) for d in found.diagnostics],
         }
 
@@ -87,18 +86,15 @@ class RunningAccuracy:
 
     def __init__(self, requests: Sequence[Instance]) -> None:
         self.requests = requests
-        self.waiting = grouped(requests)
+        self.question = {n: numbers for numbers in by_question(requests) for n in numbers}
         self.answers: dict[int, list[Answer]] = {}
 
     def add(self, answers: Sequence[tuple[int, list[Answer]]]) -> list[list[float]]:
         """For each question that became complete, its accuracy under each condition."""
         self.answers.update(answers)
-        places = dict.fromkeys(
-            (str(self.requests[n].task_name), self.requests[n].doc_id) for n, _ in answers
-        )
+        questions = {numbers[0]: numbers for numbers in (self.question[n] for n, _ in answers)}
         judged = []
-        for place in places:
-            numbers = self.waiting[place]
+        for numbers in questions.values():
             if all(n in self.answers for n in numbers):
                 request = self.requests[numbers[0]]
                 of_requests = [self.answers.pop(n) for n in numbers]
@@ -106,6 +102,6 @@ class RunningAccuracy:
                 judge = task_of(request).process_results
                 metrics = [judge(request.doc, list(found)) for found in by_condition]
                 if any("acc" not in m for m in metrics):
-                    raise UsageError(f"tasks={place[0]}: must be a task that reports acc")
+                    raise UsageError(f"tasks={request.task_name}: must be a task that reports acc")
                 judged.append([float(m["acc"]) for m in metrics])
         return judged
