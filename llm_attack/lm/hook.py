@@ -27,7 +27,8 @@ def resolve(model: PreTrainedModel, hookpoint: str | None) -> nn.Module:
     if hookpoint and hookpoint in modules:
         return modules[hookpoint]
     ends = [name for name in modules if name.endswith(f".{hookpoint}")]
-    raise _refused(hookpoint, modules, "", ends[0] if len(ends) == 1 else None)
+    meant = ends[0] if len(ends) == 1 else closest(hookpoint, modules)
+    raise _refused(hookpoint, modules, meant)
 
 
 def try_out(model: PreTrainedModel, hookpoint: str, input_ids: Tensor) -> None:
@@ -38,20 +39,19 @@ def try_out(model: PreTrainedModel, hookpoint: str, input_ids: Tensor) -> None:
             states are gathered that are scored, or its output is not of shape (batch, sequence,
             hidden). Named is the module next to it of which all that is true.
     """
-    rows = input_ids[:, :6].expand(2, -1)  # two: some modules have one output for all rows
-    reason = _faults(model, {hookpoint: resolve(model, hookpoint)}, rows).get(hookpoint, _NOT_RUN)
-    if not reason:
+    rows = input_ids[:, :6].repeat(2, 1)  # two: some modules have one output for all rows
+    fault = _faults(model, {hookpoint: resolve(model, hookpoint)}, rows).get(
+        hookpoint, "is not run"
+    )
+    if not fault:
         return
     modules = dict(model.named_modules())
-    faults = _faults(model, modules, rows)
-    good = [name for name, fault in faults.items() if not fault]
-    names = list(faults)
-    before = names[: names.index(hookpoint)] if hookpoint in names else names
-    meant = next((name for name in reversed(before) if name in good), None)
-    raise _refused(hookpoint, modules, f"; this one {reason}", meant or closest(hookpoint, good))
-
-
-_NOT_RUN = "is not run by the model"
+    good = [
+        name for name, of in _faults(model, modules, rows).items() if not of or name == hookpoint
+    ]
+    before = good[: good.index(hookpoint)] if hookpoint in good else []
+    meant = before[-1] if before else closest(hookpoint, {*good} - {hookpoint})
+    raise _refused(hookpoint, modules, meant, f"; this one {fault}")
 
 
 def _faults(
@@ -99,9 +99,8 @@ def _faults(
 
 
 def _refused(
-    hookpoint: str, modules: dict[str, nn.Module], reason: str, meant: str | None
+    hookpoint: str, modules: dict[str, nn.Module], meant: str | None, reason: str = ""
 ) -> UsageError:
-    meant = meant or closest(hookpoint, modules)
     hint = f"; did you mean {meant!r}?" if meant else ""
     # a transformer block's path: the first name that ends in a number
     ends = (name for name in modules if name.rsplit(".", 1)[-1].isdigit())

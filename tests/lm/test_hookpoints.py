@@ -40,6 +40,7 @@ def qwen():
         ("model.rotary_emb", r"\(1, 6, 8\)", "model.embed_tokens"),
         (f"{LAYER}.self_attn.q_norm", r"\(2, 6, 2, 8\)", f"{LAYER}.self_attn.q_proj"),
         ("model.spare", "is not run", "model.norm"),
+        ("model.layers", "is not run", "model.layers.1"),
     ],
 )
 def test_refused(qwen, name, reason, meant):
