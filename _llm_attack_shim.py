@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 NAME = "attacked-hf"
-TARGET = "llm_attack.lm.model:AttackedHFLM"
+TARGET = "llm_attack.harness.model:AttackedHFLM"
 TRIGGER = "lm_eval.models"
 
 

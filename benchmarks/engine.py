@@ -23,6 +23,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -33,8 +34,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from llm_attack.lm import gold
-from llm_attack.lm.model import AttackedHFLM
+from llm_attack.harness import patches
+from llm_attack.harness.model import AttackedHFLM
+from llm_attack.harness.requests import encode, questions_of
 from llm_attack.lm.settings import AttackSettings
 from llm_attack.lm.trie import build
 from llm_attack.outputs import hardware, versions, write_json
@@ -72,8 +74,6 @@ def real_requests(tasks: list[str], tokens: int, tokenizer: Any) -> dict[str, li
     """
     from lm_eval.tasks import TaskManager, get_task_dict
 
-    gold.note_tasks()
-    gold.compile_templates_once()
     manager, found = TaskManager(), {}
     for name in tasks:
         (task,) = get_task_dict([name], manager).values()
@@ -89,13 +89,7 @@ def real_requests(tasks: list[str], tokens: int, tokenizer: Any) -> dict[str, li
         start = max(0, (len(order) - questions) // 2)
         kept = set(order[start : start + questions])
         found[name] = [r for r in task.instances if r.doc_id in kept]
-        # gold labels and siblings are asked of the task, which has to know these requests alone
-        task._instances = found[name]
-        TASKS.append(task)
     return found
-
-
-TASKS: list[Any] = []  # kept alive for as long as their requests are in use
 
 
 def synthetic_requests(tasks: list[str], tokens: int) -> dict[str, list[Instance]]:
@@ -117,17 +111,9 @@ def synthetic_requests(tasks: list[str], tokens: int) -> dict[str, list[Instance
                 arguments = (context, text(own))
                 metadata = (name, doc_id, 1)
                 found[name].append(Instance("loglikelihood", {}, arguments, idx, metadata))
-        task = SyntheticTask(found[name])
-        gold._tasks[name] = task  # whose questions are attacked as a whole
-        TASKS.append(task)
+        # in the place of lm-eval's task; its questions are attacked as a whole
+        patches.note(SimpleNamespace(instances=found[name]))
     return found
-
-
-class SyntheticTask:
-    """In the place of lm-eval's task: tells which requests belong to a question."""
-
-    def __init__(self, instances: list[Instance]) -> None:
-        self.instances = instances
 
 
 WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world")
@@ -250,7 +236,7 @@ class Bench:
         """Warm: whether the model takes trees is tried once per model, not once per question."""
         lm = AttackedHFLM(batch_size="auto", **self.options)
         lm.use(*conditions)
-        lm.batches(lm.questions(requests))
+        lm.batches(questions_of(requests, encode(lm, requests), lm.settings))
         return lm
 
     def time(self, run: Callable[[], Any]) -> tuple[dict[str, float], Any]:

@@ -26,8 +26,8 @@ from engine import real_requests, synthetic_requests
 from rich.console import Console
 from rich.table import Table
 
+from llm_attack.harness.model import AttackedHFLM
 from llm_attack.lm import scoring
-from llm_attack.lm.model import AttackedHFLM
 from llm_attack.lm.settings import AttackSettings
 from llm_attack.outputs import hardware, versions, write_json
 

@@ -18,10 +18,11 @@ from typing import Any
 import click
 from rich.console import Console
 
+from llm_attack.harness.patches import without_bars
 from llm_attack.lm.hook import frozen
 from llm_attack.outputs import hardware, versions, write_json
 from llm_attack.suite import results
-from llm_attack.suite.commands import _silence
+from llm_attack.suite.commands import silence
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.run import Prepared, execute, prepare
 
@@ -56,10 +57,11 @@ def whole(prepared: Prepared, console: Console) -> dict[str, float]:
 def main(model: str, tasks: str, limit: float, repeats: int, output: Path | None) -> None:
     """A run against a bare pass of the engine."""
     console = Console()
-    _silence()
-    prepared = prepare(Plan(model=model, tasks=tasks, limit=limit), "quiet", console)
-    bare(prepared)  # warm
-    runs = [bare(prepared) | whole(prepared, console) for _ in range(repeats)]
+    silence()
+    with without_bars():
+        prepared = prepare(Plan(model=model, tasks=tasks, limit=limit), "quiet", console)
+        bare(prepared)  # warm
+        runs = [bare(prepared) | whole(prepared, console) for _ in range(repeats)]
     median = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
     engine = median.pop("engine")
     computed = median["answers"] + median["judgement"]

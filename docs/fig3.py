@@ -18,8 +18,9 @@ import pandas as pd
 from scipy.stats import mannwhitneyu
 
 from llm_attack.suite import results
+from llm_attack.suite.inference import wilson
 from llm_attack.suite.run import Result
-from llm_attack.suite.statistics import gold_margin, paired, wilson
+from llm_attack.suite.summary import gold_margin, paired
 from llm_attack.suite.tables import Cells
 
 QUARTERS = ("smallest", "second", "third", "largest")

@@ -47,7 +47,7 @@ def main() -> None:
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def eval_(arguments: tuple[str, ...]) -> None:
     """lm_eval with attacked-hf as its model and our tasks known; takes all of lm_eval's options."""
-    from llm_attack.suite.harness import lm_eval
+    from llm_attack.harness.tasks import lm_eval
 
     lm_eval(list(arguments))
 

@@ -64,3 +64,40 @@ def real_model():
     if not path.exists():
         pytest.skip("`make real-model` has not been run: no real model on this machine")
     return path
+
+
+@pytest.fixture(scope="session")
+def build(one_index):
+    """build(task, limit): a task of lm-eval with its requests."""
+    from lm_eval.tasks import TaskManager, get_task_dict
+
+    import llm_attack.harness.model  # noqa: F401 (from then on requests know their tasks)
+    from llm_attack.harness.tasks import tasks_path
+
+    manager = TaskManager(include_path=str(tasks_path()))
+
+    def built(name, limit=4):
+        (task,) = get_task_dict([name], manager).values()
+        task.set_config("num_fewshot", 0)
+        task.build_all_requests(limit=limit)
+        return task
+
+    return built
+
+
+@pytest.fixture(scope="session")
+def make():
+    """make(attack=..., ...): the bundled model under these settings, on the CPU in float32."""
+    from llm_attack.harness.model import AttackedHFLM
+
+    def made(**arguments):
+        arguments = {"device": "cpu", "batch_size": 8, "pretrained": "demo", **arguments}
+        return AttackedHFLM(**arguments)
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def exact(make):
+    """make() in float64, so that no sign is a matter of rounding."""
+    return functools.partial(make, dtype="float64", softmax_dtype="float64")

@@ -81,7 +81,7 @@ class Environment:
         )
         assert set(self.run("-c", code).strip().replace(") (", ")\n(").splitlines()) == {
             "('console_scripts', 'llm-attack', 'llm_attack.cli:main')",
-            "('lm_eval.models', 'attacked-hf', 'llm_attack.lm.model:AttackedHFLM')",
+            "('lm_eval.models', 'attacked-hf', 'llm_attack.harness.model:AttackedHFLM')",
         }
         assert (self.python.parent / "llm-attack").exists()
 

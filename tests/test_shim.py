@@ -111,7 +111,7 @@ def test_registry_object(run, keyword):
         print("llm_attack" in sys.modules)
         """
     printed = run(code, lm_eval(REGISTRY_OBJECT.replace("KEYWORD", keyword))).splitlines()
-    assert printed == ["{}", "{'attacked-hf': 'llm_attack.lm.model:AttackedHFLM'}", "False"]
+    assert printed == ["{}", "{'attacked-hf': 'llm_attack.harness.model:AttackedHFLM'}", "False"]
 
 
 MODEL = """
@@ -133,11 +133,11 @@ def test_registry_dict(run, model, use):
         import lm_eval.models
         from lm_eval.api.registry import MODEL_REGISTRY
         proxy = MODEL_REGISTRY["attacked-hf"]
-        print(hasattr(proxy, "__wrapped__"), "llm_attack.lm.model" in sys.modules)
+        print(hasattr(proxy, "__wrapped__"), "llm_attack.harness.model" in sys.modules)
         print({use})
-        print(MODEL_REGISTRY["attacked-hf"] is sys.modules["llm_attack.lm.model"].AttackedHFLM)
+        print(MODEL_REGISTRY["attacked-hf"] is sys.modules["llm_attack.harness.model"].AttackedHFLM)
         """
-    files = lm_eval(REGISTRY_DICT) | {"llm_attack/lm/model.py": model}
+    files = lm_eval(REGISTRY_DICT) | {"llm_attack/harness/model.py": model}
     assert run(code, files).splitlines() == ["False False", "the class", "True"]
 
 
@@ -152,7 +152,9 @@ def test_registry_dict_tells_why_the_model_cannot_be_loaded(run):
             except ImportError as error:
                 print(error)
         """
-    files = lm_eval(REGISTRY_DICT) | {"llm_attack/lm/model.py": "raise ImportError('no torch')"}
+    files = lm_eval(REGISTRY_DICT) | {
+        "llm_attack/harness/model.py": "raise ImportError('no torch')"
+    }
     assert run(code, files).splitlines() == ["no torch", "no torch"]
 
 
@@ -209,7 +211,7 @@ def test_leaves_no_trace_of_the_import(run):
         """
     printed = run(code, lm_eval(REGISTRY_OBJECT.replace("KEYWORD", "target"))).splitlines()
     assert printed[:2] == ["SourceFileLoader False", "False"]
-    assert printed[2] == "{'attacked-hf': 'llm_attack.lm.model:AttackedHFLM'}"
+    assert printed[2] == "{'attacked-hf': 'llm_attack.harness.model:AttackedHFLM'}"
 
 
 def test_a_look_for_the_spec_or_a_failed_import_does_not_use_it_up(run):
@@ -298,10 +300,10 @@ def test_real_lm_eval(run):
         import lm_eval.models
         from lm_eval.api.registry import model_registry
         print(dict(model_registry.items())["attacked-hf"], "hf" in model_registry)
-        print([name for name in ("torch", "llm_attack.lm") if name in sys.modules])
+        print([name for name in ("torch", "llm_attack.harness") if name in sys.modules])
         """
     printed = run(code, flags=("-W", "ignore")).splitlines()
-    assert printed == ["llm_attack.lm.model:AttackedHFLM True", "[]"]
+    assert printed == ["llm_attack.harness.model:AttackedHFLM True", "[]"]
 
 
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed")
@@ -313,6 +315,6 @@ def test_real_lm_eval_resolves_the_name(run):
         model = get_model("attacked-hf")
         print(model.kind, model.__module__)
         """
-    stand_in = {"llm_attack/__init__.py": "", "llm_attack/lm/__init__.py": ""}
-    stand_in |= {"llm_attack/lm/model.py": MODEL}
-    assert run(code, stand_in, flags=("-W", "ignore")) == "the class llm_attack.lm.model"
+    stand_in = {"llm_attack/__init__.py": "", "llm_attack/harness/__init__.py": ""}
+    stand_in |= {"llm_attack/harness/model.py": MODEL}
+    assert run(code, stand_in, flags=("-W", "ignore")) == "the class llm_attack.harness.model"

@@ -128,8 +128,7 @@ class Engine:
         ]
 
     def answers(self, todo: Iterable[Batch]) -> Iterator[tuple[Batch, Found]]:
-        """Yields each batch with what was found: the answers to each question; to each request
-        alone where it is attacked alone.
+        """Yields each batch with what was found: to each request alone where it is attacked alone.
 
         Batches that run out of memory are halved, and so are those after them that are as large.
         """

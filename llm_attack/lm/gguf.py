@@ -67,3 +67,22 @@ def without_progress() -> Iterator[None]:
         yield
     finally:
         reading.tqdm = bar
+
+
+def not_loaded(pretrained: Any, gguf_file: str | None, error: Exception) -> UsageError:
+    """The error for a model that is not there or cannot be read; `error` is what says so."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if gguf_file is not None:
+        return UsageError(
+            f"pretrained={pretrained}, gguf_file={gguf_file}: cannot be loaded ({reason}); must be"
+            " a whole GGUF file of an architecture and quantisation that transformers reads"
+        )
+    there = names_in(pretrained)
+    hint = f"; the folder has GGUF files: gguf_file={there[0]}" if there else ""
+    path = Path(str(pretrained))
+    meant = closest(path.name, names_in(path.parent))
+    hint = f"; did you mean {path.with_name(meant)}?" if meant else hint
+    return UsageError(
+        f"pretrained={pretrained}: cannot be loaded ({reason}); must be a model id on a hub that"
+        f" can be reached, a local folder, or demo, the bundled model (pretrained=demo){hint}"
+    )

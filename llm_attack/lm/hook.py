@@ -1,7 +1,6 @@
 """The hookpoint: find a module by name, read its output, put another tensor in its place.
 
-Every function is a context manager that removes its own handle and no other, also when the forward
-raises.
+Every function removes its own handles and no others, also when the forward raises.
 """
 
 from __future__ import annotations
@@ -29,16 +28,87 @@ def resolve(model: PreTrainedModel, hookpoint: str | None) -> nn.Module:
         return modules[hookpoint]
     ends = [name for name in modules if name.endswith(f".{hookpoint}")]
     meant = ends[0] if len(ends) == 1 else closest(hookpoint, modules)
-    hint = f"; did you mean {meant!r}?" if meant else ""
-    raise UsageError(
-        f"hookpoint={hookpoint}: must be the dotted path of a module of the model,"
-        f" such as {_example(modules)!r}{hint}"
+    raise _refused(hookpoint, modules, meant)
+
+
+def try_out(model: PreTrainedModel, hookpoint: str, input_ids: Tensor) -> None:
+    """Looks in a forward over some of `input_ids`, (1, L), whether a perturbation there is one.
+
+    Raises:
+        UsageError: the module at `hookpoint` is not run once before the head, where the hidden
+            states are gathered that are scored, or its output is not of shape (batch, sequence,
+            hidden). Named is the module next to it of which all that is true.
+    """
+    rows = input_ids[:, :6].repeat(2, 1)  # two: some modules have one output for all rows
+    fault = _faults(model, {hookpoint: resolve(model, hookpoint)}, rows).get(
+        hookpoint, "is not run"
     )
+    if not fault:
+        return
+    modules = dict(model.named_modules())
+    good = [
+        name for name, of in _faults(model, modules, rows).items() if not of or name == hookpoint
+    ]
+    before = good[: good.index(hookpoint)] if hookpoint in good else []
+    meant = before[-1] if before else closest(hookpoint, {*good} - {hookpoint})
+    raise _refused(hookpoint, modules, meant, f"; this one {fault}")
 
 
-def _example(modules: dict[str, nn.Module]) -> str:
-    """A transformer block's path: the first name that ends in a number."""
-    return next((name for name in modules if name.rsplit(".", 1)[-1].isdigit()), "model.layers.0")
+def _faults(
+    model: PreTrainedModel, modules: dict[str, nn.Module], input_ids: Tensor
+) -> dict[str, str]:
+    """What speaks against each module as a hookpoint, if anything, in the order of their outputs.
+
+    Found in a forward over `input_ids`, (B, L); those that are not run are missing.
+    """
+    faults: dict[str, str] = {}
+    runs = dict.fromkeys(modules, 0)
+    gathered = False
+
+    def gather(*_: object) -> None:
+        nonlocal gathered
+        gathered = True
+
+    def hook_of(name: str) -> Callable[..., None]:
+        def look(module: nn.Module, args: tuple, output: object) -> None:
+            runs[name] += 1
+            first = output[0] if isinstance(output, tuple) and output else output
+            if runs[name] > 1:
+                faults[name] = f"is run {runs[name]} times"
+            elif gathered:
+                faults[name] = "is at or behind the head"
+            elif not isinstance(first, Tensor):
+                faults[name] = f"gives a {type(first).__name__}"
+            elif first.dim() != 3 or first.shape[:2] != input_ids.shape:
+                faults[name] = f"gives {tuple(first.shape)} for {tuple(input_ids.shape)} tokens"
+            else:
+                faults[name] = ""
+
+        return look
+
+    head = model.get_output_embeddings()
+    handles = [] if head is None else [head.register_forward_pre_hook(gather)]
+    handles += [module.register_forward_hook(hook_of(name)) for name, module in modules.items()]
+    try:
+        with torch.no_grad():
+            model(input_ids=input_ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return faults
+
+
+def _refused(
+    hookpoint: str, modules: dict[str, nn.Module], meant: str | None, reason: str = ""
+) -> UsageError:
+    hint = f"; did you mean {meant!r}?" if meant else ""
+    # a transformer block's path: the first name that ends in a number
+    ends = (name for name in modules if name.rsplit(".", 1)[-1].isdigit())
+    return UsageError(
+        f"hookpoint={hookpoint}: must be the dotted path of a module of the model that is run once,"
+        " before the head, and gives a tensor of shape (batch, sequence, hidden), such as"
+        f" {next(ends, 'model.layers.0')!r}{reason}{hint}"
+    )
 
 
 @contextmanager

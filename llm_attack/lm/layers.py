@@ -14,6 +14,22 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from llm_attack.errors import UsageError
+from llm_attack.lm.settings import EngineSettings
+
+
+def prepare(model: PreTrainedModel, settings: EngineSettings, hookpoint: nn.Module) -> None:
+    """Makes the blocks recomputed or compiled, as `settings` say.
+
+    Raises:
+        UsageError: as of `blocks`.
+    """
+    if settings.gradient_checkpointing:
+        for block in blocks(model, "gradient_checkpointing"):
+            recompute(block)
+    if settings.compile:
+        for block in blocks(model, "compile"):
+            if hookpoint not in block.modules():  # whose hook would not be seen
+                compiled(block)
 
 
 def blocks(model: PreTrainedModel, argument: str) -> list[nn.Module]:

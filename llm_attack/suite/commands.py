@@ -18,13 +18,14 @@ from rich.console import Console
 
 from llm_attack.declare import check_names, names
 from llm_attack.errors import UsageError, invalid
+from llm_attack.harness.patches import without_bars
 from llm_attack.outputs import write_text
 from llm_attack.suite import fingerprint, frames, results, tables
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.progress import MODES, note
 from llm_attack.suite.run import Processes, Result, execute, prepare
-from llm_attack.suite.statistics import paired, unshared
 from llm_attack.suite.store import ProcessDied, discard
+from llm_attack.suite.summary import paired, unshared
 
 
 def evaluate(
@@ -125,8 +126,8 @@ def command(plan: Plan, folder: Path | None) -> list[str]:
 def run(*, output: Path | None, progress: str, **settings: Any) -> None:
     """The command `llm-attack run`."""
     again = shlex.join(command(Plan(**settings), output))
-    _silence()
-    with _stops_are_explained(again, output):
+    silence()
+    with without_bars(), _stops_are_explained(again, output):
         result = evaluate(output=output, progress=progress, **settings)
     if result is not None:
         console = Console()
@@ -187,21 +188,13 @@ def _leave(code: int, text: str | None) -> None:
     os._exit(code)
 
 
-def _silence() -> None:
+def silence() -> None:
     """Silences the bars and logs of the libraries, which would break up ours."""
     import datasets
-    import lm_eval.api.model
-    import lm_eval.api.task
     import transformers
-    from tqdm import tqdm
-
-    def silent(*args: Any, **kwargs: Any) -> tqdm:
-        return tqdm(*args, **{**kwargs, "disable": True})
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     for name in ("lm_eval", "transformers", "datasets", "accelerate", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
-    for module in (lm_eval.api.model, lm_eval.api.task):
-        module.tqdm = silent

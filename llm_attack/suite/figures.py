@@ -24,7 +24,7 @@ from llm_attack.suite.layout import (
     shade_options,
     upright,
 )
-from llm_attack.suite.statistics import MEAN, gold_margin
+from llm_attack.suite.summary import MEAN, gold_margin
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lm_eval.api.instance import Instance
 
 from llm_attack.errors import UsageError
-from llm_attack.lm.model import AttackedHFLM
+from llm_attack.harness.model import AttackedHFLM
+from llm_attack.harness.requests import Instance
 from llm_attack.outputs import versions, write_json
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.store import STORE

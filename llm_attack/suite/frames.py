@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from lm_eval.api.instance import Instance
 
 from llm_attack.attacks import Attack
 from llm_attack.errors import UsageError
-from llm_attack.lm import gold
+from llm_attack.harness import gold
+from llm_attack.harness.requests import Instance, by_question
 from llm_attack.lm.engine import Answer
 
 FRAMES = ("questions", "samples")
@@ -23,12 +23,9 @@ Alignments = Mapping[int, Sequence[float]]
 
 def grouped(requests: Sequence[Instance]) -> dict[tuple[str, Any], list[int]]:
     """Numbers of the requests of each question, (task, doc_id), in order of its choices."""
-    found: dict[tuple[str, Any], list[int]] = {}
-    for number, request in enumerate(requests):
-        found.setdefault((str(request.task_name), request.doc_id), []).append(number)
-    for numbers in found.values():
-        numbers.sort(key=lambda n: requests[n].idx)
-    return found
+    groups = by_question(requests)
+    first = [requests[numbers[0]] for numbers in groups]
+    return {(str(r.task_name), r.doc_id): of for r, of in zip(first, groups, strict=True)}
 
 
 def questions_of(requests: Sequence[Instance], results: dict[str, Any]) -> pd.DataFrame:

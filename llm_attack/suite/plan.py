@@ -82,10 +82,10 @@ class Plan(ThreatSettings, EngineSettings):
         return limit if limit is None or limit < 1 else int(limit)
 
     def _model_args(self) -> dict[str, Any]:
-        from lm_eval.utils import simple_parse_args_string
-
         given = self.model_args
         if isinstance(given, str) and all("=" in part for part in given.split(",") if part):
+            from llm_attack.harness.names import simple_parse_args_string
+
             return simple_parse_args_string(given)
         if not isinstance(given, dict):
             raise invalid("model_args", given, "key=value,...")

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from llm_attack.errors import UsageError
+from llm_attack.harness.judge import as_json
 from llm_attack.outputs import write_json, write_text
 from llm_attack.suite import figures, frames, tables
 from llm_attack.suite.report import Picture, write_report
 from llm_attack.suite.run import Result
-from llm_attack.suite.statistics import summarise
+from llm_attack.suite.summary import summarise
 
 # What draw_all draws, and what a reader who cannot see it should know.
 _PICTURES = {
@@ -53,19 +54,10 @@ def save(result: Result, folder: Path, command: list[str]) -> None:
     """
     frames.save(folder, samples=result.samples, questions=result.questions)
     for name, found in result.lm_eval.items():
-        content = {key: value for key, value in found.items() if key != "samples"}
-        text = json.dumps(content, indent=2, default=_as_lm_eval, ensure_ascii=False)
-        write_text(folder / "lm_eval" / f"results_{name}.json", text + "\n")
+        write_text(folder / "lm_eval" / f"results_{name}.json", as_json(found))
     run = {"command": shlex.join(command), **result.run}
     render(result, folder, run)
     write_json(folder / "run.json", run)
-
-
-def _as_lm_eval(value: Any) -> Any:
-    """What JSON cannot hold, as lm-eval writes it; functions by name, not by their address."""
-    from lm_eval.utils import handle_non_serializable
-
-    return getattr(value, "__qualname__", None) or handle_non_serializable(value)
 
 
 def render(result: Result, folder: Path, run: dict[str, Any]) -> None:

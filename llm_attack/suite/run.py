@@ -8,31 +8,29 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-from lm_eval.api.instance import Instance
 from rich.console import Console
 
 from llm_attack.declare import names
 from llm_attack.errors import UsageError
-from llm_attack.lm.batches import Batch
-from llm_attack.lm.diagnostics import Diagnostics
-from llm_attack.lm.engine import Answer, Found
+from llm_attack.harness.judge import Judge
+from llm_attack.harness.model import AttackedHFLM
+from llm_attack.harness.patches import templates_compiled_once
+from llm_attack.harness.requests import Instance
+from llm_attack.harness.tasks import task_manager
 from llm_attack.lm.hook import frozen
-from llm_attack.lm.model import AttackedHFLM
 from llm_attack.lm.settings import EngineSettings
 from llm_attack.outputs import hardware, versions
 from llm_attack.suite import fingerprint, frames
-from llm_attack.suite.harness import task_manager
-from llm_attack.suite.judge import Judge
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.progress import RunProgress, note, status
-from llm_attack.suite.statistics import summarise
-from llm_attack.suite.store import Key, Store
+from llm_attack.suite.store import Store
+from llm_attack.suite.summary import summarise
+from llm_attack.suite.work import RunningAccuracy, Work, gather, work_of
 
 
 class Processes(NamedTuple):
@@ -51,7 +49,7 @@ class Result:
     """What a run found.
 
     Attributes:
-        table: accuracies and tests, a row per task and condition; see `statistics.summarise`.
+        table: accuracies and tests, a row per task and condition; see `summary.summarise`.
         samples: a row per question and condition; see `frames.samples_of`.
         questions: a row per question; see `frames.questions_of`.
         run: what is needed to repeat it: settings, versions, hardware, timings, and for each
@@ -64,32 +62,6 @@ class Result:
     questions: pd.DataFrame
     run: dict[str, Any]
     lm_eval: dict[str, dict[str, Any]]
-
-
-class Work(NamedTuple):
-    """A batch of one task.
-
-    Attributes:
-        key: task and number.
-        batch: the questions.
-        numbers: of the task's requests among all of the run; answers of the batch's questions are
-            indices into these.
-    """
-
-    key: Key
-    batch: Batch
-    numbers: Sequence[int]
-
-    def asked(self) -> list[list[list[int]]]:
-        """Numbers of the run's requests, per question and request of the model."""
-        return [
-            [[self.numbers[i] for i in indices] for indices in question.answers]
-            for question in self.batch.questions
-        ]
-
-    def __len__(self) -> int:
-        """How many of the run's requests are answered."""
-        return sum(len(indices) for q in self.batch.questions for indices in q.answers)
 
 
 class Prepared(NamedTuple):
@@ -114,6 +86,7 @@ class Prepared(NamedTuple):
     timings: dict[str, float]
 
 
+@templates_compiled_once()
 def prepare(plan: Plan, progress: str, console: Console) -> Prepared:
     """Loads the model and builds the tasks.
 
@@ -138,7 +111,7 @@ def prepare(plan: Plan, progress: str, console: Console) -> Prepared:
                 f"tasks={','.join(plan.tasks)}: their data cannot be had ({reason}); must be in the"
                 " cache of datasets, or on a hub that can be reached"
             ) from error
-        work = list(_work(lm, requests))
+        work = list(work_of(lm, requests))
         batches = [(w.key, w.asked()) for w in work]
         asked = (r for w in work for q in w.batch.questions for r in q.requests)
         read = ((r.tokens, r.n_continuation) for r in asked)
@@ -147,6 +120,7 @@ def prepare(plan: Plan, progress: str, console: Console) -> Prepared:
     return Prepared(plan, lm, judge, requests, work, mark, clock.timings)
 
 
+@templates_compiled_once()
 def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -> Result | None:
     """Carries out what is left of a run; None on all processes but the first.
 
@@ -174,7 +148,7 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
             return None
         with status(progress, console, "waiting for the other processes"):
             store.wait()
-        answers, alignments = _gather(lm, store, work, len(requests))
+        answers, alignments, lm.diagnostics = gather(store.contents(), work, len(requests))
     clock.stop("answers")
     with status(progress, console, "judging"):
         results = [judge.results(found, i) for i, found in enumerate(answers)]
@@ -225,23 +199,7 @@ def _model(plan: Plan) -> AttackedHFLM:
     return AttackedHFLM(pretrained=plan.model, **arguments, **first)
 
 
-def _work(lm: AttackedHFLM, requests: Sequence[Instance]) -> Iterator[Work]:
-    """All batches, task by task; they depend on the requests and the settings alone."""
-    by_task: dict[str, list[int]] = {}
-    for number, request in enumerate(requests):
-        by_task.setdefault(str(request.task_name), []).append(number)
-    for task, numbers in by_task.items():
-        questions = lm.questions([requests[n] for n in numbers])
-        for i, batch in enumerate(lm.batches(questions)):
-            yield Work((task, i), batch, numbers)
-
-
-def _answer(
-    prepared: Prepared,
-    store: Store,
-    progress: str,
-    console: Console,
-) -> None:
+def _answer(prepared: Prepared, store: Store, progress: str, console: Console) -> None:
     """Answers this process's share of the batches that no attempt has finished."""
     lm = prepared.lm
     conditions = [attack.condition for attack in lm.engine.attacks]
@@ -251,78 +209,11 @@ def _answer(
     todo = {id(w.batch): w for w in share if w.key not in finished}
     total = sum(map(len, share))
     done = total - sum(map(len, todo.values()))
-    running = _RunningAccuracy(prepared.judge, prepared.requests)
+    running = RunningAccuracy(prepared.requests)
     with RunProgress(progress, console, conditions, total, done) as bar:
         for batch, found in lm.engine.answers(w.batch for w in todo.values()):
             store.watch()
             of_batch = todo[id(batch)]
-            content = _content(of_batch, found)
+            content = of_batch.content(found)
             store.add(of_batch.key, content)
             bar.add(len(of_batch), running.add(content["answers"]))
-
-
-def _content(work: Work, found: Found) -> dict[str, Any]:
-    """A finished batch as it is kept: numbers of requests, and what belongs to each."""
-    answers, alignments = {}, {}
-    for question, of_question, alignment in found.answered:
-        for i, indices in enumerate(question.answers):
-            for index in indices:
-                number = work.numbers[index]
-                answers[number] = [of_attack[i] for of_attack in of_question]
-                if alignment is not None:
-                    alignments[number] = alignment
-    diagnostics = [asdict(d) for d in found.diagnostics]
-    return {
-        "answers": list(answers.items()),
-        "alignments": list(alignments.items()),
-        "diagnostics": diagnostics,
-    }
-
-
-def _gather(
-    lm: AttackedHFLM, store: Store, work: Sequence[Work], n: int
-) -> tuple[list[list[Answer]], dict[int, Sequence[float]]]:
-    """The answers under each condition, and the alignments; sets the model's diagnostics."""
-    answers: list[list[Any]] = [[None] * n for _ in lm.engine.attacks]
-    alignments: dict[int, Sequence[float]] = {}
-    totals = [Diagnostics() for _ in lm.engine.attacks]
-    contents = store.contents()
-    for key in sorted(w.key for w in work):
-        content = contents[key]
-        for number, found in content["answers"]:
-            for of_condition, (log_likelihood, greedy) in zip(answers, found, strict=True):
-                of_condition[number] = (log_likelihood, greedy)
-        alignments.update(content["alignments"])
-        for total, sums in zip(totals, content["diagnostics"], strict=True):
-            total.add(sums)
-    lm.diagnostics = totals
-    return answers, alignments
-
-
-class _RunningAccuracy:
-    """Judges a question as soon as all its requests are answered."""
-
-    def __init__(self, judge: Judge, requests: Sequence[Instance]) -> None:
-        self.requests = requests
-        self.tasks = judge.by_name()
-        self.waiting = frames.grouped(requests)
-        self.answers: dict[int, list[Answer]] = {}
-
-    def add(self, answers: Sequence[tuple[int, list[Answer]]]) -> list[list[float]]:
-        """For each question that became complete, its accuracy under each condition."""
-        self.answers.update(answers)
-        places = dict.fromkeys(
-            (str(self.requests[n].task_name), self.requests[n].doc_id) for n, _ in answers
-        )
-        judged = []
-        for place in places:
-            numbers = self.waiting[place]
-            if all(n in self.answers for n in numbers):
-                task, doc = self.tasks[place[0]], self.requests[numbers[0]].doc
-                of_requests = [self.answers.pop(n) for n in numbers]
-                by_condition = zip(*of_requests, strict=True)
-                metrics = [task.process_results(doc, list(found)) for found in by_condition]
-                if any("acc" not in m for m in metrics):
-                    raise UsageError(f"tasks={place[0]}: must be a task that reports acc")
-                judged.append([float(m["acc"]) for m in metrics])
-        return judged

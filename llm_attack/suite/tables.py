@@ -1,6 +1,6 @@
 """Tables of a run and of two runs: for the terminal, in Markdown, and as CSV.
 
-The numbers come from `llm_attack.suite.statistics`; here they become text.
+The numbers come from `llm_attack.suite.summary`; here they become text.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 
 from llm_attack.outputs import write_text
-from llm_attack.suite.statistics import ALPHA, BELOW, INDISTINGUISHABLE, MEAN
+from llm_attack.suite.inference import ALPHA
+from llm_attack.suite.summary import BELOW, INDISTINGUISHABLE, MEAN
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from llm_attack.suite.statistics import ABOVE, ALPHA, BELOW, INDISTINGUISHABLE, MEAN
+from llm_attack.suite.inference import ALPHA
+from llm_attack.suite.summary import ABOVE, BELOW, INDISTINGUISHABLE, MEAN
 
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 

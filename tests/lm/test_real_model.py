@@ -4,7 +4,7 @@ import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from llm_attack.lm.model import AttackedHFLM
+from llm_attack.harness.model import AttackedHFLM
 
 FACTS = [
     ("The capital of France is", " Paris", " Rome"),

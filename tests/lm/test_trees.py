@@ -174,8 +174,9 @@ def test_answers_do_not_depend_on_the_layout(name, norm, made):
         scorer = scorer_of(network("gpt2"))
         engine = Engine(scorer, [attack], threat, CPU, 0, longest)
         with frozen(scorer.model):
-            batches = [found for _, found in engine.answers(engine.batches(made, 8, tokens))]
-        found = {id(a.question): a.answers[0] for batch in batches for a in batch.answered}
+            batches = list(engine.answers(engine.batches(made, 8, tokens)))
+        answered = [a for _, found in batches for a in found.answered]
+        found = {id(a.question): a.answers[0] for a in answered}
         flat = [answer for q in made for answer in found[id(q)]]
         results.append(torch.tensor([ll for ll, _ in flat], dtype=torch.float64))
     for other in results[1:]:

@@ -1,6 +1,8 @@
-"""Frames of a run that never was: questions and samples with known accuracies."""
+"""Frames of a run that never was: questions and samples with known accuracies; and of guesses."""
 
 from __future__ import annotations
+
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -72,3 +74,13 @@ def build(tasks=None, conditions=None, *, seed=0, norm=True, cosine=True):
                     }
                 )
     return pd.DataFrame(samples), pd.DataFrame(questions)
+
+
+def by_enumeration(chances):
+    """Distribution of the number of right guesses, from all outcomes."""
+    pmf = np.zeros(len(chances) + 1)
+    for outcome in product((0, 1), repeat=len(chances)):
+        pmf[sum(outcome)] += np.prod(
+            [p if hit else 1 - p for p, hit in zip(chances, outcome, strict=True)]
+        )
+    return pmf

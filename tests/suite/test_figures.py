@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 
 from llm_attack.outputs import COLOURS
-from llm_attack.suite import figures, statistics
+from llm_attack.suite import figures, summary
 from llm_attack.suite.layout import panels, wrapped
 
 LADDER = {"none": 3.0} | {
@@ -34,13 +34,13 @@ CASES = {
 def run(request):
     """Samples and table of every case."""
     samples, _ = build(*CASES[request.param])
-    return samples, statistics.summarise(samples)
+    return samples, summary.summarise(samples)
 
 
 @pytest.fixture
 def ladder(frames):
     samples, _ = frames({"zeta_task": (60, 4), "alpha": (40, 2)}, LADDER)
-    return samples, statistics.summarise(samples)
+    return samples, summary.summarise(samples)
 
 
 def of_tasks(table):
@@ -101,7 +101,7 @@ def test_bars_of_a_task_do_not_overlap(run):
 def test_background_by_options(frames):
     """More options, darker; neighbours with the same number share a span."""
     tasks = {"a": (4, 2), "b": (4, 2), "c": (4, (3, 5)), "d": (4, 8)}
-    (axes,) = figures.bars(statistics.summarise(frames(tasks)[0])).axes
+    (axes,) = figures.bars(summary.summarise(frames(tasks)[0])).axes
     spans = []
     for patch in axes.patches:
         box = patch.get_path().transformed(patch.get_patch_transform()).get_extents()
@@ -164,9 +164,9 @@ def test_curves_are_the_table(ladder):
 
 def test_curves_need_several_epsilons(frames):
     for conditions in (SHIFTS, {"none": 1.0}):
-        assert figures.curves(statistics.summarise(frames({"a": (5, 4)}, conditions)[0])) is None
+        assert figures.curves(summary.summarise(frames({"a": (5, 4)}, conditions)[0])) is None
     two = frames({"a": (5, 4)}, {"fgsm@0.1": 1.0, "fgsm@0": 2.0, "bim@0.1": 0.5})[0]
-    (axes, _) = figures.curves(statistics.summarise(two)).axes
+    (axes, _) = figures.curves(summary.summarise(two)).axes
     assert [line.get_xdata().tolist() for line in axes.get_lines()[:2]] == [[0, 0.1], [0.1]]
 
 
@@ -270,7 +270,7 @@ def test_draw_all_twice_gives_the_same_bytes(frames, tmp_path):
     samples, _ = frames({"zeta_task": (60, 4)}, {"none": 2.0, "fgsm@0.1": 1.0, "fgsm@1": 0.0})
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder in folders:
-        table = statistics.summarise(samples)
+        table = summary.summarise(samples)
         assert figures.draw_all(samples, table, folder) == ["figure", "epsilon", "margin", "cosine"]
     names = sorted(p.name for p in folders[0].iterdir())
     kinds = ("png", "svg")
@@ -284,6 +284,6 @@ def test_draw_all_twice_gives_the_same_bytes(frames, tmp_path):
 
 def test_draw_all_leaves_out_what_there_is_no_data_for(frames, tmp_path):
     samples, _ = frames({"a": (10, 4)}, {"none": 1.0}, cosine=False)
-    drawn = figures.draw_all(samples, statistics.summarise(samples), tmp_path)
+    drawn = figures.draw_all(samples, summary.summarise(samples), tmp_path)
     assert drawn == ["figure", "margin"]
     assert {p.stem for p in tmp_path.iterdir()} == {"figure", "margin"}

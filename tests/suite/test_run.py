@@ -15,11 +15,11 @@ from processes import Command, contents
 from llm_attack import evaluate
 from llm_attack.attacks import Attack
 from llm_attack.cli import main
-from llm_attack.lm import gold
-from llm_attack.lm.model import AttackedHFLM
+from llm_attack.harness import gold
+from llm_attack.harness.judge import Judge
+from llm_attack.harness.model import AttackedHFLM
+from llm_attack.harness.tasks import task_manager, tasks_path
 from llm_attack.suite import frames, results
-from llm_attack.suite.harness import task_manager, tasks_path
-from llm_attack.suite.judge import Judge
 
 DEMO = [f"demo_{name}" for name in ("arc_challenge", "arc_easy", "hellaswag", "openbookqa")]
 DEMO += ["demo_piqa", "demo_winogrande"]

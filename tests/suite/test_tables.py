@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from llm_attack.suite import statistics, tables
+from llm_attack.suite import summary, tables
 from llm_attack.suite.words import in_words
 
 CONDITIONS = {
@@ -22,7 +22,7 @@ CONDITIONS = {
 @pytest.fixture
 def table(frames):
     samples, _ = frames({"some_task": (200, 4), "another": (120, 2)}, CONDITIONS)
-    return statistics.summarise(samples)
+    return summary.summarise(samples)
 
 
 def cell(table, task, condition):
@@ -54,11 +54,11 @@ def test_cells_of_a_run(table):
 def test_units_of_the_rms_are_told(frames):
     """Beside a name such as fgsm@0.7rms, what that is, and its signal to noise."""
     samples, _ = frames({"some_task": (9, 4)}, {"none": 3.0, "fgsm@0.07": 1.0, "fgsm@0.02": 2.0})
-    plain = tables.means(statistics.summarise(samples))
+    plain = tables.means(summary.summarise(samples))
     assert "epsilon" not in plain and "signal/noise, dB" not in plain
     samples = samples.replace({"condition": {"fgsm@0.07": "fgsm@0.5rms"}})
     attacks = {"none": {}, "fgsm@0.5rms": {"snr_db": 6.02}, "fgsm@0.02": {"snr_db": 16.9}}
-    table = statistics.summarise(samples, attacks)
+    table = summary.summarise(samples, attacks)
     found = tables.means(table)
     assert found["epsilon"]["fgsm@0.5rms"] == "0.07"
     assert found["signal/noise, dB"] == {"none": "–", "fgsm@0.5rms": "6.0", "fgsm@0.02": "16.9"}
@@ -105,14 +105,14 @@ def test_markdown(table):
 
 def test_without_acc_norm_and_none(frames):
     samples, _ = frames({"a": (9, 4)}, {"fgsm@1": 0.0}, norm=False)
-    text = tables.markdown_of_run(statistics.summarise(samples))
+    text = tables.markdown_of_run(summary.summarise(samples))
     assert "acc_norm" not in text and "mean drop" not in text and "nan" not in text
 
 
 def test_acc_norm_of_some_tasks(frames):
     """A task without acc_norm, and the mean then, show a dash."""
     both = pd.concat([frames({"a": (9, 4)})[0], frames({"b": (9, 4)}, norm=False)[0]])
-    cells = tables.accuracies(statistics.summarise(both), "acc_norm")
+    cells = tables.accuracies(summary.summarise(both), "acc_norm")
     assert [set(row[2:-1]) == {"–"} for row in cells.rows] == [False, True, True]
 
 
@@ -155,8 +155,8 @@ def test_comparison(frames):
         {"some_long_task": (50, 4), "another": (40, 2)}, {"none": 2.0, "bim@0.1": 1.0}, seed=2
     )
     b[1].loc[:4, "doc_hash"] = "other"
-    frame = statistics.paired(*a, *b)
-    cells = tables.comparison(frame, ("runs/a", "runs/b"), statistics.unshared(*a, *b))
+    frame = summary.paired(*a, *b)
+    cells = tables.comparison(frame, ("runs/a", "runs/b"), summary.unshared(*a, *b))
     assert [row[:4] for row in cells.rows] == [
         ["some_long_task", "none", "45", "5"],
         ["another", "none", "40", "0"],

@@ -1,87 +1,52 @@
 """Gold labels from the task itself, whatever its fields are called.
 
 lm-eval hands a model requests, not tasks; and a task keeps its gold labels inside
-`process_results`. So we note which tasks build requests, and ask a task to judge made-up results:
-the choices that it calls right when the model prefers them are its gold ones.
+`process_results`. So the task is noted on each request (`patches.note_tasks`), and asked to judge
+made-up results: the choices that it calls right when the model prefers them are its gold ones.
 """
 
 from __future__ import annotations
 
-import functools
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
-from lm_eval.utils import env
 
 from llm_attack.errors import UsageError
-
-_tasks: weakref.WeakValueDictionary[str, Task] = weakref.WeakValueDictionary()
+from llm_attack.harness.patches import Noted, noted
 
 # The made-up log-likelihood of the choices that are not preferred; far enough to decide every
 # metric, near enough that exp() of it is a number.
 _REJECTED = -1e4
 
 
-def note_tasks() -> None:
-    """From now on, remember each lm-eval task that builds its requests (weakly, by name)."""
-    build = Task.build_all_requests
-    if hasattr(build, "__wrapped__"):
-        return
-
-    @functools.wraps(build)
-    def build_and_note(self: Task, *args: Any, **kwargs: Any) -> None:
-        build(self, *args, **kwargs)
-        _tasks[str(self.config.task)] = self
-
-    Task.build_all_requests = build_and_note
-
-
-def compile_templates_once() -> None:
-    """Caches the templates that lm-eval compiles anew for every question: half of its host time."""
-    if not hasattr(env.from_string, "cache_info"):
-        env.from_string = functools.lru_cache(maxsize=4096)(env.from_string)
-
-
 def siblings(request: Instance) -> list[Instance]:
     """All requests of the question that `request` belongs to, in the order of the choices.
 
     Raises:
-        UsageError: the request was not built by an lm-eval task.
+        UsageError: as of `task_of`.
     """
-    task = _task(request)
-    found = [
-        other
-        for other in _by_question(task).get(request.doc_id, [])
-        if other.task_name == request.task_name
-    ]
-    return found or [request]
+    return _noted(request).requests
 
 
-def _task(request: Instance) -> Task:
-    task = _tasks.get(str(request.task_name))
-    if task is None:
+def task_of(request: Instance) -> Task:
+    """The task that built `request`.
+
+    Raises:
+        UsageError: none did, or it did before it could be noted.
+    """
+    return _noted(request).task
+
+
+def _noted(request: Instance) -> Noted:
+    found = noted(request)
+    if found is None:
         raise UsageError(
             f"task {request.task_name}: loss=choice and context=shared need requests that an"
-            " lm-eval task built, with a question to belong to"
+            " lm-eval task built after llm_attack.harness.model was imported"
         )
-    return task
-
-
-def _by_question(task: Task) -> dict[Any, list[Instance]]:
-    """The task's requests by doc_id, sorted by idx; computed once for each set of requests."""
-    instances = task.instances
-    known = getattr(task, "_llm_attack_questions", None)
-    if known is None or known[0] is not instances:
-        questions: dict[Any, list[Instance]] = {}
-        for instance in instances:
-            questions.setdefault(instance.doc_id, []).append(instance)
-        for requests in questions.values():
-            requests.sort(key=lambda r: r.idx)
-        known = task._llm_attack_questions = (instances, questions)
-    return known[1]
+    return found
 
 
 def gold_choices(requests: Sequence[Instance]) -> list[bool]:
@@ -93,7 +58,7 @@ def gold_choices(requests: Sequence[Instance]) -> list[bool]:
         UsageError: the task is not multiple choice, or has no gold label for this question.
     """
     first = requests[0]
-    task = _task(first)
+    task = task_of(first)
     n = len(_choices(task, first.doc)) or len(requests)
     if n < 2 or len(requests) not in (n, 2 * n) or first.request_type != "loglikelihood":
         raise _not_multiple_choice(first)
@@ -113,7 +78,7 @@ def choice_lengths(requests: Sequence[Instance]) -> list[float]:
         UsageError: the task does not list its choices.
     """
     first = requests[0]
-    choices = _choices(_task(first), first.doc)
+    choices = _choices(task_of(first), first.doc)
     if not choices or not all(isinstance(c, str) and c for c in choices):
         raise UsageError(
             f"score=acc_norm: task {first.task_name} does not list its choices; use score=acc"

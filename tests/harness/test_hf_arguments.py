@@ -6,7 +6,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM
 
 from llm_attack.demo import MODEL_PATH
-from llm_attack.lm.model import AttackedHFLM
+from llm_attack.harness.model import AttackedHFLM
 
 
 def answers(lm, task):

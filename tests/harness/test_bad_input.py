@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from llm_attack.cli import main
 from llm_attack.demo import MODEL_PATH
 from llm_attack.errors import UsageError
-from llm_attack.suite.harness import tasks_path
+from llm_attack.harness.tasks import tasks_path
 
 CASES = [
     ("attack=fsgm", r"attack=fsgm: must be one of none, .*did you mean 'fgsm'\?"),
@@ -32,6 +32,8 @@ CASES = [
     ("loss=choice,context=own", r"context=own: must be shared with loss=choice"),
     ("attack=ost", r"attack=ost: .* needs loss=choice, not loss=sequence"),
     ("hookpoint=model.layer.0", r"hookpoint=model.layer.0: .*did you mean 'model.layers.0'\?"),
+    ("hookpoint=lm_head", r"hookpoint=lm_head: .*behind the head; did you mean 'model.norm'\?"),
+    ("hookpoint=model.rotary_emb", r"hookpoint=model.rotary_emb: .*'model.embed_tokens'\?"),
     ("epsilom=0.1", r"epsilom: attacked-hf has no such argument.*did you mean 'epsilon'\?"),
     ("pretraned=x", r"pretraned: attacked-hf has no such argument.*did you mean 'pretrained'\?"),
     ("wibble=1", r"wibble: attacked-hf has no such argument"),

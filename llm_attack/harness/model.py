@@ -1,7 +1,7 @@
 """`attacked-hf`: lm-eval's `hf` model with its embeddings perturbed.
 
-The way of the data: lm-eval's requests -> tokens (lm-eval's own code) -> questions -> the engine ->
-answers in the order asked.
+The way of the data: lm-eval's requests -> tokens (lm-eval's own code) -> questions (`requests`) ->
+the engine -> answers in the order asked.
 """
 
 from __future__ import annotations
@@ -10,37 +10,40 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
 from llm_attack.demo import MODEL_PATH
-from llm_attack.errors import UsageError, closest, report_usage_errors
-from llm_attack.lm import cache, gguf, gold
+from llm_attack.errors import UsageError, report_usage_errors
+from llm_attack.harness import cache
+from llm_attack.harness.names import check_names
+from llm_attack.harness.requests import (
+    TokenRequest,
+    encode,
+    questions_of,
+    truncated,
+    with_siblings,
+)
+from llm_attack.lm import gguf
 from llm_attack.lm.batches import Batch
 from llm_attack.lm.diagnostics import Diagnostics
-from llm_attack.lm.encode import encoded_together
 from llm_attack.lm.engine import Answer, Engine
 from llm_attack.lm.generate import attacked_prompts
-from llm_attack.lm.hook import frozen, resolve
-from llm_attack.lm.layers import blocks, compiled, recompute
+from llm_attack.lm.hook import frozen, resolve, try_out
+from llm_attack.lm.layers import prepare
 from llm_attack.lm.losses import LOSSES
-from llm_attack.lm.names import check_names
 from llm_attack.lm.probe import longest_tree
-from llm_attack.lm.questions import Question, Request
+from llm_attack.lm.questions import Question
+from llm_attack.lm.scatter import by_index
 from llm_attack.lm.scoring import Scorer
 from llm_attack.lm.settings import AttackSettings, EngineSettings, split_arguments
 from llm_attack.lm.signal import CALIBRATION_TEXT, of_activation, of_embedding
 
 DEFAULT_MODEL = "TinyLlama/TinyLlama_v1.1"
-
-# An lm-eval request in tokens: ((context, continuation) or None, context, continuation).
-TokenRequest = tuple[Any, list[int], list[int]]
 
 
 class AttackedHFLM(HFLM):
@@ -62,6 +65,7 @@ class AttackedHFLM(HFLM):
     """Of a batch at most, padding included; None: as many as are good for the device."""
 
     def __init__(self, pretrained: Any = DEFAULT_MODEL, **arguments: Any) -> None:
+        _report_if_lm_eval_runs()
         self.settings, arguments = split_arguments(arguments, AttackSettings)
         self.engine_settings, arguments = split_arguments(arguments, EngineSettings)
         check_names(arguments)
@@ -80,34 +84,26 @@ class AttackedHFLM(HFLM):
         except gguf.UNREADABLE as error:
             if gguf_file is None and not isinstance(error, OSError) and not gguf.names_in(source):
                 raise
-            raise _not_loaded(pretrained, gguf_file, error) from error
+            raise gguf.not_loaded(pretrained, gguf_file, error) from error
         if self.backend != "causal":
             raise UsageError(
                 f"pretrained={pretrained}: is an encoder-decoder model; must be a causal one"
             )
         self.pretrained = pretrained
         hookpoint = resolve(self.model, self.settings.hookpoint)
-        if self.engine_settings.gradient_checkpointing:
-            for block in blocks(self.model, "gradient_checkpointing"):
-                recompute(block)
-        if self.engine_settings.compile:
-            for block in blocks(self.model, "compile"):
-                if hookpoint not in block.modules():  # whose hook would not be seen
-                    compiled(block)
+        prepare(self.model, self.engine_settings, hookpoint)
         self.use(self.settings)
-        gold.note_tasks()
-        gold.compile_templates_once()
 
     def use(self, *conditions: AttackSettings) -> None:
         """Attacks with other settings from now on; diagnostics start anew.
 
         Args:
             conditions: what to attack with. The model's answers are those of the first; the others
-                are computed along with it, sharing its work, for `answers_of`. They may differ in
-                attack, epsilon, steps and step_size.
+                are computed along with it, sharing its work, for a run of the suite. They may
+                differ in attack, epsilon, steps and step_size.
 
         Raises:
-            UsageError: the hookpoint is not a module of the model, or conditions differ in more.
+            UsageError: the hookpoint is none of the model's, or conditions differ in more.
         """
         settings = conditions[0]
         for other in conditions[1:]:
@@ -115,12 +111,14 @@ class AttackedHFLM(HFLM):
                 raise UsageError("conditions of one run must have the same loss, context, seed")
         hookpoint = resolve(self.model, settings.hookpoint)
         self.settings, self.conditions = settings, conditions
-        if settings.hookpoint is None or isinstance(hookpoint, torch.nn.Embedding):
+        text = torch.tensor([self.tok_encode(CALIBRATION_TEXT)[: self.max_length]])
+        if settings.hookpoint is not None:
+            try_out(self.model, settings.hookpoint, text.to(self.device))
+        if hookpoint is self.model.get_input_embeddings():
             size = self.model.get_input_embeddings().weight.shape[0]
             self.signal = of_embedding(hookpoint, size, self.device)
         else:
-            ids = torch.tensor([self.tok_encode(CALIBRATION_TEXT)[: self.max_length]])
-            self.signal = of_activation(self.model, hookpoint, ids.to(self.device))
+            self.signal = of_activation(self.model, hookpoint, text.to(self.device))
         attacks = [condition.resolved(self.signal) for condition in conditions]
         self.attack = attacks[0]
         scorer = Scorer(self.model, hookpoint, self.mixed_precision_dtype, self.softmax_dtype)
@@ -133,18 +131,6 @@ class AttackedHFLM(HFLM):
         self.diagnostics = [Diagnostics() for _ in attacks]
 
     # -- loading -----------------------------------------------------------------------------------
-
-    @classmethod
-    def create_from_arg_string(cls, *args: Any, **kwargs: Any) -> AttackedHFLM:
-        """As lm-eval's; its command line prints no traceback for bad input."""
-        _report_if_lm_eval_runs()
-        return super().create_from_arg_string(*args, **kwargs)
-
-    @classmethod
-    def create_from_arg_obj(cls, *args: Any, **kwargs: Any) -> AttackedHFLM:
-        """As lm-eval's; its command line prints no traceback for bad input."""
-        _report_if_lm_eval_runs()
-        return super().create_from_arg_obj(*args, **kwargs)
 
     @cached_property
     def prefix_token_id(self) -> int:
@@ -177,23 +163,14 @@ class AttackedHFLM(HFLM):
             UsageError: before anything is computed, when the loss needs gold labels that the task
                 does not have.
         """
-        asked = list(requests)
-        if self.settings.threat.shared:
-            # a cache may have answered some of a question's requests: its attack needs them all
-            known = {id(r) for r in asked}
-            for request in requests:
-                for sibling in gold.siblings(request):
-                    if id(sibling) not in known:
-                        known.add(id(sibling))
-                        asked.append(sibling)
-        answers = self._loglikelihood_tokens(self._encode(asked), disable_tqdm, asked=asked)
+        shared = self.settings.threat.shared
+        asked = with_siblings(requests) if shared else list(requests)
+        questions = questions_of(asked, encode(self, asked), self.settings)
+        if shared and self.cache_hook.dbdict is not None:
+            cache.refuse_ambiguous(questions, asked)
+        answers = self._attacked(questions, [r.args for r in asked], disable_tqdm)
         self._pool()
         return answers[: len(requests)]
-
-    def answers_of(self, requests: Sequence[Instance]) -> list[list[Answer]]:
-        """The answers of `loglikelihood` under each condition (see `use`)."""
-        self.loglikelihood(requests)
-        return [answers[: len(requests)] for answers in self._answers]
 
     def loglikelihood_rolling(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
@@ -209,28 +186,35 @@ class AttackedHFLM(HFLM):
         requests: Sequence[TokenRequest],
         disable_tqdm: bool = False,
         override_bs: int | None = None,
-        asked: Sequence[Instance] | None = None,
     ) -> list[Answer]:
-        answers = [[(0.0, False)] * len(requests) for _ in self.conditions]
+        """What lm-eval asks about windows of longer texts: each is a question of its own."""
+        encoded = [truncated(request, self.max_length) for request in requests]
+        questions = [Question([request], [[i]]) for i, request in enumerate(encoded)]
+        return self._attacked(questions, [r[0] for r in requests], disable_tqdm, override_bs)
+
+    def _attacked(
+        self,
+        questions: Iterable[Question],
+        keys: Sequence[Any],
+        disable_tqdm: bool,
+        rows: int | None = None,
+    ) -> list[Answer]:
+        """The answers under the first condition, in the order of `keys`: of lm-eval's cache."""
+        answers = [(0.0, False)] * len(keys)
         progress = self.progress(
-            total=len(requests),
+            total=len(keys),
             disable=disable_tqdm or self.rank != 0,
             desc=f"Running loglikelihood requests ({self.attack.condition})",
         )
-        batches = self.batches(self._questions(requests, asked), override_bs)
         with frozen(self.model), progress:
-            for _, batch in self.engine.answers(batches):
-                for question, found, _ in batch.answered:
-                    for i, indices in enumerate(question.answers):
-                        for index in indices:
-                            for of_condition, attacked in zip(answers, found, strict=True):
-                                of_condition[index] = attacked[i]
-                            texts = requests[index][0]
-                            if texts is not None:  # a window of a longer text has no key
-                                self.cache_hook.add_partial("loglikelihood", texts, found[0][i])
-                        progress.update(len(indices))
-        self._answers = answers
-        return answers[0]
+            for _, batch in self.engine.answers(self.batches(questions, rows)):
+                found = by_index(batch.answered)
+                for index, (of_conditions, _) in found.items():
+                    answers[index] = of_conditions[0]
+                    if keys[index] is not None:  # a window of a longer text has no key
+                        self.cache_hook.add_partial("loglikelihood", keys[index], answers[index])
+                progress.update(len(found))
+        return answers
 
     def batches(self, questions: Iterable[Question], rows: int | None = None) -> list[Batch]:
         """What goes through the model together; `rows`: at most, in place of `batch_size`."""
@@ -240,49 +224,6 @@ class AttackedHFLM(HFLM):
         questions = list(questions)
         self.engine.probe(questions)
         return self.engine.batches(questions, int(limit), self.tokens_per_batch)
-
-    def questions(self, requests: Sequence[Instance]) -> list[Question]:
-        """The questions of `requests`, whose answers are indices into these.
-
-        Raises:
-            UsageError: the loss needs gold labels that the task does not have.
-        """
-        return self._questions(self._encode(requests), requests)
-
-    def _encode(self, requests: Sequence[Instance]) -> list[TokenRequest]:
-        """The requests in tokens, made by lm-eval's own code."""
-        pairs = [r.args for r in requests]
-        texts = [text for a, b in pairs for text in (a.rstrip(), a + b)]
-        with encoded_together(self.tokenizer, texts):
-            return TemplateLM.loglikelihood(_Encoder(self), requests, disable_tqdm=True)
-
-    def _questions(
-        self, requests: Sequence[TokenRequest], asked: Sequence[Instance] | None
-    ) -> list[Question]:
-        """The requests grouped by the benchmark's question; each alone if none are `asked`."""
-        longest = self.max_length
-        encoded = [_request(context, own, longest) for _, context, own in requests]
-        if asked is None:
-            return [Question([request], [[i]]) for i, request in enumerate(encoded)]
-        grouped: dict[tuple, dict[tuple, list[int]]] = {}
-        for i, (instance, request) in enumerate(zip(asked, encoded, strict=True)):
-            # requests of no task, made by hand, have no doc_id, and each is alone
-            alone = i if instance.doc_id is None else -1
-            of_question = grouped.setdefault((instance.task_name, instance.doc_id, alone), {})
-            of_question.setdefault((instance.idx, request.tokens), []).append(i)
-        questions = []
-        for by_choice in grouped.values():
-            answers = [by_choice[key] for key in sorted(by_choice)]
-            question = Question([encoded[a[0]] for a in answers], answers)
-            if self.settings.needs_gold:
-                instances = [asked[a[0]] for a in answers]
-                question.gold = gold.gold_choices(instances)
-                if self.settings.score == "acc_norm":
-                    question.lengths = gold.choice_lengths(instances)
-            questions.append(question)
-        if self.settings.threat.shared and self.cache_hook.dbdict is not None:
-            _refuse_ambiguous(questions, asked)
-        return questions
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations of the prompts, which are attacked at prefill."""
@@ -347,65 +288,8 @@ class AttackedHFLM(HFLM):
         super().set_cache_hook(cache_hook)
 
 
-class _Encoder:
-    """A model for lm-eval that turns requests into tokens and stops there."""
-
-    def __init__(self, lm: AttackedHFLM) -> None:
-        self._lm = lm
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._lm, name)
-
-    def _loglikelihood_tokens(
-        self, requests: list[TokenRequest], **options: Any
-    ) -> list[TokenRequest]:
-        return requests
-
-
-def _request(context: list[int], continuation: list[int], longest: int) -> Request:
-    """A request of at most `longest` tokens to read."""
-    if not 0 < len(continuation) <= longest:
-        raise UsageError(
-            f"max_length={longest}: a continuation has {len(continuation)} tokens; must have from 1"
-            " to max_length"
-        )
-    return Request(tuple((context + continuation)[-(longest + 1) :]), len(continuation))
-
-
 def _report_if_lm_eval_runs() -> None:
     """One line instead of a traceback, if this process is lm-eval's command line."""
     main = getattr(sys.modules.get("__main__"), "__spec__", None)
     if "lm_eval.__main__" in sys.modules or getattr(main, "name", None) == "lm_eval.__main__":
         report_usage_errors()
-
-
-def _not_loaded(pretrained: Any, gguf_file: str | None, error: Exception) -> UsageError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if gguf_file is not None:
-        return UsageError(
-            f"pretrained={pretrained}, gguf_file={gguf_file}: cannot be loaded ({reason}); must be"
-            " a whole GGUF file of an architecture and quantisation that transformers reads"
-        )
-    there = gguf.names_in(pretrained)
-    hint = f"; the folder has GGUF files: gguf_file={there[0]}" if there else ""
-    path = Path(str(pretrained))
-    meant = closest(path.name, gguf.names_in(path.parent))
-    hint = f"; did you mean {path.with_name(meant)}?" if meant else hint
-    return UsageError(
-        f"pretrained={pretrained}: cannot be loaded ({reason}); must be a model id on a hub that"
-        f" can be reached, a local folder, or demo, the bundled model (pretrained=demo){hint}"
-    )
-
-
-def _refuse_ambiguous(questions: Sequence[Question], asked: Sequence[Instance]) -> None:
-    """lm-eval's cache has one answer per request; two questions may need two."""
-    seen: dict[Any, tuple] = {}
-    for question in questions:
-        content = (tuple(question.requests), tuple(question.gold), tuple(question.lengths))
-        for answers in question.answers:
-            request = asked[answers[0]]
-            if seen.setdefault(request.args, content) != content:
-                raise UsageError(
-                    f"use_cache: task {request.task_name} has a request that belongs to two"
-                    " questions, which lm-eval's cache cannot tell apart; run it without use_cache"
-                )

@@ -1,25 +1,28 @@
-"""What a run's samples say: accuracies, their intervals and tests, and pairs of two runs.
+"""What a run's samples say: accuracies with intervals and tests, and pairs of two runs.
 
 Pure functions over pandas frames: `summarise` makes the frame of `table.csv`, `paired` compares two
-runs; the tests and intervals that they use stand above them. Imports neither torch nor lm-eval.
+runs. Imports neither torch nor lm-eval.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from functools import reduce
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike
-from scipy.stats import binom, norm
-from statsmodels.stats.contingency_tables import mcnemar
-from statsmodels.stats.proportion import proportion_confint
 
 from llm_attack.errors import UsageError
+from llm_attack.suite.inference import (
+    ALPHA,
+    chance_test,
+    holm,
+    mcnemar_test,
+    mean_interval,
+    paired_interval,
+    wilson,
+)
 
-ALPHA = 0.05  # level of the tests; the intervals cover 1 - ALPHA
 ABOVE, BELOW = "above guessing", "below guessing"
 INDISTINGUISHABLE = "indistinguishable from guessing"
 MEAN = "mean"  # stands in the column `task` of rows with the mean over tasks
@@ -37,83 +40,9 @@ _CHANGING = ["acc", "log_likelihood", "margin"]  # of a question, from `none` to
 _COUNTS = ["n", "n_choices_min", "n_choices_max", "lost", "gained", "left_out"]
 
 
-def wilson(right: int, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of the share right / n (E. B. Wilson 1927)."""
-    low, high = proportion_confint(right, n, alpha=ALPHA, method="wilson")
-    # Rounding must not put the share itself outside: 0 of n and n of n lie on the interval's edge.
-    return max(0.0, min(low, right / n)), min(1.0, max(high, right / n))
-
-
 def chances(samples: pd.DataFrame) -> pd.Series:
     """The probability that a guess is right, per row: number of gold choices / of choices."""
     return samples["gold"].map(len) / samples["n_choices"]
-
-
-def guessing(chances: ArrayLike) -> np.ndarray:
-    """Distribution of the number of right answers when every question is guessed.
-
-    The Poisson binomial distribution. Benchmarks have few different numbers of choices: one
-    binomial distribution for each, convolved. All terms are positive, so nothing cancels.
-
-    Args:
-        chances: (n,) probability to guess each question right.
-
-    Returns:
-        (n + 1,) probability of 0, 1, ..., n right answers.
-    """
-    values, counts = np.unique(np.asarray(chances, dtype=float), return_counts=True)
-    groups = (binom.pmf(np.arange(n + 1), n, p) for p, n in zip(values, counts, strict=True))
-    return reduce(np.convolve, groups)
-
-
-def chance_test(right: int, chances: ArrayLike) -> float:
-    """Exact two-sided p-value of `right` answers against guessing.
-
-    As in `scipy.stats.binomtest`, which it equals where all chances are equal: the probability of
-    all outcomes that are not likelier than the one observed, with the same tolerance for ties.
-    """
-    pmf = guessing(chances)
-    return min(1.0, float(pmf[pmf <= pmf[right] * (1 + 1e-7)].sum()))
-
-
-def mcnemar_test(lost: int, gained: int) -> float:
-    """Exact p-value of McNemar's test: are `lost` and `gained` questions halves of their sum?"""
-    return float(mcnemar([[0, lost], [gained, 0]], exact=True).pvalue)
-
-
-def holm(p_values: ArrayLike) -> np.ndarray:
-    """Holm's adjusted p-values; NaN stays NaN and does not count as a test.
-
-    Not `statsmodels.stats.multitest.multipletests`, to which it is equal: that collects garbage at
-    every call, which takes 0.3 s beside loaded models and data sets.
-    """
-    adjusted = np.array(p_values, dtype=float)
-    order = np.argsort(adjusted)[: np.count_nonzero(~np.isnan(adjusted))]  # NaN is sorted last
-    factors = np.arange(len(order), 0, -1)
-    adjusted[order] = np.minimum(1, np.maximum.accumulate(adjusted[order] * factors))
-    return adjusted
-
-
-def paired_interval(lost: int, gained: int, n: int) -> tuple[float, float]:
-    """95 % interval of the difference (gained - lost) / n of two shares of the same n questions.
-
-    Wald's interval after one more question is lost and one more gained: Bonett and Price 2012,
-    recommended by Fagerland, Lydersen and Laake 2014 (doi:10.1002/sim.6148).
-    """
-    down, up = (lost + 1) / (n + 2), (gained + 1) / (n + 2)
-    half = norm.ppf(1 - ALPHA / 2) * np.sqrt((up + down - (up - down) ** 2) / (n + 2))
-    return max(-1.0, float(up - down - half)), min(1.0, float(up - down + half))
-
-
-def mean_interval(values: ArrayLike, low: ArrayLike, high: ArrayLike) -> tuple[float, float]:
-    """Interval of the mean of independent estimates, from their own intervals.
-
-    The distances to the lower ends are added in squares, and so are those to the upper ends (the
-    method of variance estimates recovery: Zou and Donner 2008). Of one estimate: its own interval.
-    """
-    values = np.asarray(values, dtype=float)
-    down, up = (np.linalg.norm(values - end) / len(values) for end in (low, high))
-    return float(values.mean() - down), float(values.mean() + up)
 
 
 def gold_margin(samples: pd.DataFrame) -> pd.Series:

@@ -7,10 +7,14 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 from lm_eval.models.huggingface import HFLM
+from lm_eval.utils import simple_parse_args_string
 from transformers import PretrainedConfig, PreTrainedModel
 
+from llm_attack import declare
 from llm_attack.errors import UsageError
-from llm_attack.lm.settings import AttackSettings
+from llm_attack.lm.settings import AttackSettings, EngineSettings
+
+__all__ = ["check_names", "simple_parse_args_string"]
 
 # What `from_pretrained` reads from its keyword arguments without naming it in its signature.
 _FROM_PRETRAINED = [
@@ -51,7 +55,7 @@ _FROM_PRETRAINED = [
 
 def known_names() -> list[str]:
     """All arguments of `attacked-hf` but the attributes of the model's own config."""
-    names = [n for n, f in AttackSettings.__dataclass_fields__.items() if f.init]
+    names = [*declare.names(AttackSettings), *declare.names(EngineSettings)]
     for function in (HFLM.__init__, PreTrainedModel.from_pretrained):
         for name, parameter in inspect.signature(function).parameters.items():
             if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):

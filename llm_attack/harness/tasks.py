@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lm_eval.tasks import TaskManager
+
 from llm_attack._shim import register
 from llm_attack.errors import UsageError, closest
+from llm_attack.harness import patches
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -18,22 +20,6 @@ def tasks_path() -> Path:
     """The folder of our lm-eval YAMLs: in the package when installed, beside it in a checkout."""
     installed = _PACKAGE / "tasks"
     return installed if installed.is_dir() else _PACKAGE.parent / "tasks"
-
-
-def add_tasks() -> None:
-    """From now on every lm-eval `TaskManager` knows our tasks too."""
-    from lm_eval.tasks import TaskManager
-
-    build = TaskManager.__init__
-    if hasattr(build, "__wrapped__"):
-        return
-
-    @functools.wraps(build)
-    def with_ours(self: Any, *args: Any, include_path: Any = None, **kwargs: Any) -> None:
-        paths = [include_path] if isinstance(include_path, (str, Path)) else include_path or []
-        build(self, *args, include_path=[*paths, str(tasks_path())], **kwargs)
-
-    TaskManager.__init__ = with_ours
 
 
 def task_manager(tasks: Sequence[str], include_path: str | None = None) -> Any:
@@ -46,8 +32,6 @@ def task_manager(tasks: Sequence[str], include_path: str | None = None) -> Any:
     Raises:
         UsageError: one of the tasks, or the folder, does not exist.
     """
-    from lm_eval.tasks import TaskManager
-
     ours = tasks_path()
     # the demo is whole in itself: indexing the thousands of files of lm-eval takes seconds
     kinds: list[dict[str, Any]] = [
@@ -74,10 +58,9 @@ def lm_eval(arguments: Sequence[str]) -> None:
     Raises:
         UsageError: bad input that lm-eval or the model found.
     """
-    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.__main__ import cli_evaluate  # whose presence says that it runs: see the model
 
     register()
-    add_tasks()
     arguments = list(arguments)
     # its subcommands (run, ls, validate) come first; only run has a model
     command = arguments[:1] if arguments[:1] and not arguments[0].startswith("-") else []
@@ -86,10 +69,11 @@ def lm_eval(arguments: Sequence[str]) -> None:
     if runs and not any(a == "--model" or a.startswith(("--model=", "-M")) for a in rest):
         rest = ["--model", "attacked-hf", *rest]
     sys.argv = ["lm_eval", *command, *rest]
-    try:
-        cli_evaluate()
-    except ValueError as error:
-        raise _readable(error) from error
+    with patches.tasks_also_in(tasks_path()), patches.templates_compiled_once():
+        try:
+            cli_evaluate()
+        except ValueError as error:
+            raise _readable(error) from error
 
 
 def _readable(error: ValueError) -> ValueError:
@@ -97,8 +81,6 @@ def _readable(error: ValueError) -> ValueError:
     text = str(error)
     if isinstance(error, UsageError) or not text.startswith("Tasks not found"):
         return error
-    from lm_eval.tasks import TaskManager
-
     missing = text.removeprefix("Tasks not found:").split(".")[0].strip()
     return unknown_tasks(missing.split(", "), TaskManager().all_tasks)
 

@@ -7,10 +7,13 @@ settings, and any run with other settings refuses it.
 from __future__ import annotations
 
 import json
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
+from lm_eval.api.instance import Instance
+
 from llm_attack.errors import UsageError
+from llm_attack.lm.questions import Question
 
 MARK = "llm_attack settings"
 
@@ -43,3 +46,17 @@ def guard(cache: MutableMapping[str, Any], settings: dict[str, Any], filename: s
             f"use_cache={filename}: this file was written under other settings"
             f" ({'; '.join(differing)}); must be a new file or one of the same settings"
         )
+
+
+def refuse_ambiguous(questions: Sequence[Question], asked: Sequence[Instance]) -> None:
+    """lm-eval's cache has one answer per request; two questions may need two."""
+    seen: dict[Any, tuple] = {}
+    for question in questions:
+        content = (tuple(question.requests), tuple(question.gold), tuple(question.lengths))
+        for answers in question.answers:
+            request = asked[answers[0]]
+            if seen.setdefault(request.args, content) != content:
+                raise UsageError(
+                    f"use_cache: task {request.task_name} has a request that belongs to two"
+                    " questions, which lm-eval's cache cannot tell apart; run it without use_cache"
+                )

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+import json
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
-from lm_eval import evaluator
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.evaluator import simple_evaluate
+from lm_eval.utils import handle_non_serializable
 
 from llm_attack.errors import UsageError
+from llm_attack.harness import patches
+from llm_attack.harness.gold import task_of
+from llm_attack.harness.model import AttackedHFLM
 from llm_attack.lm.engine import Answer
-from llm_attack.lm.model import AttackedHFLM
 
 
 class _Collected(Exception):
@@ -73,6 +76,7 @@ class Judge:
         self.lm, self.tasks = lm, list(tasks)
         self.options = {"bootstrap_iters": 0, "log_samples": True, **options}
         self.manager = _LoadedOnce(manager)
+        self.asked: list[Instance] = []
 
     def requests(self) -> list[Instance]:
         """All requests, in lm-eval's order.
@@ -83,47 +87,26 @@ class Judge:
         stand = _Stand(self.lm)
         with suppress(_Collected):
             self._evaluate(stand)
-        for task in self.manager.built:
+        for task in {id(t): t for t in map(task_of, stand.requests)}.values():
             # lm-eval builds anew at each evaluation: as costly as judging
             task.build_all_requests = lambda **options: None
-        return stand.requests
+        self.asked = stand.requests
+        return self.asked
 
     def results(self, answers: list[Answer], condition: int) -> dict[str, Any]:
         """lm-eval's results, when these are the answers to `requests()` under a condition."""
-        for task in self.manager.built:
-            for request in task.instances:
-                request.resps.clear()
-                request.filtered_resps.clear()
+        for request in self.asked:
+            request.resps.clear()
+            request.filtered_resps.clear()
         found = self._evaluate(_Stand(self.lm, answers, condition))
         assert found is not None  # as it is on lm-eval's first process, the only one
         return found
 
-    def by_name(self) -> dict[str, Any]:
-        """The task objects."""
-        return {str(task.config.task): task for task in self.manager.built}
-
     def _evaluate(self, stand: _Stand) -> dict[str, Any] | None:
-        with _no_inventory():
+        with patches.without_inventory():
             return simple_evaluate(
                 stand, tasks=self.tasks, task_manager=self.manager, **self.options
             )
-
-
-@contextmanager
-def _no_inventory() -> Iterator[None]:
-    """Saves the seconds in which lm-eval asks pip and the system what there is: see run.json.
-
-    And git, which complains on the terminal where there is no repository.
-    """
-    names = ("add_env_info", "get_git_commit_hash")
-    before = {name: getattr(evaluator, name) for name in names if hasattr(evaluator, name)}
-    for name in before:
-        setattr(evaluator, name, lambda *args: None)
-    try:
-        yield
-    finally:
-        for name, function in before.items():
-            setattr(evaluator, name, function)
 
 
 class _LoadedOnce:
@@ -135,27 +118,24 @@ class _LoadedOnce:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._manager, name)
 
-    def load(self, names: Any) -> Any:  # lm-eval from 0.4.10 on
+    def load(self, names: Any) -> Any:  # lm-eval from 0.4.12 on
         self._loaded = self._loaded or self._manager.load(names)
         return self._loaded
 
-    def load_task_or_group(self, names: Any) -> Any:  # lm-eval 0.4.9.1 and 0.4.9.2
+    def load_task_or_group(self, names: Any) -> Any:  # before
         self._loaded = self._loaded or self._manager.load_task_or_group(names)
         return self._loaded
-
-    @property
-    def built(self) -> list[Any]:
-        """The task objects."""
-        found: list[Any] = []
-        waiting: list[Any] = [self._loaded]
-        while waiting:
-            item = waiting.pop()
-            if isinstance(item, dict):
-                waiting.extend(item.values())
-            elif hasattr(item, "build_all_requests"):
-                found.append(item)
-        return found
 
 
 def _no_choices(request: Instance) -> UsageError:
     return UsageError(f"tasks={request.task_name}: must be a task with choices")
+
+
+def as_json(results: dict[str, Any]) -> str:
+    """lm-eval's results without samples, as in its own files; functions by name, not address."""
+
+    def plain(value: Any) -> Any:
+        return getattr(value, "__qualname__", None) or handle_non_serializable(value)
+
+    content = {key: value for key, value in results.items() if key != "samples"}
+    return json.dumps(content, indent=2, default=plain, ensure_ascii=False) + "\n"

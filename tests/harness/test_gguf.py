@@ -10,8 +10,8 @@ from lm_eval.models.huggingface import HFLM
 from llm_attack import evaluate
 from llm_attack.cli import main
 from llm_attack.errors import UsageError
+from llm_attack.harness.tasks import task_manager
 from llm_attack.lm import gguf as ours
-from llm_attack.suite.harness import task_manager
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
 from transformers.convert_slow_tokenizer import bytes_to_unicode  # noqa: E402
@@ -75,7 +75,7 @@ def test_as_in_stock(good, build):
 
 
 def ours_of(pretrained, **arguments):
-    from llm_attack.lm.model import AttackedHFLM
+    from llm_attack.harness.model import AttackedHFLM
 
     return AttackedHFLM(pretrained=str(pretrained), attack="none", **arguments)
 

@@ -5,7 +5,7 @@ import pytest
 from lm_eval.api.task import ConfigurableTask
 
 from llm_attack.errors import UsageError
-from llm_attack.lm import gold
+from llm_attack.harness import gold
 
 DOCS = {
     "question": ["one", "two"],
@@ -30,7 +30,6 @@ def task_of(**config):
 
 
 def questions(task):
-    gold.note_tasks()
     task.build_all_requests()
     return [gold.siblings(r) for r in task.instances if r.idx == 0]
 

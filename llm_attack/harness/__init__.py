@@ -1,0 +1,24 @@
+"""The one door to lm-eval: model, tasks, gold labels, judge, and every patch. No other part of the
+package imports it.
+
+Beyond its documented interface, this leans on what lm-eval does inside:
+
+- `cache`: a `CacheHook` has `dbdict`, the file, and None without one; keys are requests alone.
+- `encode` of `requests`: `TemplateLM.loglikelihood` hands ((context, continuation), tokens, tokens)
+  to `_loglikelihood_tokens`, and tokenises by `tokenizer.encode`.
+- `gold`: `Task.process_results` judges (log-likelihood, is_greedy) pairs in the order of the
+  choices; of `acc_mutual_info` twice as many.
+- `judge`: `simple_evaluate` asks for all log-likelihoods in one call, and its TaskManager by `load`
+  (from 0.4.12 on) or `load_task_or_group`; an `Instance` keeps answers in `resps` and
+  `filtered_resps`; `evaluator.add_env_info` and `evaluator.get_git_commit_hash` take inventory.
+- `model`: `HFLM` calls `_get_config` and `_create_tokenizer` as it loads, `_model_generate` with
+  prompts padded on the left, and `_loglikelihood_tokens` with None for the key of a window of a
+  longer text; it has `backend`, `mixed_precision_dtype` and `softmax_dtype`.
+- `names`: the signature of `HFLM.__init__` has all arguments of `hf`.
+- `patches`: `Task.build_all_requests` leaves `instances`; `api.model` and `api.task` draw bars by a
+  `tqdm` of their own; `utils.env` compiles templates; `TaskManager` takes `include_path`.
+- `tasks`: `__main__.cli_evaluate` reads `sys.argv`, and its error begins with "Tasks not found".
+
+All of these are in each release from 0.4.9.1 to 0.4.13 (0.4.9.1, 0.4.9.2, 0.4.10 to 0.4.13). The
+tests pass with 0.4.13; with 0.4.9.1 see "Limits" in the README; those between were read, not run.
+"""

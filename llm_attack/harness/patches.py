@@ -1,0 +1,142 @@
+"""Every patch of lm-eval. All but one are context managers, in force where they are asked for.
+
+The one is `note_tasks`, in force once this module is imported, which the model's imports: whatever
+the attack, because requests may be built before the model that attacks them is made. It changes
+nothing that anyone else sees: a request's equality, text, copies and pickles are what they were.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lm_eval import evaluator, utils
+from lm_eval.api import model, task
+from lm_eval.api.instance import Instance
+from lm_eval.api.task import Task
+from lm_eval.tasks import TaskManager
+from tqdm import tqdm
+
+# On our wrapper, to be told from those of others; and on a request, where its `Noted` is.
+MARK = "_llm_attack"
+
+
+@dataclass(frozen=True, eq=False)
+class Noted:
+    """A question as its task built it.
+
+    It is kept on the requests themselves. A register beside them could never let go: the task,
+    which judges, refers to its requests.
+
+    Attributes:
+        task: the task.
+        requests: all of the question, in the order of the choices.
+    """
+
+    task: Task
+    requests: list[Instance]
+
+    def __deepcopy__(self, memo: Any) -> Noted:
+        return self
+
+    def __reduce__(self) -> Any:
+        return type(None), ()  # a task need not be fit for a file; the request is
+
+
+def note(task: Any) -> None:
+    """Leaves on each request of `task` its `Noted`."""
+    questions: dict[Any, Noted] = {}
+    for request in task.instances:
+        question = questions.setdefault(request.doc_id, Noted(task, []))
+        question.requests.append(request)
+        setattr(request, MARK, question)
+    for question in questions.values():
+        question.requests.sort(key=lambda r: r.idx)
+
+
+def noted(request: Instance) -> Noted | None:
+    """What `note` left on `request`."""
+    return getattr(request, MARK, None)
+
+
+def note_tasks() -> None:
+    """From now on every lm-eval task that builds its requests is noted on them."""
+    build = Task.build_all_requests
+    if hasattr(build, MARK):
+        return
+
+    @functools.wraps(build)
+    def build_and_note(self: Task, *args: Any, **kwargs: Any) -> None:
+        build(self, *args, **kwargs)
+        note(self)
+
+    setattr(build_and_note, MARK, True)
+    Task.build_all_requests = build_and_note
+
+
+note_tasks()
+
+
+@contextmanager
+def templates_compiled_once() -> Iterator[None]:
+    """Caches the templates that lm-eval compiles anew for every question: half of its host time."""
+    with _replaced(utils.env, from_string=functools.lru_cache(4096)(utils.env.from_string)):
+        yield
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """lm-eval draws no bars, which would break up ours."""
+
+    def silent(*args: Any, **kwargs: Any) -> tqdm:
+        return tqdm(*args, **{**kwargs, "disable": True})
+
+    with _replaced(model, tqdm=silent), _replaced(task, tqdm=silent):
+        yield
+
+
+@contextmanager
+def without_inventory() -> Iterator[None]:
+    """Saves the seconds in which lm-eval asks pip and the system what there is: see run.json.
+
+    And git, which complains on the terminal where there is no repository.
+    """
+
+    def nothing(*args: Any) -> None:
+        return None
+
+    with _replaced(evaluator, add_env_info=nothing, get_git_commit_hash=nothing):
+        yield
+
+
+@contextmanager
+def tasks_also_in(folder: Path) -> Iterator[None]:
+    """Every `TaskManager` that is made knows the tasks in `folder` too."""
+    init = TaskManager.__init__
+
+    @functools.wraps(init)
+    def with_ours(self: Any, *args: Any, include_path: Any = None, **kwargs: Any) -> None:
+        paths = [include_path] if isinstance(include_path, (str, Path)) else include_path or []
+        init(self, *args, include_path=[*paths, str(folder)], **kwargs)
+
+    with _replaced(TaskManager, __init__=with_ours):
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, **values: Any) -> Iterator[None]:
+    """While it lasts, `owner` has `values` for attributes."""
+    own = {name: vars(owner)[name] for name in values if name in vars(owner)}
+    for name, value in values.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name in values:
+            delattr(owner, name)
+        for name, value in own.items():
+            setattr(owner, name, value)

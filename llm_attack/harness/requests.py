@@ -1,0 +1,113 @@
+"""lm-eval's requests as questions in tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+
+from llm_attack.errors import UsageError
+from llm_attack.harness import gold, patches
+from llm_attack.lm.encode import encoded_together
+from llm_attack.lm.questions import Question, Request
+from llm_attack.lm.settings import AttackSettings
+
+if TYPE_CHECKING:
+    from llm_attack.harness.model import AttackedHFLM
+
+# An lm-eval request in tokens: ((context, continuation) or None, context, continuation).
+TokenRequest = tuple[Any, list[int], list[int]]
+
+
+def by_question(requests: Sequence[Instance]) -> list[list[int]]:
+    """Numbers of the requests of each question, in the order of its choices."""
+    found: dict[Any, list[int]] = {}
+    for number, request in enumerate(requests):
+        # requests of no task, made by hand, have no doc_id, and each is alone
+        alone = number if request.doc_id is None else -1
+        place = patches.noted(request) or (request.task_name, request.doc_id, alone)
+        found.setdefault(place, []).append(number)
+    for numbers in found.values():
+        numbers.sort(key=lambda n: requests[n].idx)
+    return list(found.values())
+
+
+def with_siblings(requests: Sequence[Instance]) -> list[Instance]:
+    """The requests, and behind them those that their questions lack.
+
+    A cache may have answered some of a question's requests: an attack on all needs them again.
+    """
+    known = {id(request): request for request in requests}
+    siblings = {id(s): s for request in requests for s in gold.siblings(request)}
+    return [*requests, *(s for key, s in siblings.items() if key not in known)]
+
+
+def encode(lm: AttackedHFLM, requests: Sequence[Instance]) -> list[Request]:
+    """The requests in tokens, made by lm-eval's own code."""
+    pairs = [r.args for r in requests]
+    texts = [text for a, b in pairs for text in (a.rstrip(), a + b)]
+    with encoded_together(lm.tokenizer, texts):
+        found = TemplateLM.loglikelihood(_Encoder(lm), requests, disable_tqdm=True)
+    return [truncated(request, lm.max_length) for request in found]
+
+
+def truncated(request: TokenRequest, longest: int) -> Request:
+    """What the model gets: at most `longest` tokens to read.
+
+    Raises:
+        UsageError: the continuation has no token, or more than that.
+    """
+    _, context, continuation = request
+    if not 0 < len(continuation) <= longest:
+        raise UsageError(
+            f"max_length={longest}: a continuation has {len(continuation)} tokens; must have from 1"
+            " to max_length"
+        )
+    return Request(tuple((context + continuation)[-(longest + 1) :]), len(continuation))
+
+
+def questions_of(
+    requests: Sequence[Instance], encoded: Sequence[Request], settings: AttackSettings
+) -> list[Question]:
+    """The questions of `requests`, whose answers are indices into these.
+
+    Args:
+        requests: what is asked.
+        encoded: the same in tokens.
+        settings: say whether gold labels, and the lengths of choices, are needed.
+
+    Raises:
+        UsageError: they are, and the task does not have them.
+    """
+    questions = []
+    with patches.templates_compiled_once():
+        for numbers in by_question(requests):
+            choices: dict[tuple, list[int]] = {}
+            for n in numbers:
+                choices.setdefault((requests[n].idx, encoded[n].tokens), []).append(n)
+            answers = [choices[key] for key in sorted(choices)]
+            question = Question([encoded[a[0]] for a in answers], answers)
+            if settings.needs_gold:
+                instances = [requests[a[0]] for a in answers]
+                question.gold = gold.gold_choices(instances)
+                if settings.score == "acc_norm":
+                    question.lengths = gold.choice_lengths(instances)
+            questions.append(question)
+    return questions
+
+
+class _Encoder:
+    """A model for lm-eval that turns requests into tokens and stops there."""
+
+    def __init__(self, lm: AttackedHFLM) -> None:
+        self._lm = lm
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._lm, name)
+
+    def _loglikelihood_tokens(
+        self, requests: list[TokenRequest], **options: Any
+    ) -> list[TokenRequest]:
+        return requests

@@ -1,0 +1,109 @@
+"""A run's requests as batches: how they are numbered, kept when finished, and put together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+from llm_attack.errors import UsageError
+from llm_attack.harness.gold import task_of
+from llm_attack.harness.model import AttackedHFLM
+from llm_attack.harness.requests import Instance, by_question, encode, questions_of
+from llm_attack.lm.batches import Batch
+from llm_attack.lm.diagnostics import Diagnostics
+from llm_attack.lm.engine import Answer, Found
+from llm_attack.lm.scatter import by_index
+from llm_attack.suite.store import Key
+
+
+class Work(NamedTuple):
+    """A batch of one task.
+
+    Attributes:
+        key: task and number.
+        batch: the questions.
+        numbers: of the task's requests among all of the run; answers of the batch's questions are
+            indices into these.
+    """
+
+    key: Key
+    batch: Batch
+    numbers: Sequence[int]
+
+    def asked(self) -> list[list[list[int]]]:
+        """Numbers of the run's requests, per question and request of the model."""
+        return [
+            [[self.numbers[i] for i in indices] for indices in question.answers]
+            for question in self.batch.questions
+        ]
+
+    def content(self, found: Found) -> dict[str, Any]:
+        """The finished batch as it is kept: numbers of requests, and what belongs to each."""
+        of = [(self.numbers[i], *parts) for i, parts in by_index(found.answered).items()]
+        return {
+            "answers": [(n, answers) for n, answers, _ in of],
+            "alignments": [(n, alignment) for n, _, alignment in of if alignment is not None],
+            "diagnostics": [asdict(d) for d in found.diagnostics],
+        }
+
+    def __len__(self) -> int:
+        """How many of the run's requests are answered."""
+        return sum(len(indices) for q in self.batch.questions for indices in q.answers)
+
+
+def work_of(lm: AttackedHFLM, requests: Sequence[Instance]) -> Iterator[Work]:
+    """All batches, task by task; they depend on the requests and the settings alone."""
+    by_task: dict[str, list[int]] = {}
+    for number, request in enumerate(requests):
+        by_task.setdefault(str(request.task_name), []).append(number)
+    for task, numbers in by_task.items():
+        asked = [requests[n] for n in numbers]
+        questions = questions_of(asked, encode(lm, asked), lm.settings)
+        for i, batch in enumerate(lm.batches(questions)):
+            yield Work((task, i), batch, numbers)
+
+
+def gather(
+    contents: Mapping[Key, Any], work: Sequence[Work], n: int
+) -> tuple[list[list[Answer]], dict[int, Sequence[float]], list[Diagnostics]]:
+    """Answers of the `n` requests and diagnostics, under each condition; and the alignments."""
+    found = [contents[key] for key in sorted(w.key for w in work)]
+    conditions = len(found[0]["diagnostics"])
+    answers: list[list[Any]] = [[None] * n for _ in range(conditions)]
+    alignments: dict[int, Sequence[float]] = {}
+    totals = [Diagnostics() for _ in range(conditions)]
+    for content in found:
+        for number, of_request in content["answers"]:
+            for of_condition, (log_likelihood, greedy) in zip(answers, of_request, strict=True):
+                of_condition[number] = (log_likelihood, greedy)
+        alignments.update(content["alignments"])
+        for total, sums in zip(totals, content["diagnostics"], strict=True):
+            total.add(sums)
+    return answers, alignments, totals
+
+
+class RunningAccuracy:
+    """Judges a question as soon as all its requests are answered."""
+
+    def __init__(self, requests: Sequence[Instance]) -> None:
+        self.requests = requests
+        self.question = {n: numbers for numbers in by_question(requests) for n in numbers}
+        self.answers: dict[int, list[Answer]] = {}
+
+    def add(self, answers: Sequence[tuple[int, list[Answer]]]) -> list[list[float]]:
+        """For each question that became complete, its accuracy under each condition."""
+        self.answers.update(answers)
+        questions = {numbers[0]: numbers for numbers in (self.question[n] for n, _ in answers)}
+        judged = []
+        for numbers in questions.values():
+            if all(n in self.answers for n in numbers):
+                request = self.requests[numbers[0]]
+                of_requests = [self.answers.pop(n) for n in numbers]
+                by_condition = zip(*of_requests, strict=True)
+                judge = task_of(request).process_results
+                metrics = [judge(request.doc, list(found)) for found in by_condition]
+                if any("acc" not in m for m in metrics):
+                    raise UsageError(f"tasks={request.task_name}: must be a task that reports acc")
+                judged.append([float(m["acc"]) for m in metrics])
+        return judged

@@ -1,0 +1,8 @@
+"""What the tests of the harness share."""
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick(one_index):
+    """For all tests here."""
