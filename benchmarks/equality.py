@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from llm_attack.outputs import hardware, versions, write_json
+from llm_attack.record import hardware, versions, write_json
 from llm_attack.suite.harness import task_manager
 
 SIDES: dict[str, tuple[str, str, int | str]] = {

@@ -24,7 +24,7 @@ import torch
 import torchattacks
 
 from llm_attack.attacks import sparsefool
-from llm_attack.outputs import hardware, versions, write_json
+from llm_attack.record import hardware, versions, write_json
 from llm_attack.vision.experiments import Bench
 from llm_attack.vision.measure import frozen
 from llm_attack.vision.settings import CurveSettings

@@ -19,7 +19,7 @@ import click
 from rich.console import Console
 
 from llm_attack.lm.hook import frozen
-from llm_attack.outputs import hardware, versions, write_json
+from llm_attack.record import hardware, versions, write_json
 from llm_attack.suite import results
 from llm_attack.suite.commands import _silence
 from llm_attack.suite.plan import Plan

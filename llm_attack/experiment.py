@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from llm_attack.errors import UsageError, invalid
-from llm_attack.outputs import hardware, versions, write_json
+from llm_attack.record import hardware, versions, write_json
 
 PRESETS = ("quick", "paper")
 

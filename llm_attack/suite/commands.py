@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from llm_attack.errors import UsageError, invalid
-from llm_attack.outputs import write_text
+from llm_attack.record import write_text
 from llm_attack.suite import fingerprint, frames, results, tables
 from llm_attack.suite.plan import Plan, check_names
 from llm_attack.suite.progress import MODES, note

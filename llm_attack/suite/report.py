@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from llm_attack.outputs import write_text
+from llm_attack.record import write_text
 from llm_attack.suite.statistics import ABOVE, ALPHA, MEAN
 from llm_attack.suite.tables import means
 from llm_attack.suite.words import in_words

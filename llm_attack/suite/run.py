@@ -21,7 +21,7 @@ from llm_attack.errors import UsageError
 from llm_attack.lm.engine import Answer, Batch, Diagnostics, Found
 from llm_attack.lm.hook import frozen
 from llm_attack.lm.model import AttackedHFLM
-from llm_attack.outputs import hardware, versions
+from llm_attack.record import hardware, versions
 from llm_attack.suite import fingerprint, frames
 from llm_attack.suite.harness import task_manager
 from llm_attack.suite.judge import Judge

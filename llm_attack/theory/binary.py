@@ -19,7 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llm_attack.attacks import Attack, keys_for, perturb
-from llm_attack.outputs import COLOURS, save_figure, style, write_text
+from llm_attack.drawing import COLOURS, save_figure, style
+from llm_attack.record import write_text
 from llm_attack.theory.figures import shaded
 from llm_attack.theory.packet import Uncertainty, uncertainty_on_nodes
 from llm_attack.theory.settings import BinarySettings

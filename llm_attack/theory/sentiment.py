@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from llm_attack.attacks import loss_gradient
-from llm_attack.outputs import COLOURS, save_figure, style, write_text
+from llm_attack.drawing import COLOURS, save_figure, style
+from llm_attack.record import write_text
 from llm_attack.theory.figures import shaded
 from llm_attack.theory.settings import SentimentSettings
 from llm_attack.theory.stacked import StackedMLP, cross_entropy, generators, stack

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from llm_attack.attacks import Attack, keys_for
 from llm_attack.errors import UsageError, invalid
-from llm_attack.outputs import write_text
+from llm_attack.record import write_text
 from llm_attack.vision import data, figures
 from llm_attack.vision.data import Dataset
 from llm_attack.vision.measure import KNOWN, Row, attacked, frozen, measure

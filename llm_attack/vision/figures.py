@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from llm_attack.outputs import COLOURS, save_figure, style
+from llm_attack.drawing import COLOURS, save_figure, style
 
 _DISPLAY = {
     "cnn": "CNN",
