@@ -47,3 +47,14 @@ def save_figure(figure: Figure, folder: Path, name: str = "figure") -> None:
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / f"{name}.png", metadata={"Software": None})
     figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+
+
+@contextmanager
+def new_figure(folder: Path, size: tuple[float, float]) -> Iterator[Figure]:
+    """A figure in our style, to be drawn in the context, at whose end it is saved into `folder`."""
+    from matplotlib.figure import Figure
+
+    with style():
+        figure = Figure(figsize=size)
+        yield figure
+        save_figure(figure, folder)

@@ -1,10 +1,13 @@
-"""Files written whole, and what a run's record says of versions and hardware."""
+"""Files written whole, and what a run's record says of versions, hardware and time."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,18 +15,38 @@ from typing import Any
 from llm_attack import __version__
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all, also when the process is killed or the disk is full."""
+class Stopwatch(dict[str, float]):
+    """Seconds by what they went into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Adds the time since the last lap to `name`."""
+        now = time.perf_counter()
+        self[name] = self.get(name, 0.0) + now - self._last
+        self._last = now
+
+
+@contextmanager
+def whole_or_not(path: Path) -> Iterator[Path]:
+    """A draft beside `path`, which takes its place at the end unless the context raises."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with draft.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield draft
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all, also when the process is killed or the disk is full."""
+    with whole_or_not(path) as draft, draft.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_json(path: Path, content: Any) -> None:
