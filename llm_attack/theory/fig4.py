@@ -41,7 +41,7 @@ class Settings:
         "Attack for the robust accuracy: none, random, fgsm, ost, bim, illc, pgd or reversed.",
     )
     epsilon: float = setting(0.1, "L-infinity amplitude of the attack.", least=0)
-    label: int = setting(1, "Class whose loss is the packet: 1, where x1 is above 0, or 0.")
+    label: int = setting(1, "Class whose loss is the packet: 1, that of x1 above 0, or 0.")
     seed: int = setting(0, "The first seed; the others follow.")
     device: str | None = setting(None, DEVICE)
 

@@ -19,11 +19,13 @@ class Settings(fig2.Settings):
 
     at: str = setting(
         "layer3",
-        "Block of the network whose output is attacked; a wrong name is answered with all blocks.",
+        "Block whose output is attacked: normalise in all; conv1, conv2, fc1 in cnn; stem, layer1 "
+        "to layer4, pool in resnet18; stem, inception3a, inception3b, pool3, inception4a to "
+        "inception4e, pool4, inception5a, inception5b, pool in googlenet.",
     )
     epsilon_unit: str = setting(
         "absolute",
-        "What epsilon is in: the features' own units, or units of their root mean square.",
+        "Unit of epsilon: that of the features, or their root mean square.",
         type=click.Choice(("absolute", "rms")),
     )
 

@@ -64,7 +64,7 @@ class ImageSettings:
         least=0,
     )
     flip: bool | None = setting(
-        None, "Whether to mirror half of the training images: true, false; unless given, in colour."
+        None, "Whether to mirror half of the images, true or false; unless given, those in colour."
     )
     precision: str = setting(
         "auto",
