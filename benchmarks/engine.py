@@ -39,7 +39,7 @@ from llm_attack.harness.model import AttackedHFLM
 from llm_attack.harness.requests import encode, questions_of
 from llm_attack.lm.settings import AttackSettings
 from llm_attack.lm.trie import build
-from llm_attack.outputs import hardware, versions, write_json
+from llm_attack.record import hardware, versions, write_json
 
 # Per task: choices; mean Llama tokens of what they share, and of what each has for itself.
 SYNTHETIC = {

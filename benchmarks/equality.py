@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llm_attack.harness.tasks import task_manager
-from llm_attack.outputs import hardware, versions, write_json
+from llm_attack.record import hardware, versions, write_json
 
 SIDES: dict[str, tuple[str, str, int | str]] = {
     "stock, batches of 16": ("hf", "", 16),

@@ -29,7 +29,7 @@ from rich.table import Table
 from llm_attack.harness.model import AttackedHFLM
 from llm_attack.lm import scoring
 from llm_attack.lm.settings import AttackSettings
-from llm_attack.outputs import hardware, versions, write_json
+from llm_attack.record import hardware, versions, write_json
 
 KINDS: dict[str, dict[str, Any]] = {
     "float32": {},

@@ -16,7 +16,6 @@ import shlex
 import statistics
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -24,10 +23,12 @@ import torch
 import torchattacks
 
 from llm_attack.attacks import sparsefool
-from llm_attack.outputs import hardware, versions, write_json
-from llm_attack.vision.experiments import Bench
+from llm_attack.record import hardware, versions, write_json
+from llm_attack.vision.data import load
 from llm_attack.vision.measure import frozen
-from llm_attack.vision.settings import CurveSettings
+from llm_attack.vision.settings import ImageSettings
+from llm_attack.vision.stages import untrained
+from llm_attack.vision.train import train
 
 
 @click.command(context_settings={"show_default": True})
@@ -39,10 +40,16 @@ from llm_attack.vision.settings import CurveSettings
 @click.option("--rounds", default=3, help="Turns of each.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for run.json.")
 def main(dataset, network, epochs, train_size, batch, rounds, output):
-    settings = CurveSettings(network=network, epochs=epochs, train_size=train_size, batch_size=32)
-    bench = Bench(replace(settings, device="cuda" if torch.cuda.is_available() else "cpu"))
-    images = bench.load(dataset)
-    classifier, _ = bench.trained(images, network, lambda net: [])
+    settings = ImageSettings(
+        epochs=epochs,
+        train_size=train_size,
+        batch_size=32,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )
+    images = load(dataset, settings)
+    classifier = untrained(images, network, settings)
+    for epoch, loss in train(classifier, images.train, settings, []):
+        print(f"epoch {epoch} of {epochs}, loss {loss:.4f}")
     with frozen(classifier):
         x = images.test[: 2 * batch].scaled()
         labels = images.test.labels[: 2 * batch]

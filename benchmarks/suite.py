@@ -20,7 +20,7 @@ from rich.console import Console
 
 from llm_attack.harness.patches import without_bars
 from llm_attack.lm.hook import frozen
-from llm_attack.outputs import hardware, versions, write_json
+from llm_attack.record import hardware, versions, write_json
 from llm_attack.suite import results
 from llm_attack.suite.commands import silence
 from llm_attack.suite.plan import Plan

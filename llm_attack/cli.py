@@ -12,7 +12,11 @@ import click
 from llm_attack import __version__
 from llm_attack.declare import DIALECT, options
 from llm_attack.errors import UsageError
-from llm_attack.reproduce import reproduce
+from llm_attack.reproduce import DEVICE, preset_option
+from llm_attack.theory import fig4, fig6
+from llm_attack.vision import fig1, fig2, fig5
+
+FIGURES = [figure.COMMAND for figure in (fig1, fig2, fig4, fig5, fig6)]
 
 
 class _Commands(click.Group):
@@ -125,4 +129,29 @@ def compare(a: Path, b: Path, output: Path | None) -> None:
     commands.compare(a, b, output)
 
 
-main.add_command(reproduce)
+@main.group()
+def reproduce() -> None:
+    """Reproduce the other experiments of the paper: a figure, its numbers and their record."""
+
+
+for _command in FIGURES:
+    reproduce.add_command(_command)
+
+
+@reproduce.command("all", params=[preset_option()])
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default="results",
+    show_default=True,
+    help="Folder for a folder of each figure.",
+)
+@click.option("--device", help=DEVICE)
+@click.option("--seed", type=int, help="First seed of every experiment.")
+@click.pass_context
+def all_(ctx: click.Context, output: Path, **options: Any) -> None:
+    """Every figure in turn."""
+    for command in FIGURES:
+        click.echo(f"{command.name}:")
+        ctx.invoke(command, output=output / str(command.name), **options)

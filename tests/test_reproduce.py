@@ -4,16 +4,19 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from click.testing import CliRunner
 
-from llm_attack.cli import main
-from llm_attack.experiment import PRESETS
-from llm_attack.reproduce import FIGURES
-from llm_attack.theory.settings import BINARY, SENTIMENT
+from llm_attack.attacks import ATTACKS
+from llm_attack.cli import FIGURES, main
+from llm_attack.reproduce import PRESET_NAMES
+from llm_attack.theory import fig4, fig6
+from llm_attack.vision.measure import KNOWN
+from llm_attack.vision.networks import NETWORKS
 
 TINY = ["--seeds", "2", "--epochs", "2", "--points", "20", "--test-points", "20", "--device", "cpu"]
 
@@ -30,10 +33,10 @@ def elsewhere(tmp_path, monkeypatch):
 
 def test_presets():
     """The paper's sizes, and the same as the defaults of the settings."""
-    assert tuple(BINARY) == tuple(SENTIMENT) == PRESETS
-    assert (BINARY["paper"].seeds, BINARY["paper"].epochs) == (5, 500)
-    assert (SENTIMENT["paper"].seeds, SENTIMENT["paper"].epochs) == (10, 1000)
-    assert len(SENTIMENT["paper"].embedding_sizes) == 3
+    assert tuple(fig4.PRESETS) == tuple(fig6.PRESETS) == PRESET_NAMES
+    assert (fig4.PRESETS["paper"].seeds, fig4.PRESETS["paper"].epochs) == (5, 500)
+    assert (fig6.PRESETS["paper"].seeds, fig6.PRESETS["paper"].epochs) == (10, 1000)
+    assert len(fig6.PRESETS["paper"].embedding_sizes) == 3
 
 
 def test_fig4_in_the_default_folder():
@@ -42,7 +45,7 @@ def test_fig4_in_the_default_folder():
     run = json.loads(Path("results/fig4/run.json").read_text())
     assert run["command"] == f"llm-attack reproduce fig4 --preset quick {' '.join(TINY)}"
     assert run["settings"] | {"seeds": 2, "epochs": 2, "device": "cpu"} == run["settings"]
-    assert run["settings"]["epsilon"] == BINARY["quick"].epsilon
+    assert run["settings"]["epsilon"] == fig4.PRESETS["quick"].epsilon
     assert set(run["seconds"]) == {"training", "figure", "all"}
     assert {"torch", "llm-attack"} <= set(run["versions"])
     assert run["hardware"]["cores"]
@@ -58,43 +61,57 @@ def test_fig6_in_a_folder_of_ones_own():
     expected = f"llm-attack reproduce fig6 --preset paper {' '.join(options)} -o out"
     assert sorted(run["command"].split()) == sorted(expected.split())
     assert run["settings"]["embedding_sizes"] == [1, 2]
-    assert run["settings"]["width"] == SENTIMENT["paper"].width
+    assert run["settings"]["width"] == fig6.PRESETS["paper"].width
     assert set(run["seconds"]) == {"size 1", "size 2", "all"}
     assert not Path("results").exists()
 
 
-def test_all(monkeypatch):
+@pytest.fixture
+def shortened(monkeypatch):
+    """The experiments with fewer seeds and epochs than their settings say; the settings seen."""
+    train, run_size, seen = fig4.train, fig6.run_size, []
+
+    def short(settings):
+        seen.append(settings)
+        return replace(settings, seeds=1, epochs=1)
+
+    monkeypatch.setattr(fig4, "train", lambda settings: train(short(settings)))
+    monkeypatch.setattr(fig6, "run_size", lambda words, n, s: run_size(words, n, short(s)))
+    return seen
+
+
+def test_all(monkeypatch, shortened):
     """Each figure once, in its own folder, with the preset and the options."""
     both = [command for command in FIGURES if command.name in ("fig4", "fig6")]
-    monkeypatch.setattr("llm_attack.reproduce.FIGURES", both)
-    seen = {}
-    for name, module in (("fig4", "binary"), ("fig6", "sentiment")):
-
-        def run(settings, folder, name=name):
-            seen[name] = settings, folder
-            return {"seconds": {}}
-
-        monkeypatch.setattr(f"llm_attack.theory.{module}.reproduce", run)
+    monkeypatch.setattr("llm_attack.cli.FIGURES", both)
     done = reproduce("all", "--preset", "paper", "-o", "out", "--seed", 7, "--device", "cpu")
     assert done.exit_code == 0, done.output
-    assert set(seen) == {"fig4", "fig6"}
+    assert sorted(path.name for path in Path("out").iterdir()) == ["fig4", "fig6"]
     assert [command.name for command in FIGURES] == ["fig1", "fig2", "fig4", "fig5", "fig6"]
-    for name, presets in (("fig4", BINARY), ("fig6", SENTIMENT)):
-        settings, folder = seen[name]
-        assert folder == Path("out", name)
-        assert settings.seed == 7
-        assert settings.epochs == presets["paper"].epochs
-        assert Path("out", name, "run.json").exists()
+    for name, presets in (("fig4", fig4.PRESETS), ("fig6", fig6.PRESETS)):
+        settings = json.loads(Path("out", name, "run.json").read_text())["settings"]
+        assert settings["seed"] == 7
+        assert settings["epochs"] == presets["paper"].epochs
+    assert {settings.seed for settings in shortened} == {7}
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_is_what_runs(monkeypatch, preset):
-    seen = []
-    run = lambda settings, folder: seen.append(settings) or {"seconds": {}}  # noqa: E731
-    monkeypatch.setattr("llm_attack.theory.sentiment.reproduce", run)
+@pytest.mark.parametrize("preset", PRESET_NAMES)
+def test_a_preset_is_what_runs(shortened, preset):
     reproduce("fig6", "--preset", preset)
-    assert (seen[0].seeds, seen[0].epochs) == (SENTIMENT[preset].seeds, SENTIMENT[preset].epochs)
-    assert seen[0].device in ("cpu", "cuda")
+    wanted = fig6.PRESETS[preset]
+    assert [(s.seeds, s.epochs) for s in shortened] == [(wanted.seeds, wanted.epochs)] * 3
+    assert {s.device for s in shortened} <= {"cpu", "cuda"}
+
+
+@pytest.mark.parametrize("command", FIGURES, ids=lambda command: command.name)
+def test_help_is_of_sentences_that_name_what_is_allowed(command):
+    texts = {option.name: option.help.partition("  [")[0] for option in command.params}
+    for text in texts.values():
+        assert re.fullmatch(r"[A-Z].*\.", text)
+    named = {"attack": ATTACKS, "attacks": KNOWN, "network": NETWORKS}
+    for name in named.keys() & texts.keys():
+        allowed = texts[name].partition(": ")[2].rstrip(".")
+        assert set(re.split(", | or ", allowed)) == set(named[name])
 
 
 def test_underscores_are_as_good_as_hyphens():

@@ -19,7 +19,7 @@ from rich.console import Console
 from llm_attack.declare import check_names, names
 from llm_attack.errors import UsageError, invalid
 from llm_attack.harness.patches import without_bars
-from llm_attack.outputs import write_text
+from llm_attack.record import write_text
 from llm_attack.suite import fingerprint, frames, results, tables
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.progress import MODES, note

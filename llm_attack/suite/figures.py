@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from llm_attack.outputs import COLOURS, save_figure
+from llm_attack.drawing import COLOURS, save_figure
 from llm_attack.suite.layout import (
     above,
     handles,

@@ -13,7 +13,7 @@ import torch
 from llm_attack.errors import UsageError
 from llm_attack.harness.model import AttackedHFLM
 from llm_attack.harness.requests import Instance
-from llm_attack.outputs import versions, write_json
+from llm_attack.record import versions, write_json
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.store import STORE
 

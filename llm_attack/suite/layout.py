@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from llm_attack.outputs import style
+from llm_attack.drawing import style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

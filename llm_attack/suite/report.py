@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from llm_attack.outputs import write_text
+from llm_attack.record import write_text
 from llm_attack.suite.inference import ALPHA
 from llm_attack.suite.summary import ABOVE, MEAN
 from llm_attack.suite.tables import means

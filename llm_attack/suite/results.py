@@ -9,7 +9,7 @@ from typing import Any
 
 from llm_attack.errors import UsageError
 from llm_attack.harness.judge import as_json
-from llm_attack.outputs import write_json, write_text
+from llm_attack.record import write_json, write_text
 from llm_attack.suite import figures, frames, tables
 from llm_attack.suite.report import Picture, write_report
 from llm_attack.suite.run import Result

@@ -24,7 +24,7 @@ from llm_attack.harness.requests import Instance
 from llm_attack.harness.tasks import task_manager
 from llm_attack.lm.hook import frozen
 from llm_attack.lm.settings import EngineSettings
-from llm_attack.outputs import hardware, versions
+from llm_attack.record import hardware, versions
 from llm_attack.suite import fingerprint, frames
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.progress import RunProgress, note, status

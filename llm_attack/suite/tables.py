@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from llm_attack.outputs import write_text
+from llm_attack.record import write_text
 from llm_attack.suite.inference import ALPHA
 from llm_attack.suite.summary import BELOW, INDISTINGUISHABLE, MEAN
 

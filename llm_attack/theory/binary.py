@@ -1,4 +1,4 @@
-"""The binary toy (Fig. 4): a class boundary sharpens, and its packet obeys the relation.
+"""The networks of the binary toy, Fig. 4, and what is measured on them.
 
 Points are uniform in the square [-1, 1]² and labelled by the sign of x1. The packet is the loss of
 one class along the line x2 = 0, psi(x1) = loss((x1, 0), label) / norm, with the label the same on
@@ -8,21 +8,12 @@ and psi would have no derivative there. All seeds train as one batched model, in
 
 from __future__ import annotations
 
-import math
-import time
-from pathlib import Path
-from typing import Any
-
-import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from llm_attack.attacks import Attack, keys_for, perturb
-from llm_attack.outputs import COLOURS, save_figure, style, write_text
-from llm_attack.theory.figures import shaded
+from llm_attack.theory.fig4 import Settings
 from llm_attack.theory.packet import Uncertainty, uncertainty_on_nodes
-from llm_attack.theory.settings import BinarySettings
 from llm_attack.theory.stacked import StackedMLP, cross_entropy, generators, pick, stack
 
 GRID = 51  # points along each side of a landscape
@@ -37,7 +28,7 @@ class Toy:
         test: points for the accuracies, (seeds, test_points, 2).
     """
 
-    def __init__(self, settings: BinarySettings) -> None:
+    def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.attack = Attack(settings.attack, epsilon=settings.epsilon)
         self.generators = generators(settings.seed, settings.seeds)
@@ -88,6 +79,13 @@ class Toy:
         """The relation for the packet of each seed, (seeds,)."""
         return uncertainty_on_nodes(lambda x1: self.on_plane(x1, torch.zeros_like(x1)), -1, 1)
 
+    def landscape(self) -> dict[str, Tensor]:
+        """The loss of the packet's class in the first seed on a grid: x1, x2, loss, (GRID²,)."""
+        side = torch.linspace(-1, 1, GRID, dtype=torch.float64)
+        x1, x2 = torch.cartesian_prod(side, side).unbind(-1)
+        with torch.no_grad():
+            return {"x1": x1, "x2": x2, "loss": self.on_plane(x1, x2)[0].cpu()}
+
     def on_plane(self, x1: Tensor, x2: Tensor) -> Tensor:
         """The loss of the packet's class at points (M,) of the plane, (seeds, M)."""
         x = torch.stack([x1, x2], -1).to(self.x.device).expand(len(self.x), -1, -1)
@@ -97,104 +95,3 @@ class Toy:
 def labels_of(x: Tensor) -> Tensor:
     """The class of each point: 1 where x1 > 0."""
     return (x[..., 0] > 0).long()
-
-
-def run(settings: BinarySettings) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Trains all seeds; measures before the first epoch and after each.
-
-    Returns:
-        The curves, a row for each epoch and seed (epoch, seed, clean, robust, dx, dp, product,
-        bound), and the landscapes of the first seed after a fifth, two fifths and all of the
-        epochs (epoch, x1, x2, loss).
-
-    Raises:
-        ArithmeticError: dx · dp was below its bound.
-    """
-    toy = Toy(settings)
-    pictured = {max(1, settings.epochs * part // 5) for part in (1, 2, 5)}
-    curves, landscapes = [], []
-    for epoch in tqdm(range(settings.epochs + 1), desc="fig4", unit="epoch", disable=None):
-        if epoch:
-            toy.epoch()
-        clean, robust = toy.accuracies()
-        found = toy.relation()
-        try:
-            found.check()
-        except ArithmeticError as error:
-            raise ArithmeticError(f"epoch {epoch}: {error}") from error
-        columns = {"clean": clean, "robust": robust, "dx": found.dx, "dp": found.dp}
-        columns |= {"product": found.product, "bound": found.bound}
-        table = pd.DataFrame({name: value.tolist() for name, value in columns.items()})
-        table.insert(0, "epoch", epoch)
-        table.insert(1, "seed", range(settings.seed, settings.seed + settings.seeds))
-        curves.append(table)
-        if epoch in pictured:
-            landscapes.append(_landscape(toy, epoch))
-    return pd.concat(curves, ignore_index=True), pd.concat(landscapes, ignore_index=True)
-
-
-def _landscape(toy: Toy, epoch: int) -> pd.DataFrame:
-    side = torch.linspace(-1, 1, GRID, dtype=torch.float64)
-    x1, x2 = torch.cartesian_prod(side, side).unbind(-1)
-    with torch.no_grad():
-        loss = toy.on_plane(x1, x2)[0]
-    return pd.DataFrame({"epoch": epoch, "x1": x1, "x2": x2, "loss": loss.cpu()})
-
-
-def reproduce(settings: BinarySettings, folder: Path) -> dict[str, Any]:
-    """Runs the experiment; writes figure, curves.csv and landscapes.csv.
-
-    Returns:
-        What the last epoch was like, for each seed in turn, and seconds.
-    """
-    start = time.perf_counter()
-    curves, landscapes = run(settings)
-    trained = time.perf_counter()
-    with style():
-        save_figure(figure(curves, landscapes, settings), folder)
-    write_text(folder / "curves.csv", curves.to_csv(index=False, float_format="%.6g"))
-    write_text(folder / "landscapes.csv", landscapes.to_csv(index=False, float_format="%.5g"))
-    last = curves[curves.epoch == settings.epochs].drop(columns=["epoch", "seed"])
-    return {
-        "last_epoch": {name: last[name].round(6).tolist() for name in last},
-        "lowest_margin": (curves["product"] - curves["bound"]).min(),
-        "seconds": {"training": trained - start, "figure": time.perf_counter() - trained},
-    }
-
-
-def figure(curves: pd.DataFrame, landscapes: pd.DataFrame, settings: BinarySettings) -> Any:
-    """The figure: landscapes of the first seed, and curves with the range over seeds."""
-    from matplotlib.figure import Figure
-
-    result = Figure(figsize=(7.2, 4.6))
-    axes = result.subplots(2, 3)
-    top = landscapes.loss.max()
-    for ax, (epoch, table) in zip(axes[0], landscapes.groupby("epoch"), strict=False):
-        plane = table.pivot(index="x2", columns="x1", values="loss")
-        sides, heights = [plane.columns, plane.index], plane.to_numpy()
-        image = ax.pcolormesh(
-            *sides, heights, vmin=0, vmax=top, cmap="cividis", shading="gouraud", rasterized=True
-        )
-        ax.contour(*sides, heights, levels=[math.log(2)], colors="white", linewidths=1)
-        ax.set(title=f"epoch {epoch}", xlabel="$x_1$", ylabel="$x_2$", aspect="equal")
-        ax.set(xticks=(-1, 0, 1), yticks=(-1, 0, 1))
-        ax.grid(False)
-    result.colorbar(image, ax=axes[0], label=f"loss, class {settings.label}")
-
-    accuracy, widths, relation = axes[1]
-    robust = f"{settings.attack}, ε = {settings.epsilon:g}"
-    shaded(accuracy, curves, "clean", COLOURS[0], label="clean")
-    shaded(accuracy, curves, "robust", COLOURS[3], label=robust, linestyle="--")
-    accuracy.set(ylabel="accuracy", ylim=(None, 1.02))
-    shaded(widths, curves, "dx", COLOURS[0], label="Δx")
-    shaded(widths, curves, "dp", COLOURS[3], label="Δp", linestyle="--")
-    widths.set(ylabel="width of the packet", yscale="log")
-    shaded(relation, curves, "product", COLOURS[0], label="Δx · Δp")
-    shaded(relation, curves, "bound", COLOURS[3], label="bound on [-1, 1]", linestyle="--")
-    relation.axhline(0.5, color="black", linewidth=1, linestyle=":", label="½")
-    highest = max(0.5, curves["product"].max())
-    relation.set(ylabel="product and bound", ylim=(0, 1.6 * highest))  # room for the legend
-    for ax in axes[1]:
-        ax.set(xlabel="epoch", xlim=(0, settings.epochs))
-        ax.legend()
-    return result

@@ -113,35 +113,17 @@ def uncertainty_on_nodes(
 
     Returns:
         Tensors of the shape of the batch.
+
+    Raises:
+        ValueError: psi is zero on the whole interval, or an integral is not finite.
     """
     x, weights = gauss_legendre(a, b, panels, order)
     x = torch.cat([x, torch.tensor([a, b], dtype=x.dtype)])
     value, slope = _with_slope(psi, x)
     ends = ((a, value[..., -2]), (b, value[..., -1]))
-    return uncertainty_of_samples(x[:-2], weights, value[..., :-2], slope[..., :-2], ends)
-
-
-def uncertainty_of_samples(
-    x: Tensor, weights: Tensor, psi: Tensor, slope: Tensor, ends: Ends
-) -> Uncertainty:
-    """The relation for packets known at the nodes of a quadrature.
-
-    Args:
-        x: positions, (M,).
-        weights: of the quadrature, (M,).
-        psi: values there, (..., M), of any norm above 0.
-        slope: derivatives there, (..., M).
-        ends: (a, psi(a)) and (b, psi(b)); the values have the shape of the batch.
-
-    Raises:
-        ValueError: psi is zero on the whole interval, or an integral is not finite.
-    """
-    x, weights = x.to(psi.device), weights.to(psi.device)
-
-    def integrate(integrand: Callable, negligible: Any) -> Tensor:
-        return (integrand(x, psi, slope) * weights).sum(-1)
-
-    return _relation(integrate, ends)
+    x, value, slope = (y[..., :-2].to(value.device) for y in (x, value, slope))
+    weights = weights.to(value.device)
+    return _relation(lambda integrand, _: (integrand(x, value, slope) * weights).sum(-1), ends)
 
 
 def gauss_legendre(a: float, b: float, panels: int, order: int) -> tuple[Tensor, Tensor]:
@@ -165,7 +147,7 @@ def _relation(integrate: Callable[[Callable, Any], Any], ends: Ends) -> Uncertai
 
     Args:
         integrate: takes such a function, and what is negligible beside its integral.
-        ends: as for `uncertainty_of_samples`.
+        ends: (a, psi(a)) and (b, psi(b)); the values have the shape of the batch.
     """
     norm = integrate(lambda x, f, d: f * f, 0)
     if not (torch.as_tensor(norm) > 0).all():

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from llm_attack.errors import UsageError, closest, invalid
+from llm_attack.vision.settings import ImageSettings
 
 log = logging.getLogger(__name__)
 
@@ -69,50 +70,30 @@ class Dataset:
         return self.train.pixels.shape[1], self.train.pixels.shape[2]
 
 
-def load(
-    name: str,
-    *,
-    device: torch.device | str = "cpu",
-    train_size: int | None = None,
-    test_size: int | None = None,
-    train_split: str = "train",
-    test_split: str = "test",
-    image_column: str | None = None,
-    label_column: str | None = None,
-    seed: int = 0,
-) -> Dataset:
-    """The data set, decoded.
+def load(name: str, settings: ImageSettings) -> Dataset:
+    """The data set, decoded, on the device and with the splits, sizes and columns of `settings`.
 
     Args:
         name: `digits` (scikit-learn's), a key of `NAMES`, `imagefolder:PATH`, or any other name
             that `datasets` loads, with its configuration after a colon if it has several.
-        device: where the tensors go.
-        train_size: number of training images, drawn at random with `seed`; None for all.
-        test_size: likewise.
-        train_split: as `datasets` writes it: `train`, `train[:90%]`.
-        test_split: likewise.
-        image_column: None for the first column of images.
-        label_column: None for the first column of class labels, else `label`.
-        seed: of the draws.
+        settings: their `seed` draws the images of a smaller size.
 
     Raises:
         UsageError: no such data set, split or column; labels out of range; images that cannot be
             brought to one size.
     """
+    sizes = (settings.train_size, settings.test_size)
     if name == "digits":
-        classes, halves = _digits()
-        sizes = zip(halves, (train_size, test_size), strict=True)
-        parts = [half[_drawn(len(half), n, seed)] for half, n in sizes]
+        classes, wholes = _digits()
+        parts = [x[_drawn(len(x), n, settings.seed)] for x, n in zip(wholes, sizes, strict=True)]
     else:
-        tables = _open(name, train_split, test_split)
-        image_column, label_column = _columns(tables[0], image_column, label_column)
-        classes, labels = _labels(tables, label_column)
-        rows = [
-            _drawn(len(table), n, seed)
-            for table, n in zip(tables, (train_size, test_size), strict=True)
-        ]
-        pixels = _decoded([t.select(r) for t, r in zip(tables, rows, strict=True)], image_column)
+        tables = _open(name, settings.train_split, settings.test_split)
+        image, label = _columns(tables[0], settings.image_column, settings.label_column)
+        classes, labels = _labels(tables, label)
+        rows = [_drawn(len(x), n, settings.seed) for x, n in zip(tables, sizes, strict=True)]
+        pixels = _decoded([x.select(r) for x, r in zip(tables, rows, strict=True)], image)
         parts = [Images(p, y[r]) for p, y, r in zip(pixels, labels, rows, strict=True)]
+    device = settings.device or "cpu"
     train, test = (Images(x.pixels.to(device), x.labels.to(device)) for x in parts)
     return Dataset(name, classes, train, test)
 

@@ -14,7 +14,6 @@ from llm_attack.attacks import ATTACKS, Attack, keys_for, least_likely, sparsefo
 from llm_attack.vision.data import Images
 from llm_attack.vision.networks import split
 
-SIX = ("ost", "fgsm", "bim", "illc", "pgd", "sparsefool")
 KNOWN = (*(name for name in ATTACKS if name != "none"), "sparsefool")
 SLOW = (*(name for name, kind in ATTACKS.items() if kind.iterative), "sparsefool")
 

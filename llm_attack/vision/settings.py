@@ -1,4 +1,4 @@
-"""Settings and presets of the image experiments, Fig. 1, 2 and 5. No torch here."""
+"""What Fig. 1, 2 and 5 share of settings, and how their values are shown. No torch here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from llm_attack.experiment import check_settings, setting
+from llm_attack.reproduce import DEVICE, check_settings, setting
 
 
 class Amplitude(click.ParamType):
@@ -23,108 +23,84 @@ class Amplitude(click.ParamType):
             self.fail(f"{value!r}: must be a number or a fraction, such as 8/255", param, ctx)
 
 
-_COUNT = click.IntRange(min=1)
-
-
 @dataclass(frozen=True)
-class Settings:
-    """What the image experiments share.
+class ImageSettings:
+    """Settings of all image experiments.
 
     Raises:
         UsageError: a value is out of range; the message names it.
     """
 
     dataset: str = setting(
-        "digits", "digits, mnist, cifar10, imagefolder:PATH, or another that `datasets` loads."
+        "digits",
+        "Data set: digits, mnist, cifar10, imagefolder:PATH, or any other that `datasets` loads.",
     )
-    network: str = setting("cnn", "cnn, resnet18, googlenet.")
+    network: str = setting("cnn", "Network to attack: cnn, resnet18 or googlenet.")
     width: float = setting(1.0, "Factor on the channels of the networks.", least=0)
-    attacks: str = setting("ost,fgsm,bim,illc,pgd,sparsefool", "Names separated by commas.")
+    attacks: str = setting(
+        "ost,fgsm,bim,illc,pgd,sparsefool",
+        "Attacks, separated by commas: random, fgsm, ost, bim, illc, pgd, reversed, sparsefool.",
+    )
     epsilon: float | None = setting(
         None,
         "L-infinity amplitude, such as 8/255; unless given, 0.1 for grey images and for features, "
         "8/255 for images in colour.",
         type=Amplitude(),
     )
-    steps: int = setting(10, "Of bim, illc and pgd.", least=1)
-    epochs: int = setting(30, "Passes over the training images.", least=1)
-    train_size: int | None = setting(None, "Training images, drawn at random.", type=_COUNT)
-    test_size: int | None = setting(None, "Test images, drawn at random.", type=_COUNT)
-    batch_size: int = setting(128, "Training images per step.", least=1)
-    learning_rate: float = setting(0.05, "Highest of the cycle.", least=0)
-    weight_decay: float = setting(5e-4, "Of the optimiser.", least=0)
+    steps: int = setting(10, "Number of steps of bim, illc and pgd.", least=1)
+    epochs: int = setting(30, "Number of passes over the training images.", least=1)
+    train_size: int | None = setting(
+        None, "Number of training images, drawn at random; unless given, all.", least=1
+    )
+    test_size: int | None = setting(
+        None, "Number of test images, drawn at random; unless given, all.", least=1
+    )
+    batch_size: int = setting(128, "Number of training images per step.", least=1)
+    learning_rate: float = setting(0.05, "Highest learning rate of the cycle.", least=0)
+    weight_decay: float = setting(5e-4, "Weight decay of the optimiser.", least=0)
     crop: int | None = setting(
         None,
-        "Training images are shifted by up to so many pixels; unless given, an eighth of their "
-        "size.",
-        type=click.IntRange(min=0),
+        "Pixels to shift training images by at most; unless given, an eighth of their size.",
+        least=0,
     )
     flip: bool | None = setting(
-        None, "Whether training images are mirrored; unless given, those in colour.", type=bool
+        None, "Whether to mirror half of the images, true or false; unless given, those in colour."
     )
     precision: str = setting(
         "auto",
-        "Of training; auto: bfloat16 on GPUs that are made for it.",
+        "Precision of training; auto is bfloat16 on GPUs that are made for it, else float32.",
         type=click.Choice(("auto", "float32", "bfloat16")),
     )
-    train_split: str = setting("train", "As `datasets` writes it: train[:90%].")
-    test_split: str = setting("test", "Likewise.")
-    image_column: str | None = setting(None, "The first of images unless given.", type=str)
+    train_split: str = setting(
+        "train", "Split of the training images, as `datasets` writes it, such as train[:90%]."
+    )
+    test_split: str = setting("test", "Split of the test images, written likewise.")
+    image_column: str | None = setting(
+        None, "Column of the images; unless given, the first that holds images."
+    )
     label_column: str | None = setting(
-        None, "The first of class labels unless given, else label.", type=str
+        None, "Column of the labels; unless given, the first that holds class labels, else label."
     )
-    seed: int = setting(0, "Of weights, order, augmentation and draws.", least=0)
-    device: str | None = setting(
-        None, "cuda, cuda:1, cpu, ...; cuda where there is one unless given.", type=str
-    )
+    seed: int = setting(0, "Seed of weights, order, augmentation and attacks.", least=0)
+    device: str | None = setting(None, DEVICE)
 
     def __post_init__(self) -> None:
         check_settings(self)
 
 
-@dataclass(frozen=True)
-class GallerySettings(Settings):
-    """Fig. 1: what the attacks do to a few images."""
+# Of all quick presets.
+QUICK: dict[str, Any] = {"dataset": "digits", "width": 0.25, "epochs": 8, "batch_size": 32}
 
-    images: int = setting(2, "How many images to show.", least=1)
-
-
-@dataclass(frozen=True)
-class CurveSettings(Settings):
-    """Fig. 2: accuracies against epoch, for several data sets and networks."""
-
-    subset: int | None = setting(
-        None, "Test images that bim, illc, pgd and sparsefool see; all unless given.", type=_COUNT
-    )
-    resume: bool = setting(
-        False, "Goes on where an earlier run into the same folder stopped.", type=bool
-    )
-
-
-@dataclass(frozen=True)
-class FeatureSettings(CurveSettings):
-    """Fig. 5: the same, with the features attacked."""
-
-    at: str = setting("layer3", "Block of the network whose output is attacked.")
-    epsilon_unit: str = setting(
-        "absolute",
-        "rms: epsilon in units of the features' root mean square.",
-        type=click.Choice(("absolute", "rms")),
-    )
-
-
-_QUICK: dict[str, Any] = {"dataset": "digits", "width": 0.25, "epochs": 8, "batch_size": 32}
-_PAPER: dict[str, Any] = {"dataset": "mnist,cifar10", "subset": 1000}
-
-GALLERY = {
-    "quick": GallerySettings(**_QUICK),
-    "paper": GallerySettings(dataset="cifar10", network="resnet18"),
+_SHOWN = {
+    "cnn": "CNN",
+    "resnet18": "ResNet-18",
+    "googlenet": "GoogLeNet",
+    "mnist": "MNIST",
+    "cifar10": "CIFAR-10",
+    "sparsefool": "SparseFool",
 }
-CURVES = {
-    "quick": CurveSettings(**_QUICK, network="cnn,resnet18,googlenet", subset=100),
-    "paper": CurveSettings(**_PAPER, network="cnn,resnet18,googlenet"),
-}
-FEATURES = {
-    "quick": FeatureSettings(**_QUICK, network="resnet18", subset=100),
-    "paper": FeatureSettings(**_PAPER, network="resnet18"),
-}
+
+
+def shown(name: str) -> str:
+    """A data set, network or attack as figures call it."""
+    return _SHOWN.get(name, name.upper() if len(name) < 5 else name)

@@ -1,10 +1,9 @@
-"""Training of an image classifier, with a measurement after every epoch, that can be resumed."""
+"""Training of an image classifier, epoch by epoch, that can be resumed."""
 
 from __future__ import annotations
 
-import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,23 +14,22 @@ from torch import nn
 from tqdm import tqdm
 
 from llm_attack.errors import UsageError
+from llm_attack.record import whole_or_not
 from llm_attack.vision.data import Images, augment
 from llm_attack.vision.measure import Row
-from llm_attack.vision.settings import Settings
+from llm_attack.vision.settings import ImageSettings
 
 
 def train(
     network: nn.Module,
     images: Images,
-    settings: Settings,
-    after_epoch: Callable[[int, float], list[Row]],
+    settings: ImageSettings,
+    rows: list[Row],
     *,
-    flip: bool = False,
-    crop: int = 0,
     state: Path | None = None,
     resume: bool = False,
     label: str = "",
-) -> list[Row]:
+) -> Iterator[tuple[int, float]]:
     """Trains `network` in place: SGD with Nesterov momentum, one cycle of the learning rate.
 
     The order of the images and their augmentation are drawn from the seed and the epoch's number,
@@ -40,16 +38,16 @@ def train(
     Args:
         network: on the device of `images`.
         images: to learn from.
-        settings: `epochs`, `batch_size`, `learning_rate`, `weight_decay`, `precision`, `seed`.
-        after_epoch: called with the epoch's number, from 1, and its mean loss; gives what to keep.
-        flip: mirrors half of the images.
-        crop: pixels by which images are shifted at most.
+        settings: `epochs`, `batch_size`, `learning_rate`, `weight_decay`, `crop`, `flip`,
+            `precision`, `seed`.
+        rows: the caller's of all epochs, to which it adds while an epoch is yielded: kept in
+            `state`, and taken from there by a run that is resumed.
         state: file that keeps weights, optimiser and rows after every epoch.
         resume: goes on from `state`, if it exists.
         label: what the progress bar says.
 
-    Returns:
-        The rows of all epochs.
+    Yields:
+        The epoch's number, from 1, and its mean loss.
 
     Raises:
         UsageError: `state` cannot be read, or was written under other settings.
@@ -70,10 +68,13 @@ def train(
     same = {**asdict(settings), "label": label}
     for where in ("resume", "device"):  # may differ from the run that is resumed
         same.pop(where, None)
-    done, rows = 0, []
+    channels, size = images.pixels.shape[1:3]
+    crop = size // 8 if settings.crop is None else settings.crop
+    flip = channels == 3 if settings.flip is None else settings.flip
+    done = 0
     if resume and state is not None and state.exists():
         kept = _read(state, same, device)
-        done, rows = kept["epoch"], kept["rows"]
+        done, rows[:] = kept["epoch"], kept["rows"]
         network.load_state_dict(kept["network"])
         optimiser.load_state_dict(kept["optimiser"])
         cycle.load_state_dict(kept["cycle"])
@@ -94,8 +95,7 @@ def train(
                 cycle.step()
                 total += loss.detach()
                 bar.update()
-            found = after_epoch(epoch, total.item() / per_epoch)
-            rows += [{"epoch": epoch, **row} for row in found]
+            yield epoch, total.item() / per_epoch
             if state is not None:
                 kept = {
                     "same": same,
@@ -105,8 +105,8 @@ def train(
                     "optimiser": optimiser.state_dict(),
                     "cycle": cycle.state_dict(),
                 }
-                _write(state, kept)
-    return rows
+                with whole_or_not(state) as draft:
+                    torch.save(kept, draft)
 
 
 def one_cycle(step: int, *, steps: int) -> float:
@@ -120,17 +120,6 @@ def mixed_precision(precision: str, device: torch.device) -> bool:
     if precision == "auto":
         return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return precision == "bfloat16"
-
-
-def _write(state: Path, kept: dict[str, Any]) -> None:
-    """Writes the file whole or not at all."""
-    state.parent.mkdir(parents=True, exist_ok=True)
-    draft = state.with_name(f".{state.name}.{os.getpid()}")
-    try:
-        torch.save(kept, draft)
-        draft.replace(state)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _read(state: Path, same: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from invented import SHIFTS, SIX, build
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 
-from llm_attack.outputs import COLOURS
+from llm_attack.drawing import COLOURS
 from llm_attack.suite import figures, summary
 from llm_attack.suite.layout import panels, wrapped
 

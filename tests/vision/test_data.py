@@ -9,7 +9,12 @@ from PIL import Image
 
 from llm_attack.errors import UsageError
 from llm_attack.vision import data
-from llm_attack.vision.data import Images, augment, load
+from llm_attack.vision.data import Images, augment
+from llm_attack.vision.settings import ImageSettings
+
+
+def load(name, **settings):
+    return data.load(name, ImageSettings(**settings))
 
 
 def rng(seed=0):

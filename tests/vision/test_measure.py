@@ -11,8 +11,10 @@ from torch import nn
 
 from llm_attack.attacks import Attack, keys_for, least_likely, perturb, sparsefool
 from llm_attack.vision.data import Images
-from llm_attack.vision.measure import KNOWN, SIX, SLOW, attacked, cross_entropy, frozen, measure
+from llm_attack.vision.measure import KNOWN, SLOW, attacked, cross_entropy, frozen, measure
 from llm_attack.vision.networks import build
+
+SIX = ("ost", "fgsm", "bim", "illc", "pgd", "sparsefool")
 
 
 def rng(seed=0):

@@ -8,17 +8,18 @@ import torch
 from torch import nn
 
 from llm_attack.errors import UsageError
+from llm_attack.vision import fig2
 from llm_attack.vision.data import load
 from llm_attack.vision.networks import build
-from llm_attack.vision.settings import CurveSettings
 from llm_attack.vision.train import mixed_precision, one_cycle, train
 
-SETTINGS = CurveSettings(epochs=4, batch_size=32, width=0.25, learning_rate=0.1)
+SETTINGS = fig2.Settings(epochs=4, batch_size=32, width=0.25, learning_rate=0.1, crop=1, flip=True)
+PLAIN = replace(SETTINGS, crop=0, flip=False)
 
 
 @pytest.fixture(scope="module")
 def images():
-    return load("digits", train_size=200).train
+    return load("digits", fig2.Settings(train_size=200)).train
 
 
 def network(images, name="resnet18", width=0.1):
@@ -27,25 +28,14 @@ def network(images, name="resnet18", width=0.1):
         return build(name, *images.moments(), size=8, width=width)
 
 
-class Stop(Exception):
-    pass
-
-
 def run(images, settings=SETTINGS, stop_at=None, **options):
     """Trains; the network, the rows and the losses. Stops, if told, in the midst of an epoch."""
-    net, losses = network(images), []
-
-    def after_epoch(epoch, loss):
+    net, rows, losses = network(images), [], []
+    for epoch, loss in train(net, images, settings, rows, **options):
         if epoch == stop_at:
-            raise Stop
+            break
         losses.append(loss)
-        return [{"condition": "none", "loss": loss}, {"condition": "fgsm", "loss": -loss}]
-
-    rows = []
-    try:
-        rows = train(net, images, settings, after_epoch, crop=1, flip=True, **options)
-    except Stop:
-        assert stop_at is not None
+        rows += [{"epoch": epoch, "loss": loss}, {"epoch": epoch, "loss": -loss}]
     return net, rows, losses
 
 
@@ -56,14 +46,16 @@ def same(a, b):
 
 def test_it_learns(images):
     net = network(images, "cnn", width=0.5)
-    train(net, images, replace(SETTINGS, epochs=12, batch_size=10), lambda epoch, loss: [])
+    settings = replace(PLAIN, epochs=12, batch_size=10)
+    assert [epoch for epoch, _ in train(net, images, settings, [])] == list(range(1, 13))
     assert (net.eval()(images.scaled()).argmax(1) == images.labels).double().mean() > 0.95
 
 
-def test_the_rows_of_all_epochs_are_given(images):
-    net, rows, losses = run(images)
+def test_the_rows_of_all_epochs_are_kept(images, tmp_path):
+    net, rows, losses = run(images, state=tmp_path / "state.pt")
     assert [r["epoch"] for r in rows] == [1, 1, 2, 2, 3, 3, 4, 4]
     assert [r["loss"] for r in rows[::2]] == losses
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["rows"] == rows
     assert net.training
 
 
@@ -146,9 +138,9 @@ def test_batches_are_no_larger_than_the_data(images):
 
 def test_the_mean_loss_is_reported(images):
     """At a learning rate of zero, the loss is that of the untrained network."""
-    settings = replace(SETTINGS, learning_rate=0.0, batch_size=50, epochs=1)
-    net, losses = network(images, "cnn"), []
-    train(net, images, settings, lambda epoch, loss: losses.append(loss) or [])
+    settings = replace(PLAIN, learning_rate=0.0, batch_size=50, epochs=1)
+    net = network(images, "cnn")
+    losses = [loss for _, loss in train(net, images, settings, [])]
     wanted = nn.functional.cross_entropy(net(images.scaled()), images.labels)
     assert losses == [pytest.approx(wanted.item(), rel=1e-5)]
 
@@ -161,7 +153,7 @@ def test_precision(images):
     net = network(images, "cnn")
     net.fc2.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
     for precision in ("float32", "bfloat16"):
-        settings = replace(SETTINGS, precision=precision, epochs=1, batch_size=200)
-        train(net, images, settings, lambda epoch, loss: [])
+        settings = replace(PLAIN, precision=precision, epochs=1, batch_size=200)
+        assert len(list(train(net, images, settings, []))) == 1
     assert seen == [torch.float32, torch.bfloat16]
     assert all(p.dtype == torch.float32 for p in net.parameters())

@@ -11,17 +11,11 @@ import torch.nn.functional as F
 
 from llm_attack.errors import UsageError
 from llm_attack.theory import sentiment
-from llm_attack.theory.sentiment import (
-    MEASURED,
-    SentimentModel,
-    cosines,
-    reproduce,
-    run_size,
-    summary,
-)
-from llm_attack.theory.settings import SentimentSettings
+from llm_attack.theory.bands import MANY
+from llm_attack.theory.fig6 import MEASURED, Settings, draw, run, run_size
+from llm_attack.theory.lexicon import LABELS, encode
+from llm_attack.theory.sentiment import SentimentModel, cosines, summary
 from llm_attack.theory.stacked import StackedMLP, generators
-from llm_attack.theory.words import LABELS, encode
 
 SMALL = {"embedding_sizes": (2, 3), "seeds": 2, "epochs": 3, "width": 5, "device": "cpu"}
 
@@ -112,8 +106,8 @@ def exact(monkeypatch):
 
 
 def test_a_seed_in_company_is_that_seed_alone(exact):
-    both = run_size(table(60), 3, SentimentSettings(**SMALL))
-    alone = run_size(table(60), 3, SentimentSettings(**{**SMALL, "seeds": 1}, seed=1))
+    both = run_size(table(60), 3, Settings(**SMALL))
+    alone = run_size(table(60), 3, Settings(**{**SMALL, "seeds": 1}, seed=1))
     ours = both[both.seed == 1].reset_index(drop=True)
     pd.testing.assert_frame_equal(ours, alone, rtol=1e-9, atol=1e-9)
     assert both.groupby(["epoch", "split"]).size().to_dict() == {
@@ -124,9 +118,7 @@ def test_a_seed_in_company_is_that_seed_alone(exact):
 
 def test_words_held_out_are_not_learnt():
     """Labels are random: what was seen is learnt by heart, the rest is guessed."""
-    settings = SentimentSettings(
-        seeds=3, epochs=60, learning_rate=0.05, test_share=0.5, device="cpu"
-    )
+    settings = Settings(seeds=3, epochs=60, learning_rate=0.05, test_share=0.5, device="cpu")
     found = run_size(table(120), 4, settings)
     last = found[found.epoch == 60].groupby("split").accuracy
     assert last.min()["train"] == 1
@@ -135,7 +127,7 @@ def test_words_held_out_are_not_learnt():
 
 def test_the_share_held_out():
     """Accuracies are multiples of one word."""
-    found = run_size(table(50), 2, SentimentSettings(**SMALL, test_share=0.14))
+    found = run_size(table(50), 2, Settings(**SMALL, test_share=0.14))
     for split, n in (("test", 7), ("train", 43)):
         counts = found[found.split == split].accuracy * n
         assert (counts - counts.round()).abs().max() < 1e-9
@@ -143,8 +135,8 @@ def test_the_share_held_out():
 
 def test_what_is_written(tmp_path, words_csv):
     for folder in "ab":
-        settings = SentimentSettings(**SMALL, words=words_csv)
-        results = reproduce(settings, tmp_path / folder)
+        settings = Settings(**SMALL, words=words_csv)
+        results = run(settings, tmp_path / folder)
     names = ["curves.csv", "figure.png", "figure.svg"]
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == names
     for name in names:
@@ -162,9 +154,23 @@ def test_what_is_written(tmp_path, words_csv):
     json.dumps(results, allow_nan=False)
 
 
+@pytest.mark.parametrize("epochs", (3, 2 * MANY))
+def test_the_figure_is_drawn_from_the_file(tmp_path, epochs):
+    """Curves of many epochs are pixels in the SVG; text and axes are not."""
+    columns = [f"{name}_{end}" for name in MEASURED for end in ("mean", "min", "max")]
+    rows = [[2, e, s, *[0.5] * 9] for e in range(epochs + 1) for s in ("test", "train")]
+    table = pd.DataFrame(rows, columns=["size", "epoch", "split", *columns])
+    table.to_csv(tmp_path / "curves.csv", index=False)
+    draw(tmp_path)
+    text = (tmp_path / "figure.svg").read_text()
+    assert text.count("<image") == (2 if epochs > MANY else 0)  # one a panel
+    assert "embedding size 2</text>" in text
+    assert text.count("\n") < 1000
+
+
 def test_no_wrong_words_are_null_in_the_record(tmp_path, words_csv):
     settings = {**SMALL, "epochs": 60, "embedding_sizes": (4,), "learning_rate": 0.05, "width": 64}
-    results = reproduce(SentimentSettings(**settings, words=words_csv), tmp_path)
+    results = run(Settings(**settings, words=words_csv), tmp_path)
     assert results["last_epoch"]["size 4, train"]["accuracy"] == [1, 1]
     assert results["last_epoch"]["size 4, train"]["cosine_wrong"] == [None, None]
 
@@ -181,4 +187,4 @@ def test_no_wrong_words_are_null_in_the_record(tmp_path, words_csv):
 )
 def test_bad_settings(settings, message):
     with pytest.raises(UsageError, match=message):
-        SentimentSettings(**settings)
+        Settings(**settings)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llm_attack.errors import UsageError
-from llm_attack.theory.words import COLUMNS, LABELS, LEAST, OWN, encode, load_words
+from llm_attack.theory.lexicon import COLUMNS, LABELS, LEAST, OWN, encode, load_words
 
 
 def test_our_words():

@@ -1,4 +1,4 @@
-"""The commands: files that are complete, settings that are recorded, bad input before any work."""
+"""Fig. 1, 2 and 5: complete files, recorded settings, bad input refused before any work."""
 
 import json
 import re
@@ -9,28 +9,18 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
+from llm_attack.cli import main
 from llm_attack.errors import UsageError
-from llm_attack.vision import experiments
-from llm_attack.vision.commands import COMMANDS
-from llm_attack.vision.experiments import curves, gallery
-from llm_attack.vision.measure import SIX
-from llm_attack.vision.settings import (
-    CURVES,
-    FEATURES,
-    GALLERY,
-    Amplitude,
-    CurveSettings,
-    FeatureSettings,
-    GallerySettings,
-)
+from llm_attack.vision import data, fig1, fig2, fig5, stages
+from llm_attack.vision.settings import Amplitude
 
-BY_NAME = {command.name: command for command in COMMANDS}
+SIX = ("ost", "fgsm", "bim", "illc", "pgd", "sparsefool")
 SMALL = {"width": 0.1, "epochs": 2, "train_size": 128, "test_size": 40, "batch_size": 16}
 CONDITIONS = ["none", *SIX, "lowest", "highest"]
 
 
 def invoke(*arguments):
-    return CliRunner().invoke(BY_NAME[arguments[0]], arguments[1:])
+    return CliRunner().invoke(main, ["reproduce", *arguments])
 
 
 def small():
@@ -46,7 +36,7 @@ def figures_are_there(folder):
 
 
 def test_three_commands():
-    assert list(BY_NAME) == ["fig1", "fig2", "fig5"]
+    assert [f.COMMAND.name for f in (fig1, fig2, fig5)] == ["fig1", "fig2", "fig5"]
 
 
 def test_fig2(tmp_path, monkeypatch):
@@ -92,18 +82,22 @@ def test_fig2(tmp_path, monkeypatch):
 
 
 def test_the_same_command_gives_the_same_files(tmp_path):
+    """And so does drawing anew from the CSV file."""
     for name in ("one", "two"):
         assert (
             invoke("fig2", *small(), "--network", "cnn", "-o", str(tmp_path / name)).exit_code == 0
         )
+    for figure in (tmp_path / "two").glob("figure.*"):
+        figure.unlink()
+    fig2.draw(tmp_path / "two", SMALL["width"])
     for file in ("table.csv", "figure.png", "figure.svg"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
 def test_fig2_resumes(tmp_path, monkeypatch):
-    settings = CurveSettings(**SMALL, subset=5)
-    curves(settings, tmp_path / "whole")
-    write = experiments.measure
+    settings = fig2.Settings(**SMALL, subset=5)
+    fig2.run(settings, tmp_path / "whole")
+    write = stages.measure
     calls = []
 
     def breaks(*args, **options):
@@ -112,35 +106,33 @@ def test_fig2_resumes(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return write(*args, **options)
 
-    monkeypatch.setattr(experiments, "measure", breaks)
+    monkeypatch.setattr(stages, "measure", breaks)
     with pytest.raises(KeyboardInterrupt):
-        curves(settings, tmp_path / "parts")
+        fig2.run(settings, tmp_path / "parts")
     assert not (tmp_path / "parts" / "table.csv").exists()
-    curves(CurveSettings(**SMALL, subset=5, resume=True), tmp_path / "parts")
+    fig2.run(fig2.Settings(**SMALL, subset=5, resume=True), tmp_path / "parts")
     assert len(calls) == 3  # the first epoch was not measured again
     whole, parts = (tmp_path / x / "table.csv" for x in ("whole", "parts"))
     assert whole.read_bytes() == parts.read_bytes()
 
 
 def test_fig5(tmp_path):
-    settings = FeatureSettings(
-        **SMALL, network="resnet18", subset=10, epsilon_unit="rms", at="pool"
-    )
-    results = curves(settings, tmp_path)
+    settings = fig5.Settings(**SMALL, network="resnet18", subset=10, epsilon_unit="rms", at="pool")
+    results = fig5.run(settings, tmp_path)
     figures_are_there(tmp_path)
     assert "attacked at pool" in (tmp_path / "figure.svg").read_text()
     table = pd.read_csv(tmp_path / "table.csv")
     assert table["epsilon"].values == pytest.approx(0.1 * table["rms"].values, rel=1e-4)
     assert table["rms"].nunique() == 2  # of this epoch's features
     assert list(results["digits-resnet18"]["accuracy"]) == CONDITIONS
-    pixels = curves(CurveSettings(**SMALL, network="resnet18", subset=10), tmp_path / "pixels")
+    pixels = fig2.run(fig2.Settings(**SMALL, network="resnet18", subset=10), tmp_path / "pixels")
     pixels, features = (x["digits-resnet18"]["accuracy"] for x in (pixels, results))
     assert pixels["none"] == features["none"]  # what is attacked is no part of the training
 
 
 def test_fig1(tmp_path):
-    settings = GallerySettings(**{**SMALL, "width": 0.5, "epochs": 10}, images=2)
-    results = gallery(settings, tmp_path)
+    settings = fig1.Settings(**{**SMALL, "width": 0.5, "epochs": 10}, images=2)
+    results = fig1.run(settings, tmp_path)
     figures_are_there(tmp_path)
     table = pd.read_csv(tmp_path / "table.csv")
     assert list(table["condition"]) == ["none", *SIX] * 2
@@ -162,34 +154,34 @@ def test_fig1(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     (
-        (CurveSettings(network="cnn,resnet"), r"network=resnet: .*'resnet18'"),
-        (CurveSettings(attacks="fgsm,spasefool"), r"attacks=spasefool: .*'sparsefool'"),
-        (CurveSettings(attacks="fgsm,none"), r"attacks=none: must be one of random, fgsm"),
-        (CurveSettings(dataset="digits,mnst"), r"dataset=mnst: .*'mnist'"),
-        (CurveSettings(epsilon=-0.1), r"epsilon=-0.1: must be a finite number, at least 0"),
-        (CurveSettings(width=0.0), r"width=0.0: must be a number greater than 0"),
-        (FeatureSettings(network="cnn"), r"at=layer3: must be one of normalise, conv1, conv2, fc1"),
-        (FeatureSettings(network="resnet18", at="layr2"), r"at=layr2: .*'layer"),
-        (FeatureSettings(network="resnet18,cnn"), r"at=layer3: must be one of normalise, conv1"),
+        (fig2.Settings(network="cnn,resnet"), r"network=resnet: .*'resnet18'"),
+        (fig2.Settings(attacks="fgsm,spasefool"), r"attacks=spasefool: .*'sparsefool'"),
+        (fig2.Settings(attacks="fgsm,none"), r"attacks=none: must be one of random, fgsm"),
+        (fig2.Settings(dataset="digits,mnst"), r"dataset=mnst: .*'mnist'"),
+        (fig2.Settings(epsilon=-0.1), r"epsilon=-0.1: must be a finite number, at least 0"),
+        (fig2.Settings(width=0.0), r"width=0.0: must be a number greater than 0"),
+        (fig5.Settings(network="cnn"), r"at=layer3: must be one of normalise, conv1, conv2, fc1"),
+        (fig5.Settings(network="resnet18", at="layr2"), r"at=layr2: .*'layer"),
+        (fig5.Settings(network="resnet18,cnn"), r"at=layer3: must be one of normalise, conv1"),
     ),
     ids=str,
 )
 def test_bad_settings_are_refused_before_any_work(tmp_path, monkeypatch, settings, message):
-    monkeypatch.setattr(experiments, "train", lambda *a, **k: pytest.fail("trained"))
+    monkeypatch.setattr(stages, "train", lambda *a, **k: pytest.fail("trained"))
     with pytest.raises(UsageError, match=message) as caught:
-        curves(settings, tmp_path / "out")
+        (fig5 if hasattr(settings, "at") else fig2).run(settings, tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
 def test_bad_settings_of_the_gallery(tmp_path):
     with pytest.raises(UsageError, match="network='cnn,resnet18': must be one name"):
-        gallery(GallerySettings(network="cnn,resnet18"), tmp_path / "out")
+        fig1.run(fig1.Settings(network="cnn,resnet18"), tmp_path / "out")
     with pytest.raises(UsageError, match="images=11: must be at most 10, one a class"):
-        gallery(GallerySettings(images=11), tmp_path / "out")
+        fig1.run(fig1.Settings(images=11), tmp_path / "out")
     # two epochs are too few to know all ten digits
     with pytest.raises(UsageError, match="images=10: the trained network knows images of"):
-        gallery(GallerySettings(**SMALL, images=10), tmp_path / "out")
+        fig1.run(fig1.Settings(**SMALL, images=10), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -215,7 +207,7 @@ def test_bad_options(tmp_path, arguments):
 @pytest.mark.parametrize("field", ("epochs", "batch_size", "steps", "width", "weight_decay"))
 def test_settings_out_of_range(field):
     with pytest.raises(UsageError, match=f"{field}=-1"):
-        CurveSettings(**{field: -1})
+        fig2.Settings(**{field: -1})
 
 
 @pytest.mark.parametrize(("text", "value"), (("8/255", 8 / 255), ("0.1", 0.1), ("1e-3", 1e-3)))
@@ -224,12 +216,12 @@ def test_amplitudes_may_be_fractions(text, value):
 
 
 def test_presets():
-    for presets in (GALLERY, CURVES, FEATURES):
+    for presets in (fig1.PRESETS, fig2.PRESETS, fig5.PRESETS):
         assert list(presets) == ["quick", "paper"]
         assert presets["quick"].dataset == "digits"
         assert presets["paper"].epochs == 30 and presets["paper"].width == 1
-    assert CURVES["paper"].dataset == FEATURES["paper"].dataset == "mnist,cifar10"
-    assert CURVES["paper"].network == "cnn,resnet18,googlenet"
+    assert fig2.PRESETS["paper"].dataset == fig5.PRESETS["paper"].dataset == "mnist,cifar10"
+    assert fig2.PRESETS["paper"].network == "cnn,resnet18,googlenet"
 
 
 def test_epsilon_is_the_papers_unless_given():
@@ -237,23 +229,21 @@ def test_epsilon_is_the_papers_unless_given():
         def __init__(self, channels):
             self.shape = (channels, 32)
 
-    epsilon = experiments._epsilon
-    assert epsilon(CurveSettings(), Shaped(1)) == 0.1
-    assert epsilon(CurveSettings(), Shaped(3)) == 8 / 255
-    assert epsilon(FeatureSettings(), Shaped(3)) == 0.1
-    assert epsilon(CurveSettings(epsilon=0.0), Shaped(3)) == 0
+    epsilon = stages.amplitude
+    assert epsilon(fig2.Settings(), Shaped(1)) == 0.1
+    assert epsilon(fig2.Settings(), Shaped(3)) == 8 / 255
+    assert epsilon(fig5.Settings(), Shaped(3), "layer3") == 0.1
+    assert epsilon(fig2.Settings(epsilon=0.0), Shaped(3)) == 0
 
 
 def test_colour_images_are_mirrored_and_grey_ones_are_not(tmp_path, monkeypatch):
-    from llm_attack.vision import data
-
     seen, loaded = [], []
 
-    def train(network, images, settings, after_epoch, **options):
-        seen.append((options["flip"], options["crop"]))
-        return [{"epoch": 1, **row} for row in after_epoch(1, 0.0)]
+    def augment(x, generator, *, crop, flip):
+        seen.append((flip, crop))
+        return x
 
-    def load(name, **options):
+    def load(name, settings):
         loaded.append(name)
         channels, size = (3, 32) if name == "colour" else (1, 28)
         images = data.Images(
@@ -261,10 +251,10 @@ def test_colour_images_are_mirrored_and_grey_ones_are_not(tmp_path, monkeypatch)
         )
         return data.Dataset(name, ("a", "b"), images, images)
 
-    monkeypatch.setattr(experiments, "train", train)
+    monkeypatch.setattr("llm_attack.vision.train.augment", augment)
     monkeypatch.setattr(data, "load", load)
-    options = {"dataset": "grey,colour", "width": 0.1, "attacks": "fgsm"}
-    curves(CurveSettings(**options), tmp_path)
-    curves(CurveSettings(**options, network="cnn,resnet18", flip=True, crop=0), tmp_path)
+    options = {"dataset": "grey,colour", "width": 0.1, "attacks": "fgsm", "epochs": 1}
+    fig2.run(fig2.Settings(**options), tmp_path)
+    fig2.run(fig2.Settings(**options, network="cnn,resnet18", flip=True, crop=0), tmp_path)
     assert seen == [(False, 3), (True, 4)] + [(True, 0)] * 4
     assert loaded == ["grey", "colour"] * 2  # each once, also for two networks

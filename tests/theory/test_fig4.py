@@ -8,17 +8,16 @@ import torch
 import torch.nn.functional as F
 
 from llm_attack.errors import UsageError
-from llm_attack.theory import binary
-from llm_attack.theory.binary import GRID, Toy, labels_of, reproduce, run
+from llm_attack.theory.binary import GRID, Toy, labels_of
+from llm_attack.theory.fig4 import Settings, draw, run, train
 from llm_attack.theory.packet import Uncertainty, uncertainty
-from llm_attack.theory.settings import BinarySettings
 
 SMALL = {"points": 40, "test_points": 200, "width": 8, "epochs": 5, "device": "cpu"}
 
 
 def toy_with(steepness, shift=0.0, **settings):
     """A toy whose network is a known one: the boundary is at x1 = shift, for every seed."""
-    toy = Toy(BinarySettings(**{**SMALL, **settings}))
+    toy = Toy(Settings(**{**SMALL, **settings}))
     toy.network = lambda x: torch.stack(
         [torch.zeros_like(x[..., 0]), steepness * (x[..., 0] - shift)], -1
     )
@@ -26,7 +25,7 @@ def toy_with(steepness, shift=0.0, **settings):
 
 
 def test_points_and_labels():
-    toy = Toy(BinarySettings(**{**SMALL, "points": 3000}))
+    toy = Toy(Settings(**{**SMALL, "points": 3000}))
     assert toy.x.shape == (5, 3000, 2)
     assert toy.x.dtype == torch.float64
     assert toy.x.abs().max() <= 1
@@ -96,7 +95,7 @@ def test_the_packet_lies_on_the_line_x2_0():
 
 @pytest.fixture(scope="module")
 def small():
-    return run(BinarySettings(**SMALL, seeds=3))
+    return train(Settings(**SMALL, seeds=3))
 
 
 def test_every_epoch_and_seed_has_a_row(small):
@@ -110,7 +109,7 @@ def test_every_epoch_and_seed_has_a_row(small):
 
 def test_a_seed_in_company_is_that_seed_alone(small):
     curves, _ = small
-    alone, _ = run(BinarySettings(**SMALL, seeds=1, seed=2))
+    alone, _ = train(Settings(**SMALL, seeds=1, seed=2))
     ours = curves[curves.seed == 2].reset_index(drop=True)
     pd.testing.assert_frame_equal(ours, alone, rtol=1e-9, atol=1e-9)
     assert ours.dx.nunique() == 6  # it learns
@@ -120,7 +119,7 @@ def test_landscapes(small):
     """After a fifth, two fifths and all epochs; of the first seed; x1 and x2 in their places."""
     _, landscapes = small
     assert landscapes.groupby("epoch").size().to_dict() == dict.fromkeys((1, 2, 5), GRID**2)
-    toy = Toy(BinarySettings(**SMALL, seeds=3))
+    toy = Toy(Settings(**SMALL, seeds=3))
     for _ in range(5):
         toy.epoch()
     last = landscapes[landscapes.epoch == 5]
@@ -133,7 +132,7 @@ def test_landscapes(small):
 
 def test_batches():
     """An epoch passes over each point once, whatever the batch size."""
-    toy = Toy(BinarySettings(**SMALL, batch_size=16))
+    toy = Toy(Settings(**SMALL, batch_size=16))
     seen = []
     network = toy.network
     toy.network = lambda x: seen.append(x.detach()) or network(x)
@@ -146,7 +145,7 @@ def test_batches():
 
 
 def test_it_learns():
-    curves, _ = run(BinarySettings(**{**SMALL, "epochs": 150, "learning_rate": 0.01}, seeds=2))
+    curves, _ = train(Settings(**{**SMALL, "epochs": 150, "learning_rate": 0.01}, seeds=2))
     assert (curves[curves.epoch == 150].clean > 0.95).all()
     assert (curves[curves.epoch == 0].clean < 0.95).all()
 
@@ -162,12 +161,12 @@ def test_a_broken_relation_ends_the_run(monkeypatch, tmp_path):
 
     monkeypatch.setattr(Toy, "relation", relation)
     with pytest.raises(ArithmeticError, match=r"epoch 2: .* below its bound"):
-        reproduce(BinarySettings(**SMALL), tmp_path / "out")
+        run(Settings(**SMALL), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_what_is_written(tmp_path):
-    results = reproduce(BinarySettings(**SMALL, seeds=2), tmp_path)
+    results = run(Settings(**SMALL, seeds=2), tmp_path)
     names = ("curves.csv", "figure.png", "figure.svg", "landscapes.csv")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
     curves = pd.read_csv(tmp_path / "curves.csv")
@@ -180,8 +179,13 @@ def test_what_is_written(tmp_path):
 
 
 def test_the_same_command_gives_the_same_files(tmp_path):
+    """And so does drawing anew from the CSV files."""
+    settings = Settings(**SMALL, seeds=1)
     for folder in "ab":
-        reproduce(BinarySettings(**SMALL, seeds=1), tmp_path / folder)
+        run(settings, tmp_path / folder)
+    for figure in (tmp_path / "b").glob("figure.*"):
+        figure.unlink()
+    draw(tmp_path / "b", settings)
     for name in ("curves.csv", "landscapes.csv", "figure.png", "figure.svg"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
@@ -198,9 +202,9 @@ def test_the_same_command_gives_the_same_files(tmp_path):
 )
 def test_bad_settings(settings, message):
     with pytest.raises(UsageError, match=message):
-        BinarySettings(**settings)
+        Settings(**settings)
 
 
 def test_an_unknown_attack():
     with pytest.raises(UsageError, match=r"attack=fgms: .* did you mean 'fgsm'"):
-        binary.run(BinarySettings(**SMALL, attack="fgms"))
+        train(Settings(**SMALL, attack="fgms"))

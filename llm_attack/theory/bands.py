@@ -1,0 +1,36 @@
+"""Curves of several seeds: their mean as a line in the band from the lowest to the highest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+MANY = 200  # epochs: with more, a curve is drawn as pixels, also in a vector figure
+
+
+def over_seeds(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """For each group, the columns `by`, and NAME_mean, NAME_min, NAME_max of each other one.
+
+    NaN, where a seed has no value, is left out, and so is the column `seed`.
+    """
+    found = table.drop(columns="seed").groupby(by).agg(["mean", "min", "max"])
+    found.columns = ["_".join(names) for names in found.columns]
+    return found.reset_index()
+
+
+def shaded(ax: Any, table: pd.DataFrame, column: str, colour: str, **options: Any) -> None:
+    """Draws one column against epoch.
+
+    Args:
+        ax: matplotlib's axes.
+        table: of `over_seeds`, a row for each epoch.
+        column: the NAME.
+        colour: of the line and the band.
+        **options: of the line.
+    """
+    pixels = len(table) > MANY
+    ends = (table[f"{column}_min"], table[f"{column}_max"])
+    band: Any = {"color": colour, "alpha": 0.25, "linewidth": 0}
+    ax.fill_between(table.epoch, *ends, rasterized=pixels, **band)
+    ax.plot(table.epoch, table[f"{column}_mean"], color=colour, rasterized=pixels, **options)

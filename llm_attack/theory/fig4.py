@@ -1,0 +1,151 @@
+"""Fig. 4, the binary toy: a class boundary sharpens, and its packet obeys the relation.
+
+`binary` has the networks and what is measured on them. No torch is imported here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from llm_attack.drawing import COLOURS, new_figure
+from llm_attack.errors import invalid
+from llm_attack.record import Stopwatch, write_text
+from llm_attack.reproduce import DEVICE, check_settings, figure_command, setting
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The binary toy: points in the square [-1, 1]², told apart by the sign of x1.
+
+    Raises:
+        UsageError: a value is out of range; the message names it.
+    """
+
+    seeds: int = setting(5, "Number of networks, each with points of its own.", least=1)
+    epochs: int = setting(500, "Number of passes over the points.", least=1)
+    points: int = setting(1000, "Number of training points of each network.", least=1)
+    test_points: int = setting(1000, "Number of points that the accuracies are of.", least=1)
+    width: int = setting(32, "Number of units in each of the two hidden layers.", least=1)
+    learning_rate: float = setting(1e-3, "Learning rate of Adam.", least=0)
+    batch_size: int = setting(1000, "Number of points per step.", least=1)
+    attack: str = setting(
+        "fgsm",
+        "Attack for the robust accuracy: none, random, fgsm, ost, bim, illc, pgd or reversed.",
+    )
+    epsilon: float = setting(0.1, "L-infinity amplitude of the attack.", least=0)
+    label: int = setting(1, "Class whose loss is the packet: 1, that of x1 above 0, or 0.")
+    seed: int = setting(0, "The first seed; the others follow.")
+    device: str | None = setting(None, DEVICE)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if self.label not in (0, 1):
+            raise invalid("label", self.label, "0 or 1")
+
+
+# It takes seconds: it is never cut down.
+PRESETS = {"quick": Settings(), "paper": Settings()}
+
+
+def run(settings: Settings, folder: Path) -> dict[str, Any]:
+    """Binary toy: loss landscapes, accuracies, and the uncertainty relation at every epoch."""
+    clock = Stopwatch()
+    curves, landscapes = train(settings)
+    clock.lap("training")
+    write_text(folder / "curves.csv", curves.to_csv(index=False, float_format="%.6g"))
+    write_text(folder / "landscapes.csv", landscapes.to_csv(index=False, float_format="%.5g"))
+    draw(folder, settings)
+    clock.lap("figure")
+    last = curves[curves.epoch == settings.epochs].drop(columns=["epoch", "seed"])
+    return {
+        "last_epoch": {name: last[name].round(6).tolist() for name in last},
+        "lowest_margin": (curves["product"] - curves["bound"]).min(),
+        "seconds": clock,
+    }
+
+
+def train(settings: Settings) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Trains all seeds; measures before the first epoch and after each.
+
+    Returns:
+        The curves, a row for each epoch and seed (epoch, seed, clean, robust, dx, dp, product,
+        bound), and the landscapes of the first seed after a fifth, two fifths and all of the
+        epochs (epoch, x1, x2, loss).
+
+    Raises:
+        ArithmeticError: dx · dp was below its bound.
+    """
+    import pandas as pd
+
+    from llm_attack.theory.binary import Toy
+
+    toy = Toy(settings)
+    pictured = {max(1, settings.epochs * part // 5) for part in (1, 2, 5)}
+    curves, landscapes = [], []
+    for epoch in tqdm(range(settings.epochs + 1), desc="fig4", unit="epoch", disable=None):
+        if epoch:
+            toy.epoch()
+        clean, robust = toy.accuracies()
+        found = toy.relation()
+        try:
+            found.check()
+        except ArithmeticError as error:
+            raise ArithmeticError(f"epoch {epoch}: {error}") from error
+        values = {"clean": clean, "robust": robust, "dx": found.dx, "dp": found.dp}
+        values |= {"product": found.product, "bound": found.bound}
+        known = {"epoch": epoch, "seed": range(settings.seed, settings.seed + settings.seeds)}
+        curves.append(pd.DataFrame(known | {name: x.tolist() for name, x in values.items()}))
+        if epoch in pictured:
+            landscapes.append(pd.DataFrame({"epoch": epoch, **toy.landscape()}))
+    return pd.concat(curves, ignore_index=True), pd.concat(landscapes, ignore_index=True)
+
+
+def draw(folder: Path, settings: Settings) -> None:
+    """Draws, from curves.csv and landscapes.csv, the landscapes and the curves of all seeds."""
+    import pandas as pd
+
+    from llm_attack.theory.bands import over_seeds, shaded
+
+    table, landscapes = (pd.read_csv(folder / f"{x}.csv") for x in ("curves", "landscapes"))
+    curves = over_seeds(table, ["epoch"])
+    with new_figure(folder, (7.2, 4.6)) as figure:
+        axes = figure.subplots(2, 3)
+        top = landscapes.loss.max()
+        for ax, (epoch, rows) in zip(axes[0], landscapes.groupby("epoch"), strict=False):
+            plane = rows.pivot(index="x2", columns="x1", values="loss")
+            sides, heights = [plane.columns, plane.index], plane.to_numpy()
+            colours: Any = {"vmin": 0, "vmax": top, "cmap": "cividis", "shading": "gouraud"}
+            image = ax.pcolormesh(*sides, heights, rasterized=True, **colours)
+            ax.contour(*sides, heights, levels=[math.log(2)], colors="white", linewidths=1)
+            ax.set(title=f"epoch {epoch}", xlabel="$x_1$", ylabel="$x_2$", aspect="equal")
+            ax.set(xticks=(-1, 0, 1), yticks=(-1, 0, 1))
+            ax.grid(False)
+        figure.colorbar(image, ax=axes[0], label=f"loss, class {settings.label}")
+
+        accuracy, widths, relation = axes[1]
+        robust = f"{settings.attack}, ε = {settings.epsilon:g}"
+        shaded(accuracy, curves, "clean", COLOURS[0], label="clean")
+        shaded(accuracy, curves, "robust", COLOURS[3], label=robust, linestyle="--")
+        accuracy.set(ylabel="accuracy", ylim=(None, 1.02))
+        shaded(widths, curves, "dx", COLOURS[0], label="Δx")
+        shaded(widths, curves, "dp", COLOURS[3], label="Δp", linestyle="--")
+        widths.set(ylabel="width of the packet", yscale="log")
+        shaded(relation, curves, "product", COLOURS[0], label="Δx · Δp")
+        shaded(relation, curves, "bound", COLOURS[3], label="bound on [-1, 1]", linestyle="--")
+        relation.axhline(0.5, color="black", linewidth=1, linestyle=":", label="½")
+        highest = max(0.5, table["product"].max())
+        relation.set(ylabel="product and bound", ylim=(0, 1.6 * highest))  # room for the legend
+        for ax in axes[1]:
+            ax.set(xlabel="epoch", xlim=(0, table.epoch.max()))
+            ax.legend()
+
+
+COMMAND = figure_command("fig4", PRESETS, run)

@@ -1,0 +1,104 @@
+"""The stages of an image experiment: names checked, a network, its training under attack."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from llm_attack.attacks import Attack
+from llm_attack.errors import invalid
+from llm_attack.record import Stopwatch
+from llm_attack.vision.data import Dataset
+from llm_attack.vision.measure import Row, measure
+from llm_attack.vision.networks import build
+from llm_attack.vision.settings import ImageSettings
+from llm_attack.vision.train import train
+
+
+def listed(argument: str, text: str, allowed: Iterable[str], most: int = 99) -> list[str]:
+    """The names in `text`, which is separated by commas; at most so many."""
+    allowed = list(allowed)
+    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in names:
+        if name not in allowed:
+            raise invalid(argument, name, allowed)
+    if len(names) > most:
+        raise invalid(argument, text, "one name")
+    return names
+
+
+def amplitude(settings: ImageSettings, dataset: Dataset, at: str | None = None) -> float:
+    """Epsilon as given, or the usual one of what is attacked: pixels, or the output of `at`."""
+    usual = 8 / 255 if at is None and dataset.shape[0] == 3 else 0.1
+    epsilon = usual if settings.epsilon is None else settings.epsilon
+    return Attack(epsilon=epsilon).epsilon  # which checks it
+
+
+def untrained(dataset: Dataset, name: str, settings: ImageSettings) -> nn.Sequential:
+    """The network `name` for these images, with the weights that the seed draws."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        network = build(
+            name,
+            *(moment.cpu() for moment in dataset.train.moments()),
+            size=dataset.shape[1],
+            classes=len(dataset.classes),
+            width=settings.width,
+        )
+    return network.to(settings.device or "cpu").to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def trained(
+    dataset: Dataset,
+    name: str,
+    settings: ImageSettings,
+    attacks: Sequence[str],
+    clock: Stopwatch,
+    *,
+    state: Path | None = None,
+    resume: bool = False,
+    **how: Any,
+) -> tuple[nn.Sequential, list[Row]]:
+    """The trained network, and what `measure` found after each epoch, which is printed.
+
+    Args:
+        dataset: to learn from and to measure with.
+        name: of the network.
+        settings: of the training, and `steps` of the attacks.
+        attacks: their names.
+        clock: gets the seconds of training and of attacks.
+        state: as for `train`.
+        resume: as for `train`.
+        **how: of `measure`: `epsilon` and others.
+    """
+    network, rows = untrained(dataset, name, settings), list[Row]()
+    label = f"{dataset.name}-{name}"
+    kept: Any = {"state": state, "resume": resume, "label": label}
+    how |= {"steps": settings.steps, "seed": settings.seed}
+    for epoch, loss in train(network, dataset.train, settings, rows, **kept):
+        clock.lap(f"{label} training")
+        found = measure(network, dataset.test, attacks, **how)
+        rows += [{"epoch": epoch, **row} for row in found]
+        said = ", ".join(f"{row['condition']} {row['accuracy']:.3f}" for row in found)
+        tqdm.write(f"{label}: epoch {epoch} of {settings.epochs}, loss {loss:.4f}, {said}")
+        clock.lap(f"{label} attacks")
+    clock.lap(f"{label} training")
+    return network, rows
+
+
+def summary(dataset: Dataset, network: nn.Module, rows: Sequence[Row]) -> dict[str, Any]:
+    """What the record says of a network: sizes, and the accuracies after the last epoch."""
+    last = [row for row in rows if row["epoch"] == rows[-1]["epoch"]]
+    return {
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "train_images": len(dataset.train),
+        "test_images": len(dataset.test),
+        "epochs": rows[-1]["epoch"],
+        "epsilon": last[0]["epsilon"],
+        "accuracy": {row["condition"]: round(row["accuracy"], 4) for row in last},
+    }
