@@ -26,11 +26,9 @@ class _Collected(Exception):
 class _Stand(LM):
     """In the model's place: keeps the requests, or gives answers that were computed before."""
 
-    def __init__(
-        self, lm: AttackedHFLM, answers: list[Answer] | None = None, condition: int = 0
-    ) -> None:
+    def __init__(self, lm: AttackedHFLM, answers: list[Answer] | None = None) -> None:
         super().__init__()
-        self.lm, self.answers, self.condition = lm, answers, condition
+        self.lm, self.answers = lm, answers
         self.config = lm.config  # where lm-eval finds the model's name
         self.requests: list[Instance] = []
 
@@ -55,9 +53,6 @@ class _Stand(LM):
 
     def apply_chat_template(self, *args: Any, **kwargs: Any) -> str:
         return self.lm.apply_chat_template(*args, **kwargs)
-
-    def get_model_info(self) -> dict[str, Any]:
-        return {**self.lm.get_model_info(), "attack": self.lm.attack_info(self.condition)}
 
 
 class Judge:
@@ -98,8 +93,11 @@ class Judge:
         for request in self.asked:
             request.resps.clear()
             request.filtered_resps.clear()
-        found = self._evaluate(_Stand(self.lm, answers, condition))
+        found = self._evaluate(_Stand(self.lm, answers))
         assert found is not None  # as it is on lm-eval's first process, the only one
+        # not by the stand: lm-eval 0.4.9 asks none but its own models
+        attack = self.lm.attack_info(condition)
+        found["config"] |= {**self.lm.get_model_info(), "attack": attack}
         return found
 
     def _evaluate(self, stand: _Stand) -> dict[str, Any] | None:

@@ -49,17 +49,19 @@ class RunProgress:
         self._start = self._last = time.monotonic()
         left = TimeRemainingColumn(), TextColumn("left")
         columns = TextColumn("requests"), BarColumn(), MofNCompleteColumn(), *left
-        self._bars = _Bar(*columns, console=console, disable=mode != "bar")
+        self._bars = _Bar(*columns, console=console)
         # the time left is estimated from what is done here, not from what was done before
         self._bar = self._bars.add_task("", total=total - done)
 
     def __enter__(self) -> RunProgress:
-        self._bars.start()
+        if self.mode == "bar":
+            self._bars.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._bars.stop()
-        if self.mode == "json":
+        if self.mode == "bar":
+            self._bars.stop()
+        elif self.mode == "json":
             self._line()
 
     def add(self, requests: int, right: Sequence[Sequence[float]]) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -196,7 +198,19 @@ def _model(plan: Plan) -> AttackedHFLM:
     if device is not None:
         arguments["device"] = device
     first = plan.conditions[0].arguments()
-    return AttackedHFLM(pretrained=plan.model, **arguments, **first)
+    with _alone():
+        return AttackedHFLM(pretrained=plan.model, **arguments, **first)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Hides the other processes from accelerate, which would connect them and wait for all."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def _answer(prepared: Prepared, store: Store, progress: str, console: Console) -> None:
