@@ -6,9 +6,10 @@ declaration: a new argument is one line. Imports the standard library alone unti
 
 from __future__ import annotations
 
+import builtins
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ class About:
         text: what it means, without a full stop.
         kind: bool, int, float, str, or tuple for what may be a list.
         also: another type allowed.
+        option: of click, what the option's text is turned into; `kind` unless given.
         choices: the values allowed, if they can be listed.
         least: the lowest number allowed.
         above: whether `least` itself is too low.
@@ -33,12 +35,17 @@ class About:
     """
 
     text: str
-    kind: type
+    kind: type = str
     also: type | None = None
+    option: Any = None
     choices: tuple[str, ...] = ()
     least: float | None = None
     above: bool = False
     allowed: str | None = None
+
+    def sentence(self) -> str:
+        """What it means, and the values allowed if they can be listed."""
+        return f"{self.text}." + f" One of {', '.join(self.choices)}." * bool(self.choices)
 
     def words(self) -> str:
         """What is allowed, in words."""
@@ -49,7 +56,9 @@ class About:
         if self.kind is float:
             bound = "greater than" if self.above else "at least"
             return "a finite number" + ("" if self.least is None else f", {bound} {self.least:g}")
-        return {bool: "True or False", str: "a text"}.get(self.kind, "values with commas between")
+        least = "" if self.least is None else f", {self.least:g} or more"
+        several = f"values with commas between them{least}"
+        return {bool: "True or False", str: "a text"}.get(self.kind, several)
 
     def allows(self, value: Any) -> bool:
         """Whether a value is one of those allowed; a number is not a text, True no number."""
@@ -57,6 +66,9 @@ class About:
             return True
         if self.choices:
             return isinstance(value, str) and value in self.choices
+        if self.kind is tuple and self.least is not None:
+            least = self.least
+            return bool(value) and all(self._in_range(part, least) for part in value)
         if self.kind in (int, float):
             number = Integral if self.kind is int else Real
             return (
@@ -72,24 +84,24 @@ class About:
         return least <= value <= sys.float_info.max and not (self.above and value == least)
 
 
-def setting(default: Any, text: str, kind: type | None = None, **about: Any) -> Any:
+def setting(default: Any, text: str, **about: Any) -> Any:
     """A field with its meaning; None is allowed where it is the default.
 
     Args:
-        default: its value; of type `kind` unless None.
+        default: its value.
         text: what it means.
-        kind: see `About`; that of the default unless given.
-        **about: more of `About`.
+        **about: more of `About`; the kind is the first type of the annotation unless given.
     """
-    known = About(text, type(default) if kind is None else kind, **about)
-    return field(default=default, metadata={"about": known})
+    return field(default=default, metadata={"about": (text, about)})
 
 
 def declared(kind: Any) -> Iterator[tuple[Field, About]]:
     """The settings of a dataclass, or of an instance; those that may be positional come first."""
     for entry in sorted(fields(kind), key=lambda entry: entry.kw_only is True):
         if "about" in entry.metadata:
-            yield entry, entry.metadata["about"]
+            text, about = entry.metadata["about"]
+            kind = getattr(builtins, str(entry.type).split(" | ")[0], tuple)
+            yield entry, About(text, **{"kind": kind, **about})
 
 
 def names(kind: Any) -> list[str]:
@@ -135,15 +147,19 @@ def options(kind: Any) -> list[click.Option]:
 
     made = []
     for entry, about in declared(kind):
-        default = None if entry.default is MISSING else entry.default
+        default = entry.default
         if isinstance(default, tuple):
             default = ",".join(map(str, default))
-        text = f"{about.text}." + f" One of {', '.join(about.choices)}." * bool(about.choices)
         kinds: dict[Any, Any] = {bool: None, tuple: click.UNPROCESSED}  # YAML has lists
-        kind = kinds.get(about.kind, about.kind)
-        flag = about.kind is bool
-        option = [f"--{entry.name}"]
-        made.append(click.Option(option, default=default, help=text, type=kind, is_flag=flag))
+        made.append(
+            click.Option(
+                [f"--{entry.name}"],
+                default=default,
+                help=about.sentence(),
+                type=about.option or kinds.get(about.kind, about.kind),
+                is_flag=about.kind is bool,
+            )
+        )
     return made
 
 

@@ -7,21 +7,21 @@ until the command runs.
 
 from __future__ import annotations
 
-import builtins
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, field, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import click
 
+from llm_attack.declare import DIALECT, declared
 from llm_attack.errors import UsageError, invalid
 from llm_attack.record import hardware, versions, write_json
 
 PRESET_NAMES = ("quick", "paper")
-DEVICE = "Where to compute: cpu, cuda, cuda:1, ...; unless given, cuda where there is one."
+DEVICE = "Where to compute: cpu, cuda, cuda:1, ...; unless given, cuda where there is one"
 
 
 class Integers(click.ParamType):
@@ -38,28 +38,6 @@ class Integers(click.ParamType):
             self.fail(f"{value!r}: must be integers separated by commas", param, ctx)
 
 
-def setting(default: Any, text: str, least: float | None = None, type: Any = None) -> Any:
-    """A field of settings, which becomes the option of the same name.
-
-    Args:
-        default: its value.
-        text: what it means, in a sentence, with all allowed values; for --help.
-        least: the lowest value allowed.
-        type: of the option, for click; that of the field's annotation unless given.
-    """
-    return field(default=default, metadata={"text": text, "least": least, "type": type})
-
-
-def check_settings(settings: Any) -> None:
-    """Raises `UsageError` where a value is below the `least` of its field; for __post_init__."""
-    for entry in fields(settings):
-        least, value = entry.metadata["least"], getattr(settings, entry.name)
-        values = value if isinstance(value, tuple) else (value,)
-        # not (v >= least): true for NaN
-        if None not in (least, value) and not (values and all(v >= least for v in values)):
-            raise invalid(entry.name, value, f"{least:g} or more")
-
-
 def figure_command(
     name: str, presets: dict[str, Any], run: Callable[[Any, Path], dict[str, Any]]
 ) -> click.Command:
@@ -67,8 +45,8 @@ def figure_command(
 
     Args:
         name: of the command; the results go to results/`name` unless --output says otherwise.
-        presets: settings (a dataclass of `setting` fields, `seed` and `device` among them) by
-            their names, those of `PRESET_NAMES`.
+        presets: settings (a dataclass of fields by `declare.setting`, `seed` and `device` among
+            them) by their names, those of `PRESET_NAMES`.
         run: takes settings and a folder; writes figure and CSV there; returns the headline
             results and, as `seconds`, a dictionary of timings. Its docstring is the help.
     """
@@ -83,7 +61,7 @@ def figure_command(
         seconds = results.pop("seconds") | {"all": time.perf_counter() - start}
         words = ["llm-attack reproduce", name, "--preset", preset]
         for key, value in overrides.items():
-            words += [_option(key), _shown(value)]
+            words += [f"--{key}", _shown(value)]
         if output != default_output:
             words += ["-o", str(output)]
         record = {
@@ -108,26 +86,21 @@ def figure_command(
             help="Folder for figure.png, figure.svg, the CSV files and run.json.",
         ),
     ]
-    for entry in fields(presets["quick"]):
-        kind = entry.metadata["type"] or getattr(builtins, entry.type.removesuffix(" | None"))
+    for entry, about in declared(presets["quick"]):
         shown = {preset: _shown(getattr(presets[preset], entry.name)) for preset in PRESET_NAMES}
         values = ", ".join(f"{preset}: {value}" for preset, value in shown.items())
         if len(set(shown.values())) == 1:
             values = f"default: {shown['quick']}"
-        text = entry.metadata["text"] + (f"  [{values}]" if shown["quick"] else "")
-        options.append(click.Option([_option(entry.name)], type=kind, help=text))
+        text = about.sentence() + (f"  [{values}]" if shown["quick"] else "")
+        kind = about.option or about.kind
+        options.append(click.Option([f"--{entry.name}"], type=kind, help=text))
     return click.Command(
         name,
         callback=callback,
         params=options,
         help=run.__doc__,
-        # --batch_size is as good as --batch-size
-        context_settings={"token_normalize_func": lambda token: token.replace("_", "-")},
+        context_settings=DIALECT,
     )
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _shown(value: Any) -> str:

@@ -47,7 +47,6 @@ class StepSettings:
     step_size: float | None = setting(
         None,
         f"Length of a step of {ITERATIVE}; a quarter of epsilon unless given",
-        float,
         least=0.0,
         above=True,
     )

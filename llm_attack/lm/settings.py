@@ -49,13 +49,11 @@ class ThreatSettings(StepSettings):
         None,
         "Whether the tokens that requests of a question share have a perturbation in each, or one;"
         " own unless the loss knows the gold",
-        str,
         choices=CONTEXTS,
     )
     hookpoint: str | None = setting(
         None,
         "Module whose output is perturbed, such as model.layers.12; the input embedding by default",
-        str,
         allowed="the dotted path of a module",
     )
     seed: int = setting(0, "Seed of the random draws")

@@ -38,20 +38,18 @@ class Plan(ThreatSettings, EngineSettings):
         (0.01,), "Amplitudes; 0.7rms is in units of the embeddings' RMS, whatever the unit"
     )
     limit: float | None = setting(
-        None, "Questions per task; below 1, their share", float, least=0.0, above=True
+        None, "Questions per task; below 1, their share", least=0.0, above=True
     )
-    num_fewshot: int | None = setting(None, "Examples in the context", int, least=0)
+    num_fewshot: int | None = setting(None, "Examples in the context", least=0)
     apply_chat_template: bool | str = setting(
         False, "Put all prompts into the model's chat template", also=str
     )
     fewshot_as_multiturn: bool = setting(False, "Give examples as turns of a conversation")
-    system_instruction: str | None = setting(None, "Text before all prompts", str)
-    include_path: str | None = setting(None, "Folder of more lm-eval tasks", str)
-    batch_size: int | str = setting("auto", "Rows of a batch at most, or auto", tuple)
-    device: str | None = setting(None, "cuda, cuda:1, cpu, mps, ...; the best there is", str)
-    model_args: dict[str, Any] = setting(
-        "", "More arguments of attacked-hf, as key=value,...", tuple
-    )
+    system_instruction: str | None = setting(None, "Text before all prompts")
+    include_path: str | None = setting(None, "Folder of more lm-eval tasks")
+    batch_size: int | str = setting("auto", "Rows of a batch at most, or auto", kind=tuple)
+    device: str | None = setting(None, "cuda, cuda:1, cpu, mps, ...; the best there is")
+    model_args: dict[str, Any] = setting("", "More arguments of attacked-hf, as key=value,...")
 
     def __post_init__(self) -> None:
         super().__post_init__()

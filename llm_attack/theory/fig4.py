@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from llm_attack.declare import check, setting
 from llm_attack.drawing import COLOURS, new_figure
 from llm_attack.errors import invalid
 from llm_attack.record import Stopwatch, write_text
-from llm_attack.reproduce import DEVICE, check_settings, figure_command, setting
+from llm_attack.reproduce import DEVICE, figure_command
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,24 +30,24 @@ class Settings:
         UsageError: a value is out of range; the message names it.
     """
 
-    seeds: int = setting(5, "Number of networks, each with points of its own.", least=1)
-    epochs: int = setting(500, "Number of passes over the points.", least=1)
-    points: int = setting(1000, "Number of training points of each network.", least=1)
-    test_points: int = setting(1000, "Number of points that the accuracies are of.", least=1)
-    width: int = setting(32, "Number of units in each of the two hidden layers.", least=1)
-    learning_rate: float = setting(1e-3, "Learning rate of Adam.", least=0)
-    batch_size: int = setting(1000, "Number of points per step.", least=1)
+    seeds: int = setting(5, "Number of networks, each with points of its own", least=1)
+    epochs: int = setting(500, "Number of passes over the points", least=1)
+    points: int = setting(1000, "Number of training points of each network", least=1)
+    test_points: int = setting(1000, "Number of points that the accuracies are of", least=1)
+    width: int = setting(32, "Number of units in each of the two hidden layers", least=1)
+    learning_rate: float = setting(1e-3, "Learning rate of Adam", least=0)
+    batch_size: int = setting(1000, "Number of points per step", least=1)
     attack: str = setting(
         "fgsm",
-        "Attack for the robust accuracy: none, random, fgsm, ost, bim, illc, pgd or reversed.",
+        "Attack for the robust accuracy: none, random, fgsm, ost, bim, illc, pgd, mifgsm or reversed",
     )
-    epsilon: float = setting(0.1, "L-infinity amplitude of the attack.", least=0)
-    label: int = setting(1, "Class whose loss is the packet: 1, that of x1 above 0, or 0.")
-    seed: int = setting(0, "The first seed; the others follow.")
+    epsilon: float = setting(0.1, "L-infinity amplitude of the attack", least=0)
+    label: int = setting(1, "Class whose loss is the packet: 1, that of x1 above 0, or 0")
+    seed: int = setting(0, "The first seed; the others follow")
     device: str | None = setting(None, DEVICE)
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        check(self)
         if self.label not in (0, 1):
             raise invalid("label", self.label, "0 or 1")
 

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from llm_attack.declare import check, setting
 from llm_attack.drawing import COLOURS, new_figure
 from llm_attack.errors import invalid
 from llm_attack.record import Stopwatch, write_text
-from llm_attack.reproduce import DEVICE, Integers, check_settings, figure_command, setting
+from llm_attack.reproduce import DEVICE, Integers, figure_command
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,24 +36,24 @@ class Settings:
     words: str | None = setting(
         None,
         "CSV file with the columns word, language and label, which is negative, neutral or "
-        "positive; unless given, the package's own.",
+        "positive; unless given, the package's own",
     )
     embedding_sizes: tuple[int, ...] = setting(
         (8, 16, 32),
-        "How many numbers the embedding of a character has, separated by commas.",
+        "How many numbers the embedding of a character has, separated by commas",
         least=1,
-        type=Integers(),
+        option=Integers(),
     )
-    seeds: int = setting(10, "Number of networks of each size, each with its own split.", least=1)
-    epochs: int = setting(1000, "Number of passes over the words.", least=1)
-    width: int = setting(64, "Number of units in the hidden layer.", least=1)
-    learning_rate: float = setting(1e-3, "Learning rate of Adam.", least=0)
-    test_share: float = setting(0.2, "Share of the words held out, between 0 and 1.", least=0)
-    seed: int = setting(0, "The first seed; the others follow.")
+    seeds: int = setting(10, "Number of networks of each size, each with its own split", least=1)
+    epochs: int = setting(1000, "Number of passes over the words", least=1)
+    width: int = setting(64, "Number of units in the hidden layer", least=1)
+    learning_rate: float = setting(1e-3, "Learning rate of Adam", least=0)
+    test_share: float = setting(0.2, "Share of the words held out, between 0 and 1", least=0)
+    seed: int = setting(0, "The first seed; the others follow")
     device: str | None = setting(None, DEVICE)
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        check(self)
         if not 0 < self.test_share < 1:
             raise invalid("test_share", self.test_share, "between 0 and 1")
 

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm_attack.declare import setting
 from llm_attack.drawing import COLOURS, new_figure
 from llm_attack.errors import UsageError, invalid
 from llm_attack.record import Stopwatch, write_text
-from llm_attack.reproduce import figure_command, setting
+from llm_attack.reproduce import figure_command
 from llm_attack.vision.settings import QUICK, ImageSettings, shown
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 class Settings(ImageSettings):
     """One data set, one network."""
 
-    images: int = setting(2, "Number of images to show, each of another class.", least=1)
+    images: int = setting(2, "Number of images to show, each of another class", least=1)
 
 
 PRESETS = {

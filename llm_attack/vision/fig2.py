@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm_attack.declare import setting
 from llm_attack.drawing import COLOURS, new_figure
 from llm_attack.record import Stopwatch, write_text
-from llm_attack.reproduce import figure_command, setting
+from llm_attack.reproduce import figure_command
 from llm_attack.vision.settings import QUICK, ImageSettings, shown
 
 if TYPE_CHECKING:
@@ -26,11 +27,8 @@ class Settings(ImageSettings):
 
     subset: int | None = setting(
         None,
-        "Number of test images that bim, illc, pgd and sparsefool see; unless given, all.",
+        "Number of test images that bim, illc, pgd and sparsefool see; unless given, all",
         least=1,
-    )
-    resume: bool = setting(
-        False, "Whether to go on where an earlier run into the same folder stopped, true or false."
     )
 
 
@@ -54,8 +52,8 @@ def curves(
 ) -> dict[str, Any]:
     """Trains and attacks each network on each data set.
 
-    Writes the figure and `table.csv`, the rows of `measure`; keeps in `checkpoints` what is needed
-    to resume.
+    Writes the figure and `table.csv`, the rows of `measure`. What is finished is kept in
+    `checkpoints`, where the same settings go on.
 
     Args:
         settings: checked before anything is trained.
@@ -97,7 +95,6 @@ def curves(
             attacks,
             clock,
             state=folder / "checkpoints" / f"{file}.pt",
-            resume=settings.resume,
             epsilon=epsilons[dataset.name],
             subset=settings.subset,
             at=at,

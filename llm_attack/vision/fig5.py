@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
-
-from llm_attack.reproduce import figure_command, setting
+from llm_attack.declare import setting
+from llm_attack.reproduce import figure_command
 from llm_attack.vision import fig2
 from llm_attack.vision.settings import QUICK
 
@@ -21,12 +20,12 @@ class Settings(fig2.Settings):
         "layer3",
         "Block whose output is attacked: normalise in all; conv1, conv2, fc1 in cnn; stem, layer1 "
         "to layer4, pool in resnet18; stem, inception3a, inception3b, pool3, inception4a to "
-        "inception4e, pool4, inception5a, inception5b, pool in googlenet.",
+        "inception4e, pool4, inception5a, inception5b, pool in googlenet",
     )
     epsilon_unit: str = setting(
         "absolute",
-        "Unit of epsilon: that of the features, or their root mean square.",
-        type=click.Choice(("absolute", "rms")),
+        "Unit of epsilon: that of the features, or their root mean square",
+        choices=("absolute", "rms"),
     )
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from llm_attack.reproduce import DEVICE, check_settings, setting
+from llm_attack.declare import check, setting
+from llm_attack.reproduce import DEVICE
 
 
 class Amplitude(click.ParamType):
@@ -33,59 +34,59 @@ class ImageSettings:
 
     dataset: str = setting(
         "digits",
-        "Data set: digits, mnist, cifar10, imagefolder:PATH, or any other that `datasets` loads.",
+        "Data set: digits, mnist, cifar10, imagefolder:PATH, or any other that `datasets` loads",
     )
-    network: str = setting("cnn", "Network to attack: cnn, resnet18 or googlenet.")
-    width: float = setting(1.0, "Factor on the channels of the networks.", least=0)
+    network: str = setting("cnn", "Network to attack: cnn, resnet18 or googlenet")
+    width: float = setting(1.0, "Factor on the channels of the networks", least=0)
     attacks: str = setting(
         "ost,fgsm,bim,illc,pgd,sparsefool",
-        "Attacks, separated by commas: random, fgsm, ost, bim, illc, pgd, reversed, sparsefool.",
+        "Attacks, separated by commas: random, fgsm, ost, bim, illc, pgd, mifgsm, reversed, sparsefool",
     )
     epsilon: float | None = setting(
         None,
         "L-infinity amplitude, such as 8/255; unless given, 0.1 for grey images and for features, "
-        "8/255 for images in colour.",
-        type=Amplitude(),
+        "8/255 for images in colour",
+        option=Amplitude(),
     )
-    steps: int = setting(10, "Number of steps of bim, illc and pgd.", least=1)
-    epochs: int = setting(30, "Number of passes over the training images.", least=1)
+    steps: int = setting(10, "Number of steps of bim, illc and pgd", least=1)
+    epochs: int = setting(30, "Number of passes over the training images", least=1)
     train_size: int | None = setting(
-        None, "Number of training images, drawn at random; unless given, all.", least=1
+        None, "Number of training images, drawn at random; unless given, all", least=1
     )
     test_size: int | None = setting(
-        None, "Number of test images, drawn at random; unless given, all.", least=1
+        None, "Number of test images, drawn at random; unless given, all", least=1
     )
-    batch_size: int = setting(128, "Number of training images per step.", least=1)
-    learning_rate: float = setting(0.05, "Highest learning rate of the cycle.", least=0)
-    weight_decay: float = setting(5e-4, "Weight decay of the optimiser.", least=0)
+    batch_size: int = setting(128, "Number of training images per step", least=1)
+    learning_rate: float = setting(0.05, "Highest learning rate of the cycle", least=0)
+    weight_decay: float = setting(5e-4, "Weight decay of the optimiser", least=0)
     crop: int | None = setting(
         None,
-        "Pixels to shift training images by at most; unless given, an eighth of their size.",
+        "Pixels to shift training images by at most; unless given, an eighth of their size",
         least=0,
     )
     flip: bool | None = setting(
-        None, "Whether to mirror half of the images, true or false; unless given, those in colour."
+        None, "Whether to mirror half of the images, true or false; unless given, those in colour"
     )
     precision: str = setting(
         "auto",
-        "Precision of training; auto is bfloat16 on GPUs that are made for it, else float32.",
-        type=click.Choice(("auto", "float32", "bfloat16")),
+        "Precision of training; auto is bfloat16 on GPUs that are made for it, else float32",
+        choices=("auto", "float32", "bfloat16"),
     )
     train_split: str = setting(
-        "train", "Split of the training images, as `datasets` writes it, such as train[:90%]."
+        "train", "Split of the training images, as `datasets` writes it, such as train[:90%]"
     )
-    test_split: str = setting("test", "Split of the test images, written likewise.")
+    test_split: str = setting("test", "Split of the test images, written likewise")
     image_column: str | None = setting(
-        None, "Column of the images; unless given, the first that holds images."
+        None, "Column of the images; unless given, the first that holds images"
     )
     label_column: str | None = setting(
-        None, "Column of the labels; unless given, the first that holds class labels, else label."
+        None, "Column of the labels; unless given, the first that holds class labels, else label"
     )
-    seed: int = setting(0, "Seed of weights, order, augmentation and attacks.", least=0)
+    seed: int = setting(0, "Seed of weights, order, augmentation and attacks", least=0)
     device: str | None = setting(None, DEVICE)
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        check(self)
 
 
 # Of all quick presets.

@@ -61,7 +61,6 @@ def trained(
     clock: Stopwatch,
     *,
     state: Path | None = None,
-    resume: bool = False,
     **how: Any,
 ) -> tuple[nn.Sequential, list[Row]]:
     """The trained network, and what `measure` found after each epoch, which is printed.
@@ -73,12 +72,11 @@ def trained(
         attacks: their names.
         clock: gets the seconds of training and of attacks.
         state: as for `train`.
-        resume: as for `train`.
         **how: of `measure`: `epsilon` and others.
     """
     network, rows = untrained(dataset, name, settings), list[Row]()
     label = f"{dataset.name}-{name}"
-    kept: Any = {"state": state, "resume": resume, "label": label}
+    kept: Any = {"state": state, "label": label}
     how |= {"steps": settings.steps, "seed": settings.seed}
     for epoch, loss in train(network, dataset.train, settings, rows, **kept):
         clock.lap(f"{label} training")

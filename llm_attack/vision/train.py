@@ -27,7 +27,6 @@ def train(
     rows: list[Row],
     *,
     state: Path | None = None,
-    resume: bool = False,
     label: str = "",
 ) -> Iterator[tuple[int, float]]:
     """Trains `network` in place: SGD with Nesterov momentum, one cycle of the learning rate.
@@ -42,8 +41,8 @@ def train(
             `precision`, `seed`.
         rows: the caller's of all epochs, to which it adds while an epoch is yielded: kept in
             `state`, and taken from there by a run that is resumed.
-        state: file that keeps weights, optimiser and rows after every epoch.
-        resume: goes on from `state`, if it exists.
+        state: file that keeps weights, optimiser and rows after every epoch; if it exists, training
+            goes on from there.
         label: what the progress bar says.
 
     Yields:
@@ -66,13 +65,12 @@ def train(
     cycle = torch.optim.lr_scheduler.LambdaLR(optimiser, partial(one_cycle, steps=steps))
     mixed = mixed_precision(settings.precision, device)
     same = {**asdict(settings), "label": label}
-    for where in ("resume", "device"):  # may differ from the run that is resumed
-        same.pop(where, None)
+    same.pop("device", None)  # may differ from that of the run that is resumed
     channels, size = images.pixels.shape[1:3]
     crop = size // 8 if settings.crop is None else settings.crop
     flip = channels == 3 if settings.flip is None else settings.flip
     done = 0
-    if resume and state is not None and state.exists():
+    if state is not None and state.exists():
         kept = _read(state, same, device)
         done, rows[:] = kept["epoch"], kept["rows"]
         network.load_state_dict(kept["network"])
@@ -129,10 +127,13 @@ def _read(state: Path, same: dict[str, Any], device: torch.device) -> dict[str, 
     except (OSError, EOFError, KeyError, RuntimeError, TypeError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(
-            f"resume: {state}: must be a file that training wrote ({reason})"
+            f"output: {state}: must be a file that training wrote ({reason}), or not exist"
         ) from error
     if before != same:
         other = [k for k in same if before.get(k) != same[k]]
         differing = "; ".join(f"{k}={same[k]}, there {before.get(k)}" for k in other)
-        raise UsageError(f"resume: {state} is of other settings: {differing}")
+        raise UsageError(
+            f"output: {state} is of a run with other settings ({differing}); must be the same run,"
+            " or another folder"
+        )
     return kept

@@ -73,11 +73,11 @@ def test_a_resumed_run_is_the_uninterrupted_one(images, tmp_path, stop_at):
     state = tmp_path / "deep" / "state.pt"
     run(images, stop_at=stop_at, state=state)
     assert state.exists() == (stop_at > 1)
-    resumed, resumed_rows, later = run(images, state=state, resume=True)
+    resumed, resumed_rows, later = run(images, state=state)
     assert same(whole, resumed) and resumed_rows == rows
     assert later == losses[stop_at - 1 :]
     # a finished run is taken as it is
-    finished, finished_rows, none = run(images, state=state, resume=True)
+    finished, finished_rows, none = run(images, state=state)
     assert same(whole, finished) and finished_rows == rows and none == []
     assert [p.name for p in state.parent.iterdir()] == ["state.pt"]
 
@@ -97,27 +97,19 @@ def test_the_cycle_rises_for_a_quarter_of_the_steps():
     assert rises[:9] == pytest.approx([0.1] * 9) and rises[9:] == pytest.approx([-1 / 30] * 30)
 
 
-def test_without_resume_the_state_is_written_anew(images, tmp_path):
-    state = tmp_path / "state.pt"
-    state.write_bytes(b"of another run")
-    _, rows, _ = run(images, state=state)
-    assert len(rows) == 8
-    assert torch.load(state, weights_only=True)["epoch"] == 4
-
-
 def test_a_state_of_other_settings_is_refused(images, tmp_path):
     state = tmp_path / "state.pt"
     run(images, state=state, stop_at=2)
     kept = state.read_bytes()
     with pytest.raises(UsageError) as caught:
-        run(images, replace(SETTINGS, epochs=5, epsilon=0.2), state=state, resume=True)
+        run(images, replace(SETTINGS, epochs=5, epsilon=0.2), state=state)
     message = str(caught.value)
-    assert message.endswith("of other settings: epsilon=0.2, there None; epochs=5, there 4")
+    assert "of a run with other settings (epsilon=0.2, there None; epochs=5, there 4)" in message
     assert state.read_bytes() == kept
     with pytest.raises(UsageError, match="label=other, there "):
-        run(images, state=state, resume=True, label="other")
-    # where it runs and that it is resumed are no settings
-    run(images, replace(SETTINGS, device="cpu", resume=True), state=state, resume=True)
+        run(images, state=state, label="other")
+    # where it runs is no setting
+    run(images, replace(SETTINGS, device="cpu"), state=state)
 
 
 @pytest.mark.parametrize("content", (b"", b"no such file", {"epoch": 1}, [1], nn.Linear(1, 1)))
@@ -127,8 +119,8 @@ def test_a_file_that_is_no_state_is_refused(images, tmp_path, content):
         state.write_bytes(content)
     else:
         torch.save(content, state)
-    with pytest.raises(UsageError, match=r"resume: .*state.pt: must be a file that training wrote"):
-        run(images, state=state, resume=True)
+    with pytest.raises(UsageError, match=r"output: .*state.pt: must be a file that training wrote"):
+        run(images, state=state)
 
 
 def test_batches_are_no_larger_than_the_data(images):
