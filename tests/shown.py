@@ -155,13 +155,13 @@ RULES = (
         r"llm-attack reproduce fig1 .*",
         "few images, one of them in the figure: any network knows one",
         changes=IMAGES,
-        more="--network cnn --width 0.5 --train-size 500 --test-size 100 --epochs 2 --images 1",
+        more="--network cnn --width 0.5 --train_size 500 --test_size 100 --epochs 2 --images 1",
     ),
     Rule(
         r"llm-attack reproduce fig[25] .*",
         "narrow networks, few images, one epoch",
         changes=IMAGES,
-        more="--width 0.1 --train-size 64 --test-size 20 --subset 2 --epochs 1",
+        more="--width 0.1 --train_size 64 --test_size 20 --subset 2 --epochs 1",
     ),
     Rule(
         r"llm-attack reproduce fig4( .*)?",
@@ -177,7 +177,7 @@ RULES = (
         r"python benchmarks/sparsefool\.py .*",
         "few images",
         changes=IMAGES,
-        more="--train-size 200 --batch 2 --rounds 1",
+        more="--train_size 200 --batch 2 --rounds 1",
         needs="torchattacks",
     ),
     Rule(

@@ -27,7 +27,7 @@ class Settings(ImageSettings):
 
     subset: int | None = setting(
         None,
-        "Number of test images that bim, illc, pgd and sparsefool see; unless given, all",
+        "Number of test images that bim, illc, pgd, mifgsm and sparsefool see; unless given, all",
         least=1,
     )
 
