@@ -110,10 +110,10 @@ class AttackedHFLM(HFLM):
             if (other.threat, other.hookpoint) != (settings.threat, settings.hookpoint):
                 raise UsageError("conditions of one run must have the same loss, context, seed")
         hookpoint = resolve(self.model, settings.hookpoint)
-        self.settings, self.conditions = settings, conditions
         text = torch.tensor([self.tok_encode(CALIBRATION_TEXT)[: self.max_length]])
         if settings.hookpoint is not None:
             try_out(self.model, settings.hookpoint, text.to(self.device))
+        self.settings, self.conditions = settings, conditions
         if hookpoint is self.model.get_input_embeddings():
             size = self.model.get_input_embeddings().weight.shape[0]
             self.signal = of_embedding(hookpoint, size, self.device)

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lm_eval import evaluator, utils
+from lm_eval import utils
 from lm_eval.api import model, task
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
-from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
 # On our wrapper, to be told from those of others; and on a request, where its `Noted` is.
@@ -105,6 +104,7 @@ def without_inventory() -> Iterator[None]:
 
     And git, which complains on the terminal where there is no repository.
     """
+    from lm_eval import evaluator  # here, as below, since lm-eval may import the model itself
 
     def nothing(*args: Any) -> None:
         return None
@@ -116,6 +116,8 @@ def without_inventory() -> Iterator[None]:
 @contextmanager
 def tasks_also_in(folder: Path) -> Iterator[None]:
     """Every `TaskManager` that is made knows the tasks in `folder` too."""
+    from lm_eval.tasks import TaskManager
+
     init = TaskManager.__init__
 
     @functools.wraps(init)
