@@ -3,18 +3,35 @@
 Importing the package costs nothing: torch and transformers are imported by the parts that use them.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["evaluate"]
 
 if TYPE_CHECKING:
+    from llm_attack.attacks import Attack, perturb
+    from llm_attack.harness.model import AttackedHFLM
     from llm_attack.suite.commands import evaluate
+    from llm_attack.suite.plan import Plan
+    from llm_attack.suite.run import Result
+
+__all__ = ["Attack", "AttackedHFLM", "Plan", "Result", "evaluate", "perturb"]
+
+_HOME = {
+    "Attack": "llm_attack.attacks",
+    "AttackedHFLM": "llm_attack.harness.model",
+    "Plan": "llm_attack.suite.plan",
+    "Result": "llm_attack.suite.run",
+    "evaluate": "llm_attack.suite.commands",
+    "perturb": "llm_attack.attacks",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "evaluate":
-        from llm_attack.suite.commands import evaluate
-
-        return evaluate
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

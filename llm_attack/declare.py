@@ -95,7 +95,7 @@ def setting(default: Any, text: str, **about: Any) -> Any:
     return field(default=default, metadata={"about": (text, about)})
 
 
-def declared(kind: Any) -> Iterator[tuple[Field, About]]:
+def declared(kind: Any) -> Iterator[tuple[Field[Any], About]]:
     """The settings of a dataclass, or of an instance; those that may be positional come first."""
     for entry in sorted(fields(kind), key=lambda entry: entry.kw_only is True):
         if "about" in entry.metadata:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 
 class UsageError(ValueError):
@@ -42,7 +43,7 @@ def report_usage_errors() -> None:
     """From now on, an uncaught `UsageError` ends the process with its one line and exit code 2."""
     previous = sys.excepthook
 
-    def hook(kind, error, traceback) -> None:
+    def hook(kind: Any, error: BaseException, traceback: Any) -> None:
         if isinstance(error, UsageError):
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2)

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import sysconfig
+from dataclasses import replace
 from importlib.util import find_spec
 from itertools import pairwise
 
@@ -33,8 +34,8 @@ def one_task(monkeypatch):
     import llm_attack
     from llm_attack.suite import commands
 
-    def fewer(*args, **settings):
-        return commands.evaluate(*args, **{**settings, "limit": 6, "progress": "quiet"})
+    def fewer(plan):
+        return commands.evaluate(replace(plan, limit=6), progress="quiet")
 
     monkeypatch.setitem(vars(llm_attack), "evaluate", fewer)
 

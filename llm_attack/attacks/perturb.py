@@ -7,6 +7,7 @@ the point is (pixels, features, token embeddings) only the closure knows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,7 +126,7 @@ def sweep(
     loss: Loss | None = None,
     *,
     gradient: Tensor | None = None,
-    **options,
+    **options: Any,
 ) -> Iterator[Tensor]:
     """The attacked point of each attack in turn; those that start at `x` share its gradient.
 

@@ -14,6 +14,16 @@ from llm_attack.lm.encode import encoded_together
 from llm_attack.lm.questions import Question, Request
 from llm_attack.lm.settings import AttackSettings
 
+__all__ = [
+    "Instance",
+    "TokenRequest",
+    "by_question",
+    "encode",
+    "questions_of",
+    "truncated",
+    "with_siblings",
+]
+
 if TYPE_CHECKING:
     from llm_attack.harness.model import AttackedHFLM
 

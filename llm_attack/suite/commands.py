@@ -8,7 +8,7 @@ import shlex
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from llm_attack.declare import check_names, names
+from llm_attack.declare import names
 from llm_attack.errors import UsageError, invalid
 from llm_attack.harness.patches import without_bars
 from llm_attack.record import write_text
@@ -29,22 +29,15 @@ from llm_attack.suite.summary import paired, unshared
 
 
 def evaluate(
-    model: str = "demo",
-    tasks: Sequence[str] | str = ("demo_six",),
-    *,
-    output: str | Path | None = None,
-    progress: str = "bar",
-    **settings: Any,
+    plan: Plan, *, output: str | Path | None = None, progress: str = "bar"
 ) -> Result | None:
     """Evaluates a model under attack: `llm-attack run` as a function.
 
     Args:
-        model: hub id, local folder, or `demo`.
-        tasks: of lm-eval.
+        plan: model, tasks, attacks, epsilons, ...
         output: the run's folder, where it goes on if it was interrupted, and all outputs are
             written; None: nothing is kept.
         progress: bar, json or quiet.
-        **settings: of `llm_attack.suite.plan.Plan`: attacks, epsilons, loss, limit, ...
 
     Returns:
         A `Result` with the pandas frames `table`, `samples` and `questions`; None on all processes
@@ -53,8 +46,6 @@ def evaluate(
     Raises:
         UsageError: an argument is not allowed, or the folder holds something else.
     """
-    check_names(settings, names(Plan))
-    plan = Plan(model=model, tasks=tasks, **settings)
     if progress not in MODES:
         raise invalid("progress", progress, MODES)
     rank, world = Processes.of_environment()
@@ -125,10 +116,11 @@ def command(plan: Plan, folder: Path | None) -> list[str]:
 
 def run(*, output: Path | None, progress: str, **settings: Any) -> None:
     """The command `llm-attack run`."""
-    again = shlex.join(command(Plan(**settings), output))
+    plan = Plan(**settings)
+    again = shlex.join(command(plan, output))
     silence()
     with without_bars(), _stops_are_explained(again, output):
-        result = evaluate(output=output, progress=progress, **settings)
+        result = evaluate(plan, output=output, progress=progress)
     if result is not None:
         console = Console()
         title = f"{result.run['model_name']}: accuracy, loss={result.run['settings']['loss']}"

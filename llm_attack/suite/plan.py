@@ -130,7 +130,7 @@ def _epsilon(value: Any) -> float | str:
     return float(number) if unit is None else f"{number:g}{unit}"
 
 
-def _listed(name: str, value: Any, kind: Callable[[Any], Any]) -> tuple:
+def _listed(name: str, value: Any, kind: Callable[[Any], Any]) -> tuple[Any, ...]:
     """One value, several, or several in a string with commas between them."""
     if isinstance(value, str):
         value = [part.strip() for part in value.split(",") if part.strip()]

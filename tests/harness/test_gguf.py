@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import transformers
 from click.testing import CliRunner
+from evaluation import evaluated
 from lm_eval.models.huggingface import HFLM
 
-from llm_attack import evaluate
 from llm_attack.cli import main
 from llm_attack.errors import UsageError
 from llm_attack.harness.tasks import task_manager
@@ -179,7 +179,7 @@ def test_other_weights_are_another_run(tmp_path):
     settings = {"attacks": ["none"], "limit": 2, "device": "cpu", "progress": "quiet"}
 
     def run():
-        return evaluate(str(path), "demo_piqa", output=out, **settings)
+        return evaluated(str(path), "demo_piqa", output=out, **settings)
 
     write(path)
     first = run()

@@ -62,12 +62,14 @@ def test_bad_input(tmp_path, arguments, says):
 
 
 def test_bad_calls():
-    with pytest.raises(UsageError, match=r"epsilon: must be one of .*; did you mean 'epsilons'\?"):
-        evaluate("demo", epsilon=0.1)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'epsilon'"):
+        Plan("demo", epsilon=0.1)
     with pytest.raises(UsageError, match="steps='many'"):
-        evaluate("demo", steps="many")
+        Plan("demo", steps="many")
     with pytest.raises(UsageError, match="limit='ten'"):
-        evaluate("demo", limit="ten")
+        Plan("demo", limit="ten")
+    with pytest.raises(UsageError, match=r"progress=bra: must be one of .*did you mean 'bar'"):
+        evaluate(Plan("demo"), progress="bra")
 
 
 def test_plan_reads_flags_lists_and_single_values():

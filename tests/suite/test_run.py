@@ -7,12 +7,12 @@ import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner
+from evaluation import evaluated
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import get_task_dict
 from lm_eval.utils import make_table
 from processes import Command, contents
 
-from llm_attack import evaluate
 from llm_attack.attacks import Attack
 from llm_attack.cli import main
 from llm_attack.harness import gold
@@ -78,7 +78,7 @@ def check(result, expected, attack, tolerance=1e-6):
 def demo(tmp_path_factory):
     """(result, folder) of the six demo tasks."""
     folder = tmp_path_factory.mktemp("demo") / "run"
-    return evaluate(
+    return evaluated(
         "demo", "demo_six", limit=8, output=folder, model_args=EXACT, **SETTINGS
     ), folder
 
@@ -93,7 +93,7 @@ def test_few_shot_choice_and_several_epsilons():
     tasks = ["demo_piqa", "demo_winogrande"]
     options = {"limit": 0.02, "num_fewshot": 1}
     settings = {"attacks": "bim,none", "epsilons": "0.003,0.01", "loss": "choice"}
-    result = evaluate("demo", tasks, **settings, **options, model_args=EXACT, **SETTINGS)
+    result = evaluated("demo", tasks, **settings, **options, model_args=EXACT, **SETTINGS)
     assert list(result.samples["condition"].unique()) == ["none", "bim@0.003", "bim@0.01"]
     for attack in (Attack("none"), Attack("bim", 0.003, steps=3), Attack("bim", 0.01, steps=3)):
         expected = own("demo", tasks, attack, {"loss": "choice"}, **options)
@@ -102,7 +102,7 @@ def test_few_shot_choice_and_several_epsilons():
 
 
 def test_without_none():
-    result = evaluate("demo", ["demo_piqa"], attacks=["fgsm"], limit=6, **SETTINGS)
+    result = evaluated("demo", ["demo_piqa"], attacks=["fgsm"], limit=6, **SETTINGS)
     assert set(result.samples["condition"]) == {"fgsm@0.01"}
     assert list(result.table["task"]) == ["demo_piqa", "mean"]
     assert result.table["drop"].isna().all()
@@ -117,7 +117,7 @@ def test_stock_tasks(real_data, stock, attack):
 @pytest.fixture(scope="module")
 def stock(real_data):
     path = str(real_data / "models" / "stories260K")
-    return evaluate(path, STOCK, attacks=["none", "fgsm"], limit=6, model_args=EXACT, **SETTINGS)
+    return evaluated(path, STOCK, attacks=["none", "fgsm"], limit=6, model_args=EXACT, **SETTINGS)
 
 
 def test_default_tasks(real_data, tmp_path):
@@ -138,7 +138,7 @@ def test_group_of_include_path(real_data, tmp_path):
         (tmp_path / f"{name}.yaml").write_text(json.dumps(content))
     path = str(real_data / "models" / "stories260K")
     options = {"limit": 2, "attacks": "none", "device": "cpu", "progress": "quiet"}
-    result = evaluate(path, "few", include_path=str(tmp_path), **options)
+    result = evaluated(path, "few", include_path=str(tmp_path), **options)
     assert sorted(result.questions["task"]) == sorted(members * 2)
 
 
@@ -231,7 +231,7 @@ def test_report_is_rebuilt(demo):
 def test_compare(demo, tmp_path):
     _, folder = demo
     other = tmp_path / "other"
-    evaluate("demo", "demo_piqa", limit=5, output=other, seed=1, **SETTINGS)
+    evaluated("demo", "demo_piqa", limit=5, output=other, seed=1, **SETTINGS)
     out = tmp_path / "compared.csv"
     done = CliRunner().invoke(main, ["compare", str(folder), str(other), "-o", str(out)])
     assert done.exit_code == 0, done.output
@@ -263,7 +263,7 @@ def test_command_is_evaluate(demo, tmp_path, whole):
 def test_call_reads_the_commands_folder(finished, monkeypatch):
     monkeypatch.chdir(finished)
     settings = {"limit": 6, "steps": 2, "device": "cpu", "batch_size": 2, "progress": "quiet"}
-    result = evaluate("demo", ["demo_piqa", "demo_winogrande"], output="run", **settings)
+    result = evaluated("demo", ["demo_piqa", "demo_winogrande"], output="run", **settings)
     assert result.lm_eval == {}  # read, not computed
     assert len(result.samples) == 2 * 6 * 4
 
