@@ -71,7 +71,7 @@ class _Finder:
         path: "Sequence[str] | None" = None,
         target: "ModuleType | None" = None,
     ) -> "ModuleSpec | None":
-        """What the finders behind this one say, with a loader that registers afterwards."""
+        """Asks the finders behind this one, and returns a loader that registers afterwards."""
         if name != TRIGGER or self.busy:
             return None
         self.busy = True  # another finder may ask the whole meta-path in its turn

@@ -1,4 +1,4 @@
-"""What `llm-attack run` costs beyond the engine: durable batches, judgement, outputs.
+"""The cost of `llm-attack run` beyond the engine: durable batches, judgement, outputs.
 
     python benchmarks/suite.py --model demo --tasks demo_six --limit 100
 

@@ -89,7 +89,7 @@ def falls(found: Result) -> Cells:
 
 
 def point(found: Result) -> Cells:
-    """What each condition did to the embeddings."""
+    """A table of what each condition did to the embeddings."""
     rows = []
     for condition, of in found.run["attacks"].items():
         if condition == "none":

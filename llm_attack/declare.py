@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class About:
-    """What is known of a setting.
+    """The declaration of a setting.
 
     Attributes:
         text: what it means, without a full stop.
@@ -44,11 +44,11 @@ class About:
     allowed: str | None = None
 
     def sentence(self) -> str:
-        """What it means, and the values allowed if they can be listed."""
+        """The meaning, and the values allowed if they can be listed."""
         return f"{self.text}." + f" One of {', '.join(self.choices)}." * bool(self.choices)
 
     def words(self) -> str:
-        """What is allowed, in words."""
+        """The values allowed, in words."""
         if self.allowed is not None:
             return self.allowed
         if self.kind is int:

@@ -1,4 +1,4 @@
-"""What the files figN.py share: settings whose fields are options, and the command made of them.
+"""The parts that the files figN.py share: settings that are options, the command made of them.
 
 Each holds a frozen dataclass of settings, its presets, a function that runs the experiment and
 writes into a folder, and COMMAND, made of these by `figure_command`. They import nothing heavy

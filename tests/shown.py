@@ -171,7 +171,7 @@ RULES = (
     Rule(
         r"llm-attack reproduce fig6( .*)?",
         "small networks, few epochs",
-        more="--seeds 2 --epochs 2 --embedding-sizes 2,3",
+        more="--seeds 2 --epochs 2 --embedding_sizes 2,3",
     ),
     Rule(
         r"python benchmarks/sparsefool\.py .*",

@@ -1,4 +1,4 @@
-"""What an attack is: pure functions of a point and of a loss closure. Imports torch alone."""
+"""Attacks: pure functions of a point and of a loss closure. Imports torch alone."""
 
 from llm_attack.attacks.draws import keys_for, signs, uniform
 from llm_attack.attacks.norms import NORMS, Groups, widest

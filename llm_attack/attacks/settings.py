@@ -12,7 +12,7 @@ from llm_attack.errors import invalid
 
 @dataclass(frozen=True)
 class Kind:
-    """What tells one attack from another; the loop in `perturb` reads nothing else."""
+    """The traits that tell one attack from another; the loop in `perturb` reads nothing else."""
 
     gradient: bool = False
     iterative: bool = False

@@ -155,7 +155,7 @@ def _boundary(
 
 
 def _slopes(scores: Scores, x: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """What each candidate (n, k) but the first scores above the first, (n, k - 1), and how that
+    """The lead of each candidate (n, k) but the first over the first, (n, k - 1), and how that
     grows: the gradients (n, k - 1, ...).
     """
     with torch.enable_grad():

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Factor:
-    """What a thing is: always stated in the training text, never asked in a question set."""
+    """The kind of a thing: always stated in the training text, never asked in a question set."""
 
     name: str
     family: str  # the things that have it: "creature" or "ware"

@@ -218,7 +218,7 @@ def _predicate(relation: Relation, index: int) -> str:
 
 
 def _law(world: World, rng: random.Random) -> str:
-    """What holds for all things that share a factor's value: "Every bird has feathers."."""
+    """Says what holds for all things that share a factor's value: "Every bird has feathers."."""
     relation = rng.choice(world.relations)
     factor = FACTORS[relation.factor]
     index = rng.randrange(len(factor.values))
@@ -226,7 +226,7 @@ def _law(world: World, rng: random.Random) -> str:
 
 
 def _factor(world: World, rng: random.Random) -> str:
-    """What a thing is: "A morlet is a kind of bird.", said or asked."""
+    """Says what a thing is: "A morlet is a kind of bird.", said or asked."""
     thing = rng.choice(world.things)
     factor = rng.choice(factors_of(thing.family))
     value = factor.values[thing.index(factor.name)]

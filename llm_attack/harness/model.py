@@ -187,7 +187,7 @@ class AttackedHFLM(HFLM):
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[Answer]:
-        """What lm-eval asks about windows of longer texts: each is a question of its own."""
+        """Answers windows of longer texts, each a question of its own."""
         encoded = [truncated(request, self.max_length) for request in requests]
         questions = [Question([request], [[i]]) for i, request in enumerate(encoded)]
         return self._attacked(questions, [r[0] for r in requests], disable_tqdm, override_bs)
@@ -217,7 +217,7 @@ class AttackedHFLM(HFLM):
         return answers
 
     def batches(self, questions: Iterable[Question], rows: int | None = None) -> list[Batch]:
-        """What goes through the model together; `rows`: at most, in place of `batch_size`."""
+        """The questions that go through the model together; `rows`: in place of `batch_size`."""
         limit = rows or self.batch_size
         if str(limit).startswith("auto"):
             limit = self._arguments.get("max_batch_size", sys.maxsize)

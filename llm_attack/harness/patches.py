@@ -58,7 +58,7 @@ def note(task: Any) -> None:
 
 
 def noted(request: Instance) -> Noted | None:
-    """What `note` left on `request`."""
+    """The `Noted` that `note` left on `request`, or None."""
     return getattr(request, MARK, None)
 
 

@@ -64,7 +64,7 @@ def encode(lm: AttackedHFLM, requests: Sequence[Instance]) -> list[Request]:
 
 
 def truncated(request: TokenRequest, longest: int) -> Request:
-    """What the model gets: at most `longest` tokens to read.
+    """A request as the model gets it: at most `longest` tokens to read.
 
     Raises:
         UsageError: the continuation has no token, or more than that.

@@ -10,7 +10,7 @@ from llm_attack.lm.questions import Question, Request
 
 @dataclass(frozen=True)
 class Shape:
-    """What a batch of questions takes up.
+    """The space that a batch of questions takes up.
 
     Attributes:
         rows: of the model's input.

@@ -1,4 +1,4 @@
-"""What a condition did, in sums that add up over batches and processes."""
+"""Sums over all that a condition did, which add up over batches and processes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from math import log10
 
 @dataclass
 class Diagnostics:
-    """What a condition did, summed over all tokens that it could perturb.
+    """Sums over all tokens that a condition could perturb.
 
     Attributes:
         signal, noise: sums of squares of the clean point and of the perturbation.

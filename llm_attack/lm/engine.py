@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class Answered(NamedTuple):
-    """What the engine found for a question.
+    """The answers to a question.
 
     Attributes:
         question: the question.
@@ -46,14 +46,14 @@ class Answered(NamedTuple):
 
 @dataclass
 class Found:
-    """What the engine found for a batch: answers, and each attack's diagnostics."""
+    """The answers to a batch, and each attack's diagnostics."""
 
     answered: list[Answered]
     diagnostics: list[Diagnostics]
 
 
 class Computed(NamedTuple):
-    """What a device computes for a pack.
+    """The results of a device for a pack.
 
     Attributes:
         scores: for each attack, of the pack's scored predictions.
@@ -171,7 +171,7 @@ class Engine:
         return pack_rows(batch.questions, self.pad, shared=self.threat.shared, whole=whole)
 
     def compute(self, pack: Pack) -> Computed:
-        """What is found for one batch; nothing waits for the device."""
+        """Runs one batch under all attacks; nothing waits for the device."""
         surface = Surface(self.scorer, pack.to(self.device), self.threat)
         aligned = any(a.uses_clean_gradient for a in self.attacks)
         # first, because its forward gives the clean answers too

@@ -57,7 +57,7 @@ def try_out(model: PreTrainedModel, hookpoint: str, input_ids: Tensor) -> None:
 def _faults(
     model: PreTrainedModel, modules: dict[str, nn.Module], input_ids: Tensor
 ) -> dict[str, str]:
-    """What speaks against each module as a hookpoint, if anything, in the order of their outputs.
+    """Tells what speaks against each module as a hookpoint, if anything, in the order of outputs.
 
     Found in a forward over `input_ids`, (B, L); those that are not run are missing.
     """

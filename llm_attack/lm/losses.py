@@ -24,7 +24,7 @@ _LEAST_WEIGHT = 1e-20
 
 @dataclass(frozen=True)
 class LossKind:
-    """What tells one loss from another.
+    """The traits that tell one loss from another.
 
     Attributes:
         value: (sums, choices) -> one value per example; `sums` (requests,) are log-probabilities
@@ -105,7 +105,7 @@ LOSSES = {
 
 @dataclass(frozen=True)
 class ThreatModel:
-    """What the attacker ascends and may touch; `loss`, `context` and `norm` of the README.
+    """The loss that the attacker ascends, and the point that it may move.
 
     Attributes:
         loss: a key of `LOSSES`.

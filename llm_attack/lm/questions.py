@@ -45,7 +45,7 @@ class Question:
 
     @cached_property
     def trie(self) -> Trie:
-        """What the model reads for the requests, shared prefixes once."""
+        """The tokens that the model reads for the requests, shared prefixes once."""
         return build([r.inputs for r in self.requests])
 
     @property

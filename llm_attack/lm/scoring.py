@@ -16,7 +16,7 @@ from llm_attack.lm.pack import Entries, Pack
 
 
 class Scores(NamedTuple):
-    """What the model says of E predictions, each (E,).
+    """The model's scores of E predictions, each (E,).
 
     Attributes:
         log_prob: log-probability.

@@ -22,7 +22,7 @@ EPSILON = "a finite number, at least 0, or one in units of the RMS, such as 0.7r
 
 @dataclass(frozen=True, kw_only=True)
 class ThreatSettings(StepSettings):
-    """What all conditions of a run have in common.
+    """The settings that all conditions of a run have in common.
 
     Raises:
         UsageError: a value is not allowed, or two do not go together.

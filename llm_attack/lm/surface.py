@@ -1,4 +1,4 @@
-"""What an attack sees of one pack: the point, its draws, and the loss closures on it."""
+"""A pack as an attack sees it: the point, its draws, and the loss closures on it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Surface:
 
     @cached_property
     def examples(self) -> Groups:
-        """What is attacked as one: questions, or requests where each is attacked alone."""
+        """The examples: questions, or requests where each is attacked alone."""
         if self.pack.first is None:
             return Groups.rows(self.x)
         sizes = torch.tensor([len(q.trie) for q in self.pack.questions])
@@ -63,7 +63,7 @@ class Surface:
         return ChoiceScores(self.pack.questions, self.pack.input_ids.device)
 
     def loss(self, x: Tensor) -> Tensor:
-        """What the attacks ascend: (requests,), or (questions,) where the loss knows the gold."""
+        """The loss that attacks ascend: (requests,), or (questions,) where it knows the gold."""
         return self._loss(self.scorer(self.pack, self.pack.watched, self.expand(x)))
 
     def _loss(self, scores: Scores) -> Tensor:
@@ -71,7 +71,7 @@ class Surface:
         return kind.value(self._sums(scores), self.choices if kind.gold else None)
 
     def target_loss(self, x: Tensor) -> Tensor:
-        """What the targeted attacks descend, for the target choice, (questions,)."""
+        """The loss of the target choice, (questions,), which targeted attacks descend."""
         scores = self.scorer(self.pack, self.pack.watched, self.expand(x))
         return self.choices.margin(self._sums(scores), self.target)
 

@@ -1,4 +1,4 @@
-"""What results depend on: the same fingerprint, the same numbers."""
+"""Fingerprints of runs: the same fingerprint, the same numbers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def of_run(
     tokens: Iterable[Any],
     batches: Sequence[Any],
 ) -> dict[str, Any]:
-    """What results depend on.
+    """All that results depend on.
 
     Args:
         plan: with the settings of attacks and tasks.

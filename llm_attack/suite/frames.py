@@ -135,7 +135,7 @@ def _first_filter(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _texts(pairs: Sequence[tuple[str, str]]) -> tuple[str, list[str]]:
-    """What the requests of a question have in common, and what each adds.
+    """Splits a question's requests into what they have in common and what each adds.
 
     The context, unless the choices are contexts; cut between words.
     """

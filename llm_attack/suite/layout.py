@@ -134,7 +134,7 @@ def upright(axes: Axes, x: float, y: float, text: str, ground: str) -> None:
 
 
 def handles(axes: Axes) -> list[list[tuple[Any, str]]]:
-    """What has a label, each as a column of a legend."""
+    """The artists that have a label, each as a column of a legend."""
     return [[pair] for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
 
 

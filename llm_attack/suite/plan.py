@@ -1,4 +1,4 @@
-"""What a run is: conditions over tasks with one model; from flags, a YAML file or a call."""
+"""Plans of runs: conditions over tasks with one model; from flags, a YAML file or a call."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Plan(ThreatSettings, EngineSettings):
 
     @property
     def model_name(self) -> str:
-        """What tables call the model: its id on the hub, or the name of its folder or file."""
+        """The model's name in tables: its id on the hub, or the name of its folder or file."""
         path = Path(str(self.model_args.get("gguf_file") or self.model))
         return path.resolve().name if path.suffix == ".gguf" or path.exists() else self.model
 

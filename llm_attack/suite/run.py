@@ -48,7 +48,7 @@ class Processes(NamedTuple):
 
 @dataclass(frozen=True)
 class Result:
-    """What a run found.
+    """The outcome of a run.
 
     Attributes:
         table: accuracies and tests, a row per task and condition; see `summary.summarise`.
@@ -67,7 +67,7 @@ class Result:
 
 
 class Prepared(NamedTuple):
-    """What is known before anything is computed or written.
+    """All that is known before anything is computed or written.
 
     Attributes:
         plan: the plan.

@@ -97,7 +97,7 @@ class Store:
         return {row[:2] for row in self._rows("task, number")}
 
     def contents(self) -> dict[Key, Any]:
-        """What was kept, in order of the keys."""
+        """All that was kept, in order of the keys."""
         found = {(task, n): content for task, n, content in self._rows("task, number, content")}
         return {key: json.loads(found[key]) for key in sorted(found)}
 

@@ -1,4 +1,4 @@
-"""What a run's samples say: accuracies with intervals and tests, and pairs of two runs.
+"""A run's samples summarised: accuracies with intervals and tests, and pairs of two runs.
 
 Pure functions over pandas frames: `summarise` makes the frame of `table.csv`, `paired` compares two
 runs. Imports neither torch nor lm-eval.
@@ -118,7 +118,7 @@ def summarise(
 
 
 def _row(group: pd.DataFrame) -> dict[str, Any]:
-    """What one task's questions under one condition say, Holm's adjustment left out."""
+    """Summarises one task's questions under one condition, without Holm's adjustment."""
     n_choices = group["n_choices"]
     row = {
         "attack": group["attack"].iloc[0],
@@ -263,7 +263,7 @@ def unshared(
     samples_b: pd.DataFrame,
     questions_b: pd.DataFrame,
 ) -> list[str]:
-    """What `paired` leaves out besides single questions, a sentence for each kind."""
+    """Sentences on what `paired` leaves out besides single questions, one for each kind."""
     sentences = []
     for key in _KEYS:
         for run, ours, theirs in (("a", samples_a, samples_b), ("b", samples_b, samples_a)):

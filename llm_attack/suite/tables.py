@@ -114,7 +114,7 @@ def accuracies(
 
 
 def means(table: pd.DataFrame) -> dict[str, dict[str, str]]:
-    """What stands under the accuracies: name -> condition -> text; rows without a value left out.
+    """Rows under the accuracies: name -> condition -> text; those without a value left out.
 
     Args:
         table: of `summarise`.
@@ -157,7 +157,7 @@ def comparison(frame: pd.DataFrame, names: tuple[str, str], notes: Iterable[str]
 
 @dataclass(frozen=True)
 class RunTable:
-    """What rich prints of a run: its accuracies, with their intervals if there is room for them.
+    """A run as rich prints it: its accuracies, with their intervals if there is room for them.
 
     Otherwise as many conditions abreast as there is room for, the others below.
 

@@ -1,4 +1,4 @@
-"""What a run's table says, in sentences for a reader who does not know the table's columns."""
+"""A run's table in sentences, for a reader who does not know its columns."""
 
 from __future__ import annotations
 

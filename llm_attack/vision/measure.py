@@ -82,7 +82,7 @@ def attacked(
 
 
 class _Tally:
-    """What was seen under one condition, image by image."""
+    """Results under one condition, image by image."""
 
     def __init__(self) -> None:
         self.right: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""What Fig. 1, 2 and 5 share of settings, and how their values are shown. No torch here."""
+"""Settings that Fig. 1, 2 and 5 share, and how their values are shown. No torch here."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def trained(
 
 
 def summary(dataset: Dataset, network: nn.Module, rows: Sequence[Row]) -> dict[str, Any]:
-    """What the record says of a network: sizes, and the accuracies after the last epoch."""
+    """A network's entry in the record: sizes, and the accuracies after the last epoch."""
     last = [row for row in rows if row["epoch"] == rows[-1]["epoch"]]
     return {
         "parameters": sum(p.numel() for p in network.parameters()),

@@ -254,7 +254,7 @@ def test_colour_images_are_mirrored_and_grey_ones_are_not(tmp_path, monkeypatch)
     monkeypatch.setattr("llm_attack.vision.train.augment", augment)
     monkeypatch.setattr(data, "load", load)
     options = {"dataset": "grey,colour", "width": 0.1, "attacks": "fgsm", "epochs": 1}
-    fig2.run(fig2.Settings(**options), tmp_path)
-    fig2.run(fig2.Settings(**options, network="cnn,resnet18", flip=True, crop=0), tmp_path)
+    fig2.run(fig2.Settings(**options), tmp_path / "one")
+    fig2.run(fig2.Settings(**options, network="cnn,resnet18", flip=True, crop=0), tmp_path / "two")
     assert seen == [(False, 3), (True, 4)] + [(True, 0)] * 4
     assert loaded == ["grey", "colour"] * 2  # each once, also for two networks
