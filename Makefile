@@ -39,8 +39,11 @@ attack-libs: .venv/.attack-libs ## torchattacks, foolbox, cleverhans and adv-lib
 
 .PHONY: demo
 demo: .venv ## the whole comparison on the bundled model and tasks, offline, into results/demo
-	rm -rf results/demo # a finished run would only be read
-	$(BIN)/llm-attack run --model demo --tasks demo_six --batch_size 128 -o results/demo
+	@# a finished run would only be read; that of before goes when this one is finished
+	@rm -rf results/demo.before; if [ -d results/demo ]; then mv results/demo results/demo.before; fi
+	$(BIN)/llm-attack run --model demo --tasks demo_six --batch_size 128 -o results/demo \
+	|| { rm -rf results/demo; [ ! -d results/demo.before ] || mv results/demo.before results/demo; exit 1; }
+	@rm -rf results/demo.before
 
 .PHONY: real-model
 real-model: $(REAL_MODEL) ## a small real model, 98 MB, for `make real` and the tests that use one

@@ -49,9 +49,26 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
+def write_new(path: Path, text: str) -> None:
+    """Writes a file whole, unless it exists: of several writers at once, the first."""
+    draft = path.with_name(f"{path.name}.{os.getpid()}.new")
+    write_text(draft, text)
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        pass
+    finally:
+        draft.unlink()
+
+
+def as_json(content: Any) -> str:
+    """`content` as indented JSON."""
+    return json.dumps(content, indent=2, default=str) + "\n"
+
+
 def write_json(path: Path, content: Any) -> None:
     """Writes `content` as indented JSON, whole or not at all."""
-    write_text(path, json.dumps(content, indent=2, default=str) + "\n")
+    write_text(path, as_json(content))
 
 
 def versions() -> dict[str, str]:

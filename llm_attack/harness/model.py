@@ -20,7 +20,7 @@ from tqdm import tqdm
 from llm_attack.demo import MODEL_PATH
 from llm_attack.errors import UsageError, report_usage_errors
 from llm_attack.harness import cache
-from llm_attack.harness.names import check_names
+from llm_attack.harness.names import check_device, check_names, trusted
 from llm_attack.harness.requests import (
     TokenRequest,
     encode,
@@ -72,6 +72,9 @@ class AttackedHFLM(HFLM):
         self._arguments = arguments
         if arguments.get("device") is None:
             arguments["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+        check_device(arguments["device"])
+        if "trust_remote_code" in arguments:  # a text such as "no" is true
+            arguments["trust_remote_code"] = trusted(arguments["trust_remote_code"])
         source = str(MODEL_PATH) if pretrained == "demo" else pretrained
         source, gguf_file = gguf.located(source, arguments.get("gguf_file"))
         if gguf_file is not None:

@@ -13,7 +13,7 @@ import torch
 from llm_attack.errors import UsageError
 from llm_attack.harness.model import AttackedHFLM
 from llm_attack.harness.requests import Instance
-from llm_attack.record import versions, write_json
+from llm_attack.record import as_json, versions, write_new
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.store import STORE
 
@@ -100,10 +100,15 @@ def check(folder: Path, mark: dict[str, Any]) -> None:
     """Compares `mark` with that of the run in `folder`, if there is one.
 
     Raises:
-        UsageError: it is another run; the message says what differs.
+        UsageError: it is another run, and the message says what differs; or batches have no mark.
     """
     found = kept(folder)
     mark = plain(mark)
+    if found is None and any((folder / STORE).glob("*.sqlite")):
+        raise UsageError(
+            f"output={folder}: {STORE} there has no fingerprint.json, so that nobody knows whose it"
+            " is; must be another folder, or be removed by hand"
+        )
     if found is None or found == mark:
         return
     there, here = _flat(found), _flat(mark)
@@ -119,8 +124,16 @@ def check(folder: Path, mark: dict[str, Any]) -> None:
 
 
 def keep(folder: Path, mark: dict[str, Any]) -> None:
-    """Marks the unfinished run in `folder`."""
-    write_json(folder / STORE / "fingerprint.json", {"fingerprint": mark})
+    """Marks the unfinished run in `folder`, unless it has this mark already.
+
+    Of two runs that start there at once one writes, and the other is refused.
+
+    Raises:
+        UsageError: as of `check`.
+    """
+    check(folder, mark)
+    write_new(folder / STORE / "fingerprint.json", as_json({"fingerprint": mark}))
+    check(folder, mark)
 
 
 def plain(mark: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_attack.attacks import ATTACKS
-from llm_attack.declare import check_names, names, setting, underscored
+from llm_attack.declare import About, check_names, declared, names, setting, underscored
 from llm_attack.errors import UsageError, invalid
 from llm_attack.lm.settings import AttackSettings, EngineSettings, ThreatSettings, amplitude
 
@@ -153,19 +153,37 @@ def from_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        content = _read_yaml(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"config={path}: cannot be read ({reason}); must be a YAML file") from None
     if not isinstance(content, dict):
         raise UsageError(f"config={path}: must be a mapping, such as attacks: [none, fgsm]")
-    several = "tasks", "attacks", "epsilons", "model_args"
     content = {underscored(str(key)): value for key, value in content.items()}
-    for key in content:
-        try:
-            check_names([key], [*names(Plan), "output"])
-        except UsageError as error:
-            raise UsageError(f"config={path}: {error}") from None
-        if isinstance(content[key], (dict, list)) and key not in several:
-            raise UsageError(f"config={path}: {key}: {content[key]}: must be a single value")
+    allowed = {entry.name: about for entry, about in declared(Plan)} | {"output": About("", str)}
+    try:
+        check_names(content, list(allowed))
+        for key, value in content.items():
+            if value is not None and not allowed[key].allows(value):
+                raise invalid(key, value, allowed[key].choices or allowed[key].words())
+    except UsageError as error:
+        raise UsageError(f"config={path}: {error}") from None
     return content
+
+
+def _read_yaml(text: str) -> Any:
+    """The content of a YAML text; of a key that is there twice, YAML itself would take the last."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    def mapping(loader: Any, node: Any) -> dict[Any, Any]:
+        keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"{key} is there twice")
+        return loader.construct_mapping(node, deep=True)
+
+    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
+    return yaml.load(text, Loader)

@@ -227,6 +227,7 @@ def _answer(prepared: Prepared, store: Store, progress: str, console: Console) -
     with RunProgress(progress, console, conditions, total, done) as bar:
         for batch, found in lm.engine.answers(w.batch for w in todo.values()):
             store.watch()
+            fingerprint.check(store.folder.parent, prepared.mark)
             of_batch = todo[id(batch)]
             content = of_batch.content(found)
             store.add(of_batch.key, content)

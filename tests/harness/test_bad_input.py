@@ -7,12 +7,14 @@ import sys
 
 import pytest
 from click.testing import CliRunner
+from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from llm_attack.cli import main
 from llm_attack.demo import MODEL_PATH
 from llm_attack.errors import UsageError
+from llm_attack.harness.model import AttackedHFLM
 from llm_attack.harness.tasks import tasks_path
 
 CASES = [
@@ -37,6 +39,14 @@ CASES = [
     ("epsilom=0.1", r"epsilom: attacked-hf has no such argument.*did you mean 'epsilon'\?"),
     ("pretraned=x", r"pretraned: attacked-hf has no such argument.*did you mean 'pretrained'\?"),
     ("wibble=1", r"wibble: attacked-hf has no such argument"),
+    ("pakcing=off", r"pakcing: attacked-hf has no such argument.*did you mean 'packing'\?"),
+    ("compil=True", r"compil: attacked-hf has no such argument.*did you mean 'compile'\?"),
+    ("packing=of", r"packing=of: must be one of auto, tree, off; did you mean 'off'\?"),
+    ("norm=l3", r"norm=l3: must be one of linf, l2, l2_token; did you mean 'l2'\?"),
+    ("decay=-1", r"decay=-1: must be a finite number, at least 0"),
+    ("step-size=0", r"step_size=0: must be a finite number, greater than 0"),
+    ("device=gpu", r"device=gpu: must be one of cpu"),
+    ("device=cpu:7", r"device=cpu:7: must be one of cpu.*did you mean 'cpu'\?"),
 ]
 
 
@@ -50,6 +60,23 @@ def test_model_arguments(arguments, message, tmp_path):
     assert re.search(message, line), line
     assert "Traceback" not in result.output + result.stderr
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"), [("no", False), ("0", False), ("true", True), (True, True), (None, False)]
+)
+def test_remote_code_is_run_when_told_so(given, taken, monkeypatch):
+    """A text is true in Python, whatever it says."""
+    seen = {}
+
+    def stop(self, source, **arguments):
+        seen.update(arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(HFLM, "__init__", stop)
+    with pytest.raises(KeyboardInterrupt):
+        AttackedHFLM("demo", trust_remote_code=given)
+    assert seen["trust_remote_code"] is taken
 
 
 def test_known_arguments_are_taken(make):

@@ -7,12 +7,15 @@ import sqlite3
 import pytest
 from click.testing import CliRunner
 from processes import RUN, Command, computed, contents, until
+from rich.console import Console
 
 from llm_attack import evaluate
 from llm_attack.cli import main
 from llm_attack.errors import UsageError
+from llm_attack.suite import fingerprint
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.progress import RunProgress
+from llm_attack.suite.run import execute, prepare
 from llm_attack.suite.store import STORE, ProcessDied, Store
 
 DEMO = ["run", "--model", "demo", "--tasks", "demo_piqa", "--limit", "4", "--device", "cpu"]
@@ -93,10 +96,16 @@ def test_plan_reads_flags_lists_and_single_values():
         ("- none", ["config=", "must be a mapping"]),
         ("epsilons: abc", ["epsilons=", "abc", "must be numbers"]),
         ("epsilons: {a: 1}", ["epsilons=", "must be numbers"]),
-        ("steps: many", ["'--steps'", "many", "integer"]),
-        ("steps: [1, 2]", ["config=", "steps: [1, 2]: must be a single value"]),
-        ("limit: none", ["'--limit'", "none", "float"]),
-        ("fewshot_as_multiturn: perhaps", ["perhaps", "boolean"]),
+        ("steps: many", ["config=", "steps='many': must be an integer, 1 or more"]),
+        ("steps: [1, 2]", ["config=", "steps=[1, 2]: must be an integer"]),
+        ("steps: 2.7", ["config=", "steps=2.7: must be an integer"]),
+        ('steps: "3"', ["config=", "steps='3': must be an integer"]),
+        ("limit: none", ["config=", "limit='none': must be a finite number"]),
+        ("limit: true", ["config=", "limit=True: must be a finite number"]),
+        ("loss: choise", ["config=", "loss=choise: must be one of", "did you mean 'choice'?"]),
+        ("fewshot_as_multiturn: perhaps", ["fewshot_as_multiturn=perhaps", "True, False"]),
+        ("steps: 2\nsteps: 3", ["config=", "steps is there twice"]),
+        ("step_size: 2\nstep-sise: 3", ["config=", "step_sise", "did you mean 'step_size'?"]),
     ],
 )
 def test_bad_config(tmp_path, text, says):
@@ -105,6 +114,75 @@ def test_bad_config(tmp_path, text, says):
     line = refused("run", "--config", path)
     for part in says:
         assert part in line
+
+
+@pytest.fixture
+def two_runs():
+    """Two plans for the same folder, prepared before either has written there."""
+    console = Console(quiet=True)
+    plans = [Plan("demo", "demo_piqa", attacks="none", limit=n, batch_size=2) for n in (4, 5)]
+    return [(prepare(plan, "quiet", console), "quiet", console) for plan in plans]
+
+
+def test_two_runs_that_start_in_one_folder_at_once(two_runs, tmp_path, monkeypatch):
+    """The later one is refused, though neither was there when it looked."""
+    (first, *how), (second, *_) = two_runs
+    interrupt_after(first, 2, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        execute(first, tmp_path, *how)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.suffix != ".lock"}
+    assert any(path.suffix == ".sqlite" for path in before)
+    with pytest.raises(
+        UsageError, match=r"holds a run with other settings \(limit: 4 there, 5 here"
+    ):
+        execute(second, tmp_path, *how)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.suffix != ".lock"} == before
+
+
+def test_a_mark_that_changes_under_a_run(two_runs, tmp_path, monkeypatch):
+    """Nothing more is kept once the folder is another run's."""
+    (first, *how), (second, *_) = two_runs
+
+    def changed():
+        text = json.dumps({"fingerprint": fingerprint.plain(second.mark)})
+        (tmp_path / STORE / "fingerprint.json").write_text(text)
+
+    after(first, 2, changed, monkeypatch)
+    with pytest.raises(UsageError, match="holds a run with other settings"):
+        execute(first, tmp_path, *how)
+    with Store(tmp_path, [w.key for w in first.work]) as store:
+        assert len(store.keys()) == 1
+
+
+def test_batches_without_a_mark_are_nobodys(two_runs, tmp_path, monkeypatch):
+    (first, *how), (second, *_) = two_runs
+    interrupt_after(first, 2, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        execute(first, tmp_path, *how)
+    (tmp_path / STORE / "fingerprint.json").unlink()
+    for run in (first, second):
+        with pytest.raises(UsageError, match=r"batches there has no fingerprint\.json"):
+            execute(run, tmp_path, *how)
+
+
+def after(prepared, number, do, monkeypatch):
+    """Calls `do` when the run begins its `number`-th batch."""
+    compute, left = prepared.lm.engine.compute, [number]
+
+    def counted(pack):
+        left[0] -= 1
+        if left[0] == 0:
+            do()
+        return compute(pack)
+
+    monkeypatch.setattr(prepared.lm.engine, "compute", counted)
+
+
+def interrupt_after(prepared, number, monkeypatch):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    after(prepared, number, interrupt, monkeypatch)
 
 
 def test_no_data_and_no_hub(tmp_path, monkeypatch):
