@@ -20,7 +20,7 @@ from tqdm import tqdm
 from llm_attack.demo import MODEL_PATH
 from llm_attack.errors import UsageError, report_usage_errors
 from llm_attack.harness import cache
-from llm_attack.harness.names import check_device, check_names, trusted
+from llm_attack.harness.names import check_names, trusted
 from llm_attack.harness.requests import (
     TokenRequest,
     encode,
@@ -30,6 +30,7 @@ from llm_attack.harness.requests import (
 )
 from llm_attack.lm import gguf
 from llm_attack.lm.batches import Batch
+from llm_attack.lm.device import check_device
 from llm_attack.lm.diagnostics import Diagnostics
 from llm_attack.lm.engine import Answer, Engine
 from llm_attack.lm.generate import attacked_prompts
@@ -72,7 +73,8 @@ class AttackedHFLM(HFLM):
         self._arguments = arguments
         if arguments.get("device") is None:
             arguments["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-        check_device(arguments["device"])
+        if arguments["device"] != "cuda:0":  # lm-eval's command line says so if the user says none
+            check_device(arguments["device"])
         if "trust_remote_code" in arguments:  # a text such as "no" is true
             arguments["trust_remote_code"] = trusted(arguments["trust_remote_code"])
         source = str(MODEL_PATH) if pretrained == "demo" else pretrained

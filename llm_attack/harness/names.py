@@ -7,13 +7,12 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
-import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import simple_parse_args_string
 from transformers import PretrainedConfig, PreTrainedModel
 
 from llm_attack import declare
-from llm_attack.errors import UsageError, invalid
+from llm_attack.errors import UsageError
 from llm_attack.lm.settings import AttackSettings, EngineSettings
 
 __all__ = ["check_names", "simple_parse_args_string"]
@@ -88,22 +87,6 @@ def check_names(names: Iterable[str], config: PretrainedConfig | None = None) ->
             f"{name}: attacked-hf has no such argument, and nor have hf, from_pretrained or the"
             f" model's config{hint}"
         )
-
-
-def check_device(device: Any) -> None:
-    """Refuses a device that is not there, in whose place lm-eval would take the CPU without a word.
-
-    Raises:
-        UsageError: naming those that are there.
-    """
-    there = ["cpu"]
-    if torch.cuda.is_available():
-        there += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    if torch.backends.mps.is_available():
-        there += ["mps", "mps:0"]
-    others = ("hpu", "npu", "xpu")  # which torch knows only with libraries of their own
-    if device not in there and str(device).partition(":")[0] not in others:
-        raise invalid("device", device, there)
 
 
 def trusted(value: Any) -> bool:

@@ -24,6 +24,7 @@ from llm_attack.harness.model import AttackedHFLM
 from llm_attack.harness.patches import templates_compiled_once
 from llm_attack.harness.requests import Instance
 from llm_attack.harness.tasks import task_manager
+from llm_attack.lm.device import check_device
 from llm_attack.lm.hook import frozen
 from llm_attack.lm.settings import EngineSettings
 from llm_attack.record import hardware, versions
@@ -190,6 +191,8 @@ def _model(plan: Plan) -> AttackedHFLM:
     engine = {name: getattr(plan, name) for name in names(EngineSettings)}
     arguments = {"batch_size": plan.batch_size, **engine, **plan.model_args}
     device = plan.device
+    if device is not None:
+        check_device(device)
     if device is None and "LOCAL_RANK" in os.environ:
         import torch
 

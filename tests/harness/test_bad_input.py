@@ -42,11 +42,9 @@ CASES = [
     ("pakcing=off", r"pakcing: attacked-hf has no such argument.*did you mean 'packing'\?"),
     ("compil=True", r"compil: attacked-hf has no such argument.*did you mean 'compile'\?"),
     ("packing=of", r"packing=of: must be one of auto, tree, off; did you mean 'off'\?"),
-    ("norm=l3", r"norm=l3: must be one of linf, l2, l2_token; did you mean 'l2'\?"),
-    ("decay=-1", r"decay=-1: must be a finite number, at least 0"),
+    ("norm=l22", r"norm=l22: must be one of linf, l2, l2_token; did you mean 'l2'\?"),
+    ("decay=-0.5", r"decay=-0.5: must be a finite number, at least 0"),
     ("step-size=0", r"step_size=0: must be a finite number, greater than 0"),
-    ("device=gpu", r"device=gpu: must be one of cpu"),
-    ("device=cpu:7", r"device=cpu:7: must be one of cpu.*did you mean 'cpu'\?"),
 ]
 
 
@@ -77,6 +75,13 @@ def test_remote_code_is_run_when_told_so(given, taken, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         AttackedHFLM("demo", trust_remote_code=given)
     assert seen["trust_remote_code"] is taken
+
+
+@pytest.mark.parametrize("device", ["gpu", "cpu:7", "cuda:99"])
+def test_devices_that_are_not_there(make, device):
+    """lm-eval would compute on the CPU, and say so in its log."""
+    with pytest.raises(UsageError, match=f"device={device}: must be one of cpu"):
+        make(device=device)
 
 
 def test_known_arguments_are_taken(make):
