@@ -127,6 +127,7 @@ RULES = (
     ),
     Rule(r"llm-attack eval --model_args .*", FEW, changes=(*MODEL, *TASKS), more="--limit 2"),
     Rule(r"llm-attack run --config suite\.yaml", "as shown"),
+    Rule(r"llm-attack run --help", "as shown"),
     Rule(
         r"llm-attack run --model (?=\S+ -o)(?!demo).*",
         f"{FEW}; its tasks are the default, the paper's, where their data is",
@@ -146,6 +147,7 @@ RULES = (
     ),
     Rule(r"llm-attack (report DIR|compare DIR_A DIR_B)", "as shown"),
     Rule(r"python docs/fig3\.py results/[\w-]+", "as shown", at_root=True),
+    Rule(r"python docs/arguments\.py", "as shown; the page stays as it is", at_root=True),
     Rule(
         r"llm-attack reproduce all .*",
         "each figure has a rule of its own, and `all` no option that shortens it",
