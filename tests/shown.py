@@ -13,7 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "results" / "README.md")
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "results" / "README.md",
+)
 
 PROGRAMS = ("accelerate", "lm_eval", "llm-attack", "make", "pip", "python")
 SHELL = ("", "bash", "sh", "shell", "console")
@@ -101,7 +106,7 @@ FEW = "a few questions of each task"
 RULES = (
     Rule("make help", "as shown", at_root=True),
     Rule(
-        r"make [a-z-]+",
+        r"make [.a-z-]+",
         "builds an environment, takes long or runs these tests: what it would do is printed",
         changes=((r"^make", "make -n"),),
         at_root=True,

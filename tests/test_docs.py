@@ -57,6 +57,13 @@ def test_library(one_task):
     assert 0 < (names["attacked"] - names["x"]).abs().max() <= 8 / 255 + 1e-6
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    """Of the pages as they stand; those of the site are checked as it is built."""
+    for path in re.findall(r"\]\(([^):#]+)[)#]", page.read_text("utf-8")):
+        assert (page.parent / path).exists(), path
+
+
 def test_arguments_are_those_declared():
     """`python docs/arguments.py` writes the page anew."""
     spec = spec_from_file_location("arguments", ROOT / "docs" / "arguments.py")
