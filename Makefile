@@ -78,6 +78,13 @@ test-oldest: .venv-oldest/.installed ## the tests with the lowest releases that 
 test-processors: .venv attack-libs ## the numerical tests with each instruction set of this processor, on one thread and two
 	$(BIN)/python tests/processors.py
 
+.venv/.docs: .venv/.installed
+	@$(PIP) install --quiet -c constraints.txt -e ".[docs]" && touch $@
+
+.PHONY: docs
+docs: .venv/.docs ## the documentation as a site, into site/; a broken link is an error
+	$(BIN)/mkdocs build --strict
+
 .PHONY: lint
 lint: .venv ## format, lint rules and types
 	$(BIN)/ruff format --check
@@ -101,5 +108,5 @@ bench: .venv ## time and memory against stock lm-eval, into results/engine; fort
 
 .PHONY: clean
 clean: ## remove the environments, builds and caches
-	rm -rf .venv .venv-oldest build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

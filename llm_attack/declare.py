@@ -148,8 +148,7 @@ def options(kind: Any) -> list[click.Option]:
     made = []
     for entry, about in declared(kind):
         default = entry.default
-        if isinstance(default, tuple):
-            default = ",".join(map(str, default))
+        default = _typed(default) if isinstance(default, tuple) else default
         kinds: dict[Any, Any] = {bool: None, tuple: click.UNPROCESSED}  # YAML has lists
         made.append(
             click.Option(
@@ -158,16 +157,33 @@ def options(kind: Any) -> list[click.Option]:
                 help=about.sentence(),
                 type=about.option or kinds.get(about.kind, about.kind),
                 is_flag=about.kind is bool,
+                show_default=None if default != "" else False,
             )
         )
     return made
 
 
-def table(*kinds: Any) -> str:
-    """Markdown: name, allowed values, default and meaning of the settings of dataclasses."""
+def table(*kinds: Any, without: Iterable[str] = ()) -> str:
+    """Markdown: name, allowed values, default and meaning of the settings of dataclasses.
+
+    Args:
+        *kinds: the dataclasses.
+        without: names of settings to leave out.
+    """
     rows = ["| argument | values | default | meaning |", "|---|---|---|---|"]
+    left_out = set(without)
     for entry, about in (pair for kind in kinds for pair in declared(kind)):
+        if entry.name in left_out:
+            continue
         values = " ".join(f"`{choice}`" for choice in about.choices) or about.words()
-        default = "–" if entry.default is None else f"`{entry.default}`"
-        rows.append(f"| `{entry.name}` | {values} | {default} | {about.text} |")
+        default = _typed(entry.default)
+        default = f"`{default}`" if default else "–"
+        rows.append(f"| `{entry.name}` | {values} | {default} | {about.text}. |")
     return "\n".join(rows) + "\n"
+
+
+def _typed(value: Any) -> str:
+    """A value as it is typed on a command line; nothing for None."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return "" if value is None else str(value)

@@ -13,7 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "results" / "README.md")
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "results" / "README.md",
+)
 
 PROGRAMS = ("accelerate", "lm_eval", "llm-attack", "make", "pip", "python")
 SHELL = ("", "bash", "sh", "shell", "console")
@@ -101,7 +106,7 @@ FEW = "a few questions of each task"
 RULES = (
     Rule("make help", "as shown", at_root=True),
     Rule(
-        r"make [a-z-]+",
+        r"make [.a-z-]+",
         "builds an environment, takes long or runs these tests: what it would do is printed",
         changes=((r"^make", "make -n"),),
         at_root=True,
@@ -127,6 +132,7 @@ RULES = (
     ),
     Rule(r"llm-attack eval --model_args .*", FEW, changes=(*MODEL, *TASKS), more="--limit 2"),
     Rule(r"llm-attack run --config suite\.yaml", "as shown"),
+    Rule(r"llm-attack run --help", "as shown"),
     Rule(
         r"llm-attack run --model (?=\S+ -o)(?!demo).*",
         f"{FEW}; its tasks are the default, the paper's, where their data is",
@@ -146,6 +152,7 @@ RULES = (
     ),
     Rule(r"llm-attack (report DIR|compare DIR_A DIR_B)", "as shown"),
     Rule(r"python docs/fig3\.py results/[\w-]+", "as shown", at_root=True),
+    Rule(r"python docs/arguments\.py", "as shown; the page stays as it is", at_root=True),
     Rule(
         r"llm-attack reproduce all .*",
         "each figure has a rule of its own, and `all` no option that shortens it",

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import sysconfig
 from dataclasses import replace
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from itertools import pairwise
 
 import click
@@ -56,6 +56,24 @@ def test_library(one_task):
     assert list(names["wide"]) == sorted(names["table"].index.unique("condition"))
     exec(attack, names)
     assert 0 < (names["attacked"] - names["x"]).abs().max() <= 8 / 255 + 1e-6
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    """Of the pages as they stand; those of the site are checked as it is built."""
+    for path in re.findall(r"\]\(([^):#]+)[)#]", page.read_text("utf-8")):
+        assert (page.parent / path).exists(), path
+
+
+def test_arguments_are_those_declared():
+    """`python docs/arguments.py` writes the page anew."""
+    spec = spec_from_file_location("arguments", ROOT / "docs" / "arguments.py")
+    arguments = module_from_spec(spec)
+    spec.loader.exec_module(arguments)
+    page = arguments.PAGE.read_text("utf-8")
+    assert all(table in page for table in arguments.tables().values())
+    assert arguments.renewed(page) == page
+    assert arguments.renewed(page.replace("| `steps` |", "| `stops` |")) == page
 
 
 PAGE = """

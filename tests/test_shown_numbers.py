@@ -12,8 +12,8 @@ from shown import ROOT
 SHOWN = {
     "smollm2-135m": ("README.md", "## What it finds"),
     "smollm2-135m-choice": ("docs/fig3.md", "## What would the amplitude"),
-    "demo": ("README.md", "`make demo` prints"),
-    "demo-choice": ("README.md", "With the gold known"),
+    "demo": ("docs/demo.md", "`make demo` prints"),
+    "demo-choice": ("docs/demo.md", "With the gold known"),
 }
 
 

@@ -43,10 +43,11 @@ _EPSILON = About("radius of the ball", float, least=0.0)
 class StepSettings:
     """How an attack steps. What is declared here, every program and model takes."""
 
-    steps: int = setting(10, f"Steps of {ITERATIVE}", least=1)
+    steps: int = setting(10, f"Number of steps of the iterative attacks ({ITERATIVE})", least=1)
     step_size: float | None = setting(
         None,
-        f"Length of a step of {ITERATIVE}; a quarter of epsilon unless given",
+        "Length of a step of the iterative attacks, in the unit of epsilon; unless given, a quarter"
+        " of epsilon",
         least=0.0,
         above=True,
     )

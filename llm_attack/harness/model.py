@@ -270,7 +270,7 @@ class AttackedHFLM(HFLM):
         return {**super().get_model_info(), "attack": self.attack_info()}
 
     def attack_info(self, condition: int = 0) -> dict[str, Any]:
-        """Resolved settings and diagnostics of a condition; README, "what the numbers mean"."""
+        """Resolved settings and diagnostics of a condition; see docs/numbers.md."""
         settings, attack = self.conditions[condition], self.engine.attacks[condition]
         return {
             **settings.arguments(),

@@ -1,4 +1,4 @@
-"""Threat models: what an attack on a language model ascends (section "threat models", README).
+"""Threat models: what an attack on a language model ascends (docs/attacks.md, "Threat models").
 
 A loss is a row of `LOSSES`: which predictions it reads, whose they are, and the value that it makes
 of their summed log-probabilities. Nothing else asks for a loss by its name.
@@ -105,7 +105,7 @@ LOSSES = {
 
 @dataclass(frozen=True)
 class ThreatModel:
-    """The loss that the attacker ascends, and the point that it may move.
+    """The loss that the attacker ascends, and what it may touch; see docs/attacks.md.
 
     Attributes:
         loss: a key of `LOSSES`.

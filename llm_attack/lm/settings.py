@@ -30,30 +30,41 @@ class ThreatSettings(StepSettings):
 
     epsilon_unit: str = setting(
         "absolute",
-        "Unit of epsilon and step size; rms: the root mean square of the embedding matrix, times"
-        " the square root of its width in L2, to compare models, whose embeddings differ in scale",
+        "Unit of epsilon and step_size. With rms it is the root mean square of the embedding"
+        " matrix, or of the activations at another hookpoint, and in L2 that times the square root"
+        " of their width, so that models of different scale can be compared",
         choices=EPSILON_UNITS,
     )
     norm: str = setting(
         "linf",
-        "Norm that epsilon bounds, of the whole perturbation or of each token's",
+        "Norm of the perturbation that epsilon bounds. With l2_token each token's is bounded, with"
+        " l2 that of all tokens together",
         choices=NORMS,
     )
     loss: str = setting(
         "sequence",
-        "What the attack ascends; choice: the log odds against the gold, which it knows",
+        "What the attack raises. The loss sequence is the negative log-likelihood of all tokens of"
+        " a request, continuation that of its continuation alone, and choice the log odds of the"
+        " other choices against the gold, which the attacker then knows",
         choices=tuple(LOSSES),
     )
-    score: str = setting("acc", "Metric that the loss choice attacks", choices=SCORES)
+    score: str = setting(
+        "acc",
+        "Score of a choice that loss=choice attacks; for acc its log-likelihood, for acc_norm that"
+        " divided by its number of characters",
+        choices=SCORES,
+    )
     context: str | None = setting(
         None,
-        "Whether the tokens that requests of a question share have a perturbation in each, or one;"
-        " own unless the loss knows the gold",
+        "Whether the tokens that the requests of a question share are perturbed in each request by"
+        " itself (own) or once for all of them (shared). Unless given it is own, but shared where"
+        " the loss knows the gold",
         choices=CONTEXTS,
     )
     hookpoint: str | None = setting(
         None,
-        "Module whose output is perturbed, such as model.layers.12; the input embedding by default",
+        "Module whose output is perturbed, such as model.layers.12; the input embedding unless"
+        " given",
         allowed="the dotted path of a module",
     )
     seed: int = setting(0, "Seed of the random draws")
@@ -85,10 +96,11 @@ class AttackSettings(ThreatSettings):
         UsageError: a value is not allowed, or two do not go together.
     """
 
-    attack: str = setting("fgsm", "The attack", choices=tuple(ATTACKS))
+    attack: str = setting("fgsm", "Name of the attack", choices=tuple(ATTACKS))
     epsilon: float | str = setting(
         0.01,
-        "Radius of the ball round the clean point; 0.7rms is 0.7 with epsilon_unit=rms",
+        "Amplitude, which is the radius of the ball round the clean point. 0.7rms is 0.7 with"
+        " epsilon_unit=rms",
         also=str,
         allowed=EPSILON,
     )
@@ -139,14 +151,15 @@ class EngineSettings:
 
     packing: str = setting(
         "auto",
-        "Layout of a question's requests; tree: tokens that they share are computed once, off: each"
-        " has a row, auto: trees, if a trial at the start shows that the model takes them",
+        "Layout of a question's requests. With tree the tokens that they share are computed once,"
+        " with off each request has a row, and auto is tree if a trial at the start shows that the"
+        " model takes trees",
         choices=PACKINGS,
     )
     gradient_checkpointing: bool = setting(
         False,
-        "Recompute activations in the backward pass instead of keeping them: less memory, more"
-        " time",
+        "Recompute activations in the backward pass instead of keeping them, which takes less"
+        " memory and more time",
     )
     compile: bool = setting(False, "Compile the model's blocks with torch.compile")
 

@@ -16,6 +16,12 @@ from llm_attack.lm.settings import AttackSettings, EngineSettings, ThreatSetting
 # Settings that say how a plan is carried out; results do not depend on them.
 _HOW = ("device",)
 
+# What is allowed, in words.
+_NAMES = "names with commas between them"
+_NUMBERS = "numbers, such as 0.01 or 0.7rms, with commas between them"
+_PAIRS = "key=value,..."
+_ROWS = "auto or an integer, 1 or more"
+
 
 @dataclass(frozen=True)
 class Plan(ThreatSettings, EngineSettings):
@@ -26,30 +32,51 @@ class Plan(ThreatSettings, EngineSettings):
     """
 
     model: str = setting(
-        "TinyLlama/TinyLlama_v1.1", "Hub id, local folder, GGUF file, or demo, the bundled model"
+        "TinyLlama/TinyLlama_v1.1",
+        "Model to attack, a hub id, a local folder, a GGUF file, or demo, which is bundled",
     )
     tasks: Sequence[str] = setting(
-        ("paper_six",), "Tasks, groups, tags or patterns of lm-eval, with commas between them"
+        ("paper_six",),
+        "Tasks, groups, tags or patterns of lm-eval, with commas between them",
+        allowed=_NAMES,
     )
     attacks: Sequence[str] = setting(
-        ("none", "random", "fgsm", "bim"), f"Some of {', '.join(ATTACKS)}"
+        ("none", "random", "fgsm", "bim"),
+        f"Attacks to compare, with commas between them, out of {', '.join(ATTACKS)}",
+        allowed=_NAMES,
     )
     epsilons: Sequence[float | str] = setting(
-        (0.01,), "Amplitudes; 0.7rms is in units of the embeddings' RMS, whatever the unit"
+        (0.01,),
+        "Amplitudes, with commas between them. 0.7rms is in units of the RMS whatever epsilon_unit"
+        " is",
+        allowed=_NUMBERS,
     )
     limit: float | None = setting(
-        None, "Questions per task; below 1, their share", least=0.0, above=True
+        None, "Questions per task at most; a number below 1 is their share", least=0.0, above=True
     )
-    num_fewshot: int | None = setting(None, "Examples in the context", least=0)
+    num_fewshot: int | None = setting(
+        None, "Number of examples before each question; the task's own unless given", least=0
+    )
     apply_chat_template: bool | str = setting(
         False, "Put all prompts into the model's chat template", also=str
     )
-    fewshot_as_multiturn: bool = setting(False, "Give examples as turns of a conversation")
-    system_instruction: str | None = setting(None, "Text before all prompts")
-    include_path: str | None = setting(None, "Folder of more lm-eval tasks")
-    batch_size: int | str = setting("auto", "Rows of a batch at most, or auto", kind=tuple)
-    device: str | None = setting(None, "cuda, cuda:1, cpu, mps, ...; the best there is")
-    model_args: dict[str, Any] = setting("", "More arguments of attacked-hf, as key=value,...")
+    fewshot_as_multiturn: bool = setting(False, "Give the examples as turns of a conversation")
+    system_instruction: str | None = setting(None, "Text that is put before all prompts")
+    include_path: str | None = setting(None, "Folder with more tasks of lm-eval")
+    batch_size: int | str = setting(
+        "auto",
+        "Rows of a batch at most; auto takes as many as are good for the device",
+        kind=tuple,
+        allowed=_ROWS,
+    )
+    device: str | None = setting(
+        None, "Where to compute, such as cpu or cuda:1; unless given, cuda where there is one"
+    )
+    model_args: dict[str, Any] = setting(
+        "",
+        "More arguments of attacked-hf, written key=value, with commas between them",
+        allowed=_PAIRS,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,7 +97,7 @@ class Plan(ThreatSettings, EngineSettings):
     def _batch_size(self) -> int | str:
         size = str(self.batch_size)
         if size != "auto" and (not size.isdecimal() or int(size) < 1):
-            raise invalid("batch_size", self.batch_size, "auto or an integer, 1 or more")
+            raise invalid("batch_size", self.batch_size, _ROWS)
         return size if size == "auto" else int(size)
 
     def _limit(self) -> float | None:
@@ -86,7 +113,7 @@ class Plan(ThreatSettings, EngineSettings):
 
             return simple_parse_args_string(given)
         if not isinstance(given, dict):
-            raise invalid("model_args", given, "key=value,...")
+            raise invalid("model_args", given, _PAIRS)
         return dict(given)
 
     @property
@@ -137,8 +164,7 @@ def _listed(name: str, value: Any, kind: Callable[[Any], Any]) -> tuple[Any, ...
     try:
         values = tuple(map(kind, value if isinstance(value, Iterable) else [value]))
     except (TypeError, ValueError):
-        allowed = "numbers, such as 0.01 or 0.7rms, with commas between them"
-        raise invalid(name, value, allowed) from None
+        raise invalid(name, value, _NUMBERS) from None
     if not values:
         raise UsageError(f"{name}=: must name at least one")
     return values
