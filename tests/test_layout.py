@@ -1,6 +1,7 @@
 """Which part of the package may import which."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,11 @@ def test_arrows_point_one_way(part):
         names = imported(path) if path.exists() else ()
         parts = {name.split(".")[1] for name in names if name.startswith("llm_attack.")}
         assert parts - {part, "__version__"} <= ARROWS[part], path
+
+
+def test_no_module_is_named_as_one_of_pythons_own():
+    names = {path.stem for path in PACKAGE.rglob("*.py")} - {"__init__", "__main__"}
+    assert not names & sys.stdlib_module_names
 
 
 def test_one_door_to_lm_eval():

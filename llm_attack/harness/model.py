@@ -39,10 +39,10 @@ from llm_attack.lm.layers import prepare
 from llm_attack.lm.losses import LOSSES
 from llm_attack.lm.probe import longest_tree
 from llm_attack.lm.questions import Question
+from llm_attack.lm.scale import CALIBRATION_TEXT, of_activation, of_embedding
 from llm_attack.lm.scatter import by_index
 from llm_attack.lm.scoring import Scorer
 from llm_attack.lm.settings import AttackSettings, EngineSettings, split_arguments
-from llm_attack.lm.signal import CALIBRATION_TEXT, of_activation, of_embedding
 
 DEFAULT_MODEL = "TinyLlama/TinyLlama_v1.1"
 

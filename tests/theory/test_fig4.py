@@ -193,10 +193,10 @@ def test_the_same_command_gives_the_same_files(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     (
-        ({"epochs": 0}, "epochs=0: must be 1 or more"),
-        ({"seeds": -1}, "seeds=-1: must be 1 or more"),
-        ({"epsilon": -0.1}, "epsilon=-0.1: must be 0 or more"),
-        ({"learning_rate": float("nan")}, "learning_rate=nan: must be 0 or more"),
+        ({"epochs": 0}, "epochs=0: must be an integer, 1 or more"),
+        ({"seeds": -1}, "seeds=-1: must be an integer, 1 or more"),
+        ({"epsilon": -0.1}, "epsilon=-0.1: must be a finite number, at least 0"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan: must be a finite number, at least 0"),
         ({"label": 2}, "label=2: must be 0 or 1"),
     ),
 )

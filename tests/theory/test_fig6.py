@@ -178,9 +178,9 @@ def test_no_wrong_words_are_null_in_the_record(tmp_path, words_csv):
 @pytest.mark.parametrize(
     ("settings", "message"),
     (
-        ({"embedding_sizes": (4, 0)}, r"embedding_sizes=\(4, 0\): must be 1 or more"),
-        ({"embedding_sizes": ()}, r"embedding_sizes=\(\): must be 1 or more"),
-        ({"epochs": 0}, "epochs=0: must be 1 or more"),
+        ({"embedding_sizes": (4, 0)}, r"embedding_sizes=\(4, 0\): must be .*1 or more"),
+        ({"embedding_sizes": ()}, r"embedding_sizes=\(\): must be .*1 or more"),
+        ({"epochs": 0}, "epochs=0: must be an integer, 1 or more"),
         ({"test_share": 0.0}, "test_share=0.0: must be between 0 and 1"),
         ({"test_share": 1.0}, "test_share=1.0: must be between 0 and 1"),
     ),
