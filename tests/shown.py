@@ -134,7 +134,7 @@ RULES = (
     Rule(r"llm-attack run --config suite\.yaml", "as shown"),
     Rule(r"llm-attack run --help", "as shown"),
     Rule(
-        r"llm-attack run --model (?=\S+ -o)(?!demo).*",
+        r"llm-attack run --model (?!.* --tasks ).*",
         f"{FEW}; its tasks are the default, the paper's, where their data is",
         changes=MODEL,
         more="--limit 1 {default_tasks}",
@@ -142,10 +142,11 @@ RULES = (
     Rule(r"llm-attack run --model .*", FEW, changes=(*MODEL, *TASKS), more="--limit 2"),
     Rule(
         r"accelerate launch --num_processes \d+ -m llm_attack run .*",
-        f"{FEW}; two processes, which share the CPU",
+        f"{FEW}; two processes, which share the CPU; in a folder without another run",
         changes=(
             *MODEL,
-            (r"--num_processes \d+", "--cpu --num_processes 2 --main_process_port {port}"),
+            (r"--num_processes \d+", "--multi_gpu --num_processes 2 --main_process_port {port}"),
+            (" DIR", " shared"),
         ),
         more="--tasks demo_piqa --limit 4",
         needs="accelerate",

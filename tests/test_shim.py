@@ -309,8 +309,8 @@ def test_real_lm_eval(run):
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed")
 def test_real_lm_eval_resolves_the_name(run):
     code = """
-        import sys
         import _llm_attack_shim
+        import lm_eval.models  # as evaluations do; get_model does it itself in later releases
         from lm_eval.api.registry import get_model
         model = get_model("attacked-hf")
         print(model.kind, model.__module__)

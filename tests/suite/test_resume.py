@@ -191,7 +191,8 @@ def test_started_with_one_resumed_with_two(tmp_path, whole):
 def test_launchers(tmp_path, whole, launcher):
     files, _ = whole
     options = {
-        "accelerate": ["accelerate.commands.launch", "--cpu", "--num_processes", "2"],
+        # without --multi_gpu it starts a single process where there are no GPUs
+        "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"],
         "torchrun": ["torch.distributed.run", "--nproc_per_node", "2"],
     }[launcher]
     port = ["--main_process_port" if launcher == "accelerate" else "--master_port", "29517"]
@@ -204,3 +205,5 @@ def test_launchers(tmp_path, whole, launcher):
     )
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "run") == files
+    run = json.loads((tmp_path / "run/run.json").read_text())
+    assert run["timings"]["processes"] == 2
