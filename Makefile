@@ -37,12 +37,14 @@ attack-libs: .venv/.attack-libs ## torchattacks, foolbox, cleverhans and adv-lib
 	@if $(PIP) install --quiet --retries 1 --timeout 20 --no-deps -c constraints.txt $(ATTACK_LIBS); then touch $@; \
 	else echo "attack-libs: not installed; the tests that compare with them are skipped"; fi
 
+DEMO := $(BIN)/llm-attack run --model demo --tasks demo_six --batch_size 128 -o results/demo
+
 .PHONY: demo
 demo: .venv ## the whole comparison on the bundled model and tasks, offline, into results/demo
 	@# a finished run would only be read; that of before goes when this one is finished
 	@rm -rf results/demo.before; if [ -d results/demo ]; then mv results/demo results/demo.before; fi
-	$(BIN)/llm-attack run --model demo --tasks demo_six --batch_size 128 -o results/demo \
-	|| { rm -rf results/demo; [ ! -d results/demo.before ] || mv results/demo.before results/demo; exit 1; }
+	@echo "$(DEMO)"
+	@$(DEMO) || { rm -rf results/demo; [ ! -d results/demo.before ] || mv results/demo.before results/demo; exit 1; }
 	@rm -rf results/demo.before
 
 .PHONY: real-model
