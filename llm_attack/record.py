@@ -33,7 +33,7 @@ class Stopwatch(dict[str, float]):
 def whole_or_not(path: Path) -> Iterator[Path]:
     """A draft beside `path`, which takes its place at the end unless the context raises."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft = path.with_name(f".{path.name}")  # of one name: if one is left behind, the next takes it
     try:
         yield draft
         draft.replace(path)

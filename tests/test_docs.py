@@ -19,6 +19,7 @@ from click.testing import CliRunner
 from shown import PAGES, ROOT, commands, rule_of
 
 from llm_attack.cli import main
+from llm_attack.demo import MODEL_PATH
 
 SHOWN = list(dict.fromkeys(c for page in PAGES for c in commands(page.read_text("utf-8"))))
 
@@ -191,7 +192,7 @@ def test_command(command, prepared, tmp_path):
     words = rule.shortened(
         command,
         {
-            "model": f"{data}/models/stories260K" if data else "demo",
+            "model": f"{data}/models/stories260K" if data else str(MODEL_PATH),
             "prefix": "" if data else "demo_",
             "six": "paper_six" if data else "demo_six",
             "easy": "arc_easy" if data else "demo_arc_easy",

@@ -3,6 +3,8 @@
 import json
 import shutil
 import sqlite3
+import subprocess
+import sys
 
 import pytest
 from click.testing import CliRunner
@@ -12,6 +14,7 @@ from rich.console import Console
 from llm_attack import evaluate
 from llm_attack.cli import main
 from llm_attack.errors import UsageError
+from llm_attack.record import write_text
 from llm_attack.suite import fingerprint
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.progress import RunProgress
@@ -326,6 +329,18 @@ def test_disk_full(tmp_path, whole, size):
     assert again.wait() == 0, again.err
     assert computed(tmp_path) <= whole[1] + 1 and before > 0
     assert contents(tmp_path / "run") == whole[0]
+
+
+def test_killed_while_writing(tmp_path):
+    """What it leaves behind goes when the file is written again."""
+    code = (
+        "import os, pathlib; from llm_attack.record import write_text;"
+        "os.fsync = lambda file: os.kill(os.getpid(), 9); write_text(pathlib.Path('file'), 'half')"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False).returncode == -9
+    assert [path.name for path in tmp_path.iterdir()] != ["file"]
+    write_text(tmp_path / "file", "whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_modes_of_progress(finished, tmp_path):
