@@ -34,6 +34,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+from llm_attack.declare import DIALECT
 from llm_attack.harness import patches
 from llm_attack.harness.model import AttackedHFLM
 from llm_attack.harness.requests import encode, questions_of
@@ -377,11 +378,11 @@ def show(rows: list[dict[str, Any]], console: Console) -> dict[str, float]:
     return means
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(context_settings={"show_default": True, **DIALECT})
 @click.option("--tasks", default=",".join(SYNTHETIC), help="Of the six benchmarks.")
 @click.option("--tokens", default=6000, help="Of the requests of each task.")
 @click.option("--repeats", default=2, help="Runs of which the median is reported.")
-@click.option("--batch-sizes", default="1,8,32", help="Tried for stock.")
+@click.option("--batch_sizes", default="1,8,32", help="Tried for stock.")
 @click.option("--model", help="As `pretrained` of attacked-hf; random weights unless given.")
 @click.option("--shape", default="110m", type=click.Choice(["110m", "tinyllama"]))
 @click.option("--dtype", default="float32")

@@ -23,6 +23,7 @@ import torch
 import torchattacks
 
 from llm_attack.attacks import sparsefool
+from llm_attack.declare import DIALECT
 from llm_attack.record import hardware, versions, write_json
 from llm_attack.vision.data import load
 from llm_attack.vision.measure import frozen
@@ -31,11 +32,11 @@ from llm_attack.vision.stages import untrained
 from llm_attack.vision.train import train
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(context_settings={"show_default": True, **DIALECT})
 @click.option("--dataset", default="digits")
 @click.option("--network", default="cnn")
 @click.option("--epochs", default=1)
-@click.option("--train-size", type=int, help="Training images; all unless given.")
+@click.option("--train_size", type=int, help="Training images; all unless given.")
 @click.option("--batch", default=64, help="Images attacked at once.")
 @click.option("--rounds", default=3, help="Turns of each.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for run.json.")
