@@ -312,9 +312,8 @@ def test_real_lm_eval_resolves_the_name(run):
         import _llm_attack_shim
         import lm_eval.models  # as evaluations do; get_model does it itself in later releases
         from lm_eval.api.registry import get_model
-        model = get_model("attacked-hf")
-        print(model.kind, model.__module__)
+        print(get_model("attacked-hf").kind)
         """
     stand_in = {"llm_attack/__init__.py": "", "llm_attack/harness/__init__.py": ""}
     stand_in |= {"llm_attack/harness/model.py": MODEL}
-    assert run(code, stand_in, flags=("-W", "ignore")) == "the class llm_attack.harness.model"
+    assert run(code, stand_in, flags=("-W", "ignore")) == "the class"
