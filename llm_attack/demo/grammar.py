@@ -297,10 +297,3 @@ RELATIONS = (
         clause="was sold on {v}",
     ),
 )
-
-CONSONANTS = "bdfgklmnprstvz"
-VOWELS = "aeiou"
-ENDINGS = ("n", "l", "r", "k", "t", "sh", "")
-
-# Names that chance would make and that are words already.
-NOT_NAMES = {"baker", "metal", "pile", "raven", "rural", "tune"}

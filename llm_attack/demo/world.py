@@ -13,11 +13,18 @@ import random
 from dataclasses import dataclass
 from functools import cached_property
 
-from .grammar import CONSONANTS, ENDINGS, FACTORS, NOT_NAMES, RELATIONS, VOWELS, Factor, Relation
+from .grammar import FACTORS, RELATIONS, Factor, Relation
 
 SEED = 2205
 THINGS_PER_FAMILY = 60
 HELD_OUT_SHARE = 0.4
+
+CONSONANTS = "bdfgklmnprstvz"
+VOWELS = "aeiou"
+ENDINGS = ("n", "l", "r", "k", "t", "sh", "")
+
+# Names that chance would make and that are words already.
+NOT_NAMES = {"baker", "metal", "pile", "raven", "rural", "tune"}
 
 
 @dataclass(frozen=True)
