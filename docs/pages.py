@@ -1,4 +1,4 @@
-"""A hook of mkdocs: the pages and pictures of the site that lie outside of this folder.
+"""A hook of mkdocs: the pages and files of the site that lie outside of this folder.
 
 They are read where they are, so that they stand on the code host as they do here; only their links
 are turned to the site's pages.
@@ -22,12 +22,13 @@ PAGES = {
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Adds the pages, and the pictures that they and those of this folder show."""
-    pictures = set()
+    """Adds the pages, and the files that they and those of this folder show or link to."""
+    linked = set()
     for path in (*map(ROOT.joinpath, PAGES), *Path(__file__).parent.glob("*.md")):
         text = path.read_text(encoding="utf-8")
-        pictures |= set(re.findall(r"!\[[^]]*\]\((?:\.\./)?(results/[^)]+)\)", text))
-    for path in sorted(pictures):
+        linked |= set(re.findall(r"!\[[^]]*\]\((?:\.\./)?(results/[^)]+)\)", text))
+        linked |= set(re.findall(r"\]\((?:\.\./)?(examples/[^)]+)\)", text))
+    for path in sorted(linked):
         files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
     for source, name in PAGES.items():
         text = (ROOT / source).read_text(encoding="utf-8")
