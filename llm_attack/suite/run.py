@@ -18,7 +18,7 @@ import pandas as pd
 from rich.console import Console
 
 from llm_attack.declare import names
-from llm_attack.errors import UsageError
+from llm_attack.errors import UsageError, invalid
 from llm_attack.harness.judge import Judge
 from llm_attack.harness.model import AttackedHFLM
 from llm_attack.harness.patches import templates_compiled_once
@@ -44,7 +44,20 @@ class Processes(NamedTuple):
 
     @classmethod
     def of_environment(cls) -> Processes:
-        return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+        """As the variables RANK and WORLD_SIZE say.
+
+        Raises:
+            UsageError: they make no sense.
+        """
+        found = {"RANK": "0", "WORLD_SIZE": "1"}
+        for name in found:
+            found[name] = os.environ.get(name, found[name])
+            if not found[name].isdecimal():
+                raise invalid(name, found[name], "an integer, as torchrun sets it")
+        processes = cls(*map(int, found.values()))
+        if processes.rank >= processes.world:
+            raise invalid("RANK", processes.rank, f"below WORLD_SIZE, {processes.world}")
+        return processes
 
 
 @dataclass(frozen=True)

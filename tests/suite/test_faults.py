@@ -67,6 +67,24 @@ def test_bad_input(tmp_path, arguments, says):
     assert not list(tmp_path.rglob("*.*"))
 
 
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"RANK": "abc"}, "RANK='abc': must be an integer"),
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE='-1': must be an integer"),
+        ({"RANK": "1"}, "RANK=1: must be below WORLD_SIZE, 1"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2: must be below WORLD_SIZE, 2"),
+    ],
+    ids=str,
+)
+def test_ranks_that_make_no_sense(variables, says, tmp_path, monkeypatch):
+    """One without the other computed nothing, and ended as if all were well."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert says in refused(*DEMO, "-o", tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
 def test_bad_calls():
     with pytest.raises(TypeError, match="unexpected keyword argument 'epsilon'"):
         Plan("demo", epsilon=0.1)
