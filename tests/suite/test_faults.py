@@ -160,6 +160,14 @@ def test_two_runs_that_start_in_one_folder_at_once(two_runs, tmp_path, monkeypat
     assert kept_in(tmp_path) == before
 
 
+def test_a_mark_is_the_first_runs(tmp_path):
+    fingerprint.keep(tmp_path, {"limit": 4})
+    fingerprint.keep(tmp_path, {"limit": 4})
+    with pytest.raises(UsageError, match="limit: 4 there, 5 here"):
+        fingerprint.keep(tmp_path, {"limit": 5})
+    assert fingerprint.kept(tmp_path) == {"limit": 4}
+
+
 def test_a_mark_that_changes_under_a_run(two_runs, tmp_path, monkeypatch):
     """Nothing more is kept once the folder is another run's."""
     (first, *how), (second, *_) = two_runs
