@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import sys
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
-from llm_attack import __version__
+from llm_attack import __version__, failures
 from llm_attack.declare import DIALECT, options
-from llm_attack.errors import UsageError
 from llm_attack.reproduce import DEVICE, preset_option
 from llm_attack.theory import fig4, fig6
 from llm_attack.vision import fig1, fig2, fig5
@@ -20,26 +21,31 @@ FIGURES = [figure.COMMAND for figure in (fig1, fig2, fig4, fig5, fig6)]
 
 
 class _Commands(click.Group):
-    """Commands whose bad input ends in one line and exit code 2."""
+    """Commands whose failures end in one line; --traceback, wherever it stands, shows the rest."""
 
-    def invoke(self, ctx: click.Context) -> object:
+    def main(self, args: Sequence[str] | None = None, *more: Any, **extra: Any) -> NoReturn:
+        words = list(sys.argv[1:] if args is None else args)
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # what it cannot show becomes a question mark
+                stream.reconfigure(errors="replace")
+        extra["standalone_mode"] = False
         try:
-            return super().invoke(ctx)
-        except (UsageError, click.UsageError) as error:
-            text = error if isinstance(error, UsageError) else error.format_message()
-            click.echo(f"error: {text}", err=True)
-            sys.exit(2)
-        except OSError as error:
-            click.echo(f"error: {' '.join(str(error).split())}", err=True)
-            sys.exit(1)
-        except KeyboardInterrupt:
-            click.echo("stopped", err=True)
-            sys.exit(130)
+            code = super().main([w for w in words if w != failures.TRACEBACK], *more, **extra)
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except (Exception, KeyboardInterrupt) as error:
+            if failures.TRACEBACK in words:
+                failures.show(error)
+            code, line = failures.failure(error)
+            click.echo(line, err=True)
+        sys.exit(code)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="llm-attack")
-def main() -> None:
+@click.option(failures.TRACEBACK, is_flag=True, help="Show the traceback of an error as well.")
+def main(traceback: bool) -> None:
     """How much of a language model's accuracy survives a perturbation of its embeddings?"""
 
 

@@ -6,7 +6,6 @@ import logging
 import os
 import shlex
 import signal
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,13 +17,14 @@ from rich.console import Console
 
 from llm_attack.declare import names
 from llm_attack.errors import UsageError, invalid
+from llm_attack.failures import ProcessDied, Stopped, failure, leave
 from llm_attack.harness.patches import without_bars
 from llm_attack.record import write_text
 from llm_attack.suite import fingerprint, frames, results, tables
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.progress import MODES, note
 from llm_attack.suite.run import Processes, Result, execute, prepare
-from llm_attack.suite.store import ProcessDied, discard
+from llm_attack.suite.store import discard
 from llm_attack.suite.summary import paired, unshared
 
 
@@ -149,35 +149,24 @@ def compare(a: Path, b: Path, output: Path | None) -> None:
 
 @contextmanager
 def _stops_are_explained(again: str, output: Path | None) -> Iterator[None]:
-    """One line instead of a traceback when a run is stopped, with the command that goes on."""
+    """Says of a run that stops, or is stopped, with which command it goes on."""
     kept = (
         f"what is finished is kept; to go on: {again}" if output else "nothing is kept without -o"
     )
     first = Processes.of_environment().rank == 0
 
     def stop(*_: Any) -> None:
-        raise _Stopped
+        raise Stopped
 
     signal.signal(signal.SIGTERM, stop)
     try:
         yield
-    except KeyboardInterrupt:
-        _leave(130, f"stopped; {kept}" if first else None)
-    except _Stopped:
-        _leave(143, f"stopped; {kept}" if first else None)
+    except (KeyboardInterrupt, Stopped) as error:
+        code, line = failure(error)
+        leave(code, f"{line}; {kept}" if first else None)
     except (ProcessDied, OSError) as error:
-        _leave(1, f"error: {' '.join(str(error).split())}; {kept}")
-
-
-class _Stopped(BaseException):
-    """SIGTERM has come."""
-
-
-def _leave(code: int, text: str | None) -> None:
-    if text is not None:
-        print(text, file=sys.stderr, flush=True)
-    # not by sys.exit: libraries with threads of their own may hang when the interpreter ends
-    os._exit(code)
+        code, line = failure(error)
+        leave(code, f"{line}; {kept}")
 
 
 def silence() -> None:

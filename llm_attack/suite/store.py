@@ -19,6 +19,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from llm_attack.errors import UsageError
+from llm_attack.failures import ProcessDied
 
 Key = tuple[str, int]
 
@@ -27,10 +28,6 @@ STORE = "batches"
 
 # Seconds after which a process that was never seen alive counts as dead.
 LONGEST_START = 600.0
-
-
-class ProcessDied(Exception):
-    """Another process of this run is gone before it finished its share of the batches."""
 
 
 class Store:

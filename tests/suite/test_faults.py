@@ -14,12 +14,13 @@ from rich.console import Console
 from llm_attack import evaluate
 from llm_attack.cli import main
 from llm_attack.errors import UsageError
+from llm_attack.failures import ProcessDied
 from llm_attack.record import write_text
 from llm_attack.suite import fingerprint
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.progress import RunProgress
 from llm_attack.suite.run import execute, prepare
-from llm_attack.suite.store import STORE, ProcessDied, Store
+from llm_attack.suite.store import STORE, Store
 
 DEMO = ["run", "--model", "demo", "--tasks", "demo_piqa", "--limit", "4", "--device", "cpu"]
 
