@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import time
@@ -62,8 +63,17 @@ def write_new(path: Path, text: str) -> None:
 
 
 def as_json(content: Any) -> str:
-    """`content` as indented JSON."""
-    return json.dumps(content, indent=2, default=str) + "\n"
+    """`content` as indented JSON; what is not finite, for which JSON has no number, is null."""
+    return json.dumps(finite(content), indent=2, default=str, allow_nan=False) + "\n"
+
+
+def finite(value: Any) -> Any:
+    """`value` with None in place of the numbers in it that are NaN or infinite."""
+    if isinstance(value, dict):
+        return {key: finite(of) for key, of in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(of) for of in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -17,6 +17,7 @@ from llm_attack.harness import patches
 from llm_attack.harness.gold import task_of
 from llm_attack.harness.model import AttackedHFLM
 from llm_attack.lm.engine import Answer
+from llm_attack.record import finite
 
 
 class _Collected(Exception):
@@ -135,5 +136,5 @@ def as_json(results: dict[str, Any]) -> str:
     def plain(value: Any) -> Any:
         return getattr(value, "__qualname__", None) or handle_non_serializable(value)
 
-    content = {key: value for key, value in results.items() if key != "samples"}
+    content = finite({key: value for key, value in results.items() if key != "samples"})
     return json.dumps(content, indent=2, default=plain, ensure_ascii=False) + "\n"

@@ -6,6 +6,7 @@ the engine -> answers in the order asked.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from llm_attack.demo import MODEL_PATH
 from llm_attack.errors import UsageError, report_usage_errors
-from llm_attack.harness import cache
+from llm_attack.harness import cache, loading
 from llm_attack.harness.names import check_names, trusted
 from llm_attack.harness.requests import (
     TokenRequest,
@@ -43,6 +44,8 @@ from llm_attack.lm.scale import CALIBRATION_TEXT, of_activation, of_embedding
 from llm_attack.lm.scatter import by_index
 from llm_attack.lm.scoring import Scorer
 from llm_attack.lm.settings import AttackSettings, EngineSettings, split_arguments
+
+log = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "TinyLlama/TinyLlama_v1.1"
 
@@ -81,20 +84,21 @@ class AttackedHFLM(HFLM):
         source, gguf_file = gguf.located(source, arguments.get("gguf_file"))
         if gguf_file is not None:
             arguments["gguf_file"] = gguf_file
+        self.warnings: list[str] = []
+        """What a reader of the results should know of the model, a sentence each."""
         try:
             with gguf.without_progress():
                 super().__init__(source, **arguments)
-        except UsageError:
+        except (UsageError, MemoryError, torch.OutOfMemoryError):
             raise
-        except gguf.UNREADABLE as error:
-            if gguf_file is None and not isinstance(error, OSError) and not gguf.names_in(source):
-                raise
+        except Exception as error:  # a broken file can make its reader raise anything
             raise gguf.not_loaded(pretrained, gguf_file, error) from error
         if self.backend != "causal":
             raise UsageError(
                 f"pretrained={pretrained}: is an encoder-decoder model; must be a causal one"
             )
         self.pretrained = pretrained
+        loading.check_finite(pretrained, self.model)
         hookpoint = resolve(self.model, self.settings.hookpoint)
         prepare(self.model, self.engine_settings, hookpoint)
         self.use(self.settings)
@@ -145,6 +149,16 @@ class AttackedHFLM(HFLM):
     def _get_config(self, *args: Any, **kwargs: Any) -> None:
         super()._get_config(*args, **kwargs)
         check_names(self._arguments, self._config)
+
+    def _create_model(self, pretrained: Any, *args: Any, **kwargs: Any) -> None:
+        with loading.noting(self) as unfit:
+            super()._create_model(pretrained, *args, **kwargs)
+        self.warnings += unfit.sentences()
+        if self.warnings and not self.engine_settings.allow_missing_weights:
+            raise UsageError(
+                f"pretrained={pretrained}: {'; '.join(self.warnings)}; must be a whole checkpoint of"
+                " this architecture, or allow_missing_weights=True"
+            )
 
     def _create_tokenizer(self, *args: Any, **kwargs: Any) -> None:
         super()._create_tokenizer(*args, **kwargs)
@@ -255,6 +269,14 @@ class AttackedHFLM(HFLM):
         if self.world_size > 1:
             sums = self.accelerator.gather(sums[None].to(self.device)).sum(0).cpu()
         self.diagnostics = [Diagnostics(*row) for row in sums.tolist()]
+        for sentence in self.all_warnings():
+            log.warning(sentence)
+
+    def all_warnings(self) -> list[str]:
+        """What a reader of the results should know: of the model, then of each condition."""
+        of_conditions = zip(self.engine.attacks, self.diagnostics, strict=True)
+        found = (f"{attack.condition}: {w}" for attack, d in of_conditions for w in d.warnings())
+        return [*self.warnings, *found]
 
     def _refuse_choice(self, requests: Sequence[Instance]) -> None:
         if self.settings.needs_gold:
@@ -267,7 +289,8 @@ class AttackedHFLM(HFLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """lm-eval's description of the model, and under "attack" all that was done to it."""
-        return {**super().get_model_info(), "attack": self.attack_info()}
+        attack = {**self.attack_info(), "warnings": self.all_warnings()}
+        return {**super().get_model_info(), "attack": attack}
 
     def attack_info(self, condition: int = 0) -> dict[str, Any]:
         """Resolved settings and diagnostics of a condition; see docs/numbers.md."""

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import log10
 
+# Share of a perturbation that may be lost to rounding without a word.
+MUCH_LOST = 0.01
+
 
 @dataclass
 class Diagnostics:
@@ -17,6 +20,10 @@ class Diagnostics:
         zero_gradients: coordinates where a gradient was exactly zero (or NaN): no step was made.
         gradients: coordinates of all gradients taken.
         tokens: that were looked up in the vocabulary (`Nearest`), where the points are embeddings.
+        steps, lost: coordinates, in either direction, that a step from the clean point was tried at,
+            and those of them that it would have moved by less than half of it, because the numbers
+            there are that far apart. Of the norm linf alone.
+        not_finite: answers whose log-likelihood is infinite or NaN.
         nearest_l2, nearest_linf: those of them that no other token's embedding is nearer to.
     """
 
@@ -25,6 +32,9 @@ class Diagnostics:
     elements: float = 0.0
     zero_gradients: float = 0.0
     gradients: float = 0.0
+    steps: float = 0.0
+    lost: float = 0.0
+    not_finite: float = 0.0
     tokens: float = 0.0
     nearest_l2: float = 0.0
     nearest_linf: float = 0.0
@@ -35,8 +45,8 @@ class Diagnostics:
             setattr(self, name, getattr(self, name) + value)
 
     def report(self) -> dict[str, float | None]:
-        """Signal-to-noise ratio (power, and in dB), RMS of both, share of zero gradients, and of
-        tokens still nearest to their own embedding.
+        """Signal-to-noise ratio (power, and in dB), RMS of both, share of zero gradients, of steps
+        lost to rounding, and of tokens still nearest to their own embedding; answers not finite.
         """
         snr = _ratio(self.signal, self.noise)
         signal, noise = _ratio(self.signal, self.elements), _ratio(self.noise, self.elements)
@@ -46,9 +56,24 @@ class Diagnostics:
             "snr": snr,
             "snr_db": None if snr is None else 10 * log10(snr),
             "zero_gradient_fraction": _ratio(self.zero_gradients, self.gradients),
+            "lost_to_rounding": _ratio(self.lost, self.steps),
+            "not_finite": int(self.not_finite),
             "nearest_token_unchanged": _ratio(self.nearest_l2, self.tokens),
             "nearest_token_unchanged_linf": _ratio(self.nearest_linf, self.tokens),
         }
+
+    def warnings(self) -> list[str]:
+        """What speaks against the numbers of the condition, a sentence each."""
+        found = []
+        if self.not_finite:
+            found.append(f"{self.not_finite:.0f} answers have a log-likelihood that is not finite")
+        lost = _ratio(self.lost, self.steps) or 0.0
+        if lost > MUCH_LOST:
+            found.append(
+                f"{100 * lost:.0f} % of the perturbation is lost to rounding: epsilon is below what"
+                " the model's dtype can tell apart there"
+            )
+        return found
 
 
 def _ratio(part: float, whole: float) -> float | None:

@@ -12,6 +12,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 
 from llm_attack.attacks import Attack
+from llm_attack.errors import UsageError
 from llm_attack.lm.batches import Batch, batched, layouts, of_rows, of_tree
 from llm_attack.lm.diagnostics import Diagnostics
 from llm_attack.lm.losses import LOSSES, ThreatModel
@@ -187,16 +188,28 @@ class Engine:
         return found
 
     def _collect(self, pack: Pack, computed: Computed, found: Found) -> None:
-        """Adds the batch's answers to `found`; waits for the device."""
+        """Adds the batch's answers to `found`; waits for the device.
+
+        Raises:
+            UsageError: an answer without a perturbation is not finite.
+        """
         sizes = [r.n_continuation for r in pack.requests]
         answers: list[list[Answer]] = []
-        for scores, sums, totals in zip(
-            computed.scores, computed.sums, found.diagnostics, strict=True
+        for attack, scores, sums, totals in zip(
+            self.attacks, computed.scores, computed.sums, found.diagnostics, strict=True
         ):
             totals.add({name: float(value) for name, value in sums.items()})
             # summed as lm-eval sums them: at -1000 the last place of float32 is 1e-4
             parts = scores.log_prob.cpu().split(sizes)
-            log_likelihoods = torch.stack([part.sum() for part in parts]).tolist()
+            sums_of_parts = torch.stack([part.sum() for part in parts])
+            bad = int((~sums_of_parts.isfinite()).sum())
+            if bad and attack.identity:
+                raise UsageError(
+                    f"attack={attack.name}: {bad} of {len(parts)} log-likelihoods are not finite,"
+                    " without a perturbation; must be a model, and a dtype, that gives numbers"
+                )
+            totals.add({"not_finite": bad})
+            log_likelihoods = sums_of_parts.tolist()
             greedy = [bool(part.all()) for part in scores.greedy.cpu().split(sizes)]
             answers.append(list(zip(log_likelihoods, greedy, strict=True)))
         alignments: list = [None] * len(pack.questions)

@@ -143,7 +143,7 @@ class AttackSettings(ThreatSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """How `attacked-hf` computes; the numbers do not depend on it.
+    """How `attacked-hf` loads a model and computes; the numbers of a whole model don't depend on it.
 
     Raises:
         UsageError: a value is not allowed.
@@ -162,6 +162,11 @@ class EngineSettings:
         " memory and more time",
     )
     compile: bool = setting(False, "Compile the model's blocks with torch.compile")
+    allow_missing_weights: bool = setting(
+        False,
+        "Go on, with a warning in the results, where weights of the model are missing in the"
+        " checkpoint, or some of it have no place in the model",
+    )
 
     def __post_init__(self) -> None:
         check(self)

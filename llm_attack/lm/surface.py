@@ -151,8 +151,16 @@ class Surface:
             "elements": elements,
             "zero_gradients": sum(zeros, 0 * elements),
             "gradients": elements * len(zeros),
+            **(self._rounded(attack.step, moves) if attack.norm == "linf" else {}),
             **self._nearest(adversarial),
         }
+
+    def _rounded(self, step: float, moves: Tensor) -> dict[str, Tensor]:
+        """Coordinates, in both directions, and those of them that a step would not move by half."""
+        wide = widest(self.x.device)
+        sizes = [((self.x + s).to(wide) - self.x.to(wide)).abs() for s in (step, -step)]
+        lost = sum(((size < step / 2) * moves).sum(dtype=wide) for size in sizes)
+        return {"steps": 2 * moves.sum(dtype=wide) * self.x.shape[-1], "lost": lost}
 
     def _nearest(self, adversarial: Tensor) -> dict[str, Tensor]:
         """Tokens looked up in the vocabulary, and of those the unchanged ones in L2 and in Linf."""

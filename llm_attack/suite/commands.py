@@ -124,7 +124,7 @@ def run(*, output: Path | None, progress: str, **settings: Any) -> None:
     if result is not None:
         console = Console()
         title = f"{result.run['model_name']}: accuracy, loss={result.run['settings']['loss']}"
-        console.print(tables.RunTable(result.table, title))
+        console.print(tables.RunTable(result.table, title, result.run["warnings"]))
         if output is not None and progress != "quiet":
             console.print(f"written: {output}: report.html, table.csv, figure.png, samples.parquet")
 

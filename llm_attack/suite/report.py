@@ -54,6 +54,9 @@ _CHANGES = [
     ("same", "no"),
 ]
 
+# Entries of run.json that have places of their own in the page, or none.
+_PLACED = ("command", "attacks", "warnings", "fingerprint")
+
 
 class Picture(NamedTuple):
     """A figure of the report.
@@ -87,8 +90,8 @@ def write_report(
         table: the accuracies, see `in_words`, with `acc_low` and `acc_high`.
         figures: `Picture`s, or tuples of the same.
         run: what `run.json` holds. `command` (a string, or a list of arguments), `model_name` (or
-            `model`) and `attacks` (for each condition, its settings and diagnostics) have places
-            of their own; whatever else is there is shown as it stands, but `fingerprint`.
+            `model`), `warnings` (sentences) and `attacks` (for each condition, its settings and
+            diagnostics) have places of their own; whatever else is there is shown as it stands, but `fingerprint`.
 
     Returns:
         The path of the report.
@@ -113,6 +116,7 @@ def write_report(
     style, script = ((_HERE / name).read_text("utf-8") for name in ("report.css", "report.js"))
     page = environment.get_template("report.html.j2").render(
         model=run.get("model_name") or run.get("model"),
+        warnings=run.get("warnings", ()),
         words=in_words(table),
         accuracies=_accuracies(table),
         means=means(table),
@@ -128,7 +132,7 @@ def write_report(
         command=command if isinstance(command, (str, type(None))) else shlex.join(command),
         attacks=attacks,
         settings=list(dict.fromkeys(key for settings in attacks.values() for key in settings)),
-        run={k: v for k, v in run.items() if k not in ("command", "attacks", "fingerprint")},
+        run={**{k: v for k, v in run.items() if k not in _PLACED}, **_hash_of_weights(run)},
         style=Markup(style),
         script=Markup(script),
         style_hash=_hash(style),
@@ -138,6 +142,11 @@ def write_report(
     # half of a surrogate pair is no character, but text from models and command lines may hold one
     write_text(path, page.encode("utf-8", "replace").decode("utf-8"))
     return path
+
+
+def _hash_of_weights(run: dict[str, Any]) -> dict[str, str]:
+    known = (run.get("fingerprint") or {}).get("weights")
+    return {"hash of weights": known} if known else {}
 
 
 def columns(samples: pd.DataFrame, questions: pd.DataFrame) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def save(result: Result, folder: Path, command: list[str]) -> None:
 
 def render(result: Result, folder: Path, run: dict[str, Any]) -> None:
     """Writes tables, figures and report."""
-    tables.save(result.table, folder)
+    tables.save(result.table, folder, run.get("warnings", ()))
     drawn = figures.draw_all(result.samples, result.table, folder)
     pictures = [Picture(*_PICTURES[name], folder / f"{name}.svg") for name in drawn]
     # the same run gives the same report, however long it took

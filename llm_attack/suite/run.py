@@ -178,6 +178,7 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         "model": plan.model,
         "model_name": plan.model_name,
         "settings": plan.settings(),
+        "warnings": lm.all_warnings(),
         "attacks": infos,
         "fingerprint": fingerprint.plain(mark),
         "versions": versions(),

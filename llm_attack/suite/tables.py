@@ -82,6 +82,7 @@ def accuracies(
     metric: str = "acc",
     conditions: Sequence[str] | None = None,
     intervals: bool = True,
+    warnings: Sequence[str] = (),
 ) -> Cells:
     """A row per task, their mean and its drop; a column per condition; the baseline.
 
@@ -90,6 +91,7 @@ def accuracies(
         metric: `acc` or `acc_norm`; the tests, and so the marks and the drop, are of `acc`.
         conditions: those to show; default: all.
         intervals: whether to show them.
+        warnings: what else a reader should know, a sentence each.
     """
     conditions = table["condition"].unique() if conditions is None else conditions
     rows, marks = [], set()
@@ -110,6 +112,7 @@ def accuracies(
         change = "change from none of log-likelihood, and of gold's margin over the best other"
         notes.append(f"nats: {change}; means over questions")
     notes += [f"{mark} {meaning}" for mark, meaning in _MARKS.items() if mark in marks]
+    notes += [f"warning: {sentence}" for sentence in warnings]
     return Cells(["task", "n", *conditions, "baseline"], rows, notes)
 
 
@@ -164,18 +167,20 @@ class RunTable:
     Args:
         table: of `summarise`.
         title: above it.
+        warnings: what else a reader should know, a sentence each.
     """
 
     table: pd.DataFrame
     title: str
+    warnings: Sequence[str] = ()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
-        full = accuracies(self.table).rich(self.title)
+        full = accuracies(self.table, warnings=self.warnings).rich(self.title)
         if _width(full, console) <= options.max_width:
             yield full
             return
         names = list(self.table["condition"].unique())
-        notes = accuracies(self.table, intervals=False).notes
+        notes = accuracies(self.table, intervals=False, warnings=self.warnings).notes
         for rows in range(1, len(names) + 1):
             parts = [list(part) for part in np.array_split(names, rows)]
             cells = [accuracies(self.table, "acc", part, intervals=False) for part in parts]
@@ -191,9 +196,9 @@ def _width(table: Table, console: Console) -> int:
     return console.measure(table, options=console.options.update(max_width=10_000)).maximum
 
 
-def markdown_of_run(table: pd.DataFrame) -> str:
+def markdown_of_run(table: pd.DataFrame, warnings: Sequence[str] = ()) -> str:
     """The content of `table.md`: acc, and acc_norm where a task has it."""
-    text = accuracies(table).markdown()
+    text = accuracies(table, warnings=warnings).markdown()
     if table["acc_norm"].notna().any():
         text += "\n" + accuracies(table, "acc_norm").markdown()
     return text
@@ -208,10 +213,10 @@ def csv(frame: pd.DataFrame) -> str:
     return frame.to_csv(index=False, lineterminator="\n")
 
 
-def save(table: pd.DataFrame, folder: Path) -> None:
+def save(table: pd.DataFrame, folder: Path, warnings: Sequence[str] = ()) -> None:
     """Writes `table.csv` and `table.md` of a run into `folder`."""
     write_text(folder / "table.csv", csv(table))
-    write_text(folder / "table.md", markdown_of_run(table))
+    write_text(folder / "table.md", markdown_of_run(table, warnings))
 
 
 def _marks(row: dict) -> str:

@@ -1,0 +1,106 @@
+"""The one place where a failure becomes a line for the user and an exit code.
+
+| code | what happened |
+|---|---|
+| 1 | the machine failed: disk, memory, another process of the run |
+| 2 | bad input; nothing was written |
+| 70 | something that nobody expected; the line names the file with the traceback |
+| 130, 143 | stopped by Ctrl-C, or by SIGTERM |
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import traceback
+from typing import NamedTuple
+
+from llm_attack.errors import UsageError
+
+# Libraries that look at what a user names (tasks, templates, models, files), and what they raise
+# then. From elsewhere, or of another type, it is nobody's mistake but ours.
+_READERS = {
+    *("lm_eval", "transformers", "datasets", "huggingface_hub", "tokenizers", "safetensors"),
+    *("accelerate", "peft", "evaluate", "jinja2", "yaml", "argparse"),
+}
+_COMPLAINTS = (ValueError, LookupError, ImportError, NotImplementedError, AssertionError)
+
+
+TRACEBACK = "--traceback"
+
+
+class Stopped(BaseException):
+    """SIGTERM has come."""
+
+
+class ProcessDied(Exception):
+    """Another process of the run ended before its share of the work was done."""
+
+
+class Failure(NamedTuple):
+    """An exit code and what to say."""
+
+    code: int
+    line: str
+
+
+def failure(error: BaseException) -> Failure:
+    """What to say of an exception, in one line, and the exit code.
+
+    A log with the traceback is written of those that nobody expected, and of no others.
+    """
+    import click
+
+    text = one_line(error)
+    if isinstance(error, UsageError):
+        return Failure(2, f"error: {text}")
+    if isinstance(error, click.UsageError):
+        return Failure(2, f"error: {error.format_message()}")
+    if isinstance(error, (KeyboardInterrupt, click.Abort)):  # click makes the one into the other
+        return Failure(130, "stopped")
+    if isinstance(error, Stopped):
+        return Failure(143, "stopped")
+    if isinstance(error, (ProcessDied, OSError)):
+        return Failure(1, f"error: {text}")
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return Failure(1, f"error: out of memory at the smallest batch ({text})")
+    reader = _origin(error)
+    if reader in _READERS and isinstance(error, _COMPLAINTS):
+        return Failure(2, f"error: {reader} refuses this: {text}")
+    return Failure(70, f"error: unexpected {type(error).__name__}: {text}; see {_log(error)}")
+
+
+def one_line(error: BaseException) -> str:
+    """The text of an exception in one line; its type, where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def show(error: BaseException) -> None:
+    """Prints the traceback: for --traceback."""
+    traceback.print_exception(type(error), error, error.__traceback__)
+
+
+def leave(code: int, line: str | None) -> None:
+    """Ends the process at once.
+
+    Not by sys.exit: libraries with threads of their own may hang when the interpreter ends.
+    """
+    if line is not None:
+        print(line, file=sys.stderr, flush=True)
+    os._exit(code)
+
+
+def _origin(error: BaseException) -> str:
+    """The top package of the code that raised it."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return str(frames[-1][0].f_globals.get("__name__")).partition(".")[0] if frames else ""
+
+
+def _log(error: BaseException) -> str:
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", errors="backslashreplace", prefix="llm-attack-", suffix=".log",
+        delete=False,
+    ) as file:  # fmt: skip
+        file.writelines(traceback.format_exception(type(error), error, error.__traceback__))
+    return file.name
