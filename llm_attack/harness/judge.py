@@ -14,7 +14,8 @@ from lm_eval.utils import handle_non_serializable
 
 from llm_attack.errors import UsageError
 from llm_attack.harness import patches
-from llm_attack.harness.gold import task_of
+from llm_attack.failures import one_line
+from llm_attack.harness.gold import siblings, task_of
 from llm_attack.harness.model import AttackedHFLM
 from llm_attack.lm.engine import Answer
 from llm_attack.record import finite
@@ -70,7 +71,7 @@ class Judge:
         self, lm: AttackedHFLM, manager: Any, tasks: Sequence[str], **options: Any
     ) -> None:
         self.lm, self.tasks = lm, list(tasks)
-        self.options = {"bootstrap_iters": 0, "log_samples": True, **options}
+        self.given, self.options = options, {"bootstrap_iters": 0, "log_samples": True, **options}
         self.manager = _LoadedOnce(manager)
         self.asked: list[Instance] = []
 
@@ -78,12 +79,34 @@ class Judge:
         """All requests, in lm-eval's order.
 
         Raises:
-            UsageError: a task has no choices.
+            UsageError: the tasks cannot be built, their data cannot be had, or one has no choices
+                or does not report acc.
         """
         stand = _Stand(self.lm)
-        with suppress(_Collected):
-            self._evaluate(stand)
-        for task in {id(t): t for t in map(task_of, stand.requests)}.values():
+        given = "".join(f", {name}={value}" for name, value in self.given.items())
+        asked_for = f"tasks={','.join(self.tasks)}{given}"
+        try:
+            with suppress(_Collected):
+                self._evaluate(stand)
+        except UsageError:
+            raise
+        except OSError as error:
+            raise UsageError(
+                f"{asked_for}: their data cannot be had ({one_line(error)}); must"
+                " be in the cache of datasets, or on a hub that can be reached"
+            ) from error
+        except Exception as error:  # a task is a user's YAML and Python: it can raise anything
+            raise UsageError(
+                f"{asked_for}: cannot be built ({one_line(error)}); must be what lm-eval can build"
+            ) from error
+        if not stand.requests:
+            raise UsageError(f"{asked_for}: there is no question; must be tasks that have some")
+        first = {id(task_of(r)): r for r in reversed(stand.requests)}
+        for request in first.values():
+            task = task_of(request)
+            made_up = [(0.0, False)] * len(siblings(request))
+            if "acc" not in task.process_results(request.doc, made_up):
+                raise UsageError(f"tasks={request.task_name}: must be a task that reports acc")
             # lm-eval builds anew at each evaluation: as costly as judging
             task.build_all_requests = lambda **options: None
         self.asked = stand.requests

@@ -1,4 +1,4 @@
-"""What a checkpoint lacks, and what of it cannot be computed with, is told; a bad one is refused."""
+"""What a checkpoint lacks, or has that no number can come of, is an error or a warning."""
 
 from __future__ import annotations
 

@@ -156,8 +156,8 @@ class AttackedHFLM(HFLM):
         self.warnings += unfit.sentences()
         if self.warnings and not self.engine_settings.allow_missing_weights:
             raise UsageError(
-                f"pretrained={pretrained}: {'; '.join(self.warnings)}; must be a whole checkpoint of"
-                " this architecture, or allow_missing_weights=True"
+                f"pretrained={pretrained}: {'; '.join(self.warnings)}; must be a whole checkpoint"
+                " of this architecture, or allow_missing_weights=True"
             )
 
     def _create_tokenizer(self, *args: Any, **kwargs: Any) -> None:

@@ -20,7 +20,7 @@ class Diagnostics:
         zero_gradients: coordinates where a gradient was exactly zero (or NaN): no step was made.
         gradients: coordinates of all gradients taken.
         tokens: that were looked up in the vocabulary (`Nearest`), where the points are embeddings.
-        steps, lost: coordinates, in either direction, that a step from the clean point was tried at,
+        steps, lost: coordinates where a step from the clean point was tried, in either direction,
             and those of them that it would have moved by less than half of it, because the numbers
             there are that far apart. Of the norm linf alone.
         not_finite: answers whose log-likelihood is infinite or NaN.

@@ -143,7 +143,7 @@ class AttackSettings(ThreatSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """How `attacked-hf` loads a model and computes; the numbers of a whole model don't depend on it.
+    """How `attacked-hf` loads and computes; the numbers of a whole model do not depend on it.
 
     Raises:
         UsageError: a value is not allowed.

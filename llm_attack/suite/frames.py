@@ -28,7 +28,29 @@ def grouped(requests: Sequence[Instance]) -> dict[tuple[str, Any], list[int]]:
     return {(str(r.task_name), r.doc_id): of for r, of in zip(first, groups, strict=True)}
 
 
-def questions_of(requests: Sequence[Instance], results: dict[str, Any]) -> pd.DataFrame:
+def gold_of(requests: Sequence[Instance]) -> dict[tuple[str, Any], list[bool]]:
+    """For each question, (task, doc_id), whether each of its choices is right.
+
+    Raises:
+        UsageError: a question has no choices with gold labels.
+    """
+    found = {}
+    for (task, doc_id), numbers in grouped(requests).items():
+        try:
+            found[task, doc_id] = gold.gold_choices([requests[n] for n in numbers])
+        except UsageError as error:
+            raise UsageError(
+                f"tasks={task}: question {doc_id} has no choices with a gold label, so that no"
+                " answer is right; must be a task that has them"
+            ) from error
+    return found
+
+
+def questions_of(
+    requests: Sequence[Instance],
+    right_of: Mapping[tuple[str, Any], list[bool]],
+    results: dict[str, Any],
+) -> pd.DataFrame:
     """A row per question, in the order of the run.
 
     Columns: `task`, `doc_id`, `doc_hash` (of the prompt, lm-eval's), `n_choices`, `gold` (indices
@@ -37,17 +59,15 @@ def questions_of(requests: Sequence[Instance], results: dict[str, Any]) -> pd.Da
 
     Args:
         requests: all requests of the run.
+        right_of: of `gold_of`.
         results: lm-eval's, of any condition.
-
-    Raises:
-        UsageError: a task has no choices with gold labels.
     """
     rows = []
     groups = grouped(requests)
     for task, samples in results["samples"].items():
         for sample in _first_filter(samples):
             asked = [requests[n] for n in groups[task, sample["doc_id"]]]
-            right = gold.gold_choices(asked)
+            right = right_of[task, sample["doc_id"]]
             try:
                 lengths = gold.choice_lengths(asked)
             except UsageError:

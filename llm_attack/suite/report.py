@@ -91,7 +91,8 @@ def write_report(
         figures: `Picture`s, or tuples of the same.
         run: what `run.json` holds. `command` (a string, or a list of arguments), `model_name` (or
             `model`), `warnings` (sentences) and `attacks` (for each condition, its settings and
-            diagnostics) have places of their own; whatever else is there is shown as it stands, but `fingerprint`.
+            diagnostics) have places of their own; of `fingerprint` the hash of the weights is
+            shown, and whatever else is there as it stands.
 
     Returns:
         The path of the report.

@@ -88,6 +88,7 @@ class Prepared(NamedTuple):
         lm: the model with the plan's conditions.
         judge: the tasks.
         requests: all of them.
+        gold: of `frames.gold_of`.
         work: the batches.
         mark: the fingerprint.
         timings: seconds, by what they were spent on.
@@ -97,6 +98,7 @@ class Prepared(NamedTuple):
     lm: AttackedHFLM
     judge: Judge
     requests: list[Instance]
+    gold: dict[tuple[str, Any], list[bool]]
     work: list[Work]
     mark: dict[str, Any]
     timings: dict[str, float]
@@ -119,21 +121,15 @@ def prepare(plan: Plan, progress: str, console: Console) -> Prepared:
     clock.stop("model")
     with status(progress, console, "building the requests"):
         judge = Judge(lm, manager, plan.tasks, **plan.evaluation)
-        try:
-            requests = judge.requests()
-        except OSError as error:
-            reason = " ".join(str(error).split())
-            raise UsageError(
-                f"tasks={','.join(plan.tasks)}: their data cannot be had ({reason}); must be in the"
-                " cache of datasets, or on a hub that can be reached"
-            ) from error
+        requests = judge.requests()
+        gold = frames.gold_of(requests)
         work = list(work_of(lm, requests))
         batches = [(w.key, w.asked()) for w in work]
         asked = (r for w in work for q in w.batch.questions for r in q.requests)
         read = ((r.tokens, r.n_continuation) for r in asked)
         mark = fingerprint.of_run(plan, lm, requests, read, batches)
     clock.stop("requests")
-    return Prepared(plan, lm, judge, requests, work, mark, clock.timings)
+    return Prepared(plan, lm, judge, requests, gold, work, mark, clock.timings)
 
 
 @templates_compiled_once()
@@ -147,10 +143,10 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         console: where it is shown.
 
     Raises:
-        UsageError: another process is writing there, or a task has no choices with gold labels.
+        UsageError: another process is writing there, or the clean model gives no numbers.
         ProcessDied: another process of this run is gone; what is finished is kept.
     """
-    plan, lm, judge, requests, work, mark, _ = prepared
+    plan, lm, judge, requests, gold, work, mark, _ = prepared
     clock = _Clock(prepared.timings)
     rank, world = Processes.of_environment()
     planned = [w.key for w in work]
@@ -168,7 +164,7 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
     clock.stop("answers")
     with status(progress, console, "judging"):
         results = [judge.results(found, i) for i, found in enumerate(answers)]
-        questions = frames.questions_of(requests, results[0])
+        questions = frames.questions_of(requests, gold, results[0])
         attacks = lm.engine.attacks
         samples = frames.samples_of(questions, requests, attacks, results, answers, alignments)
         infos = {attack.condition: lm.attack_info(i) for i, attack in enumerate(attacks)}
