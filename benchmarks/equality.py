@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from llm_attack.harness.tasks import task_manager
+from llm_attack.harness.tasks import look_up
 from llm_attack.record import hardware, versions, write_json
 
 SIDES: dict[str, tuple[str, str, int | str]] = {
@@ -89,7 +89,7 @@ def main(
 ) -> None:
     """attack=none against stock hf, and stock against itself."""
     names = tasks.split(",")
-    manager = task_manager(names)
+    manager, _ = look_up(names)
     arguments = {"tasks": names, "task_manager": manager, "limit": limit, "device": device}
     if cache is not None:
         cache.mkdir(parents=True, exist_ok=True)

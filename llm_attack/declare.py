@@ -76,7 +76,10 @@ class About:
                 and not isinstance(value, bool)
                 and self._in_range(value, -sys.float_info.max if self.least is None else self.least)
             )
-        return self.kind is tuple or isinstance(value, self.kind)
+        if self.kind is tuple:
+            parts = value if isinstance(value, (list, tuple)) else (value,)
+            return all(isinstance(part, (str, Real)) for part in parts)
+        return isinstance(value, self.kind)
 
     def _in_range(self, value: Any, least: float) -> bool:
         # not isfinite(), which raises for integers beyond the floats; comparisons with NaN are

@@ -14,18 +14,36 @@ import os
 import sys
 import tempfile
 import traceback
+from errno import (
+    EACCES,
+    EEXIST,
+    EINVAL,
+    EISDIR,
+    ELOOP,
+    ENAMETOOLONG,
+    ENOENT,
+    ENOTDIR,
+    EPERM,
+)  # fmt: skip
 from typing import NamedTuple
 
 from llm_attack.errors import UsageError
 
 # Libraries that look at what a user names (tasks, templates, models, files), and what they raise
-# then. From elsewhere, or of another type, it is nobody's mistake but ours.
+# then. Of another type, or below code of ours, it is nobody's mistake but ours.
 _READERS = {
     *("lm_eval", "transformers", "datasets", "huggingface_hub", "tokenizers", "safetensors"),
     *("accelerate", "peft", "evaluate", "jinja2", "yaml", "argparse"),
 }
-_COMPLAINTS = (ValueError, LookupError, ImportError, NotImplementedError, AssertionError)
+_COMPLAINTS = (ValueError, LookupError, ImportError, NotImplementedError, AssertionError, OSError)
 
+# Of the errors of the system, those that another path mends; of the others, such as a full disk,
+# the machine has to be.
+_PATHS = {EACCES, EEXIST, EINVAL, EISDIR, ELOOP, ENAMETOOLONG, ENOENT, ENOTDIR, EPERM}
+
+
+# In the type or the text of torch's errors when there is no memory left.
+_NO_MEMORY = ("OutOfMemoryError", "DefaultCPUAllocator")
 
 TRACEBACK = "--traceback"
 
@@ -61,13 +79,15 @@ def failure(error: BaseException) -> Failure:
         return Failure(130, "stopped")
     if isinstance(error, Stopped):
         return Failure(143, "stopped")
+    if isinstance(error, OSError) and error.errno in _PATHS:
+        return Failure(2, f"error: {text}")
+    if isinstance(error, MemoryError) or any(word in repr(error) for word in _NO_MEMORY):
+        return Failure(1, f"error: out of memory ({text})")
+    reader = _reader(error)
+    if reader and isinstance(error, _COMPLAINTS) and getattr(error, "errno", None) is None:
+        return Failure(2, f"error: {reader} refuses this: {text}")
     if isinstance(error, (ProcessDied, OSError)):
         return Failure(1, f"error: {text}")
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return Failure(1, f"error: out of memory at the smallest batch ({text})")
-    reader = _origin(error)
-    if reader in _READERS and isinstance(error, _COMPLAINTS):
-        return Failure(2, f"error: {reader} refuses this: {text}")
     return Failure(70, f"error: unexpected {type(error).__name__}: {text}; see {_log(error)}")
 
 
@@ -91,10 +111,13 @@ def leave(code: int, line: str | None) -> None:
     os._exit(code)
 
 
-def _origin(error: BaseException) -> str:
-    """The top package of the code that raised it."""
-    frames = list(traceback.walk_tb(error.__traceback__))
-    return str(frames[-1][0].f_globals.get("__name__")).partition(".")[0] if frames else ""
+def _reader(error: BaseException) -> str:
+    """The library of `_READERS` that raised it, or called what did; empty: it was our own code."""
+    own = __name__.partition(".")[0]
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    packages = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame in frames]
+    last = next((name for name in reversed(packages) if name in {own, *_READERS}), own)
+    return "" if last == own else last
 
 
 def _log(error: BaseException) -> str:

@@ -144,7 +144,7 @@ def pick_device(name: str | None) -> str:
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros(1, dtype=torch.float64, device=name)
-    except (RuntimeError, AssertionError, TypeError):
+        torch.zeros(1, dtype=torch.float64, device=name).cpu()  # from "meta" nothing comes back
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError):
         raise invalid("device", name, "cpu, cuda, or another that torch finds here") from None
     return name

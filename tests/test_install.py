@@ -80,7 +80,7 @@ class Environment:
             "print(*((e.group, e.name, e.value) for e in distribution('llm-attack').entry_points))"
         )
         assert set(self.run("-c", code).strip().replace(") (", ")\n(").splitlines()) == {
-            "('console_scripts', 'llm-attack', 'llm_attack.cli:main')",
+            "('console_scripts', 'llm-attack', 'llm_attack.__main__:main')",
             "('lm_eval.models', 'attacked-hf', 'llm_attack.harness.model:AttackedHFLM')",
         }
         assert (self.python.parent / "llm-attack").exists()

@@ -13,8 +13,8 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.utils import handle_non_serializable
 
 from llm_attack.errors import UsageError
-from llm_attack.harness import patches
 from llm_attack.failures import one_line
+from llm_attack.harness import patches
 from llm_attack.harness.gold import siblings, task_of
 from llm_attack.harness.model import AttackedHFLM
 from llm_attack.lm.engine import Answer

@@ -19,9 +19,9 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
 from llm_attack.demo import MODEL_PATH
-from llm_attack.errors import UsageError, report_usage_errors
+from llm_attack.errors import UsageError, invalid, report_usage_errors
 from llm_attack.harness import cache, loading
-from llm_attack.harness.names import check_names, trusted
+from llm_attack.harness.names import check_names, check_values, trusted
 from llm_attack.harness.requests import (
     TokenRequest,
     encode,
@@ -73,6 +73,7 @@ class AttackedHFLM(HFLM):
         self.settings, arguments = split_arguments(arguments, AttackSettings)
         self.engine_settings, arguments = split_arguments(arguments, EngineSettings)
         check_names(arguments)
+        check_values(arguments)
         self._arguments = arguments
         if arguments.get("device") is None:
             arguments["device"] = "cuda" if torch.cuda.is_available() else "cpu"
@@ -92,13 +93,18 @@ class AttackedHFLM(HFLM):
         except (UsageError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # a broken file can make its reader raise anything
-            raise gguf.not_loaded(pretrained, gguf_file, error) from error
+            given = {"pretrained": pretrained, **arguments}
+            raise gguf.not_loaded(given, gguf_file, error) from error
         if self.backend != "causal":
             raise UsageError(
                 f"pretrained={pretrained}: is an encoder-decoder model; must be a causal one"
             )
         self.pretrained = pretrained
         loading.check_finite(pretrained, self.model)
+        size = self.model.get_input_embeddings().weight.shape[0]
+        prefix = arguments.get("prefix_token_id")
+        if prefix is not None and prefix not in range(size):
+            raise invalid("prefix_token_id", prefix, f"the id of a token, from 0 to {size - 1}")
         hookpoint = resolve(self.model, self.settings.hookpoint)
         prepare(self.model, self.engine_settings, hookpoint)
         self.use(self.settings)
@@ -130,6 +136,13 @@ class AttackedHFLM(HFLM):
             self.signal = of_activation(self.model, hookpoint, text.to(self.device))
         attacks = [condition.resolved(self.signal) for condition in conditions]
         self.attack = attacks[0]
+        largest = torch.finfo(self.model.dtype).max
+        for attack in attacks:
+            if attack.epsilon > largest:
+                raise UsageError(
+                    f"epsilon={attack.epsilon:g}: must be a number of the model's dtype,"
+                    f" {self.model.dtype}, of which the largest is {largest:g}"
+                )
         scorer = Scorer(self.model, hookpoint, self.mixed_precision_dtype, self.softmax_dtype)
         pad = self.tokenizer.pad_token_id or 0
         packing = self.engine_settings.packing

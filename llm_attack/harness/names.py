@@ -12,7 +12,8 @@ from lm_eval.utils import simple_parse_args_string
 from transformers import PretrainedConfig, PreTrainedModel
 
 from llm_attack import declare
-from llm_attack.errors import UsageError
+from llm_attack.declare import About
+from llm_attack.errors import UsageError, invalid
 from llm_attack.lm.settings import AttackSettings, EngineSettings
 
 __all__ = ["check_names", "simple_parse_args_string"]
@@ -53,6 +54,10 @@ _FROM_PRETRAINED = [
     "variant",
 ]
 
+_DTYPES = ("bfloat16", "float16", "float32", "float64", "half", "float", "double")
+_COUNTS = ("max_length", "max_batch_size")
+_BACKENDS = ("default", "causal")
+
 
 def known_names() -> list[str]:
     """All arguments of `attacked-hf` but the attributes of the model's own config."""
@@ -87,6 +92,28 @@ def check_names(names: Iterable[str], config: PretrainedConfig | None = None) ->
             f"{name}: attacked-hf has no such argument, and nor have hf, from_pretrained or the"
             f" model's config{hint}"
         )
+
+
+def check_values(arguments: dict[str, Any]) -> None:
+    """Refuses values that lm-eval's `hf` would take for others, or fail at only later.
+
+    Raises:
+        UsageError: naming the argument and what is allowed.
+    """
+    for name, parameter in inspect.signature(HFLM.__init__).parameters.items():
+        value, kind = arguments.get(name), str(parameter.annotation)
+        if value is None or name == "trust_remote_code":  # for which see `trusted`
+            continue
+        if name.endswith("dtype"):
+            allowed = [*_DTYPES, *["auto"] * (name == "dtype")]
+            if str(value).removeprefix("torch.") not in allowed:
+                raise invalid(name, value, allowed)
+        elif name in _COUNTS and not About("", int, least=1).allows(value):
+            raise invalid(name, value, "an integer, 1 or more")
+        elif name == "backend" and value not in _BACKENDS:
+            raise invalid(name, value, _BACKENDS)
+        elif "bool" in kind and "str" not in kind and not isinstance(value, bool):
+            raise invalid(name, value, ("True", "False"))
 
 
 def trusted(value: Any) -> bool:

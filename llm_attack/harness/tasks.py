@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from lm_eval.tasks import TaskManager
 from llm_attack._shim import register
 from llm_attack.errors import UsageError, closest
 from llm_attack.harness import patches
+from llm_attack.lm.device import check_device
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -22,12 +24,15 @@ def tasks_path() -> Path:
     return installed if installed.is_dir() else _PACKAGE.parent / "tasks"
 
 
-def task_manager(tasks: Sequence[str], include_path: str | None = None) -> Any:
-    """An lm-eval `TaskManager` that knows `tasks`, names or patterns of tasks, groups and tags.
+def look_up(tasks: Sequence[str], include_path: str | None = None) -> tuple[Any, list[str]]:
+    """An lm-eval `TaskManager` that knows `tasks`, and their names.
 
     Args:
-        tasks: what is looked up.
+        tasks: names or patterns of tasks, groups and tags.
         include_path: a folder of tasks besides lm-eval's and ours.
+
+    Returns:
+        The manager, and what the tasks are called: patterns in full, each name once.
 
     Raises:
         UsageError: one of the tasks, or the folder, does not exist.
@@ -40,15 +45,16 @@ def task_manager(tasks: Sequence[str], include_path: str | None = None) -> Any:
     paths = [str(ours)]
     if include_path is not None:
         if not Path(include_path).is_dir():
-            raise UsageError(f"include_path={include_path}: must be a folder of lm-eval tasks")
+            raise _no_folder(include_path)
         paths.append(include_path)
         kinds.clear()  # a task there may have any name, and build on any of lm-eval's
     kinds.append({"include_path": paths})
     for kind in kinds:
         manager = TaskManager(**kind)
-        missing = [t for t in tasks if not manager.match_tasks([t])]
+        found = {task: manager.match_tasks([task]) for task in tasks}
+        missing = [task for task in tasks if not found[task]]
         if not missing:
-            return manager
+            return manager, list(dict.fromkeys(name for of in found.values() for name in of))
     raise unknown_tasks(missing, manager.all_tasks)
 
 
@@ -62,6 +68,7 @@ def lm_eval(arguments: Sequence[str]) -> None:
 
     register()
     arguments = list(arguments)
+    _check(arguments)
     # its subcommands (run, ls, validate) come first; only run has a model
     command = arguments[:1] if arguments[:1] and not arguments[0].startswith("-") else []
     rest = arguments[len(command) :]
@@ -74,6 +81,31 @@ def lm_eval(arguments: Sequence[str]) -> None:
             cli_evaluate()
         except ValueError as error:
             raise _readable(error) from error
+
+
+def _check(arguments: Sequence[str]) -> None:
+    """Refuses what lm-eval would pass over in silence, or only find when all is computed.
+
+    Raises:
+        UsageError: naming the argument.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in ("--device", "--include_path", "--output_path"):
+        parser.add_argument(name, nargs="?")  # a missing value is lm-eval's to refuse
+    found, _ = parser.parse_known_args(list(arguments))
+    if found.device is not None:
+        check_device(found.device)
+    if found.include_path is not None and not Path(found.include_path).is_dir():
+        raise _no_folder(found.include_path)
+    if found.output_path is not None:
+        path = Path(found.output_path)
+        nearest = next(folder for folder in (path, *path.parents) if folder.exists())
+        if nearest != path and not nearest.is_dir():
+            raise UsageError(f"output_path={path}: must be a file or folder that can be made")
+
+
+def _no_folder(path: str) -> UsageError:
+    return UsageError(f"include_path={path}: must be a folder of lm-eval tasks")
 
 
 def _readable(error: ValueError) -> ValueError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,9 +13,6 @@ from transformers.utils import is_gguf_available
 from transformers.utils import logging as transformers_logging
 
 from llm_attack.errors import UsageError, closest
-
-# What transformers and gguf raise on a file that is cut off, or of a kind that they do not know.
-UNREADABLE = (OSError, ValueError, LookupError, NotImplementedError, ImportError, struct.error)
 
 
 def located(pretrained: Any, gguf_file: str | None) -> tuple[Any, str | None]:
@@ -69,12 +65,22 @@ def without_progress() -> Iterator[None]:
         reading.tqdm = bar
 
 
-def not_loaded(pretrained: Any, gguf_file: str | None, error: Exception) -> UsageError:
-    """The error for a model that is not there or cannot be read; `error` is what says so."""
+def not_loaded(given: dict[str, Any], gguf_file: str | None, error: Exception) -> UsageError:
+    """The error for a model that is not there or cannot be read.
+
+    Args:
+        given: the arguments, `pretrained` first.
+        gguf_file: the file read, if it is one.
+        error: what says so.
+    """
+    pretrained = given["pretrained"]
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    shown = {k: v for k, v in given.items() if k not in ("device", "batch_size") and v is not None}
+    shown |= {"gguf_file": gguf_file} if gguf_file is not None else {}
+    shown_in_words = ", ".join(f"{name}={value}" for name, value in shown.items())
     if gguf_file is not None:
         return UsageError(
-            f"pretrained={pretrained}, gguf_file={gguf_file}: cannot be loaded ({reason}); must be"
+            f"{shown_in_words}: cannot be loaded ({reason}); must be"
             " a whole GGUF file of an architecture and quantisation that transformers reads"
         )
     there = names_in(pretrained)
@@ -83,6 +89,6 @@ def not_loaded(pretrained: Any, gguf_file: str | None, error: Exception) -> Usag
     meant = closest(path.name, names_in(path.parent))
     hint = f"; did you mean {path.with_name(meant)}?" if meant else hint
     return UsageError(
-        f"pretrained={pretrained}: cannot be loaded ({reason}); must be a model id on a hub that"
+        f"{shown_in_words}: cannot be loaded ({reason}); must be a model id on a hub that"
         f" can be reached, a local folder, or demo, the bundled model (pretrained=demo){hint}"
     )

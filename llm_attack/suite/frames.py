@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from pandas.api.types import is_integer_dtype, is_numeric_dtype, is_string_dtype
 
 from llm_attack.attacks import Attack
 from llm_attack.errors import UsageError
@@ -188,11 +189,27 @@ def save(folder: Path, **frames: pd.DataFrame) -> None:
             draft.unlink(missing_ok=True)
 
 
+# What of a stored frame the rest relies on: column -> whether it holds numbers, lists or text.
+_SCHEMA: dict[str, dict[str, Callable[[Any], bool]]] = {
+    "questions": {
+        **dict.fromkeys(("task", "doc_hash", "question"), is_string_dtype),
+        "n_choices": is_integer_dtype,
+        **dict.fromkeys(("doc_id", "gold", "choices"), lambda _: True),
+    },
+    "samples": {
+        **dict.fromkeys(("task", "condition", "attack"), is_string_dtype),
+        **dict.fromkeys(("epsilon", "n_choices", "prediction", "acc"), is_numeric_dtype),
+        **dict.fromkeys(("doc_id", "gold", "log_likelihoods", "cosine"), lambda _: True),
+    },
+}
+_UNIQUE = {"questions": ["task", "doc_id"], "samples": ["task", "doc_id", "condition"]}
+
+
 def load(folder: Path) -> dict[str, pd.DataFrame]:
     """The frames of a finished run.
 
     Raises:
-        UsageError: there is none in `folder`, or a file of it cannot be read.
+        UsageError: there is none in `folder`, or a file of it cannot be read or is not of a run.
     """
     found = {}
     for name in FRAMES:
@@ -206,4 +223,29 @@ def load(folder: Path) -> dict[str, pd.DataFrame]:
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UsageError(f"{path}: cannot be read ({reason})") from None
+        fault = _fault(found[name], name)
+        if fault:
+            raise UsageError(f"{path}: {fault}; must be of a finished run")
+    pairs = found["samples"][_UNIQUE["questions"]].drop_duplicates()
+    if len(pairs.merge(found["questions"][_UNIQUE["questions"]])) < len(pairs):
+        raise UsageError(f"{folder}: samples.parquet has questions that questions.parquet has not")
     return found
+
+
+def _fault(frame: pd.DataFrame, name: str) -> str | None:
+    """What a stored frame lacks, if anything."""
+    if frame.empty:
+        return "has no rows"
+    for column, allows in _SCHEMA[name].items():
+        if column not in frame:
+            return f"has no column {column}"
+        if not allows(frame[column]):
+            return f"its column {column} holds {frame[column].dtype}"
+    if frame.duplicated(_UNIQUE[name]).any():
+        return f"{', '.join(_UNIQUE[name])} are the same in two rows"
+    if name == "samples" and not (
+        frame["log_likelihoods"].map(np.size).eq(frame["n_choices"]).all()
+        and frame["prediction"].between(0, frame["n_choices"] - 1).all()
+    ):
+        return "answers are not one for each choice"
+    return None

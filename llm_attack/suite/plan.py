@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -84,11 +85,16 @@ class Plan(ThreatSettings, EngineSettings):
             object.__setattr__(self, name, _listed(name, getattr(self, name), kind))
         for name in ("batch_size", "limit", "model_args"):
             object.__setattr__(self, name, getattr(self, f"_{name}")())
-        own = {*names(Plan), *names(AttackSettings)}
+        if self.fewshot_as_multiturn and not self.apply_chat_template:
+            raise UsageError(
+                "fewshot_as_multiturn=True: must go with apply_chat_template, whose turns it means"
+            )
+        own = {*names(Plan), *names(AttackSettings), "pretrained"}
         taken = own & set(map(underscored, self.model_args))
         if taken:
             name = sorted(taken)[0]
-            raise UsageError(f"model_args={name}=...: must be given as {name} of its own")
+            proper = "model" if name == "pretrained" else name
+            raise UsageError(f"model_args={name}=...: must be given as {proper} of its own")
         given = [c.attack_in_units.condition for c in self.conditions]
         twice = next((name for name in given if given.count(name) > 1), None)
         if twice:
@@ -102,7 +108,7 @@ class Plan(ThreatSettings, EngineSettings):
 
     def _limit(self) -> float | None:
         limit = self.limit
-        if limit is not None and limit > 1 and limit % 1:
+        if limit is not None and limit > 1 and (limit % 1 or limit > sys.maxsize):
             raise invalid("limit", limit, "a whole number of questions, or a share below 1")
         return limit if limit is None or limit < 1 else int(limit)
 
@@ -180,7 +186,7 @@ def from_yaml(path: Path) -> dict[str, Any]:
 
     try:
         content = _read_yaml(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"config={path}: cannot be read ({reason}); must be a YAML file") from None
     if not isinstance(content, dict):

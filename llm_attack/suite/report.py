@@ -117,7 +117,7 @@ def write_report(
     style, script = ((_HERE / name).read_text("utf-8") for name in ("report.css", "report.js"))
     page = environment.get_template("report.html.j2").render(
         model=run.get("model_name") or run.get("model"),
-        warnings=run.get("warnings", ()),
+        warnings=run.get("warnings") or (),
         words=in_words(table),
         accuracies=_accuracies(table),
         means=means(table),

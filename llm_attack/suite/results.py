@@ -41,6 +41,15 @@ _PICTURES = {
 }
 
 
+# Parts of run.json that the rest relies on, and those that earlier records have not.
+_SINCE: dict[str, type] = {"model_name": str, "warnings": list}
+_RECORD: dict[str, type] = {
+    "command": str,
+    **dict.fromkeys(("settings", "attacks", "fingerprint"), dict),
+    **_SINCE,
+}
+
+
 def save(result: Result, folder: Path, command: list[str]) -> None:
     """Writes everything of a run into `folder`; `run.json` last, which says that it is complete.
 
@@ -62,7 +71,7 @@ def save(result: Result, folder: Path, command: list[str]) -> None:
 
 def render(result: Result, folder: Path, run: dict[str, Any]) -> None:
     """Writes tables, figures and report."""
-    tables.save(result.table, folder, run.get("warnings", ()))
+    tables.save(result.table, folder, run.get("warnings") or ())
     drawn = figures.draw_all(result.samples, result.table, folder)
     pictures = [Picture(*_PICTURES[name], folder / f"{name}.svg") for name in drawn]
     # the same run gives the same report, however long it took
@@ -85,6 +94,13 @@ def load(folder: Path) -> Result:
         ) from None
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot be read ({error}); must be of a finished run") from None
+    for name, kind in _RECORD.items():
+        part = run.get(name) if isinstance(run, dict) else None
+        if not isinstance(part, kind) and (part is not None or name not in _SINCE):
+            raise UsageError(
+                f"{path}: {name} there is {type(part).__name__}, not {kind.__name__}; must be of a"
+                " finished run"
+            )
     found = frames.load(folder)
     table = summarise(found["samples"], run.get("attacks"))
     return Result(table, found["samples"], found["questions"], run, {})

@@ -18,12 +18,12 @@ import pandas as pd
 from rich.console import Console
 
 from llm_attack.declare import names
-from llm_attack.errors import UsageError, invalid
+from llm_attack.errors import invalid
 from llm_attack.harness.judge import Judge
 from llm_attack.harness.model import AttackedHFLM
 from llm_attack.harness.patches import templates_compiled_once
 from llm_attack.harness.requests import Instance
-from llm_attack.harness.tasks import task_manager
+from llm_attack.harness.tasks import look_up
 from llm_attack.lm.device import check_device
 from llm_attack.lm.hook import frozen
 from llm_attack.lm.settings import EngineSettings
@@ -113,14 +113,14 @@ def prepare(plan: Plan, progress: str, console: Console) -> Prepared:
     """
     clock = _Clock()
     with status(progress, console, "looking up the tasks"):
-        manager = task_manager(plan.tasks, plan.include_path)
+        manager, tasks = look_up(plan.tasks, plan.include_path)
     clock.stop("tasks")
     with status(progress, console, f"loading {plan.model}"):
         lm = _model(plan)
         lm.use(*plan.conditions)
     clock.stop("model")
     with status(progress, console, "building the requests"):
-        judge = Judge(lm, manager, plan.tasks, **plan.evaluation)
+        judge = Judge(lm, manager, tasks, **plan.evaluation)
         requests = judge.requests()
         gold = frames.gold_of(requests)
         work = list(work_of(lm, requests))

@@ -82,6 +82,8 @@ def load(name: str, settings: ImageSettings) -> Dataset:
         UsageError: no such data set, split or column; labels out of range; images that cannot be
             brought to one size.
     """
+    if not name:
+        raise UsageError("dataset=: must name a data set, such as digits, mnist or cifar10")
     sizes = (settings.train_size, settings.test_size)
     if name == "digits":
         classes, wholes = _digits()

@@ -77,7 +77,8 @@ def curves(
     attacks = stages.listed("attacks", settings.attacks, KNOWN)
     names = stages.listed("network", settings.network, NETWORKS)
     clock = Stopwatch()
-    datasets = [load(name.strip(), settings) for name in settings.dataset.split(",")]
+    sets = dict.fromkeys(name.strip() for name in settings.dataset.split(","))
+    datasets = [load(name, settings) for name in sets]
     clock.lap("data")
     epsilons = {dataset.name: stages.amplitude(settings, dataset, at) for dataset in datasets}
     pairs = [(dataset, name) for dataset in datasets for name in names]

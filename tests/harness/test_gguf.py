@@ -10,7 +10,7 @@ from lm_eval.models.huggingface import HFLM
 
 from llm_attack.cli import main
 from llm_attack.errors import UsageError
-from llm_attack.harness.tasks import task_manager
+from llm_attack.harness.tasks import look_up
 from llm_attack.lm import gguf as ours
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
@@ -166,7 +166,7 @@ def test_lm_eval(good, capfd):
         model="attacked-hf",
         model_args=f"pretrained={good}",
         tasks=["demo_piqa"],
-        task_manager=task_manager(["demo_piqa"], None),
+        task_manager=look_up(["demo_piqa"])[0],
         limit=2,
         device="cpu",
     )

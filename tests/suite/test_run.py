@@ -18,7 +18,7 @@ from llm_attack.cli import main
 from llm_attack.harness import gold
 from llm_attack.harness.judge import Judge
 from llm_attack.harness.model import AttackedHFLM
-from llm_attack.harness.tasks import task_manager, tasks_path
+from llm_attack.harness.tasks import look_up, tasks_path
 from llm_attack.suite import frames, results
 
 DEMO = [f"demo_{name}" for name in ("arc_challenge", "arc_easy", "hellaswag", "openbookqa")]
@@ -39,7 +39,7 @@ def own(model, tasks, attack, arguments=None, **options):
     """lm-eval's own results of `attacked-hf`, one condition at a time."""
     settings = {"attack": attack.name, "epsilon": attack.epsilon, "steps": attack.steps}
     lm = AttackedHFLM(model, device="cpu", batch_size=16, **settings, **EXACT, **(arguments or {}))
-    manager = task_manager(tasks)
+    manager, _ = look_up(tasks)
     return simple_evaluate(
         lm, tasks=tasks, task_manager=manager, bootstrap_iters=0, log_samples=True, **options
     )
@@ -146,7 +146,7 @@ def test_questions(demo):
     """Texts and gold labels are those of the data."""
     result, _ = demo
     questions = result.questions.set_index(["task", "doc_id"])
-    loaded = get_task_dict(DEMO, task_manager(DEMO))
+    loaded = get_task_dict(DEMO, look_up(DEMO)[0])
     for name in DEMO:
         docs = list(loaded[name].eval_docs)[:8]
         for doc_id, doc in enumerate(docs):
@@ -271,7 +271,7 @@ def test_call_reads_the_commands_folder(finished, monkeypatch):
 def test_judge_keeps_nothing_of_a_condition():
     """All wrong, all right, all wrong again: the judge's answers do not pile up."""
     lm = AttackedHFLM("demo", device="cpu")
-    judge = Judge(lm, task_manager(["demo_arc_easy"]), ["demo_arc_easy"], limit=5)
+    judge = Judge(lm, look_up(["demo_arc_easy"])[0], ["demo_arc_easy"], limit=5)
     requests = judge.requests()
     groups = frames.grouped(requests)
     right = {

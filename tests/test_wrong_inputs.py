@@ -1,0 +1,320 @@
+"""Wrong invocations of every command: one line that names the value, exit code 2, nothing written.
+
+The table is `wrong_inputs.yaml`. All run in this process, one after another, in one folder.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from click.testing import CliRunner
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from lm_eval.models.huggingface import HFLM
+
+from llm_attack.__main__ import main as program
+from llm_attack.cli import main
+from llm_attack.demo import MODEL_PATH
+from llm_attack.errors import UsageError
+from llm_attack.harness.model import AttackedHFLM
+from llm_attack.suite import frames
+from llm_attack.suite.plan import Plan, from_yaml
+
+SMALL = "--epochs 1 --device cpu -o out"
+COMMANDS = {
+    "RUN": "run --model demo --tasks demo_piqa --attacks none,random --limit 2 --device cpu -o out",
+    "EVAL": "eval --model_args pretrained=demo --tasks demo_piqa --limit 1 --output_path out",
+    "EVALUATE": "eval --tasks demo_piqa --limit 1 --output_path out",
+    "FIG2": f"reproduce fig2 {SMALL} --network cnn --train_size 64 --test_size 32",
+    "FIG4": f"reproduce fig4 {SMALL}",
+    "FIG6": f"reproduce fig6 {SMALL}",
+}
+CASES = yaml.safe_load(Path(__file__).with_suffix(".yaml").with_stem("wrong_inputs").read_text())
+
+TASK = "task: {name}_task\ndataset_path: json\ntest_split: test\n"
+TASK += "dataset_kwargs: {{data_files: {{test: {data}.jsonl}}}}\n"
+CHOICE = "output_type: multiple_choice\ndoc_to_text: q\ndoc_to_choice: c\ndoc_to_target: {gold}\n"
+TEXT = "doc_to_text: q\ndoc_to_target: a\n"
+TASKS = {
+    "text": (f"output_type: generate_until\n{TEXT}", "data"),
+    "rolling": ("output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: q\n", "data"),
+    "nowhere": (CHOICE.format(gold="a"), "nowhere"),
+    "field": (CHOICE.format(gold="'{{no_such_field}}'"), "data"),
+    "template": (CHOICE.format(gold="a").replace("q\n", "'{{ q'\n", 1), "data"),
+    "gold": (CHOICE.format(gold="bad"), "data"),
+    "empty": (CHOICE.format(gold="a"), "empty"),
+    "f1": (CHOICE.format(gold="a") + "metric_list:\n  - metric: f1\n", "data"),
+}
+YAMLS = {
+    "code": b"steps: !!python/object/apply:os.system [ls]\n",
+    "deep": b"[" * 5000,
+    "binary": b"\xff\xfe\x00\x01",
+    "recursive": b"tasks: &a [*a]\n",
+    "keys": b"? [a]\n: 1\n",
+    "twice": b"steps: 2\nsteps: 3\n",
+    "unknown": b"atacks: [none]\n",
+    "lists": b"attacks: [[fgsm]]\n",
+    "mapping": b"attacks: {fgsm: 1}\n",
+    "top": b"- none\n",
+    "share": b"steps: 2.7\n",
+}
+
+
+def bomb():
+    """Nine names, each nine times the one before: a few bytes that would be gigabytes."""
+    lines = ["a: &a [x]"]
+    for before, name in zip("abcdefgh", "bcdefghi", strict=True):
+        lines.append(f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]")
+    return "\n".join(lines).encode()
+
+
+def models(folder):
+    """Copies of the bundled model, each broken in one way."""
+    whole = (MODEL_PATH / "model.safetensors").read_bytes()
+    strange = {"model_type": "wibble", "architectures": ["Wibble"]}
+    t5 = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}
+    broken = {
+        "no_config": ("config.json", None),
+        "bad_config": ("config.json", b"{"),
+        "list_config": ("config.json", b"[]"),
+        "unknown_kind": ("config.json", json.dumps(strange).encode()),
+        "encoder_decoder": ("config.json", json.dumps(t5).encode()),
+        "no_weights": ("model.safetensors", None),
+        "bad_weights": ("model.safetensors", b"abc"),
+        "cut_weights": ("model.safetensors", whole[:-1000]),
+        "no_tokenizer": ("tokenizer.json", None),
+        "bad_tokenizer": ("tokenizer.json", b"{"),
+    }
+    for name, (file, content) in broken.items():
+        shutil.copytree(MODEL_PATH, folder / name)
+        (folder / name / file).unlink()
+        if content is not None:
+            (folder / name / file).write_bytes(content)
+
+
+def runs(folder):
+    """A finished run, and copies of it, each broken in one way."""
+    done = CliRunner().invoke(main, shlex.split(COMMANDS["RUN"].replace("-o out", "-o good")))
+    assert done.exit_code == 0, done.output
+    samples = pd.read_parquet("good/samples.parquet")
+    record = json.loads(Path("good/run.json").read_text())
+    broken = {
+        "run_cut": ("run.json", b'{"command": "llm'),
+        "run_list": ("run.json", b"[]"),
+        "run_attacks": ("run.json", json.dumps(record | {"attacks": 3}).encode()),
+        "run_warnings": ("run.json", json.dumps(record | {"warnings": 3}).encode()),
+        "run_no_samples": ("samples.parquet", None),
+        "run_bad_samples": ("samples.parquet", b"PAR1xxxx"),
+        "run_no_column": ("samples.parquet", samples.drop(columns="acc")),
+        "run_text": ("samples.parquet", samples.assign(acc="x")),
+        "run_twice": ("samples.parquet", pd.concat([samples, samples])),
+        "run_strange": ("samples.parquet", samples.assign(doc_id=samples["doc_id"] + 50)),
+        "run_none": ("samples.parquet", samples.iloc[:0]),
+    }
+    for name, (file, content) in broken.items():
+        shutil.copytree("good", name)
+        path = folder / name / file
+        path.unlink()
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        elif content is not None:
+            content.to_parquet(path)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, one_index):
+    """The folder in which all is wrong, as the working directory."""
+    folder = tmp_path_factory.mktemp("world")
+    before = Path.cwd()
+    os.chdir(folder)
+    Path("file").write_text("mine")
+    Path("empty").mkdir()
+    questions = [{"q": q, "a": 0, "c": ["x", "y"], "bad": 7} for q in "ab"]
+    Path("data.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    Path("empty.jsonl").write_text("")
+    Path("tasks").mkdir()
+    Path("tasks", "broken.yaml").write_text("task: [\n")
+    for name, (text, data) in TASKS.items():
+        Path("tasks", f"{name}.yaml").write_text(TASK.format(name=name, data=data) + text)
+    for name, content in {**YAMLS, "bomb": bomb()}.items():
+        Path(f"{name}.yaml").write_bytes(content)
+    models(folder)
+    runs(folder)
+    yield folder
+    os.chdir(before)
+
+
+def contents(folder):
+    return {path: path.is_file() and path.read_bytes() for path in sorted(folder.rglob("*"))}
+
+
+@pytest.fixture(scope="module")
+def untouched(world):
+    return contents(world)
+
+
+def words_of(command):
+    first, _, rest = command.partition(" ")
+    return shlex.split(f"{COMMANDS.get(first, first)} {rest}")
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case["command"] for case in CASES])
+def test_wrong_input(case, world, untouched, monkeypatch):
+    for name, value in case.get("environment", {}).items():
+        monkeypatch.setenv(name, value)
+    done = CliRunner().invoke(main, words_of(case["command"]))
+    lines = done.stderr.splitlines()
+    assert done.exit_code == 2, (done.output, done.exception)
+    assert re.search(case["says"], lines[-1]), lines
+    assert "Traceback" not in done.output
+    if not case["command"].startswith("EVAL"):  # lm-eval has a log and bars of its own
+        (line,) = lines
+        assert line.startswith("error: ")
+    assert contents(world) == untouched
+
+
+def test_there_are_many():
+    assert len({json.dumps(case) for case in CASES}) == len(CASES) >= 150
+
+
+def test_traceback_is_shown_when_asked_for(world):
+    done = CliRunner().invoke(main, ["run", "--steps", "0", "--traceback"])
+    assert done.exit_code == 2
+    assert "Traceback" in done.stderr and done.stderr.splitlines()[-1].startswith("error: steps=0")
+
+
+def test_what_nobody_expected(world, monkeypatch):
+    """It says where its traceback is, and has an exit code of its own."""
+
+    def broken(*_):
+        raise RuntimeError("three\nlines\nlong")
+
+    monkeypatch.setattr("llm_attack.suite.commands.report", broken)
+    done = CliRunner().invoke(main, ["report", "good"])
+    assert done.exit_code == 70
+    (line,) = done.stderr.splitlines()
+    found = re.fullmatch(r"error: unexpected RuntimeError: three lines long; see (\S+)", line)
+    log = Path(found[1])
+    assert "in broken" in log.read_text()
+    log.unlink()
+
+
+def test_errors_of_the_system(world, monkeypatch):
+    """A full disk is no mistake of the user's."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("llm_attack.suite.commands.report", full)
+    done = CliRunner().invoke(main, ["report", "good"])
+    assert (done.exit_code, done.stderr) == (1, "error: [Errno 28] No space left on device\n")
+
+
+class _Reached(Exception):
+    """All arguments were accepted."""
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=40))
+@example(text="max_length=99999999999999999999999999999999")
+@example(text="dtype=\x00")
+@example(text="attack=none,attack=fgsm")
+def test_any_text_as_model_arguments(text, monkeypatch):
+    """Refused as bad input, or passed on to lm-eval."""
+
+    def reached(*_, **__):
+        raise _Reached
+
+    monkeypatch.setattr(HFLM, "__init__", reached)
+    try:
+        plan = Plan("demo", model_args=text)
+    except UsageError as error:
+        assert "\n" not in str(error).strip("\n")
+        return
+    with pytest.raises((UsageError, _Reached)) as caught:
+        AttackedHFLM("demo", **plan.model_args)
+    assert caught.type is UsageError or plan.model_args.keys() & {""} == set()
+
+
+NAMES = st.sampled_from(["steps", "attacks", "tasks", "epsilons", "limit", "model_args", "seed"])
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=2),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(NAMES, VALUES, max_size=3))
+@example({"epsilons": [[0.1]]})
+@example({"tasks": [None]})
+@example({"model_args": {"": None}})
+def test_any_values_in_a_file(tmp_path, content):
+    """Refused as bad input, or a plan of the same values."""
+    path = tmp_path / "suite.yaml"
+    path.write_text(yaml.safe_dump(content, allow_unicode=True), encoding="utf-8")
+    try:
+        found = Plan(**from_yaml(path))
+    except UsageError as error:
+        assert str(error)
+        return
+    if "steps" in content:
+        assert found.steps == content["steps"]
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 10**6), st.integers(0, 255), st.integers(0, 40))
+def test_damaged_samples_are_refused(world, tmp_path, place, byte, cut):
+    """Whatever byte of the file changes, or is missing: never other numbers, never a traceback."""
+    whole = frames.load(world / "good")
+    for name in frames.FRAMES:
+        shutil.copy(world / "good" / f"{name}.parquet", tmp_path)
+    path = tmp_path / "samples.parquet"
+    content = bytearray(path.read_bytes())
+    content[place % len(content)] = byte
+    path.write_bytes(content[: len(content) - cut])
+    try:
+        found = frames.load(tmp_path)
+    except UsageError:
+        return
+    pd.testing.assert_frame_equal(found["samples"], whole["samples"])
+
+
+@pytest.mark.parametrize(
+    ("options", "encoding"),
+    [
+        ([], "ascii"),  # a terminal that has none of the table's lines
+        # without assertions and docstrings; Python compiles all libraries for it
+        pytest.param(["-OO"], "utf-8", marks=pytest.mark.slow),
+    ],
+)
+def test_odd_interpreters(world, options, encoding):
+    done = subprocess.run(
+        [sys.executable, *options, "-m", "llm_attack", "compare", "good", "good"],
+        cwd=world,
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "demo_piqa" in done.stdout
+
+
+def test_ctrl_c_while_it_starts(monkeypatch, capsys):
+    def interrupted(**_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llm_attack.cli.main", interrupted)
+    with pytest.raises(SystemExit) as left:
+        program()
+    assert left.value.code == 130
+    assert capsys.readouterr().err == "stopped\n"
