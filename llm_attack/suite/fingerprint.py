@@ -45,6 +45,7 @@ def of_run(
     return {
         **{name: settings[name] for name in settings if name not in ("tasks", "include_path")},
         "weights": weights(lm.model),
+        "config": _digest([_config(lm.model)]),
         "dtype": str(lm.model.dtype),
         "tasks": {name: digest.hexdigest()[:_DIGITS] for name, digest in tasks.items()},
         "tokens": _digest(map(json.dumps, tokens)),
@@ -62,6 +63,15 @@ def weights(model: torch.nn.Module) -> str:
     second for each gigabyte.
     """
     return _digest(part for item in model.state_dict().items() for part in _parts(*item))
+
+
+def _config(model: torch.nn.Module) -> str:
+    """What the model makes of its weights: all of its configuration that is not a name."""
+    known = model.config.to_dict()
+    names = ("_name_or_path", "transformers_version", "architectures")
+    return json.dumps(
+        {k: v for k, v in known.items() if k not in names}, default=str, sort_keys=True
+    )
 
 
 def _parts(name: str, tensor: torch.Tensor) -> Iterator[Any]:
