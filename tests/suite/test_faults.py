@@ -169,6 +169,16 @@ def test_a_mark_is_the_first_runs(tmp_path):
     assert fingerprint.kept(tmp_path) == {"limit": 4}
 
 
+def test_what_a_model_makes_of_its_weights_is_in_its_mark(two_runs):
+    """The same weights, normalised otherwise, are another model."""
+    prepared = two_runs[0][0]
+    config = prepared.lm.model.config
+    before = fingerprint.of_run(prepared.plan, prepared.lm, [], [], [])
+    config.rms_norm_eps = 2 * config.rms_norm_eps
+    after = fingerprint.of_run(prepared.plan, prepared.lm, [], [], [])
+    assert {key for key in before if before[key] != after[key]} == {"config"}
+
+
 def test_a_mark_that_changes_under_a_run(two_runs, tmp_path, monkeypatch):
     """Nothing more is kept once the folder is another run's."""
     (first, *how), (second, *_) = two_runs
