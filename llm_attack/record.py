@@ -14,6 +14,9 @@ from typing import Any
 
 from llm_attack import __version__
 
+# Ends the name of a file that is being written.
+DRAFT = ".llm-attack"
+
 
 class Stopwatch(dict[str, float]):
     """Seconds by what they went into."""
@@ -31,11 +34,18 @@ class Stopwatch(dict[str, float]):
 
 @contextmanager
 def whole_or_not(path: Path) -> Iterator[Path]:
-    """A draft beside `path`, which takes its place at the end unless the context raises."""
+    """A draft beside `path`, which takes its place at the end unless the context raises.
+
+    It is on disk by then, so that what has its name is whole also when the process is killed or
+    the power goes. Where `path` is a link, the link is replaced, not what it leads to.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}")  # of one name: if one is left behind, the next takes it
+    draft = path.with_name(f".{path.name}{DRAFT}")
+    draft.unlink(missing_ok=True)  # of a process that died
     try:
         yield draft
+        with draft.open("rb+") as file:
+            os.fsync(file.fileno())
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
@@ -43,32 +53,13 @@ def whole_or_not(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all, also when the process is killed or the disk is full."""
-    with whole_or_not(path) as draft, draft.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def write_new(path: Path, text: str) -> None:
-    """Writes a file whole, unless it exists: of several writers at once, the first."""
-    draft = path.with_name(f"{path.name}.{os.getpid()}.new")
-    write_text(draft, text)
-    try:
-        os.link(draft, path)
-    except FileExistsError:
-        pass
-    finally:
-        draft.unlink()
-
-
-def as_json(content: Any) -> str:
-    """`content` as indented JSON."""
-    return json.dumps(content, indent=2, default=str) + "\n"
+    with whole_or_not(path) as draft:
+        draft.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: Any) -> None:
     """Writes `content` as indented JSON, whole or not at all."""
-    write_text(path, as_json(content))
+    write_text(path, json.dumps(content, indent=2, default=str) + "\n")
 
 
 def versions() -> dict[str, str]:

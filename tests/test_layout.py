@@ -9,13 +9,14 @@ import pytest
 import llm_attack
 
 PACKAGE = Path(llm_attack.__file__).parent
-BOTTOM = {"declare", "drawing", "errors", "record"}
+BOTTOM = {"declare", "drawing", "errors", "folder", "record"}
 
 # Of each part, the parts that it may import; those at the bottom, every one above them may.
 ARROWS = {
     "declare": {"errors"},
-    "drawing": set(),
+    "drawing": {"record"},
     "errors": set(),
+    "folder": {"errors", "record"},
     "record": set(),
     "reproduce": BOTTOM,
     "attacks": BOTTOM,

@@ -12,7 +12,7 @@ from llm_attack.harness.judge import as_json
 from llm_attack.record import write_json, write_text
 from llm_attack.suite import figures, frames, tables
 from llm_attack.suite.report import Picture, write_report
-from llm_attack.suite.run import Result
+from llm_attack.suite.run import LM_EVAL, Result
 from llm_attack.suite.summary import summarise
 
 # What draw_all draws, and what a reader who cannot see it should know.
@@ -54,7 +54,7 @@ def save(result: Result, folder: Path, command: list[str]) -> None:
     """
     frames.save(folder, samples=result.samples, questions=result.questions)
     for name, found in result.lm_eval.items():
-        write_text(folder / "lm_eval" / f"results_{name}.json", as_json(found))
+        write_text(folder / LM_EVAL / f"results_{name}.json", as_json(found))
     run = {"command": shlex.join(command), **result.run}
     render(result, folder, run)
     write_json(folder / "run.json", run)
@@ -85,6 +85,8 @@ def load(folder: Path) -> Result:
         ) from None
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot be read ({error}); must be of a finished run") from None
+    if not isinstance(run, dict) or "fingerprint" not in run:
+        raise UsageError(f"{path}: is not of a run of attacks; must be the folder of one")
     found = frames.load(folder)
     table = summarise(found["samples"], run.get("attacks"))
     return Result(table, found["samples"], found["questions"], run, {})

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from llm_attack.declare import names
 from llm_attack.errors import UsageError, invalid
+from llm_attack.folder import clear_drafts
 from llm_attack.harness.judge import Judge
 from llm_attack.harness.model import AttackedHFLM
 from llm_attack.harness.patches import templates_compiled_once
@@ -34,6 +35,9 @@ from llm_attack.suite.progress import RunProgress, note, status
 from llm_attack.suite.store import Store
 from llm_attack.suite.summary import summarise
 from llm_attack.suite.work import RunningAccuracy, Work, gather, work_of
+
+# The subfolder of lm-eval's own results in that of a run.
+LM_EVAL = "lm_eval"
 
 
 class Processes(NamedTuple):
@@ -156,6 +160,8 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
     planned = [w.key for w in work]
     with Store(folder, planned, rank, world) as store, frozen(lm.model):
         fingerprint.keep(folder, mark)
+        if rank == 0:
+            clear_drafts(folder, (LM_EVAL,))
         for path in store.check():
             text = f"{path.with_suffix('.sqlite')}: cannot be read; moved aside, computed again"
             note(progress, console, f"{text}: {path}")
