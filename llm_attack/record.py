@@ -10,12 +10,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llm_attack import __version__
+from llm_attack.redact import redacted
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # Ends the name of a file that is being written.
 DRAFT = ".llm-attack"
+
+# What a formula begins with: https://owasp.org/www-community/attacks/CSV_Injection
+_FORMULA = ("=", "+", "-", "@", "\t", "\n")
 
 
 class Stopwatch(dict[str, float]):
@@ -58,8 +65,22 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes `content` as indented JSON, whole or not at all."""
-    write_text(path, json.dumps(content, indent=2, default=str) + "\n")
+    """Writes `content` as indented JSON, without secrets, whole or not at all."""
+    text = json.dumps(redacted(content), indent=2, default=lambda value: redacted(str(value)))
+    write_text(path, text + "\n")
+
+
+def without_formulas(frame: pd.DataFrame) -> pd.DataFrame:
+    """For CSV: texts that a spreadsheet would compute have an apostrophe before them."""
+
+    def cell(value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        text = value.replace("\r\n", "\n").replace("\r", "\n")  # which csv does not quote
+        return f"'{text}" if text.startswith(_FORMULA) else text
+
+    texts = frame.select_dtypes(exclude="number")
+    return frame.assign(**{name: list(map(cell, texts[name])) for name in texts})
 
 
 def versions() -> dict[str, str]:

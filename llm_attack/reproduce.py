@@ -21,6 +21,7 @@ from llm_attack.declare import DIALECT, declared
 from llm_attack.errors import UsageError, invalid
 from llm_attack.folder import check_same, claim, clear_drafts, strangers
 from llm_attack.record import hardware, versions, write_json
+from llm_attack.redact import redacted
 
 PRESET_NAMES = ("quick", "paper")
 # Says whose an unfinished folder is; subfolders of results.
@@ -72,7 +73,7 @@ def figure_command(
             words += [f"--{key}", _shown(value)]
         if output != default_output:
             words += ["-o", str(output)]
-        head = {"command": " ".join(words), "settings": asdict(settings)}
+        head = redacted({"command": " ".join(words), "settings": asdict(settings)})
         claim(output, lambda names: _is_same(output, name, head, names), _PARTS)
         return settings, head
 

@@ -9,15 +9,16 @@ import pytest
 import llm_attack
 
 PACKAGE = Path(llm_attack.__file__).parent
-BOTTOM = {"declare", "drawing", "errors", "folder", "record"}
+BOTTOM = {"declare", "drawing", "errors", "folder", "record", "redact"}
 
 # Of each part, the parts that it may import; those at the bottom, every one above them may.
 ARROWS = {
     "declare": {"errors"},
     "drawing": {"record"},
-    "errors": set(),
+    "errors": {"redact"},
     "folder": {"errors", "record"},
-    "record": set(),
+    "record": {"redact"},
+    "redact": set(),
     "reproduce": BOTTOM,
     "attacks": BOTTOM,
     "lm": BOTTOM | {"attacks"},

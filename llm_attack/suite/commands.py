@@ -21,6 +21,7 @@ from llm_attack.errors import UsageError, invalid
 from llm_attack.folder import claim, claim_file
 from llm_attack.harness.patches import without_bars
 from llm_attack.record import write_text
+from llm_attack.redact import redacted
 from llm_attack.suite import fingerprint, frames, results, tables
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.progress import MODES, note
@@ -90,11 +91,11 @@ def _finished(
 
 
 def command(plan: Plan, folder: Path | None) -> list[str]:
-    """The command line of a plan: what differs from the defaults."""
+    """The command line of a plan, without secrets: what differs from the defaults."""
     words = ["llm-attack", "run"]
     defaults = asdict(Plan())
     for name in names(plan):
-        value = getattr(plan, name)
+        value = redacted(getattr(plan, name))
         if value == defaults[name]:
             continue
         if isinstance(value, dict):

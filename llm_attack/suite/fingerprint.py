@@ -16,6 +16,7 @@ from llm_attack.folder import check_same, strangers
 from llm_attack.harness.model import AttackedHFLM
 from llm_attack.harness.requests import Instance
 from llm_attack.record import versions, write_json
+from llm_attack.redact import redacted, without_secrets
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.store import MARK, STORE
 
@@ -29,7 +30,7 @@ def of_run(
     tokens: Iterable[Any],
     batches: Sequence[Any],
 ) -> dict[str, Any]:
-    """All that results depend on.
+    """All that results depend on; secrets are no part of it.
 
     Args:
         plan: with the settings of attacks and tasks.
@@ -43,9 +44,10 @@ def of_run(
         content = json.dumps([request.doc_id, request.idx, *request.args]).encode()
         name = str(request.task_name)
         tasks.setdefault(name, hashlib.sha256()).update(content)
-    settings = plan.settings()
+    settings = plan.settings() | {"model_args": without_secrets(plan.model_args)}
+    settings = redacted({k: v for k, v in settings.items() if k not in ("tasks", "include_path")})
     return {
-        **{name: settings[name] for name in settings if name not in ("tasks", "include_path")},
+        **settings,
         "weights": weights(lm.model),
         "dtype": str(lm.model.dtype),
         "tasks": {name: digest.hexdigest()[:_DIGITS] for name, digest in tasks.items()},

@@ -10,6 +10,7 @@ from typing import Any
 from llm_attack.errors import UsageError
 from llm_attack.harness.judge import as_json
 from llm_attack.record import write_json, write_text
+from llm_attack.redact import redacted
 from llm_attack.suite import figures, frames, tables
 from llm_attack.suite.report import Picture, write_report
 from llm_attack.suite.run import LM_EVAL, Result
@@ -78,7 +79,7 @@ def load(folder: Path) -> Result:
     """
     path = folder / "run.json"
     try:
-        run = json.loads(path.read_text(encoding="utf-8"))
+        run = redacted(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise UsageError(
             f"{folder}: has no run.json; must be the folder of a finished run"

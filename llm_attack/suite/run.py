@@ -29,6 +29,7 @@ from llm_attack.lm.device import check_device
 from llm_attack.lm.hook import frozen
 from llm_attack.lm.settings import EngineSettings
 from llm_attack.record import hardware, versions
+from llm_attack.redact import redacted
 from llm_attack.suite import fingerprint, frames
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.progress import RunProgress, note, status
@@ -117,7 +118,7 @@ def prepare(plan: Plan, progress: str, console: Console) -> Prepared:
     with status(progress, console, "looking up the tasks"):
         manager = task_manager(plan.tasks, plan.include_path)
     clock.stop("tasks")
-    with status(progress, console, f"loading {plan.model}"):
+    with status(progress, console, redacted(f"loading {plan.model}")):
         lm = _model(plan)
         lm.use(*plan.conditions)
     clock.stop("model")
@@ -190,7 +191,7 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         "hardware": hardware() | {"device": str(lm.device)},
         "timings": {"processes": world, "seconds": clock.timings},
     }
-    return Result(table, samples, questions, run, dict(zip(infos, results, strict=True)))
+    return Result(table, samples, questions, redacted(run), dict(zip(infos, results, strict=True)))
 
 
 class _Clock:
