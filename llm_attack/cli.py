@@ -158,6 +158,8 @@ for _command in FIGURES:
 @click.pass_context
 def all_(ctx: click.Context, output: Path, **options: Any) -> None:
     """Every figure in turn."""
+    for command in FIGURES:  # all folders before anything is computed in one
+        command.settle(output=output / str(command.name), **options)
     for command in FIGURES:
         click.echo(f"{command.name}:")
         ctx.invoke(command, output=output / str(command.name), **options)

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm_attack.record import whole_or_not
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -44,9 +46,9 @@ def style() -> Iterator[None]:
 
 def save_figure(figure: Figure, folder: Path, name: str = "figure") -> None:
     """Writes `name`.png and `name`.svg into `folder`; equal figures give equal files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{name}.png", metadata={"Software": None})
-    figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    for form, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+        with whole_or_not(folder / f"{name}.{form}") as draft:
+            figure.savefig(draft, format=form, metadata=metadata)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Errors that a user can mend: one line that names the argument, the value, what is allowed.
 
-Imports the standard library alone; every other module may import this one.
+Every other module may import this one.
 """
 
 from __future__ import annotations
@@ -10,9 +10,14 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+from llm_attack.redact import redacted
+
 
 class UsageError(ValueError):
-    """Bad input. Command lines print its one line and exit with code 2."""
+    """Bad input. Command lines print its one line, without secrets, and exit with code 2."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(redacted(text))
 
 
 def closest(word: object, allowed: Iterable[str]) -> str | None:

@@ -28,6 +28,7 @@ from errno import (
 from typing import NamedTuple
 
 from llm_attack.errors import UsageError
+from llm_attack.redact import redacted
 
 # Libraries that look at what a user names (tasks, templates, models, files), and what they raise
 # then. Of another type, or below code of ours, it is nobody's mistake but ours.
@@ -74,7 +75,7 @@ def failure(error: BaseException) -> Failure:
     if isinstance(error, UsageError):
         return Failure(2, f"error: {text}")
     if isinstance(error, click.UsageError):
-        return Failure(2, f"error: {error.format_message()}")
+        return Failure(2, redacted(f"error: {error.format_message()}"))
     if isinstance(error, (KeyboardInterrupt, click.Abort)):  # click makes the one into the other
         return Failure(130, "stopped")
     if isinstance(error, Stopped):
@@ -92,13 +93,13 @@ def failure(error: BaseException) -> Failure:
 
 
 def one_line(error: BaseException) -> str:
-    """The text of an exception in one line; its type, where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """The text of an exception, without secrets, in one line; its type, where it has none."""
+    return redacted(" ".join(str(error).split())) or type(error).__name__
 
 
 def show(error: BaseException) -> None:
     """Prints the traceback: for --traceback."""
-    traceback.print_exception(type(error), error, error.__traceback__)
+    print(redacted("".join(traceback.format_exception(error))), file=sys.stderr, end="")
 
 
 def leave(code: int, line: str | None) -> None:
@@ -125,5 +126,5 @@ def _log(error: BaseException) -> str:
         "w", encoding="utf-8", errors="backslashreplace", prefix="llm-attack-", suffix=".log",
         delete=False,
     ) as file:  # fmt: skip
-        file.writelines(traceback.format_exception(type(error), error, error.__traceback__))
+        file.writelines(map(redacted, traceback.format_exception(error)))
     return file.name

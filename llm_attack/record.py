@@ -11,9 +11,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llm_attack import __version__
+from llm_attack.redact import redacted
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# Ends the name of a file that is being written.
+DRAFT = ".llm-attack"
+
+# What a formula begins with: https://owasp.org/www-community/attacks/CSV_Injection
+_FORMULA = ("=", "+", "-", "@", "\t", "\n")
 
 
 class Stopwatch(dict[str, float]):
@@ -32,11 +42,18 @@ class Stopwatch(dict[str, float]):
 
 @contextmanager
 def whole_or_not(path: Path) -> Iterator[Path]:
-    """A draft beside `path`, which takes its place at the end unless the context raises."""
+    """A draft beside `path`, which takes its place at the end unless the context raises.
+
+    It is on disk by then, so that what has its name is whole also when the process is killed or
+    the power goes. Where `path` is a link, the link is replaced, not what it leads to.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}")  # of one name: if one is left behind, the next takes it
+    draft = path.with_name(f".{path.name}{DRAFT}")
+    draft.unlink(missing_ok=True)  # of a process that died
     try:
         yield draft
+        with draft.open("rb+") as file:
+            os.fsync(file.fileno())
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
@@ -44,27 +61,22 @@ def whole_or_not(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all, also when the process is killed or the disk is full."""
-    with whole_or_not(path) as draft, draft.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    with whole_or_not(path) as draft:
+        draft.write_text(text, encoding="utf-8")
 
 
-def write_new(path: Path, text: str) -> None:
-    """Writes a file whole, unless it exists: of several writers at once, the first."""
-    draft = path.with_name(f"{path.name}.{os.getpid()}.new")
-    write_text(draft, text)
-    try:
-        os.link(draft, path)
-    except FileExistsError:
-        pass
-    finally:
-        draft.unlink()
+def write_json(path: Path, content: Any) -> None:
+    """Writes `content` as indented JSON, without secrets, whole or not at all.
 
-
-def as_json(content: Any) -> str:
-    """`content` as indented JSON; what is not finite, for which JSON has no number, is null."""
-    return json.dumps(finite(content), indent=2, default=str, allow_nan=False) + "\n"
+    What is not finite, for which JSON has no number, is null.
+    """
+    text = json.dumps(
+        finite(redacted(content)),
+        indent=2,
+        default=lambda value: redacted(str(value)),
+        allow_nan=False,
+    )
+    write_text(path, text + "\n")
 
 
 def finite(value: Any) -> Any:
@@ -76,9 +88,17 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes `content` as indented JSON, whole or not at all."""
-    write_text(path, as_json(content))
+def without_formulas(frame: pd.DataFrame) -> pd.DataFrame:
+    """For CSV: texts that a spreadsheet would compute have an apostrophe before them."""
+
+    def cell(value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        text = value.replace("\r\n", "\n").replace("\r", "\n")  # which csv does not quote
+        return f"'{text}" if text.startswith(_FORMULA) else text
+
+    texts = frame.select_dtypes(exclude="number")
+    return frame.assign(**{name: list(map(cell, texts[name])) for name in texts})
 
 
 def versions() -> dict[str, str]:

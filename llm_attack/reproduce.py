@@ -7,9 +7,10 @@ until the command runs.
 
 from __future__ import annotations
 
-import os
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,14 @@ import click
 
 from llm_attack.declare import DIALECT, declared
 from llm_attack.errors import UsageError, invalid
+from llm_attack.folder import check_same, claim, clear_drafts, strangers
 from llm_attack.record import hardware, versions, write_json
+from llm_attack.redact import redacted
 
 PRESET_NAMES = ("quick", "paper")
+# Says whose an unfinished folder is; subfolders of results.
+_STARTED, _PARTS = "started.json", ("checkpoints",)
+_COMMAND = "llm-attack reproduce"
 DEVICE = "Where to compute: cpu, cuda, cuda:1, ...; unless given, cuda where there is one"
 
 
@@ -38,9 +44,15 @@ class Integers(click.ParamType):
             self.fail(f"{value!r}: must be integers separated by commas", param, ctx)
 
 
+class Figure(click.Command):
+    """The command of a figure; `settle` is what it does before anything is computed."""
+
+    settle: Callable[..., tuple[Any, dict[str, Any]]]
+
+
 def figure_command(
     name: str, presets: dict[str, Any], run: Callable[[Any, Path], dict[str, Any]]
-) -> click.Command:
+) -> Figure:
     """The command that runs an experiment with a preset and writes its record.
 
     Args:
@@ -51,28 +63,35 @@ def figure_command(
             results and, as `seconds`, a dictionary of timings. Its docstring is the help.
     """
 
-    def callback(preset: str, output: Path, **given: Any) -> None:
+    def settle(preset: str, output: Path, **given: Any) -> tuple[Any, dict[str, Any]]:
+        """Settings and the head of the record; `UsageError` if they or the folder will not do."""
         overrides = {key: value for key, value in given.items() if value is not None}
         settings = replace(presets[preset], **overrides)
         settings = replace(settings, device=pick_device(settings.device))
-        check_folder(output)
-        start = time.perf_counter()
-        results = run(settings, output)
-        seconds = results.pop("seconds") | {"all": time.perf_counter() - start}
-        words = ["llm-attack reproduce", name, "--preset", preset]
+        words = [_COMMAND, name, "--preset", preset]
         for key, value in overrides.items():
             words += [f"--{key}", _shown(value)]
         if output != default_output:
             words += ["-o", str(output)]
+        head = redacted({"command": " ".join(words), "settings": asdict(settings)})
+        claim(output, lambda names: _is_same(output, name, head, names), _PARTS)
+        return settings, head
+
+    def callback(preset: str, output: Path, **given: Any) -> None:
+        settings, head = settle(preset, output, **given)
+        start = time.perf_counter()
+        with _started(output, head):
+            results = run(settings, output)
+        seconds = results.pop("seconds") | {"all": time.perf_counter() - start}
         record = {
-            "command": " ".join(words),
-            "settings": asdict(settings),
+            **head,
             "results": results,
             "seconds": {key: round(value, 2) for key, value in seconds.items()},
             "versions": versions(),
             "hardware": hardware(),
         }
         write_json(output / "run.json", record)
+        (output / _STARTED).unlink()
         click.echo(f"written: {output}, in {seconds['all']:.1f} s")
 
     default_output = Path("results", name)
@@ -94,13 +113,15 @@ def figure_command(
         text = about.sentence() + (f"  [{values}]" if shown["quick"] else "")
         kind = about.option or about.kind
         options.append(click.Option([f"--{entry.name}"], type=kind, help=text))
-    return click.Command(
+    command = Figure(
         name,
         callback=callback,
         params=options,
         help=run.__doc__,
         context_settings=DIALECT,
     )
+    command.settle = settle
+    return command
 
 
 def _shown(value: Any) -> str:
@@ -122,15 +143,47 @@ def preset_option() -> click.Option:
     )
 
 
-def check_folder(folder: Path) -> None:
-    """Refuses a folder for results before anything is computed; makes nothing.
+@contextmanager
+def _started(folder: Path, head: dict[str, Any]) -> Iterator[None]:
+    """Marks a folder while an experiment is carried out in it; takes the mark back if it fails
+    before it has written anything.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    clear_drafts(folder, _PARTS)
+    write_json(folder / _STARTED, head)
+    try:
+        yield
+    except BaseException:
+        if strangers(folder, _PARTS) == [_STARTED]:
+            (folder / _STARTED).unlink()
+            with suppress(OSError):
+                for path in made:
+                    path.rmdir()
+        raise
+
+
+def _is_same(folder: Path, name: str, head: dict[str, Any], names: list[str]) -> bool:
+    """Whether a folder, in which these names are, has the mark of an experiment.
 
     Raises:
-        UsageError: it is a file, or cannot be written, or cannot be made.
+        UsageError: of another one, with what differs, or of something else.
     """
-    nearest = next(path for path in (folder, *folder.parents) if path.exists())
-    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-        raise UsageError(f"output={folder}: must be a folder that can be written or made")
+    marked = [mark for mark in (_STARTED, "run.json") if mark in names]
+    for mark in marked:
+        try:
+            record = json.loads((folder / mark).read_text(encoding="utf-8"))
+            of, there = record["command"].split()[:3], {**record["settings"]}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            raise UsageError(
+                f"output={folder}: {mark} there is not of an experiment; must be another folder"
+            ) from None
+        if names == [_STARTED]:
+            break  # it was stopped before it had anything
+        check_same(folder, {"command": " ".join(of)}, {"command": f"{_COMMAND} {name}"})
+        here = json.loads(json.dumps(head["settings"]))
+        here.pop("device")  # where it is computed may change
+        check_same(folder, {key: there.get(key) for key in here}, here)
+    return bool(marked)
 
 
 def pick_device(name: str | None) -> str:

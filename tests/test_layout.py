@@ -9,15 +9,17 @@ import pytest
 import llm_attack
 
 PACKAGE = Path(llm_attack.__file__).parent
-BOTTOM = {"declare", "drawing", "errors", "failures", "record"}
+BOTTOM = {"declare", "drawing", "errors", "failures", "folder", "record", "redact"}
 
 # Of each part, the parts that it may import; those at the bottom, every one above them may.
 ARROWS = {
     "declare": {"errors"},
-    "drawing": set(),
-    "errors": set(),
-    "failures": {"errors"},
-    "record": set(),
+    "drawing": {"record"},
+    "errors": {"redact"},
+    "failures": {"errors", "redact"},
+    "folder": {"errors", "record"},
+    "record": {"redact"},
+    "redact": set(),
     "reproduce": BOTTOM,
     "attacks": BOTTOM,
     "lm": BOTTOM | {"attacks"},

@@ -14,18 +14,19 @@ from lm_eval.api.instance import Instance
 
 from llm_attack.errors import UsageError
 from llm_attack.lm.questions import Question
+from llm_attack.redact import without_secrets
 
 MARK = "llm_attack settings"
 
 
 def guard(cache: MutableMapping[str, Any], settings: dict[str, Any], filename: str) -> None:
-    """Marks an empty `cache` with `settings`; else compares them with the mark.
+    """Marks an empty `cache` with `settings`, secrets aside; else compares them with the mark.
 
     Raises:
         UsageError: the file holds answers from other settings, or from a model without a mark.
     """
     # as JSON reads them back: tuples are lists, dtypes are strings
-    settings = json.loads(json.dumps(settings, default=str))
+    settings = json.loads(json.dumps(without_secrets(settings), default=str))
     mark = cache.get(MARK)
     if mark is None and len(cache) == 0:
         cache[MARK] = json.dumps(settings)

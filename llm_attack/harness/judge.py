@@ -17,8 +17,10 @@ from llm_attack.failures import one_line
 from llm_attack.harness import patches
 from llm_attack.harness.gold import siblings, task_of
 from llm_attack.harness.model import AttackedHFLM
+from llm_attack.harness.paths import portable
 from llm_attack.lm.engine import Answer
 from llm_attack.record import finite
+from llm_attack.redact import redacted
 
 
 class _Collected(Exception):
@@ -154,10 +156,15 @@ def _no_choices(request: Instance) -> UsageError:
 
 
 def as_json(results: dict[str, Any]) -> str:
-    """lm-eval's results without samples, as in its own files; functions by name, not address."""
+    """lm-eval's results without samples, as in its own files.
+
+    Functions are there by name, not address, files by where they are in a package, the working
+    folder or the user's, and no secrets.
+    """
 
     def plain(value: Any) -> Any:
         return getattr(value, "__qualname__", None) or handle_non_serializable(value)
 
     content = finite({key: value for key, value in results.items() if key != "samples"})
-    return json.dumps(content, indent=2, default=plain, ensure_ascii=False) + "\n"
+    content = json.loads(json.dumps(content, default=plain))
+    return json.dumps(redacted(portable(content)), indent=2, ensure_ascii=False) + "\n"

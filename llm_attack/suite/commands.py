@@ -18,13 +18,15 @@ from rich.console import Console
 from llm_attack.declare import names
 from llm_attack.errors import UsageError, invalid
 from llm_attack.failures import ProcessDied, Stopped, failure, leave
+from llm_attack.folder import claim, claim_file
 from llm_attack.harness.patches import without_bars
 from llm_attack.record import write_text
+from llm_attack.redact import redacted
 from llm_attack.suite import fingerprint, frames, results, tables
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.progress import MODES, note
-from llm_attack.suite.run import Processes, Result, execute, prepare
-from llm_attack.suite.store import discard
+from llm_attack.suite.run import LM_EVAL, Processes, Result, execute, prepare
+from llm_attack.suite.store import STORE, discard
 from llm_attack.suite.summary import paired, unshared
 
 
@@ -57,11 +59,11 @@ def evaluate(
         with tempfile.TemporaryDirectory() as nowhere:
             return execute(prepare(plan, shown, console), Path(nowhere), shown, console)
     folder = Path(output)
-    _writable(folder)
-    fingerprint.kept(folder)  # before a model is loaded
+    # before a model is loaded
+    claim(folder, lambda _: fingerprint.kept(folder) is not None, (STORE, LM_EVAL))
     prepared = prepare(plan, shown, console)
     fingerprint.check(folder, prepared.mark)
-    result = _finished(folder, rank, shown, console)
+    result = _finished(folder, prepared.mark, rank, shown, console)
     if result is None:
         result = execute(prepared, folder, shown, console)
         if result is not None:
@@ -72,7 +74,9 @@ def evaluate(
     return result
 
 
-def _finished(folder: Path, rank: int, shown: str, console: Console) -> Result | None:
+def _finished(
+    folder: Path, mark: dict[str, Any], rank: int, shown: str, console: Console
+) -> Result | None:
     """The run in `folder`, if it is complete and can be read; files that cannot be are renamed."""
     if not (folder / "run.json").exists():
         return None
@@ -80,30 +84,18 @@ def _finished(folder: Path, rank: int, shown: str, console: Console) -> Result |
         return results.load(folder)
     except UsageError as error:
         if rank == 0:
+            fingerprint.keep(folder, mark)  # while run.json, which has it, is still there
             aside = ", ".join(map(str, results.set_aside(folder)))
             note(shown, console, f"{error}; moved aside, computed again: {aside}")
         return None
 
 
-def _writable(folder: Path) -> None:
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    try:
-        # nothing is made before all arguments are known to be good
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise UsageError(
-            f"output={folder}: cannot be written ({error.strerror}); must be a folder, or not"
-            " exist yet"
-        ) from None
-
-
 def command(plan: Plan, folder: Path | None) -> list[str]:
-    """The command line of a plan: what differs from the defaults."""
+    """The command line of a plan, without secrets: what differs from the defaults."""
     words = ["llm-attack", "run"]
     defaults = asdict(Plan())
     for name in names(plan):
-        value = getattr(plan, name)
+        value = redacted(getattr(plan, name))
         if value == defaults[name]:
             continue
         if isinstance(value, dict):
@@ -141,10 +133,13 @@ def compare(a: Path, b: Path, output: Path | None) -> None:
     found = [frames.load(folder) for folder in (a, b)]
     content = [run[name] for run in found for name in ("samples", "questions")]
     frame = paired(*content)
+    text = tables.csv(frame)
+    if output is not None:
+        claim_file(output, text.splitlines()[0])
     cells = tables.comparison(frame, (str(a), str(b)), unshared(*content))
     Console().print(cells.rich("b against a, accuracy"))
     if output is not None:
-        write_text(output, tables.csv(frame))
+        write_text(output, text)
 
 
 @contextmanager

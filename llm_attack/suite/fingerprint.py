@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from llm_attack.errors import UsageError
+from llm_attack.folder import check_same, strangers
 from llm_attack.harness.model import AttackedHFLM
 from llm_attack.harness.requests import Instance
-from llm_attack.record import as_json, versions, write_new
+from llm_attack.record import versions, write_json
+from llm_attack.redact import redacted, without_secrets
 from llm_attack.suite.plan import Plan
-from llm_attack.suite.store import STORE
+from llm_attack.suite.store import MARK, STORE
 
 _DIGITS = 16  # of a SHA-256, in hexadecimal
 
@@ -27,7 +30,7 @@ def of_run(
     tokens: Iterable[Any],
     batches: Sequence[Any],
 ) -> dict[str, Any]:
-    """All that results depend on.
+    """All that results depend on; secrets are no part of it.
 
     Args:
         plan: with the settings of attacks and tasks.
@@ -41,9 +44,10 @@ def of_run(
         content = json.dumps([request.doc_id, request.idx, *request.args]).encode()
         name = str(request.task_name)
         tasks.setdefault(name, hashlib.sha256()).update(content)
-    settings = plan.settings()
+    settings = plan.settings() | {"model_args": without_secrets(plan.model_args)}
+    settings = redacted({k: v for k, v in settings.items() if k not in ("tasks", "include_path")})
     return {
-        **{name: settings[name] for name in settings if name not in ("tasks", "include_path")},
+        **settings,
         "weights": weights(lm.model),
         "config": _digest([_config(lm.model)]),
         "dtype": str(lm.model.dtype),
@@ -92,7 +96,7 @@ def kept(folder: Path) -> dict[str, Any] | None:
     Raises:
         UsageError: there is something else.
     """
-    for path in (folder / STORE / "fingerprint.json", folder / "run.json"):
+    for path in (folder / STORE / MARK, folder / "run.json"):
         try:
             return {**json.loads(path.read_text(encoding="utf-8"))["fingerprint"]}
         except FileNotFoundError:
@@ -112,24 +116,10 @@ def check(folder: Path, mark: dict[str, Any]) -> None:
         UsageError: it is another run, and the message says what differs; or batches have no mark.
     """
     found = kept(folder)
-    mark = plain(mark)
-    if found is None and any((folder / STORE).glob("*.sqlite")):
-        raise UsageError(
-            f"output={folder}: {STORE} there has no fingerprint.json, so that nobody knows whose it"
-            " is; must be another folder, or be removed by hand"
-        )
-    if found is None or found == mark:
-        return
-    there, here = _flat(found), _flat(mark)
-    differences = [
-        f"{key}: {_short(there.get(key))} there, {_short(here.get(key))} here"
-        for key in {**there, **here}
-        if there.get(key) != here.get(key)
-    ]
-    raise UsageError(
-        f"output={folder}: holds a run with other settings ({'; '.join(differences)}); must be the"
-        " same run, or another folder"
-    )
+    if found is None:
+        _check_batches(folder)
+    else:
+        check_same(folder, found, plain(mark))
 
 
 def keep(folder: Path, mark: dict[str, Any]) -> None:
@@ -140,24 +130,23 @@ def keep(folder: Path, mark: dict[str, Any]) -> None:
     Raises:
         UsageError: as of `check`.
     """
-    check(folder, mark)
-    write_new(folder / STORE / "fingerprint.json", as_json({"fingerprint": mark}))
-    check(folder, mark)
+    _check_batches(folder)
+    (folder / STORE).mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / STORE / "fingerprint.lock"):
+        check(folder, mark)
+        if not (folder / STORE / MARK).exists():
+            write_json(folder / STORE / MARK, {"fingerprint": mark})
+
+
+def _check_batches(folder: Path) -> None:
+    # in this order: a process writes the mark before anything else
+    if strangers(folder / STORE) and not (folder / STORE / MARK).exists():
+        raise UsageError(
+            f"output={folder}: {STORE} there has no {MARK}, so that nobody knows whose it is; must"
+            " be another folder, or be removed by hand"
+        )
 
 
 def plain(mark: dict[str, Any]) -> dict[str, Any]:
     """`mark` as it comes back from a file."""
     return json.loads(json.dumps(mark, default=str))
-
-
-def _flat(mark: dict[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in mark.items():
-        inner = value.items() if isinstance(value, dict) else ()
-        flat |= {f"{key}.{name}": of for name, of in inner} or {key: value}
-    return flat
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -15,6 +15,7 @@ from llm_attack.errors import UsageError
 from llm_attack.harness import gold
 from llm_attack.harness.requests import Instance, by_question
 from llm_attack.lm.engine import Answer
+from llm_attack.record import whole_or_not
 
 FRAMES = ("questions", "samples")
 
@@ -181,12 +182,8 @@ def _cosine(products: Sequence[Sequence[float]]) -> float | None:
 def save(folder: Path, **frames: pd.DataFrame) -> None:
     """Writes each frame as `name`.parquet, whole or not at all; equal frames give equal files."""
     for name, frame in frames.items():
-        draft = folder / f".{name}.parquet"
-        try:
+        with whole_or_not(folder / f"{name}.parquet") as draft:
             frame.to_parquet(draft, index=False, write_page_checksum=True)
-            draft.replace(folder / f"{name}.parquet")
-        finally:
-            draft.unlink(missing_ok=True)
 
 
 # What of a stored frame the rest relies on: column -> whether it holds numbers, lists or text.

@@ -76,6 +76,7 @@ class Plan(ThreatSettings, EngineSettings):
     model_args: dict[str, Any] = setting(
         "",
         "More arguments of attacked-hf, written key=value, with commas between them",
+        also=dict,
         allowed=_PAIRS,
     )
 

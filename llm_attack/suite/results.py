@@ -10,9 +10,10 @@ from typing import Any
 from llm_attack.errors import UsageError
 from llm_attack.harness.judge import as_json
 from llm_attack.record import write_json, write_text
+from llm_attack.redact import redacted
 from llm_attack.suite import figures, frames, tables
 from llm_attack.suite.report import Picture, write_report
-from llm_attack.suite.run import Result
+from llm_attack.suite.run import LM_EVAL, Result
 from llm_attack.suite.summary import summarise
 
 # What draw_all draws, and what a reader who cannot see it should know.
@@ -63,7 +64,7 @@ def save(result: Result, folder: Path, command: list[str]) -> None:
     """
     frames.save(folder, samples=result.samples, questions=result.questions)
     for name, found in result.lm_eval.items():
-        write_text(folder / "lm_eval" / f"results_{name}.json", as_json(found))
+        write_text(folder / LM_EVAL / f"results_{name}.json", as_json(found))
     run = {"command": shlex.join(command), **result.run}
     render(result, folder, run)
     write_json(folder / "run.json", run)
@@ -87,7 +88,7 @@ def load(folder: Path) -> Result:
     """
     path = folder / "run.json"
     try:
-        run = json.loads(path.read_text(encoding="utf-8"))
+        run = redacted(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise UsageError(
             f"{folder}: has no run.json; must be the folder of a finished run"

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from llm_attack.declare import names
 from llm_attack.errors import invalid
+from llm_attack.folder import clear_drafts
 from llm_attack.harness.judge import Judge
 from llm_attack.harness.model import AttackedHFLM
 from llm_attack.harness.patches import templates_compiled_once
@@ -28,12 +29,16 @@ from llm_attack.lm.device import check_device
 from llm_attack.lm.hook import frozen
 from llm_attack.lm.settings import EngineSettings
 from llm_attack.record import hardware, versions
+from llm_attack.redact import redacted
 from llm_attack.suite import fingerprint, frames
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.progress import RunProgress, note, status
 from llm_attack.suite.store import Store
 from llm_attack.suite.summary import summarise
 from llm_attack.suite.work import RunningAccuracy, Work, gather, work_of
+
+# The subfolder of lm-eval's own results in that of a run.
+LM_EVAL = "lm_eval"
 
 
 class Processes(NamedTuple):
@@ -115,7 +120,7 @@ def prepare(plan: Plan, progress: str, console: Console) -> Prepared:
     with status(progress, console, "looking up the tasks"):
         manager, tasks = look_up(plan.tasks, plan.include_path)
     clock.stop("tasks")
-    with status(progress, console, f"loading {plan.model}"):
+    with status(progress, console, redacted(f"loading {plan.model}")):
         lm = _model(plan)
         lm.use(*plan.conditions)
     clock.stop("model")
@@ -152,6 +157,8 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
     planned = [w.key for w in work]
     with Store(folder, planned, rank, world) as store, frozen(lm.model):
         fingerprint.keep(folder, mark)
+        if rank == 0:
+            clear_drafts(folder, (LM_EVAL,))
         for path in store.check():
             text = f"{path.with_suffix('.sqlite')}: cannot be read; moved aside, computed again"
             note(progress, console, f"{text}: {path}")
@@ -181,7 +188,7 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         "hardware": hardware() | {"device": str(lm.device)},
         "timings": {"processes": world, "seconds": clock.timings},
     }
-    return Result(table, samples, questions, run, dict(zip(infos, results, strict=True)))
+    return Result(table, samples, questions, redacted(run), dict(zip(infos, results, strict=True)))
 
 
 class _Clock:

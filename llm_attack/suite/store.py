@@ -7,12 +7,11 @@ lock for as long as it lives, which the system lets go of however it dies.
 from __future__ import annotations
 
 import json
-import shutil
 import sqlite3
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,14 @@ from filelock import FileLock, Timeout
 
 from llm_attack.errors import UsageError
 from llm_attack.failures import ProcessDied
+from llm_attack.record import DRAFT
 
 Key = tuple[str, int]
 
-# The store's folder in that of the run.
+# The store's folder in that of the run; its file that says whose it is; names of all files in it.
 STORE = "batches"
+MARK = "fingerprint.json"
+_FILES = ("part-*.sqlite*", "part-*.corrupt", "process-*.lock", f".*{DRAFT}", "fingerprint.lock")
 
 # Seconds after which a process that was never seen alive counts as dead.
 LONGEST_START = 600.0
@@ -47,6 +49,9 @@ class Store:
         self.folder = folder / STORE
         self.planned, self.rank, self.world = planned, rank, world
         self.folder.mkdir(parents=True, exist_ok=True)
+        for path in _files(self.folder):
+            if path.is_symlink():
+                path.unlink()
         self._lock = self._lock_of(rank)
         try:
             self._lock.acquire(timeout=2)  # longer than another process tries it in `watch`
@@ -172,5 +177,14 @@ class Store:
 
 
 def discard(folder: Path) -> None:
-    """Deletes the store of the run in `folder`, which is complete."""
-    shutil.rmtree(folder / STORE, ignore_errors=True)
+    """Deletes the store of the run in `folder`, which is complete; no file of anyone else's."""
+    store = folder / STORE
+    with suppress(OSError):
+        if (store / MARK).exists():
+            for path in (*_files(store), store / MARK):  # the mark last: without it nobody's
+                path.unlink()
+        store.rmdir()
+
+
+def _files(store: Path) -> list[Path]:
+    return sorted(path for pattern in _FILES for path in store.glob(pattern))

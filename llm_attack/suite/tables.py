@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from llm_attack.record import write_text
+from llm_attack.record import without_formulas, write_text
 from llm_attack.suite.inference import ALPHA
 from llm_attack.suite.summary import BELOW, INDISTINGUISHABLE, MEAN
 
@@ -51,7 +51,8 @@ class Cells:
     def markdown(self) -> str:
         """As a Markdown table with the notes under it, one a line."""
         rule = ["---", *["---:"] * (len(self.heading) - 1)]
-        lines = ["| " + " | ".join(row) + " |" for row in (self.heading, rule, *self.rows)]
+        rows = [[_cell(text) for text in row] for row in (self.heading, *self.rows)]
+        lines = ["| " + " | ".join(row) + " |" for row in (rows[0], rule, *rows[1:])]
         return "\n".join([*lines, "", *(f"- {note}" for note in self.notes)]) + "\n"
 
     def rich(self, title: str = "") -> Table:
@@ -206,7 +207,7 @@ def markdown_of_run(table: pd.DataFrame, warnings: Sequence[str] = ()) -> str:
 
 def csv(frame: pd.DataFrame) -> str:
     """A frame of `summarise` or `paired` as CSV; equal frames give equal text."""
-    frame = frame.copy()
+    frame = without_formulas(frame)
     for column in frame.select_dtypes("float"):
         form = ".6g" if column.startswith("p_") or column == "epsilon" else ".6f"
         frame[column] = [_number(value, form, "") for value in frame[column]]
@@ -217,6 +218,11 @@ def save(table: pd.DataFrame, folder: Path, warnings: Sequence[str] = ()) -> Non
     """Writes `table.csv` and `table.md` of a run into `folder`."""
     write_text(folder / "table.csv", csv(table))
     write_text(folder / "table.md", markdown_of_run(table, warnings))
+
+
+def _cell(text: str) -> str:
+    """Text as it is, in one cell of Markdown."""
+    return " ".join(text.replace("\\", r"\\").replace("|", r"\|").splitlines())
 
 
 def _marks(row: dict) -> str:

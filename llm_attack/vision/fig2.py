@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_attack.declare import setting
 from llm_attack.drawing import COLOURS, new_figure
-from llm_attack.record import Stopwatch, write_text
+from llm_attack.record import Stopwatch, without_formulas, write_text
 from llm_attack.reproduce import figure_command
 from llm_attack.vision.settings import QUICK, ImageSettings, shown
 
@@ -103,7 +103,7 @@ def curves(
         )
         table += [{"dataset": dataset.name, "network": name, **row} for row in rows]
         results[label] = stages.summary(dataset, network, rows)
-    text = pd.DataFrame(table).to_csv(index=False, float_format="%.6g")
+    text = without_formulas(pd.DataFrame(table)).to_csv(index=False, float_format="%.6g")
     write_text(folder / "table.csv", text)
     draw(folder, settings.width, at)
     return {**results, "seconds": clock}

@@ -246,7 +246,7 @@ def test_output_is_a_file(tmp_path):
     path.write_text("mine")
     for output in (path, path / "below"):
         line = refused(*DEMO, "-o", output)
-        assert f"output={output}: cannot be written" in line
+        assert f"output={output}: must be a folder that can be written, or not exist yet (" in line
     assert path.read_text() == "mine"
 
 
