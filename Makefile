@@ -60,7 +60,7 @@ real: .venv $(REAL_MODEL) ## the four conditions on a real model and the six ben
 
 .PHONY: test
 test: .venv attack-libs ## the tests; lists those that were skipped, and why
-	$(BIN)/python -m pytest -ra
+	$(BIN)/python -m pytest -ra -n auto --dist loadfile
 
 .PHONY: test-slow
 test-slow: .venv attack-libs ## the tests that take minutes, such as every command line of the documentation
@@ -74,7 +74,7 @@ test-slow: .venv attack-libs ## the tests that take minutes, such as every comma
 
 .PHONY: test-oldest
 test-oldest: .venv-oldest/.installed ## the tests with the lowest releases that pyproject.toml allows; Python 3.10 or 3.11
-	.venv-oldest/bin/python -m pytest -ra
+	.venv-oldest/bin/python -m pytest -ra -n auto --dist loadfile
 
 .PHONY: test-processors
 test-processors: .venv attack-libs ## the numerical tests with each instruction set of this processor, on one thread and two
