@@ -5,7 +5,7 @@ import io
 import json
 import logging
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -132,8 +132,11 @@ def test_no_file_of_a_run_has_a_secret(folder):
 def test_another_token_is_the_same_run(folder, tmp_path, monkeypatch):
     shutil.copytree(folder, "out")
     monkeypatch.setattr("llm_attack.suite.commands.execute", None)  # nothing may be computed
-    found = evaluate(plan("another", "another"), output="out", progress="quiet")
-    assert not seen(json.dumps(found.run))
+    other = plan("another", "another")
+    without = {key: value for key, value in other.model_args.items() if key != "token"}
+    for same in (other, replace(other, model_args=without)):
+        found = evaluate(same, output="out", progress="quiet")
+        assert not seen(json.dumps(found.run))
     with pytest.raises(UsageError, match="seed: 0 there, 1 here"):
         evaluate(
             Plan("demo", "demo_piqa", attacks="none", limit=2, device="cpu", seed=1), output="out"
