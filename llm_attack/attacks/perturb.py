@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llm_attack.attacks.apgd import ascend
+from llm_attack.attacks.draws import words
 from llm_attack.attacks.norms import NORMS, Groups
 from llm_attack.attacks.settings import Attack
 
@@ -20,10 +22,16 @@ Loss = Callable[[Tensor], Tensor]
 
 def loss_gradient(loss: Loss, x: Tensor) -> Tensor:
     """Gradient of `loss(x).sum()` with respect to `x` alone; nothing else gets a gradient."""
+    return _with_gradient(loss, x)[1]
+
+
+def _with_gradient(loss: Loss, x: Tensor) -> tuple[Tensor, Tensor]:
+    """`loss(x)`, detached, and the gradient of its sum."""
     with torch.enable_grad():
         x = x.detach().requires_grad_(True)
-        (gradient,) = torch.autograd.grad(loss(x).sum(), x)
-    return gradient
+        values = loss(x)
+        (gradient,) = torch.autograd.grad(values.sum(), x)
+    return values.detach(), gradient
 
 
 def least_likely(scores: Tensor, gold: Tensor) -> Tensor:
@@ -62,8 +70,8 @@ def perturb(
             the target class, which the caller fixes at the clean point (`least_likely`).
         bounds: box that the point must stay in, (0, 1) for pixels; None for embeddings, features.
         mask: booleans of shape x.shape[:k]; where False (padding) the point never moves.
-        keys: int64 of shape x.shape[:k], one key per draw (`random`, `pgd`); None: one for each
-            entry of the first dimension, from torch's generator.
+        keys: int64 of shape x.shape[:k], one key per draw (`random`, `pgd`, restarts of `apgd`);
+            None: one for each entry of the first dimension, from torch's generator.
         examples: which of the N examples each element of `x` belongs to; None: `x` has a row each.
         balls: which elements share a ball of radius epsilon; None: those of an example.
         gradient: the first gradient, if the caller has it already (see
@@ -93,9 +101,10 @@ def perturb(
         return torch.where(moves, inside, x)
 
     point = x
+    if attack.draws and keys is None:
+        keys = torch.randint(-(2**63), 2**63 - 1, (len(x),), device=x.device)
     if kind.random_start:
-        if keys is None:
-            keys = torch.randint(-(2**63), 2**63 - 1, (len(x),), device=x.device)
+        assert keys is not None
         draw = norm.in_ball if kind.gradient else norm.on_sphere
         point = stay(x + attack.epsilon * draw(keys, moves, x, balls))
     if not kind.gradient:
@@ -104,14 +113,38 @@ def perturb(
     if ascended is None:
         needed = "target_loss" if kind.targeted else "loss"
         raise ValueError(f"attack {attack.name!r} needs {needed}")
+
+    def used(slope: Tensor) -> Tensor:
+        if on_gradient is not None:
+            on_gradient(slope)
+        return slope.masked_fill(slope.isnan() | ~moves, 0)
+
+    if kind.adaptive:
+
+        def evaluate(at: Tensor) -> tuple[Tensor, Tensor]:
+            value, slope = _with_gradient(ascended, at)
+            return value.masked_fill(value.isnan(), -torch.inf), used(slope)
+
+        def start(i: int) -> Tensor:
+            if i == 0 or keys is None:
+                return x
+            drawn = words(keys, keys[..., None].expand(*keys.shape, i))[..., -1]
+            return stay(x + attack.epsilon * norm.in_ball(drawn, moves, x, balls))
+
+        how: Any = {"steps": attack.steps, "step": attack.step, "norm": norm}
+        how |= {"examples": examples, "balls": balls}
+        best, most = ascend(start(0), evaluate, stay, **how)
+        for i in range(1, attack.restarts):
+            other, value = ascend(start(i), evaluate, stay, **how)
+            best = torch.where(examples.spread(value > most, x), other, best)
+            most = torch.maximum(most, value)
+        return best
     step = -attack.step if kind.targeted or kind.reverse else attack.step
     velocity: Tensor | float = 0.0
     for i in range(attack.steps if kind.iterative else 1):
         known = gradient if i == 0 else None
         slope = loss_gradient(ascended, point) if known is None else known
-        if on_gradient is not None:
-            on_gradient(slope)
-        slope = slope.masked_fill(slope.isnan() | ~moves, 0)
+        slope = used(slope)
         if kind.momentum:
             slope = velocity = attack.decay * velocity + examples.scaled(slope, 1)
         direction = norm.direction(slope, balls)

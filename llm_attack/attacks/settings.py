@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from llm_attack.attacks.apgd import FIRST_STEP
 from llm_attack.attacks.norms import NORMS
 from llm_attack.declare import About, check, setting
 from llm_attack.errors import invalid
@@ -20,6 +21,7 @@ class Kind:
     random_start: bool = False
     reverse: bool = False
     momentum: bool = False
+    adaptive: bool = False
 
 
 ATTACKS: dict[str, Kind] = {
@@ -31,6 +33,7 @@ ATTACKS: dict[str, Kind] = {
     "illc": Kind(gradient=True, iterative=True, targeted=True),
     "pgd": Kind(gradient=True, iterative=True, random_start=True),
     "mifgsm": Kind(gradient=True, iterative=True, momentum=True),
+    "apgd": Kind(gradient=True, iterative=True, adaptive=True),
     "reversed": Kind(gradient=True, reverse=True),
 }
 
@@ -47,11 +50,17 @@ class StepSettings:
     step_size: float | None = setting(
         None,
         "Length of a step of the iterative attacks, in the unit of epsilon; unless given, a quarter"
-        " of epsilon",
+        " of epsilon. Of apgd it is the first step's, twice epsilon unless given",
         least=0.0,
         above=True,
     )
     decay: float = setting(1.0, "Decay of the momentum of mifgsm", least=0.0)
+    restarts: int = setting(
+        1,
+        "Number of times that apgd starts, first at the clean point, then at random ones of the"
+        " ball; the best counts",
+        least=1,
+    )
 
 
 @dataclass(frozen=True)
@@ -61,12 +70,14 @@ class Attack(StepSettings):
     Args:
         name: a key of `ATTACKS`. `fgsm`: Goodfellow et al. 2015; `bim`, `illc` and `ost` (one step
             towards the least likely class): Kurakin et al. 2017; `pgd`: Madry et al. 2018;
-            `mifgsm`: Dong et al. 2018; `reversed`: `fgsm` with the other sign, the control that has
-            to lower the loss.
+            `mifgsm`: Dong et al. 2018; `apgd`: Croce and Hein 2020; `reversed`: `fgsm` with the
+            other sign, the control that has to lower the loss.
         epsilon: radius of the ball round the clean point, in the units of the point; finite, >= 0.
         steps: of the iterative attacks; >= 1.
-        step_size: of the iterative attacks, in the units of the point; None means epsilon / 4.
+        step_size: of the iterative attacks, in the units of the point; None means epsilon / 4. Of
+            `apgd` the first step's; None means 2 epsilon.
         decay: of the momentum of `mifgsm`; finite, >= 0.
+        restarts: of `apgd`; >= 1.
         norm: of the ball, a key of `NORMS`; with `l2` a step follows the gradient itself.
         label: the amplitude in the condition's name; None means epsilon.
 
@@ -97,16 +108,25 @@ class Attack(StepSettings):
 
     @property
     def step(self) -> float:
-        """The length of one step: epsilon for the one-step attacks."""
+        """The length of one step, or of the first: epsilon for the one-step attacks."""
         if not self.kind.iterative:
             return self.epsilon
-        return self.epsilon / 4 if self.step_size is None else self.step_size
+        usual = FIRST_STEP if self.kind.adaptive else 1 / 4
+        return self.epsilon * usual if self.step_size is None else self.step_size
 
     @property
     def uses_clean_gradient(self) -> bool:
-        """Whether the first step follows the gradient of the untargeted loss at the clean point."""
+        """Whether the first step follows the gradient of the untargeted loss at the clean point,
+        and needs no more of it than that.
+        """
         kind = self.kind
-        return kind.gradient and not (kind.targeted or kind.random_start or self.identity)
+        others = kind.targeted or kind.random_start or kind.adaptive
+        return kind.gradient and not (others or self.identity)
+
+    @property
+    def draws(self) -> bool:
+        """Whether there is anything random about it."""
+        return self.kind.random_start or (self.kind.adaptive and self.restarts > 1)
 
     @property
     def condition(self) -> str:

@@ -70,6 +70,15 @@ class Surface:
         kind = LOSSES[self.threat.loss]
         return kind.value(self._sums(scores), self.choices if kind.gold else None)
 
+    def _loss_of_examples(self, x: Tensor) -> Tensor:
+        """(examples,) the same: of a question the sum over its requests where these share it."""
+        values = self.loss(x)
+        if len(values) == self.examples.n:
+            return values
+        sizes = torch.tensor([len(q.requests) for q in self.pack.questions])
+        owner = torch.arange(len(sizes)).repeat_interleave(sizes)
+        return sum_by(values, owner.to(values.device), len(sizes))
+
     def target_loss(self, x: Tensor) -> Tensor:
         """The loss of the target choice, (questions,), which targeted attacks descend."""
         scores = self.scorer(self.pack, self.pack.watched, self.expand(x))
@@ -135,10 +144,10 @@ class Surface:
         adversarial = perturb(
             attack,
             self.x,
-            self.loss,
+            self._loss_of_examples if attack.kind.adaptive else self.loss,
             target_loss=self.target_loss,
             mask=self.mask,
-            keys=self.keys if attack.kind.random_start else None,
+            keys=self.keys if attack.draws else None,
             examples=self.examples,
             balls=self.balls,
             gradient=self.gradient if attack.uses_clean_gradient else None,

@@ -39,7 +39,7 @@ class Settings:
     batch_size: int = setting(1000, "Number of points per step", least=1)
     attack: str = setting(
         "fgsm",
-        "Attack for the robust accuracy: none, random, fgsm, ost, bim, illc, pgd, mifgsm or"
+        "Attack for the robust accuracy: none, random, fgsm, ost, bim, illc, pgd, mifgsm, apgd or"
         " reversed",
     )
     epsilon: float = setting(0.1, "L-infinity amplitude of the attack", least=0)

@@ -27,7 +27,8 @@ class Settings(ImageSettings):
 
     subset: int | None = setting(
         None,
-        "Number of test images that bim, illc, pgd, mifgsm and sparsefool see; unless given, all",
+        "Number of test images that bim, illc, pgd, mifgsm, apgd and sparsefool see; unless given,"
+        " all",
         least=1,
     )
 

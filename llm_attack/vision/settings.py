@@ -40,7 +40,7 @@ class ImageSettings:
     width: float = setting(1.0, "Factor on the channels of the networks", least=0)
     attacks: str = setting(
         "ost,fgsm,bim,illc,pgd,sparsefool",
-        "Attacks, separated by commas: random, fgsm, ost, bim, illc, pgd, mifgsm, reversed,"
+        "Attacks, separated by commas: random, fgsm, ost, bim, illc, pgd, mifgsm, apgd, reversed,"
         " sparsefool",
     )
     epsilon: float | None = setting(
@@ -49,7 +49,7 @@ class ImageSettings:
         "8/255 for images in colour",
         option=Amplitude(),
     )
-    steps: int = setting(10, "Number of steps of bim, illc, pgd and mifgsm", least=1)
+    steps: int = setting(10, "Number of steps of bim, illc, pgd, mifgsm and apgd", least=1)
     epochs: int = setting(30, "Number of passes over the training images", least=1)
     train_size: int | None = setting(
         None, "Number of training images, drawn at random; unless given, all", least=1

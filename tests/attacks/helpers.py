@@ -4,11 +4,17 @@ import torch
 
 from llm_attack.attacks import keys_for
 
-GRADIENT_ATTACKS = ("fgsm", "ost", "bim", "illc", "pgd", "mifgsm", "reversed")
+GRADIENT_ATTACKS = ("fgsm", "ost", "bim", "illc", "pgd", "mifgsm", "apgd", "reversed")
 ALL_ATTACKS = ("none", "random", *GRADIENT_ATTACKS)
 TARGETED = ("ost", "illc")
-ITERATIVE = ("bim", "illc", "pgd", "mifgsm")
+ITERATIVE = ("bim", "illc", "pgd", "mifgsm", "apgd")
 DESCENDING = (*TARGETED, "reversed")
+STEPPING = tuple(name for name in GRADIENT_ATTACKS if name != "apgd")  # by lengths set beforehand
+
+
+def gradients(name, steps=10):
+    """How many an attack takes; apgd wants to know at the end where it is."""
+    return (steps if name in ITERATIVE else 1) + (name == "apgd")
 
 
 def rng(seed):

@@ -17,8 +17,10 @@ from .helpers import (
     DESCENDING,
     GRADIENT_ATTACKS,
     ITERATIVE,
+    STEPPING,
     TARGETED,
     Counted,
+    gradients,
     grid,
     keys,
     linear,
@@ -124,7 +126,7 @@ def test_two_classes(name, n, shape):
 
 
 @over_sizes
-@pytest.mark.parametrize("name", GRADIENT_ATTACKS)
+@pytest.mark.parametrize("name", STEPPING)
 def test_many_classes(name, n):
     """Against steps along W'(p - e), the gradient of cross-entropy written out."""
     x = grid(n, 12, seed=1).double()
@@ -193,7 +195,7 @@ def test_flat_coordinates_stay_and_the_callback_sees_them(name):
     x, w = problem(8, (11, 4))
     slopes = []
     got = attacked(Attack(name, EPS, steps=5), x, linear(w), on_gradient=slopes.append)
-    assert len(slopes) == (5 if name in ITERATIVE else 1)
+    assert len(slopes) == gradients(name, 5)
     assert all(torch.equal(slope, w) for slope in slopes)
     start = x + EPS * uniform(keys(8), x) if name == "pgd" else x
     flat = w == 0
@@ -227,7 +229,7 @@ def test_examples_do_not_see_their_batch(name, n, shape):
     assert torch.equal(torch.cat([of(torch.tensor([i])) for i in range(n)]), whole)
 
 
-@pytest.mark.parametrize("name", GRADIENT_ATTACKS)
+@pytest.mark.parametrize("name", STEPPING)
 def test_a_given_gradient_stands_for_the_first_one_alone(name):
     x, w = problem(3, (7,))
     loss = Counted(linear(w))
@@ -247,7 +249,7 @@ def test_the_closure_of_the_other_sense_is_not_called(name):
     if name in TARGETED:
         closures = {"loss": wrong, "target_loss": right}
     perturb(Attack(name, EPS), x, keys=keys(3), **closures)
-    assert right.calls == (10 if name in ITERATIVE else 1)
+    assert right.calls == gradients(name)
     assert wrong.calls == 0
 
 

@@ -7,7 +7,7 @@ import pytest
 from llm_attack.attacks import ATTACKS, Attack
 from llm_attack.errors import UsageError
 
-from .helpers import ALL_ATTACKS
+from .helpers import ALL_ATTACKS, ITERATIVE
 
 NAN, INF = float("nan"), float("inf")
 
@@ -88,8 +88,9 @@ def test_settings_do_not_change():
 @pytest.mark.parametrize("name", ALL_ATTACKS)
 @pytest.mark.parametrize("step_size", (None, 0.25))
 def test_step(name, step_size):
-    iterative = name in ("bim", "illc", "pgd", "mifgsm")
-    expected = 2.0 if not iterative else 0.5 if step_size is None else 0.25
+    iterative = name in ITERATIVE
+    usual = {"apgd": 4.0}.get(name, 0.5)
+    expected = 2.0 if not iterative else usual if step_size is None else 0.25
     assert Attack(name, 2.0, step_size=step_size).step == expected
 
 

@@ -117,7 +117,7 @@ def test_the_attacks_are_those_of_the_package():
         "bounds": (0, 1),
         "keys": keys,
     }
-    names = ("sparsefool", "random", "reversed", "mifgsm", *SIX[:-1])
+    names = ("sparsefool", "random", "reversed", "mifgsm", "apgd", *SIX[:-1])
     assert set(names) == set(KNOWN)
     found = dict(attacked(names, net, x, data.labels, keys, epsilon=0.07, steps=4, bounds=(0, 1)))
     assert list(found) == list(names)
@@ -144,7 +144,7 @@ def test_the_slow_attacks_see_a_subset():
     table = rows_of(measure(net, data, SIX, epsilon=0.05, subset=11, batch_size=8))
     whole = rows_of(measure(net, data, SIX, epsilon=0.05))
     part = rows_of(measure(net, data[:11], SIX, epsilon=0.05))
-    assert set(SLOW) == {"bim", "illc", "pgd", "mifgsm", "sparsefool"}
+    assert set(SLOW) == {"bim", "illc", "pgd", "mifgsm", "apgd", "sparsefool"}
     for name in ("none", *SIX):
         assert table[name] == pytest.approx(
             (part if name in SLOW else whole)[name] | {"rms": table[name]["rms"]}

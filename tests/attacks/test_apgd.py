@@ -1,0 +1,171 @@
+"""APGD: that of its authors step by step, the best of what it has seen, each example by itself."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from llm_attack.attacks import NORMS, Attack, Groups, loss_gradient, perturb
+from llm_attack.attacks.apgd import ascend
+
+from .helpers import Counted, keys, linear, rng
+
+AUTOATTACK = "pyautoattack is not installed: make attack-libs"
+
+
+class Rough:
+    """A network in float64 whose loss has many hills within epsilon, and images in [0, 1]."""
+
+    def __init__(self, n=8):
+        self.epsilon = {"linf": 0.25, "l2": 1.5}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(5)
+            layers = nn.Flatten(), nn.Linear(48, 24), nn.GELU(), nn.Linear(24, 5)
+            self.network = nn.Sequential(*layers).double().eval().requires_grad_(False)
+        self.network[1].weight.data *= 6
+        self.x = torch.rand(n, 3, 4, 4, generator=rng(2), dtype=torch.float64)
+        self.labels = self.network(self.x).argmax(1)
+
+    def loss(self, point):
+        return F.cross_entropy(self.network(point), self.labels, reduction="none")
+
+    def attacked(self, norm="linf", steps=40, bounds=(0, 1), **more):
+        attack = Attack("apgd", self.epsilon[norm], steps=steps, norm=norm, **more)
+        return perturb(attack, self.x, self.loss, bounds=bounds, keys=keys(len(self.x)))
+
+
+@pytest.fixture
+def wide():
+    """The library keeps losses in torch's default type."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("steps", [10, 40, 100])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_equals_autoattack(norm, steps, wide):
+    """The authors' own, from the same start: every point that it looks at, and what it returns.
+
+    It takes the loss before the first step for zero, where ours looks it up: the same as long as
+    the first step gains.
+    """
+    pytest.importorskip("pyautoattack", reason=AUTOATTACK)
+    from pyautoattack.autopgd_base import APGDAttack
+
+    at = Rough()
+    their_norm = {"linf": "Linf", "l2": "L2"}[norm]
+    theirs = APGDAttack(at.network, n_iter=steps, norm=their_norm, eps=at.epsilon[norm], loss="ce")
+    theirs.init_hyperparam(at.x)
+    seen = []
+    handle = at.network.register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].detach().clone())
+    )
+    best, _, value, _ = theirs.attack_single_run(at.x, at.labels, x_init=at.x)
+    their_points, seen[:] = list(seen), []
+    got = at.attacked(norm, steps)
+    handle.remove()
+    assert (at.loss(their_points[1]) > at.loss(at.x)).all()
+    assert len(seen) == len(their_points) == steps + 1
+    largest = max((a - b).abs().max() for a, b in zip(seen, their_points, strict=True))
+    assert largest <= 1e-9
+    assert (got - best).abs().max() <= 1e-9
+    assert at.loss(got) == pytest.approx(value)
+
+
+def test_step_sizes_are_halved_at_the_checkpoints():
+    """With a loss that only falls: at each it goes back to the start, with half the step."""
+    points = []
+
+    def falling(point):
+        points.append(point.item())
+        return torch.tensor([-float(len(points))]), torch.ones(1, 1)
+
+    start, norm = torch.zeros(1, 1), NORMS["linf"]
+    groups = Groups.rows(start)
+    how = {"steps": 100, "step": 1.0, "norm": norm, "examples": groups, "balls": groups}
+    best, value = ascend(start, falling, lambda point: point, **how)
+    assert (best.item(), value.item()) == (0, -1)
+    moves = torch.tensor(points).diff()
+    back = [i for i in range(1, 100) if moves[i] < 0 <= moves[i - 1]]
+    assert back == [22, 41, 57, 70, 80, 87, 93, 99]
+    for halvings, i in enumerate(back):
+        # the momentum forgets three quarters of what was before at each step
+        assert moves[i - 1] == pytest.approx(0.5**halvings, rel=0.05)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_returns_the_best_that_it_has_seen(norm):
+    at = Rough()
+    loss = Counted(at.loss)
+    attack = Attack("apgd", at.epsilon[norm], steps=30, norm=norm)
+    got = perturb(attack, at.x, loss, bounds=(0, 1))
+    values = torch.stack([at.loss(point) for point in loss.points])
+    assert torch.equal(at.loss(got), values.max(0).values)
+    assert (values.max(0).values > values[-1]).any()  # which is not always the last
+    bim = Attack("bim", at.epsilon[norm], steps=30, norm=norm)
+    assert at.loss(got).sum() > at.loss(perturb(bim, at.x, at.loss, bounds=(0, 1))).sum()
+
+
+def test_a_linear_loss_is_at_the_corner_after_one_step():
+    x, w = torch.zeros(3, 7), torch.randn(3, 7, generator=rng(1))
+    for steps in (1, 10):
+        got = perturb(Attack("apgd", 0.5, steps=steps), x, linear(w))
+        assert torch.equal(got, 0.5 * w.sign())
+
+
+def test_each_example_has_step_sizes_of_its_own():
+    whole = Rough().attacked()
+    for i in range(8):
+        at = Rough()
+        at.x, at.labels = at.x[i : i + 1], at.labels[i : i + 1]
+        assert (at.attacked() - whole[i]).abs().max() <= 1e-9
+
+
+def test_elements_of_an_example_may_lie_anywhere():
+    """Rows, and the same as a flat list of elements in mixed order with an index."""
+    at = Rough()
+    order = torch.randperm(24, generator=rng(7))
+    owner = torch.arange(8).repeat_interleave(3)[order]
+
+    def rows(flat):
+        return flat[order.argsort()].reshape(at.x.shape)
+
+    flat = at.x.reshape(24, 4, 4)[order]
+    attack = Attack("apgd", 0.25, steps=20)
+    got = perturb(attack, flat, lambda point: at.loss(rows(point)), examples=Groups(owner, 8))
+    expected = perturb(attack, at.x, at.loss)
+    assert (rows(got) - expected).abs().max() <= 1e-9
+
+
+def test_restarts_only_gain_and_their_draws_are_keyed():
+    at = Rough()
+    once, thrice = at.attacked(steps=5), at.attacked(steps=5, restarts=3)
+    assert (at.loss(thrice) >= at.loss(once)).all()
+    assert (at.loss(thrice) > at.loss(once)).any()
+    assert torch.equal(thrice, at.attacked(steps=5, restarts=3))
+    assert ((thrice - at.x).abs() <= 0.25 + 1e-12).all()
+    other = Attack("apgd", 0.25, steps=5, restarts=3)
+    elsewhere = perturb(other, at.x, at.loss, bounds=(0, 1), keys=keys(8) + 1)
+    assert not torch.equal(elsewhere, thrice)
+
+
+def test_restarts_start_at_different_points():
+    loss = Counted(linear(torch.ones(2, 5)))
+    perturb(Attack("apgd", 0.5, steps=1, restarts=4), torch.zeros(2, 5), loss, keys=keys(2))
+    starts = loss.points[::2]
+    assert len(starts) == 4 and not starts[0].any()
+    assert len({tuple(start.flatten().tolist()) for start in starts}) == 4
+    assert all(start.abs().max() <= 0.5 for start in starts)
+
+
+def test_a_loss_that_is_not_a_number_is_never_the_best():
+    def loss(point):
+        value = point.sum(1)
+        return torch.where(value > 0.4, torch.nan, value)
+
+    x = torch.zeros(2, 1)
+    got = perturb(Attack("apgd", 1.0, steps=20), x, loss)
+    assert (got <= 0.4).all()
+    assert torch.equal(loss_gradient(loss, x), torch.ones(2, 1))
