@@ -95,11 +95,22 @@ class ChoiceScores:
         # the value of the first, the gradient of the second
         return torch.where(some, value + (slope - slope.detach()), 0.0)
 
+    def gap(self, log_likelihoods: Tensor) -> Tensor:
+        """(questions,) best score of the other choices minus the gold's best; above 0 it is wrong.
+
+        Zero where there are no others.
+        """
+        scores = self.matrix(log_likelihoods)
+        others = self.exists & ~self.gold
+        best = [scores.masked_fill(~these, -torch.inf).amax(-1) for these in (others, self.gold)]
+        return torch.where(others.any(-1), best[0] - best[1], 0.0)
+
 
 LOSSES = {
     "sequence": LossKind(lambda sums, choices: -sums, whole=True),
     "continuation": LossKind(lambda sums, choices: -sums),
     "choice": LossKind(lambda sums, choices: choices.margin(sums, choices.gold), gold=True),
+    "margin": LossKind(lambda sums, choices: choices.gap(sums), gold=True),
 }
 
 

@@ -44,8 +44,9 @@ class ThreatSettings(StepSettings):
     loss: str = setting(
         "sequence",
         "What the attack raises. The loss sequence is the negative log-likelihood of all tokens of"
-        " a request, continuation that of its continuation alone, and choice the log odds of the"
-        " other choices against the gold, which the attacker then knows",
+        " a request, continuation that of its continuation alone. With choice and margin the"
+        " attacker knows the gold; choice is the log odds of the other choices against it, margin"
+        " the best score of the others minus the gold's",
         choices=tuple(LOSSES),
     )
     score: str = setting(

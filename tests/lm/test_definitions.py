@@ -144,6 +144,34 @@ def test_shared_balls(exact, build, reference, settings, definition, task, packi
     assert answers(lm, task) == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(("attack", "steps"), [("fgsm", 1), ("bim", 3)])
+def test_margin(exact, build, reference, task, attack, steps):
+    """Raised is the best of the other choices against the gold; the rest count for nothing."""
+    task = build(task, 3)
+    expected = []
+    for indices in questions(task):
+        requests = [task.instances[i] for i in indices]
+        gold = gold_of(task, requests[0].doc)
+
+        def loss(scores, _, gold=gold):
+            others = [score for i, score in enumerate(scores) if i != gold]
+            return torch.stack(others).max() - scores[gold]
+
+        step = 0.01 if attack == "fgsm" else 0.0025
+        expected += reference.together([r.args for r in requests], loss, steps=steps, step=step)
+    lm = exact(attack=attack, steps=steps, loss="margin")
+    assert answers(lm, task) == pytest.approx(expected, abs=1e-6)
+
+
+def test_gap_is_what_decides():
+    request = Request((1, 2), 1)
+    gold = [[False, True, False], [True, False, True], [True, True]]
+    asked = [Question([request] * len(g), [[i] for i in range(len(g))], g) for g in gold]
+    scores = torch.tensor([-3.0, -2.0, -2.5, -3.0, -1.0, -4.0, -1.0, -2.0])
+    assert ChoiceScores(asked).gap(scores).tolist() == [-0.5, 2.0, 0.0]
+
+
 @pytest.mark.parametrize(("attack", "steps"), [("ost", 1), ("illc", 3)])
 def test_least_likely(exact, build, reference, attack, steps):
     task = build("demo_arc_challenge", 4)
