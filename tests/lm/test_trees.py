@@ -233,7 +233,7 @@ def test_layers_that_look_back_over_a_window():
     made.append(question([(context + [i] * 9, 2) for i in (3, 4)]))
     assert len(made[-1].trie) == 36
     assert not trees_equal_rows(scorer, made[-1:], CPU)  # what the rule is there for
-    trees, others = layouts(made, 30, shared=False)
+    trees, others = layouts(made, lambda q: len(q.trie) <= 30, shared=False)
     assert trees == made[:2]
     assert [q.requests for q in others] == [[r] for r in made[2].requests]
 
