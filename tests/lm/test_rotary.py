@@ -5,14 +5,12 @@ time, without padding.
 """
 
 import copy
-import functools
 
 import pytest
 import torch
 from lm_eval.api.instance import Instance
+from networks import CPU, ROTARY_BY_LENGTH, THRESHOLD, network, scorer_of
 from peft import PromptTuningConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
-from versions import ROTARY_BY_LAYER, dtype_of
 
 from llm_attack.attacks import Attack
 from llm_attack.demo import MODEL_PATH
@@ -21,76 +19,14 @@ from llm_attack.lm.hook import frozen
 from llm_attack.lm.losses import ThreatModel
 from llm_attack.lm.pack import pack_rows
 from llm_attack.lm.questions import Question, Request
-from llm_attack.lm.scoring import Scorer
 from llm_attack.lm.surface import Surface
-
-CPU = torch.device("cpu")
-THRESHOLD = 32  # tokens that are read, up to which both are as a plain rotary embedding
-SIZES = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 1,
-}
-MODELS = {
-    "longrope": (
-        "phi3",
-        {
-            "max_position_embeddings": 128,
-            "original_max_position_embeddings": THRESHOLD,
-            "sliding_window": None,
-            "rope_scaling": {
-                "type": "longrope",
-                "short_factor": [1.0, 1.2, 1.4, 1.6],
-                "long_factor": [1.0, 4.0, 9.0, 16.0],
-            },
-        },
-    ),
-    "dynamic": (
-        "llama",
-        {
-            "max_position_embeddings": THRESHOLD,
-            "rope_scaling": {"rope_type": "dynamic", "factor": 4.0},
-        },
-    ),
-}
-if ROTARY_BY_LAYER:
-    MODELS["dynamic, some layers"] = (
-        "gemma3_text",
-        {
-            "max_position_embeddings": THRESHOLD,
-            "head_dim": 8,
-            "layer_types": ["sliding_attention", "full_attention"],
-            "rope_parameters": {
-                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-                "full_attention": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
-            },
-        },
-    )
-
-
-@functools.cache
-def untouched(kind, vocabulary):
-    """A model that is only ever copied; its weights are large, so that positions matter."""
-    torch.manual_seed(0)
-    name, options = MODELS[kind]
-    config = AutoConfig.for_model(name, **SIZES, **options, vocab_size=vocabulary)
-    model = AutoModelForCausalLM.from_config(config, **dtype_of(torch.float64)).eval()
-    for p in model.parameters():
-        if p.dim() > 1:
-            p.data.mul_(12)
-    return model
 
 
 def copied(kind, vocabulary=48):
-    return copy.deepcopy(untouched(kind, vocabulary)).requires_grad_(False)
+    return copy.deepcopy(network(kind, vocabulary)).requires_grad_(False)
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=ROTARY_BY_LENGTH)
 def kind(request):
     return request.param
 
@@ -136,8 +72,7 @@ def alone(fresh, request, epsilon=0.0):
 
 
 def engine_of(model, *attacks, longest_tree=99):
-    scorer = Scorer(model, model.get_input_embeddings(), softmax_dtype=torch.float64)
-    return Engine(scorer, attacks, ThreatModel(), CPU, 0, longest_tree)
+    return Engine(scorer_of(model), attacks, ThreatModel(), CPU, 0, longest_tree)
 
 
 def answers(engine, questions, tokens=10_000):
@@ -171,7 +106,7 @@ def test_none_is_that_of_each_request_alone(kind, fresh, longest_tree):
         found = answers(engine, questions, tokens)
         assert found[:, 0].tolist() == pytest.approx(expected, abs=1e-5)
     trees = [q for b in engine.batches(questions, 99) if b.trees for q in b.questions]
-    of_one_scale = [(30, 31), (36, 36)] + [(40, 36)] * (kind == "longrope")
+    of_one_scale = [(30, 31), (36, 36)] + [(40, 36)] * ("longrope" in kind)
     lengths = {tuple(len(r.inputs) for r in q.requests) for q in trees}
     assert lengths == set(of_one_scale if longest_tree else [])
 
@@ -201,8 +136,7 @@ def test_a_perturbation_that_choices_share(fresh, loss):
     questions = asked()
     threat = ThreatModel(loss, shared=True)
     pack = pack_rows(questions, shared=True, whole=loss == "sequence")
-    scorer = engine_of(fresh()).scorer
-    found = Surface(scorer, pack, threat).gradient
+    found = Surface(scorer_of(fresh()), pack, threat).gradient
     at = 0
     for question in questions:
         embed = fresh().get_input_embeddings()
