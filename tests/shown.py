@@ -153,7 +153,11 @@ RULES = (
     ),
     Rule(r"llm-attack (report DIR|compare DIR_A DIR_B)", "as shown"),
     Rule(r"python docs/fig3\.py results/[\w-]+", "as shown", at_root=True),
-    Rule(r"python docs/arguments\.py", "as shown; the page stays as it is", at_root=True),
+    Rule(
+        r"python docs/(arguments|architectures)\.py",
+        "as shown; the page stays as it is",
+        at_root=True,
+    ),
     Rule(
         r"llm-attack reproduce all .*",
         "each figure has a rule of its own, and `all` no option that shortens it",

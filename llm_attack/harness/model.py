@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from llm_attack.demo import MODEL_PATH
@@ -270,11 +271,29 @@ class AttackedHFLM(HFLM):
     def _model_generate(
         self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any
     ) -> torch.Tensor:
-        if self.attack.identity:
-            return super()._model_generate(context, max_length, stop, **options)
-        mask = options.get("attention_mask", torch.ones_like(context))
-        with frozen(self.model), attacked_prompts(self.engine, context, mask):
-            return super()._model_generate(context, max_length, stop, **options)
+        options.setdefault("attention_mask", torch.ones_like(context))
+        mask, rotary = options["attention_mask"], self.engine.scorer.rotary
+        shortest = int(mask.sum(-1).min())
+        if len(context) > 1 and rotary.scale(shortest) != rotary.scale(max_length):
+            return self._generate_alone(context, max_length, stop, **options)
+        with rotary.fresh():
+            if self.attack.identity:
+                return super()._model_generate(context, max_length, stop, **options)
+            with frozen(self.model), attacked_prompts(self.engine, context, mask):
+                return super()._model_generate(context, max_length, stop, **options)
+
+    def _generate_alone(
+        self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any
+    ) -> torch.Tensor:
+        """A prompt at a time, without its padding on the left: so that none depends on another."""
+        rows = []
+        for row, keep in zip(context, options.pop("attention_mask").bool(), strict=True):
+            left = int((~keep).sum())
+            prompt = row[None, left:]
+            (found,) = self._model_generate(prompt, max_length - left, stop, **options)
+            rows.append(torch.cat([row[:left], found]))
+        pad = self.tokenizer.pad_token_id
+        return pad_sequence(rows, batch_first=True, padding_value=pad)
 
     def _pool(self) -> None:
         """Diagnostics so far, over all processes."""

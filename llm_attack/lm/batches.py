@@ -59,20 +59,20 @@ class Batch:
 
 
 def layouts(
-    questions: Iterable[Question], longest_tree: int, shared: bool
+    questions: Iterable[Question], takes_tree: Callable[[Question], bool], shared: bool
 ) -> tuple[list[Question], list[Question]]:
     """The questions that become trees, and the others, which get a row per request.
 
     Args:
         questions: what is asked.
-        longest_tree: a question that is a longer tree gets rows.
+        takes_tree: whether a question of several requests may be a tree.
         shared: whether requests of a question are attacked together; where they are not, the
             others are single requests, equal ones once.
     """
     alone: dict[Request, Question] = {}
     trees, others = [], []
     for q in questions:
-        if len(q.requests) > 1 and longest_tree and len(q.trie) <= longest_tree:
+        if len(q.requests) > 1 and takes_tree(q):
             trees.append(q)
         elif shared:
             others.append(q)

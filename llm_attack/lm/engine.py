@@ -100,7 +100,7 @@ class Engine:
 
         The model takes short ones, or `longest_tree` would be 0, but those cannot show everything.
         """
-        trees, _ = layouts(questions, self.longest_tree, self.threat.shared)
+        trees, _ = layouts(questions, self._takes_tree, self.threat.shared)
         longest = max(trees, key=lambda q: len(q.trie), default=None)
         if longest is None or len(longest.trie) <= self._tried:
             return
@@ -108,6 +108,11 @@ class Engine:
         if not trees_equal_rows(self.scorer, [longest], self.device, self.pad):
             log.warning("packing: off, as a tree of %d tokens gives other logits", self._tried)
             self.longest_tree = 0
+
+    def _takes_tree(self, question: Question) -> bool:
+        """Whether it is no longer than trees may be, and its requests may share a forward."""
+        scales = {self.scorer.rotary.scale(len(r.inputs)) for r in question.requests}
+        return len(scales) == 1 and len(question.trie) <= self.longest_tree
 
     def batches(
         self, questions: Iterable[Question], rows: int, tokens: int | None = None
@@ -121,7 +126,7 @@ class Engine:
                 good for the device.
         """
         tokens = tokens or BUDGET.get(self.device.type, BUDGET["cpu"])
-        trees, others = layouts(questions, self.longest_tree, self.threat.shared)
+        trees, others = layouts(questions, self._takes_tree, self.threat.shared)
         return [
             Batch(batch, shape is of_tree)
             for waiting, shape in ((trees, of_tree), (others, of_rows))

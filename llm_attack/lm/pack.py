@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,6 +42,38 @@ class Entries:
     def to(self, device: torch.device) -> Entries:
         """The same entries with their tensors on `device`."""
         return Entries(**{k: _send(v, device) for k, v in vars(self).items()})
+
+
+class Inputs(NamedTuple):
+    """What a forward of the model reads: rows of tokens, B of them, of length L.
+
+    Attributes:
+        tokens: (B, L) int64.
+        depth, end: (B, L) of the trees (see `Trie`); None with a row per request.
+    """
+
+    tokens: Tensor
+    depth: Tensor | None
+    end: Tensor | None
+
+    def attention(self, dtype: torch.dtype) -> Tensor | None:
+        """(B, 1, L, L) added to the attention's scores; None: the model's own causal mask will do.
+
+        A token sees itself and what is before it in some request of its own; padding sees itself.
+        With a row per request padding is behind all that is looked at, out of a causal model's
+        sight.
+        """
+        if self.end is None:
+            return None
+        at = torch.arange(self.end.shape[1], device=self.end.device)
+        seen = (at <= at[:, None]) & (at[:, None] < self.end[:, None, :])
+        scores = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+        return scores.masked_fill_(~seen, torch.finfo(dtype).min).unsqueeze(1)
+
+    def part(self, rows: Sequence[int], length: int) -> Inputs:
+        """The first `length` tokens of some rows."""
+        depth, end = (None if x is None else x[list(rows), :length] for x in self[1:])
+        return Inputs(self.tokens[list(rows), :length], depth, end)
 
 
 @dataclass(frozen=True)
@@ -87,19 +119,16 @@ class Pack:
         }
         return replace(self, **moved)
 
-    def attention(self, dtype: torch.dtype) -> Tensor | None:
-        """(B, 1, L, L) added to the attention's scores; None: the model's own causal mask will do.
+    @property
+    def inputs(self) -> Inputs:
+        return Inputs(self.input_ids, self.depth, self.end)
 
-        A token sees itself and what is before it in some request of its own; padding sees itself.
-        With a row per request padding is behind all that is looked at, out of a causal model's
-        sight.
-        """
+    @property
+    def longest(self) -> list[int]:
+        """For each row, how many tokens the model reads for the longest request in it."""
         if self.end is None:
-            return None
-        at = torch.arange(self.end.shape[1], device=self.end.device)
-        seen = (at <= at[:, None]) & (at[:, None] < self.end[:, None, :])
-        scores = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-        return scores.masked_fill_(~seen, torch.finfo(dtype).min).unsqueeze(1)
+            return [len(r.inputs) for r in self.requests]
+        return [q.longest for q in self.questions]
 
     def keys(self, seed: int) -> Tensor:
         """Keys of random draws: (B,) hashes of the requests' own tokens; (B, L) or (U,) of the

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from llm_attack.lm.hook import capture
 from llm_attack.lm.losses import Signal
+from llm_attack.lm.rotary import Rotary
 
 # Any fixed text would do; that it is fixed makes epsilon independent of the data evaluated.
 CALIBRATION_TEXT = (
@@ -35,5 +36,6 @@ def of_activation(model: nn.Module, module: nn.Module, input_ids: Tensor) -> Sig
     The first position is left out: many models park an attention sink there, whose norm is
     hundreds of times that of the others.
     """
-    output = capture(module, lambda: model(input_ids=input_ids))
+    with Rotary(model).fresh():
+        output = capture(module, lambda: model(input_ids=input_ids))
     return Signal(float(output[:, 1:].float().square().mean().sqrt()), output.shape[-1])

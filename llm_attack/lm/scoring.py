@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,8 @@ from transformers import PreTrainedModel
 
 from llm_attack.lm.hook import capture, edit_input, edit_output
 from llm_attack.lm.nearest import Nearest
-from llm_attack.lm.pack import Entries, Pack
+from llm_attack.lm.pack import Entries, Inputs, Pack
+from llm_attack.lm.rotary import Rotary
 
 
 class Scores(NamedTuple):
@@ -49,6 +51,7 @@ class Scorer:
         self.autocast = autocast
         self.softmax_dtype = softmax_dtype or torch.float32
         self.head = model.get_output_embeddings()
+        self.rotary = Rotary(model)
         self.nearest = None
         if isinstance(hookpoint, nn.Embedding) and hookpoint is model.get_input_embeddings():
             self.nearest = Nearest(hookpoint, hookpoint.num_embeddings)
@@ -58,7 +61,16 @@ class Scorer:
 
     def point(self, pack: Pack) -> Tensor:
         """The clean point of `pack`, (B, L, H)."""
-        return capture(self.hookpoint, lambda: self._forward(pack))
+        found = [
+            (rows, capture(self.hookpoint, partial(self._forward, inputs)))
+            for rows, inputs in self._forwards(pack)
+        ]
+        if len(found) == 1:
+            return found[0][1]
+        point = found[0][1].new_zeros(*pack.input_ids.shape, found[0][1].shape[-1])
+        for rows, part in found:
+            point[rows, : part.shape[1]] = part
+        return point
 
     def __call__(self, pack: Pack, entries: Entries, point: Tensor | None = None) -> Scores:
         """Scores of `entries`; with `point`, (B, L, H), in place of the hookpoint's output."""
@@ -74,7 +86,41 @@ class Scorer:
         Hidden states are gathered before the head, so that the (B, L, V) tensor never exists; what
         an architecture does behind its head (scaling, soft-capping) is still its own.
         """
-        rows, columns = pack.input_ids.shape
+        forwards = self._forwards(pack)
+        if len(forwards) == 1:
+            return self._logits(pack.inputs, positions, point)
+        length = pack.input_ids.shape[1]
+        row, column = positions // length, positions % length
+        found, order = [], []
+        for rows, inputs in forwards:
+            place = torch.full_like(pack.input_ids[:, 0], -1)
+            place[rows] = torch.arange(len(rows), device=place.device)
+            (here,) = (place[row] >= 0).nonzero(as_tuple=True)
+            columns = inputs.tokens.shape[1]
+            of_part = place[row[here]] * columns + column[here]
+            put = None if point is None else point[rows, :columns]
+            found.append(self._logits(inputs, of_part, put))
+            order.append(here)
+        logits = torch.cat(found)
+        return logits[torch.cat(order).argsort().to(logits.device)]
+
+    def _forwards(self, pack: Pack) -> list[tuple[list[int], Inputs]]:
+        """The rows that may share a forward, and what it reads: all at once for most models."""
+        longest: dict[tuple[int, ...], int] = {}
+        rows: dict[tuple[int, ...], list[int]] = {}
+        for row, length in enumerate(pack.longest):
+            scale = self.rotary.scale(length)
+            rows.setdefault(scale, []).append(row)
+            longest[scale] = max(length, longest.get(scale, 0))
+        if len(rows) == 1:
+            return [([*range(len(pack.longest))], pack.inputs)]
+        # a tree's positions are given, those of a row are counted, padding included
+        whole = None if pack.end is None else pack.input_ids.shape[1]
+        return [(of, pack.inputs.part(of, whole or longest[scale])) for scale, of in rows.items()]
+
+    def _logits(self, inputs: Inputs, positions: Tensor, point: Tensor | None) -> Tensor:
+        """The same of one forward; `positions` and `point` are those of its rows."""
+        rows, columns = inputs.tokens.shape
         gathered = False
 
         def gather(hidden: Tensor) -> Tensor:
@@ -88,20 +134,23 @@ class Scorer:
                 stack.enter_context(edit_output(self.hookpoint, lambda output: point))
             if self.head is not None:
                 stack.enter_context(edit_input(self.head, gather))
-            logits = self._forward(pack).logits
+            logits = self._forward(inputs).logits
         if gathered:
             return logits[0]
         logits = logits[:, logits.shape[1] - columns :]
         return logits.reshape(rows * columns, -1)[positions.to(logits.device)]
 
-    def _forward(self, pack: Pack):
-        device = pack.input_ids.device.type
+    def _forward(self, inputs: Inputs):
+        device = inputs.tokens.device.type
         options: dict[str, Any] = dict(self.options)
-        mask = pack.attention(self.model.dtype)
+        mask = inputs.attention(self.model.dtype)
         if mask is not None:
-            options |= {"attention_mask": mask, "position_ids": pack.depth}
-        with torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None):
-            return self.model(input_ids=pack.input_ids, **options)
+            options |= {"attention_mask": mask, "position_ids": inputs.depth}
+        with (
+            self.rotary.fresh(),
+            torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None),
+        ):
+            return self.model(input_ids=inputs.tokens, **options)
 
 
 def look_up(logits: Tensor, slot: Tensor, target: Tensor, dtype: torch.dtype) -> Scores:

@@ -1,29 +1,11 @@
 """The hookpoint: found by name, left as it was, and nothing of the model changed."""
 
-import copy
-
 import pytest
 import torch
+from unchanged import unchanged
 
 from llm_attack.errors import UsageError
 from llm_attack.lm.hook import capture, edit_input, edit_output, frozen, resolve
-
-
-def state(model):
-    """All that an attack must leave alone."""
-    hooks = [
-        (name, dict(m._forward_hooks), dict(m._forward_pre_hooks), m.training)
-        for name, m in model.named_modules()
-    ]
-    flags = [(p.requires_grad, p.grad) for p in model.parameters()]
-    tensors = {k: v.clone() for k, v in model.state_dict().items()}
-    return copy.copy(hooks), flags, tensors
-
-
-def assert_same(before, after):
-    assert before[:2] == after[:2]
-    assert before[2].keys() == after[2].keys()
-    assert all(torch.equal(v, after[2][k]) for k, v in before[2].items())
 
 
 @pytest.mark.parametrize("attack", ["fgsm", "bim", "pgd", "random", "none"])
@@ -35,24 +17,21 @@ def test_nothing_of_the_model_changes(make, build, attack):
     handle = lm.model.get_input_embeddings().register_forward_hook(
         lambda module, args, output: seen.append(output.shape) and None
     )
-    before = state(lm.model)
-    lm.loglikelihood(build("demo_piqa", 2).instances, disable_tqdm=True)
-    assert_same(before, state(lm.model))
+    with unchanged(lm.model):
+        lm.loglikelihood(build("demo_piqa", 2).instances, disable_tqdm=True)
     assert seen
     handle.remove()
 
 
 def test_hooks_go_when_the_forward_raises(make, build, monkeypatch):
     lm = make(attack="fgsm")
-    before = state(lm.model)
 
     def fail(*args, **kwargs):
         raise RuntimeError("in the middle of the forward")
 
     monkeypatch.setattr(lm.model.model.norm, "forward", fail)
-    with pytest.raises(RuntimeError, match="in the middle"):
+    with unchanged(lm.model), pytest.raises(RuntimeError, match="in the middle"):
         lm.loglikelihood(build("demo_piqa", 1).instances, disable_tqdm=True)
-    assert_same(before, state(lm.model))
 
 
 def test_edits_and_capture():

@@ -79,14 +79,14 @@ def test_rows(questions):
         n = len(r.tokens) - 1
         assert pack.input_ids[i, :n].tolist() == list(r.tokens[:-1])
         assert pack.mask[i].sum() == n
-    assert pack.attention(torch.float32) is None
+    assert pack.inputs.attention(torch.float32) is None
 
 
 @given(asked())
 def test_tree_attends_to_prefixes_and_itself(questions):
     pack = pack_trees(questions, pad=9)
-    seen = pack.attention(torch.float32)[:, 0] == 0
-    assert ((pack.attention(torch.float32) < -1e38) == ~seen[:, None]).all()
+    seen = pack.inputs.attention(torch.float32)[:, 0] == 0
+    assert ((pack.inputs.attention(torch.float32) < -1e38) == ~seen[:, None]).all()
     for row, question in enumerate(questions):
         trie = question.trie
         length = seen.shape[1]

@@ -3,14 +3,13 @@
 import copy
 import functools
 import logging
-import sys
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM
-from versions import GPT2_TAKES_TREES, dtype_of
+from networks import CPU, network, scorer_of
+from versions import GPT2_TAKES_TREES
 
 from llm_attack.attacks import ATTACKS, Attack
 from llm_attack.lm import engine as engines
@@ -19,72 +18,10 @@ from llm_attack.lm.engine import Engine
 from llm_attack.lm.hook import frozen
 from llm_attack.lm.layers import blocks, compiled, recompute
 from llm_attack.lm.losses import ThreatModel
-from llm_attack.lm.pack import pack_rows, pack_trees
+from llm_attack.lm.pack import pack_trees
 from llm_attack.lm.probe import longest_tree, trees_equal_rows
 from llm_attack.lm.questions import Question, Request
-from llm_attack.lm.scoring import Scorer
 from llm_attack.lm.surface import Surface
-
-CPU = torch.device("cpu")
-
-WINDOWS = {"gemma2": 64, "mistral": 64, "gpt_neo": 30}
-
-SMALL = {
-    "vocab_size": 48,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 1,
-}
-# Names of their own for the same sizes.
-GPT = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
-
-# What is special about each: learned positions; a head of another name; parallel blocks, partial
-# rotary; positions made from a mask; soft-capped logits, alternating windows; scaled logits, no
-# rotary pair order; scaled logits and residuals; tied head; fused projections.
-ARCHITECTURES = {
-    "llama": {},
-    "gpt2": GPT,
-    "gpt_neox": {},
-    "opt": {"ffn_dim": 32, "word_embed_proj_dim": 16},
-    "gemma2": {"final_logit_softcapping": 3.0, "sliding_window": 64},
-    "cohere": {"logit_scale": 0.25},
-    "granite": {"logits_scaling": 4.0, "residual_multiplier": 0.5},
-    "qwen2": {"tie_word_embeddings": True, "sliding_window": None},
-    "mistral": {"sliding_window": 64},
-    "phi": {},
-    "gpt_neo": {
-        "num_layers": 2,
-        "num_heads": 2,
-        "attention_types": [[["global", "local"], 1]],
-        "window_size": 30,
-    },
-}
-
-
-@functools.cache
-def network(kind):
-    """A small model with random weights, large enough ones that positions and context matter.
-
-    In float64, though most normalise in float32 all the same: hence the tolerances of 1e-5.
-    """
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **SMALL, **ARCHITECTURES[kind])
-    model = AutoModelForCausalLM.from_config(config, **dtype_of(torch.float64)).eval()
-    for p in model.parameters():
-        if p.dim() > 1:
-            p.data.mul_(12)
-    return model
-
-
-def scorer_of(model):
-    return Scorer(model, model.get_input_embeddings(), softmax_dtype=torch.float64)
 
 
 def question(requests, **content):
@@ -184,43 +121,6 @@ def test_answers_do_not_depend_on_the_layout(name, norm, made):
         assert torch.allclose(results[0], other, atol=1e-7)
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_architectures(kind, caplog):
-    """They take trees, and their logits are only computed where they are looked at."""
-    model = network(kind)
-    scorer = scorer_of(model)
-    if kind == "gpt2" and not GPT2_TAKES_TREES:
-        pytest.skip("gpt2 takes no mask of its own in this transformers")
-    assert longest_tree(scorer, CPU) == WINDOWS.get(kind, sys.maxsize)
-    made = [question([([5, 6, 7, 8, 9], 2), ([5, 6, 7, 11], 1), ([5, 6, 7, 8, 9], 2)])]
-    sizes = []
-    handle = model.get_output_embeddings().register_forward_hook(
-        lambda module, args, output: sizes.append(output.shape)
-    )
-    for make in (pack_trees, pack_rows):
-        pack = make(made)
-        with torch.no_grad():
-            found = scorer.logits(pack, pack.scored.positions)
-            assert sizes[-1][:-1].numel() == len(pack.scored.positions)
-            for slot, request in zip(pack.scored.slot, pack.scored.request, strict=True):
-                alone = model(torch.tensor([pack.requests[request].inputs])).logits[0]
-                assert any(torch.allclose(found[slot], row, atol=1e-5) for row in alone)
-    handle.remove()
-    assert not [r for r in caplog.records if r.name.startswith("llm_attack")]
-
-
-@pytest.mark.parametrize("kind", ["bloom", "mpt", "mamba"])
-def test_models_without_positions_get_rows(kind, caplog):
-    """ALiBi and recurrent models; the log says so in one line."""
-    options = {"d_model": 16, "n_heads": 2, "n_layers": 2} if kind == "mpt" else {}
-    config = AutoConfig.for_model(kind, **(SMALL | options))
-    model = AutoModelForCausalLM.from_config(config, **dtype_of(torch.float64)).eval()
-    with caplog.at_level(logging.WARNING, "llm_attack"):
-        assert longest_tree(scorer_of(model), CPU) == 0
-    (line,) = caplog.messages
-    assert line.startswith("packing: off")
-
-
 def test_layers_that_look_back_over_a_window():
     """Trees longer than the window get rows; all answers are those of the requests alone."""
     scorer = scorer_of(network("gpt_neo"))
@@ -233,7 +133,7 @@ def test_layers_that_look_back_over_a_window():
     made.append(question([(context + [i] * 9, 2) for i in (3, 4)]))
     assert len(made[-1].trie) == 36
     assert not trees_equal_rows(scorer, made[-1:], CPU)  # what the rule is there for
-    trees, others = layouts(made, 30, shared=False)
+    trees, others = layouts(made, lambda q: len(q.trie) <= 30, shared=False)
     assert trees == made[:2]
     assert [q.requests for q in others] == [[r] for r in made[2].requests]
 

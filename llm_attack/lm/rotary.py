@@ -1,0 +1,92 @@
+"""Rotary embeddings whose frequencies depend on how long a forward's longest row is.
+
+With `longrope` they are others from a length on. With `dynamic` they are others for every length
+beyond one, and stay so in later forwards until a short one comes. Rows of different frequencies
+must not share a forward, nor one forward leave them to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+
+class Rotary:
+    """The rotary embeddings of that kind that a model has, if any.
+
+    Args:
+        model: of transformers, or a PEFT model round one.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules: list[Any] = []
+        self._from: list[tuple[bool, int]] = []  # whether `dynamic`, and up to which length plain
+        module: Any
+        for module in model.modules():
+            for layers, kind in _kinds(module).items():
+                if kind == "longrope":
+                    self._from.append((False, _original_length(module.config, layers)))
+                elif "dynamic" in kind:
+                    self._from.append((True, int(module.original_max_seq_len)))
+                else:
+                    continue
+                self._modules.append(module)
+        self._modules = list(dict.fromkeys(self._modules))
+        peft = getattr(model, "active_peft_config", None)
+        self._before = getattr(peft, "num_virtual_tokens", None) or 0
+
+    def scale(self, length: int) -> tuple[int, ...]:
+        """What sets the frequencies for a request of `length` tokens to read: the same for all in
+        a forward.
+        """
+        length += self._before
+        return tuple(max(length, n) if dynamic else length > n for dynamic, n in self._from)
+
+    @contextmanager
+    def fresh(self) -> Iterator[None]:
+        """While it lasts no earlier forward has an influence; after it, all is as it was before."""
+        before = [(m, dict(vars(m)), dict(m._buffers)) for m in self._modules]
+        for module, _, buffers in before:
+            for name, buffer in buffers.items():
+                if buffer is not None:  # a copy, as some are written to in place
+                    module._buffers[name] = buffer.clone()
+            _reset(module)
+        try:
+            yield
+        finally:
+            for module, content, buffers in before:
+                for name in vars(module).keys() - content.keys():
+                    del vars(module)[name]
+                vars(module).update(content)
+                module._buffers.clear()
+                module._buffers.update(buffers)
+
+
+def _kinds(module: nn.Module) -> dict[str | None, str]:
+    """Kinds of rotary embedding by the type of the layers that they are for; None: all layers."""
+    kind = getattr(module, "rope_type", None)
+    return kind if isinstance(kind, dict) else {None: kind} if isinstance(kind, str) else {}
+
+
+def _original_length(config: Any, layers: str | None) -> int:
+    """The length up to which `longrope` has its short frequencies."""
+    name = "original_max_position_embeddings"
+    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    of_layers = given.get(layers, given).get(name)
+    return int(of_layers or getattr(config, name, None) or config.max_position_embeddings)
+
+
+def _reset(module: Any) -> None:
+    """Takes back what a long forward has left in a `dynamic` embedding."""
+    for layers, kind in _kinds(module).items():
+        prefix = "" if layers is None else f"{layers}_"
+        cached = f"{prefix}max_seq_len_cached"
+        longest = getattr(module, cached, module.max_seq_len_cached)
+        if "dynamic" in kind and longest > module.original_max_seq_len:
+            original = getattr(module, f"{prefix}original_inv_freq")
+            inv_freq = module._buffers[f"{prefix}inv_freq"]
+            module._buffers[f"{prefix}inv_freq"] = original.to(inv_freq.device, copy=True)
+            setattr(module, cached, module.original_max_seq_len)
