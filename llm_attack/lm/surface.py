@@ -168,7 +168,7 @@ class Surface:
         """Coordinates, in both directions, and those of them that a step would not move by half."""
         wide = widest(self.x.device)
         sizes = [((self.x + s).to(wide) - self.x.to(wide)).abs() for s in (step, -step)]
-        lost = sum(((size < step / 2) * moves).sum(dtype=wide) for size in sizes)
+        lost = torch.stack([((size < step / 2) * moves).sum(dtype=wide) for size in sizes]).sum()
         return {"steps": 2 * moves.sum(dtype=wide) * self.x.shape[-1], "lost": lost}
 
     def _nearest(self, adversarial: Tensor) -> dict[str, Tensor]:

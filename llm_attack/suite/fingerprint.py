@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from transformers import PreTrainedModel
 
 from llm_attack.errors import UsageError
 from llm_attack.folder import check_same, strangers
@@ -69,7 +70,7 @@ def weights(model: torch.nn.Module) -> str:
     return _digest(part for item in model.state_dict().items() for part in _parts(*item))
 
 
-def _config(model: torch.nn.Module) -> str:
+def _config(model: PreTrainedModel) -> str:
     """What the model makes of its weights: all of its configuration that is not a name."""
     known = model.config.to_dict()
     names = ("_name_or_path", "transformers_version", "architectures")
