@@ -106,6 +106,7 @@ def _serve(jobs: Any) -> None:
 
 def _child(folder: Path, fault: Fault | None, environment: dict[str, str]) -> None:
     code = 1
+    signal.alarm(300)  # a run that waits for ever is killed
     try:
         watch(folder, fault)
         processes.enter(WORDS, folder, environment)
