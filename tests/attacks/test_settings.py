@@ -129,4 +129,4 @@ def test_scaled():
 
 def test_step_settings():
     attack = Attack("bim", 2.0, steps=3, step_size=0.5, decay=0.9)
-    assert step_settings(attack) == {"steps": 3, "step_size": 0.5, "decay": 0.9}
+    assert step_settings(attack) == {"steps": 3, "step_size": 0.5, "decay": 0.9, "restarts": 1}

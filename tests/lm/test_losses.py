@@ -75,13 +75,14 @@ def test_a_choice_out_of_reach_keeps_a_slope():
 
 def test_the_table_of_losses():
     choices = ChoiceScores(ASKED)
-    assert list(LOSSES) == ["sequence", "continuation", "choice"]
-    assert [kind.whole for kind in LOSSES.values()] == [True, False, False]
-    assert [kind.gold for kind in LOSSES.values()] == [False, False, True]
+    assert list(LOSSES) == ["sequence", "continuation", "choice", "margin"]
+    assert [kind.whole for kind in LOSSES.values()] == [True, False, False, False]
+    assert [kind.gold for kind in LOSSES.values()] == [False, False, True, True]
     for name in ("sequence", "continuation"):
         assert torch.equal(LOSSES[name].value(SCORES, None), -SCORES)
     margin = choices.margin(SCORES, choices.gold)
     assert torch.equal(LOSSES["choice"].value(SCORES, choices), margin)
+    assert torch.equal(LOSSES["margin"].value(SCORES, choices), choices.gap(SCORES))
     threat = ThreatModel()
     assert (threat.loss, threat.shared, threat.per_token, threat.seed) == (
         "sequence",

@@ -78,8 +78,8 @@ def test_the_model_gets_a_mask_where_it_needs_one():
     scorer.logits(pack_rows(ASKED), torch.tensor([0]))
     assert model.got == {"attention_mask": None, "position_ids": None}
     scorer.logits(trees, torch.tensor([0]))
-    assert torch.equal(model.got["attention_mask"], trees.attention(torch.float64))
-    assert torch.equal(model.got["position_ids"], trees.depth)
+    assert torch.equal(model.got["attention_mask"], trees.inputs.attention(torch.float64))
+    assert torch.equal(model.got["position_ids"], trees.inputs.depth)
 
 
 def test_mixed_precision():

@@ -130,8 +130,8 @@ def _drawn_from_now_on_as_in(folder: Path) -> None:
         def __init__(self, name: str) -> None:
             self.name = name
 
-        def savefig(self, path: Path, **_: Any) -> None:
-            drawn = (folder / self.name).with_suffix(path.suffix).read_bytes()
+        def savefig(self, path: Path, format: str, **_: Any) -> None:
+            drawn = (folder / f"{self.name}.{format}").read_bytes()
             with open(path, "wb") as file:
                 file.write(drawn)
 

@@ -15,7 +15,6 @@ from rich.console import Console
 from llm_attack import evaluate
 from llm_attack.cli import main
 from llm_attack.errors import UsageError
-from llm_attack.failures import ProcessDied
 from llm_attack.record import write_text
 from llm_attack.suite import fingerprint
 from llm_attack.suite.plan import Plan
@@ -257,7 +256,8 @@ def test_output_is_read_only(tmp_path, monkeypatch):
 
     monkeypatch.setattr("tempfile.TemporaryFile", refuses)
     line = refused(*DEMO, "-o", tmp_path / "run")
-    assert f"output={tmp_path / 'run'}: cannot be written (Read-only file system)" in line
+    assert f"output={tmp_path / 'run'}: must be a folder that can be written" in line
+    assert "(Read-only file system)" in line
     assert not list(tmp_path.iterdir())
 
 

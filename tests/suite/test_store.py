@@ -5,8 +5,10 @@ import sqlite3
 import pytest
 
 from llm_attack.errors import UsageError
+from llm_attack.failures import ProcessDied
+from llm_attack.record import write_json
 from llm_attack.suite import store as stores
-from llm_attack.suite.store import STORE, ProcessDied, Store, discard
+from llm_attack.suite.store import MARK, STORE, Store, discard
 
 PLANNED = [("a", 0), ("a", 1), ("b", 0)]
 
@@ -43,6 +45,9 @@ def test_what_was_kept_is_found_again(folder):
         assert list(store.contents()) == [("a", 1), ("b", 0)]
         store.add(("a", 0), None)
         assert store.keys() == set(PLANNED)
+    discard(folder)  # without a mark these are nobody's, and so not ours to delete
+    assert (folder / "batches" / "part-0.sqlite").exists()
+    write_json(folder / "batches" / MARK, {})
     discard(folder)
     assert list(folder.iterdir()) == []
     discard(folder)  # none there is no error
