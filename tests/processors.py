@@ -1,7 +1,7 @@
 """The numerical tests with every instruction set that this processor has, on one thread and two.
 
 Another instruction set, or number of threads, sums in another order: its last bits differ. Here
-that is tried out, on one machine. Installation, command line and browser have no part in it.
+that is tried out, on one machine. Installation, command line, files and browser have no part in it.
 
     python tests/processors.py [arguments of pytest]
 """
@@ -15,7 +15,8 @@ import torch
 
 TESTS = Path(__file__).parent
 NUMERICAL = [TESTS / name for name in ("attacks", "lm", "suite", "theory", "vision")]
-OTHER = [TESTS / "lm" / "test_bad_input.py", TESTS / "suite" / "report"]
+FILES = ("durable", "faults", "foreign_files", "resume", "secrets", "store")
+OTHER = [TESTS / "suite" / name for name in ("report", *(f"test_{name}.py" for name in FILES))]
 
 # As torch calls it, as oneDNN, and as MKL. A processor that has one has those before it.
 SETS = (
@@ -35,7 +36,9 @@ def tested(torch_set: str, onednn_set: str, mkl_set: str, threads: int, argument
     }
     ignored = [f"--ignore={path}" for path in OTHER]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=0"]
-    command += ["--durations-min=20", *ignored, *(arguments or map(str, NUMERICAL))]
+    workers = max(1, (os.cpu_count() or 1) // threads)
+    command += ["--durations-min=20", f"-n{workers}", "--dist=loadfile", *ignored]
+    command += arguments or list(map(str, NUMERICAL))
     run = subprocess.Popen(
         command, cwd=TESTS.parent, env=os.environ | environment, stdout=subprocess.PIPE, text=True
     )
