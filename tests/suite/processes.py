@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-_server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload(
     [
         "llm_attack.suite.commands",
         "llm_attack.suite.figures",
@@ -59,7 +59,7 @@ class Command:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         words = [str(argument) for argument in arguments]
-        self.process = _server.Process(target=_main, args=(words, folder, environment, limit, hold))
+        self.process = server.Process(target=enter, args=(words, folder, environment, limit, hold))
         self.process.start()
 
     @property
@@ -87,13 +87,14 @@ class Command:
         return (self.folder / "err").read_text()
 
 
-def _main(
+def enter(
     words: list[str],
     folder: Path,
     environment: dict[str, str],
-    limit: int | None,
-    hold: int | None,
+    limit: int | None = None,
+    hold: int | None = None,
 ) -> None:
+    """What a process of `Command` does, with its arguments."""
     os.chdir(folder)
     os.environ.update(environment)
     for name, number in (("out", 1), ("err", 2)):
@@ -146,13 +147,16 @@ def computed(folder: Path) -> int:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """All files of a run, without what says when it was and how long it took."""
-    found = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        content = path.read_bytes()
-        if path.suffix == ".json":
-            timeless = json.loads(content)
-            for key in ("timings", *TIMES):
-                timeless.pop(key, None)
-            content = json.dumps(timeless).encode()
-        found[str(path.relative_to(folder))] = content
-    return found
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): timeless(path) for path in files}
+
+
+def timeless(path: Path) -> bytes:
+    """The bytes of a file; of a JSON file, without what says when it was written."""
+    content = path.read_bytes()
+    if path.suffix != ".json":
+        return content
+    known = json.loads(content)
+    for key in ("timings", *TIMES):
+        known.pop(key, None)
+    return json.dumps(known).encode()

@@ -43,20 +43,6 @@ def test_all_outputs(whole):
     assert batches >= 12
 
 
-def test_killed(tmp_path, whole):
-    """After some batches: at the next one, whichever it is."""
-    files, batches = whole
-    for kept in (1, batches // 2, batches - 1):
-        folder = tmp_path / str(kept)
-        command = Command(folder, *RUN, hold=kept)
-        until(lambda folder=folder, kept=kept: computed(folder) > kept)
-        command.kill()
-        again = Command(folder, *RUN)
-        assert again.wait() == 0, again.err
-        assert computed(folder) <= batches + 1
-        assert contents(folder / "run") == files
-
-
 @pytest.mark.slow
 def test_killed_at_random_moments(tmp_path, whole):
     files, batches = whole
