@@ -80,6 +80,16 @@ test-oldest: .venv-oldest/.installed ## the tests with the lowest releases that 
 test-processors: .venv attack-libs ## the numerical tests with each instruction set of this processor, on one thread and two
 	$(BIN)/python tests/processors.py
 
+.venv/.mutants: .venv/.installed
+	@$(PIP) install --quiet -c constraints.txt -e ".[mutants]" && touch $@
+
+FAULTS ?= 40
+
+.PHONY: mutants
+mutants: .venv/.mutants ## the tests of the tests: FAULTS=40 small faults in each of some modules, into build/mutants.json
+	@mkdir -p build
+	$(BIN)/python tests/mutants.py --limit $(FAULTS) --output build/mutants.json
+
 .venv/.docs: .venv/.installed
 	@$(PIP) install --quiet -c constraints.txt -e ".[docs]" && touch $@
 

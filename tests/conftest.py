@@ -13,11 +13,19 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 from versions import READS_STORED_DATA
 
 # Machines that run tests are noisy: how long an example takes says nothing about the code.
 settings.register_profile("untimed", deadline=None)
+# Of tests/mutants.py: the same examples each time, and none made simpler once a test has failed.
+settings.register_profile(
+    "repeatable",
+    deadline=None,
+    max_examples=30,
+    derandomize=True,
+    phases=[Phase.explicit, Phase.generate],
+)
 settings.load_profile("untimed")
 
 

@@ -5,6 +5,7 @@ from fractions import Fraction
 import pytest
 
 from llm_attack.attacks import ATTACKS, Attack
+from llm_attack.attacks.settings import step_settings
 from llm_attack.errors import UsageError
 
 from .helpers import ALL_ATTACKS
@@ -59,6 +60,11 @@ def test_bad_step_size(value):
     assert refused("step_size", value) == expected
 
 
+@pytest.mark.parametrize("value", (*BAD_NUMBERS, None), ids=repr)
+def test_bad_decay(value):
+    assert refused("decay", value) == f"decay={value!r}: must be a finite number, at least 0"
+
+
 @pytest.mark.parametrize("value", (0, -1, 1.0, 2.5, NAN, INF, "3", True, False, None), ids=repr)
 def test_bad_steps(value):
     assert refused("steps", value) == f"steps={value!r}: must be an integer, 1 or more"
@@ -76,7 +82,7 @@ def test_values_that_the_checks_themselves_stumble_over(argument, value):
 @pytest.mark.parametrize("value", (0, 1, 0.0, 1e-300, 1e300, Fraction(1, 3)), ids=repr)
 @pytest.mark.parametrize("name", ALL_ATTACKS)
 def test_good_values(name, value):
-    attack = Attack(name, value, steps=1, step_size=value or None)
+    attack = Attack(name, value, steps=1, step_size=value or None, decay=value)
     assert attack.identity == (name == "none" or value == 0)
 
 
@@ -118,3 +124,8 @@ def test_scaled():
     scaled = Attack("bim", 2.0, steps=3, step_size=0.5)
     assert Attack("bim", 8.0, steps=3, step_size=2.0).scaled(1 / 4) == scaled
     assert Attack("ost", 8.0).scaled(1 / 4) == Attack("ost", 2.0)
+
+
+def test_step_settings():
+    attack = Attack("bim", 2.0, steps=3, step_size=0.5, decay=0.9)
+    assert step_settings(attack) == {"steps": 3, "step_size": 0.5, "decay": 0.9}

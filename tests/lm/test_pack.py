@@ -1,5 +1,8 @@
 """Packs hold what was asked: every token, every prediction, every shared prefix."""
 
+from dataclasses import fields
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -47,6 +50,14 @@ def test_nodes_of_a_trie_are_prefixes(sequences):
     assert trie.keys(3) == [keys_for(3, names[i]) for i in range(len(trie))]
 
 
+def test_a_trie_of_nothing():
+    trie = build([[], []])
+    assert len(trie) == 0 and trie.keys(0) == []
+    assert {values.dtype for values in (trie.tokens, trie.depth, trie.end, *trie.paths)} == {
+        np.dtype(np.int64)
+    }
+
+
 @given(asked(), st.booleans(), st.sampled_from([pack_rows, pack_trees]))
 def test_tokens_and_predictions(questions, whole, make):
     pack = make(questions, pad=9, whole=whole)
@@ -86,6 +97,7 @@ def test_rows(questions):
 def test_tree_attends_to_prefixes_and_itself(questions):
     pack = pack_trees(questions, pad=9)
     seen = pack.attention(torch.float32)[:, 0] == 0
+    assert pack.attention(torch.float64).dtype == torch.float64
     assert ((pack.attention(torch.float32) < -1e38) == ~seen[:, None]).all()
     for row, question in enumerate(questions):
         trie = question.trie
@@ -127,6 +139,24 @@ def test_keys_depend_on_the_request_or_the_prefix_alone(questions, seed):
             row += 1
 
 
+@pytest.mark.parametrize("shape", ["rows", "shared", "trees"])
+def test_a_pack_goes_to_a_device_as_a_whole(shape):
+    questions = [Question([Request((1, 2, 3), 1), Request((1, 2, 4, 5), 2)], [[0], [1]])]
+    pack = (
+        pack_trees(questions) if shape == "trees" else pack_rows(questions, shared=shape[0] == "s")
+    )
+    moved = pack.to(torch.device("meta"))
+    assert moved.questions is pack.questions
+    for field in fields(pack):
+        there, here = getattr(moved, field.name), getattr(pack, field.name)
+        if field.name in ("scored", "watched"):
+            assert all(value.is_meta for value in vars(there).values())
+        elif here is None:
+            assert there is None
+        elif field.name != "questions":
+            assert there.is_meta and there.shape == here.shape
+
+
 @given(asked(), st.integers(1, 9), st.integers(1, 60), st.sampled_from([of_rows, of_tree]))
 def test_batched(questions, rows, tokens, shape):
     found = batched(questions, shape, rows, tokens)
@@ -148,3 +178,12 @@ def test_batches_take_up_what_they_say(make):
     shape = (of_tree if make is pack_trees else of_rows)(questions[0])
     assert make(questions).input_ids.shape == (shape.rows, shape.length)
     assert shape.tokens == (3 if make is pack_trees else 6)
+
+
+@pytest.mark.parametrize("make", [pack_rows, pack_trees])
+def test_unless_told(make):
+    """Padding is token 0, the continuations alone are watched, nothing is shared between rows."""
+    requests = [Request((1, 2, 3), 1), Request((4, 5, 6, 7, 8), 2)]
+    pack = make([Question([r], [[i]]) for i, r in enumerate(requests)])
+    assert pack.input_ids[~pack.mask].tolist() == [0, 0]
+    assert pack.watched is pack.scored and pack.node is None

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from invented import by_enumeration
+from invented import SHIFTS, by_enumeration
 from scipy.stats import binomtest
 
 from llm_attack.errors import UsageError
@@ -171,6 +171,7 @@ def test_paired_with_itself(frames):
     run = frames({"a": (20, 4), "b": (10, 2)})
     result = s.paired(*run, *run)
     assert result["task"].tolist() == ["a"] * 4 + ["b"] * 4 + ["mean"] * 4
+    assert result["condition"].tolist() == [*SHIFTS] * 3  # in the order of the run
     assert result["n"].tolist() == [20] * 4 + [10] * 4 + [30] * 4
     assert (result[["left_out", "lost", "gained", "difference"]] == 0).all(axis=None)
     assert (result["p_mcnemar"][:8] == 1).all()

@@ -1,0 +1,91 @@
+"""What an attack ascends, by hand."""
+
+import math
+
+import pytest
+import torch
+
+from llm_attack.lm.losses import LOSSES, ChoiceScores, ThreatModel, sum_by
+from llm_attack.lm.questions import Question, Request
+
+REQUEST = Request((1, 2), 1)
+
+
+def question(gold, lengths=(), more=0):
+    """One with `more` requests that are no choices."""
+    n = len(gold) + more
+    return Question([REQUEST] * n, [[i] for i in range(n)], list(gold), list(lengths))
+
+
+# Requests 0, 1, 2; 3, 4 and 5, which is no choice; 6, 7.
+ASKED = [
+    question([False, True, False], [1.0, 2.0, 4.0]),
+    question([True, False], more=1),
+    question([True, True]),
+]
+SCORES = torch.tensor([-2.0, -6.0, -4.0, -1.0, -3.0, -99.0, -5.0, -7.0], dtype=torch.float64)
+
+
+def test_sums_by_index():
+    """In float64: in float32 what is small beside the sum is lost."""
+    values = torch.tensor([-1000.0, 1e-5, 1.0, 1e-5])
+    found = sum_by(values, torch.tensor([2, 2, 0, 2]), 4)
+    assert found.dtype == torch.float64
+    assert found.tolist() == pytest.approx([1, 0, -1000 + 2e-5, 0], abs=1e-9)
+
+
+def test_scores_of_choices_are_a_matrix():
+    choices = ChoiceScores(ASKED)
+    assert choices.matrix(SCORES).tolist() == [
+        [-2.0, -3.0, -1.0],
+        [-1.0, -3.0, -math.inf],
+        [-5.0, -7.0, -math.inf],
+    ]
+    assert choices.exists.tolist() == [[True] * 3, [True, True, False], [True, True, False]]
+    assert choices.gold.tolist() == [
+        [False, True, False],
+        [True, False, False],
+        [True, True, False],
+    ]
+    on_meta = ChoiceScores(ASKED, "meta")
+    parts = (on_meta.row, on_meta.exists, on_meta.gold, on_meta.length)
+    assert all(part.is_meta for part in parts)
+
+
+def test_margin_by_hand():
+    """Log odds of the others against the gold; zero without others."""
+    choices = ChoiceScores(ASKED)
+    scores = SCORES.clone().requires_grad_()
+    found = choices.margin(scores, choices.gold)
+    others = math.log(math.exp(-2) + math.exp(-1))
+    assert found.tolist() == pytest.approx([others + 3, -2, 0])
+    (slope,) = torch.autograd.grad(found.sum(), scores)
+    share = 1 / (1 + math.e)
+    expected = [share, -1 / 2, (1 - share) / 4, -1, 1, 0, 0, 0]
+    assert slope.tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_choice_out_of_reach_keeps_a_slope():
+    """The least that float64 tells from nothing beside the likeliest."""
+    choices = ChoiceScores([question([True, False, False])])
+    scores = torch.tensor([0.0, 0.0, -1e4], dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(choices.margin(scores, choices.gold).sum(), scores)
+    assert slope.tolist() == pytest.approx([-1, 1, 1e-20], rel=1e-12)
+
+
+def test_the_table_of_losses():
+    choices = ChoiceScores(ASKED)
+    assert list(LOSSES) == ["sequence", "continuation", "choice"]
+    assert [kind.whole for kind in LOSSES.values()] == [True, False, False]
+    assert [kind.gold for kind in LOSSES.values()] == [False, False, True]
+    for name in ("sequence", "continuation"):
+        assert torch.equal(LOSSES[name].value(SCORES, None), -SCORES)
+    margin = choices.margin(SCORES, choices.gold)
+    assert torch.equal(LOSSES["choice"].value(SCORES, choices), margin)
+    threat = ThreatModel()
+    assert (threat.loss, threat.shared, threat.per_token, threat.seed) == (
+        "sequence",
+        False,
+        False,
+        0,
+    )
