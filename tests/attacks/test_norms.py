@@ -192,6 +192,14 @@ def test_l2_equals_torchattacks():
     assert (at.ours("bim", norm="l2") - attack(at.x, at.labels)).abs().max() <= 1e-8
 
 
+def test_momentum_is_of_gradients_in_l1():
+    """By hand: 3 (1, 1, 1, 1) / 4 + (-1, 0, 0, 0) is negative at first; of L2 norms it were not."""
+    slopes = iter([torch.ones(1, 4), torch.tensor([[-5.0, 0.0, 0.0, 0.0]])])
+    attack = Attack("mifgsm", 1.0, steps=2, step_size=0.25, decay=3.0)
+    point = perturb(attack, torch.zeros(1, 4), lambda x: (x * next(slopes)).sum(1))
+    assert point.tolist() == [[0, 0.5, 0.5, 0.5]]
+
+
 @pytest.mark.parametrize("decay", (1.0, 0.5))
 def test_momentum_equals_torchattacks(decay):
     """Which divides by the mean of absolute values, not by their sum: the signs are the same."""

@@ -109,6 +109,7 @@ def test_holm_by_hand():
     np.testing.assert_allclose(adjusted, [0.03, np.nan, 0.06, 0.06, 0.02])
     np.testing.assert_allclose(s.holm([0.7, 0.6]), [1, 1])
     np.testing.assert_allclose(s.holm([0.02]), [0.02])
+    assert s.holm([0, 1]).dtype == np.float64
     assert np.isnan(s.holm([np.nan, np.nan])).all()
 
 
