@@ -42,7 +42,10 @@ ROOT = Path(__file__).parents[1]
 # Of each module the tests that are to notice, as pytest's arguments: quick ones, in one process.
 TESTS = {
     "attacks.norms": ["attacks/test_norms.py", "attacks/test_closed_form.py"],
-    "attacks.perturb": ["attacks/test_closed_form.py", "attacks/test_properties.py"],
+    "attacks.apgd": ["attacks/test_apgd.py"],
+    "attacks.perturb": [
+        f"attacks/test_{name}.py" for name in ("closed_form", "properties", "apgd")
+    ],
     "attacks.draws": ["attacks/test_draws.py", "attacks/test_norms.py"],
     "attacks.settings": ["attacks/test_settings.py", "attacks/test_closed_form.py"],
     "lm.pack": ["lm/test_pack.py"],
