@@ -11,7 +11,8 @@ from shown import ROOT
 # Folder -> the page, and what stands there before the table of accuracies.
 SHOWN = {
     "smollm2-135m": ("README.md", "## What it finds"),
-    "smollm2-135m-bim": ("docs/fig3.md", "## Ten steps"),
+    "smollm2-135m-bim-0.01": ("docs/fig3.md", "### At 0.01"),
+    "smollm2-135m-bim": ("docs/fig3.md", "### At 0.7 RMS"),
     "smollm2-135m-choice": ("docs/fig3.md", "## What would the amplitude"),
     "demo": ("docs/demo.md", "`make demo` prints"),
     "demo-choice": ("docs/demo.md", "With the gold known"),
@@ -43,7 +44,7 @@ def test_accuracies(folder):
             assert float(cell) == pytest.approx(expected, abs=5.1e-4), (task, condition)
 
 
-@pytest.mark.parametrize("folder", ["smollm2-135m", "smollm2-135m-bim"])
+@pytest.mark.parametrize("folder", ["smollm2-135m", "smollm2-135m-bim", "smollm2-135m-bim-0.01"])
 def test_tables_of_fig3(folder):
     command = [sys.executable, "docs/fig3.py", f"results/{folder}"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
