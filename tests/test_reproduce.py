@@ -151,9 +151,10 @@ def test_bad_input(arguments, message, tmp_path):
 )
 def test_help_imports_nothing_heavy(arguments):
     code = (
-        "import sys; from llm_attack.cli import main; main(sys.argv[1:], standalone_mode=False);"
-        "heavy = {'torch', 'pandas', 'scipy', 'matplotlib', 'numpy', 'lm_eval', 'datasets'};"
-        "print('heavy:', sorted(heavy & set(sys.modules)))"
+        "import atexit, sys\n"
+        "heavy = {'torch', 'pandas', 'scipy', 'matplotlib', 'numpy', 'lm_eval', 'datasets'}\n"
+        "atexit.register(lambda: print('heavy:', sorted(heavy & set(sys.modules))))\n"
+        "from llm_attack.cli import main; main(sys.argv[1:])"
     )
     root = Path(__file__).parents[1]
     done = subprocess.run(

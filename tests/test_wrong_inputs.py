@@ -65,6 +65,14 @@ YAMLS = {
     "mapping": b"attacks: {fgsm: 1}\n",
     "top": b"- none\n",
     "share": b"steps: 2.7\n",
+    "many": b"steps: many\n",
+    "quoted": b'steps: "3"\n',
+    "limit_text": b"limit: none\n",
+    "limit_true": b"limit: true\n",
+    "choise": b"loss: choise\n",
+    "perhaps": b"fewshot_as_multiturn: perhaps\n",
+    "hyphen": b"step_size: 2\nstep-sise: 3\n",
+    "numbers": b"epsilons: {a: 1}\n",
 }
 
 

@@ -34,58 +34,6 @@ def refused(*arguments):
     return line
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["--tasks", "demo_pica"], ["tasks=demo_pica", "did you mean 'demo_piqa'?"]),
-        (["--attacks", "none,fgsn"], ["attack=fgsn", "none, random, fgsm", "'fgsm'?"]),
-        (["--attacks", "fgsm,fgsm"], ["the condition fgsm@0.01 must occur only once"]),
-        (["--attacks", ","], ["attacks=: must name at least one"]),
-        (["--epsilons", "abc"], ["epsilons=", "abc", "must be numbers"]),
-        (["--epsilons", "-0.1"], ["epsilon=-0.1", "0"]),
-        (["--epsilons", "nan"], ["epsilon=nan"]),
-        (["--steps", "many"], ["'--steps'", "'many'", "integer"]),
-        (["--steps", "0"], ["steps=0: must be an integer, 1 or more"]),
-        (["--limit", "0"], ["limit=0.0: must be a finite number, greater than 0"]),
-        (["--limit", "2.5"], ["limit=2.5: must be a whole number"]),
-        (["--batch_size", "0"], ["batch_size='0': must be auto or an integer, 1 or more"]),
-        (["--loss", "choise"], ["loss=choise", "'choice'?"]),
-        (["--hookpoint", "model.layer.0"], ["hookpoint=model.layer.0", "model.layers.0"]),
-        (["--model_args", "attack=bim"], ["model_args=attack"]),
-        (["--model_args", "seed=1"], ["model_args=seed=...: must be given as seed of its own"]),
-        (["--model_args", "dtype"], ["model_args='dtype': must be key=value,..."]),
-        (["--model", "nowhere/no-model"], ["nowhere/no-model", "cannot be loaded"]),
-        (["--include_path", "nowhere"], ["include_path=nowhere: must be a folder"]),
-        (["--progress", "loud"], ["progress=loud", "bar, json, quiet"]),
-        (["--epsilon", "0.1"], ["--epsilon", "--epsilons"]),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) and value[0][0] == "-" else "",
-)
-def test_bad_input(tmp_path, arguments, says):
-    line = refused(*DEMO, "-o", tmp_path / "run", *arguments)
-    for part in says:
-        assert part in line
-    assert not list(tmp_path.rglob("*.*"))
-
-
-@pytest.mark.parametrize(
-    ("variables", "says"),
-    [
-        ({"RANK": "abc"}, "RANK='abc': must be an integer"),
-        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE='-1': must be an integer"),
-        ({"RANK": "1"}, "RANK=1: must be below WORLD_SIZE, 1"),
-        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2: must be below WORLD_SIZE, 2"),
-    ],
-    ids=str,
-)
-def test_ranks_that_make_no_sense(variables, says, tmp_path, monkeypatch):
-    """One without the other computed nothing, and ended as if all were well."""
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert says in refused(*DEMO, "-o", tmp_path / "run")
-    assert not list(tmp_path.iterdir())
-
-
 def test_bad_calls():
     with pytest.raises(TypeError, match="unexpected keyword argument 'epsilon'"):
         Plan("demo", epsilon=0.1)
@@ -108,34 +56,6 @@ def test_plan_reads_flags_lists_and_single_values():
     assert names == ["none", "fgsm@0.1", "fgsm@0.2"]
     assert Plan(epsilons=0.1).epsilons == (0.1,)
     assert Plan(model_args="dtype=float64,peft=x").model_args == {"dtype": "float64", "peft": "x"}
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("atacks: [none]", ["config=", "atacks: must be one of", "did you mean 'attacks'?"]),
-        ("attacks: [none", ["config=", "cannot be read"]),
-        ("- none", ["config=", "must be a mapping"]),
-        ("epsilons: abc", ["epsilons=", "abc", "must be numbers"]),
-        ("epsilons: {a: 1}", ["epsilons=", "must be numbers"]),
-        ("steps: many", ["config=", "steps='many': must be an integer, 1 or more"]),
-        ("steps: [1, 2]", ["config=", "steps=[1, 2]: must be an integer"]),
-        ("steps: 2.7", ["config=", "steps=2.7: must be an integer"]),
-        ('steps: "3"', ["config=", "steps='3': must be an integer"]),
-        ("limit: none", ["config=", "limit='none': must be a finite number"]),
-        ("limit: true", ["config=", "limit=True: must be a finite number"]),
-        ("loss: choise", ["config=", "loss=choise: must be one of", "did you mean 'choice'?"]),
-        ("fewshot_as_multiturn: perhaps", ["fewshot_as_multiturn=", "perhaps", "True or False"]),
-        ("steps: 2\nsteps: 3", ["config=", "steps is there twice"]),
-        ("step_size: 2\nstep-sise: 3", ["config=", "step_sise", "did you mean 'step_size'?"]),
-    ],
-)
-def test_bad_config(tmp_path, text, says):
-    path = tmp_path / "suite.yaml"
-    path.write_text(text)
-    line = refused("run", "--config", path)
-    for part in says:
-        assert part in line
 
 
 @pytest.fixture
