@@ -66,8 +66,10 @@ ATTACKED = {
 }
 
 
-def real_requests(tasks: list[str], tokens: int, tokenizer: Any) -> dict[str, list[Instance]]:
-    """Requests of some of each task's questions, as lm-eval builds them: `tokens` of them.
+def real_requests(
+    tasks: list[str], tokens: int, tokenizer: Any, count: int | None = None
+) -> dict[str, list[Instance]]:
+    """Requests of `count` of each task's questions, as lm-eval builds them, or of `tokens`.
 
     Both engines sort by length, so that in a full run neighbours in length share a batch, and 0 to
     7 % of the tokens are padding. So that it is here, too, the sample is of neighbours in size,
@@ -86,7 +88,7 @@ def real_requests(tasks: list[str], tokens: int, tokenizer: Any) -> dict[str, li
             of_question[r.doc_id].append(ids)
         order = sorted(of_question, key=lambda doc_id: (len(build(of_question[doc_id])), doc_id))
         middle = of_question[order[len(order) // 2]]
-        questions = max(1, round(tokens / sum(map(len, middle))))
+        questions = count or max(1, round(tokens / sum(map(len, middle))))
         start = max(0, (len(order) - questions) // 2)
         kept = set(order[start : start + questions])
         found[name] = [r for r in task.instances if r.doc_id in kept]
@@ -381,6 +383,7 @@ def show(rows: list[dict[str, Any]], console: Console) -> dict[str, float]:
 @click.command(context_settings={"show_default": True, **DIALECT})
 @click.option("--tasks", default=",".join(SYNTHETIC), help="Of the six benchmarks.")
 @click.option("--tokens", default=6000, help="Of the requests of each task.")
+@click.option("--questions", type=int, help="Of each task, in place of so many tokens.")
 @click.option("--repeats", default=2, help="Runs of which the median is reported.")
 @click.option("--batch_sizes", default="1,8,32", help="Tried for stock.")
 @click.option("--model", help="As `pretrained` of attacked-hf; random weights unless given.")
@@ -400,6 +403,7 @@ def show(rows: list[dict[str, Any]], console: Console) -> dict[str, float]:
 def main(
     tasks: str,
     tokens: int,
+    questions: int | None,
     repeats: int,
     batch_sizes: str,
     model: str | None,
@@ -417,9 +421,10 @@ def main(
     names = tasks.split(",")
     real = "LLM_ATTACK_TEST_DATA" in os.environ
     network, tokenizer = load(model, shape, dtype, device)
-    requests = (
-        real_requests(names, tokens, tokenizer) if real else synthetic_requests(names, tokens)
-    )
+    if real:
+        requests = real_requests(names, tokens, tokenizer, questions)
+    else:
+        requests = synthetic_requests(names, tokens)
     bench = Bench(network, tokenizer, {"compile": compiled})
     sizes = [int(size) for size in batch_sizes.split(",")]
     labels = list(dict.fromkeys(("none", *conditions)))
