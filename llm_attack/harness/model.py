@@ -78,8 +78,10 @@ class AttackedHFLM(HFLM):
         self._arguments = arguments
         if arguments.get("device") is None:
             arguments["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-        if arguments["device"] != "cuda:0":  # lm-eval's command line says so if the user says none
-            check_device(arguments["device"])
+        device = arguments["device"]
+        # lm-eval's command line says cuda:0 if the user says nothing
+        if device != "cuda:0" or not _lm_eval_runs() or any(device in word for word in sys.argv):
+            check_device(device)
         if "trust_remote_code" in arguments:  # a text such as "no" is true
             arguments["trust_remote_code"] = trusted(arguments["trust_remote_code"])
         source = str(MODEL_PATH) if pretrained == "demo" else pretrained
@@ -350,6 +352,10 @@ class AttackedHFLM(HFLM):
 
 def _report_if_lm_eval_runs() -> None:
     """One line instead of a traceback, if this process is lm-eval's command line."""
-    main = getattr(sys.modules.get("__main__"), "__spec__", None)
-    if "lm_eval.__main__" in sys.modules or getattr(main, "name", None) == "lm_eval.__main__":
+    if _lm_eval_runs():
         report_usage_errors()
+
+
+def _lm_eval_runs() -> bool:
+    main = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return "lm_eval.__main__" in sys.modules or getattr(main, "name", None) == "lm_eval.__main__"

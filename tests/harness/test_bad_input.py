@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -37,6 +38,20 @@ def test_devices_that_are_not_there(make, device):
     """lm-eval would compute on the CPU, and say so in its log."""
     with pytest.raises(UsageError, match=f"device={device}: must be one of cpu"):
         make(device=device)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a cuda:0")
+@pytest.mark.parametrize("words", [["lm_eval"], ["lm_eval", "--device", "cuda:0"]])
+def test_the_device_that_lm_evals_command_line_makes_up(make, monkeypatch, words):
+    """Without a word of the user's it is cuda:0, which stands for whatever is there."""
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setitem(sys.modules, "lm_eval.__main__", sys)
+    monkeypatch.setattr("llm_attack.harness.model.report_usage_errors", lambda: None)
+    if len(words) == 1:
+        assert make(device="cuda:0").device.type == "cpu"
+        return
+    with pytest.raises(UsageError, match="device=cuda:0: must be one of cpu"):
+        make(device="cuda:0")
 
 
 def test_known_arguments_are_taken(make):
