@@ -8,7 +8,8 @@ the best point that it has seen.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,6 +83,20 @@ def ascend(
             rises, since = torch.zeros_like(rises), 0
             interval = max(interval - _of(steps, _SHRINK), _of(steps, _SHORTEST))
     return best, best_value
+
+
+def best_of(starts: Iterable[Tensor], *args: Any, examples: Groups, **options: Any) -> Tensor:
+    """For each example the best point on the ways up from `starts`; the arguments of `ascend`."""
+    best: Tensor | None = None
+    for start in starts:
+        point, value = ascend(start, *args, examples=examples, **options)
+        if best is None:
+            best, most = point, value
+            continue
+        best = torch.where(examples.spread(value > most, point), point, best)
+        most = torch.maximum(most, value)
+    assert best is not None
+    return best
 
 
 def _of(steps: int, share: float) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -55,6 +55,12 @@ def normal(keys: Tensor, x: Tensor) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     first, second = ((half.to(dtype) + 0.5) / 2**32 for half in (_shift(word, 32), word & _LOW))
     return (-2 * first.log()).sqrt() * (2 * math.pi * second).cos()
+
+
+def redrawn(keys: Tensor, n: int) -> Iterator[Tensor]:
+    """`n` times other keys, which depend on these alone."""
+    for i in range(1, n + 1):
+        yield words(keys, keys[..., None].expand(*keys.shape, i))[..., -1]
 
 
 def words(keys: Tensor, x: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_attack.attacks.apgd import ascend
-from llm_attack.attacks.draws import words
+from llm_attack.attacks.apgd import best_of
+from llm_attack.attacks.draws import redrawn
 from llm_attack.attacks.norms import NORMS, Groups
 from llm_attack.attacks.settings import Attack
 
@@ -125,20 +125,13 @@ def perturb(
             value, slope = _with_gradient(ascended, at)
             return value.masked_fill(value.isnan(), -torch.inf), used(slope)
 
-        def start(i: int) -> Tensor:
-            if i == 0 or keys is None:
-                return x
-            drawn = words(keys, keys[..., None].expand(*keys.shape, i))[..., -1]
-            return stay(x + attack.epsilon * norm.in_ball(drawn, moves, x, balls))
+        def starts() -> Iterator[Tensor]:
+            yield x
+            for again in () if keys is None else redrawn(keys, attack.restarts - 1):
+                yield stay(x + attack.epsilon * norm.in_ball(again, moves, x, balls))
 
         how: Any = {"steps": attack.steps, "step": attack.step, "norm": norm}
-        how |= {"examples": examples, "balls": balls}
-        best, most = ascend(start(0), evaluate, stay, **how)
-        for i in range(1, attack.restarts):
-            other, value = ascend(start(i), evaluate, stay, **how)
-            best = torch.where(examples.spread(value > most, x), other, best)
-            most = torch.maximum(most, value)
-        return best
+        return best_of(starts(), evaluate, stay, examples=examples, balls=balls, **how)
     step = -attack.step if kind.targeted or kind.reverse else attack.step
     velocity: Tensor | float = 0.0
     for i in range(attack.steps if kind.iterative else 1):
