@@ -8,27 +8,35 @@ what is attacked are the pixels.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from llm_attack.errors import invalid
 
+# Channels that fill a register of AVX2.
+_LANES = 8
+
 
 class Normalise(nn.Module):
-    """(x - mean) / std per channel; both are kept with the weights, and are no parameters."""
+    """(x - mean) / std per channel; both are kept with the weights, and are no parameters.
+
+    What comes out lies in memory as `layout` says, whatever came in.
+    """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, mean: Tensor, std: Tensor) -> None:
+    def __init__(self, mean: Tensor, std: Tensor, layout: torch.memory_format) -> None:
         super().__init__()
+        self.layout = layout
         self.register_buffer("mean", mean.reshape(-1, 1, 1))
         self.register_buffer("std", std.reshape(-1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x - self.mean) / self.std
+        # a clone, since with one channel either layout counts as the other
+        return ((x - self.mean) / self.std).clone(memory_format=self.layout)
 
 
 def build(
@@ -65,7 +73,21 @@ def build(
         return max(1, round(n * width))
 
     blocks = NETWORKS[name](wide, len(mean), size, classes)
-    return nn.Sequential(OrderedDict({"normalise": Normalise(mean, std), **blocks}))
+    layout = _layout(blocks.values())
+    network = OrderedDict({"normalise": Normalise(mean, std, layout), **blocks})
+    return nn.Sequential(network).to(memory_format=layout)  # type: ignore[call-overload]
+
+
+def _layout(blocks: Iterable[nn.Module]) -> torch.memory_format:
+    """Channels last, which is faster, but not where oneDNN is wrong.
+
+    Its AVX2 kernels for that layout write beyond the end of tensors with fewer channels than a
+    register holds, and the process dies (torch 2.13).
+    """
+    convolutions = (m for block in blocks for m in block.modules() if isinstance(m, nn.Conv2d))
+    narrow = min((m.out_channels for m in convolutions), default=_LANES) < _LANES
+    avx2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
+    return torch.contiguous_format if narrow and avx2 else torch.channels_last
 
 
 def split(network: nn.Sequential, at: str) -> tuple[nn.Sequential, nn.Sequential]:

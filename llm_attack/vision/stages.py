@@ -50,7 +50,7 @@ def untrained(dataset: Dataset, name: str, settings: ImageSettings) -> nn.Sequen
             classes=len(dataset.classes),
             width=settings.width,
         )
-    return network.to(settings.device or "cpu").to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network.to(settings.device or "cpu")
 
 
 def trained(

@@ -171,3 +171,21 @@ def test_inception_branches_stand_side_by_side():
     assert min(x.min() for x in (one, three, five, pool)) == 0  # rectified
     kernels = [[m.kernel_size[0] for m in b if isinstance(m, nn.Conv2d)] for b in block.branches]
     assert kernels == [[1], [1, 3], [1, 3, 3], [1]]
+
+
+@pytest.mark.parametrize(
+    ("processor", "width", "last"),
+    [("AVX2", 0.1, False), ("AVX2", 0.25, True), ("AVX512", 0.1, True), ("DEFAULT", 0.1, True)],
+)
+def test_layout_in_memory(processor, width, last, monkeypatch):
+    """Channels last; but not few of them where oneDNN's kernels write beyond their end."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: processor)
+    net = build("resnet18", torch.zeros(1), torch.ones(1), size=8, width=width)
+    seen = []
+    net[1].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    for form in (torch.channels_last, torch.contiguous_format):
+        net(torch.rand(2, 1, 8, 8).to(memory_format=form))
+    plain = (64, 64, 8, 1)
+    weights = [m.weight for m in net.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert all(w.is_contiguous(memory_format=torch.channels_last) for w in weights[1:4]) == last
+    assert all((x.stride() == plain) == (not last) for x in seen)
