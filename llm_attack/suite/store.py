@@ -26,7 +26,8 @@ Key = tuple[str, int]
 # The store's folder in that of the run; its file that says whose it is; names of all files in it.
 STORE = "batches"
 MARK = "fingerprint.json"
-_FILES = ("part-*.sqlite*", "part-*.corrupt", "process-*.lock", f".*{DRAFT}", "fingerprint.lock")
+_LOCKS = ("process-*.lock", "fingerprint.lock", "watch.lock")
+_FILES = ("part-*.sqlite*", "part-*.corrupt", *_LOCKS, f".*{DRAFT}")
 
 # Seconds after which a process that was never seen alive counts as dead.
 LONGEST_START = 600.0
@@ -135,12 +136,14 @@ class Store:
         """Raises ProcessDied when another process of this run has ended without finishing."""
         for rank in set(range(self.world)) - {self.rank}:
             lock = self._lock_of(rank)
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                self._seen.add(rank)
-                continue
-            lock.release()
+            # one at a time: a lock that another one tries is not held by whom it belongs to
+            with FileLock(self.folder / "watch.lock"):
+                try:
+                    lock.acquire(timeout=0)
+                except Timeout:
+                    self._seen.add(rank)
+                    continue
+                lock.release()
             started = rank in self._seen or time.monotonic() - self._began > LONGEST_START
             # looked for after the lock: a process keeps its last batch before it lets go
             if started and not self.keys().issuperset(self.share(rank)):

@@ -1,8 +1,11 @@
 """Batches on disk: what was kept is found again, by any process, and damage is told from it."""
 
 import sqlite3
+import threading
+import time
 
 import pytest
+from filelock import FileLock
 
 from llm_attack.errors import UsageError
 from llm_attack.failures import ProcessDied
@@ -202,3 +205,26 @@ def test_waiting_is_for_the_batches_of_others(folder, monkeypatch):
             first.add(key, 1)
         first.wait(0.5)
     assert pauses == [0.5, 0.5]
+
+
+def test_who_looks_whether_another_lives_is_not_taken_for_it(folder, monkeypatch):
+    """Of three, one that has not started yet is looked for by two at the same moment."""
+    monkeypatch.setattr(stores, "LONGEST_START", 1e9)
+    first, third = (Store(folder, PLANNED, rank, world=3) for rank in (0, 2))
+    acquire, looking = FileLock.acquire, threading.Event()
+
+    def slowly(lock, *args, **options):
+        found = acquire(lock, *args, **options)
+        if "process-1" in str(lock.lock_file) and not looking.is_set():
+            looking.set()
+            time.sleep(0.3)  # in which the other looks, or waits for its turn
+        return found
+
+    monkeypatch.setattr(FileLock, "acquire", slowly)
+    other = threading.Thread(target=first.watch)
+    other.start()
+    looking.wait()
+    third.watch()
+    other.join()
+    third.watch()  # nobody has seen the second alive, so that it cannot have died
+    assert 1 not in third._seen | first._seen
