@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
@@ -19,6 +20,7 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from lm_eval.models.huggingface import HFLM
+from packaging.version import Version
 
 from llm_attack.__main__ import main as program
 from llm_attack.cli import main
@@ -149,7 +151,8 @@ def world(tmp_path_factory, one_index):
     Path("data.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
     Path("empty.jsonl").write_text("")
     Path("tasks").mkdir()
-    Path("tasks", "broken.yaml").write_text("task: [\n")
+    Path("broken").mkdir()
+    Path("broken", "broken.yaml").write_text("task: [\n")
     for name, (text, data) in TASKS.items():
         Path("tasks", f"{name}.yaml").write_text(TASK.format(name=name, data=data) + text)
     for name, content in {**YAMLS, "bomb": bomb()}.items():
@@ -176,6 +179,8 @@ def words_of(command):
 
 @pytest.mark.parametrize("case", CASES, ids=[case["command"] for case in CASES])
 def test_wrong_input(case, world, untouched, monkeypatch):
+    if "words" in case and Version(version("lm-eval")) < Version("0.4.12"):
+        pytest.skip(f"words {case['words']}")
     for name, value in case.get("environment", {}).items():
         monkeypatch.setenv(name, value)
     done = CliRunner().invoke(main, words_of(case["command"]))

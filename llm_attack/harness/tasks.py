@@ -12,6 +12,7 @@ from lm_eval.tasks import TaskManager
 
 from llm_attack._shim import register
 from llm_attack.errors import UsageError, closest
+from llm_attack.failures import one_line
 from llm_attack.harness import patches
 from llm_attack.lm.device import check_device
 
@@ -50,7 +51,13 @@ def look_up(tasks: Sequence[str], include_path: str | None = None) -> tuple[Any,
         kinds.clear()  # a task there may have any name, and build on any of lm-eval's
     kinds.append({"include_path": paths})
     for kind in kinds:
-        manager = TaskManager(**kind)
+        try:
+            manager = TaskManager(**kind)
+        except Exception as error:  # earlier releases read every file at once
+            raise UsageError(
+                f"include_path={include_path}: cannot be read ({one_line(error)}); must be a folder"
+                " of lm-eval tasks"
+            ) from error
         found = {task: manager.match_tasks([task]) for task in tasks}
         missing = [task for task in tasks if not found[task]]
         if not missing:

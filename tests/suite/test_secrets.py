@@ -245,7 +245,9 @@ def test_results_of_lm_eval_have_no_path_of_this_machine(folder):
     text = (folder / "lm_eval" / "results_none.json").read_text()
     found = json.loads(text)
     assert found["config"]["model"] == "llm_attack/demo/model"
-    assert found["configs"]["demo_piqa"]["metadata"]["config_source"] == "tasks/demo/demo_piqa.yaml"
+    metadata = found["configs"]["demo_piqa"]["metadata"]
+    source = "tasks/demo/demo_piqa.yaml"  # which earlier releases of lm-eval do not note
+    assert metadata.get("config_source", source) == source
     for path in (Path(main.callback.__code__.co_filename).parents[1], Path.home(), folder.parent):
         assert f"{path}/" not in text
 
