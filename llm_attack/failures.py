@@ -24,7 +24,7 @@ from errno import (
     ENOENT,
     ENOTDIR,
     EPERM,
-)  # fmt: skip
+)
 from typing import NamedTuple
 
 from llm_attack.errors import UsageError
@@ -41,7 +41,6 @@ _COMPLAINTS = (ValueError, LookupError, ImportError, NotImplementedError, Assert
 # Of the errors of the system, those that another path mends; of the others, such as a full disk,
 # the machine has to be.
 _PATHS = {EACCES, EEXIST, EINVAL, EISDIR, ELOOP, ENAMETOOLONG, ENOENT, ENOTDIR, EPERM}
-
 
 # In the type or the text of torch's errors when there is no memory left.
 _NO_MEMORY = ("OutOfMemoryError", "DefaultCPUAllocator")

@@ -254,14 +254,14 @@ def test_results_of_lm_eval_have_no_path_of_this_machine(folder):
 
 def test_paths_are_named_from_folders_that_have_names(tmp_path, monkeypatch):
     home = tmp_path / "home"
-    (home / "work").mkdir(parents=True)
+    (home / "here").mkdir(parents=True)
     monkeypatch.setenv("HOME", str(home))
-    monkeypatch.chdir(home / "work")
+    monkeypatch.chdir(home / "here")
     other = tmp_path / "other" / "data.json"
     other.parent.mkdir()
     lm_eval = Path(__import__("lm_eval").__file__).parent
     texts = {
-        f"json:{home}/work/x.json": "json:./x.json",
+        f"json:{home}/here/x.json": "json:./x.json",
         f"{home}/models/x": "~/models/x",
         f"{home}-of-another/x": f"{home}-of-another/x",
         f"{lm_eval}/tasks/arc/arc_easy.yaml": "lm_eval/tasks/arc/arc_easy.yaml",
