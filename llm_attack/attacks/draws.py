@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -57,10 +57,9 @@ def normal(keys: Tensor, x: Tensor) -> Tensor:
     return (-2 * first.log()).sqrt() * (2 * math.pi * second).cos()
 
 
-def redrawn(keys: Tensor, n: int) -> Iterator[Tensor]:
-    """`n` times other keys, which depend on these alone."""
-    for i in range(1, n + 1):
-        yield words(keys, keys[..., None].expand(*keys.shape, i))[..., -1]
+def rehashed(keys: Tensor) -> Tensor:
+    """Other keys, which depend on these alone."""
+    return words(keys, keys[..., None])[..., 0]
 
 
 def words(keys: Tensor, x: Tensor) -> Tensor:

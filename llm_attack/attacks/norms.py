@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,12 @@ class Groups:
         of_elements = values.reshape(*self.index.shape, -1).sum(-1).flatten()
         return of_elements.new_zeros(self.n).index_add(0, self.index.flatten(), of_elements)
 
+    def largest(self, values: Tensor) -> Tensor:
+        """(n,) largest absolute values, in float64."""
+        wide = values.to(widest(values.device)).abs()
+        of_elements = wide.reshape(*self.index.shape, -1).amax(-1).flatten()
+        return wide.new_zeros(self.n).scatter_reduce(0, self.index.flatten(), of_elements, "amax")
+
     def norm(self, values: Tensor, p: int) -> Tensor:
         """(n,) L1 or L2 norms, in float64: squares of a small gradient are nothing in float32."""
         wide = values.to(widest(values.device)).abs()
@@ -58,6 +65,9 @@ class Groups:
         return (values * self.spread(factor, values)).to(values.dtype)
 
 
+Draw = Callable[[Tensor, Tensor, Tensor, Groups], Tensor]
+
+
 @dataclass(frozen=True)
 class Norm:
     """The geometry of balls round a clean point x.
@@ -66,14 +76,22 @@ class Norm:
         on_sphere: (keys, moves, x, balls) -> a random point at distance 1 from 0.
         in_ball: (keys, moves, x, balls) -> a uniform point of the unit ball round 0. `moves`, which
             broadcasts with x, is False where nothing is drawn.
+        gaussian: likewise a normal draw, whose root mean square is that of `on_sphere`.
         direction: (gradient, balls) -> the step of length 1 that gains most.
-        project: (point, x, epsilon, balls) -> the nearest point within epsilon of x.
+        project: (point, x, epsilon, balls) -> the nearest point within epsilon of x; epsilon is a
+            number, or broadcasts with x.
+        length: (change, balls) -> (balls.n,) norms, in float64.
+        dual: (gradient, balls) -> (balls.n,) norms of the gradient, by which a step of length 1
+            along `direction` gains.
     """
 
-    on_sphere: Callable[[Tensor, Tensor, Tensor, Groups], Tensor]
-    in_ball: Callable[[Tensor, Tensor, Tensor, Groups], Tensor]
+    on_sphere: Draw
+    in_ball: Draw
+    gaussian: Draw
     direction: Callable[[Tensor, Groups], Tensor]
-    project: Callable[[Tensor, Tensor, float, Groups], Tensor]
+    project: Callable[[Tensor, Tensor, Any, Groups], Tensor]
+    length: Callable[[Tensor, Groups], Tensor]
+    dual: Callable[[Tensor, Groups], Tensor]
 
 
 def _l2_sphere(keys: Tensor, moves: Tensor, x: Tensor, balls: Groups) -> Tensor:
@@ -84,12 +102,19 @@ def _l2_ball(keys: Tensor, moves: Tensor, x: Tensor, balls: Groups) -> Tensor:
     """A point of the sphere times u ** (1 / coordinates), u uniform: the volume inside of it."""
     own = balls.sum(words(keys, x) * moves)  # a key of the ball, whatever the order
     share = (1 + uniform(own, own.float())) / 2
-    coordinates = balls.sum(moves.expand_as(x).float()).clamp(min=1)
-    radius = share ** (1 / coordinates)
+    radius = share ** (1 / _coordinates(moves, x, balls))
     return _l2_sphere(keys, moves, x, balls) * balls.spread(radius, x).to(x.dtype)
 
 
-def _l2_project(point: Tensor, x: Tensor, epsilon: float, balls: Groups) -> Tensor:
+def _l2_gaussian(keys: Tensor, moves: Tensor, x: Tensor, balls: Groups) -> Tensor:
+    return (normal(keys, x) / balls.spread(_coordinates(moves, x, balls), x).sqrt()).to(x.dtype)
+
+
+def _coordinates(moves: Tensor, x: Tensor, balls: Groups) -> Tensor:
+    return balls.sum(moves.expand_as(x).float()).clamp(min=1)
+
+
+def _l2_project(point: Tensor, x: Tensor, epsilon: Any, balls: Groups) -> Tensor:
     change = point - x
     change = change.masked_fill(change.isnan(), 0)  # where both are infinite
     length = balls.spread(balls.norm(change, 2), x)
@@ -100,13 +125,82 @@ NORMS = {
     "linf": Norm(
         on_sphere=lambda keys, moves, x, balls: signs(keys, x),
         in_ball=lambda keys, moves, x, balls: uniform(keys, x),
+        gaussian=lambda keys, moves, x, balls: normal(keys, x).to(x.dtype),
         direction=lambda gradient, balls: gradient.sign(),
         project=lambda point, x, epsilon, balls: point.clamp(x - epsilon, x + epsilon),
+        length=lambda change, balls: balls.largest(change),
+        dual=lambda gradient, balls: balls.norm(gradient, 1),
     ),
     "l2": Norm(
         on_sphere=_l2_sphere,
         in_ball=_l2_ball,
+        gaussian=_l2_gaussian,
         direction=lambda gradient, balls: balls.scaled(gradient, 2),
         project=_l2_project,
+        length=lambda change, balls: balls.norm(change, 2),
+        dual=lambda gradient, balls: balls.norm(gradient, 2),
     ),
 }
+
+
+@dataclass(frozen=True)
+class Ball:
+    """Where the points of a batch may go.
+
+    Attributes:
+        x: the clean point.
+        epsilon: the radius.
+        norm: of the ball.
+        examples: which example each element belongs to.
+        balls: which elements share a ball.
+        moves: booleans that broadcast with `x`; where False the point stays.
+        bounds: box that the point stays in; None: there is none.
+        scale: (balls.n,) factors of all lengths in a ball; None: 1.
+    """
+
+    x: Tensor
+    epsilon: float
+    norm: Norm
+    examples: Groups
+    balls: Groups
+    moves: Tensor
+    bounds: tuple[float, float] | None = None
+    scale: Tensor | None = None
+
+    def sized(self, length: Any) -> Any:
+        """A length in each ball, a number or what broadcasts with `x`, with the ball's factor."""
+        if self.scale is None:
+            return length
+        return length * self.balls.spread(self.scale, self.x).to(self.x.dtype)
+
+    def stay(self, point: Tensor) -> Tensor:
+        """The nearest point that is allowed."""
+        inside = self.norm.project(point, self.x, self.sized(self.epsilon), self.balls)
+        return self.only_moves(inside)
+
+    def only_moves(self, point: Tensor) -> Tensor:
+        """The point in the box, and the clean one where nothing moves."""
+        inside = point if self.bounds is None else point.clamp(*self.bounds)
+        return torch.where(self.moves, inside, self.x)
+
+    def step(self, point: Tensor, slope: Tensor, length: Any) -> Tensor:
+        """The point after a step in the direction of `slope`, projected."""
+        direction = self.norm.direction(slope, self.balls)
+        # not by adding a zero: that would turn -0.0 into 0.0, and inf * 0 into NaN
+        ahead = point + self.sized(length) * direction
+        return self.stay(torch.where(direction != 0, ahead, point))
+
+    def drawn(self, draw: Draw, keys: Tensor) -> Tensor:
+        """The clean point and a draw of the norm's, scaled by the radius; not projected."""
+        noise = draw(keys, self.moves, self.x, self.balls)
+        return self.x + self.sized(self.epsilon) * noise
+
+    @property
+    def farthest(self) -> Tensor:
+        """(examples.n,) L2 distance of the point that is farthest, of balls that are examples."""
+        corner = self.moves.expand_as(self.x).to(self.x.dtype)
+        return self.epsilon * self.examples.norm(self.norm.direction(corner, self.balls), 2)
+
+    def where(self, chosen: Tensor, this: Tensor, other: Tensor) -> Tensor:
+        """`this` for the examples where `chosen`, (examples.n,), else `other`."""
+        return torch.where(self.examples.spread(chosen, this), this, other)

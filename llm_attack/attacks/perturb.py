@@ -6,15 +6,19 @@ the point is (pixels, features, token embeddings) only the closure knows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llm_attack.attacks.apgd import best_of
-from llm_attack.attacks.draws import redrawn
-from llm_attack.attacks.norms import NORMS, Groups
+from llm_attack.attacks import blocks
+from llm_attack.attacks.apgd import ascend, best_of
+from llm_attack.attacks.draws import rehashed
+from llm_attack.attacks.minimal import bisect, fmn
+from llm_attack.attacks.norms import NORMS, Ball, Groups
 from llm_attack.attacks.settings import Attack
 
 Loss = Callable[[Tensor], Tensor]
@@ -52,11 +56,13 @@ def perturb(
     loss: Loss | None = None,
     *,
     target_loss: Loss | None = None,
+    target_losses: Sequence[Loss] = (),
     bounds: tuple[float, float] | None = None,
     mask: Tensor | None = None,
     keys: Tensor | None = None,
     examples: Groups | None = None,
     balls: Groups | None = None,
+    scale: Tensor | None = None,
     gradient: Tensor | None = None,
     on_gradient: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
@@ -68,20 +74,25 @@ def perturb(
         loss: closure that returns (N,), ascended by the attacks that are not targeted.
         target_loss: closure for the targeted attacks (`ost`, `illc`), which descend it: the loss of
             the target class, which the caller fixes at the clean point (`least_likely`).
+        target_losses: closures for `apgdt`, which descends each in turn: the losses of the classes
+            that are not gold. Of what it finds, the point with the greatest `loss` counts.
+            For `fmn` and `critical`, `loss` is above 0 where the answer is wrong.
         bounds: box that the point must stay in, (0, 1) for pixels; None for embeddings, features.
         mask: booleans of shape x.shape[:k]; where False (padding) the point never moves.
-        keys: int64 of shape x.shape[:k], one key per draw (`random`, `pgd`, restarts of `apgd`);
+        keys: int64 of shape x.shape[:k], one key per draw (noise, random starts, restarts, blocks);
             None: one for each entry of the first dimension, from torch's generator.
         examples: which of the N examples each element of `x` belongs to; None: `x` has a row each.
         balls: which elements share a ball of radius epsilon; None: those of an example.
+        scale: (balls.n,) factors of epsilon and of the steps, one for each ball; None: 1.
         gradient: the first gradient, if the caller has it already (see
             `Attack.uses_clean_gradient`).
         on_gradient: called with every gradient that was used.
 
     Returns:
         Tensor like `x`, detached: x itself for epsilon 0 and for `none`; else within epsilon of x
-        in the attack's norm, as computed in the dtype of `x`, and within `bounds`. A gradient that
-        is zero or NaN does not move the point.
+        in the attack's norm (`gaussian`: on the average), as computed in the dtype of `x`, and
+        within `bounds`; of `fmn` and `critical` the nearest point found whose loss is above 0. A
+        gradient that is zero or NaN does not move the point.
 
     Raises:
         ValueError: the attack needs a closure that was not given.
@@ -90,48 +101,38 @@ def perturb(
     if attack.identity:
         return x
     kind, norm = attack.kind, NORMS[attack.norm]
+    given = {"loss": loss, "target_loss": target_loss, "target_losses": target_losses}
+    for name in kind.closures:
+        if not given[name]:
+            raise ValueError(f"attack {attack.name!r} needs {name}")
     examples = examples or Groups.rows(x)
-    balls = balls or examples
     moves = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
     moves = moves.reshape(moves.shape + (1,) * (x.dim() - moves.dim()))
-
-    def stay(point: Tensor) -> Tensor:
-        inside = norm.project(point, x, attack.epsilon, balls)
-        inside = inside if bounds is None else inside.clamp(*bounds)
-        return torch.where(moves, inside, x)
-
-    point = x
+    ball = Ball(x, attack.epsilon, norm, examples, balls or examples, moves, bounds, scale)
     if attack.draws and keys is None:
         keys = torch.randint(-(2**63), 2**63 - 1, (len(x),), device=x.device)
-    if kind.random_start:
-        assert keys is not None
-        draw = norm.in_ball if kind.gradient else norm.on_sphere
-        point = stay(x + attack.epsilon * draw(keys, moves, x, balls))
-    if not kind.gradient:
-        return point
-    ascended = target_loss if kind.targeted else loss
-    if ascended is None:
-        needed = "target_loss" if kind.targeted else "loss"
-        raise ValueError(f"attack {attack.name!r} needs {needed}")
 
     def used(slope: Tensor) -> Tensor:
         if on_gradient is not None:
             on_gradient(slope)
         return slope.masked_fill(slope.isnan() | ~moves, 0)
 
-    if kind.adaptive:
-
-        def evaluate(at: Tensor) -> tuple[Tensor, Tensor]:
-            value, slope = _with_gradient(ascended, at)
-            return value.masked_fill(value.isnan(), -torch.inf), used(slope)
-
-        def starts() -> Iterator[Tensor]:
-            yield x
-            for again in () if keys is None else redrawn(keys, attack.restarts - 1):
-                yield stay(x + attack.epsilon * norm.in_ball(again, moves, x, balls))
-
-        how: Any = {"steps": attack.steps, "step": attack.step, "norm": norm}
-        return best_of(starts(), evaluate, stay, examples=examples, balls=balls, **how)
+    if kind.search:
+        assert loss is not None and keys is not None
+        return blocks.search(partial(_value, loss), ball, keys, queries=attack.queries)
+    point = x
+    if kind.start is not None:
+        assert keys is not None
+        point = ball.drawn(getattr(norm, kind.start), keys)
+        point = ball.stay(point) if kind.projected else ball.only_moves(point)
+    if not kind.gradient:
+        return point
+    if kind.adaptive or kind.minimal:
+        assert loss is not None
+        climb = _Climb(attack, loss, target_losses if kind.targeted else (), keys, used)
+        return climb.nearest(ball) if kind.minimal else climb(ball)
+    ascended = target_loss if kind.targeted else loss
+    assert ascended is not None
     step = -attack.step if kind.targeted or kind.reverse else attack.step
     velocity: Tensor | float = 0.0
     for i in range(attack.steps if kind.iterative else 1):
@@ -140,10 +141,72 @@ def perturb(
         slope = used(slope)
         if kind.momentum:
             slope = velocity = attack.decay * velocity + examples.scaled(slope, 1)
-        direction = norm.direction(slope, balls)
-        # not by adding a zero: that would turn -0.0 into 0.0, and inf * 0 into NaN
-        point = stay(torch.where(direction != 0, point + step * direction, point))
+        point = ball.step(point, slope, step)
     return point
+
+
+def _value(loss: Loss, x: Tensor) -> Tensor:
+    """`loss(x)`; what is not a number is never the best."""
+    with torch.no_grad():
+        values = loss(x)
+    return values.masked_fill(values.isnan(), -torch.inf)
+
+
+@dataclass(frozen=True)
+class _Climb:
+    """Auto-PGD, from all its starts, and the searches for the nearest point that rest on it.
+
+    Attributes:
+        attack, loss, keys: as of `perturb`.
+        targets: losses that are lowered, each in turn; none: `loss` is raised.
+        used: a gradient -> what is used of it.
+    """
+
+    attack: Attack
+    loss: Loss
+    targets: Sequence[Loss]
+    keys: Tensor | None
+    used: Callable[[Tensor], Tensor]
+
+    def __call__(self, ball: Ball) -> Tensor:
+        """The point with the greatest loss."""
+        if not self.targets:
+            return self._best(self.loss, ball)
+        found = (self._best(partial(_negative, target), ball) for target in self.targets)
+        return best_of(((point, _value(self.loss, point)) for point in found), ball)[0]
+
+    def nearest(self, ball: Ball) -> Tensor:
+        """The nearest point with a loss above 0."""
+        attack = self.attack
+        if not attack.kind.adaptive:
+            evaluate = partial(self._evaluated, self.loss)
+            step = ball.farthest if attack.step_size is None else attack.step_size
+            return fmn(evaluate, ball, steps=attack.steps, step=step)
+        first = attack.epsilon / 16 if attack.first_epsilon is None else attack.first_epsilon
+        value = partial(_value, self.loss)
+        return bisect(self, value, ball, rounds=attack.rounds, first=first)
+
+    def _best(self, way: Loss, ball: Ball) -> Tensor:
+        evaluate = partial(self._evaluated, way)
+        how: Any = {"steps": self.attack.steps, "step": self.attack.step}
+        ways = (ascend(start, evaluate, ball, **how) for start in self._starts(ball))
+        return best_of(ways, ball)[0]
+
+    def _starts(self, ball: Ball) -> Iterator[Tensor]:
+        yield ball.x
+        keys = self.keys
+        for _ in range(self.attack.restarts - 1):
+            assert keys is not None
+            keys = rehashed(keys)
+            yield ball.stay(ball.drawn(ball.norm.in_ball, keys))
+
+    def _evaluated(self, way: Loss, at: Tensor) -> tuple[Tensor, Tensor]:
+        value, slope = _with_gradient(way, at)
+        return value.masked_fill(value.isnan(), -torch.inf), self.used(slope)
+
+
+def _negative(loss: Loss, x: Tensor) -> Tensor:
+    return -loss(x)
 
 
 def sweep(

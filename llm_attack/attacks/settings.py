@@ -13,27 +13,56 @@ from llm_attack.errors import invalid
 
 @dataclass(frozen=True)
 class Kind:
-    """The traits that tell one attack from another; the loop in `perturb` reads nothing else."""
+    """The traits that tell one attack from another; the loop in `perturb` reads nothing else.
+
+    Attributes:
+        gradient: it follows the gradient of a loss.
+        iterative: in several steps.
+        targeted: it lowers the loss of a target; an adaptive one of every target in turn.
+        start: the draw of `Norm` that it starts from, or is; None: the clean point.
+        projected: that draw is kept in the ball.
+        reverse: it goes the other way.
+        momentum: its steps remember those before.
+        adaptive: it finds its step sizes (Auto-PGD).
+        search: it tries points, without a gradient.
+        minimal: it looks for the nearest point with a loss above 0, epsilon away at most.
+    """
 
     gradient: bool = False
     iterative: bool = False
     targeted: bool = False
-    random_start: bool = False
+    start: str | None = None
+    projected: bool = True
     reverse: bool = False
     momentum: bool = False
     adaptive: bool = False
+    search: bool = False
+    minimal: bool = False
+
+    @property
+    def closures(self) -> tuple[str, ...]:
+        """The losses that `perturb` needs, by the names of its arguments."""
+        if self.targeted:
+            return ("target_losses", "loss") if self.adaptive else ("target_loss",)
+        return ("loss",) if self.gradient or self.search else ()
 
 
 ATTACKS: dict[str, Kind] = {
     "none": Kind(),
-    "random": Kind(random_start=True),
+    "random": Kind(start="on_sphere"),
+    "uniform": Kind(start="in_ball"),
+    "gaussian": Kind(start="gaussian", projected=False),
     "fgsm": Kind(gradient=True),
     "ost": Kind(gradient=True, targeted=True),
     "bim": Kind(gradient=True, iterative=True),
     "illc": Kind(gradient=True, iterative=True, targeted=True),
-    "pgd": Kind(gradient=True, iterative=True, random_start=True),
+    "pgd": Kind(gradient=True, iterative=True, start="in_ball"),
     "mifgsm": Kind(gradient=True, iterative=True, momentum=True),
     "apgd": Kind(gradient=True, iterative=True, adaptive=True),
+    "apgdt": Kind(gradient=True, iterative=True, adaptive=True, targeted=True),
+    "blocks": Kind(search=True),
+    "fmn": Kind(gradient=True, iterative=True, minimal=True),
+    "critical": Kind(gradient=True, iterative=True, adaptive=True, minimal=True),
     "reversed": Kind(gradient=True, reverse=True),
 }
 
@@ -50,17 +79,29 @@ class StepSettings:
     step_size: float | None = setting(
         None,
         "Length of a step of the iterative attacks, in the unit of epsilon; unless given, a quarter"
-        " of epsilon. Of apgd it is the first step's, twice epsilon unless given",
+        " of epsilon. Of apgd, apgdt and critical it is the first step's, twice epsilon unless"
+        " given; of fmn the L2 length of the first step, to a corner of the ball unless given",
         least=0.0,
         above=True,
     )
     decay: float = setting(1.0, "Decay of the momentum of mifgsm", least=0.0)
     restarts: int = setting(
         1,
-        "Number of times that apgd starts, first at the clean point, then at random ones of the"
-        " ball; the best counts",
+        "Number of times that apgd, apgdt and critical start, first at the clean point, then at"
+        " random ones of the ball; the best counts",
         least=1,
     )
+    rounds: int = setting(
+        12, "Number of amplitudes at which critical tries apgd, to find the smallest", least=1
+    )
+    first_epsilon: float | None = setting(
+        None,
+        "The second amplitude that critical tries, after epsilon, in the unit of epsilon; a"
+        " sixteenth of epsilon unless given",
+        least=0.0,
+        above=True,
+    )
+    queries: int = setting(100, "Number of points that blocks tries, each a forward pass", least=1)
 
 
 @dataclass(frozen=True)
@@ -68,16 +109,22 @@ class Attack(StepSettings):
     """One attack with its settings.
 
     Args:
-        name: a key of `ATTACKS`. `fgsm`: Goodfellow et al. 2015; `bim`, `illc` and `ost` (one step
-            towards the least likely class): Kurakin et al. 2017; `pgd`: Madry et al. 2018;
-            `mifgsm`: Dong et al. 2018; `apgd`: Croce and Hein 2020; `reversed`: `fgsm` with the
-            other sign, the control that has to lower the loss.
+        name: a key of `ATTACKS`. `random`, `uniform` and `gaussian` are noise; `fgsm`: Goodfellow
+            et al. 2015; `bim`, `illc` and `ost` (one step towards the least likely class): Kurakin
+            et al. 2017; `pgd`: Madry et al. 2018; `mifgsm`: Dong et al. 2018; `apgd`, `apgdt`:
+            Croce and Hein 2020; `blocks`: after Andriushchenko et al. 2020; `fmn`: Pintor et al.
+            2021; `critical`: `apgd` at several epsilons; `reversed`: `fgsm` with the other sign,
+            the control that has to lower the loss.
         epsilon: radius of the ball round the clean point, in the units of the point; finite, >= 0.
+            Of `fmn` and `critical` the largest.
         steps: of the iterative attacks; >= 1.
         step_size: of the iterative attacks, in the units of the point; None means epsilon / 4. Of
-            `apgd` the first step's; None means 2 epsilon.
+            `apgd`, `apgdt` and `critical` the first step's; None means 2 epsilon.
         decay: of the momentum of `mifgsm`; finite, >= 0.
-        restarts: of `apgd`; >= 1.
+        restarts: of `apgd`, `apgdt` and `critical`; >= 1.
+        rounds: of `critical`; >= 1.
+        first_epsilon: of `critical`, in the units of the point; None means epsilon / 16.
+        queries: of `blocks`; >= 1.
         norm: of the ball, a key of `NORMS`; with `l2` a step follows the gradient itself.
         label: the amplitude in the condition's name; None means epsilon.
 
@@ -120,13 +167,14 @@ class Attack(StepSettings):
         and needs no more of it than that.
         """
         kind = self.kind
-        others = kind.targeted or kind.random_start or kind.adaptive
+        others = kind.targeted or kind.start is not None or kind.adaptive or kind.minimal
         return kind.gradient and not (others or self.identity)
 
     @property
     def draws(self) -> bool:
         """Whether there is anything random about it."""
-        return self.kind.random_start or (self.kind.adaptive and self.restarts > 1)
+        kind = self.kind
+        return kind.start is not None or kind.search or (kind.adaptive and self.restarts > 1)
 
     @property
     def condition(self) -> str:
@@ -135,9 +183,9 @@ class Attack(StepSettings):
         return "none" if self.name == "none" else f"{self.name}@{label}"
 
     def scaled(self, factor: float) -> Attack:
-        """The same attack in other units: epsilon and step_size times `factor`, the same label."""
-        step_size = None if self.step_size is None else self.step_size * factor
-        return replace(self, epsilon=self.epsilon * factor, step_size=step_size)
+        """The same attack in other units: all lengths times `factor`, the same label."""
+        given = {name: getattr(self, name) for name in ("epsilon", "step_size", "first_epsilon")}
+        return replace(self, **{k: v * factor for k, v in given.items() if v is not None})
 
 
 def step_settings(settings: StepSettings) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llm_attack.attacks import Attack, keys_for, perturb
+from llm_attack.attacks import ATTACKS, Attack, Groups, keys_for, perturb
+from llm_attack.errors import invalid
 from llm_attack.theory.fig4 import Settings
 from llm_attack.theory.packet import Uncertainty, uncertainty_on_nodes
 from llm_attack.theory.stacked import StackedMLP, cross_entropy, generators, pick, stack
@@ -30,6 +31,9 @@ class Toy:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        in_ball = [name for name, kind in ATTACKS.items() if not kind.minimal]
+        if settings.attack not in in_ball:
+            raise invalid("attack", settings.attack, in_ball)
         self.attack = Attack(settings.attack, epsilon=settings.epsilon)
         self.generators = generators(settings.seed, settings.seeds)
         sizes = (2, settings.width, settings.width, 2)
@@ -62,13 +66,20 @@ class Toy:
     def accuracies(self) -> tuple[Tensor, Tensor]:
         """Clean and robust accuracy of each seed, (seeds,)."""
         labels = labels_of(self.test)
+        points = torch.arange(labels.numel(), device=labels.device).reshape(labels.shape)
+
+        def of_other(x: Tensor) -> Tensor:
+            return self.loss(x, 1 - labels).flatten()
+
         attacked = perturb(
             self.attack,
             self.test,
-            lambda x: self.loss(x, labels),
-            target_loss=lambda x: self.loss(x, 1 - labels),
+            lambda x: self.loss(x, labels).flatten(),
+            target_loss=of_other,
+            target_losses=[of_other],
             bounds=(-1, 1),
             keys=self.keys,
+            examples=Groups(points, points.numel()),
         )
         with torch.no_grad():
             found = [self.network(x).argmax(-1) == labels for x in (self.test, attacked)]

@@ -39,8 +39,8 @@ class Settings:
     batch_size: int = setting(1000, "Number of points per step", least=1)
     attack: str = setting(
         "fgsm",
-        "Attack for the robust accuracy: none, random, fgsm, ost, bim, illc, pgd, mifgsm, apgd or"
-        " reversed",
+        "Attack for the robust accuracy: none, random, uniform, gaussian, fgsm, ost, bim, illc,"
+        " pgd, mifgsm, apgd, apgdt, blocks or reversed",
     )
     epsilon: float = setting(0.1, "L-infinity amplitude of the attack", least=0)
     label: int = setting(1, "Class whose loss is the packet: 1, that of x1 above 0, or 0")

@@ -14,7 +14,8 @@ from llm_attack.attacks import ATTACKS, Attack, keys_for, least_likely, sparsefo
 from llm_attack.vision.data import Images
 from llm_attack.vision.networks import split
 
-KNOWN = (*(name for name in ATTACKS if name != "none"), "sparsefool")
+_IN_BALL = (name for name, kind in ATTACKS.items() if name != "none" and not kind.minimal)
+KNOWN = (*_IN_BALL, "sparsefool")
 SLOW = (*(name for name, kind in ATTACKS.items() if kind.iterative), "sparsefool")
 
 Row = dict[str, Any]
@@ -58,7 +59,19 @@ def attacked(
         on_gradient: called with the attack's name and each gradient that it used.
     """
     with torch.no_grad():
-        target = least_likely(classifier(x), labels)
+        scores = classifier(x)
+    target = least_likely(scores, labels)
+
+    def margin(other: int) -> Callable[[Tensor], Tensor]:
+        """Of the label's score over that of a class: the `other`-th of those that are not it."""
+        classes = other + (labels <= other).long()
+
+        def of_point(point: Tensor) -> Tensor:
+            found = classifier(point)
+            return (found.gather(1, labels[:, None]) - found.gather(1, classes[:, None]))[:, 0]
+
+        return of_point
+
     now = ""  # the attack at work: both its gradients and its result are seen one at a time
 
     def note(gradient: Tensor) -> None:
@@ -70,6 +83,7 @@ def attacked(
         x,
         lambda point: cross_entropy(classifier(point), labels),
         target_loss=lambda point: cross_entropy(classifier(point), target),
+        target_losses=[margin(other) for other in range(scores.shape[1] - 1)],
         bounds=bounds,
         keys=keys,
         on_gradient=note,

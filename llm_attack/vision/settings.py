@@ -40,8 +40,8 @@ class ImageSettings:
     width: float = setting(1.0, "Factor on the channels of the networks", least=0)
     attacks: str = setting(
         "ost,fgsm,bim,illc,pgd,sparsefool",
-        "Attacks, separated by commas: random, fgsm, ost, bim, illc, pgd, mifgsm, apgd, reversed,"
-        " sparsefool",
+        "Attacks, separated by commas: random, uniform, gaussian, fgsm, ost, bim, illc, pgd,"
+        " mifgsm, apgd, apgdt, blocks, reversed, sparsefool",
     )
     epsilon: float | None = setting(
         None,

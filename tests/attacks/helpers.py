@@ -2,19 +2,35 @@
 
 import torch
 
-from llm_attack.attacks import keys_for
+from llm_attack.attacks import keys_for, perturb
 
-GRADIENT_ATTACKS = ("fgsm", "ost", "bim", "illc", "pgd", "mifgsm", "apgd", "reversed")
-ALL_ATTACKS = ("none", "random", *GRADIENT_ATTACKS)
+NOISE = ("random", "uniform", "gaussian")
+IN_BALL = ("fgsm", "ost", "bim", "illc", "pgd", "mifgsm", "apgd", "apgdt")
+MINIMAL = ("fmn", "critical")
+ALL_ATTACKS = ("none", *NOISE, *IN_BALL, "blocks", *MINIMAL, "reversed")
+GRADIENT_ATTACKS = (*IN_BALL, "reversed")  # that fill a ball
 TARGETED = ("ost", "illc")
-ITERATIVE = ("bim", "illc", "pgd", "mifgsm", "apgd")
+ADAPTIVE = ("apgd", "apgdt")
+ITERATIVE = ("bim", "illc", "pgd", "mifgsm", *ADAPTIVE)
 DESCENDING = (*TARGETED, "reversed")
-STEPPING = tuple(name for name in GRADIENT_ATTACKS if name != "apgd")  # by lengths set beforehand
+STEPPING = tuple(name for name in GRADIENT_ATTACKS if name not in ADAPTIVE)  # of lengths set before
+
+
+def closures(name, loss):
+    """`loss` in the places where the attack looks for it; what apgdt lowers is its negative."""
+    if name == "apgdt":
+        return {"loss": loss, "target_losses": [lambda point: -loss(point)]}
+    return {"target_loss" if name in TARGETED else "loss": loss}
+
+
+def attacked(attack, x, loss, **options):
+    """`perturb` with `loss` in its place, and with keys."""
+    return perturb(attack, x, keys=keys(len(x)), **closures(attack.name, loss), **options)
 
 
 def gradients(name, steps=10):
     """How many an attack takes; apgd wants to know at the end where it is."""
-    return (steps if name in ITERATIVE else 1) + (name == "apgd")
+    return (steps if name in ITERATIVE else 1) + (name in ADAPTIVE)
 
 
 def rng(seed):

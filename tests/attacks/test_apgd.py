@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from llm_attack.attacks import NORMS, Attack, Groups, loss_gradient, perturb
 from llm_attack.attacks.apgd import ascend
+from llm_attack.attacks.norms import Ball
 
 from .helpers import Counted, keys, linear, rng
 
@@ -82,10 +83,10 @@ def test_step_sizes_are_halved_at_the_checkpoints():
         points.append(point.item())
         return torch.tensor([-float(len(points))]), torch.ones(1, 1)
 
-    start, norm = torch.zeros(1, 1), NORMS["linf"]
-    groups = Groups.rows(start)
-    how = {"steps": 100, "step": 1.0, "norm": norm, "examples": groups, "balls": groups}
-    best, value = ascend(start, falling, lambda point: point, **how)
+    start = torch.zeros(1, 1)
+    groups, moves = Groups.rows(start), torch.ones(1, 1, dtype=torch.bool)
+    ball = Ball(start, 1e9, NORMS["linf"], groups, groups, moves)
+    best, value = ascend(start, falling, ball, steps=100, step=1.0)
     assert (best.item(), value.item()) == (0, -1)
     moves = torch.tensor(points).diff()
     back = [i for i in range(1, 100) if moves[i] < 0 <= moves[i - 1]]
@@ -169,3 +170,46 @@ def test_a_loss_that_is_not_a_number_is_never_the_best():
     got = perturb(Attack("apgd", 1.0, steps=20), x, loss)
     assert (got <= 0.4).all()
     assert torch.equal(loss_gradient(loss, x), torch.ones(2, 1))
+
+
+def test_towards_a_target_equals_autoattack(wide):
+    """The authors' own, down the cross-entropy of one class."""
+    pytest.importorskip("pyautoattack", reason=AUTOATTACK)
+    from pyautoattack.autopgd_base import APGDAttack
+
+    at = Rough()
+    target = (at.labels + 4) % 5
+    theirs = APGDAttack(at.network, n_iter=40, norm="Linf", eps=0.25, loss="ce-targeted-cfts")
+    theirs.init_hyperparam(at.x)
+    best, _, value, _ = theirs.attack_single_run(at.x, target, x_init=at.x)
+
+    def down(point):
+        return F.cross_entropy(at.network(point), target, reduction="none")
+
+    attack = Attack("apgdt", 0.25, steps=40)
+    got = perturb(attack, at.x, at.loss, target_losses=[down], bounds=(0, 1))
+    assert (got - best).abs().max() <= 1e-9
+    assert -down(got) == pytest.approx(value)
+
+
+def test_of_all_targets_the_one_with_the_greatest_loss_counts():
+    at = Rough()
+
+    def margin(other):
+        classes = (at.labels + other) % 5
+
+        def value(point):
+            scores = at.network(point)
+            return (scores.gather(1, at.labels[:, None]) - scores.gather(1, classes[:, None]))[:, 0]
+
+        return value
+
+    def gap(point):
+        return torch.stack([-margin(other)(point) for other in range(1, 5)]).amax(0)
+
+    attack, targets = Attack("apgdt", 0.25, steps=20), [margin(other) for other in range(1, 5)]
+    got = perturb(attack, at.x, gap, target_losses=targets)
+    alone = torch.stack([gap(perturb(attack, at.x, gap, target_losses=[t])) for t in targets])
+    assert torch.allclose(gap(got), alone.amax(0), rtol=0, atol=1e-12)
+    assert len(set(alone.argmax(0).tolist())) > 1
+    assert (gap(got) >= gap(at.attacked(steps=20, bounds=None)) - 1e-9).all()

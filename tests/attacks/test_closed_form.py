@@ -20,6 +20,8 @@ from .helpers import (
     STEPPING,
     TARGETED,
     Counted,
+    attacked,
+    closures,
     gradients,
     grid,
     keys,
@@ -38,12 +40,6 @@ over_shapes = pytest.mark.parametrize("shape", ((7,), (3, 5, 5), (11, 4)), ids=s
 def way(name):
     """The direction in which an attack moves along the gradient of its loss."""
     return -1 if name in DESCENDING else 1
-
-
-def attacked(attack, x, loss, **options):
-    """`perturb` with `loss` in the place where the attack looks for it, and with keys."""
-    place = "target_loss" if attack.name in TARGETED else "loss"
-    return perturb(attack, x, keys=keys(len(x)), **{place: loss}, **options)
 
 
 def problem(n, shape):
@@ -221,7 +217,7 @@ def test_examples_do_not_see_their_batch(name, n, shape):
 
     def of(rows):
         curved = lambda p: (w[rows] * p - p**3).flatten(1).sum(1)  # noqa: E731
-        return perturb(attack, x[rows], curved, target_loss=curved, keys=own[rows])
+        return perturb(attack, x[rows], keys=own[rows], **closures(name, curved))
 
     whole = of(torch.arange(n))
     order = torch.randperm(n, generator=rng(5))
@@ -245,11 +241,9 @@ def test_a_given_gradient_stands_for_the_first_one_alone(name):
 def test_the_closure_of_the_other_sense_is_not_called(name):
     x, w = problem(3, (7,))
     right, wrong = Counted(linear(w)), Counted(linear(-w))
-    closures = {"loss": right, "target_loss": wrong}
-    if name in TARGETED:
-        closures = {"loss": wrong, "target_loss": right}
-    perturb(Attack(name, EPS), x, keys=keys(3), **closures)
-    assert right.calls == gradients(name)
+    given = {"loss": wrong, "target_loss": wrong, **closures(name, right)}
+    perturb(Attack(name, EPS), x, keys=keys(3), **given)
+    assert right.calls == gradients(name) + (name == "apgdt")  # which compares its points by it
     assert wrong.calls == 0
 
 
@@ -257,7 +251,8 @@ def test_the_closure_of_the_other_sense_is_not_called(name):
 def test_missing_closure(name):
     x, w = problem(3, (7,))
     wanted, other = ("target_loss", "loss") if name in TARGETED else ("loss", "target_loss")
-    with pytest.raises(ValueError, match=f"{name}.* needs {wanted}"):
+    wanted = "target_losses" if name == "apgdt" else wanted
+    with pytest.raises(ValueError, match=f"'{name}' needs {wanted}"):
         perturb(Attack(name, EPS), x, keys=keys(3), **{other: linear(w)})
 
 

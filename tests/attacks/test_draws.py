@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_attack.attacks import keys_for, signs, uniform
+from llm_attack.attacks import Attack, keys_for, perturb, signs, uniform
 
 from .helpers import keys, most_from_half, rng, same_bits
 
@@ -205,3 +205,30 @@ def test_keys_matter(draw):
 def test_the_point_gives_nothing_but_its_shape():
     x = torch.randn(3, 8, generator=rng(1))
     assert same_bits(uniform(keys(3), x), uniform(keys(3), torch.zeros_like(x)))
+
+
+@pytest.mark.parametrize("norm", ("linf", "l2"))
+def test_gaussian_noise_has_the_power_of_random_signs(norm):
+    """Mean square of n coordinates within five standard errors; half of them positive."""
+    x = torch.zeros(40, 5, 100, dtype=torch.float64)
+    n, own = x.numel(), keys(40)
+    noise = perturb(Attack("gaussian", 0.25, norm=norm), x, keys=own)
+    of_signs = perturb(Attack("random", 0.25, norm=norm), x, keys=own)
+    power = of_signs.square().mean()
+    assert abs(noise.square().mean() - power) < 5 * power * (2 / n) ** 0.5
+    ratio = noise / power.sqrt()
+    for bound, share in ((1, 0.682689), (2, 0.954500)):
+        inside = (ratio.abs() < bound).double().mean()
+        assert abs(inside - share) < 5 * (share * (1 - share) / n) ** 0.5
+    assert noise.abs().max() > 3 * power.sqrt()  # no ball holds it
+
+
+def test_uniform_noise_fills_the_ball():
+    x = torch.zeros(40, 5, 100, dtype=torch.float64)
+    noise = perturb(Attack("uniform", 0.25), x, keys=keys(40))
+    n = x.numel()
+    assert noise.abs().max() <= 0.25
+    for bound in (0.05, 0.125, 0.2):
+        share = bound / 0.25
+        inside = (noise.abs() < bound).double().mean()
+        assert abs(inside - share) < 5 * (share * (1 - share) / n) ** 0.5

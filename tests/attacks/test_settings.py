@@ -8,7 +8,7 @@ from llm_attack.attacks import ATTACKS, Attack
 from llm_attack.attacks.settings import step_settings
 from llm_attack.errors import UsageError
 
-from .helpers import ALL_ATTACKS, ITERATIVE
+from .helpers import ADAPTIVE, ALL_ATTACKS, ITERATIVE, MINIMAL
 
 NAN, INF = float("nan"), float("inf")
 
@@ -35,7 +35,7 @@ def test_defaults():
 )
 def test_a_near_miss_is_suggested(typed, meant):
     message = refused("name", typed)
-    assert message.startswith(f"attack={typed}: must be one of none, random, fgsm, ost, bim")
+    assert message.startswith(f"attack={typed}: must be one of none, random, uniform, gaussian")
     assert message.endswith(f"did you mean {meant!r}?")
 
 
@@ -94,8 +94,8 @@ def test_settings_do_not_change():
 @pytest.mark.parametrize("name", ALL_ATTACKS)
 @pytest.mark.parametrize("step_size", (None, 0.25))
 def test_step(name, step_size):
-    iterative = name in ITERATIVE
-    usual = {"apgd": 4.0}.get(name, 0.5)
+    iterative = name in (*ITERATIVE, *MINIMAL)
+    usual = 4.0 if name in (*ADAPTIVE, "critical") else 0.5
     expected = 2.0 if not iterative else usual if step_size is None else 0.25
     assert Attack(name, 2.0, step_size=step_size).step == expected
 
@@ -125,8 +125,13 @@ def test_scaled():
     scaled = Attack("bim", 2.0, steps=3, step_size=0.5)
     assert Attack("bim", 8.0, steps=3, step_size=2.0).scaled(1 / 4) == scaled
     assert Attack("ost", 8.0).scaled(1 / 4) == Attack("ost", 2.0)
+    first = Attack("critical", 8.0, first_epsilon=4.0).scaled(1 / 4).first_epsilon
+    assert first == 1.0
 
 
 def test_step_settings():
     attack = Attack("bim", 2.0, steps=3, step_size=0.5, decay=0.9)
-    assert step_settings(attack) == {"steps": 3, "step_size": 0.5, "decay": 0.9, "restarts": 1}
+    assert step_settings(attack) == {
+        **{"steps": 3, "step_size": 0.5, "decay": 0.9, "restarts": 1},
+        **{"rounds": 12, "first_epsilon": None, "queries": 100},
+    }

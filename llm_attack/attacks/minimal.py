@@ -1,0 +1,113 @@
+"""The nearest point whose loss is above 0, which means a wrong answer: two ways to look for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from llm_attack.attacks.norms import Ball
+
+# Of FMN, first and last: shares of the first step, and of the radius that it changes by.
+_STEPS = 1.0, 0.01
+_CHANGES = 0.05, 0.001
+
+_BEFORE_BRACKETED = 4.0  # by what `bisect` divides an amplitude as long as all were enough
+_NEAR = 1.002  # it stops where the bracket's ends differ by less
+
+
+def fmn(
+    evaluate: Callable[[Tensor], tuple[Tensor, Tensor]],
+    ball: Ball,
+    *,
+    steps: int,
+    step: Tensor | float,
+) -> Tensor:
+    """The Fast Minimum-Norm attack (Pintor et al. 2021), whose steps follow the gradient itself.
+
+    Each step is projected on a ball whose radius is the linear estimate of the distance until the
+    boundary is crossed, then shrinks on the far side of it and grows on the near one.
+
+    Args:
+        evaluate: point -> losses (examples,), and their gradient, like the point.
+        ball: the largest that is allowed; its `balls` are its examples.
+        steps: gradients.
+        step: L2 length of the first step, one or (examples,); steps get shorter as a cosine, to a
+            hundredth.
+
+    Returns:
+        The shortest point found; the clean one where none was.
+    """
+    x, point, best = ball.x, ball.x, ball.x
+    first = ball.examples.spread(step, x).to(x.dtype) if isinstance(step, Tensor) else step
+    value, slope = evaluate(x)
+    found = torch.zeros_like(value, dtype=torch.bool)
+    length = ball.norm.length(x - x, ball.balls)
+    least, radius = torch.full_like(length, math.inf), torch.full_like(length, math.inf)
+    for i in range(steps):
+        cosine = (1 + math.cos(math.pi * i / steps)) / 2
+        size, change = (b + (a - b) * cosine for a, b in (_STEPS, _CHANGES))
+        if i:
+            value, slope = evaluate(point)
+            length = ball.norm.length(point - x, ball.balls)
+        wrong = value > 0
+        better = wrong & (length < least)
+        best, least = ball.where(better, point, best), torch.where(better, length, least)
+        found = found | wrong
+        ahead = length + value.abs() / ball.norm.dual(slope, ball.balls).clamp(min=1e-12)
+        near = torch.where(found, radius * (1 + change), ahead)
+        radius = torch.where(wrong, torch.minimum(radius * (1 - change), least), near)
+        radius = radius.clamp(max=ball.epsilon)
+        moved = point + size * first * ball.examples.scaled(slope, 2)
+        point = replace(ball, scale=radius / ball.epsilon).stay(moved)
+    return best
+
+
+def bisect(
+    climb: Callable[[Ball], Tensor],
+    evaluate: Callable[[Tensor], Tensor],
+    ball: Ball,
+    *,
+    rounds: int,
+    first: float,
+) -> Tensor:
+    """The shortest point that an attack finds in balls of several radii, for each example.
+
+    Args:
+        climb: a ball -> the point that the attack finds there.
+        evaluate: point -> losses (examples,).
+        ball: the largest that is tried; its `balls` are its examples.
+        rounds: radii. The first is that of `ball`, the second `first`; then it is divided by
+            four as long as that is enough, and then comes the geometric mean of the largest that
+            was not enough and the shortest point that was found.
+        first: a radius.
+
+    Returns:
+        The shortest point found; what the attack found in `ball` where that was not enough.
+    """
+    best = ball.x
+    shortest = torch.where(evaluate(ball.x) > 0, 0.0, math.inf)
+    shortest = shortest.to(ball.norm.length(ball.x - ball.x, ball.balls))
+    largest = torch.zeros_like(shortest)  # of those that were not enough
+    radius = torch.full_like(shortest, ball.epsilon)
+    for i in range(rounds):
+        point = climb(replace(ball, scale=radius / ball.epsilon))
+        wrong = evaluate(point) > 0
+        length = ball.norm.length(point - ball.x, ball.balls)
+        better = wrong & (length < shortest)
+        best = ball.where(better | (shortest.isinf() & (i == 0)), point, best)
+        shortest = torch.where(better, length, shortest)
+        largest = torch.where(wrong, largest, torch.maximum(largest, radius))
+        open_ = shortest.isfinite() & (shortest > _NEAR * largest) & (shortest > 0)
+        if not open_.any():
+            break
+        between = torch.where(
+            largest > 0, (largest * shortest).sqrt(), shortest / _BEFORE_BRACKETED
+        )
+        radius = torch.where(open_, torch.minimum(between, shortest), radius)
+        if i == 0:
+            radius = torch.where(open_, radius.new_tensor(first), radius)
+    return best
