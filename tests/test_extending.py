@@ -22,7 +22,7 @@ import torch
 from click.testing import CliRunner
 from llm_attack.attacks import ATTACKS, NORMS, Attack, perturb
 from llm_attack.cli import main
-from llm_attack.lm.losses import Signal
+from llm_attack.lm.units import Signal
 from llm_attack.lm.settings import AttackSettings
 
 
@@ -34,7 +34,7 @@ def test_use():
 
     settings = AttackSettings(loss="lead", norm="l1_token", epsilon="0.5rms", hookpoint="middle")
     assert settings.needs_gold and "l1" in NORMS
-    assert settings.resolved(Signal(rms=0.1, width=64)).epsilon == 0.5 * (0.1 * 64)
+    assert settings.resolved(Signal(0.1, 64, 0.9)).epsilon == 0.5 * (0.1 * 64)
 
     shown = CliRunner().invoke(main, ["run", "--help"])
     assert shown.exit_code == 0 and "--shrink" in shown.output and "nifgsm" in shown.output

@@ -1,7 +1,7 @@
 """Attacks: pure functions of a point and of a loss closure. Imports torch alone."""
 
 from llm_attack.attacks.draws import keys_for, signs, uniform
-from llm_attack.attacks.norms import NORMS, Groups, widest
+from llm_attack.attacks.norms import NORMS, Ball, Groups, widest
 from llm_attack.attacks.perturb import least_likely, loss_gradient, perturb, sweep
 from llm_attack.attacks.settings import ATTACKS, Attack, Kind
 from llm_attack.attacks.sparsefool import deepfool, sparsefool
@@ -10,6 +10,7 @@ __all__ = [
     "ATTACKS",
     "NORMS",
     "Attack",
+    "Ball",
     "Groups",
     "Kind",
     "deepfool",

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from llm_attack.attacks.draws import normal, signs, uniform, words
+
+if TYPE_CHECKING:
+    from llm_attack.attacks.settings import Attack
 
 
 def widest(device: torch.device) -> torch.dtype:
@@ -155,7 +158,7 @@ class Ball:
         balls: which elements share a ball.
         moves: booleans that broadcast with `x`; where False the point stays.
         bounds: box that the point stays in; None: there is none.
-        scale: (balls.n,) factors of all lengths in a ball; None: 1.
+        scale: (examples.n,) factors of all lengths; None: 1.
     """
 
     x: Tensor
@@ -167,11 +170,33 @@ class Ball:
     bounds: tuple[float, float] | None = None
     scale: Tensor | None = None
 
+    @classmethod
+    def of(
+        cls,
+        attack: Attack,
+        x: Tensor,
+        *,
+        bounds: tuple[float, float] | None = None,
+        mask: Tensor | None = None,
+        examples: Groups | None = None,
+        balls: Groups | None = None,
+    ) -> Ball:
+        """The ball of an `Attack`; the other arguments are those of `perturb`."""
+        examples = examples or Groups.rows(x)
+        moves = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
+        moves = moves.reshape(moves.shape + (1,) * (x.dim() - moves.dim()))
+        scale = None
+        if attack.by_size:
+            sizes = examples.sum(moves.expand_as(x)[..., :1].to(widest(x.device)))
+            scale = sizes.clamp(min=1) ** -0.5
+        norm = NORMS[attack.norm]
+        return cls(x, attack.epsilon, norm, examples, balls or examples, moves, bounds, scale)
+
     def sized(self, length: Any) -> Any:
-        """A length in each ball, a number or what broadcasts with `x`, with the ball's factor."""
+        """A length, a number or what broadcasts with `x`, with the factor of each example."""
         if self.scale is None:
             return length
-        return length * self.balls.spread(self.scale, self.x).to(self.x.dtype)
+        return length * self.examples.spread(self.scale, self.x).to(self.x.dtype)
 
     def stay(self, point: Tensor) -> Tensor:
         """The nearest point that is allowed."""

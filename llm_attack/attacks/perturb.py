@@ -18,7 +18,7 @@ from llm_attack.attacks import blocks
 from llm_attack.attacks.apgd import ascend, best_of
 from llm_attack.attacks.draws import rehashed
 from llm_attack.attacks.minimal import bisect, fmn
-from llm_attack.attacks.norms import NORMS, Ball, Groups
+from llm_attack.attacks.norms import Ball, Groups
 from llm_attack.attacks.settings import Attack
 
 Loss = Callable[[Tensor], Tensor]
@@ -57,12 +57,12 @@ def perturb(
     *,
     target_loss: Loss | None = None,
     target_losses: Sequence[Loss] = (),
+    gap: Loss | None = None,
     bounds: tuple[float, float] | None = None,
     mask: Tensor | None = None,
     keys: Tensor | None = None,
     examples: Groups | None = None,
     balls: Groups | None = None,
-    scale: Tensor | None = None,
     gradient: Tensor | None = None,
     on_gradient: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
@@ -75,15 +75,16 @@ def perturb(
         target_loss: closure for the targeted attacks (`ost`, `illc`), which descend it: the loss of
             the target class, which the caller fixes at the clean point (`least_likely`).
         target_losses: closures for `apgdt`, which descends each in turn: the losses of the classes
-            that are not gold. Of what it finds, the point with the greatest `loss` counts.
-            For `fmn` and `critical`, `loss` is above 0 where the answer is wrong.
+            that are not gold.
+        gap: closure that is above 0 where the answer is wrong; None: `loss` is. Of what `apgdt`
+            finds the point with the greatest counts; `fmn` follows its gradient, and `critical`
+            asks it whether what `apgd` finds with `loss` is enough.
         bounds: box that the point must stay in, (0, 1) for pixels; None for embeddings, features.
         mask: booleans of shape x.shape[:k]; where False (padding) the point never moves.
         keys: int64 of shape x.shape[:k], one key per draw (noise, random starts, restarts, blocks);
             None: one for each entry of the first dimension, from torch's generator.
         examples: which of the N examples each element of `x` belongs to; None: `x` has a row each.
         balls: which elements share a ball of radius epsilon; None: those of an example.
-        scale: (balls.n,) factors of epsilon and of the steps, one for each ball; None: 1.
         gradient: the first gradient, if the caller has it already (see
             `Attack.uses_clean_gradient`).
         on_gradient: called with every gradient that was used.
@@ -91,7 +92,7 @@ def perturb(
     Returns:
         Tensor like `x`, detached: x itself for epsilon 0 and for `none`; else within epsilon of x
         in the attack's norm (`gaussian`: on the average), as computed in the dtype of `x`, and
-        within `bounds`; of `fmn` and `critical` the nearest point found whose loss is above 0. A
+        within `bounds`; of `fmn` and `critical` the nearest point found whose gap is above 0. A
         gradient that is zero or NaN does not move the point.
 
     Raises:
@@ -100,22 +101,19 @@ def perturb(
     x = x.detach()
     if attack.identity:
         return x
-    kind, norm = attack.kind, NORMS[attack.norm]
+    kind = attack.kind
     given = {"loss": loss, "target_loss": target_loss, "target_losses": target_losses}
     for name in kind.closures:
         if not given[name]:
             raise ValueError(f"attack {attack.name!r} needs {name}")
-    examples = examples or Groups.rows(x)
-    moves = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
-    moves = moves.reshape(moves.shape + (1,) * (x.dim() - moves.dim()))
-    ball = Ball(x, attack.epsilon, norm, examples, balls or examples, moves, bounds, scale)
+    ball = Ball.of(attack, x, bounds=bounds, mask=mask, examples=examples, balls=balls)
     if attack.draws and keys is None:
         keys = torch.randint(-(2**63), 2**63 - 1, (len(x),), device=x.device)
 
     def used(slope: Tensor) -> Tensor:
         if on_gradient is not None:
             on_gradient(slope)
-        return slope.masked_fill(slope.isnan() | ~moves, 0)
+        return slope.masked_fill(slope.isnan() | ~ball.moves, 0)
 
     if kind.search:
         assert loss is not None and keys is not None
@@ -123,13 +121,14 @@ def perturb(
     point = x
     if kind.start is not None:
         assert keys is not None
-        point = ball.drawn(getattr(norm, kind.start), keys)
+        point = ball.drawn(getattr(ball.norm, kind.start), keys)
         point = ball.stay(point) if kind.projected else ball.only_moves(point)
     if not kind.gradient:
         return point
     if kind.adaptive or kind.minimal:
         assert loss is not None
-        climb = _Climb(attack, loss, target_losses if kind.targeted else (), keys, used)
+        targets = target_losses if kind.targeted else ()
+        climb = _Climb(attack, loss, gap or loss, targets, keys, used)
         return climb.nearest(ball) if kind.minimal else climb(ball)
     ascended = target_loss if kind.targeted else loss
     assert ascended is not None
@@ -140,7 +139,7 @@ def perturb(
         slope = loss_gradient(ascended, point) if known is None else known
         slope = used(slope)
         if kind.momentum:
-            slope = velocity = attack.decay * velocity + examples.scaled(slope, 1)
+            slope = velocity = attack.decay * velocity + ball.examples.scaled(slope, 1)
         point = ball.step(point, slope, step)
     return point
 
@@ -157,33 +156,34 @@ class _Climb:
     """Auto-PGD, from all its starts, and the searches for the nearest point that rest on it.
 
     Attributes:
-        attack, loss, keys: as of `perturb`.
+        attack, loss, gap, keys: as of `perturb`.
         targets: losses that are lowered, each in turn; none: `loss` is raised.
         used: a gradient -> what is used of it.
     """
 
     attack: Attack
     loss: Loss
+    gap: Loss
     targets: Sequence[Loss]
     keys: Tensor | None
     used: Callable[[Tensor], Tensor]
 
     def __call__(self, ball: Ball) -> Tensor:
-        """The point with the greatest loss."""
+        """The point with the greatest loss, or with the greatest gap of those towards targets."""
         if not self.targets:
             return self._best(self.loss, ball)
         found = (self._best(partial(_negative, target), ball) for target in self.targets)
-        return best_of(((point, _value(self.loss, point)) for point in found), ball)[0]
+        return best_of(((point, _value(self.gap, point)) for point in found), ball)[0]
 
     def nearest(self, ball: Ball) -> Tensor:
-        """The nearest point with a loss above 0."""
+        """The nearest point with a gap above 0."""
         attack = self.attack
         if not attack.kind.adaptive:
-            evaluate = partial(self._evaluated, self.loss)
+            evaluate = partial(self._evaluated, self.gap)
             step = ball.farthest if attack.step_size is None else attack.step_size
             return fmn(evaluate, ball, steps=attack.steps, step=step)
         first = attack.epsilon / 16 if attack.first_epsilon is None else attack.first_epsilon
-        value = partial(_value, self.loss)
+        value = partial(_value, self.gap)
         return bisect(self, value, ball, rounds=attack.rounds, first=first)
 
     def _best(self, way: Loss, ball: Ball) -> Tensor:

@@ -126,6 +126,9 @@ class Attack(StepSettings):
         first_epsilon: of `critical`, in the units of the point; None means epsilon / 16.
         queries: of `blocks`; >= 1.
         norm: of the ball, a key of `NORMS`; with `l2` a step follows the gradient itself.
+        by_size: all lengths are divided by the square root of how many entries of the point's
+            dimensions but the last, such as tokens, are of the example, as the noise of NEFTune is
+            (Jain et al. 2023).
         label: the amplitude in the condition's name; None means epsilon.
 
     Raises:
@@ -135,6 +138,7 @@ class Attack(StepSettings):
     name: str = "fgsm"
     epsilon: float = 0.01
     norm: str = setting("linf", "Norm of the ball", choices=tuple(NORMS))
+    by_size: bool = False
     label: str | None = None
 
     def __post_init__(self) -> None:

@@ -244,8 +244,8 @@ class AttackedHFLM(HFLM):
         with frozen(self.model), progress:
             for _, batch in self.engine.answers(self.batches(questions, rows)):
                 found = by_index(batch.answered)
-                for index, (of_conditions, _) in found.items():
-                    answers[index] = of_conditions[0]
+                for index, of_request in found.items():
+                    answers[index] = of_request.answers[0]
                     if keys[index] is not None:  # a window of a longer text has no key
                         self.cache_hook.add_partial("loglikelihood", keys[index], answers[index])
                 progress.update(len(found))

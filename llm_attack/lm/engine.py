@@ -36,13 +36,16 @@ class Answered(NamedTuple):
     Attributes:
         question: the question.
         answers: for each attack, one answer per request.
-        alignment: x·g, x·x and g·g of its clean point x and the gradient g there
-            (`Surface.alignment`); None where no attack needs that gradient.
+        alignment: of its clean point and the gradient there (`Surface.alignment`); None where no
+            attack needs that gradient.
+        needed: for each attack that looks for it, the amplitude that makes the answer wrong
+            (`Surface.needed`); None for the others.
     """
 
     question: Question
     answers: list[list[Answer]]
     alignment: tuple[float, ...] | None
+    needed: list[float | None]
 
 
 @dataclass
@@ -59,12 +62,14 @@ class Computed(NamedTuple):
     Attributes:
         scores: for each attack, of the pack's scored predictions.
         sums: for each attack, what it adds to its `Diagnostics`, by name.
-        alignment: (questions, 3), see `Answered`; or None.
+        alignment: (questions, 4), see `Answered`; or None.
+        needed: for each attack (questions,), or None.
     """
 
     scores: list[Scores]
     sums: list[dict[str, Tensor]]
     alignment: Tensor | None
+    needed: list[Tensor | None]
 
 
 @dataclass
@@ -179,17 +184,20 @@ class Engine:
     def compute(self, pack: Pack) -> Computed:
         """Runs one batch under all attacks; nothing waits for the device."""
         surface = Surface(self.scorer, pack.to(self.device), self.threat)
-        aligned = any(a.uses_clean_gradient for a in self.attacks)
+        aligned = any(a.uses_clean_gradient or a.kind.minimal for a in self.attacks)
         # first, because its forward gives the clean answers too
-        found = Computed([], [], surface.alignment() if aligned else None)
+        alignment = surface.alignment(self.attacks[0].norm) if aligned else None
+        found = Computed([], [], alignment, [])
         for attack in self.attacks:
-            if attack.identity:
-                found.scores.append(surface.clean)
-                found.sums.append({})
-            else:
-                adversarial, sums = surface.attack(attack)
-                found.scores.append(surface.answers(adversarial))
-                found.sums.append(sums)
+            x, scores = surface.x, None
+            sums: dict[str, Tensor] = {}
+            if not attack.identity:
+                x, sums = surface.attack(attack)
+                scores = surface.answers(x)
+            scores = scores or surface.clean
+            found.scores.append(scores)
+            found.sums.append(sums)
+            found.needed.append(surface.needed(attack, x, scores) if attack.kind.minimal else None)
         return found
 
     def _collect(self, pack: Pack, computed: Computed, found: Found) -> None:
@@ -220,9 +228,12 @@ class Engine:
         alignments: list = [None] * len(pack.questions)
         if computed.alignment is not None:
             alignments = [tuple(row) for row in computed.alignment.tolist()]
+        nothing = [None] * len(pack.questions)
+        needed = [nothing if of is None else of.tolist() for of in computed.needed]
         at = 0
-        for question, alignment in zip(pack.questions, alignments, strict=True):
+        for i, (question, alignment) in enumerate(zip(pack.questions, alignments, strict=True)):
             end = at + len(question.requests)
             of_question = [of_attack[at:end] for of_attack in answers]
-            found.answered.append(Answered(question, of_question, alignment))
+            amplitudes = [of_attack[i] for of_attack in needed]
+            found.answered.append(Answered(question, of_question, alignment, amplitudes))
             at = end

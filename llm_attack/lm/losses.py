@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,6 +95,22 @@ class ChoiceScores:
         # the value of the first, the gradient of the second
         return torch.where(some, value + (slope - slope.detach()), 0.0)
 
+    @property
+    def most_others(self) -> int:
+        """The number of choices that are not gold, of the question that has the most."""
+        return int((self.exists & ~self.gold).sum(-1).max())
+
+    def lead(self, log_likelihoods: Tensor, other: int) -> Tensor:
+        """(questions,) the gold's best score minus that of a choice that is not gold, by number.
+
+        Zero where there are not that many.
+        """
+        scores = self.matrix(log_likelihoods)
+        others = self.exists & ~self.gold
+        this = others & (others.cumsum(-1) == other + 1)
+        best = scores.masked_fill(~self.gold, -torch.inf).amax(-1)
+        return torch.where(this.any(-1), best - scores.masked_fill(~this, 0).sum(-1), 0.0)
+
     def gap(self, log_likelihoods: Tensor) -> Tensor:
         """(questions,) best score of the other choices minus the gold's best; above 0 it is wrong.
 
@@ -130,10 +146,3 @@ class ThreatModel:
     shared: bool = False
     per_token: bool = False
     seed: int = 0
-
-
-class Signal(NamedTuple):
-    """The scale of a point: root mean square of its coordinates, and how many a token has."""
-
-    rms: float
-    width: int

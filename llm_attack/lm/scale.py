@@ -1,4 +1,4 @@
-"""The scale of what is perturbed: root mean square of the hookpoint's output."""
+"""The scale of what is perturbed: of the hookpoint's output."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from llm_attack.lm.hook import capture
-from llm_attack.lm.losses import Signal
 from llm_attack.lm.rotary import Rotary
+from llm_attack.lm.units import Signal
 
 # Any fixed text would do; that it is fixed makes epsilon independent of the data evaluated.
 CALIBRATION_TEXT = (
@@ -27,7 +27,7 @@ def of_embedding(embedding: nn.Module, vocabulary: int, device: torch.device) ->
         for chunk in ids.split(8192):
             output = embedding(chunk)
             squares.append(output.float().square().mean(-1))
-    return Signal(float(torch.cat(squares).mean().sqrt()), output.shape[-1])
+    return _signal(torch.cat(squares), output.shape[-1])
 
 
 def of_activation(model: nn.Module, module: nn.Module, input_ids: Tensor) -> Signal:
@@ -38,4 +38,10 @@ def of_activation(model: nn.Module, module: nn.Module, input_ids: Tensor) -> Sig
     """
     with Rotary(model).fresh():
         output = capture(module, lambda: model(input_ids=input_ids))
-    return Signal(float(output[:, 1:].float().square().mean().sqrt()), output.shape[-1])
+    return _signal(output[:, 1:].float().square().mean(-1), output.shape[-1])
+
+
+def _signal(squares: Tensor, width: int) -> Signal:
+    """From the mean squares of tokens."""
+    norm = (squares * width).sqrt().mean()
+    return Signal(float(squares.mean().sqrt()), width, float(norm))

@@ -6,18 +6,17 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 from llm_attack.attacks import ATTACKS, Attack
-from llm_attack.attacks.settings import StepSettings, step_settings
+from llm_attack.attacks.settings import Kind, StepSettings, step_settings
 from llm_attack.declare import check, names, setting, underscored
 from llm_attack.errors import UsageError, invalid
-from llm_attack.lm.losses import LOSSES, SCORES, Signal, ThreatModel
+from llm_attack.lm.losses import LOSSES, SCORES, ThreatModel
+from llm_attack.lm.units import ABSOLUTE, NEFTUNE, UNITS, Signal, size_of
 
 CONTEXTS = ("own", "shared")
-RMS = "rms"
-EPSILON_UNITS = ("absolute", RMS)
 PER_TOKEN = "_token"
 NORMS = ("linf", "l2", f"l2{PER_TOKEN}")
 PACKINGS = ("auto", "tree", "off")
-EPSILON = "a finite number, at least 0, or one in units of the RMS, such as 0.7rms"
+EPSILON = f"a finite number, at least 0, or one with its unit ({', '.join(UNITS)}), such as 0.7rms"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +29,13 @@ class ThreatSettings(StepSettings):
 
     epsilon_unit: str = setting(
         "absolute",
-        "Unit of epsilon and step_size. With rms it is the root mean square of the embedding"
-        " matrix, or of the activations at another hookpoint, and in L2 that times the square root"
-        " of their width, so that models of different scale can be compared",
-        choices=EPSILON_UNITS,
+        "Unit of epsilon and step_size, so that models of different scale can be compared. With"
+        " rms it is the root mean square of the embedding matrix, or of the activations at another"
+        " hookpoint; with token_norm it is the amplitude at which a token's perturbation is as long"
+        " as the embeddings are on the average; with neftune it is one over the square root of the"
+        " perturbed coordinates of the question (or request), so that epsilon is the alpha of"
+        " NEFTune. In L2 each is times the square root of the width",
+        choices=(ABSOLUTE, *UNITS),
     )
     norm: str = setting(
         "linf",
@@ -101,7 +103,7 @@ class AttackSettings(ThreatSettings):
     epsilon: float | str = setting(
         0.01,
         "Amplitude, which is the radius of the ball round the clean point. 0.7rms is 0.7 with"
-        " epsilon_unit=rms",
+        " epsilon_unit=rms, and so are 0.1token_norm and 5neftune",
         also=str,
         allowed=EPSILON,
     )
@@ -118,23 +120,41 @@ class AttackSettings(ThreatSettings):
         super().__post_init__()
         if self.context is None:
             object.__setattr__(self, "context", "shared" if self.needs_gold else "own")
-        if attack.kind.targeted and not self.needs_gold:
-            knowing = " or ".join(f"loss={name}" for name, kind in LOSSES.items() if kind.gold)
-            raise UsageError(
-                f"attack={self.attack}: steps towards the least likely choice, so it needs"
-                f" {knowing}, not loss={self.loss}"
-            )
-        in_rms = RMS if self.epsilon_unit == RMS else ""
+        self._check(attack.kind)
+        in_unit = "" if self.epsilon_unit == ABSOLUTE else self.epsilon_unit
         in_norm = "" if self.norm == "linf" else f"-{self.norm}"
-        label = f"{epsilon:g}{in_rms}{in_norm}"
-        attack = replace(attack, norm=self.norm.removesuffix(PER_TOKEN), label=label)
+        attack = replace(
+            attack,
+            norm=self.norm.removesuffix(PER_TOKEN),
+            by_size=self.epsilon_unit == NEFTUNE,
+            label=f"{epsilon:g}{in_unit}{in_norm}",
+        )
         object.__setattr__(self, "attack_in_units", attack)
 
+    def _check(self, kind: Kind) -> None:
+        if (kind.targeted or kind.minimal) and not self.needs_gold:
+            knowing = " or ".join(f"loss={name}" for name, of in LOSSES.items() if of.gold)
+            what = (
+                "looks for the nearest wrong answer" if kind.minimal else "steps towards a choice"
+            )
+            raise UsageError(
+                f"attack={self.attack}: {what}, so it needs {knowing}, not loss={self.loss}"
+            )
+        if kind.minimal and self.norm.endswith(PER_TOKEN):
+            raise UsageError(
+                f"norm={self.norm}: must be linf or l2 with attack={self.attack}, which looks for"
+                " one smallest amplitude"
+            )
+        if kind.minimal and self.epsilon_unit == NEFTUNE:
+            raise UsageError(
+                f"epsilon_unit={NEFTUNE}: must be another with attack={self.attack}, whose"
+                " amplitudes are compared between questions"
+            )
+
     def resolved(self, signal: Signal) -> Attack:
-        """The attack in the units of the point; one of RMS is, in L2, the norm of a token of it."""
+        """The attack in the units of the point."""
         attack = self.attack_in_units
-        size = signal.rms * (1.0 if attack.norm == "linf" else signal.width**0.5)
-        return attack.scaled(size if self.epsilon_unit == RMS else 1.0)
+        return attack.scaled(size_of(self.epsilon_unit, signal, attack.norm))
 
     def arguments(self) -> dict[str, Any]:
         """All arguments with their values."""
@@ -174,15 +194,16 @@ class EngineSettings:
 
 
 def amplitude(epsilon: Any) -> tuple[Any, str | None]:
-    """(number, unit) of an epsilon: 0.7 and "rms" of "0.7rms"; as it is and None of a number.
+    """(number, unit) of an epsilon: 0.7 and "rms" of "0.7rms"; no unit of a number.
 
     Raises:
         UsageError: it is a text that is not of that form.
     """
     if not isinstance(epsilon, str):
         return epsilon, None
+    unit = next((unit for unit in UNITS if epsilon.endswith(unit)), None)
     try:
-        return float(epsilon.removesuffix(RMS)), RMS if epsilon.endswith(RMS) else None
+        return float(epsilon.removesuffix(unit or "")), unit
     except ValueError:
         raise invalid("epsilon", epsilon, EPSILON) from None
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
-from llm_attack.attacks import Attack, Groups, least_likely, perturb, widest
+from llm_attack.attacks import NORMS, Attack, Ball, Groups, least_likely, perturb, widest
 from llm_attack.lm.losses import LOSSES, ChoiceScores, ThreatModel, sum_by
 from llm_attack.lm.pack import Pack
 from llm_attack.lm.scoring import Scorer, Scores
@@ -81,8 +81,18 @@ class Surface:
 
     def target_loss(self, x: Tensor) -> Tensor:
         """The loss of the target choice, (questions,), which targeted attacks descend."""
-        scores = self.scorer(self.pack, self.pack.watched, self.expand(x))
-        return self.choices.margin(self._sums(scores), self.target)
+        return self.choices.margin(self._sums_at(x), self.target)
+
+    def gap(self, x: Tensor) -> Tensor:
+        """(questions,) `ChoiceScores.gap`: above 0 the answer is wrong."""
+        return self.choices.gap(self._sums_at(x))
+
+    def lead(self, other: int, x: Tensor) -> Tensor:
+        """(questions,) `ChoiceScores.lead` over one of the other choices."""
+        return self.choices.lead(self._sums_at(x), other)
+
+    def _sums_at(self, x: Tensor) -> Tensor:
+        return self._sums(self.scorer(self.pack, self.pack.watched, self.expand(x)))
 
     def _sums(self, scores: Scores) -> Tensor:
         """(requests,) log-probabilities of the tokens that the loss reads."""
@@ -110,7 +120,9 @@ class Surface:
         with torch.enable_grad():
             x = self.x.detach().requires_grad_(True)
             scores = self.scorer(self.pack, self.pack.watched, self.expand(x))
-            (gradient,) = torch.autograd.grad(self._loss(scores).sum(), x)
+            values = self._loss(scores)
+            (gradient,) = torch.autograd.grad(values.sum(), x)
+        self.clean_loss = values.detach()
         self.clean = Scores(*(s.detach()[self.pack.kept] for s in scores))
         return gradient
 
@@ -120,16 +132,25 @@ class Surface:
             point = None if x is None else self.expand(x)
             return self.scorer(self.pack, self.pack.scored, point)
 
-    def alignment(self) -> Tensor:
-        """(questions, 3): of each question's clean point x and gradient g there, x·g, x·x, g·g.
+    def alignment(self, norm: str) -> Tensor:
+        """(examples, 4): of the clean point x and the gradient g there, x·g, x·x, g·g, and the
+        first-order estimate of the amplitude, in a norm, that makes the answer wrong.
 
-        x·g / sqrt(x·x g·g) is the cosine similarity of embeddings and gradient.
+        x·g / sqrt(x·x g·g) is the cosine similarity of embeddings and gradient. The estimate is the
+        loss's distance from 0 over the dual norm of g; it is NaN where 0 is not where answers
+        become wrong, as of the losses that do not know the gold.
         """
         x, g = self.x.float(), self.gradient.float()
-        products = torch.stack([(x * g).sum(-1), (x * x).sum(-1), (g * g).sum(-1)], -1)
         if self.mask is not None:
-            return (products * self.mask[..., None]).sum(1)
-        return products.new_zeros(self.examples.n, 3).index_add(0, self.examples.index, products)
+            x, g = (part * self.mask[..., None] for part in (x, g))
+        sums = [self.examples.sum(part) for part in (x * g, x * x, g * g)]
+        estimate = torch.full_like(sums[0], torch.nan)
+        if self.knows_gold:
+            dual = NORMS[norm].dual(g, self.balls)
+            if self.balls is not self.examples:
+                dual = self.examples.sum(dual.reshape(*x.shape[:-1], 1))
+            estimate = self.clean_loss.neg().clamp(min=0) / dual
+        return torch.stack([part.to(estimate) for part in (*sums, estimate)], -1)
 
     def attack(self, attack: Attack) -> tuple[Tensor, dict[str, Tensor]]:
         """The attacked point, and what it adds to the sums of `Diagnostics`, by name."""
@@ -144,8 +165,10 @@ class Surface:
         adversarial = perturb(
             attack,
             self.x,
-            self._loss_of_examples if attack.kind.adaptive else self.loss,
+            self._loss_of_examples if attack.kind.adaptive or attack.kind.search else self.loss,
             target_loss=self.target_loss,
+            target_losses=self._leads if attack.kind.targeted else (),
+            gap=self.gap if self.knows_gold else None,
             mask=self.mask,
             keys=self.keys if attack.draws else None,
             examples=self.examples,
@@ -160,13 +183,37 @@ class Surface:
             "elements": elements,
             "zero_gradients": sum(zeros, 0 * elements),
             "gradients": elements * len(zeros),
-            **(self._rounded(attack.step, moves) if attack.norm == "linf" else {}),
+            **(self._rounded(attack, moves) if attack.norm == "linf" else {}),
             **self._nearest(adversarial),
         }
 
-    def _rounded(self, step: float, moves: Tensor) -> dict[str, Tensor]:
+    @property
+    def knows_gold(self) -> bool:
+        return LOSSES[self.threat.loss].gold
+
+    @property
+    def _leads(self) -> list[partial[Tensor]]:
+        """The gold's lead over each of the other choices, as closures."""
+        return [partial(self.lead, other) for other in range(self.choices.most_others)]
+
+    def needed(self, attack: Attack, adversarial: Tensor, scores: Scores) -> Tensor:
+        """(questions,) norm of the perturbation that makes the answer wrong; inf where it is right.
+
+        Args:
+            attack: that looks for the nearest wrong answer.
+            adversarial: what it found.
+            scores: the answers there.
+        """
+        n = len(self.pack.requests)
+        gap = self.choices.gap(sum_by(scores.log_prob, self.pack.scored.request, n))
+        rows = self.examples
+        length = NORMS[attack.norm].length(adversarial - self.x, rows)
+        return torch.where(gap > 0, length, torch.inf)
+
+    def _rounded(self, attack: Attack, moves: Tensor) -> dict[str, Tensor]:
         """Coordinates, in both directions, and those of them that a step would not move by half."""
         wide = widest(self.x.device)
+        step = Ball.of(attack, self.x, mask=self.mask, examples=self.examples).sized(attack.step)
         sizes = [((self.x + s).to(wide) - self.x.to(wide)).abs() for s in (step, -step)]
         lost = torch.stack([((size < step / 2) * moves).sum(dtype=wide) for size in sizes]).sum()
         return {"steps": 2 * moves.sum(dtype=wide) * self.x.shape[-1], "lost": lost}

@@ -22,7 +22,7 @@ from llm_attack.folder import claim, claim_file
 from llm_attack.harness.patches import without_bars
 from llm_attack.record import write_text
 from llm_attack.redact import redacted
-from llm_attack.suite import fingerprint, frames, results, tables
+from llm_attack.suite import fingerprint, frames, results, survival, tables
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.progress import MODES, note
 from llm_attack.suite.run import LM_EVAL, Processes, Result, execute, prepare
@@ -117,6 +117,8 @@ def run(*, output: Path | None, progress: str, **settings: Any) -> None:
         console = Console()
         title = f"{result.run['model_name']}: accuracy, loss={result.run['settings']['loss']}"
         console.print(tables.RunTable(result.table, title, result.run["warnings"]))
+        for name, (cells, _) in survival.tables(result.samples).items():
+            console.print(cells.rich(name))
         if output is not None and progress != "quiet":
             console.print(f"written: {output}: report.html, table.csv, figure.png, samples.parquet")
 

@@ -111,11 +111,11 @@ def curves(table: pd.DataFrame) -> Figure | None:
                 if 0 not in set(curve["epsilon"]):
                     curve = pd.concat([rows[rows["attack"] == "none"], curve])
                 curve = curve.sort_values("epsilon")
-                look = _look(str(attack))
-                line: Any = {"color": look.colour, "marker": look.marker, "ls": look.line}
+                like = look(str(attack))
+                line: Any = {"color": like.colour, "marker": like.marker, "ls": like.line}
                 axes.plot(curve["epsilon"], curve["acc"], ms=3, lw=1, label=attack, **line)
                 ends = curve["acc_low"].to_numpy(float), curve["acc_high"].to_numpy(float)
-                axes.fill_between(curve["epsilon"], *ends, color=look.colour, alpha=0.2, lw=0)
+                axes.fill_between(curve["epsilon"], *ends, color=like.colour, alpha=0.2, lw=0)
             axes.axhline(rows["baseline"].iloc[0], color="k", ls="--", lw=0.9, label="random guess")
             # linear up to the smallest epsilon, so that 0 has a place, and logarithmic above
             axes.set_xscale("symlog", linthresh=epsilons[1], linscale=0.5)
@@ -229,7 +229,8 @@ def draw_all(samples: pd.DataFrame, table: pd.DataFrame, folder: Path) -> list[s
     return list(drawn)
 
 
-def _look(attack: str) -> _Look:
+def look(attack: str) -> _Look:
+    """How an attack is drawn."""
     return _LOOKS.get(attack, _Look("#000000", "..", "P", "-"))
 
 
@@ -247,7 +248,7 @@ def _conditions(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
     for condition, attack, epsilon in zip(rows["condition"], attacks, rows["epsilon"], strict=True):
         ladder = sorted(rows.loc[rows["attack"] == attack, "epsilon"])
         strength = 1 - 0.6 * (len(ladder) - 1 - ladder.index(epsilon)) / len(ladder)
-        look = _look(attack)
-        colour = tuple(1 - strength * (1 - part) for part in to_rgb(look.colour))
-        faces[condition] = {"color": colour, "hatch": look.hatch}
+        like = look(attack)
+        colour = tuple(1 - strength * (1 - part) for part in to_rgb(like.colour))
+        faces[condition] = {"color": colour, "hatch": like.hatch}
     return faces

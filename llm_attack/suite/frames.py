@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -14,13 +14,12 @@ from llm_attack.attacks import Attack
 from llm_attack.errors import UsageError
 from llm_attack.harness import gold
 from llm_attack.harness.requests import Instance, by_question
-from llm_attack.lm.engine import Answer
 from llm_attack.record import whole_or_not
 
-FRAMES = ("questions", "samples")
+if TYPE_CHECKING:
+    from llm_attack.suite.work import Gathered
 
-# x·g, x·x, g·g of a request's clean point and gradient, by the request's number.
-Alignments = Mapping[int, Sequence[float]]
+FRAMES = ("questions", "samples")
 
 
 def grouped(requests: Sequence[Instance]) -> dict[tuple[str, Any], list[int]]:
@@ -95,23 +94,24 @@ def samples_of(
     requests: Sequence[Instance],
     attacks: Sequence[Attack],
     results: Sequence[dict[str, Any]],
-    answers: Sequence[Sequence[Answer]],
-    alignments: Alignments,
+    found: Gathered,
 ) -> pd.DataFrame:
     """A row per question and condition.
 
     Columns: `task`, `doc_id`, `condition`, `attack`, `epsilon`, `n_choices`, `gold`, `prediction`
     and `prediction_norm` (argmax of log-likelihood, and of log-likelihood by length), `acc` and
     `acc_norm` (lm-eval's), `log_likelihoods`, `cosine` (similarity of the question's embeddings and
-    the gradient of the loss there).
+    the gradient of the loss there), `critical_epsilon` (of attacks that look for it, the smallest
+    amplitude with a wrong answer: 0 where the clean one is wrong, infinite where none was found),
+    `first_order` (its estimate from the clean point, `Surface.alignment`; where the loss knows the
+    gold).
 
     Args:
         questions: of `questions_of`.
         requests: all requests of the run.
         attacks: of the conditions.
         results: lm-eval's, for each condition.
-        answers: for each condition, one per request.
-        alignments: of the requests whose gradient was taken.
+        found: of `work.gather`.
     """
     groups = grouped(requests)
     judged = [
@@ -126,9 +126,12 @@ def samples_of(
     for question in questions.to_dict("records"):
         place = question["task"], question["doc_id"]
         numbers = groups[place]
-        cosine = _cosine([alignments[n] for n in numbers if n in alignments])
-        for attack, samples, found in zip(attacks, judged, answers, strict=True):
-            scores = np.array([found[n][0] for n in numbers[: question["n_choices"]]])
+        alignments = [found.alignments[n] for n in numbers if n in found.alignments]
+        cosine = _cosine(alignments)
+        needed = found.needed.get(numbers[0], [None] * len(attacks))
+        of_conditions = zip(attacks, judged, found.answers, needed, strict=True)
+        for attack, samples, answers, critical in of_conditions:
+            scores = np.array([answers[n][0] for n in numbers[: question["n_choices"]]])
             norm, lengths = samples[place].get("acc_norm"), question["lengths"]
             rows.append(
                 {
@@ -145,9 +148,12 @@ def samples_of(
                     "acc_norm": None if norm is None else float(norm),
                     "log_likelihoods": scores.tolist(),
                     "cosine": cosine,
+                    "critical_epsilon": critical,
+                    "first_order": alignments[0][3] if alignments else None,
                 }
             )
-    types = {"prediction_norm": "Int64", "acc_norm": float, "cosine": float}
+    numbers_or_none = ("acc_norm", "cosine", "critical_epsilon", "first_order")
+    types = {"prediction_norm": "Int64", **dict.fromkeys(numbers_or_none, float)}
     return pd.DataFrame(rows).astype(types)
 
 
@@ -175,7 +181,7 @@ def _cosine(products: Sequence[Sequence[float]]) -> float | None:
     """Cosine similarity from the sums of x·g, x·x, g·g; None: no gradient, or a zero one."""
     if not products:
         return None
-    xg, xx, gg = np.sum(products, axis=0)
+    xg, xx, gg, *_ = np.sum(products, axis=0)
     return float(xg / np.sqrt(xx * gg)) if xx > 0 and gg > 0 else None
 
 
@@ -199,6 +205,8 @@ _SCHEMA: dict[str, dict[str, Callable[[Any], bool]]] = {
         **dict.fromkeys(("doc_id", "gold", "log_likelihoods", "cosine"), lambda _: True),
     },
 }
+# What earlier runs have not.
+_SINCE = {"samples": ("critical_epsilon", "first_order")}
 _UNIQUE = {"questions": ["task", "doc_id"], "samples": ["task", "doc_id", "condition"]}
 
 
@@ -220,6 +228,9 @@ def load(folder: Path) -> dict[str, pd.DataFrame]:
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UsageError(f"{path}: cannot be read ({reason})") from None
+        found[name] = found[name].assign(
+            **{column: np.nan for column in _SINCE.get(name, ()) if column not in found[name]}
+        )
         fault = _fault(found[name], name)
         if fault:
             raise UsageError(f"{path}: {fault}; must be of a finished run")

@@ -12,10 +12,19 @@ from typing import Any
 from llm_attack.attacks import ATTACKS
 from llm_attack.declare import About, check_names, declared, names, setting, underscored
 from llm_attack.errors import UsageError, invalid
-from llm_attack.lm.settings import AttackSettings, EngineSettings, ThreatSettings, amplitude
+from llm_attack.lm.settings import (
+    EPSILON,
+    AttackSettings,
+    EngineSettings,
+    ThreatSettings,
+    amplitude,
+)
 
 # Settings that say how a plan is carried out; results do not depend on them.
 _HOW = ("device",)
+
+# What `critical=True` adds to the attacks.
+_CRITICAL = ("critical", "fmn")
 
 # What is allowed, in words.
 _NAMES = "names with commas between them"
@@ -51,6 +60,17 @@ class Plan(ThreatSettings, EngineSettings):
         "Amplitudes, with commas between them. 0.7rms is in units of the RMS whatever epsilon_unit"
         " is",
         allowed=_NUMBERS,
+    )
+    critical: bool = setting(
+        False,
+        "Look for the smallest amplitude that changes the answer, for every question, up to"
+        " epsilon_max; adds critical and fmn to the attacks. Needs a loss that knows the gold",
+    )
+    epsilon_max: float | str | None = setting(
+        None,
+        "Largest amplitude of critical and fmn; unless given, the largest of epsilons",
+        also=str,
+        allowed=EPSILON,
     )
     limit: float | None = setting(
         None, "Questions per task at most; a number below 1 is their share", least=0.0, above=True
@@ -130,15 +150,38 @@ class Plan(ThreatSettings, EngineSettings):
         return path.resolve().name if path.suffix == ".gguf" or path.exists() else self.model
 
     @property
+    def largest_epsilon(self) -> float | str:
+        """Up to which `critical` and `fmn` look.
+
+        Raises:
+            UsageError: epsilons have different units, so that none is known to be the largest.
+        """
+        if self.epsilon_max is not None:
+            return self.epsilon_max
+        if len({amplitude(epsilon)[1] for epsilon in self.epsilons}) > 1:
+            given = ", ".join(map(str, self.epsilons))
+            raise UsageError(
+                f"epsilon_max=: must be given where units of epsilons differ ({given})"
+            )
+        return max(self.epsilons, key=lambda epsilon: amplitude(epsilon)[0])
+
+    @property
     def conditions(self) -> list[AttackSettings]:
-        """`none` once and first, every other attack at every epsilon."""
+        """`none` once and first, every other attack at every epsilon.
+
+        Those that look for the smallest epsilon have the largest alone.
+        """
         common = {name: getattr(self, name) for name in names(ThreatSettings)}
-        attacks = sorted(self.attacks, key=lambda name: name != "none")
-        pairs = [
-            (attack, epsilon)
-            for attack, epsilon in product(attacks, self.epsilons)
-            if attack != "none" or epsilon == self.epsilons[0]
-        ]
+        more = [name for name in _CRITICAL if self.critical and name not in self.attacks]
+        attacks = sorted([*self.attacks, *more], key=lambda name: name != "none")
+        pairs = []
+        for attack in attacks:
+            kind = ATTACKS.get(attack)
+            if kind is not None and kind.minimal:
+                pairs.append((attack, self.largest_epsilon))
+            else:
+                once = attack == "none"
+                pairs += product([attack], self.epsilons[:1] if once else self.epsilons)
         return [AttackSettings(attack=a, epsilon=e, **common) for a, e in pairs]
 
     @property

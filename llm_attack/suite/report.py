@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ import pandas as pd
 from llm_attack.record import write_text
 from llm_attack.suite.inference import ALPHA
 from llm_attack.suite.summary import ABOVE, MEAN
-from llm_attack.suite.tables import means
+from llm_attack.suite.tables import Cells, means
 from llm_attack.suite.words import in_words
 
 _HERE = Path(__file__).parent
@@ -79,6 +79,7 @@ def write_report(
     table: pd.DataFrame,
     figures: Sequence[tuple[str, str, Path]],
     run: dict[str, Any],
+    tables: Mapping[str, Cells] | None = None,
 ) -> Path:
     """Writes `report.html` into `folder`, whole or not at all; equal input gives equal bytes.
 
@@ -93,6 +94,7 @@ def write_report(
             `model`), `warnings` (sentences) and `attacks` (for each condition, its settings and
             diagnostics) have places of their own; of `fingerprint` the hash of the weights is
             shown, and whatever else is there as it stands.
+        tables: more of them, by their titles.
 
     Returns:
         The path of the report.
@@ -121,6 +123,7 @@ def write_report(
         words=in_words(table),
         accuracies=_accuracies(table),
         means=means(table),
+        tables=tables or {},
         statistics={"level": ALPHA, "mean": MEAN, "expected": ABOVE},
         figures=[{"title": t, "alt": d, "source": _data_uri(path)} for t, d, path in figures],
         tasks=data["tasks"],

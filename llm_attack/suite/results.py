@@ -11,7 +11,7 @@ from llm_attack.errors import UsageError
 from llm_attack.harness.judge import as_json
 from llm_attack.record import write_json, write_text
 from llm_attack.redact import redacted
-from llm_attack.suite import figures, frames, tables
+from llm_attack.suite import figures, frames, survival, tables
 from llm_attack.suite.report import Picture, write_report
 from llm_attack.suite.run import LM_EVAL, Result
 from llm_attack.suite.summary import summarise
@@ -27,6 +27,11 @@ _PICTURES = {
         "Accuracy against epsilon",
         "Curves of accuracy over the amplitude of the perturbation, one panel per task, with a"
         " dashed line at the accuracy of guesses; the numbers are in the table.",
+    ),
+    "survival": (
+        "Share of questions still right",
+        "Robustness curves: for every epsilon the share of questions whose smallest epsilon with a"
+        " wrong answer is above it, one panel per task; the medians and areas are in the table.",
     ),
     "margin": (
         "Gold margin before and after",
@@ -54,7 +59,8 @@ _RECORD: dict[str, type] = {
 def save(result: Result, folder: Path, command: list[str]) -> None:
     """Writes everything of a run into `folder`; `run.json` last, which says that it is complete.
 
-    `samples.parquet`, `questions.parquet`, `table.csv`, `table.md`, figures as PNG and SVG,
+    `samples.parquet`, `questions.parquet`, `table.csv`, `table.md`, figures as PNG and SVG, where
+    critical epsilons were looked for `critical.csv`, `foretold.csv` and `critical.md`,
     `report.html`, `lm_eval/results_CONDITION.json` and `run.json`.
 
     Args:
@@ -74,10 +80,12 @@ def render(result: Result, folder: Path, run: dict[str, Any]) -> None:
     """Writes tables, figures and report."""
     tables.save(result.table, folder, run.get("warnings") or ())
     drawn = figures.draw_all(result.samples, result.table, folder)
+    more = survival.save(result.samples, folder)
+    drawn += ["survival"] if more else []
     pictures = [Picture(*_PICTURES[name], folder / f"{name}.svg") for name in drawn]
     # the same run gives the same report, however long it took
     lasting = {key: value for key, value in run.items() if key != "timings"}
-    write_report(folder, result.samples, result.questions, result.table, pictures, lasting)
+    write_report(folder, result.samples, result.questions, result.table, pictures, lasting, more)
 
 
 def load(folder: Path) -> Result:

@@ -167,13 +167,14 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
             return None
         with status(progress, console, "waiting for the other processes"):
             store.wait()
-        answers, alignments, lm.diagnostics = gather(store.contents(), work, len(requests))
+        found = gather(store.contents(), work, len(requests))
+        lm.diagnostics = found.diagnostics
     clock.stop("answers")
     with status(progress, console, "judging"):
-        results = [judge.results(found, i) for i, found in enumerate(answers)]
+        results = [judge.results(answers, i) for i, answers in enumerate(found.answers)]
         questions = frames.questions_of(requests, gold, results[0])
         attacks = lm.engine.attacks
-        samples = frames.samples_of(questions, requests, attacks, results, answers, alignments)
+        samples = frames.samples_of(questions, requests, attacks, results, found)
         infos = {attack.condition: lm.attack_info(i) for i, attack in enumerate(attacks)}
         table = summarise(samples, infos)
     clock.stop("judgement")

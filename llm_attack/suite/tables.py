@@ -209,7 +209,7 @@ def csv(frame: pd.DataFrame) -> str:
     """A frame of `summarise` or `paired` as CSV; equal frames give equal text."""
     frame = without_formulas(frame)
     for column in frame.select_dtypes("float"):
-        form = ".6g" if column.startswith("p_") or column == "epsilon" else ".6f"
+        form = ".6g" if column.startswith(("p_", "epsilon", "median")) else ".6f"
         frame[column] = [_number(value, form, "") for value in frame[column]]
     return frame.to_csv(index=False, lineterminator="\n")
 

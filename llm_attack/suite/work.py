@@ -39,10 +39,13 @@ class Work(NamedTuple):
 
     def content(self, found: Found) -> dict[str, Any]:
         """The finished batch as it is kept: numbers of requests, and what belongs to each."""
-        of = [(self.numbers[i], *parts) for i, parts in by_index(found.answered).items()]
+        of = [(self.numbers[i], parts) for i, parts in by_index(found.answered).items()]
         return {
-            "answers": [(n, answers) for n, answers, _ in of],
-            "alignments": [(n, alignment) for n, _, alignment in of if alignment is not None],
+            "answers": [(n, parts.answers) for n, parts in of],
+            "alignments": [(n, parts.alignment) for n, parts in of if parts.alignment is not None],
+            "needed": [
+                (n, parts.needed) for n, parts in of if any(x is not None for x in parts.needed)
+            ],
             "diagnostics": [asdict(d) for d in found.diagnostics],
         }
 
@@ -63,23 +66,38 @@ def work_of(lm: AttackedHFLM, requests: Sequence[Instance]) -> Iterator[Work]:
             yield Work((task, i), batch, numbers)
 
 
-def gather(
-    contents: Mapping[Key, Any], work: Sequence[Work], n: int
-) -> tuple[list[list[Answer]], dict[int, Sequence[float]], list[Diagnostics]]:
-    """Answers of the `n` requests and diagnostics, under each condition; and the alignments."""
+class Gathered(NamedTuple):
+    """All that a run found.
+
+    Attributes:
+        answers: for each condition, one per request.
+        diagnostics: for each condition.
+        alignments, needed: see `Answered`, by the numbers of requests.
+    """
+
+    answers: list[list[Answer]]
+    diagnostics: list[Diagnostics]
+    alignments: dict[int, Sequence[float]]
+    needed: dict[int, Sequence[float | None]]
+
+
+def gather(contents: Mapping[Key, Any], work: Sequence[Work], n: int) -> Gathered:
+    """The finished batches of `n` requests put together."""
     found = [contents[key] for key in sorted(w.key for w in work)]
     conditions = len(found[0]["diagnostics"])
     answers: list[list[Any]] = [[None] * n for _ in range(conditions)]
     alignments: dict[int, Sequence[float]] = {}
+    needed: dict[int, Sequence[float | None]] = {}
     totals = [Diagnostics() for _ in range(conditions)]
     for content in found:
         for number, of_request in content["answers"]:
             for of_condition, (log_likelihood, greedy) in zip(answers, of_request, strict=True):
                 of_condition[number] = (log_likelihood, greedy)
         alignments.update(content["alignments"])
+        needed.update(content.get("needed", []))
         for total, sums in zip(totals, content["diagnostics"], strict=True):
             total.add(sums)
-    return answers, alignments, totals
+    return Gathered(answers, totals, alignments, needed)
 
 
 class RunningAccuracy:

@@ -1,6 +1,7 @@
 """What holds for every attack, shape, epsilon, step, box, mask and dtype; without tolerance."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -248,17 +249,18 @@ def test_least_likely_leaves_out_classes_that_do_not_exist():
 
 @pytest.mark.parametrize("norm", ("linf", "l2"))
 @pytest.mark.parametrize("name", [name for name in ALL_ATTACKS if name not in MINIMAL])
-def test_a_scale_is_an_epsilon_of_its_own(name, norm):
-    """Each example as if it were alone with epsilon and steps that long; and balls of elements."""
+def test_by_size_lengths_are_shared_among_the_elements_that_move(name, norm):
+    """Each example as if it were alone with epsilon and steps that long: by the root of 4, 1, 2."""
     x, w = torch.randn(2, 3, 4, 5, generator=rng(3), dtype=torch.float64)
-    scale, own = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64), keys(3)
+    mask, own = torch.arange(4) < torch.tensor([[4], [1], [2]]), keys(3)
 
     def loss(rows):
         return lambda p: (w[rows] * (p + (3 * p).sin())).sum((1, 2))
 
     attack = Attack(name, 0.2, steps=4, step_size=0.1, norm=norm)
-    got = perturb(attack, x, keys=own, scale=scale, **closures(name, loss([0, 1, 2])))
-    for i, factor in enumerate(scale.tolist()):
-        alone = attack.scaled(factor)
-        expected = perturb(alone, x[[i]], keys=own[[i]], **closures(name, loss([i])))
+    shared = replace(attack, by_size=True)
+    got = perturb(shared, x, mask=mask, keys=own, **closures(name, loss([0, 1, 2])))
+    for i, size in enumerate((4, 1, 2)):
+        row: dict = {"mask": mask[[i]], "keys": own[[i]], **closures(name, loss([i]))}
+        expected = perturb(attack.scaled(size**-0.5), x[[i]], **row)
         assert torch.allclose(got[[i]], expected, rtol=0, atol=1e-12)

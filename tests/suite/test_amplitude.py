@@ -3,10 +3,12 @@
 import pytest
 
 from llm_attack.errors import UsageError
-from llm_attack.lm.losses import Signal
 from llm_attack.lm.settings import AttackSettings
+from llm_attack.lm.units import Signal
 from llm_attack.suite.commands import command
 from llm_attack.suite.plan import Plan
+
+SIGNAL = Signal(rms=0.1356, width=576, token_norm=3.1)
 
 
 @pytest.mark.parametrize(
@@ -15,20 +17,35 @@ from llm_attack.suite.plan import Plan
     ids=["suffix", "unit"],
 )
 def test_named_in_its_unit(arguments):
-    resolved = AttackSettings("fgsm", **arguments).resolved(Signal(0.1356, 576))
+    resolved = AttackSettings("fgsm", **arguments).resolved(SIGNAL)
     assert resolved.condition == "fgsm@0.7rms"
     assert resolved.epsilon == pytest.approx(0.7 * 0.1356)
 
 
 def test_absolute_as_before():
-    resolved = AttackSettings("fgsm", 0.01).resolved(Signal(0.1356, 576))
+    resolved = AttackSettings("fgsm", 0.01).resolved(SIGNAL)
     assert (resolved.condition, resolved.epsilon) == ("fgsm@0.01", 0.01)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l2_token"])
+@pytest.mark.parametrize(
+    ("unit", "of_coordinate"),
+    [("rms", 0.1356), ("token_norm", 3.1 / 24), ("neftune", 1 / 24), ("absolute", None)],
+)
+def test_units(unit, of_coordinate, norm):
+    """In L2 one is the norm of a token with that much in all of its 576 = 24 squared coordinates."""
+    settings = AttackSettings("bim", 0.5, epsilon_unit=unit, norm=norm, step_size=0.1)
+    resolved = settings.resolved(SIGNAL)
+    one = 1 if of_coordinate is None else of_coordinate * (1 if norm == "linf" else 24)
+    assert (resolved.epsilon, resolved.step) == pytest.approx((0.5 * one, 0.1 * one))
+    assert resolved.by_size == (unit == "neftune")
+    assert resolved.condition.startswith("bim@0.5" + unit * (unit != "absolute"))
 
 
 def test_both_units_in_one_plan():
     plan = Plan(attacks="none,fgsm", epsilons="0.01,0.7rms")
     assert plan.epsilons == (0.01, "0.7rms")
-    attacks = [condition.resolved(Signal(0.5, 576)) for condition in plan.conditions]
+    attacks = [condition.resolved(Signal(0.5, 576, 9.0)) for condition in plan.conditions]
     assert [a.condition for a in attacks] == ["none", "fgsm@0.01", "fgsm@0.7rms"]
     assert [a.epsilon for a in attacks[1:]] == pytest.approx([0.01, 0.35])
     assert "--epsilons 0.01,0.7rms" in " ".join(command(plan, None))
@@ -36,7 +53,9 @@ def test_both_units_in_one_plan():
 
 def test_a_step_size_is_in_the_unit_of_its_epsilon():
     plan = Plan(attacks="bim", epsilons="0.1,0.7rms", step_size=0.2)
-    assert [c.resolved(Signal(0.5, 576)).step for c in plan.conditions] == pytest.approx([0.2, 0.1])
+    assert [c.resolved(Signal(0.5, 576, 9.0)).step for c in plan.conditions] == pytest.approx(
+        [0.2, 0.1]
+    )
 
 
 def test_one_amplitude_twice_is_refused():
