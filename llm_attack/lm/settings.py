@@ -193,7 +193,7 @@ class EngineSettings:
         check(self)
 
 
-def amplitude(epsilon: Any) -> tuple[Any, str | None]:
+def amplitude(epsilon: Any, name: str = "epsilon") -> tuple[Any, str | None]:
     """(number, unit) of an epsilon: 0.7 and "rms" of "0.7rms"; no unit of a number.
 
     Raises:
@@ -205,7 +205,7 @@ def amplitude(epsilon: Any) -> tuple[Any, str | None]:
     try:
         return float(epsilon.removesuffix(unit or "")), unit
     except ValueError:
-        raise invalid("epsilon", epsilon, EPSILON) from None
+        raise invalid(name, epsilon, EPSILON) from None
 
 
 Settings = TypeVar("Settings", AttackSettings, EngineSettings)

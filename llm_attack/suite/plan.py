@@ -104,6 +104,9 @@ class Plan(ThreatSettings, EngineSettings):
         super().__post_init__()
         for name, kind in (("tasks", str), ("attacks", str), ("epsilons", _epsilon)):
             object.__setattr__(self, name, _listed(name, getattr(self, name), kind))
+        if self.epsilon_max is not None:
+            number, unit = amplitude(self.epsilon_max, "epsilon_max")
+            object.__setattr__(self, "epsilon_max", f"{number:g}{unit}" if unit else number)
         for name in ("batch_size", "limit", "model_args"):
             object.__setattr__(self, name, getattr(self, f"_{name}")())
         if self.fewshot_as_multiturn and not self.apply_chat_template:

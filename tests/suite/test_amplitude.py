@@ -33,7 +33,7 @@ def test_absolute_as_before():
     [("rms", 0.1356), ("token_norm", 3.1 / 24), ("neftune", 1 / 24), ("absolute", None)],
 )
 def test_units(unit, of_coordinate, norm):
-    """In L2 one is the norm of a token with that much in all of its 576 = 24 squared coordinates."""
+    """In L2 one is the norm of a token with that much in all its 576 = 24 squared coordinates."""
     settings = AttackSettings("bim", 0.5, epsilon_unit=unit, norm=norm, step_size=0.1)
     resolved = settings.resolved(SIGNAL)
     one = 1 if of_coordinate is None else of_coordinate * (1 if norm == "linf" else 24)
