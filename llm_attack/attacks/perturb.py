@@ -172,7 +172,8 @@ class _Climb:
         """The point with the greatest loss, or with the greatest gap of those towards targets."""
         if not self.targets:
             return self._best(self.loss, ball)
-        found = (self._best(partial(_negative, target), ball) for target in self.targets)
+        # the clean point too: a target that an example does not have leads nowhere
+        found = [ball.x, *(self._best(partial(_negative, target), ball) for target in self.targets)]
         return best_of(((point, _value(self.gap, point)) for point in found), ball)[0]
 
     def nearest(self, ball: Ball) -> Tensor:

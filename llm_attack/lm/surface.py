@@ -193,8 +193,8 @@ class Surface:
 
     @property
     def _leads(self) -> list[partial[Tensor]]:
-        """The gold's lead over each of the other choices, as closures."""
-        return [partial(self.lead, other) for other in range(self.choices.most_others)]
+        """The gold's lead over each of the other choices, as closures; 0 where there are none."""
+        return [partial(self.lead, other) for other in range(max(1, self.choices.most_others))]
 
     def needed(self, attack: Attack, adversarial: Tensor, scores: Scores) -> Tensor:
         """(questions,) norm of the perturbation that makes the answer wrong; inf where it is right.

@@ -70,6 +70,7 @@ class Plan(ThreatSettings, EngineSettings):
         None,
         "Largest amplitude of critical and fmn; unless given, the largest of epsilons",
         also=str,
+        option=str,
         allowed=EPSILON,
     )
     limit: float | None = setting(

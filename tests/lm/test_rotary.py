@@ -80,7 +80,7 @@ def answers(engine, questions, tokens=10_000):
     found = {}
     with frozen(engine.scorer.model):
         for _, of_batch in engine.answers(engine.batches(questions, 99, tokens)):
-            for question, of_attacks, _ in of_batch.answered:
+            for question, of_attacks, *_ in of_batch.answered:
                 for i, index in enumerate(question.answers):
                     found[index[0]] = [of_attack[i][0] for of_attack in of_attacks]
     return torch.tensor([found[i[0]] for q in questions for i in q.answers], dtype=torch.float64)
