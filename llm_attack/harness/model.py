@@ -39,6 +39,7 @@ from llm_attack.lm.generate import attacked_prompts
 from llm_attack.lm.hook import frozen, resolve, try_out
 from llm_attack.lm.layers import prepare
 from llm_attack.lm.losses import LOSSES
+from llm_attack.lm.positions import QUESTION
 from llm_attack.lm.probe import longest_tree
 from llm_attack.lm.questions import Question
 from llm_attack.lm.scale import CALIBRATION_TEXT, of_activation, of_embedding
@@ -211,7 +212,7 @@ class AttackedHFLM(HFLM):
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[float]:
         """Log-likelihood of each text; every window of it is attacked alone."""
-        self._refuse_choice(requests)
+        self._refuse_questions(requests)
         answers = super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
         self._pool()
         return answers
@@ -262,7 +263,7 @@ class AttackedHFLM(HFLM):
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations of the prompts, which are attacked at prefill."""
-        self._refuse_choice(requests)
+        self._refuse_questions(requests)
         loss = self.settings.loss
         if not LOSSES[loss].whole:
             raise UsageError(f"loss={loss}: must be sequence for tasks that generate text")
@@ -312,11 +313,16 @@ class AttackedHFLM(HFLM):
         found = (f"{attack.condition}: {w}" for attack, d in of_conditions for w in d.warnings())
         return [*self.warnings, *found]
 
-    def _refuse_choice(self, requests: Sequence[Instance]) -> None:
+    def _refuse_questions(self, requests: Sequence[Instance]) -> None:
         if self.settings.needs_gold:
             raise UsageError(
                 f"loss={self.settings.loss}: task {requests[0].task_name} is not a multiple-choice"
                 " task with gold labels; use loss=sequence"
+            )
+        if self.settings.positions == QUESTION:
+            raise UsageError(
+                f"positions={QUESTION}: task {requests[0].task_name} asks for no continuation of a"
+                " question; must be another, such as not_first"
             )
 
     # -- what the results say of themselves --------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from lm_eval.api.model import TemplateLM
 from llm_attack.errors import UsageError
 from llm_attack.harness import gold, patches
 from llm_attack.lm.encode import encoded_together
+from llm_attack.lm.positions import QUESTION
 from llm_attack.lm.questions import Question, Request
 from llm_attack.lm.settings import AttackSettings
 
@@ -60,10 +62,39 @@ def encode(lm: AttackedHFLM, requests: Sequence[Instance]) -> list[Request]:
     texts = [text for a, b in pairs for text in (a.rstrip(), a + b)]
     with encoded_together(lm.tokenizer, texts):
         found = TemplateLM.loglikelihood(_Encoder(lm), requests, disable_tqdm=True)
-    return [truncated(request, lm.max_length) for request in found]
+    own = [0] * len(requests)
+    if lm.settings.positions == QUESTION:
+        before = functools.cache(lambda text: len(lm.tok_encode(text)))
+        own = [
+            len(context) + len(continuation) - before(examples_of(request))
+            for request, (_, context, continuation) in zip(requests, found, strict=True)
+        ]
+    pairs_of = zip(found, own, strict=True)
+    return [truncated(request, lm.max_length, n) for request, n in pairs_of]
 
 
-def truncated(request: TokenRequest, longest: int) -> Request:
+def examples_of(request: Instance) -> str:
+    """What stands in the prompt before the question's own text: few-shot examples, a system prompt.
+
+    Raises:
+        UsageError: the prompt does not hold the question's text as its task words it.
+    """
+    task, (context, _) = gold.task_of(request), request.args
+    if not context.strip():  # of acc_mutual_info
+        return ""
+    text: Any = task.doc_to_text(request.doc)
+    if not isinstance(text, str):  # whose choices are contexts
+        text = task.doc_to_choice(request.doc)[request.idx]
+    at = context.rfind(text.strip())
+    if at < 0:
+        raise UsageError(
+            f"positions={QUESTION}: the prompt of task {request.task_name}, question"
+            f" {request.doc_id}, does not hold its text; must be another, such as not_first"
+        )
+    return context[:at].rstrip(" ")  # a space is part of the word behind it
+
+
+def truncated(request: TokenRequest, longest: int, n_question: int = 0) -> Request:
     """A request as the model gets it: at most `longest` tokens to read.
 
     Raises:
@@ -75,7 +106,8 @@ def truncated(request: TokenRequest, longest: int) -> Request:
             f"max_length={longest}: a continuation has {len(continuation)} tokens; must have from 1"
             " to max_length"
         )
-    return Request(tuple((context + continuation)[-(longest + 1) :]), len(continuation))
+    tokens = tuple((context + continuation)[-(longest + 1) :])
+    return Request(tokens, len(continuation), n_question)
 
 
 def questions_of(

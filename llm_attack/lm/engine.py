@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -177,9 +177,10 @@ class Engine:
     def pack(self, batch: Batch) -> Pack:
         """One batch as tensors, on the host."""
         whole = LOSSES[self.threat.loss].whole and not self.clean
+        how: dict[str, Any] = {"whole": whole, "positions": self.threat.positions}
         if batch.trees:
-            return pack_trees(batch.questions, self.pad, whole=whole)
-        return pack_rows(batch.questions, self.pad, shared=self.threat.shared, whole=whole)
+            return pack_trees(batch.questions, self.pad, **how)
+        return pack_rows(batch.questions, self.pad, shared=self.threat.shared, **how)
 
     def compute(self, pack: Pack) -> Computed:
         """Runs one batch under all attacks; nothing waits for the device."""

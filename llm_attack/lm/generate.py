@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -29,7 +30,8 @@ def attacked_prompts(engine: Engine, context: Tensor, mask: Tensor) -> Iterator[
     rows, length = context.shape
     prompts = [row[keep.bool()].tolist() for row, keep in zip(context, mask, strict=True)]
     questions = [Question([Request(tuple(prompt), 0)], [[0]]) for prompt in prompts]
-    pack = pack_rows(questions, engine.pad, whole=True).to(engine.device)
+    how: dict[str, Any] = {"whole": True, "positions": engine.threat.positions}
+    pack = pack_rows(questions, engine.pad, **how).to(engine.device)
     surface = Surface(engine.scorer, pack, replace(engine.threat, shared=False))
     adversarial, sums = surface.attack(engine.attacks[0])
     engine.diagnostics[0].add({name: float(value) for name, value in sums.items()})

@@ -140,9 +140,11 @@ class ThreatModel:
             perturbation per request.
         per_token: every token has a ball of its own, instead of one for the whole perturbation.
         seed: of the random draws.
+        positions: the tokens that may move; see `lm.positions`.
     """
 
     loss: str = "sequence"
     shared: bool = False
     per_token: bool = False
     seed: int = 0
+    positions: str = "all"

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llm_attack.attacks import keys_for
+from llm_attack.lm.positions import ALL, of_question, of_request
 from llm_attack.lm.questions import Question, Request
 from llm_attack.lm.trie import Trie, build
 
@@ -92,6 +93,8 @@ class Pack:
         node: (B, L) with a row per request, where the point is shared: index of each token's node
             among U (tokens of a question behind equal prefixes are one); padding is node 0.
         first: (U,) flat index into B x L of a token of each node.
+        moves: (B, L), or (U,) where there are nodes, booleans: whether a token may be perturbed;
+            None: all but padding.
     """
 
     questions: Sequence[Question]
@@ -104,6 +107,7 @@ class Pack:
     end: Tensor | None = None
     node: Tensor | None = None
     first: Tensor | None = None
+    moves: Tensor | None = None
 
     @cached_property
     def requests(self) -> list[Request]:
@@ -138,10 +142,10 @@ class Pack:
             return torch.tensor([keys_for(seed, r.tokens) for r in self.requests])
         tries = [q.trie.keys(seed) for q in self.questions]
         if self.node is not None:
-            return torch.tensor([key for of_question in tries for key in of_question])
+            return torch.tensor([key for of_tree in tries for key in of_tree])
         keys = torch.zeros(self.input_ids.shape, dtype=torch.int64)
-        for row, of_question in zip(keys, tries, strict=True):
-            row[: len(of_question)] = torch.tensor(of_question)
+        for row, of_tree in zip(keys, tries, strict=True):
+            row[: len(of_tree)] = torch.tensor(of_tree)
         return keys
 
 
@@ -151,6 +155,7 @@ def pack_rows(
     *,
     shared: bool = False,
     whole: bool = False,
+    positions: str = ALL,
 ) -> Pack:
     """A row per request.
 
@@ -159,11 +164,12 @@ def pack_rows(
         pad: token id of padding.
         shared: with the nodes of the questions' tries.
         whole: the predictions of all tokens are watched, not only the continuations'.
+        positions: the tokens that may be perturbed; see `lm.positions`.
     """
     rows = [build([r.inputs]) for q in questions for r in q.requests]
     pack = _pack(questions, rows, pad, whole)
     if not shared:
-        return pack
+        return _with_moves(pack, [of_request(r, positions) for r in pack.requests], positions)
     node = np.zeros(pack.input_ids.shape, np.int64)
     first = np.empty(sum(len(q.trie) for q in questions), np.int64)
     row, base = 0, 0
@@ -173,10 +179,15 @@ def pack_rows(
             first[base + path] = row * node.shape[1] + np.arange(len(path))
             row += 1
         base += len(question.trie)
-    return replace(pack, node=torch.from_numpy(node), first=torch.from_numpy(first))
+    moves = None
+    if positions != ALL:
+        moves = torch.from_numpy(np.concatenate([of_question(q, positions) for q in questions]))
+    return replace(pack, node=torch.from_numpy(node), first=torch.from_numpy(first), moves=moves)
 
 
-def pack_trees(questions: Sequence[Question], pad: int = 0, *, whole: bool = False) -> Pack:
+def pack_trees(
+    questions: Sequence[Question], pad: int = 0, *, whole: bool = False, positions: str = ALL
+) -> Pack:
     """A row per question, whose requests are a tree; arguments as of `pack_rows`."""
     tries = [q.trie for q in questions]
     pack = _pack(questions, tries, pad, whole)
@@ -186,7 +197,18 @@ def pack_trees(questions: Sequence[Question], pad: int = 0, *, whole: bool = Fal
     for row, trie in enumerate(tries):
         depth[row, : len(trie)] = trie.depth
         end[row, : len(trie)] = trie.end
+    pack = _with_moves(pack, [of_question(q, positions) for q in questions], positions)
     return replace(pack, depth=torch.from_numpy(depth), end=torch.from_numpy(end))
+
+
+def _with_moves(pack: Pack, rows: Sequence[NDArray[np.bool_]], positions: str) -> Pack:
+    """The pack, whose rows' tokens may be perturbed where `rows` says so."""
+    if positions == ALL:
+        return pack
+    moves = np.zeros(pack.input_ids.shape, np.bool_)
+    for row, of_row in zip(moves, rows, strict=True):
+        row[: len(of_row)] = of_row
+    return replace(pack, moves=torch.from_numpy(moves))
 
 
 def _pack(questions: Sequence[Question], tries: Sequence[Trie], pad: int, whole: bool) -> Pack:

@@ -16,10 +16,13 @@ class Request:
         tokens: context and continuation, truncated from the left to the model's length + 1.
         n_continuation: how many of the last tokens are the continuation; these are scored. A
             prompt has none.
+        n_question: how many of the last are the question's own and the continuation's: not few-shot
+            examples, nor a system prompt. 0 where nobody asks.
     """
 
     tokens: tuple[int, ...]
     n_continuation: int
+    n_question: int = 0
 
     @property
     def inputs(self) -> tuple[int, ...]:

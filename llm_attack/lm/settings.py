@@ -10,6 +10,7 @@ from llm_attack.attacks.settings import Kind, StepSettings, step_settings
 from llm_attack.declare import check, names, setting, underscored
 from llm_attack.errors import UsageError, invalid
 from llm_attack.lm.losses import LOSSES, SCORES, ThreatModel
+from llm_attack.lm.positions import ALL, NAMED, check_positions
 from llm_attack.lm.units import ABSOLUTE, NEFTUNE, UNITS, Signal, size_of
 
 CONTEXTS = ("own", "shared")
@@ -64,6 +65,12 @@ class ThreatSettings(StepSettings):
         " the loss knows the gold",
         choices=CONTEXTS,
     )
+    positions: str = setting(
+        ALL,
+        f"Tokens that are perturbed, {', '.join(NAMED)} or a slice such as 2:-1 of those that the"
+        " model reads for a request. With question they are those of neither few-shot examples nor"
+        " a system prompt; not_first spares the first token",
+    )
     hookpoint: str | None = setting(
         None,
         "Module whose output is perturbed, such as model.layers.12; the input embedding unless"
@@ -74,6 +81,7 @@ class ThreatSettings(StepSettings):
 
     def __post_init__(self) -> None:
         check(self)
+        check_positions(self.positions)
         if self.needs_gold and self.context == "own":
             raise UsageError(
                 f"context=own: must be shared with loss={self.loss}, which has one perturbation per"
@@ -88,7 +96,9 @@ class ThreatSettings(StepSettings):
     @property
     def threat(self) -> ThreatModel:
         per_token = self.norm.endswith(PER_TOKEN)
-        return ThreatModel(self.loss, self.context == "shared", per_token, self.seed)
+        return ThreatModel(
+            self.loss, self.context == "shared", per_token, self.seed, self.positions
+        )
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ class Surface:
 
     Attributes:
         x: the clean point: (B, L, H), or (U, H) where the pack has nodes.
-        mask: (B, L) booleans, False on padding; None where `x` has no padding.
+        mask: (B, L) or (U,) booleans, False on padding and where else nothing is perturbed; None:
+            nowhere.
     """
 
     def __init__(self, scorer: Scorer, pack: Pack, threat: ThreatModel) -> None:
@@ -31,6 +32,8 @@ class Surface:
 
     @property
     def mask(self) -> Tensor | None:
+        if self.pack.moves is not None:
+            return self.pack.moves
         return self.pack.mask if self.pack.first is None else None
 
     def expand(self, x: Tensor) -> Tensor:
@@ -223,8 +226,8 @@ class Surface:
         if self.scorer.nearest is None:
             return {}
         ids, first = self.pack.input_ids.flatten(), self.pack.first
-        kept = self.pack.mask.flatten() if self.mask is not None else slice(None)
-        ids = ids[kept] if first is None else ids[first]
-        l2, linf = self.scorer.nearest.unchanged(adversarial.flatten(0, -2)[kept], ids)
+        ids = ids if first is None else ids[first]
+        kept = slice(None) if self.mask is None else self.mask.flatten()
+        l2, linf = self.scorer.nearest.unchanged(adversarial.flatten(0, -2)[kept], ids[kept])
         sums = {"tokens": torch.ones_like(l2), "nearest_l2": l2, "nearest_linf": linf}
         return {name: of_tokens.sum() for name, of_tokens in sums.items()}

@@ -1,0 +1,62 @@
+"""The tables of `where.md`: accuracy under attack at parts of the prompt.
+
+    python docs/positions.py --output results/positions-demo
+
+Evaluates a model once for each part, with few-shot examples, so that a question is not all of its
+prompt. Writes `positions.csv` and `positions.md` into the folder.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import pandas as pd
+from rich.console import Console
+
+from llm_attack import Plan, evaluate
+from llm_attack.lm.positions import NAMED
+from llm_attack.record import write_text
+from llm_attack.suite.summary import MEAN
+from llm_attack.suite.tables import Cells, csv
+
+
+def cells(frame: pd.DataFrame) -> Cells:
+    """A row for each part, a column for each condition; the drop with its signal-to-noise ratio."""
+    conditions = list(frame["condition"].unique())
+    rows = []
+    for part, of_part in frame.groupby("positions", sort=False):
+        of = of_part.set_index("condition")
+        rows.append([str(part), *(f"{of.loc[c, 'acc']:.3f}" for c in conditions)])
+    notes = [f"mean accuracy over tasks of {frame['n'].iloc[0]} questions"]
+    return Cells(["positions", *conditions], rows, notes)
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--model", default="demo")
+@click.option("--tasks", default="demo_six")
+@click.option("--epsilons", default="0.05rms")
+@click.option("--attacks", default="none,random,fgsm")
+@click.option("--loss", default="choice")
+@click.option("--num_fewshot", default=2)
+@click.option("--limit", type=int)
+@click.option("--device")
+@click.option("--output", type=click.Path(path_type=Path), required=True)
+def main(output: Path, **settings: object) -> None:
+    """Accuracy under attack at all tokens, context, continuation, question, all but the first."""
+    parts = []
+    for part in NAMED:
+        result = evaluate(Plan(positions=part, **settings), progress="quiet")  # type: ignore[arg-type]
+        mean = result.table[result.table["task"] == MEAN]
+        kept = ["condition", "epsilon", "snr_db", "n", "acc", "acc_low", "acc_high", "drop"]
+        parts.append(mean[kept].assign(positions=part))
+    frame = pd.concat(parts, ignore_index=True)
+    found = cells(frame)
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / "positions.csv", csv(frame[["positions", *kept]]))
+    write_text(output / "positions.md", found.markdown())
+    Console().print(found.rich(f"{result.run['model_name']}: accuracy by what is perturbed"))
+
+
+if __name__ == "__main__":
+    main()
