@@ -46,6 +46,8 @@ from llm_attack.lm.scale import CALIBRATION_TEXT, of_activation, of_embedding
 from llm_attack.lm.scatter import by_index
 from llm_attack.lm.scoring import Scorer
 from llm_attack.lm.settings import AttackSettings, EngineSettings, split_arguments
+from llm_attack.lm.sweep import scorers
+from llm_attack.lm.units import Signal
 
 log = logging.getLogger(__name__)
 
@@ -119,26 +121,24 @@ class AttackedHFLM(HFLM):
         Args:
             conditions: what to attack with. The model's answers are those of the first; the others
                 are computed along with it, sharing its work, for a run of the suite. They may
-                differ in attack, epsilon, steps and step_size.
+                differ in attack, epsilon, steps, step_size and hookpoint.
 
         Raises:
             UsageError: the hookpoint is none of the model's, or conditions differ in more.
         """
         settings = conditions[0]
         for other in conditions[1:]:
-            if (other.threat, other.hookpoint) != (settings.threat, settings.hookpoint):
+            if other.threat != settings.threat:
                 raise UsageError("conditions of one run must have the same loss, context, seed")
-        hookpoint = resolve(self.model, settings.hookpoint)
-        text = torch.tensor([self.tok_encode(CALIBRATION_TEXT)[: self.max_length]])
-        if settings.hookpoint is not None:
-            try_out(self.model, settings.hookpoint, text.to(self.device))
+        names = list(dict.fromkeys(condition.hookpoint for condition in conditions))
+        signals = {name: self._signal(name) for name in names}
         self.settings, self.conditions = settings, conditions
-        if hookpoint is self.model.get_input_embeddings():
-            size = self.model.get_input_embeddings().weight.shape[0]
-            self.signal = of_embedding(hookpoint, size, self.device)
-        else:
-            self.signal = of_activation(self.model, hookpoint, text.to(self.device))
-        attacks = [condition.resolved(self.signal) for condition in conditions]
+        self.signals = [signals[condition.hookpoint] for condition in conditions]
+        several = len(names) > 1
+        attacks = [
+            condition.resolved(signal, condition.hookpoint if several else None)
+            for condition, signal in zip(conditions, self.signals, strict=True)
+        ]
         self.attack = attacks[0]
         largest = torch.finfo(self.model.dtype).max
         for attack in attacks:
@@ -147,14 +147,40 @@ class AttackedHFLM(HFLM):
                     f"epsilon={attack.epsilon:g}: must be a number of the model's dtype,"
                     f" {self.model.dtype}, of which the largest is {largest:g}"
                 )
+        hookpoint = resolve(self.model, settings.hookpoint)
         scorer = Scorer(self.model, hookpoint, self.mixed_precision_dtype, self.softmax_dtype)
+        of_names = [scorer]
+        if several:
+            of_names = scorers(scorer, names, self.device)
+        of_conditions = [of_names[names.index(c.hookpoint)] for c in conditions]
         pad = self.tokenizer.pad_token_id or 0
         packing = self.engine_settings.packing
         longest = {"off": 0, "tree": sys.maxsize}.get(packing)
         if longest is None:
             longest = longest_tree(scorer, self.device, pad)
-        self.engine = Engine(scorer, attacks, settings.threat, self.device, pad, longest)
+        how = (settings.threat, self.device, pad, longest, of_conditions)
+        self.engine = Engine(scorer, attacks, *how)
         self.diagnostics = [Diagnostics() for _ in attacks]
+
+    @property
+    def signal(self) -> Signal:
+        """The scale of what the first condition perturbs."""
+        return self.signals[0]
+
+    def _signal(self, hookpoint: str | None) -> Signal:
+        """The scale of what is perturbed there.
+
+        Raises:
+            UsageError: it is none of the model's.
+        """
+        module = resolve(self.model, hookpoint)
+        if module is self.model.get_input_embeddings():
+            size = self.model.get_input_embeddings().weight.shape[0]
+            return of_embedding(module, size, self.device)
+        text = torch.tensor([self.tok_encode(CALIBRATION_TEXT)[: self.max_length]])
+        if hookpoint is not None:
+            try_out(self.model, hookpoint, text.to(self.device))
+        return of_activation(self.model, module, text.to(self.device))
 
     # -- loading -----------------------------------------------------------------------------------
 
@@ -335,6 +361,7 @@ class AttackedHFLM(HFLM):
     def attack_info(self, condition: int = 0) -> dict[str, Any]:
         """Resolved settings and diagnostics of a condition; see docs/numbers.md."""
         settings, attack = self.conditions[condition], self.engine.attacks[condition]
+        signal = self.signals[condition]
         return {
             **settings.arguments(),
             "condition": attack.condition,
@@ -342,7 +369,7 @@ class AttackedHFLM(HFLM):
             "step_size": attack.step if attack.kind.iterative else None,
             "decay": attack.decay if attack.kind.momentum else None,
             "epsilon_absolute": attack.epsilon,
-            "embedding_rms" if settings.hookpoint is None else "hookpoint_rms": self.signal.rms,
+            "embedding_rms" if settings.hookpoint is None else "hookpoint_rms": signal.rms,
             **self.diagnostics[condition].report(),
         }
 

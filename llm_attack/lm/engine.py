@@ -21,6 +21,7 @@ from llm_attack.lm.probe import trees_equal_rows
 from llm_attack.lm.questions import Question
 from llm_attack.lm.scoring import Scorer, Scores
 from llm_attack.lm.surface import Surface
+from llm_attack.lm.sweep import share
 
 Answer = tuple[float, bool]
 
@@ -79,6 +80,7 @@ class Engine:
     Args:
         scorer: the model.
         attacks: with epsilons in the units of the point.
+        scorers: for each attack, that of its hookpoint; none: `scorer` for all.
         threat: loss and context of the attacks.
         device: where packs are put.
         pad: token id for padding; its value has no influence.
@@ -91,10 +93,12 @@ class Engine:
     device: torch.device
     pad: int = 0
     longest_tree: int = 0
+    scorers: Sequence[Scorer] = ()
     diagnostics: list[Diagnostics] = field(init=False)
     _tried: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
+        self.scorers = self.scorers or [self.scorer] * len(self.attacks)
         self.diagnostics = [Diagnostics() for _ in self.attacks]
         self.clean = all(a.identity for a in self.attacks)
         if not (self.threat.shared or self.clean):
@@ -184,21 +188,27 @@ class Engine:
 
     def compute(self, pack: Pack) -> Computed:
         """Runs one batch under all attacks; nothing waits for the device."""
-        surface = Surface(self.scorer, pack.to(self.device), self.threat)
+        pack = pack.to(self.device)
+        surfaces = {s: Surface(s, pack, self.threat) for s in dict.fromkeys(self.scorers)}
         aligned = any(a.uses_clean_gradient or a.kind.minimal for a in self.attacks)
-        # first, because its forward gives the clean answers too
-        alignment = surface.alignment(self.attacks[0].norm) if aligned else None
+        first = surfaces[self.scorers[0]]
+        if len(surfaces) > 1:
+            share(list(surfaces.values()), aligned)
+        # before all else, because its forward gives the clean answers too
+        alignment = first.alignment(self.attacks[0].norm) if aligned else None
         found = Computed([], [], alignment, [])
-        for attack in self.attacks:
-            x, scores = surface.x, None
+        for attack, scorer in zip(self.attacks, self.scorers, strict=True):
+            surface, x, scores = surfaces[scorer], None, first.clean
             sums: dict[str, Tensor] = {}
             if not attack.identity:
                 x, sums = surface.attack(attack)
                 scores = surface.answers(x)
-            scores = scores or surface.clean
+            needed = None
+            if attack.kind.minimal:
+                needed = surface.needed(attack, surface.x if x is None else x, scores)
             found.scores.append(scores)
             found.sums.append(sums)
-            found.needed.append(surface.needed(attack, x, scores) if attack.kind.minimal else None)
+            found.needed.append(needed)
         return found
 
     def _collect(self, pack: Pack, computed: Computed, found: Found) -> None:

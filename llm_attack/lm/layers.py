@@ -33,11 +33,22 @@ def prepare(model: PreTrainedModel, settings: EngineSettings, hookpoint: nn.Modu
 
 
 def blocks(model: PreTrainedModel, argument: str) -> list[nn.Module]:
-    """The modules that transformers never splits over devices: the transformer's blocks.
+    """The model's blocks.
 
     Raises:
         UsageError: none are known of this model; `argument` is what asked for them.
     """
+    found = known_blocks(model)
+    if not found:
+        raise UsageError(
+            f"{argument}=True: must be False for {type(model).__name__}, whose blocks transformers"
+            " does not name"
+        )
+    return found
+
+
+def known_blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules that transformers never splits over devices: the transformer's blocks, if any."""
     found = [
         block
         for module in model.modules()
@@ -46,11 +57,6 @@ def blocks(model: PreTrainedModel, argument: str) -> list[nn.Module]:
         for block in module.modules()
         if type(block).__name__ in names
     ]
-    if not found:
-        raise UsageError(
-            f"{argument}=True: must be False for {type(model).__name__}, whose blocks transformers"
-            " does not name"
-        )
     return list(dict.fromkeys(found))
 
 

@@ -34,7 +34,7 @@ def longest_tree(scorer: Scorer, device: torch.device, pad: int = 0) -> int:
     A model does not whose attention ignores the mask (some flash kernels), or whose positions are
     not given to it (ALiBi, recurrent models); the log says so.
     """
-    if not trees_equal_rows(scorer, _made_up(scorer), device, pad):
+    if not trees_equal_rows(scorer, made_up(scorer), device, pad):
         log.warning("packing: off, as the model does not take trees; every request gets a row")
         return 0
     config = scorer.model.config
@@ -73,7 +73,7 @@ def trees_equal_rows(
     return bool(difference <= tolerance * rows.std())
 
 
-def _made_up(scorer: Scorer) -> list[Question]:
+def made_up(scorer: Scorer) -> list[Question]:
     """Two questions of different size, whose requests share more and less of their contexts."""
     embedding: Any = scorer.model.get_input_embeddings()
     vocabulary = embedding.weight.shape[0]

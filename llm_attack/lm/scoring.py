@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from llm_attack.lm.hook import capture, edit_input, edit_output
 from llm_attack.lm.nearest import Nearest
 from llm_attack.lm.pack import Entries, Inputs, Pack
 from llm_attack.lm.rotary import Rotary
+
+if TYPE_CHECKING:
+    from llm_attack.lm.sweep import Skip
 
 
 class Scores(NamedTuple):
@@ -52,6 +55,7 @@ class Scorer:
         self.softmax_dtype = softmax_dtype or torch.float32
         self.head = model.get_output_embeddings()
         self.rotary = Rotary(model)
+        self.skip: Skip | None = None
         self.nearest = None
         if isinstance(hookpoint, nn.Embedding) and hookpoint is model.get_input_embeddings():
             self.nearest = Nearest(hookpoint, hookpoint.num_embeddings)
@@ -72,15 +76,34 @@ class Scorer:
             point[rows, : part.shape[1]] = part
         return point
 
-    def __call__(self, pack: Pack, entries: Entries, point: Tensor | None = None) -> Scores:
-        """Scores of `entries`; with `point`, (B, L, H), in place of the hookpoint's output."""
-        logits = self.logits(pack, entries.positions, point)
+    def __call__(
+        self,
+        pack: Pack,
+        entries: Entries,
+        point: Tensor | None = None,
+        below: Tensor | None = None,
+    ) -> Scores:
+        """Scores of `entries`; with `point`, (B, L, H), in place of the hookpoint's output.
+
+        With `below`, (B, L, H), in place of what the blocks of `skip` return, which do not run.
+        """
+        logits = self.logits(pack, entries.positions, point, below)
         slot, target = entries.slot.to(logits.device), entries.target.to(logits.device)
         scores = look_up(logits, slot, target, self.softmax_dtype)
         # a model split over devices answers on its last one
         return Scores(*(s.to(pack.input_ids.device) for s in scores))
 
-    def logits(self, pack: Pack, positions: Tensor, point: Tensor | None = None) -> Tensor:
+    def together(self, pack: Pack) -> bool:
+        """Whether all rows of `pack` go through the model in one forward."""
+        return len(self._forwards(pack)) == 1
+
+    def logits(
+        self,
+        pack: Pack,
+        positions: Tensor,
+        point: Tensor | None = None,
+        below: Tensor | None = None,
+    ) -> Tensor:
         """(P, V) logits at `positions`, flat indices into the pack's B x L.
 
         Hidden states are gathered before the head, so that the (B, L, V) tensor never exists; what
@@ -88,7 +111,7 @@ class Scorer:
         """
         forwards = self._forwards(pack)
         if len(forwards) == 1:
-            return self._logits(pack.inputs, positions, point)
+            return self._logits(pack.inputs, positions, point, below)
         length = pack.input_ids.shape[1]
         row, column = positions // length, positions % length
         found, order = [], []
@@ -98,8 +121,8 @@ class Scorer:
             (here,) = (place[row] >= 0).nonzero(as_tuple=True)
             columns = inputs.tokens.shape[1]
             of_part = place[row[here]] * columns + column[here]
-            put = None if point is None else point[rows, :columns]
-            found.append(self._logits(inputs, of_part, put))
+            put, under = (None if x is None else x[rows, :columns] for x in (point, below))
+            found.append(self._logits(inputs, of_part, put, under))
             order.append(here)
         logits = torch.cat(found)
         return logits[torch.cat(order).argsort().to(logits.device)]
@@ -118,8 +141,10 @@ class Scorer:
         whole = None if pack.end is None else pack.input_ids.shape[1]
         return [(of, pack.inputs.part(of, whole or longest[scale])) for scale, of in rows.items()]
 
-    def _logits(self, inputs: Inputs, positions: Tensor, point: Tensor | None) -> Tensor:
-        """The same of one forward; `positions` and `point` are those of its rows."""
+    def _logits(
+        self, inputs: Inputs, positions: Tensor, point: Tensor | None, below: Tensor | None
+    ) -> Tensor:
+        """The same of one forward; the tensors are those of its rows."""
         rows, columns = inputs.tokens.shape
         gathered = False
 
@@ -130,8 +155,11 @@ class Scorer:
             return hidden.reshape(rows * columns, -1)[positions.to(hidden.device)].unsqueeze(0)
 
         with ExitStack() as stack:
+            if below is not None and self.skip is not None:
+                stack.enter_context(self.skip.over(below))
             if point is not None:
-                stack.enter_context(edit_output(self.hookpoint, lambda output: point))
+                # a copy, as some models write to what a module returns
+                stack.enter_context(edit_output(self.hookpoint, lambda output: point.clone()))
             if self.head is not None:
                 stack.enter_context(edit_input(self.head, gather))
             logits = self._forward(inputs).logits

@@ -161,9 +161,11 @@ class AttackSettings(ThreatSettings):
                 " amplitudes are compared between questions"
             )
 
-    def resolved(self, signal: Signal) -> Attack:
-        """The attack in the units of the point."""
+    def resolved(self, signal: Signal, place: str | None = None) -> Attack:
+        """The attack in the units of the point; `place`: what its condition's name has besides."""
         attack = self.attack_in_units
+        if place is not None:
+            attack = replace(attack, label=f"{attack.label}@{place}")
         return attack.scaled(size_of(self.epsilon_unit, signal, attack.norm))
 
     def arguments(self) -> dict[str, Any]:

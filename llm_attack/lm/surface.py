@@ -24,11 +24,22 @@ class Surface:
 
     def __init__(self, scorer: Scorer, pack: Pack, threat: ThreatModel) -> None:
         self.scorer, self.pack, self.threat = scorer, pack, threat
+        self.below: Tensor | None = None
+        """(B, L, H) clean activations that forwards start from; None: they are whole."""
 
     @cached_property
     def x(self) -> Tensor:
-        clean = self.scorer.point(self.pack)
-        return clean if self.pack.first is None else clean.flatten(0, 1)[self.pack.first]
+        return self.of_nodes(self.scorer.point(self.pack))
+
+    def of_nodes(self, values: Tensor, total: bool = False) -> Tensor:
+        """(B, L, H) values as those of the point: at a token of each node, or the sum over all."""
+        if self.pack.first is None or self.pack.node is None:
+            return values
+        values = values.flatten(0, 1)
+        if not total:
+            return values[self.pack.first]
+        sums = values.new_zeros(len(self.pack.first), values.shape[-1])
+        return sums.index_add(0, self.pack.node.flatten(), values)
 
     @property
     def mask(self) -> Tensor | None:
@@ -67,9 +78,12 @@ class Surface:
 
     def loss(self, x: Tensor) -> Tensor:
         """The loss that attacks ascend: (requests,), or (questions,) where it knows the gold."""
-        return self._loss(self.scorer(self.pack, self.pack.watched, self.expand(x)))
+        return self.loss_of(self._watched(x))
 
-    def _loss(self, scores: Scores) -> Tensor:
+    def _watched(self, x: Tensor) -> Scores:
+        return self.scorer(self.pack, self.pack.watched, self.expand(x), self.below)
+
+    def loss_of(self, scores: Scores) -> Tensor:
         kind = LOSSES[self.threat.loss]
         return kind.value(self._sums(scores), self.choices if kind.gold else None)
 
@@ -95,7 +109,7 @@ class Surface:
         return self.choices.lead(self._sums_at(x), other)
 
     def _sums_at(self, x: Tensor) -> Tensor:
-        return self._sums(self.scorer(self.pack, self.pack.watched, self.expand(x)))
+        return self._sums(self._watched(x))
 
     def _sums(self, scores: Scores) -> Tensor:
         """(requests,) log-probabilities of the tokens that the loss reads."""
@@ -122,8 +136,8 @@ class Surface:
         """Gradient of the loss at the clean point; the forward for it sets `clean` as well."""
         with torch.enable_grad():
             x = self.x.detach().requires_grad_(True)
-            scores = self.scorer(self.pack, self.pack.watched, self.expand(x))
-            values = self._loss(scores)
+            scores = self._watched(x)
+            values = self.loss_of(scores)
             (gradient,) = torch.autograd.grad(values.sum(), x)
         self.clean_loss = values.detach()
         self.clean = Scores(*(s.detach()[self.pack.kept] for s in scores))
@@ -132,8 +146,9 @@ class Surface:
     def answers(self, x: Tensor | None) -> Scores:
         """The same as `clean` at the point `x`; None: nothing is put at the hookpoint."""
         with torch.no_grad():
-            point = None if x is None else self.expand(x)
-            return self.scorer(self.pack, self.pack.scored, point)
+            if x is None:
+                return self.scorer(self.pack, self.pack.scored)
+            return self.scorer(self.pack, self.pack.scored, self.expand(x), self.below)
 
     def alignment(self, norm: str) -> Tensor:
         """(examples, 4): of the clean point x and the gradient g there, x·g, x·x, g·g, and the

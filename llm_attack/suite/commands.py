@@ -22,7 +22,7 @@ from llm_attack.folder import claim, claim_file
 from llm_attack.harness.patches import without_bars
 from llm_attack.record import write_text
 from llm_attack.redact import redacted
-from llm_attack.suite import fingerprint, frames, results, survival, tables
+from llm_attack.suite import fingerprint, frames, layers, results, survival, tables
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.progress import MODES, note
 from llm_attack.suite.run import LM_EVAL, Processes, Result, execute, prepare
@@ -116,9 +116,13 @@ def run(*, output: Path | None, progress: str, **settings: Any) -> None:
     if result is not None:
         console = Console()
         title = f"{result.run['model_name']}: accuracy, loss={result.run['settings']['loss']}"
-        console.print(tables.RunTable(result.table, title, result.run["warnings"]))
-        for name, (cells, _) in survival.tables(result.samples).items():
+        table = layers.at_first(result.table)
+        console.print(tables.RunTable(table, title, result.run["warnings"]))
+        for name, (cells, _) in survival.tables(layers.at_first(result.samples)).items():
             console.print(cells.rich(name))
+        of_layers = layers.cells(result.table)
+        if of_layers is not None:
+            console.print(of_layers.rich(layers.TITLE))
         if output is not None and progress != "quiet":
             console.print(f"written: {output}: report.html, table.csv, figure.png, samples.parquet")
 

@@ -14,6 +14,7 @@ from llm_attack.attacks import Attack
 from llm_attack.errors import UsageError
 from llm_attack.harness import gold
 from llm_attack.harness.requests import Instance, by_question
+from llm_attack.lm.sweep import EMBED
 from llm_attack.record import whole_or_not
 
 if TYPE_CHECKING:
@@ -93,12 +94,14 @@ def samples_of(
     questions: pd.DataFrame,
     requests: Sequence[Instance],
     attacks: Sequence[Attack],
+    hookpoints: Sequence[str],
     results: Sequence[dict[str, Any]],
     found: Gathered,
 ) -> pd.DataFrame:
     """A row per question and condition.
 
-    Columns: `task`, `doc_id`, `condition`, `attack`, `epsilon`, `n_choices`, `gold`, `prediction`
+    Columns: `task`, `doc_id`, `condition`, `attack`, `hookpoint`, `epsilon`, `n_choices`, `gold`,
+    `prediction`
     and `prediction_norm` (argmax of log-likelihood, and of log-likelihood by length), `acc` and
     `acc_norm` (lm-eval's), `log_likelihoods`, `cosine` (similarity of the question's embeddings and
     the gradient of the loss there), `critical_epsilon` (of attacks that look for it, the smallest
@@ -110,6 +113,7 @@ def samples_of(
         questions: of `questions_of`.
         requests: all requests of the run.
         attacks: of the conditions.
+        hookpoints: of the conditions.
         results: lm-eval's, for each condition.
         found: of `work.gather`.
     """
@@ -129,8 +133,9 @@ def samples_of(
         alignments = [found.alignments[n] for n in numbers if n in found.alignments]
         cosine = _cosine(alignments)
         needed = found.needed.get(numbers[0], [None] * len(attacks))
-        of_conditions = zip(attacks, judged, found.answers, needed, strict=True)
-        for attack, samples, answers, critical in of_conditions:
+        of_conditions = zip(attacks, hookpoints, judged, found.answers, needed, strict=True)
+        for attack, hookpoint, samples, answers, critical in of_conditions:
+            known = alignments and hookpoint == hookpoints[0]  # where the gradient was taken
             scores = np.array([answers[n][0] for n in numbers[: question["n_choices"]]])
             norm, lengths = samples[place].get("acc_norm"), question["lengths"]
             rows.append(
@@ -138,6 +143,7 @@ def samples_of(
                     **{key: question[key] for key in ("task", "doc_id")},
                     "condition": attack.condition,
                     "attack": attack.name,
+                    "hookpoint": hookpoint,
                     "epsilon": 0.0 if attack.identity else attack.epsilon,
                     **{key: question[key] for key in ("n_choices", "gold")},
                     "prediction": int(scores.argmax()),
@@ -149,7 +155,7 @@ def samples_of(
                     "log_likelihoods": scores.tolist(),
                     "cosine": cosine,
                     "critical_epsilon": critical,
-                    "first_order": alignments[0][3] if alignments else None,
+                    "first_order": alignments[0][3] if known else None,
                 }
             )
     numbers_or_none = ("acc_norm", "cosine", "critical_epsilon", "first_order")
@@ -200,13 +206,16 @@ _SCHEMA: dict[str, dict[str, Callable[[Any], bool]]] = {
         **dict.fromkeys(("doc_id", "gold", "choices"), lambda _: True),
     },
     "samples": {
-        **dict.fromkeys(("task", "condition", "attack"), is_string_dtype),
+        **dict.fromkeys(("task", "condition", "attack", "hookpoint"), is_string_dtype),
         **dict.fromkeys(("epsilon", "n_choices", "prediction", "acc"), is_numeric_dtype),
         **dict.fromkeys(("doc_id", "gold", "log_likelihoods", "cosine"), lambda _: True),
     },
 }
 # What earlier runs have not.
-_SINCE = {"samples": ("critical_epsilon", "first_order")}
+_SINCE: dict[str, dict[str, Any]] = {
+    "questions": {},
+    "samples": {"critical_epsilon": np.nan, "first_order": np.nan, "hookpoint": EMBED},
+}
 _UNIQUE = {"questions": ["task", "doc_id"], "samples": ["task", "doc_id", "condition"]}
 
 
@@ -229,7 +238,7 @@ def load(folder: Path) -> dict[str, pd.DataFrame]:
             reason = str(error).splitlines()[0]
             raise UsageError(f"{path}: cannot be read ({reason})") from None
         found[name] = found[name].assign(
-            **{column: np.nan for column in _SINCE.get(name, ()) if column not in found[name]}
+            **{column: of for column, of in _SINCE[name].items() if column not in found[name]}
         )
         fault = _fault(found[name], name)
         if fault:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,14 @@ class Plan(ThreatSettings, EngineSettings):
         option=str,
         allowed=EPSILON,
     )
+    hookpoints: Sequence[str] = setting(
+        (),
+        "Modules whose outputs are perturbed, each by itself, with commas between them. embed is"
+        " the input embedding, layers the output of every block, and * any one name, as in"
+        " model.layers.*.mlp; in place of hookpoint",
+        kind=tuple,
+        allowed=_NAMES,
+    )
     limit: float | None = setting(
         None, "Questions per task at most; a number below 1 is their share", least=0.0, above=True
     )
@@ -108,6 +116,12 @@ class Plan(ThreatSettings, EngineSettings):
         if self.epsilon_max is not None:
             number, unit = amplitude(self.epsilon_max, "epsilon_max")
             object.__setattr__(self, "epsilon_max", f"{number:g}{unit}" if unit else number)
+        if self.hookpoints:
+            places = _listed("hookpoints", self.hookpoints, str)
+            object.__setattr__(self, "hookpoints", places)
+            for name, value in (("hookpoint", self.hookpoint), ("compile", self.compile)):
+                if value:
+                    raise UsageError(f"{name}={value}: must not be given with hookpoints")
         for name in ("batch_size", "limit", "model_args"):
             object.__setattr__(self, name, getattr(self, f"_{name}")())
         if self.fewshot_as_multiturn and not self.apply_chat_template:
@@ -187,6 +201,15 @@ class Plan(ThreatSettings, EngineSettings):
                 once = attack == "none"
                 pairs += product([attack], self.epsilons[:1] if once else self.epsilons)
         return [AttackSettings(attack=a, epsilon=e, **common) for a, e in pairs]
+
+    def conditions_at(self, hookpoints: Sequence[str | None]) -> list[AttackSettings]:
+        """The conditions at each of these modules; `none` once."""
+        first, *others = hookpoints
+        found = [replace(condition, hookpoint=first) for condition in self.conditions]
+        attacked = [condition for condition in found if condition.attack != "none"]
+        return found + [
+            replace(condition, hookpoint=name) for name in others for condition in attacked
+        ]
 
     @property
     def evaluation(self) -> dict[str, Any]:

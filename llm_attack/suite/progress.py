@@ -14,8 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 MODES = ("bar", "json", "quiet")
 
-# Seconds between two lines of JSON.
-PAUSE = 10.0
+PAUSE = 10.0  # seconds between two lines of JSON
+SHOWN = 12  # conditions below the bar
 
 
 class _Bar(Progress):
@@ -71,7 +71,9 @@ class RunProgress:
         for of_question in right:
             for name, value in zip(self.right, of_question, strict=True):
                 self.right[name] += value
-        self._bars.below = [f"{name} {value:.3f}" for name, value in self.accuracy().items()]
+        lines = [f"{name} {value:.3f}" for name, value in self.accuracy().items()]
+        more = len(lines) - SHOWN
+        self._bars.below = [*lines[:SHOWN], *([f"and {more} more"] if more > 0 else [])]
         self._bars.update(self._bar, advance=requests)
         if self.mode == "json" and time.monotonic() - self._last >= PAUSE:
             self._line()

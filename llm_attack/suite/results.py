@@ -11,7 +11,7 @@ from llm_attack.errors import UsageError
 from llm_attack.harness.judge import as_json
 from llm_attack.record import write_json, write_text
 from llm_attack.redact import redacted
-from llm_attack.suite import figures, frames, survival, tables
+from llm_attack.suite import figures, frames, layers, survival, tables
 from llm_attack.suite.report import Picture, write_report
 from llm_attack.suite.run import LM_EVAL, Result
 from llm_attack.suite.summary import summarise
@@ -32,6 +32,11 @@ _PICTURES = {
         "Share of questions still right",
         "Robustness curves: for every epsilon the share of questions whose smallest epsilon with a"
         " wrong answer is above it, one panel per task; the medians and areas are in the table.",
+    ),
+    "layers": (
+        "Accuracy by what is perturbed",
+        "Lines of mean accuracy over the block that is perturbed, for each attack and amplitude;"
+        " the numbers are in the table.",
     ),
     "margin": (
         "Gold margin before and after",
@@ -60,7 +65,8 @@ def save(result: Result, folder: Path, command: list[str]) -> None:
     """Writes everything of a run into `folder`; `run.json` last, which says that it is complete.
 
     `samples.parquet`, `questions.parquet`, `table.csv`, `table.md`, figures as PNG and SVG, where
-    critical epsilons were looked for `critical.csv`, `foretold.csv` and `critical.md`,
+    critical epsilons were looked for `critical.csv`, `foretold.csv` and `critical.md`, of several
+    hookpoints `layers.md` (the other tables, figures and the report are of the first of them),
     `report.html`, `lm_eval/results_CONDITION.json` and `run.json`.
 
     Args:
@@ -79,13 +85,19 @@ def save(result: Result, folder: Path, command: list[str]) -> None:
 def render(result: Result, folder: Path, run: dict[str, Any]) -> None:
     """Writes tables, figures and report."""
     tables.save(result.table, folder, run.get("warnings") or ())
-    drawn = figures.draw_all(result.samples, result.table, folder)
-    more = survival.save(result.samples, folder)
-    drawn += ["survival"] if more else []
+    samples, table = layers.at_first(result.samples), layers.at_first(result.table)
+    drawn = figures.draw_all(samples, table, folder)
+    more: dict[str, tables.Cells] = {}
+    for name, found in (
+        ("survival", survival.save(samples, folder)),
+        ("layers", layers.save(result.table, folder)),
+    ):
+        more |= found
+        drawn += [name] if found else []
     pictures = [Picture(*_PICTURES[name], folder / f"{name}.svg") for name in drawn]
     # the same run gives the same report, however long it took
     lasting = {key: value for key, value in run.items() if key != "timings"}
-    write_report(folder, result.samples, result.questions, result.table, pictures, lasting, more)
+    write_report(folder, samples, result.questions, table, pictures, lasting, more)
 
 
 def load(folder: Path) -> Result:

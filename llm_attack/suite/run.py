@@ -28,6 +28,7 @@ from llm_attack.harness.tasks import look_up
 from llm_attack.lm.device import check_device
 from llm_attack.lm.hook import frozen
 from llm_attack.lm.settings import EngineSettings
+from llm_attack.lm.sweep import EMBED, expand
 from llm_attack.record import hardware, versions
 from llm_attack.redact import redacted
 from llm_attack.suite import fingerprint, frames
@@ -122,7 +123,10 @@ def prepare(plan: Plan, progress: str, console: Console) -> Prepared:
     clock.stop("tasks")
     with status(progress, console, redacted(f"loading {plan.model}")):
         lm = _model(plan)
-        lm.use(*plan.conditions)
+        conditions = plan.conditions
+        if plan.hookpoints:
+            conditions = plan.conditions_at(expand(lm.model, plan.hookpoints))
+        lm.use(*conditions)
     clock.stop("model")
     with status(progress, console, "building the requests"):
         judge = Judge(lm, manager, tasks, **plan.evaluation)
@@ -174,7 +178,8 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         results = [judge.results(answers, i) for i, answers in enumerate(found.answers)]
         questions = frames.questions_of(requests, gold, results[0])
         attacks = lm.engine.attacks
-        samples = frames.samples_of(questions, requests, attacks, results, found)
+        places = [condition.hookpoint or EMBED for condition in lm.conditions]
+        samples = frames.samples_of(questions, requests, attacks, places, results, found)
         infos = {attack.condition: lm.attack_info(i) for i, attack in enumerate(attacks)}
         table = summarise(samples, infos)
     clock.stop("judgement")

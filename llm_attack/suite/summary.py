@@ -29,13 +29,14 @@ MEAN = "mean"  # stands in the column `task` of rows with the mean over tasks
 
 # columns of the frame of `table.csv`, in order
 _TABLE = [
-    *("task", "condition", "attack", "epsilon", "snr_db"),
+    *("task", "condition", "attack", "hookpoint", "epsilon", "snr_db"),
     *("n", "n_choices_min", "n_choices_max"),
     *("acc", "acc_low", "acc_high", "acc_norm", "acc_norm_low", "acc_norm_high", "baseline"),
     *("p_chance", "p_chance_holm", "verdict", "p_mcnemar", "p_mcnemar_holm"),
     *("drop", "lost", "gained", "log_likelihood_change", "margin_change"),
 ]
 _KEYS = ["task", "condition"]
+_OF_CONDITION = ("attack", "hookpoint", "epsilon")
 _CHANGING = ["acc", "log_likelihood", "margin"]  # of a question, from `none` to another condition
 _COUNTS = ["n", "n_choices_min", "n_choices_max", "lost", "gained", "left_out"]
 
@@ -76,8 +77,9 @@ def summarise(
         Rows in the order of the run, then for every condition one whose `task` is "mean": the
         unweighted mean over tasks, with the total of the counts. Columns:
 
-        - `task`, `condition`, `attack`, `epsilon` in the units of the point, `snr_db`: signal to
-          noise of the condition over all tasks, `n` questions, `n_choices_min`, `n_choices_max`
+        - `task`, `condition`, `attack`, `hookpoint`, `epsilon` in the units of the point,
+          `snr_db`: signal to noise of the condition over all tasks, `n` questions,
+          `n_choices_min`, `n_choices_max`
         - `acc`, `acc_low`, `acc_high`: accuracy and Wilson's 95 % interval (of a mean:
           `mean_interval`); `acc_norm...`: the same, where every question has it
         - `baseline`: accuracy of random guesses; `p_chance`: exact test against it, and
@@ -96,6 +98,7 @@ def summarise(
         raise UsageError("samples: must hold at least one question")
     samples = samples.reset_index(drop=True)
     samples = samples.assign(
+        hookpoint=samples.get("hookpoint", "embed"),
         chance=chances(samples),
         log_likelihood=samples["log_likelihoods"].map(np.mean),
         margin=gold_margin(samples),
@@ -122,6 +125,7 @@ def _row(group: pd.DataFrame) -> dict[str, Any]:
     n_choices = group["n_choices"]
     row = {
         "attack": group["attack"].iloc[0],
+        "hookpoint": group["hookpoint"].iloc[0],
         "epsilon": group["epsilon"].iloc[0],
         "n": len(group),
         "n_choices_min": n_choices.min(),
@@ -173,7 +177,7 @@ def _with_means(
     means = []
     for condition, group in table.groupby("condition", sort=False):
         mean: dict[str, Any] = {"task": MEAN, "condition": condition}
-        mean |= {key: group[key].iloc[0] for key in ("attack", "epsilon") if key in columns}
+        mean |= {key: group[key].iloc[0] for key in _OF_CONDITION if key in columns}
         mean |= {key: group[key].mean(skipna=False) for key in (*measured, *plain)}
         for key in measured:
             ends = mean_interval(group[key], group[f"{key}_low"], group[f"{key}_high"])

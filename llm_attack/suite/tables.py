@@ -215,9 +215,10 @@ def csv(frame: pd.DataFrame) -> str:
 
 
 def save(table: pd.DataFrame, folder: Path, warnings: Sequence[str] = ()) -> None:
-    """Writes `table.csv` and `table.md` of a run into `folder`."""
+    """Writes `table.csv` and `table.md` of a run into `folder`; the second of one hookpoint."""
     write_text(folder / "table.csv", csv(table))
-    write_text(folder / "table.md", markdown_of_run(table, warnings))
+    first = table[table["hookpoint"] == table["hookpoint"].iloc[0]]
+    write_text(folder / "table.md", markdown_of_run(first, warnings))
 
 
 def _cell(text: str) -> str:

@@ -1,0 +1,122 @@
+"""Accuracy by hookpoint, as figure and table: Fig. 5 of arXiv 2205.01493 for language models."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from llm_attack.drawing import save_figure
+from llm_attack.record import write_text
+from llm_attack.suite.figures import look
+from llm_attack.suite.layout import handles, legend, panels, print_style
+from llm_attack.suite.summary import MEAN
+from llm_attack.suite.tables import Cells
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TITLE = "accuracy by what is perturbed"
+
+
+def at_first(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the first hookpoint, of samples or of a table; all where there is but one."""
+    if "hookpoint" not in frame:
+        return frame
+    return frame[frame["hookpoint"] == frame["hookpoint"].iloc[0]].reset_index(drop=True)
+
+
+def by_hookpoint(table: pd.DataFrame) -> pd.DataFrame:
+    """Of each attack and hookpoint the mean over tasks; empty where there is but one hookpoint.
+
+    Args:
+        table: of `summarise`.
+
+    Returns:
+        The rows of the table, with the columns `attacked`: the condition without its hookpoint,
+        `kind`: the hookpoint with * for its number, `depth`: blocks that have run, itself included.
+    """
+    attacked = table[(table["task"] == MEAN) & (table["attack"] != "none")]
+    if attacked.empty or attacked["hookpoint"].nunique() < 2:
+        return attacked.iloc[:0]
+    names = zip(attacked["condition"], attacked["hookpoint"], strict=True)
+    numbers = attacked["hookpoint"].str.extract(r"\.(\d+)(?:\.|$)", expand=False)
+    return attacked.assign(
+        attacked=[condition.removesuffix(f"@{hookpoint}") for condition, hookpoint in names],
+        kind=[re.sub(r"\.\d+(?=\.|$)", ".*", name, count=1) for name in attacked["hookpoint"]],
+        depth=numbers.astype(float).add(1).fillna(0).astype(int),
+    )
+
+
+def cells(table: pd.DataFrame) -> Cells | None:
+    """A row for each hookpoint, a column for each attack; None where there is but one hookpoint."""
+    found = by_hookpoint(table)
+    if found.empty:
+        return None
+    columns = list(found["attacked"].unique())
+    rows = []
+    for hookpoint, of in found.groupby("hookpoint", sort=False):
+        row = {entry["attacked"]: entry for entry in of.to_dict("records")}
+        rows.append([str(hookpoint), *(_accuracy(row[name]) for name in columns)])
+    notes = ["acc (95 % interval), mean over tasks; epsilons are in units of each hookpoint's own"]
+    clean = table[(table["task"] == MEAN) & (table["attack"] == "none")]
+    if len(clean):
+        notes.append(f"none: {_accuracy(clean.iloc[0])}; guessing: {clean['baseline'].iloc[0]:.3f}")
+    return Cells(["hookpoint", *columns], rows, notes)
+
+
+def _accuracy(row: Any) -> str:
+    return f"{row['acc']:.3f} ({row['acc_low']:.3f}–{row['acc_high']:.3f})"
+
+
+def figure(table: pd.DataFrame) -> Figure | None:
+    """Mean accuracy against depth, a panel for each kind of hookpoint; None where there is but one.
+
+    A line for each attack and amplitude, paler the smaller that is, with its 95 % interval as a
+    band; the dashed lines are the accuracies without an attack and of random guesses. The input
+    embedding has depth 0.
+    """
+    found = by_hookpoint(table)
+    if found.empty:
+        return None
+    mean = table[table["task"] == MEAN]
+    kinds = [kind for kind in found["kind"].unique() if kind.count("*")] or ["hookpoints"]
+    with print_style():
+        drawn, grid = panels(kinds)
+        for kind, axes in grid.items():
+            some = found if kind == "hookpoints" else found[found["kind"].isin([kind, "embed"])]
+            for attack, of_attack in some.groupby("attack", sort=False):
+                labels = list(of_attack["attacked"].unique())
+                for i, label in enumerate(labels):
+                    line = of_attack[of_attack["attacked"] == label].sort_values("depth")
+                    like, strength = look(str(attack)), (i + 1) / len(labels)
+                    form: Any = {"color": like.colour, "ls": like.line, "marker": like.marker}
+                    form |= {"label": label, "alpha": strength, "ms": 2, "lw": 1}
+                    axes.plot(line["depth"], line["acc"], **form)
+                    ends = line["acc_low"].to_numpy(float), line["acc_high"].to_numpy(float)
+                    axes.fill_between(line["depth"], *ends, color=like.colour, alpha=0.12, lw=0)
+            for value, colour, label in (
+                (mean.loc[mean["attack"] == "none", "acc"].mean(), "#888888", "none"),
+                (mean["baseline"].iloc[0], "k", "random guess"),
+            ):
+                if np.isfinite(value):
+                    axes.axhline(value, color=colour, ls="--", lw=0.9, label=label)
+            axes.set(ylim=(0, 1.03), yticks=np.arange(0, 1.01, 0.25))
+        drawn.supxlabel("block (0: the input embedding)", size=7)
+        drawn.supylabel("accuracy", size=7)
+        legend(drawn, handles(next(iter(grid.values()))))
+    return drawn
+
+
+def save(table: pd.DataFrame, folder: Path) -> dict[str, Cells]:
+    """Writes `layers.md` and the figure `layers` into `folder`; returns the table by its title."""
+    found, drawn = cells(table), figure(table)
+    if found is None or drawn is None:
+        return {}
+    write_text(folder / "layers.md", found.markdown())
+    with print_style():
+        save_figure(drawn, folder, "layers")
+    return {TITLE: found}

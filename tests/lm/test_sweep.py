@@ -1,0 +1,160 @@
+"""Several hookpoints: the same as a run for each, and forwards that start there as whole ones."""
+
+import functools
+
+import pytest
+import torch
+from networks import ARCHITECTURES, CPU, network, path_of, scorer_of
+
+from llm_attack.attacks import Attack
+from llm_attack.errors import UsageError
+from llm_attack.lm.engine import Engine
+from llm_attack.lm.hook import capture, frozen, try_out
+from llm_attack.lm.layers import known_blocks
+from llm_attack.lm.losses import ThreatModel
+from llm_attack.lm.pack import pack_rows, pack_trees
+from llm_attack.lm.questions import Question, Request
+from llm_attack.lm.scatter import by_index
+from llm_attack.lm.settings import AttackSettings
+from llm_attack.lm.surface import Surface
+from llm_attack.lm.sweep import expand, scorers, share
+
+MADE = [
+    Question(
+        [Request((5, 6, 7, 8, 9, 3), 2), Request((5, 6, 7, 11, 2), 2), Request((5, 6, 4), 1)],
+        [[0], [1], [2]],
+        [False, True, False],
+    ),
+    Question([Request((9, 3, 4, 4), 1), Request((9, 3, 4, 7, 7), 2)], [[3], [4]], [True, False]),
+]
+
+
+def places(model):
+    """The embedding, every block, and the inside of each that is run once."""
+    inside = []
+    for block in known_blocks(model):
+        for child in block.children():
+            name = path_of(model, child)
+            try:
+                try_out(model, name, torch.tensor([[2, 3, 4, 5, 6, 7]]))
+            except UsageError:
+                continue
+            inside.append(name)
+    return [*expand(model, ["embed", "layers"]), *inside]
+
+
+# Of its nested blocks the trial refuses some.
+STARTED = {"mamba": 2}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_forwards_that_start_there_are_whole_ones(name):
+    model = network(name)
+    names = places(model)
+    before = dict.fromkeys(known_blocks(model))
+    for block in before:
+        before[block] = vars(block).get("forward")
+    found = scorers(scorer_of(model), names, CPU)
+    pack = pack_rows(MADE, shared=True)
+    assert all(vars(block).get("forward") is forward for block, forward in before.items())
+    started = 0
+    for scorer in (s for s in found if s.skip is not None):
+        started += 1
+        with torch.no_grad():
+            forward = functools.partial(scorer._forward, pack.inputs)
+            point = capture(scorer.hookpoint, forward) * 1.1
+            below = capture(scorer.skip.blocks[-1], forward)
+            whole = scorer.logits(pack, pack.scored.positions, point)
+            part = scorer.logits(pack, pack.scored.positions, point, below)
+        assert torch.allclose(part, whole, rtol=0, atol=1e-6 * whole.abs().max().item())
+    assert all(vars(block).get("forward") is forward for block, forward in before.items())
+    assert started == STARTED.get(name, started) and (started > 1 or name in STARTED)
+
+
+def test_a_failing_forward_leaves_nothing_behind():
+    model = network("llama")
+    *_, last = scorers(scorer_of(model), expand(model, ["embed", "layers"]), CPU)
+    assert len(last.skip.blocks) == 2
+    with pytest.raises(ZeroDivisionError), last.skip.over(torch.zeros(1)):
+        raise ZeroDivisionError
+    assert not any("forward" in vars(block) for block in known_blocks(model))
+
+
+@pytest.mark.parametrize("name", ["llama", "falcon", "gpt2"])
+@pytest.mark.parametrize("pack", [pack_trees(MADE), pack_rows(MADE, shared=True)])
+def test_one_pass_for_all(pack, name):
+    """Clean points, answers and gradients are those that each surface finds alone.
+
+    Falcon adds the attention's output into that of the MLP, in place.
+    """
+    model = network(name)
+    names = places(model)
+    threat = ThreatModel("choice", shared=True)
+    together = [Surface(s, pack, threat) for s in scorers(scorer_of(model), names, CPU)]
+    with frozen(model):
+        share(together, gradient=True)
+        for name, surface in zip(names, together, strict=True):
+            alone = Surface(scorer_of(model, name), pack, threat)
+            kept = slice(None) if surface.mask is None else surface.mask
+            assert torch.allclose(surface.gradient[kept], alone.gradient[kept], atol=1e-12)
+            assert surface.gradient[kept].any()
+            assert torch.allclose(surface.x[kept], alone.x[kept], atol=1e-12)
+            assert torch.allclose(surface.clean.log_prob, alone.clean.log_prob, atol=1e-12)
+
+
+@pytest.mark.parametrize("longest", [99, 0])
+@pytest.mark.parametrize("loss", ["sequence", "choice"])
+def test_answers_are_those_of_a_run_for_each(longest, loss):
+    model = network("gpt2")
+    names = places(model)
+    threat = ThreatModel(loss, shared=loss == "choice")
+    attacks = [Attack("random", 0.3), Attack("fgsm", 0.2), Attack("bim", 0.2, steps=2)]
+    conditions = [Attack("none"), *attacks * len(names)]
+    of_names = scorers(scorer_of(model), names, CPU)
+    of_conditions = [of_names[0], *(scorer for scorer in of_names for _ in attacks)]
+
+    def answers(attacks, scorer, many=()):
+        engine = Engine(scorer, attacks, threat, CPU, 0, longest, many)
+        with frozen(model):
+            batches = list(engine.answers(engine.batches(MADE, 8)))
+        found = by_index(a for _, batch in batches for a in batch.answered)
+        return torch.tensor(
+            [[found[i].answers[k][0] for i in sorted(found)] for k in range(len(attacks))]
+        )
+
+    found = answers(conditions, of_names[0], of_conditions)
+    expected = [answers([Attack("none")], scorer_of(model))]
+    expected += [answers(attacks, scorer_of(model, name)) for name in names]
+    assert torch.allclose(found, torch.cat(expected), atol=1e-5)
+    assert (found[1:] - found[:1]).abs().amax(1).min() > 1e-4  # each of them changes answers
+
+
+def test_expand():
+    model = network("llama")
+    layers = ["model.layers.0", "model.layers.1"]
+    assert expand(model, ["embed", "layers"]) == [None, *layers]
+    assert expand(model, ["model.layers.*", "model.layers.1", "layers"]) == layers
+    assert expand(model, ["model.layers.*.mlp"]) == [f"{layer}.mlp" for layer in layers]
+    for given, says in (
+        (
+            "model.layer.*.mlp",
+            r"hookpoints=model.layer.\*.mlp: .*did you mean 'model.layers.\*.mlp'",
+        ),
+        ("model.layers.7", "hookpoint=model.layers.7: "),
+    ):
+        with pytest.raises(UsageError, match=says):
+            expand(model, [given])
+
+
+def test_conditions_are_named_by_their_hookpoint(make):
+    conditions = [
+        AttackSettings("fgsm", "0.1rms", hookpoint=name) for name in (None, "model.layers.1")
+    ]
+    lm = make(attack="none")
+    lm.use(AttackSettings("none"), *conditions)
+    names = [attack.condition for attack in lm.engine.attacks]
+    assert names == ["none", "fgsm@0.1rms", "fgsm@0.1rms@model.layers.1"]
+    infos = [lm.attack_info(i) for i in (1, 2)]
+    for info, key in zip(infos, ("embedding_rms", "hookpoint_rms"), strict=True):
+        assert info["epsilon_absolute"] == pytest.approx(0.1 * info[key])
+    assert infos[0]["epsilon_absolute"] != pytest.approx(infos[1]["epsilon_absolute"], rel=0.1)
