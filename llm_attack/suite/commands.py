@@ -28,6 +28,7 @@ from llm_attack.suite.progress import MODES, note
 from llm_attack.suite.run import LM_EVAL, Processes, Result, execute, prepare
 from llm_attack.suite.store import STORE, discard
 from llm_attack.suite.summary import paired, unshared
+from llm_attack.suite.worst import with_worst
 
 
 def evaluate(
@@ -137,7 +138,7 @@ def report(folder: Path) -> None:
 def compare(a: Path, b: Path, output: Path | None) -> None:
     """The command `llm-attack compare`: two runs, paired where their questions agree."""
     found = [frames.load(folder) for folder in (a, b)]
-    content = [run[name] for run in found for name in ("samples", "questions")]
+    content = [of for run in found for of in (with_worst(run["samples"]), run["questions"])]
     frame = paired(*content)
     text = tables.csv(frame)
     if output is not None:

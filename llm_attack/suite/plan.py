@@ -116,9 +116,9 @@ class Plan(ThreatSettings, EngineSettings):
         if self.epsilon_max is not None:
             number, unit = amplitude(self.epsilon_max, "epsilon_max")
             object.__setattr__(self, "epsilon_max", f"{number:g}{unit}" if unit else number)
-        if self.hookpoints:
-            places = _listed("hookpoints", self.hookpoints, str)
-            object.__setattr__(self, "hookpoints", places)
+        places = _listed("hookpoints", self.hookpoints, str) if self.hookpoints else ()
+        object.__setattr__(self, "hookpoints", places)
+        if places:
             for name, value in (("hookpoint", self.hookpoint), ("compile", self.compile)):
                 if value:
                     raise UsageError(f"{name}={value}: must not be given with hookpoints")

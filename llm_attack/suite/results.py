@@ -15,6 +15,7 @@ from llm_attack.suite import figures, frames, layers, survival, tables
 from llm_attack.suite.report import Picture, write_report
 from llm_attack.suite.run import LM_EVAL, Result
 from llm_attack.suite.summary import summarise
+from llm_attack.suite.worst import with_worst
 
 # What draw_all draws, and what a reader who cannot see it should know.
 _PICTURES = {
@@ -85,7 +86,7 @@ def save(result: Result, folder: Path, command: list[str]) -> None:
 def render(result: Result, folder: Path, run: dict[str, Any]) -> None:
     """Writes tables, figures and report."""
     tables.save(result.table, folder, run.get("warnings") or ())
-    samples, table = layers.at_first(result.samples), layers.at_first(result.table)
+    samples, table = map(layers.at_first, (with_worst(result.samples), result.table))
     drawn = figures.draw_all(samples, table, folder)
     more: dict[str, tables.Cells] = {}
     for name, found in (
@@ -123,7 +124,7 @@ def load(folder: Path) -> Result:
                 " finished run"
             )
     found = frames.load(folder)
-    table = summarise(found["samples"], run.get("attacks"))
+    table = summarise(with_worst(found["samples"]), run.get("attacks"))
     return Result(table, found["samples"], found["questions"], run, {})
 
 

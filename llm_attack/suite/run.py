@@ -37,6 +37,7 @@ from llm_attack.suite.progress import RunProgress, note, status
 from llm_attack.suite.store import Store
 from llm_attack.suite.summary import summarise
 from llm_attack.suite.work import RunningAccuracy, Work, gather, work_of
+from llm_attack.suite.worst import hidden_gradients, with_worst
 
 # The subfolder of lm-eval's own results in that of a run.
 LM_EVAL = "lm_eval"
@@ -181,13 +182,13 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         places = [condition.hookpoint or EMBED for condition in lm.conditions]
         samples = frames.samples_of(questions, requests, attacks, places, results, found)
         infos = {attack.condition: lm.attack_info(i) for i, attack in enumerate(attacks)}
-        table = summarise(samples, infos)
+        table = summarise(with_worst(samples), infos)
     clock.stop("judgement")
     run = {
         "model": plan.model,
         "model_name": plan.model_name,
         "settings": plan.settings(),
-        "warnings": lm.all_warnings(),
+        "warnings": [*lm.all_warnings(), *hidden_gradients(samples)],
         "attacks": infos,
         "fingerprint": fingerprint.plain(mark),
         "versions": versions(),

@@ -11,7 +11,20 @@ from llm_attack.suite.summary import ABOVE, BELOW, INDISTINGUISHABLE, MEAN
 
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
-_NAMES = {"random": "Random noise", "reversed": "FGSM with the sign reversed"}
+_NAMES = {
+    "random": "Random noise",
+    "uniform": "Uniform noise",
+    "gaussian": "Gaussian noise",
+    "mifgsm": "MI-FGSM",
+    "apgdt": "APGD towards every other choice",
+    "blocks": "The search over blocks",
+    "critical": "The search for the critical epsilon",
+    "reversed": "FGSM with the sign reversed",
+    "worst": "The worst of the attacks",
+}
+
+
+_UNITS = {"rms": " RMS", "token_norm": " token norms", "neftune": " of NEFTune"}
 
 
 def in_words(table: pd.DataFrame) -> list[str]:
@@ -81,7 +94,9 @@ def _amplitude(condition: str, epsilon: float) -> str:
     """As the condition's name has it; in the units of the point beside it if those are others."""
     _, _, label = condition.partition("@")
     plain = f"{epsilon:g}"
-    return plain if label == plain else f"{label.replace('rms', ' RMS')} ({epsilon:.3g})"
+    for unit, words in _UNITS.items():
+        label = label.replace(unit, words)
+    return plain if label == plain else f"{label} ({epsilon:.3g})"
 
 
 def _significance(tasks: pd.DataFrame) -> str:

@@ -191,8 +191,8 @@ def test_csv(table):
             got, expected, rtol=1e-5 if small else 0, atol=0 if small else 5.1e-7
         )
     line = text.split("\n")[1].split(",")
-    assert line[:6] == ["some_task", "none", "none", "0", "", "200"]
-    assert line[-6:] == [""] * 6 and len(line[8]) == 8
+    assert line[:7] == ["some_task", "none", "none", "embed", "0", "", "200"]
+    assert line[-6:] == [""] * 6 and len(line[9]) == 8
     assert back["verdict"].dropna().tolist() == table["verdict"].dropna().tolist()
 
 
