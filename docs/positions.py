@@ -40,6 +40,7 @@ def cells(frame: pd.DataFrame) -> Cells:
 @click.option("--loss", default="choice")
 @click.option("--num_fewshot", default=2)
 @click.option("--limit", type=int)
+@click.option("--batch_size", default="auto")
 @click.option("--device")
 @click.option("--output", type=click.Path(path_type=Path), required=True)
 def main(output: Path, **settings: object) -> None:
