@@ -152,6 +152,12 @@ RULES = (
         needs="accelerate",
     ),
     Rule(r"llm-attack (report DIR|compare DIR_A DIR_B)", "as shown"),
+    Rule(
+        r"python docs/positions\.py .*",
+        FEW,
+        changes=((r"--limit \d+", "--limit 2"), (r"results/positions-demo", "positions")),
+    ),
+    Rule(r"python benchmarks/layers\.py.*", FEW, more="--tasks demo_piqa --limit 4 --repeats 1"),
     Rule(r"python docs/fig3\.py results/[\w-]+", "as shown", at_root=True),
     Rule(
         r"python docs/(arguments|architectures)\.py",

@@ -8,6 +8,8 @@ import pandas as pd
 import pytest
 from shown import ROOT
 
+from llm_attack.suite import critical
+
 # Folder -> the page, and what stands there before the table of accuracies.
 SHOWN = {
     "smollm2-135m": ("README.md", "## What it finds"),
@@ -42,6 +44,52 @@ def test_accuracies(folder):
             else:
                 expected = found.loc[(task, condition), "acc"]
             assert float(cell) == pytest.approx(expected, abs=5.1e-4), (task, condition)
+
+
+@pytest.mark.parametrize(
+    ("page", "file"),
+    [
+        ("where.md", "positions-demo/positions.md"),
+        ("where.md", "demo-layers/layers.md"),
+        ("where.md", "smollm2-135m-layers/layers.md"),
+        ("critical.md", "demo-critical/critical.md"),
+        ("critical.md", "smollm2-135m-critical/critical.md"),
+        ("critical.md", "smollm2-135m-fmn/critical.md"),
+    ],
+)
+def test_tables_are_those_of_the_results(page, file):
+    """Whole, or of a sweep over many layers some rows."""
+    shown = list(tables((ROOT / "docs" / page).read_text("utf-8")))
+    made = list(tables((ROOT / "results" / file).read_text("utf-8")))
+    assert made
+    for heading, *rows in made:
+        beside = [of for of in shown if of[0] == heading and all(row in rows for row in of[1:])]
+        assert beside and len(beside[0]) > (5 if file.endswith("layers.md") else len(rows))
+
+
+def test_curves_agree_with_attacks_of_one_amplitude():
+    """`docs/critical.md`: within 0.1 %, and FMN within two points."""
+    for folder in ("demo-critical", "smollm2-135m-critical"):
+        samples = pd.read_parquet(ROOT / "results" / folder / "samples.parquet")
+        beside = critical.against_fixed(samples)
+        beside = beside[beside["attack"].str.startswith("apgd@")]
+        difference = (beside["curve"] - beside["acc"]).abs()
+        searched = beside["condition"].str.startswith("critical@")
+        assert searched.sum() == 5 and difference[searched].max() <= 0.001
+        assert difference[~searched].max() <= 0.0201
+
+
+def test_the_estimate_and_what_it_estimates():
+    """`docs/critical.md`: quartiles of first_order / critical_epsilon."""
+    for folder, condition, quartiles in (
+        ("demo-critical", "critical@0.5rms", [1.06, 1.23, 1.47]),
+        ("smollm2-135m-critical", "critical@0.2rms", [0.98, 1.01, 1.05]),
+        ("smollm2-135m-fmn", "fmn@0.2rms", [0.98, 1.01, 1.06]),
+    ):
+        samples = pd.read_parquet(ROOT / "results" / folder / "samples.parquet")
+        found = samples[(samples["condition"] == condition) & (samples["critical_epsilon"] > 0)]
+        ratio = found["first_order"] / found["critical_epsilon"]
+        assert ratio.quantile([0.25, 0.5, 0.75]).round(2).tolist() == quartiles
 
 
 @pytest.mark.parametrize("folder", ["smollm2-135m", "smollm2-135m-bim", "smollm2-135m-bim-0.01"])

@@ -15,6 +15,7 @@ from llm_attack.suite.figures import look
 from llm_attack.suite.layout import handles, legend, panels, print_style
 from llm_attack.suite.summary import MEAN
 from llm_attack.suite.tables import Cells
+from llm_attack.suite.worst import WORST
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,7 +40,7 @@ def by_hookpoint(table: pd.DataFrame) -> pd.DataFrame:
         The rows of the table, with the columns `attacked`: the condition without its hookpoint,
         `kind`: the hookpoint with * for its number, `depth`: blocks that have run, itself included.
     """
-    attacked = table[(table["task"] == MEAN) & (table["attack"] != "none")]
+    attacked = table[(table["task"] == MEAN) & ~table["attack"].isin(["none", WORST])]
     if attacked.empty or attacked["hookpoint"].nunique() < 2:
         return attacked.iloc[:0]
     names = zip(attacked["condition"], attacked["hookpoint"], strict=True)

@@ -57,6 +57,9 @@ def figure(samples: pd.DataFrame) -> Figure | None:
                 mark: Any = {"color": like.colour, "marker": like.marker, "ms": 3, "ls": ""}
                 axes.plot(accuracies.index, accuracies, label=_FIXED, **mark)
             axes.set_xscale("symlog", linthresh=shortest, linscale=0.3)
+            decades = 10.0 ** np.arange(np.ceil(np.log10(2 * shortest)), np.log10(largest) + 1e-9)
+            axes.set_xticks([0, *decades], ["0", *(f"{e:.3g}" for e in decades)])
+            axes.set_xticks([], minor=True)
             axes.set(xlim=(0, largest * 1.05), ylim=(0, 1.03), yticks=np.arange(0, 1.01, 0.25))
             axes.tick_params(axis="x", rotation=90)
         drawn.supxlabel("epsilon", size=7)
