@@ -19,6 +19,7 @@ from llm_attack.lm.positions import NAMED
 from llm_attack.record import write_text
 from llm_attack.suite.summary import MEAN
 from llm_attack.suite.tables import Cells, csv
+from llm_attack.suite.worst import WORST
 
 
 def cells(frame: pd.DataFrame) -> Cells:
@@ -48,15 +49,16 @@ def main(output: Path, **settings: object) -> None:
     parts = []
     for part in NAMED:
         result = evaluate(Plan(positions=part, **settings), progress="quiet")  # type: ignore[arg-type]
-        mean = result.table[result.table["task"] == MEAN]
+        found = result.table
+        mean = found[(found["task"] == MEAN) & (found["attack"] != WORST)]
         kept = ["condition", "epsilon", "snr_db", "n", "acc", "acc_low", "acc_high", "drop"]
         parts.append(mean[kept].assign(positions=part))
     frame = pd.concat(parts, ignore_index=True)
-    found = cells(frame)
+    shown = cells(frame)
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "positions.csv", csv(frame[["positions", *kept]]))
-    write_text(output / "positions.md", found.markdown())
-    Console().print(found.rich(f"{result.run['model_name']}: accuracy by what is perturbed"))
+    write_text(output / "positions.md", shown.markdown())
+    Console().print(shown.rich(f"{result.run['model_name']}: accuracy by what is perturbed"))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ SHOWN = {
     "smollm2-135m-bim-0.01": ("docs/fig3.md", "### At 0.01"),
     "smollm2-135m-bim": ("docs/fig3.md", "### At 0.7 RMS"),
     "smollm2-135m-choice": ("docs/fig3.md", "## What would the amplitude"),
+    "smollm2-135m-bf16": ("docs/fig3.md", "## More questions"),
+    "smollm2-135m-1000": ("docs/fig3.md", "and in float32 the first 1,000"),
     "demo": ("docs/demo.md", "`make demo` prints"),
     "demo-choice": ("docs/demo.md", "With the gold known"),
 }
@@ -50,6 +52,7 @@ def test_accuracies(folder):
     ("page", "file"),
     [
         ("where.md", "positions-demo/positions.md"),
+        ("where.md", "positions-smollm2-135m/positions.md"),
         ("where.md", "demo-layers/layers.md"),
         ("where.md", "smollm2-135m-layers/layers.md"),
         ("critical.md", "demo-critical/critical.md"),
