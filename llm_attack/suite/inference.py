@@ -11,6 +11,8 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
 ALPHA = 0.05  # level of the tests; the intervals cover 1 - ALPHA
+POWER = 0.8
+DRAWS = 99_999
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:
@@ -50,6 +52,45 @@ def chance_test(right: int, chances: ArrayLike) -> float:
 def mcnemar_test(lost: int, gained: int) -> float:
     """Exact p-value of McNemar's test: are `lost` and `gained` questions halves of their sum?"""
     return float(mcnemar([[0, lost], [gained, 0]], exact=True).pvalue)
+
+
+def stratified_test(lost: ArrayLike, gained: ArrayLike, n: ArrayLike) -> float:
+    """Two-sided p-value of the mean over tasks of (gained - lost) / n: McNemar's test, stratified.
+
+    Under the null hypothesis each question that changed was as likely to be lost as gained. The
+    distribution of the mean is exact, a convolution of binomials, where all tasks have the same
+    `n`; else it is drawn, `DRAWS` times, always the same draws. Of one task it is McNemar's test.
+
+    Args:
+        lost: (tasks,) questions right before alone.
+        gained: (tasks,) questions right after alone.
+        n: (tasks,) questions.
+    """
+    down, up, sizes = (np.asarray(x, dtype=int) for x in (lost, gained, n))
+    changed = down + up
+    if len(set(sizes.tolist())) == 1:
+        halves = (binom.pmf(np.arange(k + 1), k, 0.5) for k in changed)
+        pmf = reduce(np.convolve, halves)
+        far = np.abs(2 * np.arange(len(pmf)) - changed.sum())
+        return min(1.0, float(pmf[far >= abs((up - down).sum())].sum()))
+    heads = np.random.default_rng(0).binomial(changed, 0.5, (DRAWS, len(changed)))
+    drawn = np.abs(((2 * heads - changed) / sizes).sum(1))
+    # with a little slack: the sums are of floats
+    reached = np.count_nonzero(drawn >= abs(((up - down) / sizes).sum()) - 1e-12)
+    return float((reached + 1) / (DRAWS + 1))
+
+
+def detectable(lost: ArrayLike, gained: ArrayLike, n: ArrayLike) -> float:
+    """The smallest mean over tasks of (lost - gained) / n that is found with power 0.8.
+
+    By a two-sided paired test at `ALPHA` of the same questions, if as many change as here (Connor
+    1987, whose variance under the alternative this is). One question more is counted as lost, and
+    one as gained, in each task, as in `paired_interval`: where none changed, the power is not 1.
+    """
+    down, up, sizes = (np.asarray(x, dtype=float) for x in (lost, gained, n))
+    a, b = (down + 1) / (sizes + 2), (up + 1) / (sizes + 2)
+    variance = ((a + b - (a - b) ** 2) / (sizes + 2)).sum() / len(sizes) ** 2
+    return float((norm.ppf(1 - ALPHA / 2) + norm.ppf(POWER)) * np.sqrt(variance))
 
 
 def holm(p_values: ArrayLike) -> np.ndarray:

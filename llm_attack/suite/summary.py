@@ -16,10 +16,12 @@ from llm_attack.errors import UsageError
 from llm_attack.suite.inference import (
     ALPHA,
     chance_test,
+    detectable,
     holm,
     mcnemar_test,
     mean_interval,
     paired_interval,
+    stratified_test,
     wilson,
 )
 
@@ -33,7 +35,8 @@ _TABLE = [
     *("n", "n_choices_min", "n_choices_max"),
     *("acc", "acc_low", "acc_high", "acc_norm", "acc_norm_low", "acc_norm_high", "baseline"),
     *("p_chance", "p_chance_holm", "verdict", "p_mcnemar", "p_mcnemar_holm"),
-    *("drop", "lost", "gained", "log_likelihood_change", "margin_change"),
+    *("drop", "drop_low", "drop_high", "detectable", "lost", "gained"),
+    *("log_likelihood_change", "margin_change"),
 ]
 _KEYS = ["task", "condition"]
 _OF_CONDITION = ("attack", "hookpoint", "epsilon")
@@ -85,8 +88,11 @@ def summarise(
         - `baseline`: accuracy of random guesses; `p_chance`: exact test against it, and
           `p_chance_holm`: adjusted over the tasks of a condition; `verdict`: in words, at 0.05
         - `p_mcnemar`: exact test against `none`, `p_mcnemar_holm`: adjusted over tasks; `drop`:
-          accuracy under `none` minus accuracy here, in points of a percent; `lost`: questions
-          right under `none` and wrong here; `gained`: the reverse
+          accuracy under `none` minus accuracy here, in points of a percent, `drop_low`,
+          `drop_high`: its paired 95 % interval (`paired_interval`; of a mean: `mean_interval`);
+          `detectable`: the smallest drop that so many questions show with power 0.8; `lost`:
+          questions right under `none` and wrong here; `gained`: the reverse. Of a mean,
+          `p_mcnemar` is `stratified_test`, of one hypothesis, which Holm leaves as it is
         - `log_likelihood_change`, `margin_change`: of a choice, and of the gold against the best
           other choice, from `none` to here, mean over questions in nats. These, like the tests
           against `none`, are null for `none` itself, and everywhere when it was not run.
@@ -116,8 +122,21 @@ def summarise(
     table["verdict"] = np.where(differs, side, INDISTINGUISHABLE)
     ratio = {name: of.get("snr_db") for name, of in (attacks or {}).items()}
     table["snr_db"] = table["condition"].map(ratio).astype(float)
-    plain = ("baseline", "drop", "snr_db", "log_likelihood_change", "margin_change")
-    return _with_means(table, _TABLE, ("acc", "acc_norm"), plain)
+    plain = ("baseline", "snr_db", "log_likelihood_change", "margin_change")
+    return _with_pooled(_with_means(table, _TABLE, ("acc", "acc_norm", "drop"), plain))
+
+
+def _with_pooled(table: pd.DataFrame) -> pd.DataFrame:
+    """Fills in, for the means over tasks, what is not a mean: their test and what it can detect."""
+    tasks = table[table["task"] != MEAN]
+    for condition, rows in tasks.groupby("condition", sort=False):
+        if rows["lost"].isna().any():
+            continue
+        counts = [rows[key].to_numpy(int) for key in ("lost", "gained", "n")]
+        mean = (table["task"] == MEAN) & (table["condition"] == condition)
+        table.loc[mean, ["p_mcnemar", "p_mcnemar_holm"]] = stratified_test(*counts)
+        table.loc[mean, "detectable"] = 100 * detectable(*counts)
+    return table
 
 
 def _row(group: pd.DataFrame) -> dict[str, Any]:
@@ -139,11 +158,24 @@ def _row(group: pd.DataFrame) -> dict[str, Any]:
         row[f"{name}_change"] = (group[name] - group[f"clean_{name}"]).mean()
     pairs = group[group["clean_acc"].notna()]
     if pairs.empty:
-        return {**row, "p_mcnemar": np.nan, "drop": np.nan, "lost": pd.NA, "gained": pd.NA}
+        return {
+            **row,
+            **dict.fromkeys(("p_mcnemar", "drop", "drop_low", "drop_high", "detectable"), np.nan),
+            **dict.fromkeys(("lost", "gained"), pd.NA),
+        }
     lost, gained = _changes(pairs["clean_acc"], pairs["acc"])
-    drop = 100 * (lost - gained) / len(pairs)
-    p_value = mcnemar_test(lost, gained)
-    return {**row, "p_mcnemar": p_value, "drop": drop, "lost": lost, "gained": gained}
+    n = len(pairs)
+    low, high = paired_interval(lost, gained, n)
+    return {
+        **row,
+        "p_mcnemar": mcnemar_test(lost, gained),
+        "drop": 100 * (lost - gained) / n,
+        "drop_low": -100 * high,
+        "drop_high": -100 * low,
+        "detectable": 100 * detectable([lost], [gained], [n]),
+        "lost": lost,
+        "gained": gained,
+    }
 
 
 def _accuracy(group: pd.DataFrame, metric: str) -> dict[str, float]:

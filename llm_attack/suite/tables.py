@@ -26,13 +26,15 @@ _TEST = f"Holm over tasks, {ALPHA:g}"
 _MARKS = {
     GUESSES: f"{INDISTINGUISHABLE} (exact test, {_TEST})",
     WORSE: f"{BELOW} (exact test, {_TEST})",
-    UNCHANGED: f"not distinguishable from none (exact McNemar test, {_TEST})",
+    UNCHANGED: f"not distinguishable from none (McNemar test, {_TEST}; of the mean stratified)",
 }
 
 
 # Rows under the mean accuracies: their names, columns and forms.
+_DROP = "mean drop, points"
 _MEANS = [
-    ("mean drop, points", "drop", ".1f"),
+    (_DROP, "drop", ".1f"),
+    ("detectable, points", "detectable", ".1f"),
     ("likelihood, nats", "log_likelihood_change", "+.2f"),
     ("gold margin, nats", "margin_change", "+.2f"),
     ("epsilon", "epsilon", ".4g"),
@@ -105,11 +107,13 @@ def accuracies(
             accuracy = _number(row[metric], ".3f") + mark
             cells.append(accuracy + (_interval(row, metric, "{:.3f}–{:.3f}") if intervals else ""))
         rows.append([*cells, f"{group['baseline'].iloc[0]:.3f}"])
-    under = means(table[table["condition"].isin(conditions)]) if metric == "acc" else {}
+    some = table[table["condition"].isin(conditions)]
+    under = means(some, intervals) if metric == "acc" else {}
     rows += [[name, "", *(of[c] for c in conditions), ""] for name, of in under.items()]
     shown = f"{metric} (95 % interval)" if intervals else metric
     notes = [f"{shown}; n: questions; baseline: accuracy of random guesses"]
     if "gold margin, nats" in under:
+        notes.append("detectable: the smallest drop that so many questions show with power 0.8")
         change = "change from none of log-likelihood, and of gold's margin over the best other"
         notes.append(f"nats: {change}; means over questions")
     notes += [f"{mark} {meaning}" for mark, meaning in _MARKS.items() if mark in marks]
@@ -117,17 +121,20 @@ def accuracies(
     return Cells(["task", "n", *conditions, "baseline"], rows, notes)
 
 
-def means(table: pd.DataFrame) -> dict[str, dict[str, str]]:
+def means(table: pd.DataFrame, intervals: bool = True) -> dict[str, dict[str, str]]:
     """Rows under the accuracies: name -> condition -> text; those without a value left out.
 
     Args:
         table: of `summarise`.
+        intervals: whether the drop has its own.
     """
     mean = table[table["task"] == MEAN].set_index("condition")
     shown = {
         name: {condition: _number(x, form) for condition, x in mean[column].items()}
         for name, column, form in _MEANS
     }
+    for condition, row in zip(mean.index, mean.to_dict("records"), strict=True):
+        shown[_DROP][condition] += _interval(row, "drop", "{:.1f} to {:.1f}") if intervals else ""
     some = {name: mean[column].notna().any() for name, column, _ in _MEANS}
     attacked = mean[mean["attack"] != "none"]
     in_names = map("{}@{:g}".format, attacked["attack"], attacked["epsilon"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -76,7 +77,7 @@ def _attack(attack: str, mean: pd.DataFrame, tasks: pd.DataFrame) -> str:
             verb, effect = "leaves", f"{percent(row.acc)} {at}"
         else:
             verb = "costs" if round(row.drop, 1) >= 0 else "gains"
-            found = _significance(tasks[tasks["condition"] == row.condition])
+            found = _significance(tasks[tasks["condition"] == row.condition]) + _pooled(row)
             effect = f"{abs(row.drop):.1f} points {at} ({percent(row.acc)} left{found})"
         effects.append(effect if verb == verb_before else f"{verb} {effect}")
         verb_before = verb
@@ -108,6 +109,16 @@ def _significance(tasks: pd.DataFrame) -> str:
     if len(p) == 1:
         return "; significant" if found else "; not significant"
     return f"; significant on {_of(found, len(p))}"
+
+
+def _pooled(mean: Any) -> str:
+    """Whether the answers of all tasks together differ, and if not which drop would have."""
+    p = mean.p_mcnemar_holm
+    if pd.isna(p):
+        return ""
+    if p <= ALPHA:
+        return "; of all together significant"
+    return f"; of all together not, where a drop of {mean.detectable:.1f} points would be found"
 
 
 def _verdicts(tasks: pd.DataFrame, where: str) -> str:

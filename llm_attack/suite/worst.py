@@ -82,7 +82,7 @@ def hidden_gradients(samples: pd.DataFrame) -> list[str]:
 def _balls(samples: pd.DataFrame) -> Iterator[tuple[str, float, pd.DataFrame]]:
     """Each amplitude of a norm at a hookpoint: its label, epsilon, and all attacks of that kind."""
     attacks = samples[~samples["attack"].isin(_LEFT_OUT) & (samples["epsilon"] > 0)]
-    labels = attacks["condition"].str.partition("@")[2]
+    labels = attacks["condition"].str.split("@", n=1).str[1]
     # 0.7rms-l2@model.layers.3: what stands before the norm is the amplitude, which can be compared
     # whatever its unit, but in that of NEFTune
     kinds = labels.str.replace(r"^[^@]*?(?=neftune|-l2|@|$)", "", regex=True)

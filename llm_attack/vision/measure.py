@@ -16,7 +16,7 @@ from llm_attack.vision.networks import split
 
 _IN_BALL = (name for name, kind in ATTACKS.items() if name != "none" and not kind.minimal)
 KNOWN = (*_IN_BALL, "sparsefool")
-SLOW = (*(name for name, kind in ATTACKS.items() if kind.iterative), "sparsefool")
+SLOW = tuple(n for n in KNOWN if n == "sparsefool" or ATTACKS[n].iterative or ATTACKS[n].search)
 
 Row = dict[str, Any]
 

@@ -1,7 +1,8 @@
 """Intervals and tests against scipy, brute force, closed forms and hand examples."""
 
 from fractions import Fraction
-from math import comb
+from itertools import product
+from math import comb, prod
 from unittest import mock
 
 import numpy as np
@@ -158,3 +159,61 @@ def test_mean_interval():
     assert (low, high) == (pytest.approx(0.4), pytest.approx(0.55))
     low, high = s.mean_interval([0.2, 0.8], [0.17, 0.76], [0.2, 0.85])
     assert (low, high) == (pytest.approx(0.5 - 0.05 / 2), pytest.approx(0.5 + 0.05 / 2))
+
+
+@given(st.integers(0, 12), st.integers(0, 12), st.integers(25, 40))
+def test_of_one_task_the_stratified_test_is_mcnemars(lost, gained, n):
+    assert s.stratified_test([lost], [gained], [n]) == pytest.approx(s.mcnemar_test(lost, gained))
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=2, max_size=3))
+def test_stratified_test_against_enumeration(pairs):
+    """Every way in which the changed questions could have been lost or gained."""
+    changed = [a + b for a, b in pairs]
+    seen = abs(sum(b - a for a, b in pairs))
+    ways = product(*(range(k + 1) for k in changed))
+    far = sum(
+        prod(map(comb, changed, up))
+        for up in ways
+        if abs(sum(2 * u - k for u, k in zip(up, changed, strict=True))) >= seen
+    )
+    lost, gained = zip(*pairs, strict=True)
+    expected = far / 2 ** sum(changed)
+    assert s.stratified_test(lost, gained, [9] * len(pairs)) == pytest.approx(expected)
+
+
+def test_a_stratified_test_by_hand_and_of_tasks_of_any_size():
+    """Two lost of 10, three of 20: -0.2 - 0.15; as far are that and its mirror: 2 of 32."""
+    drawn = s.stratified_test([2, 3], [0, 0], [10, 20])
+    # a share of 99,999 draws, whose standard deviation is 8e-4
+    assert drawn == pytest.approx(2 / 32, abs=4e-3)
+    assert drawn == s.stratified_test([2, 3], [0, 0], [10, 20])
+    assert s.stratified_test([0, 0], [0, 0], [10, 20]) == 1
+
+
+@pytest.mark.parametrize("sizes", [(80, 80, 80), (40, 90, 120)])
+def test_the_stratified_test_has_its_size(sizes):
+    """Of tasks where as many are lost as gained it rejects 5 % or less, and hardly less."""
+    rng = np.random.default_rng(4)
+    with mock.patch.object(s, "DRAWS", 999):
+        p_values = [
+            s.stratified_test(lost, changed - lost, sizes)
+            for changed in rng.binomial(sizes, 0.3, (1500, 3))
+            for lost in [rng.binomial(changed, 0.5)]
+        ]
+    # 0.05 with a standard deviation of 0.0056
+    assert 0.025 <= np.mean(np.array(p_values) <= 0.05) <= 0.067
+
+
+def test_what_is_detectable_is_detected_with_power():
+    """Drops of just that size are found in 80 % of runs, with as many changes."""
+    rng, n = np.random.default_rng(5), np.array([300, 300])
+    drop = s.detectable([36, 36], [18, 18], n)
+    change = 54 / 300
+    found = 0
+    for _ in range(600):
+        lost = rng.binomial(n, (change + drop) / 2)
+        gained = rng.binomial(n - lost, (change - drop) / 2 / (1 - (change + drop) / 2))
+        found += s.stratified_test(lost, gained, n) <= 0.05
+    # an approximation; 0.8 with a standard deviation of 0.016
+    assert 0.74 <= found / 600 <= 0.86

@@ -127,7 +127,8 @@ def test_default_tasks(real_data, tmp_path):
     assert command.wait() == 0, command.err
     table = pd.read_csv(tmp_path / "run" / "table.csv")
     assert sorted(set(table["task"])) == sorted([*STOCK, "mean"])
-    assert set(table["condition"]) == {"none", "random@0.01", "fgsm@0.01", "bim@0.01"}
+    attacks = {"random@0.01", "fgsm@0.01", "bim@0.01"}
+    assert set(table["condition"]) == {"none", *attacks, "worst@0.01"}
 
 
 def test_group_of_include_path(real_data, tmp_path):

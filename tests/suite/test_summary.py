@@ -12,6 +12,7 @@ from scipy.stats import binomtest
 from llm_attack.errors import UsageError
 from llm_attack.suite import inference
 from llm_attack.suite import summary as s
+from llm_attack.suite.inference import detectable, stratified_test
 
 
 def test_gold_margin():
@@ -94,7 +95,13 @@ def test_table_by_hand():
     p_values = [binomtest(1, 7).pvalue, binomtest(0, 8).pvalue]
     np.testing.assert_allclose(table["p_mcnemar"][[1, 3]], p_values)
     np.testing.assert_allclose(table["p_mcnemar_holm"][[1, 3]], [p_values[0], 2 * p_values[1]])
-    assert table["p_mcnemar"][[0, 2, 4, 5]].isna().all()
+    pooled = table["n"].iloc[[1, 3]].tolist()
+    expected = [stratified_test([6, 8], [1, 0], pooled), detectable([6, 8], [1, 0], pooled)]
+    assert table["p_mcnemar"][5] == table["p_mcnemar_holm"][5] == expected[0] < 0.001
+    assert table["detectable"][5] == 100 * expected[1]
+    assert table["p_mcnemar"][[0, 2, 4]].isna().all()
+    for row in (1, 3, 5):
+        assert table["drop_low"][row] < table["drop"][row] <= table["drop_high"][row]
     assert table["verdict"][4:].isna().all() and table["p_chance_holm"][4:].isna().all()
     assert table[["acc_norm", "acc_norm_low", "acc_norm_high"]].isna().all(axis=None)
 

@@ -33,22 +33,27 @@ def cell(table, task, condition):
 def test_cells_of_a_run(table):
     cells = tables.accuracies(table)
     assert cells.heading == ["task", "n", *CONDITIONS, "baseline"]
-    under = {"mean drop, points": "drop"}
+    under = {"mean drop, points": "drop", "detectable, points": "detectable"}
     under |= {"likelihood, nats": "log_likelihood_change"}
     under |= {"gold margin, nats": "margin_change"}
     assert [row[0] for row in cells.rows] == ["some_task", "another", "mean", *under]
-    assert [row[1] for row in cells.rows] == ["200", "120", "320", "", "", ""]
-    assert [row[-1] for row in cells.rows] == ["0.250", "0.500", "0.375", "", "", ""]
+    assert [row[1] for row in cells.rows] == ["200", "120", "320", "", "", "", ""]
+    assert [row[-1] for row in cells.rows] == ["0.250", "0.500", "0.375", "", "", "", ""]
     for row in cells.rows[:3]:
         for condition, text in zip(CONDITIONS, row[2:-1], strict=True):
             it = cell(table, row[0], condition)
             value, ends = text.split(" ")
             assert value.rstrip("†‡§") == f"{it['acc']:.3f}"
             assert ends == f"({it['acc_low']:.3f}–{it['acc_high']:.3f})"
-    columns = zip(under.values(), (".1f", "+.2f", "+.2f"), strict=True)
+    columns = zip(under.values(), (".1f", ".1f", "+.2f", "+.2f"), strict=True)
     for row, (column, form) in zip(cells.rows[3:], columns, strict=True):
-        values = [cell(table, "mean", c)[column] for c in CONDITIONS]
-        assert row[2:-1] == ["–", *(format(value, form) for value in values[1:])]
+        values = [cell(table, "mean", c) for c in CONDITIONS]
+        ends = [
+            f" ({of['drop_low']:.1f} to {of['drop_high']:.1f})" * (column == "drop")
+            for of in values[1:]
+        ]
+        shown = [format(of[column], form) for of in values[1:]]
+        assert row[2:-1] == ["–", *map("".join, zip(shown, ends, strict=True))]
 
 
 def test_units_of_the_rms_are_told(frames):
@@ -78,9 +83,11 @@ def test_marks_are_the_verdicts(table):
             assert ("§" in text) == (condition != "none" and it["p_mcnemar_holm"] > 0.05)
             found |= set(text) & set("†‡§")
     assert found == set("†‡§")
-    assert [note[0] for note in cells.notes[2:]] == ["†", "‡", "§"]
-    assert "indistinguishable from guessing" in cells.notes[2]
-    assert not set("†‡§") & set("".join(cells.rows[2]))
+    assert [note[0] for note in cells.notes[3:]] == ["†", "‡", "§"]
+    assert "indistinguishable from guessing" in cells.notes[3]
+    assert not set("†‡") & set("".join(cells.rows[2]))
+    for condition, text in zip(list(CONDITIONS)[1:], cells.rows[2][3:-1], strict=True):
+        assert ("§" in text) == (cell(table, "mean", condition)["p_mcnemar"] > 0.05)
     adjusted = table.assign(p_mcnemar=0.03, p_mcnemar_holm=0.06, verdict="above guessing")
     assert all(text[5] == "§" for text in tables.accuracies(adjusted).rows[0][2:-1])
     clean = tables.accuracies(table, conditions=["none"])

@@ -156,7 +156,7 @@ def test_fig1(tmp_path):
     (
         (fig2.Settings(network="cnn,resnet"), r"network=resnet: .*'resnet18'"),
         (fig2.Settings(attacks="fgsm,spasefool"), r"attacks=spasefool: .*'sparsefool'"),
-        (fig2.Settings(attacks="fgsm,none"), r"attacks=none: must be one of random, fgsm"),
+        (fig2.Settings(attacks="fgsm,none"), r"attacks=none: must be one of random, uniform"),
         (fig2.Settings(dataset="digits,mnst"), r"dataset=mnst: .*'mnist'"),
         (fig2.Settings(epsilon=-0.1), r"epsilon=-0.1: must be a finite number, at least 0"),
         (fig2.Settings(width=0.0), r"width=0.0: must be a number greater than 0"),

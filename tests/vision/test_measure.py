@@ -1,6 +1,7 @@
 """Accuracies under attack on classifiers whose answers are known, and what is reported of them."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -107,6 +108,16 @@ def test_zero_gradients_are_counted():
         assert table[name]["zero_gradient"] == 0.75  # three of four pixels are not looked at
 
 
+def lead(net, labels, other, point):
+    """Of the label's score over that of the class that is `other` steps behind it in the list."""
+    scores = net(point)
+    classes = torch.tensor(
+        [[k for k in range(scores.shape[1]) if k != gold][other] for gold in labels.tolist()]
+    )
+    rows = torch.arange(len(labels))
+    return scores[rows, labels] - scores[rows, classes]
+
+
 def test_the_attacks_are_those_of_the_package():
     net, data = network().eval().requires_grad_(False), images(20)
     x, keys = data.scaled(), torch.tensor([keys_for(5, [i]) for i in range(20)])
@@ -117,7 +128,11 @@ def test_the_attacks_are_those_of_the_package():
         "bounds": (0, 1),
         "keys": keys,
     }
-    names = ("sparsefool", "random", "reversed", "mifgsm", "apgd", *SIX[:-1])
+    options["target_losses"] = [
+        partial(lead, net, data.labels, other) for other in range(net(x).shape[1] - 1)
+    ]
+    noise = ("random", "uniform", "gaussian")
+    names = ("sparsefool", *noise, "reversed", "mifgsm", "apgd", "apgdt", "blocks", *SIX[:-1])
     assert set(names) == set(KNOWN)
     found = dict(attacked(names, net, x, data.labels, keys, epsilon=0.07, steps=4, bounds=(0, 1)))
     assert list(found) == list(names)
@@ -144,7 +159,7 @@ def test_the_slow_attacks_see_a_subset():
     table = rows_of(measure(net, data, SIX, epsilon=0.05, subset=11, batch_size=8))
     whole = rows_of(measure(net, data, SIX, epsilon=0.05))
     part = rows_of(measure(net, data[:11], SIX, epsilon=0.05))
-    assert set(SLOW) == {"bim", "illc", "pgd", "mifgsm", "apgd", "sparsefool"}
+    assert set(SLOW) == {"bim", "illc", "pgd", "mifgsm", "apgd", "apgdt", "blocks", "sparsefool"}
     for name in ("none", *SIX):
         assert table[name] == pytest.approx(
             (part if name in SLOW else whole)[name] | {"rms": table[name]["rms"]}
