@@ -42,8 +42,8 @@ def test_lead_and_gap_are_differences_of_scores(gold):
 @pytest.mark.parametrize("attack", STRONG)
 @pytest.mark.parametrize("task", TASKS)
 def test_the_layout_does_not_matter(exact, build, task, attack):
-    settings = {"attack": attack, "loss": "margin", "steps": 4, "queries": 8, "rounds": 4}
-    task = build(task, 3)
+    settings = {"attack": attack, "loss": "margin", "steps": 2, "queries": 5, "rounds": 3}
+    task = build(task, 2)
     found = []
     for more in ({"packing": "tree"}, {"packing": "off"}, {"packing": "tree", "batch_size": 1}):
         lm = exact(epsilon=EPSILON, **settings, **more)

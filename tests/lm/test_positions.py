@@ -57,7 +57,7 @@ def test_refused(typed):
 @pytest.mark.parametrize("task", ["demo_arc_challenge", "demo_winogrande"])
 def test_elsewhere_nothing_moves(exact, build, attack, packing, task):
     task = build(task, 2)
-    options = {"steps": 2, "queries": 4, "rounds": 3, "epsilon": 0.05, "loss": "margin"}
+    options = {"steps": 1, "queries": 3, "rounds": 2, "epsilon": 0.05, "loss": "margin"}
     for spec in ("context", "2:-1"):
         lm = exact(attack=attack, positions=spec, packing=packing, **options)
         questions = questions_of(task.instances, encode(lm, task.instances), lm.settings)
