@@ -234,8 +234,8 @@ def load(folder: Path) -> dict[str, pd.DataFrame]:
             raise UsageError(
                 f"{folder}: has no {path.name}; must be the folder of a finished run"
             ) from None
-        except Exception as error:  # a broken file can make its reader raise anything
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+        except (OSError, TypeError, ValueError) as error:  # TypeError: of a damaged dtype
+            reason = str(error).splitlines()[0]
             raise UsageError(f"{path}: cannot be read ({reason})") from None
         found[name] = found[name].assign(
             **{column: of for column, of in _SINCE[name].items() if column not in found[name]}
