@@ -15,6 +15,7 @@ from llm_attack.lm.layers import known_blocks, recompute
 from llm_attack.lm.losses import ThreatModel
 from llm_attack.lm.pack import pack_rows, pack_trees
 from llm_attack.lm.questions import Question, Request
+from llm_attack.lm.scale import signals_at
 from llm_attack.lm.scatter import by_index
 from llm_attack.lm.settings import AttackSettings
 from llm_attack.lm.surface import Surface
@@ -66,21 +67,36 @@ def test_forwards_that_start_there_are_whole_ones(name):
     assert all(vars(block).get("forward") is forward for block, forward in before.items())
 
 
-def test_blocks_that_tell_later_ones_more_run(caplog):
+@pytest.mark.parametrize("teller", [0, 1])
+def test_blocks_that_tell_later_ones_more_run(caplog, teller):
     """As those of models whose later blocks use the keys and values of earlier ones."""
     model = copy.deepcopy(network("llama"))
     first, second = known_blocks(model)
-    plain, told = first.forward, []
+    block, later = ((first, second.input_layernorm), (second, model.model.norm))[teller]
+    plain, told = block.forward, []
 
     def forward(x, *args, **kwargs):
         told.append(x.mean())
         return plain(x, *args, **kwargs)
 
-    first.forward = forward
-    second.register_forward_pre_hook(lambda block, args: (args[0] * (1 + told[-1]), *args[1:]))
+    block.forward = forward
+    later.register_forward_hook(lambda module, args, output: output * (1 + told[-1]))
     _, *found = scorers(scorer_of(model), expand(model, ["embed", "layers"]), CPU)
-    assert [scorer.skip is None for scorer in found] == [True, False]
-    assert "whole forwards, as starting there changes model.layers.0" in caplog.text
+    assert [scorer.skip is None for scorer in found] == [teller == 0, teller == 1]
+    assert f"whole forwards, as starting there changes model.layers.{teller}" in caplog.text
+
+
+def test_scales_are_those_of_the_activations():
+    """Without the first position, in one forward for all."""
+    model, ids = network("llama"), torch.arange(5, 25)[None]
+    layers = ["model.layers.0", "model.layers.1.mlp"]
+    found = signals_at(model, [None, *layers], ids)
+    weight = model.get_input_embeddings().weight
+    assert found[None].rms == pytest.approx(weight.square().mean().sqrt().item(), rel=1e-6)
+    for name in layers:
+        x = capture(model.get_submodule(name), lambda: model(input_ids=ids))
+        assert found[name].rms == pytest.approx(x[:, 1:].square().mean().sqrt().item(), rel=1e-6)
+        assert found[name].rms != pytest.approx(x.square().mean().sqrt().item(), rel=1e-3)
 
 
 def test_layers_are_those_that_text_goes_through():

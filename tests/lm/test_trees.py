@@ -185,7 +185,7 @@ def test_blocks_that_are_recomputed_or_compiled_change_nothing(change, monkeypat
     assert torch.allclose(*gradients, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("hookpoint", ["model.layers.0", "model.layers.1.mlp"])
+@pytest.mark.parametrize("hookpoint", ["model.layers.0", "model.layers.1.self_attn"])
 def test_recomputing_keeps_what_is_put_inside_of_a_block(hookpoint):
     """The hook is gone when the backward pass computes the block's activations again."""
     made = [question([([5, 6, 7, 8, 9], 2), ([5, 6, 7, 11], 1)], gold=[True, False])]
