@@ -124,6 +124,7 @@ def runs(folder):
         "run_no_samples": ("samples.parquet", None),
         "run_bad_samples": ("samples.parquet", b"PAR1xxxx"),
         "run_no_column": ("samples.parquet", samples.drop(columns="acc")),
+        "run_renamed": ("samples.parquet", samples.rename(columns={"hookpoint": "hookpoinu"})),
         "run_text": ("samples.parquet", samples.assign(acc="x")),
         "run_twice": ("samples.parquet", pd.concat([samples, samples])),
         "run_strange": ("samples.parquet", samples.assign(doc_id=samples["doc_id"] + 50)),

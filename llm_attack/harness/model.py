@@ -36,13 +36,13 @@ from llm_attack.lm.device import check_device
 from llm_attack.lm.diagnostics import Diagnostics
 from llm_attack.lm.engine import Answer, Engine
 from llm_attack.lm.generate import attacked_prompts
-from llm_attack.lm.hook import frozen, resolve, try_out
+from llm_attack.lm.hook import frozen, resolve
 from llm_attack.lm.layers import prepare
 from llm_attack.lm.losses import LOSSES
 from llm_attack.lm.positions import QUESTION
 from llm_attack.lm.probe import longest_tree
 from llm_attack.lm.questions import Question
-from llm_attack.lm.scale import CALIBRATION_TEXT, of_activation, of_embedding
+from llm_attack.lm.scale import CALIBRATION_TEXT, signals_at
 from llm_attack.lm.scatter import by_index
 from llm_attack.lm.scoring import Scorer
 from llm_attack.lm.settings import AttackSettings, EngineSettings, split_arguments
@@ -131,7 +131,8 @@ class AttackedHFLM(HFLM):
             if other.threat != settings.threat:
                 raise UsageError("conditions of one run must have the same loss, context, seed")
         names = list(dict.fromkeys(condition.hookpoint for condition in conditions))
-        signals = {name: self._signal(name) for name in names}
+        text = torch.tensor([self.tok_encode(CALIBRATION_TEXT)[: self.max_length]])
+        signals = signals_at(self.model, names, text.to(self.device))
         self.settings, self.conditions = settings, conditions
         self.signals = [signals[condition.hookpoint] for condition in conditions]
         several = len(names) > 1
@@ -166,21 +167,6 @@ class AttackedHFLM(HFLM):
     def signal(self) -> Signal:
         """The scale of what the first condition perturbs."""
         return self.signals[0]
-
-    def _signal(self, hookpoint: str | None) -> Signal:
-        """The scale of what is perturbed there.
-
-        Raises:
-            UsageError: it is none of the model's.
-        """
-        module = resolve(self.model, hookpoint)
-        if module is self.model.get_input_embeddings():
-            size = self.model.get_input_embeddings().weight.shape[0]
-            return of_embedding(module, size, self.device)
-        text = torch.tensor([self.tok_encode(CALIBRATION_TEXT)[: self.max_length]])
-        if hookpoint is not None:
-            try_out(self.model, hookpoint, text.to(self.device))
-        return of_activation(self.model, module, text.to(self.device))
 
     # -- loading -----------------------------------------------------------------------------------
 

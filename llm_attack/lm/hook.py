@@ -5,7 +5,7 @@ Every function removes its own handles and no others, also when the forward rais
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -31,37 +31,38 @@ def resolve(model: PreTrainedModel, hookpoint: str | None) -> nn.Module:
     raise _refused(hookpoint, modules, meant)
 
 
-def try_out(model: PreTrainedModel, hookpoint: str, input_ids: Tensor) -> None:
-    """Looks in a forward over some of `input_ids`, (1, L), whether a perturbation there is one.
+def try_out(model: PreTrainedModel, hookpoints: Iterable[str], input_ids: Tensor) -> None:
+    """Looks in a forward over some of `input_ids`, (1, L), whether perturbations there are some.
 
     Raises:
-        UsageError: the module at `hookpoint` is not run once before the head, where the hidden
-            states are gathered that are scored, or its output is not of shape (batch, sequence,
-            hidden). Named is the module next to it of which all that is true.
+        UsageError: the module at one of `hookpoints` is not run once before the head, where the
+            hidden states are gathered that are scored, or its output is not of shape (batch,
+            sequence, hidden). Named is the module next to it of which all that is true.
     """
     rows = input_ids[:, :6].repeat(2, 1)  # two: some modules have one output for all rows
-    fault = _faults(model, {hookpoint: resolve(model, hookpoint)}, rows).get(
-        hookpoint, "is not run"
-    )
-    if not fault:
+    given = {name: resolve(model, name) for name in hookpoints}
+    found = faults(model, given, rows)
+    hookpoint = next((name for name in given if found.get(name, "is not run")), None)
+    if hookpoint is None:
         return
     modules = dict(model.named_modules())
     good = [
-        name for name, of in _faults(model, modules, rows).items() if not of or name == hookpoint
+        name for name, of in faults(model, modules, rows).items() if not of or name == hookpoint
     ]
     before = good[: good.index(hookpoint)] if hookpoint in good else []
     meant = before[-1] if before else closest(hookpoint, {*good} - {hookpoint})
+    fault = found.get(hookpoint, "is not run")
     raise _refused(hookpoint, modules, meant, f"; this one {fault}")
 
 
-def _faults(
+def faults(
     model: PreTrainedModel, modules: dict[str, nn.Module], input_ids: Tensor
 ) -> dict[str, str]:
     """Tells what speaks against each module as a hookpoint, if anything, in the order of outputs.
 
     Found in a forward over `input_ids`, (B, L); those that are not run are missing.
     """
-    faults: dict[str, str] = {}
+    found: dict[str, str] = {}
     runs = dict.fromkeys(modules, 0)
     gathered = False
 
@@ -74,15 +75,15 @@ def _faults(
             runs[name] += 1
             first = output[0] if isinstance(output, tuple) and output else output
             if runs[name] > 1:
-                faults[name] = f"is run {runs[name]} times"
+                found[name] = f"is run {runs[name]} times"
             elif gathered:
-                faults[name] = "is at or behind the head"
+                found[name] = "is at or behind the head"
             elif not isinstance(first, Tensor):
-                faults[name] = f"gives a {type(first).__name__}"
+                found[name] = f"gives a {type(first).__name__}"
             elif first.dim() != 3 or first.shape[:2] != input_ids.shape:
-                faults[name] = f"gives {tuple(first.shape)} for {tuple(input_ids.shape)} tokens"
+                found[name] = f"gives {tuple(first.shape)} for {tuple(input_ids.shape)} tokens"
             else:
-                faults[name] = ""
+                found[name] = ""
 
         return look
 
@@ -95,7 +96,7 @@ def _faults(
     finally:
         for handle in handles:
             handle.remove()
-    return faults
+    return found
 
 
 def _refused(

@@ -7,6 +7,8 @@ does not notice.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -48,7 +50,10 @@ def blocks(model: PreTrainedModel, argument: str) -> list[nn.Module]:
 
 
 def known_blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules that transformers never splits over devices: the transformer's blocks, if any."""
+    """The modules that transformers never splits over devices: the transformer's blocks, if any.
+
+    Of those that are inside of others (Mamba's mixers) the outermost.
+    """
     found = [
         block
         for module in model.modules()
@@ -57,13 +62,16 @@ def known_blocks(model: PreTrainedModel) -> list[nn.Module]:
         for block in module.modules()
         if type(block).__name__ in names
     ]
-    return list(dict.fromkeys(found))
+    inside = {module for block in found for module in block.modules() if module is not block}
+    return [block for block in dict.fromkeys(found) if block not in inside]
 
 
 def recompute(block: nn.Module) -> None:
     """From now on only `block`'s input is kept for the backward pass.
 
-    Unlike transformers' own gradient checkpointing it works in evaluation mode, without dropout.
+    Unlike transformers' own gradient checkpointing it works in evaluation mode, without dropout,
+    and what hooks of modules inside the block did in the forward they do again in the backward
+    pass, though they are gone by then.
     """
     forward = block.forward
 
@@ -71,9 +79,35 @@ def recompute(block: nn.Module) -> None:
     def checkpointed(*args, **kwargs):
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        inside = [m for m in block.modules() if m is not block and m._forward_hooks]
+        hooks = [(module, dict(module._forward_hooks)) for module in inside]
+        return checkpoint(
+            forward,
+            *args,
+            use_reentrant=False,
+            context_fn=lambda: (nullcontext(), _again(hooks)),
+            **kwargs,
+        )
 
     block.forward = checkpointed
+
+
+@contextmanager
+def _again(hooks: Sequence[tuple[nn.Module, dict[int, Callable]]]) -> Iterator[None]:
+    """While it lasts, the modules have these forward hooks and no others."""
+    now = [dict(module._forward_hooks) for module, _ in hooks]
+    try:
+        for module, then in hooks:
+            _set_hooks(module, then)
+        yield
+    finally:
+        for (module, _), of in zip(hooks, now, strict=True):
+            _set_hooks(module, of)
+
+
+def _set_hooks(module: nn.Module, hooks: dict[int, Callable]) -> None:
+    module._forward_hooks.clear()
+    module._forward_hooks.update(hooks)
 
 
 def compiled(block: nn.Module) -> None:

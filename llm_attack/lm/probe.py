@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor
 
 from llm_attack.lm.pack import pack_rows, pack_trees
 from llm_attack.lm.questions import Question, Request
@@ -49,9 +50,8 @@ def trees_equal_rows(
 ) -> bool:
     """Whether the logits of `questions` as trees are those of a row per request.
 
-    They are if half of the digits agree of the dtype that the model computes in: the root mean
-    square of the difference, relative to the spread of the logits. Wrong positions, or a mask that
-    is not honoured, change the first digits.
+    They are as of `equal_logits`. Wrong positions, or a mask that is not honoured, change the first
+    digits.
     """
     try:
         logits = []
@@ -65,12 +65,18 @@ def trees_equal_rows(
             raise
         log.info("packing: the model refused a tree: %s", error)
         return False
-    tree, rows = logits
-    difference = (tree - rows).square().mean().sqrt()
+    return equal_logits(scorer, *logits)
+
+
+def equal_logits(scorer: Scorer, some: Tensor, others: Tensor) -> bool:
+    """Whether half of the digits agree of the dtype that the model computes in.
+
+    That is of the root mean square of the difference, relative to the spread of the others.
+    """
+    difference = (some - others).float().square().mean().sqrt()
     # models compute some things in float32 also when they are in float64
     eps = max(torch.finfo(t).eps for t in (scorer.autocast or scorer.model.dtype, torch.float32))
-    tolerance = eps**0.5
-    return bool(difference <= tolerance * rows.std())
+    return bool(difference <= eps**0.5 * others.float().std())
 
 
 def made_up(scorer: Scorer) -> list[Question]:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from llm_attack.lm.hook import capture
+from llm_attack.lm.hook import edit_output, resolve, try_out
 from llm_attack.lm.rotary import Rotary
 from llm_attack.lm.units import Signal
 
@@ -19,6 +25,35 @@ CALIBRATION_TEXT = (
 )
 
 
+def signals_at(
+    model: PreTrainedModel, hookpoints: Sequence[str | None], input_ids: Tensor
+) -> dict[str | None, Signal]:
+    """Of what is perturbed at each hookpoint; None: the input embedding.
+
+    Args:
+        model: whose hookpoints they are.
+        hookpoints: dotted paths.
+        input_ids: (1, L), the calibration text.
+
+    Raises:
+        UsageError: as of `resolve` and `try_out`.
+    """
+    paths = [name for name in hookpoints if name is not None]
+    if paths:
+        try_out(model, paths, input_ids)
+    places = {name: resolve(model, name) for name in hookpoints}
+    embedding: Any = model.get_input_embeddings()
+    others = [name for name, module in places.items() if module is not embedding]
+    found: dict[str | None, Signal] = {}
+    if others:
+        measured = of_activations(model, [places[name] for name in others], input_ids)
+        found = dict(zip(others, measured, strict=True))
+    if len(found) < len(places):
+        of = of_embedding(embedding, embedding.weight.shape[0], input_ids.device)
+        found |= {name: of for name in places if name not in found}
+    return found
+
+
 def of_embedding(embedding: nn.Module, vocabulary: int, device: torch.device) -> Signal:
     """Of the embedding layer's output over the vocabulary: of its matrix, scaled as it is."""
     ids = torch.arange(vocabulary, device=device)
@@ -30,15 +65,27 @@ def of_embedding(embedding: nn.Module, vocabulary: int, device: torch.device) ->
     return _signal(torch.cat(squares), output.shape[-1])
 
 
-def of_activation(model: nn.Module, module: nn.Module, input_ids: Tensor) -> Signal:
-    """Of `module`'s output on `input_ids`, (1, L).
+def of_activations(
+    model: nn.Module, modules: Sequence[nn.Module], input_ids: Tensor
+) -> list[Signal]:
+    """Of the outputs of `modules` in one forward over `input_ids`, (1, L).
 
     The first position is left out: many models park an attention sink there, whose norm is
     hundreds of times that of the others.
     """
-    with Rotary(model).fresh():
-        output = capture(module, lambda: model(input_ids=input_ids))
-    return _signal(output[:, 1:].float().square().mean(-1), output.shape[-1])
+    found: dict[nn.Module, Signal] = {}
+
+    def measure(module: nn.Module, output: Tensor) -> Tensor:
+        found[module] = _signal(output[:, 1:].float().square().mean(-1), output.shape[-1])
+        return output
+
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(Rotary(model).fresh())
+        for module in modules:
+            stack.enter_context(edit_output(module, partial(measure, module)))
+        model(input_ids=input_ids)
+    return [found[module] for module in modules]
 
 
 def _signal(squares: Tensor, width: int) -> Signal:

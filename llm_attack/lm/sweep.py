@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llm_attack.errors import UsageError, closest
-from llm_attack.lm.hook import edit_output, resolve
+from llm_attack.lm.hook import edit_output, faults, resolve
 from llm_attack.lm.layers import known_blocks
-from llm_attack.lm.pack import pack_rows
-from llm_attack.lm.probe import made_up
+from llm_attack.lm.pack import Pack, pack_rows
+from llm_attack.lm.probe import equal_logits, made_up
 from llm_attack.lm.scoring import Scorer
 from llm_attack.lm.surface import Surface
 
@@ -45,7 +45,7 @@ def expand(model: PreTrainedModel, hookpoints: Sequence[str]) -> list[str | None
         if given == EMBED:
             found.append(None)
         elif given == LAYERS:
-            found += [names[block] for block in _blocks(model, given)]
+            found += _layers(model, names)
         elif "*" in given:
             pattern = re.escape(given).replace(r"\*", "[^.]+")
             matching = [name for name in names.values() if re.fullmatch(pattern, name)]
@@ -59,16 +59,25 @@ def expand(model: PreTrainedModel, hookpoints: Sequence[str]) -> list[str | None
                 )
             found += matching
         else:
+            meant = closest(given, (EMBED, LAYERS))
+            if meant and "." not in given:
+                raise UsageError(
+                    f"hookpoints={given}: must be {EMBED}, {LAYERS} or dotted paths of modules; did"
+                    f" you mean {meant!r}?"
+                )
             resolve(model, given)
             found.append(given)
     return list(dict.fromkeys(found))
 
 
-def _blocks(model: PreTrainedModel, given: str) -> list[nn.Module]:
-    found = known_blocks(model)
+def _layers(model: PreTrainedModel, names: Mapping[nn.Module, str]) -> list[str]:
+    """The names of the blocks that text goes through; those of a vision tower are none of them."""
+    blocks = {names[block]: block for block in known_blocks(model)}
+    text = torch.arange(6).repeat(2, 1).to(next(model.get_input_embeddings().parameters()).device)
+    found = [*faults(model, blocks, text)] if blocks else []
     if not found:
         raise UsageError(
-            f"hookpoints={given}: must be modules by name for {type(model).__name__}, whose blocks"
+            f"hookpoints={LAYERS}: must be modules by name for {type(model).__name__}, whose blocks"
             " transformers does not name"
         )
     return found
@@ -121,30 +130,29 @@ def scorers(base: Scorer, hookpoints: Sequence[str | None], device: torch.device
         if name is None:
             scorer = Scorer(base.model, scorer.hookpoint, base.autocast, base.softmax_dtype)
         found.append(scorer)
-    every = known_blocks(base.model)
-    outputs = _outputs(base, every, device)
-    refused = []
-    for name, scorer in zip(hookpoints, found, strict=True):
-        scorer.skip = _skip(scorer.hookpoint, every, outputs)
-        if scorer.skip is not None and not _equal(scorer, device):
-            scorer.skip = None
-            refused.append(str(name))
+    rest = _rest(base, device)
+    for scorer in found:
+        scorer.skip = _skip(scorer.hookpoint, rest)
+    refused = _refused([scorer for scorer in found if scorer.skip is not None], device)
+    for scorer in refused:
+        scorer.skip = None
     if refused:
-        log.warning("hookpoints: whole forwards, as starting there changes %s", ", ".join(refused))
+        names = (str(name) for name, s in zip(hookpoints, found, strict=True) if s in refused)
+        log.warning("hookpoints: whole forwards, as starting there changes %s", ", ".join(names))
     return found
 
 
-def _outputs(base: Scorer, every: Sequence[nn.Module], device: torch.device) -> dict:
-    """What each block returns besides its hidden states; of those that run once, in order."""
+def _rest(base: Scorer, device: torch.device) -> dict[nn.Module, tuple[Any, ...] | None]:
+    """What blocks return besides hidden states (see `Skip`): of those run once, as they are run."""
     outputs: dict[nn.Module, list[Any]] = {}
 
     def keep(block: nn.Module, args: tuple, output: Any) -> None:
         outputs.setdefault(block, []).append(output)
 
-    handles = [block.register_forward_hook(keep) for block in every]
+    handles = [block.register_forward_hook(keep) for block in known_blocks(base.model)]
     try:
         with torch.no_grad():
-            base.logits(*_trial(base, device))
+            base.logits(*_trial(base, device, 0))
     finally:
         for handle in handles:
             handle.remove()
@@ -155,38 +163,50 @@ def _outputs(base: Scorer, every: Sequence[nn.Module], device: torch.device) -> 
     }
 
 
-def _skip(hookpoint: nn.Module, every: Sequence[nn.Module], outputs: dict) -> Skip | None:
+def _skip(hookpoint: nn.Module, rest: Mapping[nn.Module, tuple[Any, ...] | None]) -> Skip | None:
     """The blocks before a hookpoint, the block itself included if it is one."""
-    running = [block for block in every if block in outputs]
+    running = list(rest)
     for i, block in enumerate(running):
         if hookpoint in block.modules():
             left = running[: i + (hookpoint is block)]
-            return Skip(tuple(left), tuple(outputs[b] for b in left)) if left else None
+            return Skip(tuple(left), tuple(rest[b] for b in left)) if left else None
     return None
 
 
-def _trial(scorer: Scorer, device: torch.device) -> tuple[Any, Tensor]:
-    pack = pack_rows(made_up(scorer)[:1]).to(device)
+def _trial(scorer: Scorer, device: torch.device, which: int) -> tuple[Pack, Tensor]:
+    pack = pack_rows([made_up(scorer)[which]]).to(device)
     return pack, pack.scored.positions
 
 
-def _equal(scorer: Scorer, device: torch.device) -> bool:
-    """Whether the logits at a point that is not the clean one are those of a whole forward."""
-    assert scorer.skip is not None
-    pack, positions = _trial(scorer, device)
-    try:
-        with torch.no_grad(), _captured([scorer.hookpoint, scorer.skip.blocks[-1]]) as seen:
-            scorer.logits(pack, positions)
-            point = seen[scorer.hookpoint] * 1.01
-            whole = scorer.logits(pack, positions, point)
-            part = scorer.logits(pack, positions, point, seen[scorer.skip.blocks[-1]])
-    except Exception as error:
-        if should_reduce_batch_size(error):
-            raise
-        log.info("hookpoints: the model refused to start there: %s", error)
-        return False
-    eps = max(torch.finfo(t).eps for t in (scorer.autocast or scorer.model.dtype, torch.float32))
-    return bool((part - whole).float().square().mean().sqrt() <= eps**0.5 * whole.float().std())
+def _refused(scorers: Sequence[Scorer], device: torch.device) -> list[Scorer]:
+    """Those whose logits are others when forwards start there, with the clean activations below.
+
+    Of another question than the one of `_rest`, which is asked again before they start there: in
+    case that what blocks return besides the hidden states, or keep for later ones, depends on it.
+    For the same reason the last blocks are tried first.
+    """
+    if not scorers:
+        return []
+    base, *_ = scorers
+    pack, positions = _trial(base, device, 1)
+    below = {scorer: scorer.skip.blocks[-1] for scorer in scorers if scorer.skip is not None}
+    refused = []
+    with torch.no_grad():
+        with _captured(list(below.values())) as seen:
+            whole = base.logits(pack, positions)
+        base.logits(*_trial(base, device, 0))
+        for scorer in sorted(scorers, key=lambda s: -len(s.skip.blocks) if s.skip else 0):
+            try:
+                part = scorer.logits(pack, positions, below=seen.get(below[scorer]))
+            except Exception as error:
+                if should_reduce_batch_size(error):
+                    raise
+                log.info("hookpoints: the model refused to start there: %s", error)
+                refused.append(scorer)
+                continue
+            if below[scorer] not in seen or not equal_logits(scorer, part, whole):
+                refused.append(scorer)
+    return refused
 
 
 @contextmanager

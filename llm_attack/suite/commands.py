@@ -118,7 +118,8 @@ def run(*, output: Path | None, progress: str, **settings: Any) -> None:
         console = Console()
         title = f"{result.run['model_name']}: accuracy, loss={result.run['settings']['loss']}"
         table = layers.at_first(result.table)
-        console.print(tables.RunTable(table, title, result.run["warnings"]))
+        warnings = layers.shown_of(result.run, result.table)["warnings"]
+        console.print(tables.RunTable(table, title, warnings))
         for name, (cells, _) in survival.tables(layers.at_first(result.samples)).items():
             console.print(cells.rich(name))
         of_layers = layers.cells(result.table)

@@ -203,12 +203,14 @@ _SCHEMA: dict[str, dict[str, Callable[[Any], bool]]] = {
     "questions": {
         **dict.fromkeys(("task", "doc_hash", "question"), is_string_dtype),
         "n_choices": is_integer_dtype,
-        **dict.fromkeys(("doc_id", "gold", "choices"), lambda _: True),
+        **dict.fromkeys(("doc_id", "gold", "choices", "lengths"), lambda _: True),
     },
     "samples": {
         **dict.fromkeys(("task", "condition", "attack", "hookpoint"), is_string_dtype),
         **dict.fromkeys(("epsilon", "n_choices", "prediction", "acc"), is_numeric_dtype),
         **dict.fromkeys(("doc_id", "gold", "log_likelihoods", "cosine"), lambda _: True),
+        **dict.fromkeys(("prediction_norm", "acc_norm"), lambda _: True),
+        **dict.fromkeys(("critical_epsilon", "first_order"), lambda _: True),
     },
 }
 # What earlier runs have not.
@@ -234,8 +236,8 @@ def load(folder: Path) -> dict[str, pd.DataFrame]:
             raise UsageError(
                 f"{folder}: has no {path.name}; must be the folder of a finished run"
             ) from None
-        except Exception as error:  # a broken file can make its reader raise anything
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+        except (OSError, TypeError, ValueError) as error:  # TypeError: of a damaged dtype
+            reason = str(error).splitlines()[0]
             raise UsageError(f"{path}: cannot be read ({reason})") from None
         found[name] = found[name].assign(
             **{column: of for column, of in _SINCE[name].items() if column not in found[name]}
@@ -258,6 +260,9 @@ def _fault(frame: pd.DataFrame, name: str) -> str | None:
             return f"has no column {column}"
         if not allows(frame[column]):
             return f"its column {column} holds {frame[column].dtype}"
+    for column in frame:
+        if column not in _SCHEMA[name]:  # one of the others under a damaged name
+            return f"has a column {column}"
     if frame.duplicated(_UNIQUE[name]).any():
         return f"{', '.join(_UNIQUE[name])} are the same in two rows"
     if name == "samples" and not (

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from llm_attack.drawing import save_figure
+from llm_attack.lm.sweep import EMBED
 from llm_attack.record import write_text
 from llm_attack.suite.figures import look
 from llm_attack.suite.layout import handles, legend, panels, print_style
@@ -28,6 +29,20 @@ def at_first(frame: pd.DataFrame) -> pd.DataFrame:
     if "hookpoint" not in frame:
         return frame
     return frame[frame["hookpoint"] == frame["hookpoint"].iloc[0]].reset_index(drop=True)
+
+
+def shown_of(run: dict[str, Any], table: pd.DataFrame) -> dict[str, Any]:
+    """What `run.json` holds, of its conditions those of `at_first` alone: with few of hundreds."""
+    conditions = set(at_first(table)["condition"])
+    others = {name for name in run["attacks"] if name not in conditions}
+    if not others:
+        return run
+    warnings = run.get("warnings") or []
+    kept = [text for text in warnings if text.partition(": ")[0] not in others]
+    left_out = len(warnings) - len(kept)
+    more = [f"{left_out} of conditions at other hookpoints are in run.json"] if left_out else []
+    attacks = {name: of for name, of in run["attacks"].items() if name not in others}
+    return {**run, "attacks": attacks, "warnings": [*kept, *more]}
 
 
 def by_hookpoint(table: pd.DataFrame) -> pd.DataFrame:
@@ -62,7 +77,10 @@ def cells(table: pd.DataFrame) -> Cells | None:
     for hookpoint, of in found.groupby("hookpoint", sort=False):
         row = {entry["attacked"]: entry for entry in of.to_dict("records")}
         rows.append([str(hookpoint), *(_accuracy(row[name]) for name in columns)])
-    notes = ["acc (95 % interval), mean over tasks; epsilons are in units of each hookpoint's own"]
+    notes = [
+        "acc (95 % interval), mean over tasks; epsilons in a unit are in that of each hookpoint",
+        f"the other tables and figures are of {rows[0][0]} alone; table.csv has all",
+    ]
     clean = table[(table["task"] == MEAN) & (table["attack"] == "none")]
     if len(clean):
         notes.append(f"none: {_accuracy(clean.iloc[0])}; guessing: {clean['baseline'].iloc[0]:.3f}")
@@ -78,17 +96,23 @@ def figure(table: pd.DataFrame) -> Figure | None:
 
     A line for each attack and amplitude, paler the smaller that is, with its 95 % interval as a
     band; the dashed lines are the accuracies without an attack and of random guesses. The input
-    embedding has depth 0.
+    embedding has depth 0. Modules that stand in no block are in the table alone, unless all do.
     """
     found = by_hookpoint(table)
     if found.empty:
         return None
+    names = (
+        [] if found["kind"].str.contains("*", regex=False).any() else found["hookpoint"].unique()
+    )
+    if len(names):  # beside each other, as none stands in a block
+        order = {name: i for i, name in enumerate(names)}
+        found = found.assign(kind="hookpoints", depth=found["hookpoint"].map(order))
+    kinds = [kind for kind in found["kind"].unique() if "*" in kind or len(names)]
     mean = table[table["task"] == MEAN]
-    kinds = [kind for kind in found["kind"].unique() if kind.count("*")] or ["hookpoints"]
     with print_style():
-        drawn, grid = panels(kinds)
-        for kind, axes in grid.items():
-            some = found if kind == "hookpoints" else found[found["kind"].isin([kind, "embed"])]
+        drawn, grid = panels(kinds if len(names) else _titles(kinds), height=1.6)
+        for kind, axes in zip(kinds, grid.values(), strict=True):
+            some = found[found["kind"].isin([kind, EMBED])]
             for attack, of_attack in some.groupby("attack", sort=False):
                 labels = list(of_attack["attacked"].unique())
                 for i, label in enumerate(labels):
@@ -98,22 +122,39 @@ def figure(table: pd.DataFrame) -> Figure | None:
                     form |= {"label": label, "alpha": strength, "ms": 2, "lw": 1}
                     axes.plot(line["depth"], line["acc"], **form)
                     ends = line["acc_low"].to_numpy(float), line["acc_high"].to_numpy(float)
-                    axes.fill_between(line["depth"], *ends, color=like.colour, alpha=0.12, lw=0)
+                    axes.fill_between(line["depth"], *ends, color=like.colour, alpha=0.2, lw=0)
             for value, colour, label in (
                 (mean.loc[mean["attack"] == "none", "acc"].mean(), "#888888", "none"),
                 (mean["baseline"].iloc[0], "k", "random guess"),
             ):
                 if np.isfinite(value):
                     axes.axhline(value, color=colour, ls="--", lw=0.9, label=label)
+            if len(names):
+                axes.set_xticks(range(len(names)), names, rotation=90)
+            else:
+                axes.locator_params("x", integer=True)
             axes.set(ylim=(0, 1.03), yticks=np.arange(0, 1.01, 0.25))
-        drawn.supxlabel("block (0: the input embedding)", size=7)
+        drawn.supxlabel("" if len(names) else "block (0: the input embedding)", size=7)
         drawn.supylabel("accuracy", size=7)
         legend(drawn, handles(next(iter(grid.values()))))
     return drawn
 
 
+def _titles(kinds: list[str]) -> list[str]:
+    """The kinds without what all of them begin with, but for the name before the *."""
+    parts = [kind.split(".") for kind in kinds]
+    shared = 0
+    while len({of[shared] for of in parts}) == 1 and "*" not in parts[0][shared : shared + 2]:
+        shared += 1
+    return [".".join(of[shared:]) for of in parts]
+
+
 def save(table: pd.DataFrame, folder: Path) -> dict[str, Cells]:
-    """Writes `layers.md` and the figure `layers` into `folder`; returns the table by its title."""
+    """Writes `layers.md` and the figure `layers` into `folder`.
+
+    Returns:
+        The table by its title; nothing, and nothing is written, of one hookpoint.
+    """
     found, drawn = cells(table), figure(table)
     if found is None or drawn is None:
         return {}

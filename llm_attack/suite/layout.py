@@ -80,16 +80,17 @@ def rows_of_tasks(
     return figure, parts, inches
 
 
-def panels(names: Sequence[str]) -> tuple[Figure, dict[str, Axes]]:
+def panels(names: Sequence[str], height: float = 1.15) -> tuple[Figure, dict[str, Axes]]:
     """A figure with small panels of equal axes, three or four abreast, by their names.
 
-    Where they do not fill the grid, the first row is short: every column has an axis below.
+    Where they do not fill the grid, the first row is short: every column has an axis below. The
+    height is that of a row, in inches.
     """
     from matplotlib.figure import Figure
 
     columns = min(4 if len(names) % 3 == 1 else 3, len(names))
     rows = int(np.ceil(len(names) / columns))
-    figure = Figure(figsize=(_COLUMN, 0.6 + 1.15 * rows))
+    figure = Figure(figsize=(_COLUMN, 0.6 + height * rows))
     cells = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
     filled = columns - (rows * columns - len(names))  # of the first row
     for axes in cells[filled:columns]:

@@ -85,6 +85,7 @@ def save(result: Result, folder: Path, command: list[str]) -> None:
 
 def render(result: Result, folder: Path, run: dict[str, Any]) -> None:
     """Writes tables, figures and report."""
+    run = layers.shown_of(run, result.table)
     tables.save(result.table, folder, run.get("warnings") or ())
     samples, table = map(layers.at_first, (with_worst(result.samples), result.table))
     drawn = figures.draw_all(samples, table, folder)

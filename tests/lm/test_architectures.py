@@ -60,7 +60,7 @@ def test_the_hook_holds_what_the_model_reads(name):
         assert torch.allclose(behind, expected, rtol=0, atol=1e-12)
         with unchanged(model):
             for path in (embedding, block):
-                try_out(model, path, pack.input_ids[:1])
+                try_out(model, [path], pack.input_ids[:1])
 
 
 @every

@@ -45,12 +45,12 @@ def qwen():
 )
 def test_refused(qwen, name, reason, meant):
     with pytest.raises(UsageError) as caught:
-        try_out(qwen, name, IDS)
+        try_out(qwen, [name], IDS)
     message = str(caught.value)
     assert message.startswith(f"hookpoint={name}: must be ") and "\n" not in message
     assert reason.replace("\\", "") in message and f"did you mean {meant!r}?" in message
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in qwen.modules())
-    try_out(qwen, meant, IDS)
+    try_out(qwen, [meant], IDS)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_refused(qwen, name, reason, meant):
     ["model.embed_tokens", LAYER, f"{LAYER}.self_attn", f"{LAYER}.mlp.up_proj", "model.norm"],
 )
 def test_taken(qwen, name):
-    try_out(qwen, name, IDS)
+    try_out(qwen, [name], IDS)
 
 
 def test_head_of_another_name(qwen):
@@ -73,7 +73,7 @@ def test_head_of_another_name(qwen):
     network.forward = forward
     for name in ("last", "behind"):
         with pytest.raises(UsageError, match=rf"hookpoint={name}: .*did you mean 'inner.norm'"):
-            try_out(network, name, IDS)
+            try_out(network, [name], IDS)
 
 
 def test_run_twice(qwen, monkeypatch):
@@ -81,7 +81,7 @@ def test_run_twice(qwen, monkeypatch):
     first, second = (layer.input_layernorm for layer in qwen.model.layers)
     monkeypatch.setattr(qwen.model.layers[1], "input_layernorm", first)
     with pytest.raises(UsageError, match=r"input_layernorm: .* is run 2 times"):
-        try_out(qwen, "model.layers.0.input_layernorm", IDS)
+        try_out(qwen, ["model.layers.0.input_layernorm"], IDS)
     assert second is not first
 
 
@@ -89,7 +89,7 @@ def test_router():
     model = network(MixtralConfig)
     (name,) = [n for n, _ in model.named_modules() if n.startswith(LAYER) and n.endswith("gate")]
     with pytest.raises(UsageError, match=rf"hookpoint={name}: .*\(12, \d\)"):
-        try_out(model, name, IDS)
+        try_out(model, [name], IDS)
 
 
 @pytest.mark.parametrize("name", ["lm_head", "model", "model.rotary_emb"])

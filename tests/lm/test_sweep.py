@@ -1,5 +1,6 @@
 """Several hookpoints: the same as a run for each, and forwards that start there as whole ones."""
 
+import copy
 import functools
 
 import pytest
@@ -10,10 +11,11 @@ from llm_attack.attacks import Attack
 from llm_attack.errors import UsageError
 from llm_attack.lm.engine import Engine
 from llm_attack.lm.hook import capture, frozen, try_out
-from llm_attack.lm.layers import known_blocks
+from llm_attack.lm.layers import known_blocks, recompute
 from llm_attack.lm.losses import ThreatModel
 from llm_attack.lm.pack import pack_rows, pack_trees
 from llm_attack.lm.questions import Question, Request
+from llm_attack.lm.scale import signals_at
 from llm_attack.lm.scatter import by_index
 from llm_attack.lm.settings import AttackSettings
 from llm_attack.lm.surface import Surface
@@ -36,15 +38,11 @@ def places(model):
         for child in block.children():
             name = path_of(model, child)
             try:
-                try_out(model, name, torch.tensor([[2, 3, 4, 5, 6, 7]]))
+                try_out(model, [name], torch.tensor([[2, 3, 4, 5, 6, 7]]))
             except UsageError:
                 continue
             inside.append(name)
     return [*expand(model, ["embed", "layers"]), *inside]
-
-
-# Of its nested blocks the trial refuses some.
-STARTED = {"mamba": 2}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -57,9 +55,8 @@ def test_forwards_that_start_there_are_whole_ones(name):
     found = scorers(scorer_of(model), names, CPU)
     pack = pack_rows(MADE, shared=True)
     assert all(vars(block).get("forward") is forward for block, forward in before.items())
-    started = 0
+    assert all(s.skip is not None for s in found[1 : 1 + len(before)])
     for scorer in (s for s in found if s.skip is not None):
-        started += 1
         with torch.no_grad():
             forward = functools.partial(scorer._forward, pack.inputs)
             point = capture(scorer.hookpoint, forward) * 1.1
@@ -68,7 +65,45 @@ def test_forwards_that_start_there_are_whole_ones(name):
             part = scorer.logits(pack, pack.scored.positions, point, below)
         assert torch.allclose(part, whole, rtol=0, atol=1e-6 * whole.abs().max().item())
     assert all(vars(block).get("forward") is forward for block, forward in before.items())
-    assert started == STARTED.get(name, started) and (started > 1 or name in STARTED)
+
+
+@pytest.mark.parametrize("teller", [0, 1])
+def test_blocks_that_tell_later_ones_more_run(caplog, teller):
+    """As those of models whose later blocks use the keys and values of earlier ones."""
+    model = copy.deepcopy(network("llama"))
+    first, second = known_blocks(model)
+    block, later = ((first, second.input_layernorm), (second, model.model.norm))[teller]
+    plain, told = block.forward, []
+
+    def forward(x, *args, **kwargs):
+        told.append(x.mean())
+        return plain(x, *args, **kwargs)
+
+    block.forward = forward
+    later.register_forward_hook(lambda module, args, output: output * (1 + told[-1]))
+    _, *found = scorers(scorer_of(model), expand(model, ["embed", "layers"]), CPU)
+    assert [scorer.skip is None for scorer in found] == [teller == 0, teller == 1]
+    assert f"whole forwards, as starting there changes model.layers.{teller}" in caplog.text
+
+
+def test_scales_are_those_of_the_activations():
+    """Without the first position, in one forward for all."""
+    model, ids = network("llama"), torch.arange(5, 25)[None]
+    layers = ["model.layers.0", "model.layers.1.mlp"]
+    found = signals_at(model, [None, *layers], ids)
+    weight = model.get_input_embeddings().weight
+    assert found[None].rms == pytest.approx(weight.square().mean().sqrt().item(), rel=1e-6)
+    for name in layers:
+        x = capture(model.get_submodule(name), lambda: model(input_ids=ids))
+        assert found[name].rms == pytest.approx(x[:, 1:].square().mean().sqrt().item(), rel=1e-6)
+        assert found[name].rms != pytest.approx(x.square().mean().sqrt().item(), rel=1e-3)
+
+
+def test_layers_are_those_that_text_goes_through():
+    model = copy.deepcopy(network("llama"))
+    model.model.spare = copy.deepcopy(model.model.layers)
+    assert len(known_blocks(model)) == 4
+    assert expand(model, ["layers"]) == ["model.layers.0", "model.layers.1"]
 
 
 def test_a_failing_forward_leaves_nothing_behind():
@@ -80,14 +115,17 @@ def test_a_failing_forward_leaves_nothing_behind():
     assert not any("forward" in vars(block) for block in known_blocks(model))
 
 
-@pytest.mark.parametrize("name", ["llama", "falcon", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "llama, recomputed", "falcon", "gpt2"])
 @pytest.mark.parametrize("pack", [pack_trees(MADE), pack_rows(MADE, shared=True)])
 def test_one_pass_for_all(pack, name):
     """Clean points, answers and gradients are those that each surface finds alone.
 
     Falcon adds the attention's output into that of the MLP, in place.
     """
-    model = network(name)
+    name, _, recomputed = name.partition(", ")
+    model = copy.deepcopy(network(name))
+    for block in known_blocks(model) if recomputed else ():
+        recompute(block)
     names = places(model)
     threat = ThreatModel("choice", shared=True)
     together = [Surface(s, pack, threat) for s in scorers(scorer_of(model), names, CPU)]
@@ -141,6 +179,7 @@ def test_expand():
             r"hookpoints=model.layer.\*.mlp: .*did you mean 'model.layers.\*.mlp'",
         ),
         ("model.layers.7", "hookpoint=model.layers.7: "),
+        ("layer", "hookpoints=layer: must be embed, layers or .*did you mean 'layers'"),
     ):
         with pytest.raises(UsageError, match=says):
             expand(model, [given])

@@ -9,6 +9,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from networks import CPU, network, scorer_of
+from unchanged import unchanged
 from versions import GPT2_TAKES_TREES
 
 from llm_attack.attacks import ATTACKS, Attack
@@ -182,6 +183,24 @@ def test_blocks_that_are_recomputed_or_compiled_change_nothing(change, monkeypat
             gradients.append(surface.gradient)
             assert surface.clean.log_prob.isfinite().all()
     assert torch.allclose(*gradients, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("hookpoint", ["model.layers.0", "model.layers.1.self_attn"])
+def test_recomputing_keeps_what_is_put_inside_of_a_block(hookpoint):
+    """The hook is gone when the backward pass computes the block's activations again."""
+    made = [question([([5, 6, 7, 8, 9], 2), ([5, 6, 7, 11], 1)], gold=[True, False])]
+    plain = network("llama")
+    model = copy.deepcopy(plain)
+    for block in blocks(model, ""):
+        recompute(block)
+    attacked = []
+    for each in (plain, model):
+        with frozen(each), unchanged(each):
+            pack, threat = pack_trees(made), ThreatModel("choice", shared=True)
+            surface = Surface(scorer_of(each, hookpoint), pack, threat)
+            attacked.append(surface.attack(Attack("bim", 0.3, steps=3))[0])
+    assert torch.equal(*attacked)
+    assert not torch.equal(attacked[0], surface.x)
 
 
 def test_recomputing_keeps_less():
