@@ -14,6 +14,8 @@ from torch import Tensor
 
 Scores = Callable[[Tensor], Tensor]
 OnGradient = Callable[[Tensor], None]
+Bounds = tuple[float | Tensor, float | Tensor]
+Box = tuple[Tensor, Tensor]
 
 _LEAST = 1e-4  # the shortest step, of DeepFool (L2) and along one coordinate
 _BEYOND = 1e-3  # by how much the linear solver passes the hyperplane
@@ -24,7 +26,7 @@ def deepfool(
     x: Tensor,
     *,
     labels: Tensor | None = None,
-    bounds: tuple[float, float] | None = None,
+    bounds: Bounds | None = None,
     overshoot: float = 0.02,
     steps: int = 50,
     classes: int = 10,
@@ -38,7 +40,8 @@ def deepfool(
         scores: of the classes before the softmax, (N, C) from points (N, ...); each example's own.
         x: the clean points, (N, ...).
         labels: (N,); where the prediction is another one already, the clean point is returned.
-        bounds: box that the point stays in; None for features.
+        bounds: box that the point stays in: numbers, or tensors that broadcast to `x`; None for
+            features.
         overshoot: share by which the perturbation is lengthened.
         steps: at most so many linearisations.
         classes: only boundaries with so many of the likeliest classes are looked at.
@@ -51,8 +54,9 @@ def deepfool(
     found = x.clone()
     active, _ = _to_fool(scores, x, labels)
     if len(active):
-        r, _, _ = _boundary(scores, x[active], overshoot, steps, classes, on_gradient, bounds)
-        found[active] = _boxed(x[active] + (1 + overshoot) * r, bounds)
+        box = _rows(_box(bounds, x), active)
+        r, _, _ = _boundary(scores, x[active], overshoot, steps, classes, on_gradient, box)
+        found[active] = _boxed(x[active] + (1 + overshoot) * r, box)
     return found
 
 
@@ -61,7 +65,7 @@ def sparsefool(
     x: Tensor,
     *,
     labels: Tensor | None = None,
-    bounds: tuple[float, float] | None = (0.0, 1.0),
+    bounds: Bounds | None = (0.0, 1.0),
     lambda_: float = 3.0,
     overshoot: float = 0.02,
     steps: int = 20,
@@ -80,8 +84,8 @@ def sparsefool(
         scores: as for `deepfool`.
         x: as for `deepfool`.
         labels: as for `deepfool`.
-        bounds: box that the point stays in; None for features, of which one coordinate a step
-            then moves.
+        bounds: box that the point stays in, as for `deepfool`; the authors' `lb` and `ub`. None:
+            one coordinate a step moves, as far as it takes. An amplitude is a box round `x`.
         lambda_: how far behind the boundary the hyperplane is put.
         overshoot: share by which the perturbation is lengthened, here and in DeepFool.
         steps: at most so many searches of DeepFool.
@@ -95,18 +99,19 @@ def sparsefool(
     x = x.detach()
     found, point = x.clone(), x.clone()
     active, predicted = _to_fool(scores, x, labels)
+    whole = _box(bounds, x)
     for _ in range(steps):
         if not len(active):
             break
-        start = point[active]
+        start, box = point[active], _rows(whole, active)
         r, left, reached = _boundary(scores, start, overshoot, deepfool_steps, classes, on_gradient)
         pair = torch.stack((left, reached), dim=1)
         normal = _slopes(scores, start + r, pair)[1][:, 0]
         if on_gradient is not None:
             on_gradient(normal)
-        moved = _sparsest(start, normal, (lambda_ * r * normal).flatten(1).sum(1), bounds)
+        moved = _sparsest(start, normal, (lambda_ * r * normal).flatten(1).sum(1), box)
         point[active] = moved
-        found[active] = _boxed(x[active] + (1 + overshoot) * (moved - x[active]), bounds)
+        found[active] = _boxed(x[active] + (1 + overshoot) * (moved - x[active]), box)
         fooled = _predict(scores, found[active]) != predicted[active]
         stuck = (moved == start).flatten(1).all(1)  # every further search would end here, too
         active = active[~(fooled | stuck)]
@@ -120,7 +125,7 @@ def _boundary(
     steps: int,
     classes: int,
     on_gradient: OnGradient | None,
-    bounds: tuple[float, float] | None = None,
+    box: Box | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """DeepFool's perturbation of `x` without the overshoot, the classes it left and it reached."""
     with torch.no_grad():
@@ -146,9 +151,10 @@ def _boundary(
         length = distance.gather(1, nearest).clamp(min=_LEAST) / norms.gather(1, nearest)
         length = torch.where(flat, 0, length).reshape(-1, *[1] * (x.dim() - 1))
         r[active] += length * slope
-        if bounds is not None:
-            r[active] = _boxed(start + r[active], bounds) - start
-        tested = _boxed(start + (1 + overshoot) * r[active], bounds)
+        limits = _rows(box, active)
+        if limits is not None:
+            r[active] = _boxed(start + r[active], limits) - start
+        tested = _boxed(start + (1 + overshoot) * r[active], limits)
         reached[active] = _predict(scores, tested)
         active = active[(reached[active] == left[active]) & ~flat[:, 0]]
     return r, left, reached
@@ -169,7 +175,7 @@ def _slopes(scores: Scores, x: Tensor, candidates: Tensor) -> tuple[Tensor, Tens
     return gaps.detach(), torch.stack(slopes, dim=1)
 
 
-def _sparsest(x: Tensor, normal: Tensor, gap: Tensor, bounds: tuple[float, float] | None) -> Tensor:
+def _sparsest(x: Tensor, normal: Tensor, gap: Tensor, box: Box | None) -> Tensor:
     """`x` moved until normal . x has grown by `gap` (n,), in the fewest coordinates.
 
     The steepest coordinates go first, each to the edge of the box, and the last one as far as is
@@ -180,18 +186,19 @@ def _sparsest(x: Tensor, normal: Tensor, gap: Tensor, bounds: tuple[float, float
     w, gap, flat = normal.flatten(1) / norm, gap[:, None] / norm, x.flatten(1)
     steep, order = w.abs().sort(dim=1, descending=True)
     room = torch.full_like(flat, torch.inf)
-    if bounds is not None:
-        room = torch.where(w > 0, bounds[1] - flat, flat - bounds[0]).gather(1, order)
+    if box is not None:
+        low, high = (edge.flatten(1) for edge in box)
+        room = torch.where(w > 0, high - flat, flat - low).gather(1, order)
     gained = torch.where(steep > 0, steep * room, 0).cumsum(1)
     before = torch.cat((torch.zeros_like(gap), gained[:, :-1]), dim=1)
     step = ((gap - before + _BEYOND) / steep).clamp(min=_LEAST).minimum(room)
     step = torch.where((before < gap) & (steep > 0), step, 0)
     behind = gap[:, 0] < 0
-    if bounds is not None and behind.any():
+    if box is not None and behind.any():
         step[behind] = _away(-gap[behind], steep[behind], room[behind])
     step = torch.zeros_like(flat).scatter(1, order, step)
     moved = torch.where(step > 0, flat + w.sign() * step, flat)
-    return _boxed(moved.reshape(x.shape), bounds)
+    return _boxed(moved.reshape(x.shape), box)
 
 
 def _away(gap: Tensor, steep: Tensor, room: Tensor) -> Tensor:
@@ -223,5 +230,17 @@ def _predict(scores: Scores, x: Tensor) -> Tensor:
         return scores(x).argmax(1)
 
 
-def _boxed(x: Tensor, bounds: tuple[float, float] | None) -> Tensor:
-    return x if bounds is None else x.clamp(*bounds)
+def _box(bounds: Bounds | None, x: Tensor) -> Box | None:
+    """The edges of the box, each like `x`."""
+    if bounds is None:
+        return None
+    low, high = (torch.as_tensor(edge, dtype=x.dtype, device=x.device) for edge in bounds)
+    return low.expand_as(x), high.expand_as(x)
+
+
+def _rows(box: Box | None, rows: Tensor) -> Box | None:
+    return None if box is None else (box[0][rows], box[1][rows])
+
+
+def _boxed(x: Tensor, box: Box | None) -> Tensor:
+    return x if box is None else x.clamp(*box)

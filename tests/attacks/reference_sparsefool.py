@@ -41,8 +41,12 @@ def deepfool(scores, x, overshoot=0.02, steps=50, classes=10):
 
 
 def linear_solver(x, normal, on_plane, low, high):
-    """`x` moved along the steepest coordinates until it is on the other side of the hyperplane."""
+    """`x` moved along the steepest coordinates until it is on the other side of the hyperplane.
+
+    `low` and `high` are numbers, or bounds of each coordinate, (D,).
+    """
     plane, point = normal.flatten(), x.flatten().clone()
+    low, high = (torch.as_tensor(edge).expand_as(point) for edge in (low, high))
     free = plane.abs().clone()  # steepness of the coordinates that were not moved yet
 
     def side():
@@ -53,7 +57,7 @@ def linear_solver(x, normal, on_plane, low, high):
     while (side() > 0) - (side() < 0) == sign and free.max() > 0:
         d = free.argmax()
         needed = abs(side() + 1e-3 * sign) / plane[d].abs().item()
-        point[d] = (point[d] + max(needed, 1e-4) * plane[d].sign()).clamp(low, high)
+        point[d] = (point[d] + max(needed, 1e-4) * plane[d].sign()).clamp(low[d], high[d])
         free[d] = 0
     return point.reshape(x.shape)
 
@@ -69,6 +73,6 @@ def sparsefool(scores, x, low=0.0, high=1.0, lambda_=3.0, overshoot=0.02, steps=
         normal = normal / normal.norm()
         behind |= (normal * total).sum().item() < 0
         point = linear_solver(point, normal, point + lambda_ * total, low, high)
-        attacked = (x + (1 + overshoot) * (point - x)).clamp(low, high)
+        attacked = (x + (1 + overshoot) * (point - x)).flatten().clamp(low, high).reshape(x.shape)
         steps -= 1
     return attacked, behind

@@ -13,8 +13,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
-from llm_attack.attacks import sparsefool
-from llm_attack.attacks.sparsefool import _sparsest
+from llm_attack.attacks import deepfool, sparsefool
+from llm_attack.attacks.sparsefool import _box, _sparsest
 
 from . import reference_sparsefool as reference
 from .helpers import rng, same_bits
@@ -100,7 +100,7 @@ def test_the_linear_solver_is_the_loop_over_coordinates(coordinates, gap):
     on_plane = x + gap * normal
     wanted = reference.linear_solver(x, normal, on_plane, 0.0, 1.0)
     as_far = torch.tensor([3 * gap], dtype=torch.float64)
-    got = _sparsest(x[None], 3 * normal[None], as_far, (0.0, 1.0))[0]
+    got = _sparsest(x[None], 3 * normal[None], as_far, _box((0, 1), x[None]))[0]
     assert torch.allclose(got, wanted, atol=1e-9)
 
 
@@ -110,7 +110,7 @@ def test_no_fewer_coordinates_lead_over_the_hyperplane(seed):
     x = torch.full((1, 8), 0.5).double()
     normal = torch.randn(1, 8, generator=rng(seed), dtype=torch.float64)
     gap = 0.6 * (normal.abs() * 0.5).sum(1)
-    moved = _sparsest(x, normal, gap, (0.0, 1.0))
+    moved = _sparsest(x, normal, gap, _box((0, 1), x))
     assert ((moved - x) * normal).sum() > gap
     few = l0(moved - x).item()
     for chosen in itertools.combinations(range(8), few - 1):
@@ -164,6 +164,30 @@ def test_the_box_is_kept(known):
     network, x, _ = known
     got = sparsefool(network, x.clamp(0.2, 0.7), bounds=(0.2, 0.7))
     assert got.min() >= 0.2 and got.max() <= 0.7
+
+
+def test_an_amplitude_is_a_box_of_each_coordinate(known):
+    """Bounds as tensors are the authors' `lb` and `ub`, image by image."""
+    network, x = known[0], known[1][:15]
+    low, high = (x - 0.15).clamp(min=0), (x + 0.15).clamp(max=1)
+    got = sparsefool(network, x, bounds=(low, high))
+    wanted = torch.stack(
+        [
+            reference.sparsefool(network, image, lower.flatten(), upper.flatten())[0]
+            for image, lower, upper in zip(x, low, high, strict=True)
+        ]
+    )
+    assert torch.allclose(got, wanted, atol=1e-9)
+    assert 0.1 < (got - x).abs().max() <= 0.15 + 1e-12
+    # it changes more coordinates, or does not get across at all
+    assert l0(got - x).double().mean() > 2 * l0(sparsefool(network, x) - x).double().mean()
+
+
+@pytest.mark.parametrize("attack", (deepfool, sparsefool))
+def test_numbers_and_tensors_are_the_same_bounds(known, attack):
+    network, x, _ = known
+    box = (torch.zeros(()), torch.ones_like(x[0]))
+    assert same_bits(attack(network, x, bounds=box), attack(network, x, bounds=(0, 1)))
 
 
 def test_a_network_without_gradients_leaves_the_image(known):
