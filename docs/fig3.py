@@ -19,8 +19,9 @@ from scipy.stats import mannwhitneyu
 
 from llm_attack.suite import results
 from llm_attack.suite.inference import wilson
+from llm_attack.suite.outcomes import gold_margin
+from llm_attack.suite.pairs import paired
 from llm_attack.suite.run import Result
-from llm_attack.suite.summary import gold_margin, paired
 from llm_attack.suite.tables import Cells
 
 QUARTERS = ("smallest", "second", "third", "largest")

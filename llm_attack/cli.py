@@ -112,27 +112,63 @@ def run(**settings: Any) -> None:
     commands.run(**settings)
 
 
+class _OfDoctor(_OfPlan):
+    """A command with a plan's settings but those that it settles itself."""
+
+    _SETTLED = ("attacks", "epsilons", "epsilon_unit", "critical", "epsilon_max", "hookpoints")
+
+    @cached_property
+    def settings(self) -> list[click.Option]:
+        """Those of the plan that are left."""
+        own = (*self._SETTLED, "equivalence")
+        found = [option for option in super().settings if option.name not in own]
+        for option in found:
+            option.default = {"loss": "choice", "limit": 10}.get(str(option.name), option.default)
+        return found
+
+
+@main.command(cls=_OfDoctor, context_settings={"show_default": True, **DIALECT})
+@click.option("--progress", default="bar", help="How progress is shown: bar, json or quiet.")
+def doctor(progress: str, **settings: Any) -> int:
+    """Look for a model that hides its gradient: a checklist, from a small run of its own.
+
+    Ends with exit code 1 where a check fails: attacks on such a model say nothing.
+    """
+    from llm_attack.suite.doctor import command
+    from llm_attack.suite.plan import Plan
+
+    return command(Plan(**settings), progress)
+
+
 _FOLDER = click.Path(path_type=Path, file_okay=False)
+_equivalence = click.option(
+    "--equivalence",
+    type=float,
+    metavar="POINTS",
+    help="Test as well whether accuracies are equal within so many points of a percent.",
+)
 
 
 @main.command()
 @click.argument("folder", type=_FOLDER)
-def report(folder: Path) -> None:
+@_equivalence
+def report(folder: Path, equivalence: float | None) -> None:
     """Write the tables, figures and report of a run anew, from its stored samples."""
     from llm_attack.suite import commands
 
-    commands.report(folder)
+    commands.report(folder, equivalence)
 
 
 @main.command()
 @click.argument("a", type=_FOLDER)
 @click.argument("b", type=_FOLDER)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="CSV file.")
-def compare(a: Path, b: Path, output: Path | None) -> None:
+@_equivalence
+def compare(a: Path, b: Path, output: Path | None, equivalence: float | None) -> None:
     """Compare run B with run A, paired where both asked the same question."""
     from llm_attack.suite import commands
 
-    commands.compare(a, b, output)
+    commands.compare(a, b, output, equivalence)
 
 
 @main.group()

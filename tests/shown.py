@@ -151,7 +151,8 @@ RULES = (
         more="--tasks demo_piqa --limit 4",
         needs="accelerate",
     ),
-    Rule(r"llm-attack (report DIR|compare DIR_A DIR_B)", "as shown"),
+    Rule(r"llm-attack (report DIR|compare DIR_A DIR_B)( --equivalence \d+)?", "as shown"),
+    Rule(r"llm-attack doctor --model demo --tasks demo_six", FEW, more="--limit 2 --queries 5"),
     Rule(
         r"python docs/positions\.py .*",
         FEW,

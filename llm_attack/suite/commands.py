@@ -23,11 +23,12 @@ from llm_attack.harness.patches import without_bars
 from llm_attack.record import write_text
 from llm_attack.redact import redacted
 from llm_attack.suite import fingerprint, frames, layers, results, survival, tables
+from llm_attack.suite.equivalence import with_equivalence
+from llm_attack.suite.pairs import paired, unshared
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.progress import MODES, note
 from llm_attack.suite.run import LM_EVAL, Processes, Result, execute, prepare
 from llm_attack.suite.store import STORE, discard
-from llm_attack.suite.summary import paired, unshared
 from llm_attack.suite.worst import with_worst
 
 
@@ -64,7 +65,7 @@ def evaluate(
     claim(folder, lambda _: fingerprint.kept(folder) is not None, (STORE, LM_EVAL))
     prepared = prepare(plan, shown, console)
     fingerprint.check(folder, prepared.mark)
-    result = _finished(folder, prepared.mark, rank, shown, console)
+    result = _finished(folder, plan, prepared.mark, rank, shown, console)
     if result is None:
         result = execute(prepared, folder, shown, console)
         if result is not None:
@@ -76,13 +77,13 @@ def evaluate(
 
 
 def _finished(
-    folder: Path, mark: dict[str, Any], rank: int, shown: str, console: Console
+    folder: Path, plan: Plan, mark: dict[str, Any], rank: int, shown: str, console: Console
 ) -> Result | None:
     """The run in `folder`, if it is complete and can be read; files that cannot be are renamed."""
     if not (folder / "run.json").exists():
         return None
     try:
-        return results.load(folder)
+        return results.load(folder, plan.equivalence)
     except UsageError as error:
         if rank == 0:
             fingerprint.keep(folder, mark)  # while run.json, which has it, is still there
@@ -129,18 +130,18 @@ def run(*, output: Path | None, progress: str, **settings: Any) -> None:
             console.print(f"written: {output}: report.html, table.csv, figure.png, samples.parquet")
 
 
-def report(folder: Path) -> None:
+def report(folder: Path, equivalence: float | None) -> None:
     """The command `llm-attack report`: tables, figures and report anew from the samples."""
-    result = results.load(folder)
+    result = results.load(folder, equivalence)
     results.render(result, folder, result.run)
     Console().print(f"written: {folder}: report.html, tables, figures")
 
 
-def compare(a: Path, b: Path, output: Path | None) -> None:
+def compare(a: Path, b: Path, output: Path | None, equivalence: float | None) -> None:
     """The command `llm-attack compare`: two runs, paired where their questions agree."""
     found = [frames.load(folder) for folder in (a, b)]
     content = [of for run in found for of in (with_worst(run["samples"]), run["questions"])]
-    frame = paired(*content)
+    frame = with_equivalence(paired(*content), equivalence)
     text = tables.csv(frame)
     if output is not None:
         claim_file(output, text.splitlines()[0])

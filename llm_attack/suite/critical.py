@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from llm_attack.suite.inference import ALPHA
-from llm_attack.suite.summary import MEAN, gold_margin
+from llm_attack.suite.outcomes import gold_margin
+from llm_attack.suite.summary import MEAN
 
 Numbers = NDArray[np.float64]
 

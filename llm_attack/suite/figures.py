@@ -24,7 +24,8 @@ from llm_attack.suite.layout import (
     shade_options,
     upright,
 )
-from llm_attack.suite.summary import MEAN, gold_margin
+from llm_attack.suite.outcomes import gold_margin
+from llm_attack.suite.summary import MEAN
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,6 +14,7 @@ from llm_attack.attacks import Attack
 from llm_attack.errors import UsageError
 from llm_attack.harness import gold
 from llm_attack.harness.requests import Instance, by_question
+from llm_attack.harness.sources import clusters
 from llm_attack.lm.sweep import EMBED
 from llm_attack.record import whole_or_not
 
@@ -57,7 +58,9 @@ def questions_of(
 
     Columns: `task`, `doc_id`, `doc_hash` (of the prompt, lm-eval's), `n_choices`, `gold` (indices
     of the right choices), `question`, `choices`, `lengths` (characters of each choice, which
-    acc_norm divides by; None where the task does not list its choices).
+    acc_norm divides by; None where the task does not list its choices), `cluster` (number of the
+    source that it shares with other questions of the task, `sources.clusters`; null where the task
+    does not tell).
 
     Args:
         requests: all requests of the run.
@@ -67,7 +70,9 @@ def questions_of(
     rows = []
     groups = grouped(requests)
     for task, samples in results["samples"].items():
-        for sample in _first_filter(samples):
+        kept = _first_filter(samples)
+        docs = [requests[groups[task, sample["doc_id"]][0]].doc for sample in kept]
+        for sample, cluster in zip(kept, clusters(docs), strict=True):
             asked = [requests[n] for n in groups[task, sample["doc_id"]]]
             right = right_of[task, sample["doc_id"]]
             try:
@@ -85,9 +90,10 @@ def questions_of(
                     "question": question,
                     "choices": choices,
                     "lengths": lengths,
+                    "cluster": cluster,
                 }
             )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).astype({"cluster": "Int64"})
 
 
 def samples_of(
@@ -100,14 +106,13 @@ def samples_of(
 ) -> pd.DataFrame:
     """A row per question and condition.
 
-    Columns: `task`, `doc_id`, `condition`, `attack`, `hookpoint`, `epsilon`, `n_choices`, `gold`,
-    `prediction`
-    and `prediction_norm` (argmax of log-likelihood, and of log-likelihood by length), `acc` and
-    `acc_norm` (lm-eval's), `log_likelihoods`, `cosine` (similarity of the question's embeddings and
-    the gradient of the loss there), `critical_epsilon` (of attacks that look for it, the smallest
-    amplitude with a wrong answer: 0 where the clean one is wrong, infinite where none was found),
-    `first_order` (its estimate from the clean point, `Surface.alignment`; where the loss knows the
-    gold).
+    Columns: `task`, `doc_id`, `cluster`, `condition`, `attack`, `hookpoint`, `epsilon`,
+    `n_choices`, `gold`, `prediction` and `prediction_norm` (argmax of log-likelihood, and of
+    log-likelihood by length), `acc` and `acc_norm` (lm-eval's), `log_likelihoods`, `cosine`
+    (similarity of the question's embeddings and the gradient of the loss there), `critical_epsilon`
+    (of attacks that look for it, the smallest amplitude with a wrong answer: 0 where the clean one
+    is wrong, infinite where none was found), `first_order` (its estimate from the clean point,
+    `Surface.alignment`; where the loss knows the gold).
 
     Args:
         questions: of `questions_of`.
@@ -140,7 +145,7 @@ def samples_of(
             norm, lengths = samples[place].get("acc_norm"), question["lengths"]
             rows.append(
                 {
-                    **{key: question[key] for key in ("task", "doc_id")},
+                    **{key: question[key] for key in ("task", "doc_id", "cluster")},
                     "condition": attack.condition,
                     "attack": attack.name,
                     "hookpoint": hookpoint,
@@ -158,8 +163,8 @@ def samples_of(
                     "first_order": alignments[0][3] if known else None,
                 }
             )
-    numbers_or_none = ("acc_norm", "cosine", "critical_epsilon", "first_order")
-    types = {"prediction_norm": "Int64", **dict.fromkeys(numbers_or_none, float)}
+    types = dict.fromkeys(("prediction_norm", "cluster"), "Int64")
+    types |= dict.fromkeys(("acc_norm", "cosine", "critical_epsilon", "first_order"), "float")
     return pd.DataFrame(rows).astype(types)
 
 
@@ -198,12 +203,17 @@ def save(folder: Path, **frames: pd.DataFrame) -> None:
             frame.to_parquet(draft, index=False, write_page_checksum=True)
 
 
+def _whole_or_missing(column: Any) -> bool:
+    return is_integer_dtype(column) or bool(column.isna().all())
+
+
 # What of a stored frame the rest relies on: column -> whether it holds numbers, lists or text.
 _SCHEMA: dict[str, dict[str, Callable[[Any], bool]]] = {
     "questions": {
         **dict.fromkeys(("task", "doc_hash", "question"), is_string_dtype),
         "n_choices": is_integer_dtype,
         **dict.fromkeys(("doc_id", "gold", "choices", "lengths"), lambda _: True),
+        "cluster": _whole_or_missing,
     },
     "samples": {
         **dict.fromkeys(("task", "condition", "attack", "hookpoint"), is_string_dtype),
@@ -211,12 +221,16 @@ _SCHEMA: dict[str, dict[str, Callable[[Any], bool]]] = {
         **dict.fromkeys(("doc_id", "gold", "log_likelihoods", "cosine"), lambda _: True),
         **dict.fromkeys(("prediction_norm", "acc_norm"), lambda _: True),
         **dict.fromkeys(("critical_epsilon", "first_order"), lambda _: True),
+        "cluster": _whole_or_missing,
     },
 }
 # What earlier runs have not.
 _SINCE: dict[str, dict[str, Any]] = {
-    "questions": {},
-    "samples": {"critical_epsilon": np.nan, "first_order": np.nan, "hookpoint": EMBED},
+    "questions": {"cluster": None},
+    "samples": {
+        **{"critical_epsilon": np.nan, "first_order": np.nan, "hookpoint": EMBED},
+        "cluster": None,
+    },
 }
 _UNIQUE = {"questions": ["task", "doc_id"], "samples": ["task", "doc_id", "condition"]}
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import reduce
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import binom, norm
-from statsmodels.stats.contingency_tables import mcnemar
+from scipy.stats import binom, norm, t
 from statsmodels.stats.proportion import proportion_confint
 
 ALPHA = 0.05  # level of the tests; the intervals cover 1 - ALPHA
@@ -15,8 +16,13 @@ POWER = 0.8
 DRAWS = 99_999
 
 
-def wilson(right: int, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of the share right / n (E. B. Wilson 1927)."""
+def wilson(right: float, n: float) -> tuple[float, float]:
+    """Wilson's 95 % interval of the share right / n (E. B. Wilson 1927).
+
+    Args:
+        right: answers; divided by `design_effect` where questions share sources.
+        n: questions, likewise.
+    """
     low, high = proportion_confint(right, n, alpha=ALPHA, method="wilson")
     # Rounding must not put the share itself outside: 0 of n and n of n lie on the interval's edge.
     return max(0.0, min(low, right / n)), min(1.0, max(high, right / n))
@@ -49,48 +55,142 @@ def chance_test(right: int, chances: ArrayLike) -> float:
     return min(1.0, float(pmf[pmf <= pmf[right] * (1 + 1e-7)].sum()))
 
 
-def mcnemar_test(lost: int, gained: int) -> float:
-    """Exact p-value of McNemar's test: are `lost` and `gained` questions halves of their sum?"""
-    return float(mcnemar([[0, lost], [gained, 0]], exact=True).pvalue)
+def sign_test(net: Sequence[ArrayLike], n: Sequence[int]) -> float:
+    """Two-sided p-value of the mean over tasks of the net change: signs of clusters, by chance.
 
-
-def stratified_test(lost: ArrayLike, gained: ArrayLike, n: ArrayLike) -> float:
-    """Two-sided p-value of the mean over tasks of (gained - lost) / n: McNemar's test, stratified.
-
-    Under the null hypothesis each question that changed was as likely to be lost as gained. The
-    distribution of the mean is exact, a convolution of binomials, where all tasks have the same
-    `n`; else it is drawn, `DRAWS` times, always the same draws. Of one task it is McNemar's test.
+    Under the null hypothesis what changed in a cluster of questions was as likely to have changed
+    the other way round; clusters are independent. With one question in each cluster and one task it
+    is McNemar's exact test, with several tasks McNemar's test stratified. The distribution of the
+    mean is exact where all tasks have the same `n`; else it is drawn, `DRAWS` times, always the
+    same draws.
 
     Args:
-        lost: (tasks,) questions right before alone.
-        gained: (tasks,) questions right after alone.
-        n: (tasks,) questions.
+        net: of each task, (clusters,) questions gained less those lost.
+        n: of each task, its questions.
     """
-    down, up, sizes = (np.asarray(x, dtype=int) for x in (lost, gained, n))
-    changed = down + up
-    if len(set(sizes.tolist())) == 1:
-        halves = (binom.pmf(np.arange(k + 1), k, 0.5) for k in changed)
-        pmf = reduce(np.convolve, halves)
-        far = np.abs(2 * np.arange(len(pmf)) - changed.sum())
-        return min(1.0, float(pmf[far >= abs((up - down).sum())].sum()))
-    heads = np.random.default_rng(0).binomial(changed, 0.5, (DRAWS, len(changed)))
-    drawn = np.abs(((2 * heads - changed) / sizes).sum(1))
+    changed = [np.asarray(of, dtype=int)[np.asarray(of, dtype=int) != 0] for of in net]
+    kinds = [np.unique(np.abs(of), return_counts=True) for of in changed]
+    sums = np.array([of.sum() for of in changed])
+    if len(set(n)) == 1:
+        pmf = np.ones(1)  # of the sum over clusters plus its largest, in steps of one
+        for size, count in (pair for of in kinds for pair in zip(*of, strict=True)):
+            steps = np.zeros(2 * size * count + 1)
+            steps[:: 2 * size] = binom.pmf(np.arange(count + 1), count, 0.5)
+            pmf = np.convolve(pmf, steps)
+        far = np.abs(np.arange(len(pmf)) - len(pmf) // 2)
+        return min(1.0, float(pmf[far >= abs(sums.sum())].sum()))
+    rng, drawn = np.random.default_rng(0), np.zeros(DRAWS)
+    for of, size in zip(kinds, n, strict=True):
+        for k, count in zip(*of, strict=True):
+            drawn += k * (2 * rng.binomial(count, 0.5, DRAWS) - count) / size
     # with a little slack: the sums are of floats
-    reached = np.count_nonzero(drawn >= abs(((up - down) / sizes).sum()) - 1e-12)
+    reached = np.count_nonzero(np.abs(drawn) >= abs((sums / np.array(n)).sum()) - 1e-12)
     return float((reached + 1) / (DRAWS + 1))
+
+
+def design_effect(values: ArrayLike, clusters: ArrayLike) -> float:
+    """How many questions that share sources tell as much as one that shares none; at least 1.
+
+    The variance of the mean by clusters over that of independent questions (Kish 1965), times the
+    squared ratio of the quantiles of Student's t that belong to each (Korn and Graubard 1998).
+    Shares whose counts are divided by it have intervals that allow for clusters (Dean and Pagano
+    2015, doi:10.1093/jssam/smv024). Of values that are all equal: the mean size of a cluster.
+
+    Args:
+        values: (n,) numbers, of a question each.
+        clusters: (n,) labels.
+    """
+    values, labels = np.asarray(values, dtype=float), np.unique(clusters, return_inverse=True)[1]
+    n, k = len(values), labels.max() + 1
+    if k == n or k == 1:  # nothing shared, or nothing to compare
+        return 1.0
+    away = values - values.mean()
+    alone = (away**2).sum() / (n - 1) / n
+    if alone == 0:
+        return n / k
+    together = k / (k - 1) * (np.bincount(labels, away) ** 2).sum() / n**2
+    quantile = 1 - ALPHA / 2
+    return max(
+        1.0, float(together / alone * (t.ppf(quantile, k - 1) / t.ppf(quantile, n - 1)) ** 2)
+    )
+
+
+class Mean(NamedTuple):
+    """A mean with its 95 % interval, and the p-value of its being 0."""
+
+    value: float
+    low: float
+    high: float
+    p_value: float
+
+
+def mean_of(tasks: Sequence[tuple[ArrayLike, ArrayLike]]) -> Mean:
+    """The mean over tasks of the mean of numbers that clusters of questions share, by Student's t.
+
+    Its error is that of means of clusters (Liang and Zeger 1986), its degrees of freedom are
+    Satterthwaite's (1946). NaN for interval and test where a task has less than two clusters.
+
+    Args:
+        tasks: of each, (n,) numbers and (n,) labels of clusters.
+    """
+    means, errors, freedom = [], [], []
+    for values, clusters in tasks:
+        numbers = np.asarray(values, dtype=float)
+        labels = np.unique(clusters, return_inverse=True)[1]
+        k = labels.max() + 1
+        sums = np.bincount(labels, numbers - numbers.mean())
+        means.append(numbers.mean())
+        errors.append(k / (k - 1) * (sums**2).sum() / len(numbers) ** 2 if k > 1 else np.nan)
+        freedom.append(k - 1)
+    value, variance = float(np.mean(means)), np.array(errors)
+    error = float(np.sqrt(variance.sum()) / len(means))
+    if not error > 0:  # nothing varies, or it is not known whether anything does
+        return Mean(value, value + error, value + error, error if error else float(value == 0))
+    k = variance.sum() ** 2 / (variance**2 / freedom).sum()
+    half = float(t.ppf(1 - ALPHA / 2, k)) * error
+    return Mean(value, value - half, value + half, float(2 * t.sf(abs(value) / error, k)))
 
 
 def detectable(lost: ArrayLike, gained: ArrayLike, n: ArrayLike) -> float:
     """The smallest mean over tasks of (lost - gained) / n that is found with power 0.8.
 
     By a two-sided paired test at `ALPHA` of the same questions, if as many change as here (Connor
-    1987, whose variance under the alternative this is). One question more is counted as lost, and
-    one as gained, in each task, as in `paired_interval`: where none changed, the power is not 1.
+    1987, whose variance under the alternative this is).
+    """
+    error = _error_of_mean(lost, gained, n)
+    return float((norm.ppf(1 - ALPHA / 2) + norm.ppf(POWER)) * error)
+
+
+def equivalence_test(lost: ArrayLike, gained: ArrayLike, n: ArrayLike, within: float) -> Any:
+    """p-value of the claim that the mean over tasks of (gained - lost) / n is not beyond `within`.
+
+    The larger of the two one-sided tests of Schuirmann 1987 (TOST), each of a normal distribution:
+    that the difference is not above -within, and that it is not below within. Rejecting both is
+    evidence of equivalence, which a difference that is not significant is not.
+
+    Args:
+        lost: (..., tasks) questions right before alone.
+        gained: (..., tasks) questions right after alone.
+        n: (..., tasks) questions.
+        within: a share, above 0.
+
+    Returns:
+        (...) p-values.
+    """
+    down, up, sizes = (np.asarray(x, dtype=float) for x in (lost, gained, n))
+    mean = ((up - down) / sizes).mean(-1)
+    return norm.sf((within - np.abs(mean)) / _error_of_mean(lost, gained, n))
+
+
+def _error_of_mean(lost: ArrayLike, gained: ArrayLike, n: ArrayLike) -> Any:
+    """Standard error of the mean over tasks (the last axis) of (gained - lost) / n.
+
+    One question more is counted as lost, and one as gained, in each task, as in `paired_interval`:
+    where none changed, the error is not 0.
     """
     down, up, sizes = (np.asarray(x, dtype=float) for x in (lost, gained, n))
     a, b = (down + 1) / (sizes + 2), (up + 1) / (sizes + 2)
-    variance = ((a + b - (a - b) ** 2) / (sizes + 2)).sum() / len(sizes) ** 2
-    return float((norm.ppf(1 - ALPHA / 2) + norm.ppf(POWER)) * np.sqrt(variance))
+    return np.sqrt(((a + b - (a - b) ** 2) / (sizes + 2)).sum(-1)) / sizes.shape[-1]
 
 
 def holm(p_values: ArrayLike) -> np.ndarray:
@@ -106,11 +206,12 @@ def holm(p_values: ArrayLike) -> np.ndarray:
     return adjusted
 
 
-def paired_interval(lost: int, gained: int, n: int) -> tuple[float, float]:
+def paired_interval(lost: float, gained: float, n: float) -> tuple[float, float]:
     """95 % interval of the difference (gained - lost) / n of two shares of the same n questions.
 
-    Wald's interval after one more question is lost and one more gained: Bonett and Price 2012,
-    recommended by Fagerland, Lydersen and Laake 2014 (doi:10.1002/sim.6148).
+    All three are divided by `design_effect` where questions share sources. Wald's interval after
+    one more question is lost and one more gained: Bonett and Price 2012, recommended by Fagerland,
+    Lydersen and Laake 2014 (doi:10.1002/sim.6148).
     """
     down, up = (lost + 1) / (n + 2), (gained + 1) / (n + 2)
     half = norm.ppf(1 - ALPHA / 2) * np.sqrt((up + down - (up - down) ** 2) / (n + 2))

@@ -20,8 +20,8 @@ from llm_attack.lm.settings import (
     amplitude,
 )
 
-# Settings that say how a plan is carried out; results do not depend on them.
-_HOW = ("device",)
+# Settings that say how a plan is carried out or told; answers do not depend on them.
+_HOW = ("device", "equivalence")
 
 # What `critical=True` adds to the attacks.
 _CRITICAL = ("critical", "fmn")
@@ -99,6 +99,10 @@ class Plan(ThreatSettings, EngineSettings):
         kind=tuple,
         allowed=_ROWS,
     )
+    equivalence: float | None = setting(
+        None,
+        "Test as well whether accuracies equal those of none within so many points of a percent",
+    )
     device: str | None = setting(
         None, "Where to compute, such as cpu or cuda:1; unless given, cuda where there is one"
     )
@@ -122,6 +126,13 @@ class Plan(ThreatSettings, EngineSettings):
             for name, value in (("hookpoint", self.hookpoint), ("compile", self.compile)):
                 if value:
                     raise UsageError(f"{name}={value}: must not be given with hookpoints")
+        if self.equivalence is not None:
+            object.__setattr__(self, "equivalence", within(self.equivalence))
+            if "none" not in self.attacks or set(self.attacks) == {"none"}:
+                raise UsageError(
+                    f"equivalence={self.equivalence:g}: must go with the attack none and others,"
+                    f" which are compared with it; attacks={','.join(self.attacks)}"
+                )
         for name in ("batch_size", "limit", "model_args"):
             object.__setattr__(self, name, getattr(self, f"_{name}")())
         if self.fewshot_as_multiturn and not self.apply_chat_template:
@@ -225,8 +236,19 @@ class Plan(ThreatSettings, EngineSettings):
         return {k: v for k, v in given.items() if v is not None and v is not False}
 
     def settings(self) -> dict[str, Any]:
-        """All that results depend on."""
+        """All that answers depend on."""
         return {name: value for name, value in asdict(self).items() if name not in _HOW}
+
+
+def within(value: float) -> float:
+    """A limit for differences that are called none.
+
+    Raises:
+        UsageError: it is not above 0 and at most 100.
+    """
+    if not 0 < value <= 100:
+        raise invalid("equivalence", value, "points of a percent, above 0 and at most 100")
+    return float(value)
 
 
 def _epsilon(value: Any) -> float | str:

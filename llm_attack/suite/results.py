@@ -11,7 +11,8 @@ from llm_attack.errors import UsageError
 from llm_attack.harness.judge import as_json
 from llm_attack.record import write_json, write_text
 from llm_attack.redact import redacted
-from llm_attack.suite import figures, frames, layers, survival, tables
+from llm_attack.suite import figures, frames, layers, sanity, survival, tables
+from llm_attack.suite.equivalence import with_equivalence
 from llm_attack.suite.report import Picture, write_report
 from llm_attack.suite.run import LM_EVAL, Result
 from llm_attack.suite.summary import summarise
@@ -54,7 +55,7 @@ _PICTURES = {
 
 
 # Parts of run.json that the rest relies on, and those that earlier records have not.
-_SINCE: dict[str, type] = {"model_name": str, "warnings": list}
+_SINCE: dict[str, type] = {"model_name": str, "warnings": list, "equivalence": float}
 _RECORD: dict[str, type] = {
     "command": str,
     **dict.fromkeys(("settings", "attacks", "fingerprint"), dict),
@@ -89,7 +90,9 @@ def render(result: Result, folder: Path, run: dict[str, Any]) -> None:
     tables.save(result.table, folder, run.get("warnings") or ())
     samples, table = map(layers.at_first, (with_worst(result.samples), result.table))
     drawn = figures.draw_all(samples, table, folder)
-    more: dict[str, tables.Cells] = {}
+    changed = tables.changes(table)
+    more = {} if changed is None else {"what changed against no attack": changed}
+    more[sanity.TITLE] = sanity.cells(sanity.checks(samples, run))
     for name, found in (
         ("survival", survival.save(samples, folder)),
         ("layers", layers.save(result.table, folder)),
@@ -102,8 +105,12 @@ def render(result: Result, folder: Path, run: dict[str, Any]) -> None:
     write_report(folder, samples, result.questions, table, pictures, lasting, more)
 
 
-def load(folder: Path) -> Result:
+def load(folder: Path, equivalence: float | None = None) -> Result:
     """A finished run.
+
+    Args:
+        folder: of the run.
+        equivalence: of `with_equivalence`, in place of what the run was told with.
 
     Raises:
         UsageError: there is none in `folder`, or a file of it cannot be read.
@@ -126,6 +133,8 @@ def load(folder: Path) -> Result:
             )
     found = frames.load(folder)
     table = summarise(with_worst(found["samples"]), run.get("attacks"))
+    within = run.get("equivalence") if equivalence is None else equivalence
+    table, run = with_equivalence(table, within), run | {"equivalence": within}
     return Result(table, found["samples"], found["questions"], run, {})
 
 

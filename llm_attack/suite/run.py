@@ -32,6 +32,7 @@ from llm_attack.lm.sweep import EMBED, expand
 from llm_attack.record import hardware, versions
 from llm_attack.redact import redacted
 from llm_attack.suite import fingerprint, frames
+from llm_attack.suite.equivalence import with_equivalence
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.progress import RunProgress, note, status
 from llm_attack.suite.store import Store
@@ -182,12 +183,13 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         places = [condition.hookpoint or EMBED for condition in lm.conditions]
         samples = frames.samples_of(questions, requests, attacks, places, results, found)
         infos = {attack.condition: lm.attack_info(i) for i, attack in enumerate(attacks)}
-        table = summarise(with_worst(samples), infos)
+        table = with_equivalence(summarise(with_worst(samples), infos), plan.equivalence)
     clock.stop("judgement")
     run = {
         "model": plan.model,
         "model_name": plan.model_name,
         "settings": plan.settings(),
+        "equivalence": plan.equivalence,
         "warnings": [*lm.all_warnings(), *hidden_gradients(samples)],
         "attacks": infos,
         "fingerprint": fingerprint.plain(mark),

@@ -21,20 +21,24 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
     from rich.table import Table
 
-GUESSES, WORSE, UNCHANGED = "†", "‡", "§"
+GUESSES, WORSE, UNCHANGED, EQUIVALENT = "†", "‡", "§", "≈"
 _TEST = f"Holm over tasks, {ALPHA:g}"
 _MARKS = {
     GUESSES: f"{INDISTINGUISHABLE} (exact test, {_TEST})",
     WORSE: f"{BELOW} (exact test, {_TEST})",
     UNCHANGED: f"not distinguishable from none (McNemar test, {_TEST}; of the mean stratified)",
+    EQUIVALENT: f"equivalent to none within ±{{within:g}} points (two one-sided tests, {_TEST})",
 }
 
 
 # Rows under the mean accuracies: their names, columns and forms.
-_DROP = "mean drop, points"
+_DROP, _GOLD = "mean drop, points", "p(gold) drop"
 _MEANS = [
     (_DROP, "drop", ".1f"),
     ("detectable, points", "detectable", ".1f"),
+    ("right → wrong", "lost", "d"),
+    ("wrong → right", "gained", "d"),
+    (_GOLD, "gold_probability_drop", ".1f"),
     ("likelihood, nats", "log_likelihood_change", "+.2f"),
     ("gold margin, nats", "margin_change", "+.2f"),
     ("epsilon", "epsilon", ".4g"),
@@ -114,9 +118,15 @@ def accuracies(
     notes = [f"{shown}; n: questions; baseline: accuracy of random guesses"]
     if "gold margin, nats" in under:
         notes.append("detectable: the smallest drop that so many questions show with power 0.8")
+        notes.append("p(gold): share of the right choices in the likelihood of all, in points")
         change = "change from none of log-likelihood, and of gold's margin over the best other"
         notes.append(f"nats: {change}; means over questions")
-    notes += [f"{mark} {meaning}" for mark, meaning in _MARKS.items() if mark in marks]
+    within = table["within"].iloc[0] if "within" in table else np.nan
+    notes += [
+        f"{mark} {meaning.format(within=within)}"
+        for mark, meaning in _MARKS.items()
+        if mark in marks
+    ]
     notes += [f"warning: {sentence}" for sentence in warnings]
     return Cells(["task", "n", *conditions, "baseline"], rows, notes)
 
@@ -134,7 +144,9 @@ def means(table: pd.DataFrame, intervals: bool = True) -> dict[str, dict[str, st
         for name, column, form in _MEANS
     }
     for condition, row in zip(mean.index, mean.to_dict("records"), strict=True):
-        shown[_DROP][condition] += _interval(row, "drop", "{:.1f} to {:.1f}") if intervals else ""
+        for name, column in ((_DROP, "drop"), (_GOLD, "gold_probability_drop")):
+            ends = _interval(row, column, "{:.1f} to {:.1f}") if intervals else ""
+            shown[name][condition] += ends
     some = {name: mean[column].notna().any() for name, column, _ in _MEANS}
     attacked = mean[mean["attack"] != "none"]
     in_names = map("{}@{:g}".format, attacked["attack"], attacked["epsilon"])
@@ -142,27 +154,61 @@ def means(table: pd.DataFrame, intervals: bool = True) -> dict[str, dict[str, st
     return {name: of for name, of in shown.items() if some[name]}
 
 
+def changes(table: pd.DataFrame) -> Cells | None:
+    """What every attack changed on every task, against none; None without `none` or an attack.
+
+    Args:
+        table: of `summarise`.
+    """
+    rows = [
+        [
+            *(str(row[key]) for key in ("task", "condition", "n", "clusters", "lost", "gained")),
+            f"{row['drop']:.1f}{_interval(row, 'drop', '{:.1f} to {:.1f}')}",
+            _number(row["p_mcnemar_holm"], ".2g"),
+            f"{row['gold_probability_drop']:.1f}"
+            f"{_interval(row, 'gold_probability_drop', '{:.1f} to {:.1f}')}",
+            _number(row["p_gold_probability"], ".2g"),
+        ]
+        for row in table[table["lost"].notna()].to_dict("records")
+    ]
+    if not rows:
+        return None
+    notes = [
+        "clusters: sources of the questions, which intervals and tests allow for; drops in points"
+        " of a percent with paired 95 % intervals",
+        f"p: exact test of what changed, signs of clusters (McNemar's where none shares a source),"
+        f" {_TEST.partition(',')[0]}",
+        "p(gold): share of the right choices in the likelihood of all; p of p(gold): paired t-test",
+    ]
+    heading = ["task", "condition", "n", "clusters", "right → wrong", "wrong → right", "drop", "p"]
+    return Cells([*heading, "p(gold) drop", "p of p(gold)"], rows, notes)
+
+
 def comparison(frame: pd.DataFrame, names: tuple[str, str], notes: Iterable[str] = ()) -> Cells:
     """Two runs beside each other: a row per task and condition.
 
     Args:
-        frame: of `paired`.
+        frame: of `paired`, or of `with_equivalence`.
         names: of the runs.
         notes: more to say under the table, such as what `unshared` returns.
     """
-    rows = []
+    rows, also = [], "p_equivalence_holm" in frame
     for row in frame.to_dict("records"):
         difference = f"{row['difference']:+.1f}{_interval(row, 'difference', '{:+.1f} to {:+.1f}')}"
         of_runs = [f"{row[key]:.3f}" for key in ("acc_a", "acc_b")]
         p_value = _number(row["p_mcnemar_holm"], ".2g")
         counts = [f"{row[key]}" for key in ("n", "left_out")]
-        rows.append([row["task"], row["condition"], *counts, *of_runs, difference, p_value])
+        p_values = [p_value, *([_number(row["p_equivalence_holm"], ".2g")] if also else [])]
+        rows.append([row["task"], row["condition"], *counts, *of_runs, difference, *p_values])
     explained = [
         f"a: {names[0]}; b: {names[1]}; difference: b minus a, points of a percent (95 % interval)",
-        "p: exact McNemar test, Holm over tasks",
+        "p: exact McNemar test, Holm over tasks; of the mean stratified by task",
         "n: questions that both runs asked in the same words; left out: those without a partner",
     ]
     heading = ["task", "condition", "n", "left out", "a", "b", "difference", "p"]
+    if also:
+        heading.append(f"p(±{frame['within'].iloc[0]:g})")
+        explained.append(f"{heading[-1]}: two one-sided tests; small where a and b are that close")
     return Cells(heading, rows, [*explained, *notes])
 
 
@@ -205,11 +251,12 @@ def _width(table: Table, console: Console) -> int:
 
 
 def markdown_of_run(table: pd.DataFrame, warnings: Sequence[str] = ()) -> str:
-    """The content of `table.md`: acc, and acc_norm where a task has it."""
+    """The content of `table.md`: acc, acc_norm where a task has it, and `changes`."""
     text = accuracies(table, warnings=warnings).markdown()
     if table["acc_norm"].notna().any():
         text += "\n" + accuracies(table, "acc_norm").markdown()
-    return text
+    changed = changes(table)
+    return text if changed is None else f"{text}\n{changed.markdown()}"
 
 
 def csv(frame: pd.DataFrame) -> str:
@@ -236,7 +283,8 @@ def _cell(text: str) -> str:
 def _marks(row: dict) -> str:
     mark = {INDISTINGUISHABLE: GUESSES, BELOW: WORSE}.get(row["verdict"], "")
     # null, for `none` and for means, compares false
-    return mark + (UNCHANGED if row["p_mcnemar_holm"] > ALPHA else "")
+    mark += UNCHANGED if row["p_mcnemar_holm"] > ALPHA else ""
+    return mark + (EQUIVALENT if row.get("p_equivalence_holm", np.nan) <= ALPHA else "")
 
 
 def _interval(row: dict, key: str, form: str) -> str:

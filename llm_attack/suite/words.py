@@ -117,8 +117,16 @@ def _pooled(mean: Any) -> str:
     if pd.isna(p):
         return ""
     if p <= ALPHA:
-        return "; of all together significant"
-    return f"; of all together not, where a drop of {mean.detectable:.1f} points would be found"
+        found = "; of all together significant"
+    else:
+        found = (
+            f"; of all together not, where a drop of {mean.detectable:.1f} points would be found"
+        )
+    within = getattr(mean, "within", None)
+    if within is None:
+        return found
+    shown = "" if mean.p_equivalence_holm <= ALPHA else "not shown to be "
+    return f"{found}; {shown}equivalent to no attack within {within:g} points"
 
 
 def _verdicts(tasks: pd.DataFrame, where: str) -> str:

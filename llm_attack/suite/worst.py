@@ -15,7 +15,7 @@ WORST = "worst"
 # searches for the smallest.
 _LEFT_OUT = ("none", WORST, "reversed", "gaussian", "fmn", "critical")
 _NOISE = ("random", "uniform")
-_SEARCH = "blocks"
+SEARCH = "blocks"
 _PLACE = ["task", "doc_id"]
 
 
@@ -34,7 +34,7 @@ def with_worst(samples: pd.DataFrame) -> pd.DataFrame:
     """
     samples = samples if WORST not in set(samples["attack"]) else _without(samples)
     parts = [samples]
-    for label, epsilon, rows in _balls(samples):
+    for label, epsilon, rows in balls(samples):
         tried = rows[rows["epsilon"] <= epsilon]
         if tried["condition"].nunique() < 2:
             continue
@@ -61,25 +61,25 @@ def hidden_gradients(samples: pd.DataFrame) -> list[str]:
     that it loses by chance is no news), with the strongest of the attacks that follow it.
     """
     found = []
-    for label, epsilon, rows in _balls(samples):
+    for label, epsilon, rows in balls(samples):
         here = rows[rows["epsilon"] == epsilon]
         right = here.pivot_table(index=_PLACE, columns="attack", values="acc", sort=False)
-        others = [name for name in right if name not in (_SEARCH, *_NOISE)]
-        if _SEARCH not in right or not others:
+        others = [name for name in right if name not in (SEARCH, *_NOISE)]
+        if SEARCH not in right or not others:
             continue
         best = min(others, key=lambda name: right[name].mean())
-        searched, followed = right[_SEARCH] <= 0, right[best] <= 0
+        searched, followed = right[SEARCH] <= 0, right[best] <= 0
         more, less = int((searched & ~followed).sum()), int((followed & ~searched).sum())
         if more > less and binomtest(more, more + less, alternative="greater").pvalue <= ALPHA:
             found.append(
-                f"{_SEARCH}@{label} takes no gradient and made {more} questions wrong that {best}"
+                f"{SEARCH}@{label} takes no gradient and made {more} questions wrong that {best}"
                 f" did not, {less} the other way round: the model hides its gradient, and attacks"
                 " that follow it are too weak"
             )
     return found
 
 
-def _balls(samples: pd.DataFrame) -> Iterator[tuple[str, float, pd.DataFrame]]:
+def balls(samples: pd.DataFrame) -> Iterator[tuple[str, float, pd.DataFrame]]:
     """Each amplitude of a norm at a hookpoint: its label, epsilon, and all attacks of that kind."""
     attacks = samples[~samples["attack"].isin(_LEFT_OUT) & (samples["epsilon"] > 0)]
     labels = attacks["condition"].str.split("@", n=1).str[1]

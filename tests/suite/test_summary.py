@@ -1,4 +1,4 @@
-"""The tables of a run and of pairs of runs, by hand."""
+"""The tables of a run, by hand."""
 
 import subprocess
 import sys
@@ -6,13 +6,15 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from invented import SHIFTS, by_enumeration
+from invented import by_enumeration
 from scipy.stats import binomtest
 
 from llm_attack.errors import UsageError
 from llm_attack.suite import inference
 from llm_attack.suite import summary as s
-from llm_attack.suite.inference import detectable, stratified_test
+from llm_attack.suite.equivalence import with_equivalence
+from llm_attack.suite.inference import detectable, mean_of, sign_test
+from llm_attack.suite.outcomes import gold_margin, gold_probability
 
 
 def test_gold_margin():
@@ -23,9 +25,20 @@ def test_gold_margin():
         },
         index=[7, 3, 5, 1, 2],
     )
-    margins = s.gold_margin(samples)
+    margins = gold_margin(samples)
     assert margins.index.tolist() == [7, 3, 5, 1, 2]
     np.testing.assert_array_equal(margins, [-1, -1, np.nan, np.nan, 0])
+
+
+def test_gold_probability():
+    """Softmax over the choices, summed over the right ones; scores may be far below 0."""
+    rows = {"log_likelihoods": [[-1, -3, -2], [-2001, -2000, -2003], [-np.inf, -4], [np.nan, 0]]}
+    samples = pd.DataFrame({**rows, "gold": [[2], [0, 1], [0], [0]]}, index=[4, 2, 9, 1])
+    found = gold_probability(samples)
+    assert found.index.tolist() == [4, 2, 9, 1]
+    e = np.exp
+    expected = [e(-2) / (e(-1) + e(-3) + e(-2)), (e(-1) + 1) / (e(-1) + 1 + e(-3)), 0, np.nan]
+    np.testing.assert_allclose(found, expected)
 
 
 def tiny(task, acc, gold=((0,),), n_choices=(4,), acc_norm=None):
@@ -96,7 +109,8 @@ def test_table_by_hand():
     np.testing.assert_allclose(table["p_mcnemar"][[1, 3]], p_values)
     np.testing.assert_allclose(table["p_mcnemar_holm"][[1, 3]], [p_values[0], 2 * p_values[1]])
     pooled = table["n"].iloc[[1, 3]].tolist()
-    expected = [stratified_test([6, 8], [1, 0], pooled), detectable([6, 8], [1, 0], pooled)]
+    nets = [[-1] * 6 + [1], [-1] * 8]
+    expected = [sign_test(nets, pooled), detectable([6, 8], [1, 0], pooled)]
     assert table["p_mcnemar"][5] == table["p_mcnemar_holm"][5] == expected[0] < 0.001
     assert table["detectable"][5] == 100 * expected[1]
     assert table["p_mcnemar"][[0, 2, 4]].isna().all()
@@ -174,68 +188,88 @@ def test_order_of_questions_and_storage_do_not_matter(frames, tmp_path):
     )
 
 
-def test_paired_with_itself(frames):
-    run = frames({"a": (20, 4), "b": (10, 2)})
-    result = s.paired(*run, *run)
-    assert result["task"].tolist() == ["a"] * 4 + ["b"] * 4 + ["mean"] * 4
-    assert result["condition"].tolist() == [*SHIFTS] * 3  # in the order of the run
-    assert result["n"].tolist() == [20] * 4 + [10] * 4 + [30] * 4
-    assert (result[["left_out", "lost", "gained", "difference"]] == 0).all(axis=None)
-    assert (result["p_mcnemar"][:8] == 1).all()
-    assert (result["acc_a"] == result["acc_b"]).all()
-    assert s.unshared(*run, *run) == []
+def test_equivalence():
+    """Of two tasks and their mean; nothing without a limit, a line for one that makes no sense."""
+    right = {"none": [1] * 300 + [0] * 100, "random@1": [1] * 296 + [0] * 100 + [1] * 4}
+    right["fgsm@1"] = [1] * 200 + [0] * 200
+    table = s.summarise(pd.concat([tiny("a", right), tiny("b", right)]))
+    assert with_equivalence(table, None) is table
+    found = with_equivalence(table, 3).set_index(["task", "condition"])
+    assert (found["within"] == 3).all()
+    alone = inference.equivalence_test([4], [4], [400], 0.03)
+    assert found.loc[("a", "random@1"), "p_equivalence"] == pytest.approx(alone)
+    assert found.loc[("b", "random@1"), "p_equivalence_holm"] == pytest.approx(2 * alone)
+    pooled = inference.equivalence_test([4, 4], [4, 4], [400, 400], 0.03)
+    both = found.loc[("mean", "random@1"), ["p_equivalence", "p_equivalence_holm"]]
+    assert both.tolist() == pytest.approx([pooled, pooled]) and pooled < alone < 0.001
+    assert found.loc[("mean", "fgsm@1"), "p_equivalence"] == pytest.approx(1)
+    assert found.xs("none", level="condition")["p_equivalence"].isna().all()
+    for within in (0, -1, 101, np.nan):
+        with pytest.raises(UsageError, match=f"equivalence={within}: must be points"):
+            with_equivalence(table, within)
+    with pytest.raises(UsageError, match="equivalence=2: must go with"):
+        with_equivalence(table[table["condition"] != "none"].assign(lost=pd.NA), 2)
 
 
-def test_paired_numbers(frames):
-    """Questions whose prompt differs or that one run lacks are left out, on both sides."""
-    a = frames({"a": (40, 4), "b": (30, 2), "c": (5, 2)}, {"none": 3.0, "fgsm@0.1": 1.0}, seed=1)
-    b = frames({"b": (30, 2), "a": (40, 4)}, {"fgsm@0.1": 0.5, "bim@0.1": 0.0}, seed=2)
-    b[1].loc[(b[1]["task"] == "a") & (b[1]["doc_id"] < 10), "doc_hash"] = "other"
-    drop = (b[1]["task"] == "b") & (b[1]["doc_id"] >= 25)
-    b = (b[0][~((b[0]["task"] == "b") & (b[0]["doc_id"] >= 25))], b[1][~drop])
-    result = s.paired(*a, *b)
-    assert result["task"].tolist() == ["a", "b", "mean"]
-    assert set(result["condition"]) == {"fgsm@0.1"}
-    assert result["n"].tolist() == [30, 25, 55] and result["left_out"].tolist() == [10, 5, 15]
-    expected = []
-    for i, (task, kept) in enumerate([("a", range(10, 40)), ("b", range(25))]):
-        of_run = []
-        for samples, _ in (a, b):
-            rows = samples[(samples["task"] == task) & (samples["condition"] == "fgsm@0.1")]
-            of_run.append(rows.set_index("doc_id")["acc"].loc[list(kept)].to_numpy())
-        lost = int(((of_run[0] == 1) & (of_run[1] == 0)).sum())
-        gained = int(((of_run[0] == 0) & (of_run[1] == 1)).sum())
-        row = result.loc[i]
-        assert (row["acc_a"], row["acc_b"]) == (of_run[0].mean(), of_run[1].mean())
-        assert (row["lost"], row["gained"]) == (lost, gained)
-        assert row["difference"] == pytest.approx(100 * (row["acc_b"] - row["acc_a"]))
-        ends = row["difference_low"] / 100, row["difference_high"] / 100
-        assert ends == pytest.approx(inference.paired_interval(lost, gained, len(kept)))
-        assert row["p_mcnemar"] == pytest.approx(binomtest(lost, lost + gained).pvalue)
-        expected.append(row["p_mcnemar"])
-    np.testing.assert_allclose(result["p_mcnemar_holm"][:2], inference.holm(expected))
-    mean = result.loc[2]
-    assert mean["difference"] == pytest.approx(result["difference"][:2].mean())
-    assert np.isnan(mean["p_mcnemar"])
-    assert s.unshared(*a, *b) == [
-        "tasks of run a alone: c",
-        "conditions of run a alone: none",
-        "conditions of run b alone: bim@0.1",
-    ]
+def twins(samples, task="a"):
+    """With every two neighbours of a task from one source."""
+    return samples.assign(
+        cluster=pd.array(np.where(samples["task"] == task, samples["doc_id"] // 2, pd.NA), "Int64")
+    )
 
 
-def test_paired_with_nothing_in_common(frames):
-    a, b = frames({"a": (3, 4)}), frames({"b": (3, 4)})
-    with pytest.raises(UsageError, match="share no task: a against b"):
-        s.paired(*a, *b)
-    with pytest.raises(UsageError, match="share no condition: none against fgsm@1"):
-        s.paired(*frames({"a": (3, 4)}, {"none": 1}), *frames({"a": (3, 4)}, {"fgsm@1": 1}))
-    other = (a[0], a[1].assign(doc_hash="other"))
-    with pytest.raises(UsageError, match="share no question"):
-        s.paired(*a, *other)
-    both = frames({"a": (3, 4), "b": (3, 4)})
-    changed = both[1].assign(doc_hash=both[1]["doc_hash"].where(both[1]["task"] == "b", "other"))
-    assert s.unshared(*both, both[0], changed) == ["no question is the same in both runs: a"]
+def test_shared_sources():
+    """Twins that are lost together: half as many count, in interval and tests; others as before."""
+    clean, attacked = [1] * 40 + [0] * 20, [1] * 30 + [0] * 30
+    samples = pd.concat([tiny(t, {"none": clean, "fgsm@1": attacked}) for t in "ab"])
+    alone = s.summarise(samples).set_index(["task", "condition"])
+    table = s.summarise(twins(samples)).set_index(["task", "condition"])
+    assert table["clusters"].tolist() == [30, 30, 60, 60, 90, 90]
+    pd.testing.assert_frame_equal(table.loc[["b"]], alone.loc[["b"]])
+    of_a, before = table.loc[("a", "fgsm@1")], alone.loc[("a", "fgsm@1")]
+    assert of_a["p_mcnemar"] == pytest.approx(2 / 2**5)  # five pairs, all lost
+    assert before["p_mcnemar"] == pytest.approx(2 / 2**10)
+    labels, step = np.repeat(range(30), 2), np.subtract(attacked, clean)
+    effect = inference.design_effect(step, labels)
+    assert of_a["design_effect"] == effect > 1.9
+    ends = inference.paired_interval(10 / effect, 0, 60 / effect)
+    assert (-100 * ends[1], -100 * ends[0]) == (of_a["drop_low"], of_a["drop_high"])
+    assert of_a["detectable"] == 100 * detectable([10 / effect], [0], [60 / effect])
+    effect = inference.design_effect(attacked, labels)
+    ends = inference.wilson(30 / effect, 60 / effect)
+    assert (of_a["acc_low"], of_a["acc_high"]) == ends
+    for key in ("acc", "drop", "lost", "gained", "baseline", "p_chance"):
+        assert of_a[key] == before[key], key
+    mean = table.loc[("mean", "fgsm@1")]
+    assert mean["p_mcnemar"] == sign_test([[-2] * 5, [-1] * 10], [60, 60])
+    within = with_equivalence(table.reset_index(), 25).set_index(["task", "condition"])
+    counts = [[10 / of_a["design_effect"], 10], [0, 0], [60 / of_a["design_effect"], 60]]
+    expected = inference.equivalence_test(*counts, 0.25)
+    assert within.loc[("mean", "fgsm@1"), "p_equivalence"] == pytest.approx(expected)
+
+
+def test_gold_probability_as_an_outcome(frames):
+    """Means and paired drops in points with a t interval, of each task and of their mean."""
+    samples, _ = frames({"a": (40, 4), "b": (30, 2)})
+    samples = twins(samples)
+    table = s.summarise(samples).set_index(["task", "condition"])
+    shares = samples.assign(share=gold_probability(samples))
+    tasks = []
+    for task, of_task in shares.groupby("task"):
+        by = of_task.pivot(index="doc_id", columns="condition", values="share")
+        step = by["bim@0.01"] - by["none"]
+        source = step.index // 2 if task == "a" else step.index
+        tasks.append((step.to_numpy(), source))
+        row, found = table.loc[(task, "bim@0.01")], mean_of(tasks[-1:])
+        assert row["gold_probability"] == pytest.approx(by["bim@0.01"].mean())
+        names = ["", "_low", "_high"]
+        drops = [row[f"gold_probability_drop{end}"] for end in names]
+        assert drops == pytest.approx([-100 * found.value, -100 * found.high, -100 * found.low])
+        assert row["p_gold_probability"] == pytest.approx(found.p_value)
+    row, found = table.loc[("mean", "bim@0.01")], mean_of(tasks)
+    assert row["gold_probability_drop_high"] == pytest.approx(-100 * found.low)
+    assert row["p_gold_probability"] == pytest.approx(found.p_value)
+    assert table.xs("none", level="condition")["gold_probability_drop"].isna().all()
 
 
 def test_imports_neither_torch_nor_lm_eval():

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from llm_attack.suite import summary, tables
+from llm_attack.suite import equivalence, pairs, summary, tables
 from llm_attack.suite.words import in_words
 
 CONDITIONS = {
@@ -34,22 +34,26 @@ def test_cells_of_a_run(table):
     cells = tables.accuracies(table)
     assert cells.heading == ["task", "n", *CONDITIONS, "baseline"]
     under = {"mean drop, points": "drop", "detectable, points": "detectable"}
-    under |= {"likelihood, nats": "log_likelihood_change"}
+    under |= {"right → wrong": "lost", "wrong → right": "gained"}
+    under |= {"p(gold) drop": "gold_probability_drop", "likelihood, nats": "log_likelihood_change"}
     under |= {"gold margin, nats": "margin_change"}
     assert [row[0] for row in cells.rows] == ["some_task", "another", "mean", *under]
-    assert [row[1] for row in cells.rows] == ["200", "120", "320", "", "", "", ""]
-    assert [row[-1] for row in cells.rows] == ["0.250", "0.500", "0.375", "", "", "", ""]
+    assert [row[1] for row in cells.rows] == ["200", "120", "320", *[""] * 7]
+    assert [row[-1] for row in cells.rows] == ["0.250", "0.500", "0.375", *[""] * 7]
     for row in cells.rows[:3]:
         for condition, text in zip(CONDITIONS, row[2:-1], strict=True):
             it = cell(table, row[0], condition)
             value, ends = text.split(" ")
             assert value.rstrip("†‡§") == f"{it['acc']:.3f}"
             assert ends == f"({it['acc_low']:.3f}–{it['acc_high']:.3f})"
-    columns = zip(under.values(), (".1f", ".1f", "+.2f", "+.2f"), strict=True)
+    forms = (".1f", ".1f", "d", "d", ".1f", "+.2f", "+.2f")
+    columns = zip(under.values(), forms, strict=True)
     for row, (column, form) in zip(cells.rows[3:], columns, strict=True):
         values = [cell(table, "mean", c) for c in CONDITIONS]
         ends = [
-            f" ({of['drop_low']:.1f} to {of['drop_high']:.1f})" * (column == "drop")
+            f" ({of[f'{column}_low']:.1f} to {of[f'{column}_high']:.1f})"
+            if column.endswith("drop")
+            else ""
             for of in values[1:]
         ]
         shown = [format(of[column], form) for of in values[1:]]
@@ -83,8 +87,8 @@ def test_marks_are_the_verdicts(table):
             assert ("§" in text) == (condition != "none" and it["p_mcnemar_holm"] > 0.05)
             found |= set(text) & set("†‡§")
     assert found == set("†‡§")
-    assert [note[0] for note in cells.notes[3:]] == ["†", "‡", "§"]
-    assert "indistinguishable from guessing" in cells.notes[3]
+    assert [note[0] for note in cells.notes[4:]] == ["†", "‡", "§"]
+    assert "indistinguishable from guessing" in cells.notes[4]
     assert not set("†‡") & set("".join(cells.rows[2]))
     for condition, text in zip(list(CONDITIONS)[1:], cells.rows[2][3:-1], strict=True):
         assert ("§" in text) == (cell(table, "mean", condition)["p_mcnemar"] > 0.05)
@@ -102,12 +106,32 @@ def test_markdown(table):
     first = cell(table, "some_task", "none")
     interval = f"({first['acc_low']:.3f}–{first['acc_high']:.3f})"
     assert lines[2].startswith(f"| some_task | 200 | {first['acc']:.3f} {interval} |")
-    assert {line.count("|") for line in lines if line.startswith("|")} == {9}
+    accuracies, normed, changes = text.split("\n| task ")
+    for part, columns in ((accuracies, 9), (f"| task {normed}", 9), (f"| task {changes}", 11)):
+        assert {line.count("|") for line in part.split("\n") if line.startswith("|")} == {columns}
     assert "- † indistinguishable from guessing" in text
     assert "- acc_norm (95 % interval)" in text
-    normed = text[text.index("- acc ") :]
     assert f"| {first['acc_norm']:.3f} ({first['acc_norm_low']:.3f}–" in normed
-    assert not set("†‡§") & set(normed.split("\n\n", 1)[1])
+    assert not set("†‡§") & set(normed)
+
+
+def test_changes(table):
+    """Both directions, drops with intervals and p-values, of each task and the mean; no `none`."""
+    cells = tables.changes(table)
+    rows = {(row[0], row[1]): row[2:] for row in cells.rows}
+    assert list(rows) == [
+        (task, name) for task in ("some_task", "another", "mean") for name in [*CONDITIONS][1:]
+    ]
+    for (task, condition), shown in rows.items():
+        it = cell(table, task, condition)
+        drops = [
+            f"{it[of]:.1f} ({it[f'{of}_low']:.1f} to {it[f'{of}_high']:.1f})"
+            for of in ("drop", "gold_probability_drop")
+        ]
+        p_values = [f"{it[of]:.2g}" for of in ("p_mcnemar_holm", "p_gold_probability")]
+        counts = [f"{it[of]}" for of in ("n", "clusters", "lost", "gained")]
+        assert shown == [*counts, drops[0], p_values[0], drops[1], p_values[1]]
+    assert tables.changes(table[table["condition"] == "none"]) is None
 
 
 def test_without_acc_norm_and_none(frames):
@@ -162,8 +186,8 @@ def test_comparison(frames):
         {"some_long_task": (50, 4), "another": (40, 2)}, {"none": 2.0, "bim@0.1": 1.0}, seed=2
     )
     b[1].loc[:4, "doc_hash"] = "other"
-    frame = summary.paired(*a, *b)
-    cells = tables.comparison(frame, ("runs/a", "runs/b"), summary.unshared(*a, *b))
+    frame = pairs.paired(*a, *b)
+    cells = tables.comparison(frame, ("runs/a", "runs/b"), pairs.unshared(*a, *b))
     assert [row[:4] for row in cells.rows] == [
         ["some_long_task", "none", "45", "5"],
         ["another", "none", "40", "0"],
@@ -176,7 +200,7 @@ def test_comparison(frames):
         f"{row['difference']:+.1f} ({row['difference_low']:+.1f} to {row['difference_high']:+.1f})",
         f"{row['p_mcnemar_holm']:.2g}",
     ]
-    assert cells.rows[2][-1] == "–"
+    assert cells.rows[2][-1] == f"{frame['p_mcnemar_holm'].iloc[2]:.2g}"
     assert "a: runs/a; b: runs/b" in cells.notes[0]
     assert cells.notes[-1] == "conditions of run b alone: bim@0.1"
     for width in (60, 80):
@@ -199,7 +223,7 @@ def test_csv(table):
         )
     line = text.split("\n")[1].split(",")
     assert line[:7] == ["some_task", "none", "none", "embed", "0", "", "200"]
-    assert line[-6:] == [""] * 6 and len(line[9]) == 8
+    assert line[-6:] == [""] * 6 and len(line[10]) == 8
     assert back["verdict"].dropna().tolist() == table["verdict"].dropna().tolist()
 
 
@@ -207,3 +231,29 @@ def test_save(table, tmp_path):
     tables.save(table, tmp_path / "run")
     assert (tmp_path / "run/table.csv").read_text() == tables.csv(table)
     assert (tmp_path / "run/table.md").read_text() == tables.markdown_of_run(table)
+
+
+def test_equivalence_is_marked_and_said(table):
+    """Only where it was asked for, with the limit as it was given."""
+    assert "≈" not in tables.markdown_of_run(table) and not any(
+        "equi" in p for p in in_words(table)
+    )
+    asked = equivalence.with_equivalence(table, 12.5)
+    cells = tables.accuracies(asked)
+    for condition, text in zip(CONDITIONS, cells.rows[2][2:-1], strict=True):
+        it = cell(asked, "mean", condition)
+        assert ("≈" in text) == (it["p_equivalence_holm"] <= 0.05), condition
+    assert "≈" in cells.rows[2][3] and "≈" not in cells.rows[2][6]
+    assert "≈ equivalent to none within ±12.5 points" in cells.notes[-1]
+    _, random, fgsm, *_ = in_words(asked)
+    assert "; equivalent to no attack within 12.5 points" in random
+    assert "; not shown to be equivalent to no attack within 12.5 points" in fgsm
+
+
+def test_equivalence_of_two_runs(frames):
+    a, b = frames({"a": (400, 4)}, seed=1), frames({"a": (400, 4)}, seed=1)
+    frame = equivalence.with_equivalence(pairs.paired(*a, *b), 2)
+    cells = tables.comparison(frame, ("a", "b"))
+    assert cells.heading[-1] == "p(±2)" and "p(±2): two one-sided tests" in cells.notes[-1]
+    assert cells.rows[0][-1] == f"{frame['p_equivalence_holm'][0]:.2g}"
+    assert frame["p_equivalence_holm"][0] < 1e-3

@@ -1,0 +1,146 @@
+"""The command `llm-attack doctor`: a small run of its own that looks for gradients that hide."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from rich.console import Console
+
+from llm_attack.errors import UsageError
+from llm_attack.harness.patches import without_bars
+from llm_attack.lm.hook import frozen
+from llm_attack.lm.settings import amplitude
+from llm_attack.lm.surface import Surface
+from llm_attack.suite import sanity
+from llm_attack.suite.commands import silence
+from llm_attack.suite.plan import Plan
+from llm_attack.suite.run import Prepared, Result, execute, prepare
+from llm_attack.suite.sanity import FAILS, PASSES, Check
+
+# In units of the RMS: little, more, and as much as there is signal.
+LITTLE, MORE, ALL = "0.02rms", "0.1rms", "1rms"
+# All of a kind would take minutes, most of them for `blocks`.
+CONDITIONS = [
+    *[("none", LITTLE), ("random", MORE), ("fgsm", MORE), ("blocks", MORE)],
+    *[("bim", epsilon) for epsilon in (LITTLE, MORE, ALL)],
+]
+_RISING = 0.2  # share of what the steps have reached that as many again may add
+_STEP = 1e-5  # of the finite differences, in units of the RMS of the point
+_ROUNDING = 1e-3  # of the log-likelihoods, that of bfloat16 too
+_WRONG = 0.01  # of a derivative; the loss choice has weights that are not below a least
+_QUESTIONS = 4  # whose gradients are compared
+
+
+def doctor(plan: Plan, progress: str) -> list[Check]:
+    """Every check of `sanity.checks`, and those that take more than samples.
+
+    Args:
+        plan: model, tasks, limit and loss; its attacks and epsilons are replaced.
+        progress: of `progress.MODES`.
+
+    Raises:
+        UsageError: an argument is not allowed, or the clean model gives no numbers.
+    """
+    console = Console(stderr=True)
+    attacks, epsilons = (tuple(dict.fromkeys(of)) for of in zip(*CONDITIONS, strict=True))
+    plan = replace(plan, attacks=attacks, epsilons=epsilons)
+    prepared = prepare(plan, progress, console)
+    lm, known = prepared.lm, {(c.attack, c.epsilon): c for c in plan.conditions}
+    some = [known[attack, amplitude(epsilon)[0]] for attack, epsilon in CONDITIONS]
+    lm.use(*some)
+    found = _carried_out(prepared, progress, console)
+    listed = sanity.checks(found.samples, found.run)
+    lm.use(*(replace(c, steps=2 * c.steps) for c in some if c.attack in ("none", "bim")))
+    longer = _carried_out(prepared, progress, console)
+    listed.append(still_rising(found.samples, longer.samples, sanity.knows_gold(found.run)))
+    return [nothing_changes(prepared), *listed, finite_differences(prepared)]
+
+
+def _carried_out(prepared: Prepared, progress: str, console: Console) -> Result:
+    with tempfile.TemporaryDirectory() as nowhere:
+        result = execute(prepared, Path(nowhere), progress, console)
+    if result is None:
+        raise UsageError("RANK: must not be set for doctor, which is one process")
+    return result
+
+
+def still_rising(samples: pd.DataFrame, longer: pd.DataFrame, knows: bool) -> Check:
+    """Whether twice as many steps of BIM find much more than the steps of the run.
+
+    Args:
+        samples: of the run.
+        longer: of one with twice as many steps.
+        knows: whether the loss knows the gold.
+    """
+    name, worst = "the loss no longer rises at the last step", ("", 0.0)
+    for condition in longer.loc[longer["attack"] == "bim", "condition"].unique():
+        clean, short, long = (
+            sanity.outcome(of[of["condition"] == which], knows).mean()
+            for of, which in ((samples, "none"), (samples, condition), (longer, condition))
+        )
+        share = (short - long) / max(clean - short, 1e-9)
+        worst = max(worst, (str(condition), float(share)), key=lambda pair: pair[1])
+    verdict = PASSES if worst[1] <= _RISING else FAILS
+    return Check(name, verdict, f"twice the steps add {worst[1]:.1%} of what {worst[0]} reached")
+
+
+def nothing_changes(prepared: Prepared) -> Check:
+    """Whether the clean point, put where attacks put theirs, gives the clean answers."""
+    engine, name = prepared.lm.engine, "epsilon 0 equals clean"
+    with frozen(prepared.lm.model):
+        pack = engine.pack(prepared.work[0].batch).to(engine.device)
+        surface = Surface(engine.scorer, pack, engine.threat)
+        clean, at_0 = (surface.answers(x).log_prob.double() for x in (None, surface.x))
+    share = float((at_0 - clean).abs().mean() / clean.abs().mean())
+    verdict = PASSES if share <= _ROUNDING else FAILS
+    return Check(name, verdict, f"log-probabilities change by {share:.2g} of their size")
+
+
+def finite_differences(prepared: Prepared) -> Check:
+    """The loss's slope along the sign of its gradient against central differences, in float64."""
+    name, lm = "the gradient is that of the loss", prepared.lm
+    if lm.device.type == "mps":
+        return sanity.not_applicable(name, "the device has no float64")
+    before = lm.model.dtype
+    lm.model.double()
+    try:
+        lm.use(*lm.conditions)
+        engine = lm.engine
+        batch = prepared.work[0].batch
+        pack = engine.pack(replace(batch, questions=batch.questions[:_QUESTIONS])).to(lm.device)
+        with frozen(lm.model):
+            surface = Surface(engine.scorer, pack, engine.threat)
+            gradient = surface.gradient
+            if surface.mask is not None:
+                gradient = gradient * surface.mask[..., None]
+            step = _STEP * surface.x.square().mean().sqrt()
+            with torch.no_grad():
+                ends = [surface.loss(surface.x + s * gradient.sign()) for s in (step, -step)]
+            measured = float((ends[0] - ends[1]).sum() / (2 * step))
+    finally:
+        lm.model.to(before)
+    claimed = float(gradient.abs().sum())
+    error = abs(measured - claimed) / max(abs(measured), abs(claimed), sys.float_info.min)
+    figure = f"slope {measured:.6g} by finite differences, {claimed:.6g} by the gradient"
+    return Check(name, PASSES if error <= _WRONG else FAILS, figure)
+
+
+def command(plan: Plan, progress: str) -> int:
+    """Prints the list; returns the exit code, 1 where a check fails."""
+    silence()
+    with without_bars():
+        found = doctor(plan, progress)
+    console = Console()
+    plain: dict[str, Any] = {"markup": False, "soft_wrap": True, "highlight": False}
+    console.print(f"{plan.model_name}: {sanity.TITLE}", **plain)
+    for check in found:
+        console.print(f"  {check.verdict}: {check.name}; {check.figure}", **plain)
+    failed = sum(check.verdict == FAILS for check in found)
+    console.print(f"{failed} of {len(found)} checks fail")
+    return int(failed > 0)

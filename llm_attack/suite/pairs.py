@@ -1,0 +1,102 @@
+"""Two runs compared on the questions that both asked. Imports neither torch nor lm-eval."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from llm_attack.errors import UsageError
+from llm_attack.suite.changes import compared
+from llm_attack.suite.outcomes import gold_probability, sources
+from llm_attack.suite.summary import KEYS, holm_over_tasks, with_means
+
+_OUTCOMES = ("acc", "gold_probability")
+
+
+def paired(
+    samples_a: pd.DataFrame,
+    questions_a: pd.DataFrame,
+    samples_b: pd.DataFrame,
+    questions_b: pd.DataFrame,
+) -> pd.DataFrame:
+    """Compares run b with run a on the questions that both asked in the same words.
+
+    Args:
+        samples_a: a row per question and condition, as in `samples.parquet`.
+        questions_a: a row per question, as in `questions.parquet`. Questions are paired where
+            `task`, `doc_id` and `doc_hash` agree.
+        samples_b: of the other run.
+        questions_b: of the other run.
+
+    Returns:
+        A row per task and condition that both runs have, in the order of run a, then for every
+        condition the mean over tasks. Columns: `task`, `condition`, `n` questions paired,
+        `left_out`: questions of either run that found no partner, `acc_a`, `acc_b`, `difference`:
+        accuracy in b minus accuracy in a, in points of a percent, `difference_low`,
+        `difference_high`: its 95 % interval (`paired_interval`; of a mean: `mean_interval`),
+        `detectable`: the smallest difference that so many questions show with power 0.8, `lost`:
+        questions right in a and wrong in b, `gained`: the reverse, `p_mcnemar`: exact test
+        (`sign_test`), `p_mcnemar_holm`: adjusted over the tasks of a condition; `clusters`,
+        `design_effect` and, of the second outcome, `gold_difference...` and `p_gold_probability`
+        as in `summarise`.
+
+    Raises:
+        UsageError: the runs share no task, no condition or no question.
+    """
+    for key in KEYS:
+        ours, theirs = samples_a[key].unique(), samples_b[key].unique()
+        if not set(ours) & set(theirs):
+            raise UsageError(
+                f"compare: the runs share no {key}: {', '.join(ours)} against {', '.join(theirs)}"
+            )
+    question, place = ["task", "doc_id", "doc_hash"], ["task", "doc_id"]
+    same = questions_a[question].merge(questions_b[question])[place]
+    if same.empty:
+        raise UsageError("compare: the runs share no question: their prompts differ")
+    asked = pd.concat([questions_a[place], questions_b[place]]).drop_duplicates()["task"]
+    asked_of_task = asked.value_counts()
+    columns = [*place, "condition", *_OUTCOMES]
+    a, b = (
+        run.assign(gold_probability=gold_probability(run), source=sources(run))
+        for run in (samples_a, samples_b)
+    )
+    pairs = a[[*columns, "source"]].merge(
+        b[columns], on=columns[:3], suffixes=("_a", "_b"), validate="one_to_one"
+    )
+    pairs = pairs.merge(same, on=place)
+    of_a, of_b = ({key: f"{key}_{run}" for key in _OUTCOMES} for run in "ab")
+    rows = []
+    for (task, condition), group in pairs.groupby(KEYS, sort=False):
+        n, found = len(group), compared(group, of_a, of_b)
+        rows.append(
+            {
+                **{"task": task, "condition": condition, "n": n},
+                **{"clusters": group["source"].nunique(), "left_out": asked_of_task[task] - n},
+                **{key: group[key].mean() for key in ("acc_a", "acc_b")},
+                **found,
+            }
+        )
+    frame = pd.DataFrame(rows)
+    frame["p_mcnemar_holm"] = holm_over_tasks(frame, "p_mcnemar")
+    columns = [name for name in frame if name != "_change"]
+    return with_means(frame, columns, ("difference",), ("acc_a", "acc_b"))
+
+
+def unshared(
+    samples_a: pd.DataFrame,
+    questions_a: pd.DataFrame,
+    samples_b: pd.DataFrame,
+    questions_b: pd.DataFrame,
+) -> list[str]:
+    """Sentences on what `paired` leaves out besides single questions, one for each kind."""
+    sentences = []
+    for key in KEYS:
+        for run, ours, theirs in (("a", samples_a, samples_b), ("b", samples_b, samples_a)):
+            alone = [x for x in ours[key].unique() if x not in set(theirs[key])]
+            if alone:
+                sentences.append(f"{key}s of run {run} alone: {', '.join(alone)}")
+    same = set(questions_a.merge(questions_b, on=["task", "doc_id", "doc_hash"])["task"])
+    both = set(questions_b["task"])
+    foreign = [x for x in questions_a["task"].unique() if x in both and x not in same]
+    if foreign:
+        sentences.append(f"no question is the same in both runs: {', '.join(foreign)}")
+    return sentences

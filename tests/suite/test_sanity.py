@@ -1,0 +1,165 @@
+"""The checklist: what passes, what fails, and models that hide their gradient."""
+
+import pytest
+import torch
+from click.testing import CliRunner
+from invented import build
+
+from llm_attack import cli
+from llm_attack.suite import doctor, run, sanity
+from llm_attack.suite.sanity import FAILS, NOT_APPLICABLE, PASSES
+
+WELL = {
+    "none": 3.0,
+    "random@0.1": 2.9,
+    "fgsm@0.1": 1.0,
+    "bim@0.1": 0.4,
+    "bim@0.2": -1.0,
+    "blocks@0.1": 2.0,
+}
+NAMES = [
+    "random is weaker than the gradient",
+    "steps are not weaker than one",
+    "a larger epsilon does not help the model",
+    "nothing is left at a large epsilon",
+    "the gradient is not zero",
+    "a search without gradients finds no more",
+]
+
+
+def made_up(shifts, *, rms=0.1, zeros=0.0, loss="choice"):
+    """Samples and the record of a run that never was."""
+    samples, _ = build({"a": (60, 4), "b": (40, 2)}, shifts)
+    samples["hookpoint"] = "embed"
+    attacks = {
+        name: {
+            "epsilon_absolute": float(name.partition("@")[2] or 0),
+            "embedding_rms": rms,
+            "zero_gradient_fraction": None if name[:4] in ("none", "rand", "bloc") else zeros,
+        }
+        for name in shifts
+    }
+    return samples, {"attacks": attacks, "settings": {"loss": loss}}
+
+
+def verdicts(found):
+    return {check.name: check.verdict for check in found}
+
+
+def test_a_model_that_is_well():
+    found = sanity.checks(*made_up(WELL | {"bim@0.2": -9.0}))
+    assert verdicts(found) == dict.fromkeys(NAMES, PASSES)
+    figures = {check.name: check.figure for check in found}
+    assert figures[NAMES[3]] == "accuracy 0.000 under bim@0.2, 2 RMS"
+    assert "bim@0.2 below bim@0.1" in figures[NAMES[2]]
+    assert [row[0] for row in sanity.cells(found).rows] == NAMES
+
+
+@pytest.mark.parametrize(
+    "name, shifts, options",
+    [
+        ("random is weaker than the gradient", {"random@0.1": 1.0}, {}),
+        ("steps are not weaker than one", {"bim@0.1": 2.5}, {}),
+        ("a larger epsilon does not help the model", {"bim@0.2": 2.0}, {}),
+        ("nothing is left at a large epsilon", {"bim@0.2": 1.0}, {}),
+        ("the gradient is not zero", {}, {"zeros": 0.4}),
+        ("a search without gradients finds no more", {"blocks@0.1": -2.0}, {}),
+    ],
+)
+def test_what_fails(name, shifts, options):
+    assert verdicts(sanity.checks(*made_up(WELL | shifts, **options)))[name] == FAILS
+
+
+def test_what_does_not_apply():
+    """Of a run without attacks nothing; the figure says what it would take."""
+    found = sanity.checks(*made_up({"none": 3.0}))
+    assert verdicts(found) == dict.fromkeys(NAMES, NOT_APPLICABLE)
+    assert all("the run has no" in check.figure for check in found)
+    # label-free attacks leave guesses; nine questions say nothing
+    found = sanity.checks(*made_up(WELL, loss="sequence"))
+    assert verdicts(found)[NAMES[3]] == NOT_APPLICABLE
+    samples, record = made_up(WELL)
+    few = sanity.checks(samples[(samples["task"] == "a") & (samples["doc_id"] < 9)], record)
+    assert verdicts(few)[NAMES[0]] == NOT_APPLICABLE
+
+
+def test_too_few_steps():
+    """Twice as many find 40 % more."""
+    samples, _ = made_up({"none": 3.0, "bim@0.1": 1.0})
+    attacked = samples["condition"] == "bim@0.1"
+    clean, short = (sanity.outcome(samples[which], True).mean() for which in (~attacked, attacked))
+    lower = [
+        [x - 0.4 * (clean - short) * (i in gold) for i, x in enumerate(of)]
+        for of, gold in zip(samples["log_likelihoods"], samples["gold"], strict=True)
+    ]
+    longer = samples.assign(log_likelihoods=lower)
+    check = doctor.still_rising(samples, longer, True)
+    assert check.verdict == FAILS and "40.0% of what bim@0.1" in check.figure
+    assert doctor.still_rising(samples, samples, True).verdict == PASSES
+
+
+# -- models of which attacks say nothing -----------------------------------------------------------
+
+
+def sharp(model):
+    """Logits a thousand times as large: cross-entropy has no gradient where an answer is sure."""
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(1000 * head.weight.detach())
+
+
+def quantised(model):
+    """Embeddings in steps of their RMS, behind a straight-through estimator."""
+
+    def round_off(block, arguments, named):
+        x = arguments[0]
+        step = x.detach().square().mean().sqrt()
+        return (x + ((x / step).round() * step - x).detach(), *arguments[1:]), named
+
+    model.model.layers[0].register_forward_pre_hook(round_off, with_kwargs=True)
+
+
+def dropping(model):
+    """Dropout that was left on."""
+    model.model.layers[0].register_forward_hook(
+        lambda block, arguments, x: (
+            torch.nn.functional.dropout(x, 0.1)
+            if isinstance(x, torch.Tensor)
+            else (torch.nn.functional.dropout(x[0], 0.1), *x[1:])
+        )
+    )
+
+
+def examined(monkeypatch, spoil, *options):
+    load = run._model
+
+    def spoilt(plan):
+        lm = load(plan)
+        spoil(lm.model)
+        return lm
+
+    monkeypatch.setattr(run, "_model", spoilt)
+    words = ["doctor", "--model", "demo", "--tasks", "demo_piqa,demo_arc_easy", "--progress=quiet"]
+    found = CliRunner().invoke(cli.main, [*words, "--device=cpu", *options])
+    lines = [line for line in found.stdout.splitlines() if line.startswith("  ")]
+    return found, {line.partition(": ")[2].partition(";")[0]: line for line in lines}
+
+
+def test_the_demo_is_well(monkeypatch):
+    found, lines = examined(monkeypatch, lambda model: None)
+    assert found.exit_code == 0, (found.output, found.exception)
+    assert "0 of 9 checks fail" in found.stdout
+    assert all(line.startswith("  passes: ") for line in lines.values()) and len(lines) == 9
+
+
+@pytest.mark.parametrize(
+    "spoil, options, name",
+    [
+        (sharp, ["--loss", "continuation"], "the gradient is not zero"),
+        (quantised, [], "the gradient is that of the loss"),
+        (dropping, [], "epsilon 0 equals clean"),
+    ],
+)
+def test_models_that_hide_their_gradient(monkeypatch, spoil, options, name):
+    found, lines = examined(monkeypatch, spoil, *options, "--limit", "5", "--queries", "20")
+    assert found.exit_code == 1, (found.output, found.exception)
+    assert lines[name].startswith("  fails: "), found.stdout
