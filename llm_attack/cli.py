@@ -160,15 +160,33 @@ def report(folder: Path, equivalence: float | None) -> None:
 
 
 @main.command()
-@click.argument("a", type=_FOLDER)
-@click.argument("b", type=_FOLDER)
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="CSV file.")
+@click.argument("folders", type=_FOLDER, nargs=-1, required=True)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="CSV file; of more than two runs there is a figure beside it.",
+)
+@click.option(
+    "--leaderboard",
+    type=click.Path(path_type=Path),
+    help="CSV file to which a row for each model and condition is appended.",
+)
 @_equivalence
-def compare(a: Path, b: Path, output: Path | None, equivalence: float | None) -> None:
-    """Compare run B with run A, paired where both asked the same question."""
+def compare(
+    folders: tuple[Path, ...],
+    output: Path | None,
+    leaderboard: Path | None,
+    equivalence: float | None,
+) -> None:
+    """Compare runs on the questions that all of them asked.
+
+    Of two, the second with the first, in pairs, task by task. Of more, usually of a model each:
+    clean accuracy against drop, and whether the one foretells the other.
+    """
     from llm_attack.suite import commands
 
-    commands.compare(a, b, output, equivalence)
+    commands.compare(folders, output, leaderboard, equivalence)
 
 
 @main.group()

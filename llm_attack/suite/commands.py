@@ -7,7 +7,7 @@ import os
 import shlex
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -16,14 +16,17 @@ from typing import Any
 from rich.console import Console
 
 from llm_attack.declare import names
+from llm_attack.drawing import save_figure
 from llm_attack.errors import UsageError, invalid
 from llm_attack.failures import ProcessDied, Stopped, failure, leave
 from llm_attack.folder import claim, claim_file
 from llm_attack.harness.patches import without_bars
 from llm_attack.record import write_text
 from llm_attack.redact import redacted
-from llm_attack.suite import fingerprint, frames, layers, results, survival, tables
+from llm_attack.suite import fingerprint, frames, layers, models, results, survival, tables
 from llm_attack.suite.equivalence import with_equivalence
+from llm_attack.suite.layout import print_style
+from llm_attack.suite.leaderboard import with_entries
 from llm_attack.suite.pairs import paired, unshared
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.progress import MODES, note
@@ -137,18 +140,61 @@ def report(folder: Path, equivalence: float | None) -> None:
     Console().print(f"written: {folder}: report.html, tables, figures")
 
 
-def compare(a: Path, b: Path, output: Path | None, equivalence: float | None) -> None:
-    """The command `llm-attack compare`: two runs, paired where their questions agree."""
-    found = [frames.load(folder) for folder in (a, b)]
+def compare(
+    folders: Sequence[Path],
+    output: Path | None,
+    leaderboard: Path | None,
+    equivalence: float | None,
+) -> None:
+    """The command `llm-attack compare`: runs on the questions that all of them asked."""
+    if len(folders) < 2 and leaderboard is None:
+        raise UsageError(f"compare: must have two folders or more, not {len(folders)}")
+    if equivalence is not None and len(folders) != 2:
+        raise UsageError(f"equivalence={equivalence:g}: must go with two folders")
+    if len(folders) == 2:
+        _compare_two(folders, output, equivalence)
+    if len(folders) == 2 and leaderboard is None:
+        return
+    found = [results.load(folder) for folder in folders]
+    runs = dict(zip(models.names(folders, found), found, strict=True))
+    text = None if leaderboard is None else with_entries(leaderboard, runs)
+    if len(folders) > 2:
+        _compare_many(runs, output)
+    if leaderboard is not None and text is not None:
+        write_text(leaderboard, text)
+        Console().print(f"written: {leaderboard}", soft_wrap=True)
+
+
+def _compare_two(folders: Sequence[Path], output: Path | None, equivalence: float | None) -> None:
+    found = [frames.load(folder) for folder in folders]
     content = [of for run in found for of in (with_worst(run["samples"]), run["questions"])]
     frame = with_equivalence(paired(*content), equivalence)
     text = tables.csv(frame)
     if output is not None:
         claim_file(output, text.splitlines()[0])
-    cells = tables.comparison(frame, (str(a), str(b)), unshared(*content))
+    cells = tables.comparison(frame, (str(folders[0]), str(folders[1])), unshared(*content))
     Console().print(cells.rich("b against a, accuracy"))
     if output is not None:
         write_text(output, text)
+
+
+def _compare_many(runs: dict[str, Result], output: Path | None) -> None:
+    frame = models.across(runs)
+    text = tables.csv(frame)
+    if output is not None:
+        claim_file(output, text.splitlines()[0])
+        pictures = [output.with_suffix(f".{form}") for form in ("png", "svg")]
+        strange = [path for path in pictures if path.exists() and not output.exists()]
+        if strange or output in pictures:
+            raise UsageError(
+                f"output={output}: the figure beside it would replace {(strange or pictures)[0]};"
+                " must be another name, such as models.csv"
+            )
+    Console().print(models.cells(frame).rich("models, accuracy and drop"))
+    if output is not None:
+        write_text(output, text)
+        with print_style():
+            save_figure(models.figure(frame), output.parent, output.stem)
 
 
 @contextmanager

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
+from itertools import permutations
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import binom, norm, t
+from scipy.stats import binom, norm, rankdata, t
 from statsmodels.stats.proportion import proportion_confint
 
 ALPHA = 0.05  # level of the tests; the intervals cover 1 - ALPHA
 POWER = 0.8
 DRAWS = 99_999
+_ALL = 7  # pairs whose permutations are all tried
 
 
 def wilson(right: float, n: float) -> tuple[float, float]:
@@ -204,6 +206,48 @@ def holm(p_values: ArrayLike) -> np.ndarray:
     factors = np.arange(len(order), 0, -1)
     adjusted[order] = np.minimum(1, np.maximum.accumulate(adjusted[order] * factors))
     return adjusted
+
+
+def rank_correlation(x: ArrayLike, y: ArrayLike) -> Mean:
+    """Spearman's rank correlation with its 95 % interval, and the p-value of there being none.
+
+    The interval is `rank_interval`; the p-value is exact, by permutation, of up to seven pairs,
+    else drawn, always the same draws. NaN where all x or all y are equal, or of fewer than four
+    pairs.
+
+    Args:
+        x: (n,) numbers.
+        y: (n,) numbers.
+    """
+    first, second = (rankdata(of) for of in (x, y))
+    n = len(first)
+    if n < 4 or len(set(first)) == 1 or len(set(second)) == 1:
+        return Mean(*4 * (np.nan,))
+    value = float(np.corrcoef(first, second)[0, 1])
+    low, high = rank_interval(value, n)
+    if n <= _ALL:
+        orders = np.array(list(permutations(range(n))))
+    else:
+        orders = np.random.default_rng(0).permuted(np.tile(np.arange(n), (DRAWS, 1)), axis=1)
+    away = (first - first.mean()) @ (second - second.mean())
+    drawn = (first - first.mean())[orders] @ (second - second.mean())
+    reached = np.count_nonzero(np.abs(drawn) >= abs(away) - 1e-9)
+    counted = 0 if n <= _ALL else 1  # of draws, the one that was seen counts as well
+    p_value = (reached + counted) / (len(orders) + counted)
+    return Mean(value, float(low), float(high), float(p_value))
+
+
+def rank_interval(value: ArrayLike, n: int) -> tuple[Any, Any]:
+    """95 % interval of Spearman's rank correlation of n pairs, 4 or more.
+
+    Of Fisher's z with the variance of Bonett and Wright 2000 (doi:10.1007/BF02294183). Of a
+    perfect correlation it is that alone.
+    """
+    of = np.clip(np.asarray(value, dtype=float), -1, 1)
+    half = norm.ppf(1 - ALPHA / 2) * np.sqrt((1 + of**2 / 2) / (n - 3))
+    with np.errstate(divide="ignore"):
+        middle = np.arctanh(of)
+    return np.tanh(middle - half), np.tanh(middle + half)
 
 
 def paired_interval(lost: float, gained: float, n: float) -> tuple[float, float]:

@@ -70,7 +70,7 @@ def paired(
         rows.append(
             {
                 **{"task": task, "condition": condition, "n": n},
-                **{"clusters": group["source"].nunique(), "left_out": asked_of_task[task] - n},
+                **{"left_out": asked_of_task[task] - n, "clusters": group["source"].nunique()},
                 **{key: group[key].mean() for key in ("acc_a", "acc_b")},
                 **found,
             }

@@ -81,7 +81,8 @@ def table(rows, mean):
     values = {"snr_db": 12.5, "log_likelihood_change": -1.5, "margin_change": -0.25}
     for name, value in values.items():
         frame[name] = np.where(attacked, value, np.nan)
-    frame[["drop_low", "drop_high", "detectable"]] = np.nan
+    unknown = ["drop_low", "drop_high", "detectable", "lost", "gained"]
+    frame[[*unknown, *(f"gold_probability_drop{end}" for end in ("", "_low", "_high"))]] = np.nan
     frame["acc_low"], frame["acc_high"] = frame["acc"] - 0.05, frame["acc"] + 0.05
     return frame
 
