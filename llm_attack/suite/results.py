@@ -11,7 +11,7 @@ from llm_attack.errors import UsageError
 from llm_attack.harness.judge import as_json
 from llm_attack.record import write_json, write_text
 from llm_attack.redact import redacted
-from llm_attack.suite import figures, frames, layers, sanity, survival, tables
+from llm_attack.suite import claims, figures, frames, layers, sanity, survival, tables
 from llm_attack.suite.equivalence import with_equivalence
 from llm_attack.suite.report import Picture, write_report
 from llm_attack.suite.run import LM_EVAL, Result
@@ -92,6 +92,9 @@ def render(result: Result, folder: Path, run: dict[str, Any]) -> None:
     drawn = figures.draw_all(samples, table, folder)
     changed = tables.changes(table)
     more = {} if changed is None else {"what changed against no attack": changed}
+    told = claims.claims(samples, result.questions)
+    if told:
+        more[claims.TITLE] = claims.cells(told)
     more[sanity.TITLE] = sanity.cells(sanity.checks(samples, run))
     for name, found in (
         ("survival", survival.save(samples, folder)),
