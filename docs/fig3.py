@@ -2,8 +2,9 @@
 
     python docs/fig3.py results/smollm2-135m
 
-Prints Markdown: what attacks cost against no attack, what gradients cost against noise of the same
-amplitude, which questions fall, and whether perturbed embeddings are still nearest to their token.
+Prints Markdown: the paper's claims with their verdicts, what attacks cost against no attack, what
+gradients cost against noise of the same amplitude, which questions fall, and whether perturbed
+embeddings are still nearest to their token.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import mannwhitneyu
 
-from llm_attack.suite import results
+from llm_attack.suite import claims, results
 from llm_attack.suite.inference import wilson
 from llm_attack.suite.outcomes import gold_margin
 from llm_attack.suite.pairs import paired
@@ -125,6 +126,7 @@ def main(folder: Path) -> None:
     conditions = list(found.samples["condition"].unique())
     attacked = [("none", condition) for condition in conditions if condition != "none"]
     for title, cells in (
+        ("The claims", claims.cells(claims.claims(found.samples, found.questions))),
         ("Against no attack", table_of_differences(differences(found, attacked))),
         ("Against noise", table_of_differences(differences(found, against_noise(conditions)))),
         ("Which questions fall", falls(found)),

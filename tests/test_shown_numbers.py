@@ -101,6 +101,6 @@ def test_tables_of_fig3(folder):
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     page = list(tables((ROOT / "docs" / "fig3.md").read_text("utf-8")))
     made = list(tables(printed))
-    assert len(made) == 4
+    assert len(made) == 5
     for table in made:
         assert table in page
