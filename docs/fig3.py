@@ -49,7 +49,10 @@ def table_of_differences(frame: pd.DataFrame) -> Cells:
     for task in frame["task"].unique():
         cells = [of.loc[(task, label)] for label in labels]
         rows.append([task, *map(_difference, cells)])
-    notes = ["points of a percent, paired 95 % interval; * exact McNemar test, Holm over tasks"]
+    notes = [
+        "points of a percent, paired 95 % interval; * exact test, Holm over tasks, of the mean"
+        " stratified"
+    ]
     return Cells(["task", *labels], rows, notes)
 
 

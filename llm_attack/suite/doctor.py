@@ -20,7 +20,7 @@ from llm_attack.lm.surface import Surface
 from llm_attack.suite import sanity
 from llm_attack.suite.commands import silence
 from llm_attack.suite.plan import Plan
-from llm_attack.suite.run import Prepared, Result, execute, prepare
+from llm_attack.suite.run import Prepared, Processes, Result, execute, prepare
 from llm_attack.suite.sanity import FAILS, PASSES, Check
 
 # In units of the RMS: little, more, and as much as there is signal.
@@ -47,6 +47,9 @@ def doctor(plan: Plan, progress: str) -> list[Check]:
     Raises:
         UsageError: an argument is not allowed, or the clean model gives no numbers.
     """
+    world = Processes.of_environment().world
+    if world > 1:
+        raise UsageError(f"WORLD_SIZE={world}: must be 1, or not set, for doctor")
     console = Console(stderr=True)
     attacks, epsilons = (tuple(dict.fromkeys(of)) for of in zip(*CONDITIONS, strict=True))
     plan = replace(plan, attacks=attacks, epsilons=epsilons)
@@ -65,8 +68,7 @@ def doctor(plan: Plan, progress: str) -> list[Check]:
 def _carried_out(prepared: Prepared, progress: str, console: Console) -> Result:
     with tempfile.TemporaryDirectory() as nowhere:
         result = execute(prepared, Path(nowhere), progress, console)
-    if result is None:
-        raise UsageError("RANK: must not be set for doctor, which is one process")
+    assert result is not None  # as there is one process
     return result
 
 
