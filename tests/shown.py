@@ -141,6 +141,18 @@ RULES = (
     ),
     Rule(r"llm-attack run --model .*", FEW, changes=(*MODEL, *TASKS), more="--limit 2"),
     Rule(
+        r"python -m torch\.distributed\.run .* -m llm_attack run .*",
+        FEW,
+        changes=((r"--nproc_per_node \d+", "--nproc_per_node 2 --master_port {port}"),),
+        more="--tasks demo_piqa --limit 2",
+    ),
+    Rule(
+        r"llm-attack run --model demo --tasks demo_six --shard 1/2 -o shared",
+        f"{FEW}; it would wait for the other share",
+        changes=(("--shard 1/2 -o shared", "--shard 1/1 -o share"),),
+        more="--limit 2",
+    ),
+    Rule(
         r"accelerate launch --num_processes \d+ -m llm_attack run .*",
         f"{FEW}; two processes, which share the CPU; in a folder without another run",
         changes=(

@@ -7,6 +7,7 @@ the engine -> answers in the order asked.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple
@@ -91,6 +92,11 @@ class AttackedHFLM(HFLM):
         source, gguf_file = gguf.located(source, arguments.get("gguf_file"))
         if gguf_file is not None:
             arguments["gguf_file"] = gguf_file
+        if arguments.get("tp_plan") is not None and "RANK" not in os.environ:
+            raise UsageError(
+                f"tp_plan={arguments['tp_plan']}: must be started by torchrun, with a process for"
+                " each part of the model"
+            )
         self.warnings: list[str] = []
         """What a reader of the results should know of the model, a sentence each."""
         try:
@@ -160,7 +166,8 @@ class AttackedHFLM(HFLM):
         if longest is None:
             longest = longest_tree(scorer, self.device, pad)
         how = (settings.threat, self.device, pad, longest, of_conditions)
-        self.engine = Engine(scorer, attacks, *how)
+        divides = self._arguments.get("tp_plan") is None
+        self.engine = Engine(scorer, attacks, *how, divides=divides)
         self.diagnostics = [Diagnostics() for _ in attacks]
 
     @property

@@ -85,6 +85,8 @@ class Engine:
         device: where packs are put.
         pad: token id for padding; its value has no influence.
         longest_tree: a question that is a longer tree gets a row per request; 0: all do.
+        divides: whether batches are halved when memory runs out. Not where other processes hold
+            parts of the model, and may have memory left.
     """
 
     scorer: Scorer
@@ -94,6 +96,7 @@ class Engine:
     pad: int = 0
     longest_tree: int = 0
     scorers: Sequence[Scorer] = ()
+    divides: bool = True
     diagnostics: list[Diagnostics] = field(init=False)
     _tried: int = field(default=0, init=False)
 
@@ -163,7 +166,8 @@ class Engine:
                 try:
                     computed = self.compute(pack)
                 except Exception as error:
-                    if len(part.questions) == 1 or not should_reduce_batch_size(error):
+                    alone = len(part.questions) == 1 or not self.divides
+                    if alone or not should_reduce_batch_size(error):
                         raise
                     computed = None  # what the traceback keeps alive is free only after the handler
                 if computed is None:

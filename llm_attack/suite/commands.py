@@ -9,7 +9,7 @@ import signal
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +55,11 @@ def evaluate(
     """
     if progress not in MODES:
         raise invalid("progress", progress, MODES)
-    rank, world = Processes.of_environment()
-    shown = progress if rank == 0 else "quiet"
+    who = Processes.of(plan)
+    shown = progress if who.first else "quiet"
     console = Console(stderr=True)
     if output is None:
-        if world > 1:
+        if who.world > 1:
             raise UsageError("output=None: must be a folder, which the processes share")
         with tempfile.TemporaryDirectory() as nowhere:
             return execute(prepare(plan, shown, console), Path(nowhere), shown, console)
@@ -68,19 +68,19 @@ def evaluate(
     claim(folder, lambda _: fingerprint.kept(folder) is not None, (STORE, LM_EVAL))
     prepared = prepare(plan, shown, console)
     fingerprint.check(folder, prepared.mark)
-    result = _finished(folder, plan, prepared.mark, rank, shown, console)
+    result = _finished(folder, plan, prepared.mark, who, shown, console)
     if result is None:
         result = execute(prepared, folder, shown, console)
         if result is not None:
-            results.save(result, folder, command(plan, folder))
-    if rank != 0:
+            results.save(result, folder, command(replace(plan, shard=None), folder))
+    if not who.first:
         return None
     discard(folder)
     return result
 
 
 def _finished(
-    folder: Path, plan: Plan, mark: dict[str, Any], rank: int, shown: str, console: Console
+    folder: Path, plan: Plan, mark: dict[str, Any], who: Processes, shown: str, console: Console
 ) -> Result | None:
     """The run in `folder`, if it is complete and can be read; files that cannot be are renamed."""
     if not (folder / "run.json").exists():
@@ -88,7 +88,7 @@ def _finished(
     try:
         return results.load(folder, plan.equivalence)
     except UsageError as error:
-        if rank == 0:
+        if who.first:
             fingerprint.keep(folder, mark)  # while run.json, which has it, is still there
             aside = ", ".join(map(str, results.set_aside(folder)))
             note(shown, console, f"{error}; moved aside, computed again: {aside}")
@@ -116,7 +116,7 @@ def run(*, output: Path | None, progress: str, **settings: Any) -> None:
     plan = Plan(**settings)
     again = shlex.join(command(plan, output))
     silence()
-    with without_bars(), _stops_are_explained(again, output):
+    with without_bars(), _stops_are_explained(again, output, Processes.of(plan).first):
         result = evaluate(plan, output=output, progress=progress)
     if result is not None:
         console = Console()
@@ -198,12 +198,11 @@ def _compare_many(runs: dict[str, Result], output: Path | None) -> None:
 
 
 @contextmanager
-def _stops_are_explained(again: str, output: Path | None) -> Iterator[None]:
+def _stops_are_explained(again: str, output: Path | None, first: bool) -> Iterator[None]:
     """Says of a run that stops, or is stopped, with which command it goes on."""
     kept = (
         f"what is finished is kept; to go on: {again}" if output else "nothing is kept without -o"
     )
-    first = Processes.of_environment().rank == 0
 
     def stop(*_: Any) -> None:
         raise Stopped

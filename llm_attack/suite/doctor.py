@@ -47,7 +47,7 @@ def doctor(plan: Plan, progress: str) -> list[Check]:
     Raises:
         UsageError: an argument is not allowed, or the clean model gives no numbers.
     """
-    world = Processes.of_environment().world
+    world = Processes.of(plan).world
     if world > 1:
         raise UsageError(f"WORLD_SIZE={world}: must be 1, or not set, for doctor")
     console = Console(stderr=True)

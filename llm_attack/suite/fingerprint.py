@@ -80,6 +80,8 @@ def _config(model: PreTrainedModel) -> str:
 
 def _parts(name: str, tensor: torch.Tensor) -> Iterator[Any]:
     yield f"{name} {tensor.dtype} {tuple(tensor.shape)}"
+    if hasattr(tensor, "full_tensor"):  # a part of it is here: the processes put it together
+        tensor = tensor.full_tensor()
     if not tensor.is_meta:
         yield tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 

@@ -21,7 +21,7 @@ from llm_attack.lm.settings import (
 )
 
 # Settings that say how a plan is carried out or told; answers do not depend on them.
-_HOW = ("device", "equivalence")
+_HOW = ("device", "equivalence", "shard")
 
 # What `critical=True` adds to the attacks.
 _CRITICAL = ("critical", "fmn")
@@ -30,6 +30,7 @@ _CRITICAL = ("critical", "fmn")
 _NAMES = "names with commas between them"
 _NUMBERS = "numbers, such as 0.01 or 0.7rms, with commas between them"
 _PAIRS = "key=value,..."
+_SHARD = "i/n, with i from 1 to n, such as 2/8"
 _ROWS = "auto or an integer, 1 or more"
 
 
@@ -103,6 +104,12 @@ class Plan(ThreatSettings, EngineSettings):
         None,
         "Test as well whether accuracies equal those of none within so many points of a percent",
     )
+    shard: str | None = setting(
+        None,
+        "Which share of the work is done here, such as 2/8, the second of eight. All shares write"
+        " into the same folder; the first waits for the others, judges and writes",
+        allowed=_SHARD,
+    )
     device: str | None = setting(
         None, "Where to compute, such as cpu or cuda:1; unless given, cuda where there is one"
     )
@@ -126,6 +133,8 @@ class Plan(ThreatSettings, EngineSettings):
             for name, value in (("hookpoint", self.hookpoint), ("compile", self.compile)):
                 if value:
                     raise UsageError(f"{name}={value}: must not be given with hookpoints")
+        if self.shard is not None and self.share is None:
+            raise invalid("shard", self.shard, _SHARD)
         if self.equivalence is not None:
             object.__setattr__(self, "equivalence", within(self.equivalence))
             if "none" not in self.attacks or set(self.attacks) == {"none"}:
@@ -171,6 +180,14 @@ class Plan(ThreatSettings, EngineSettings):
         if not isinstance(given, dict):
             raise invalid("model_args", given, _PAIRS)
         return dict(given)
+
+    @property
+    def share(self) -> tuple[int, int] | None:
+        """`shard` as (number from 0, of how many); None: not given, or not of that form."""
+        part, slash, whole = str(self.shard).partition("/")
+        if not (slash and part.isdecimal() and whole.isdecimal()):
+            return None
+        return (int(part) - 1, int(whole)) if 1 <= int(part) <= int(whole) else None
 
     @property
     def model_name(self) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ import pandas as pd
 from rich.console import Console
 
 from llm_attack.declare import names
-from llm_attack.errors import invalid
+from llm_attack.errors import UsageError, invalid
 from llm_attack.folder import clear_drafts
 from llm_attack.harness.judge import Judge
 from llm_attack.harness.model import AttackedHFLM
@@ -35,7 +35,7 @@ from llm_attack.suite import fingerprint, frames
 from llm_attack.suite.equivalence import with_equivalence
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.progress import RunProgress, note, status
-from llm_attack.suite.store import Store
+from llm_attack.suite.store import Follower, Store, all_here
 from llm_attack.suite.summary import summarise
 from llm_attack.suite.work import RunningAccuracy, Work, gather, work_of
 from llm_attack.suite.worst import hidden_gradients, with_worst
@@ -45,14 +45,29 @@ LM_EVAL = "lm_eval"
 
 
 class Processes(NamedTuple):
-    """Which of how many processes this is, as torchrun and accelerate launch say it."""
+    """Which of how many processes this is.
+
+    Attributes:
+        rank, world: which share of the batches it answers, of how many.
+        member: which process it is of those that hold a part of the model each and answer the same
+            batches (tensor parallelism); the first of them keeps what is finished.
+    """
 
     rank: int
     world: int
+    member: int = 0
+
+    @property
+    def first(self) -> bool:
+        """Whether it judges and writes."""
+        return self.rank == 0 and self.member == 0
 
     @classmethod
-    def of_environment(cls) -> Processes:
-        """As the variables RANK and WORLD_SIZE say.
+    def of(cls, plan: Plan) -> Processes:
+        """As RANK and WORLD_SIZE say, which torchrun and accelerate launch set, or `shard`.
+
+        With `tp_plan` all processes of a launch are one worker, and `shard` alone tells workers
+        from each other.
 
         Raises:
             UsageError: they make no sense.
@@ -62,10 +77,17 @@ class Processes(NamedTuple):
             found[name] = os.environ.get(name, found[name])
             if not found[name].isdecimal():
                 raise invalid(name, found[name], "an integer, as torchrun sets it")
-        processes = cls(*map(int, found.values()))
-        if processes.rank >= processes.world:
-            raise invalid("RANK", processes.rank, f"below WORLD_SIZE, {processes.world}")
-        return processes
+        rank, world = map(int, found.values())
+        if rank >= world:
+            raise invalid("RANK", rank, f"below WORLD_SIZE, {world}")
+        if plan.model_args.get("tp_plan") is not None:
+            return cls(*(plan.share or (0, 1)), rank)
+        if plan.share is not None and world > 1:
+            raise UsageError(
+                f"shard={plan.shard}: must not be given with WORLD_SIZE={world}, which divides the"
+                " work already"
+            )
+        return cls(*(plan.share or (rank, world)))
 
 
 @dataclass(frozen=True)
@@ -159,17 +181,19 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
     """
     plan, lm, judge, requests, gold, work, mark, _ = prepared
     clock = _Clock(prepared.timings)
-    rank, world = Processes.of_environment()
+    who = Processes.of(plan)
     planned = [w.key for w in work]
-    with Store(folder, planned, rank, world) as store, frozen(lm.model):
-        fingerprint.keep(folder, mark)
-        if rank == 0:
+    kind = Follower if who.member else Store
+    with kind(folder, planned, who.rank, who.world) as store, frozen(lm.model):
+        if who.member == 0:
+            fingerprint.keep(folder, mark)
+        if who.first:
             clear_drafts(folder, (LM_EVAL,))
         for path in store.check():
             text = f"{path.with_suffix('.sqlite')}: cannot be read; moved aside, computed again"
             note(progress, console, f"{text}: {path}")
         _answer(prepared, store, progress, console)
-        if rank != 0:
+        if not who.first:
             return None
         with status(progress, console, "waiting for the other processes"):
             store.wait()
@@ -195,7 +219,7 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         "fingerprint": fingerprint.plain(mark),
         "versions": versions(),
         "hardware": hardware() | {"device": str(lm.device)},
-        "timings": {"processes": world, "seconds": clock.timings},
+        "timings": {"processes": who.world, "seconds": clock.timings},
     }
     return Result(table, samples, questions, redacted(run), dict(zip(infos, results, strict=True)))
 
@@ -227,7 +251,7 @@ def _model(plan: Plan) -> AttackedHFLM:
     if device is not None:
         arguments["device"] = device
     first = plan.conditions[0].arguments()
-    with _alone():
+    with nullcontext() if plan.model_args.get("tp_plan") is not None else _alone():
         return AttackedHFLM(pretrained=plan.model, **arguments, **first)
 
 
@@ -246,7 +270,9 @@ def _answer(prepared: Prepared, store: Store, progress: str, console: Console) -
     """Answers this process's share of the batches that no attempt has finished."""
     lm = prepared.lm
     conditions = [attack.condition for attack in lm.engine.attacks]
+    all_here()  # what cannot be read has been moved aside
     finished = store.keys()
+    all_here()  # nothing is added before all have looked
     own = set(store.share(store.rank))
     share = [w for w in prepared.work if w.key in own]
     todo = {id(w.batch): w for w in share if w.key not in finished}

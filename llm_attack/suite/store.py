@@ -179,6 +179,42 @@ class Store:
                 continue
 
 
+class Follower(Store):
+    """Sees the batches of a store and keeps none: of processes that answer what another one keeps.
+
+    Args:
+        folder: of the run.
+        planned: all batches.
+        rank: of the process that keeps them.
+        world: number of those.
+    """
+
+    def __init__(self, folder: Path, planned: Sequence[Key], rank: int = 0, world: int = 1) -> None:
+        self.folder = folder / STORE
+        self.planned, self.rank, self.world = planned, rank, world
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing was taken."""
+
+    def add(self, key: Key, content: Any) -> None:
+        """Nothing is kept."""
+
+    def check(self) -> list[Path]:
+        """Nothing is moved."""
+        return []
+
+    def watch(self) -> None:
+        """The collectives of the model fail where another process has."""
+
+
+def all_here() -> None:
+    """Waits for the other processes that hold a part of the same model, if there are any."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+
+
 def discard(folder: Path) -> None:
     """Deletes the store of the run in `folder`, which is complete; no file of anyone else's."""
     store = folder / STORE
