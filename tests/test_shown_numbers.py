@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from shown import ROOT
 
-from llm_attack.suite import critical
+from llm_attack.suite import critical, inference
 
 # Folder -> the page, and what stands there before the table of accuracies.
 SHOWN = {
@@ -68,6 +68,29 @@ def test_tables_are_those_of_the_results(page, file):
     for heading, *rows in made:
         beside = [of for of in shown if of[0] == heading and all(row in rows for row in of[1:])]
         assert beside and len(beside[0]) > (5 if file.endswith("layers.md") else len(rows))
+
+
+def test_models_of_the_demo():
+    """`docs/demo.md`: the drop of each model, and where it is largest."""
+    text = (ROOT / "docs" / "demo.md").read_text("utf-8")
+    _, *rows = next(tables(text[text.index("## Is the better model") :]))
+    found = [pd.read_csv(ROOT / f"results/models-demo/{name}.csv") for name in ("demo", "choice")]
+    shown = [("random@0.3rms", 0), ("fgsm@0.3rms", 0), ("fgsm@0.05rms", 1)]
+    for steps, clean, *drops in rows:
+        model = f"demo-{steps.replace(',', '')}"
+        for drop, (condition, i) in zip(drops, shown, strict=True):
+            of = found[i]
+            (row,) = of[(of["model"] == model) & (of["condition"] == condition)].to_dict("records")
+            ends = f"{row['drop_low']:.1f} to {row['drop_high']:.1f}"
+            assert drop == f"{row['drop']:.1f} ({ends})" and clean == f"{row['clean']:.3f}"
+    for condition, i in shown[1:]:
+        of = found[i][found[i]["condition"] == condition].set_index("model")
+        assert of["drop"].idxmax() == "demo-1100"
+        if i == 1:
+            best = of.loc[["demo-1500", "demo-2000"], "drop_high"]
+            assert best.max() < of.loc["demo-1100", "drop_low"]
+        known = inference.rank_correlation(of["clean"], of["drop"])
+        assert f"{known.value:+.2f} ({known.low:+.2f} to {known.high:+.2f}, p = " in text
 
 
 def test_curves_agree_with_attacks_of_one_amplitude():

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from llm_attack.errors import UsageError
+from llm_attack.lm.sweep import EMBED
 from llm_attack.suite.figures import look
 from llm_attack.suite.inference import Mean, rank_correlation
 from llm_attack.suite.layout import handles, legend, panels, print_style
@@ -30,6 +31,8 @@ _MEASURED = [
     "gold_probability_drop_high",
 ]
 _EVEN = 0.02  # relative epsilons that differ by less count as equal
+# Whose looks tell models apart.
+_LOOKS = ("fgsm", "bim", "random", "pgd", "ost", "illc", "apgd", "mifgsm", "blocks", "gaussian")
 FEWEST = 4  # models, for an interval of their rank correlation
 
 
@@ -80,18 +83,24 @@ def across(runs: Mapping[str, Result]) -> pd.DataFrame:
     rows = []
     for condition, (name, table) in itertools.product(conditions, tables.items()):
         clean, here = table.loc["none"], table.loc[condition]
-        attack = runs[name].run["attacks"].get(condition, {})
-        rms = attack.get("embedding_rms", attack.get("hookpoint_rms"))
-        absolute = attack.get("epsilon_absolute")
+        rms = _rms(runs[name].run["attacks"], here["hookpoint"])
         rows.append(
             {
                 **{"condition": condition, "model": name, "n": here["n"]},
-                "epsilon_relative": absolute / rms if rms and absolute is not None else np.nan,
+                "epsilon_relative": here["epsilon"] / rms,
                 **{f"clean{end}": clean[f"acc{end}"] for end in ("", "_low", "_high")},
                 **{key: here[key] for key in _MEASURED},
             }
         )
     return pd.DataFrame(rows)
+
+
+def _rms(attacks: Mapping[str, Any], hookpoint: str) -> float:
+    """Of what is perturbed there, as the conditions of a run say it; NaN where none does."""
+    for of in attacks.values():
+        if (of.get("hookpoint") or EMBED) == hookpoint:
+            return of.get("embedding_rms") or of.get("hookpoint_rms") or np.nan
+    return np.nan
 
 
 def trends(frame: pd.DataFrame) -> pd.DataFrame:
@@ -160,7 +169,7 @@ def figure(frame: pd.DataFrame) -> Figure:
         drawn, grid = panels(list(frame["condition"].unique()))
         of_trend = trends(frame).set_index("condition")
         models = list(frame["model"].unique())
-        looks = [look(name) for name in ("fgsm", "bim", "random", "pgd", "ost", "illc", "apgd")]
+        looks = [look(name) for name in _LOOKS]
         for condition, axes in grid.items():
             rows = frame[frame["condition"] == condition].set_index("model")
             for model, like in zip(models, itertools.cycle(looks), strict=False):
