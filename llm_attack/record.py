@@ -33,11 +33,12 @@ class Stopwatch(dict[str, float]):
         super().__init__()
         self._last = time.perf_counter()
 
-    def lap(self, name: str) -> None:
-        """Adds the time since the last lap to `name`."""
+    def lap(self, name: str) -> float:
+        """Adds the time since the last lap to `name`, and returns it."""
         now = time.perf_counter()
-        self[name] = self.get(name, 0.0) + now - self._last
-        self._last = now
+        since, self._last = now - self._last, now
+        self[name] = self.get(name, 0.0) + since
+        return since
 
 
 @contextmanager

@@ -100,14 +100,16 @@ def load(name: str, settings: ImageSettings) -> Dataset:
     return Dataset(name, classes, train, test)
 
 
-def augment(x: Tensor, generator: torch.Generator, *, crop: int = 0, flip: bool = False) -> Tensor:
+def augment(
+    x: Tensor, generator: torch.Generator, *, crop: int = 0, flip: Tensor | None = None
+) -> Tensor:
     """Each image of (N, C, H, W) shifted by up to `crop` pixels, with zeros behind, and mirrored.
 
     Args:
         x: the images.
         generator: of the draws; on the device of `x`.
         crop: pixels of padding on each side, from which as large an image is cut at random.
-        flip: mirrors half of the images, left to right.
+        flip: (N,) which images to mirror, left to right; None: none.
     """
     n, _, height, width = x.shape
 
@@ -116,8 +118,8 @@ def augment(x: Tensor, generator: torch.Generator, *, crop: int = 0, flip: bool 
 
     rows = draw(2 * crop + 1) + torch.arange(height, device=x.device)
     columns = draw(2 * crop + 1) + torch.arange(width, device=x.device)
-    if flip:
-        columns = torch.where(draw(2) == 1, columns.flip(1), columns)
+    if flip is not None:
+        columns = torch.where(flip[:, None], columns.flip(1), columns)
     padded = torch.nn.functional.pad(x, (crop,) * 4).permute(0, 2, 3, 1)
     images = torch.arange(n, device=x.device)[:, None, None]
     return padded[images, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

@@ -52,7 +52,9 @@ def run(settings: Settings, folder: Path) -> dict[str, Any]:
     if settings.images > len(dataset.classes):
         raise invalid("images", settings.images, f"at most {len(dataset.classes)}, one a class")
     epsilon = stages.amplitude(settings, dataset)
-    network, rows = stages.trained(dataset, name, settings, ["fgsm"], clock, epsilon=epsilon)
+    network, rows = stages.trained(
+        dataset, name, settings, ["fgsm"], clock, attacked_epochs=1, epsilon=epsilon
+    )
     with frozen(network), torch.no_grad():
         images = _known(network, dataset, settings.images)
         x, labels = dataset.test[images].scaled(), dataset.test.labels[images]

@@ -27,13 +27,19 @@ class Settings(ImageSettings):
 
     subset: int | None = setting(
         None,
-        "Number of test images that bim, illc, pgd, mifgsm, apgd and sparsefool see; unless given,"
-        " all",
+        "Number of test images that all attacks see, the same for all curves; unless given, all",
+        least=1,
+    )
+    attacked_epochs: int | None = setting(
+        None,
+        "Number of epochs after which to attack, spread evenly from the first to the last, which"
+        " is always one of them; unless given, all",
         least=1,
     )
 
 
 _ALL = "cnn,resnet18,googlenet"
+_NOT_ATTACKS = ("none", "lowest", "highest", "all")
 PRESETS = {
     "quick": Settings(**QUICK, network=_ALL, subset=100),
     "paper": Settings(dataset="mnist,cifar10", network=_ALL, subset=1000),
@@ -99,6 +105,7 @@ def curves(
             state=folder / "checkpoints" / f"{file}.pt",
             epsilon=epsilons[dataset.name],
             subset=settings.subset,
+            attacked_epochs=settings.attacked_epochs,
             at=at,
             epsilon_unit=epsilon_unit,
         )
@@ -149,15 +156,22 @@ def draw(folder: Path, width: float, at: str | None = None) -> None:
 
 
 def _panel(axis: Any, group: pd.DataFrame) -> None:
-    """One panel: clean accuracy, robust accuracies, and the envelope of these as an area."""
-    attacks = [c for c in group["condition"].unique() if c not in ("none", "lowest", "highest")]
-    accuracy = group.pivot(index="epoch", columns="condition", values="accuracy")
+    """One panel: clean and robust accuracies with their intervals; the envelope of the latter."""
+    attacks = [c for c in group["condition"].unique() if c not in _NOT_ATTACKS]
+    table = group.pivot(index="epoch", columns="condition", values=["accuracy", "low", "high"])
+    accuracy = table["accuracy"]
     lines: Any = {"markersize": 3, "marker": "o" if len(accuracy) < 12 else ""}
-    axis.plot(accuracy["none"], color=COLOURS[-1], linewidth=1.8, label="clean", **lines)
+
+    def curve(condition: str, colour: str, label: str, width: float) -> None:
+        ends = (table["low"][condition], table["high"][condition])
+        axis.fill_between(table.index, *ends, color=colour, alpha=0.15, linewidth=0)
+        axis.plot(accuracy[condition], color=colour, linewidth=width, label=label, **lines)
+
     ends = (accuracy["lowest"], accuracy["highest"])
     axis.fill_between(accuracy.index, *ends, color="0.85", linewidth=0, label="envelope")
+    curve("none", COLOURS[-1], "clean", 1.8)
     for attack, colour in zip(attacks, COLOURS * 2, strict=False):
-        axis.plot(accuracy[attack], color=colour, linewidth=1, label=shown(attack), **lines)
+        curve(attack, colour, shown(attack), 1)
 
 
 COMMAND = figure_command("fig2", PRESETS, run)

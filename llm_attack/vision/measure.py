@@ -16,7 +16,6 @@ from llm_attack.vision.networks import split
 
 _IN_BALL = (name for name, kind in ATTACKS.items() if name != "none" and not kind.minimal)
 KNOWN = (*_IN_BALL, "sparsefool")
-SLOW = tuple(n for n in KNOWN if n == "sparsefool" or ATTACKS[n].iterative or ATTACKS[n].search)
 
 Row = dict[str, Any]
 
@@ -101,7 +100,6 @@ class _Tally:
     def __init__(self) -> None:
         self.right: list[Tensor] = []
         self.found: list[Tensor] = []  # of fooled images: L0, L2, Linf, (n, 3)
-        self.was_right = 0
         self.zeros = torch.zeros((), dtype=torch.int64)
         self.elements = 0
 
@@ -109,26 +107,37 @@ class _Tally:
         self.zeros = self.zeros.to(slope.device) + (slope == 0).sum()
         self.elements += slope.numel()
 
-    def add(self, was_right: Tensor, right: Tensor, change: Tensor) -> None:
+    def add(self, right: Tensor, change: Tensor | None = None) -> None:
+        """Which images are right, and the change of those that are wrong from then on."""
         self.right.append(right)
-        self.was_right += int(was_right.sum())
-        change = change[was_right & ~right].flatten(1).float()
-        norms = [change.norm(p, dim=1) for p in (0, 2, torch.inf)]
-        self.found.append(torch.stack(norms, dim=1))
+        if change is not None:
+            change = change.flatten(1).float()
+            norms = [change.norm(p, dim=1) for p in (0, 2, torch.inf)]
+            self.found.append(torch.stack(norms, dim=1))
 
-    def row(self, condition: str) -> Row:
-        right, found = torch.cat(self.right), torch.cat(self.found)
+    def row(self, condition: str, before: float) -> Row:
+        found = torch.cat(self.found) if self.found else torch.zeros(0, 3)
         l0, l2, linf = found.median(0).values.tolist() if len(found) else [None] * 3
+        shares = _shares(torch.cat(self.right))
         return {
             "condition": condition,
-            "accuracy": right.double().mean().item(),
-            "images": len(right),
-            "fooled": len(found) / self.was_right if self.was_right else None,
+            **shares,
+            "before": before,
+            "fooled": 1 - shares["accuracy"] / before if before else None,
             "l0": l0,
             "l2": l2,
             "linf": linf,
             "zero_gradient": self.zeros.item() / self.elements if self.elements else None,
         }
+
+
+def _shares(right: Tensor) -> Row:
+    """The accuracy with its 95 % Wilson interval, and the number of images."""
+    from scipy.stats import binomtest
+
+    successes, n = int(right.sum()), len(right)
+    low, high = binomtest(successes, n).proportion_ci(0.95, "wilson")
+    return {"accuracy": successes / n, "low": float(low), "high": float(high), "images": n}
 
 
 def measure(
@@ -144,7 +153,10 @@ def measure(
     batch_size: int = 250,
     seed: int = 0,
 ) -> list[Row]:
-    """A row for each condition: `none`, the attacks, and the `lowest` and `highest` of those.
+    """A row for each condition: `none`, the attacks, `lowest` and `highest` of those, and `all`.
+
+    Robust accuracy is the share of images that are right before *and* after an attack. Wrong ones
+    are not attacked: whatever an attack did to them, they would not count.
 
     Args:
         network: of `networks.build`.
@@ -152,60 +164,75 @@ def measure(
         names: of the attacks; members of `KNOWN`, at least one.
         epsilon: L-infinity amplitude.
         steps: of the iterative attacks.
-        subset: the attacks in `SLOW` see the first so many images; None for all.
+        subset: all conditions but `all` are of the first so many images; None for all.
         at: the block whose output is attacked, without a box; None for the pixels, in [0, 1].
         epsilon_unit: `rms` for an epsilon in units of the point's root mean square.
         batch_size: images at once.
         seed: of the random draws, which belong to an image, not to a batch.
 
     Returns:
-        Rows with the accuracy, the number of `images` it is of, the share of images right before
-        that were `fooled`, the medians over these of the perturbation's L0 (coordinates), L2 and
-        L-infinity norm, the share of gradient coordinates that were exactly zero, and the
-        amplitude `epsilon` in the units of the point with the point's root mean square, `rms`.
+        Rows with the clean (`none`, `all`) or robust accuracy, the ends `low` and `high` of its
+        95 % Wilson interval, the number of `images` it is of, the share of them that was right
+        `before` the attack, the share of those that were `fooled`, the medians over these of the
+        perturbation's L0 (coordinates), L2 and L-infinity norm, the share of gradient coordinates
+        that were exactly zero, and the amplitude `epsilon` in the units of the point with the
+        point's root mean square, `rms`.
     """
     extract, classifier = (nn.Identity(), network) if at is None else split(network, at)
     few = len(images) if subset is None else min(subset, len(images))
     edges = sorted({*range(0, few, batch_size), *range(few, len(images), batch_size)})
     batches = [slice(a, b) for a, b in zip(edges, [*edges[1:], len(images)], strict=True)]
-    keys = torch.tensor([keys_for(seed, [i]) for i in range(len(images))])
-    keys = keys.to(images.labels.device)
+    keys = torch.tensor([keys_for(seed, [i]) for i in range(few)]).to(images.labels.device)
     tallies = {name: _Tally() for name in ("none", *names)}
+    everything = _Tally()
     with frozen(network):
 
         def points(rows: slice) -> Tensor:
             with torch.no_grad():
                 return extract(images[rows].scaled())
 
-        def right(x: Tensor, rows: slice) -> Tensor:
+        def right(x: Tensor, labels: Tensor) -> Tensor:
             with torch.no_grad():
-                return classifier(x).argmax(1) == images.labels[rows]
+                return classifier(x).argmax(1) == labels
 
-        squares = [points(rows).flatten(1).double().square().mean(1) for rows in batches]
+        attacked_batches = [rows for rows in batches if rows.start < few]
+        squares = [points(rows).flatten(1).double().square().mean(1) for rows in attacked_batches]
         rms = torch.cat(squares).mean().sqrt().item()
         amplitude = epsilon * (rms if epsilon_unit == "rms" else 1.0)
         for rows in tqdm(batches, desc="attacks", leave=False, disable=None):
-            x = points(rows)
-            clean = right(x, rows)
-            tallies["none"].add(clean, clean, torch.zeros_like(x))
+            x, labels = points(rows), images.labels[rows]
+            clean = right(x, labels)
+            everything.add(clean)
+            if rows.start >= few:
+                continue
+            tallies["none"].add(clean)
+            if not clean.any():
+                for name in names:
+                    tallies[name].add(clean)
+                continue
+            x, labels = x[clean], labels[clean]
             for name, point in attacked(
-                [name for name in names if rows.start < few or name not in SLOW],
+                names,
                 classifier,
                 x,
-                images.labels[rows],
-                keys[rows],
+                labels,
+                keys[rows][clean],
                 epsilon=amplitude,
                 steps=steps,
                 bounds=(0, 1) if at is None else None,
                 on_gradient=lambda name, slope: tallies[name].gradient(slope),
             ):
-                tallies[name].add(clean, right(point, rows), point - x)
-    table = [tally.row(condition) for condition, tally in tallies.items()]
-    robust = [row["accuracy"] for row in table[1:]]
-    table += [
-        {"condition": "lowest", "accuracy": min(robust)},
-        {"condition": "highest", "accuracy": max(robust)},
-    ]
+                stays = right(point, labels)
+                after = clean.clone()
+                after[clean] = stays
+                tallies[name].add(after, (point - x)[~stays])
+    before = torch.cat(tallies["none"].right).double().mean().item()
+    table = [tally.row(condition, before) for condition, tally in tallies.items()]
+    robust = sorted(table[1:], key=lambda row: row["accuracy"])
+    kept = ("accuracy", "low", "high", "images", "before")
+    for condition, row in (("lowest", robust[0]), ("highest", robust[-1])):
+        table.append({"condition": condition, **{name: row[name] for name in kept}})
+    table.append({"condition": "all", **_shares(torch.cat(everything.right))})
     return [{**row, "epsilon": amplitude, "rms": rms} for row in table]
 
 

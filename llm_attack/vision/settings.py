@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from llm_attack.declare import check, setting
+from llm_attack.errors import invalid
 from llm_attack.reproduce import DEVICE
 
 
@@ -59,18 +60,26 @@ class ImageSettings:
     )
     batch_size: int = setting(128, "Number of training images per step", least=1)
     learning_rate: float = setting(0.05, "Highest learning rate of the cycle", least=0)
+    momentum: float = setting(0.9, "Nesterov momentum of the optimiser", least=0)
     weight_decay: float = setting(5e-4, "Weight decay of the optimiser", least=0)
+    label_smoothing: float = setting(
+        0.1, "Share of the labels that is spread over all classes in training", least=0
+    )
     crop: int | None = setting(
         None,
         "Pixels to shift training images by at most; unless given, an eighth of their size",
         least=0,
     )
     flip: bool | None = setting(
-        None, "Whether to mirror half of the images, true or false; unless given, those in colour"
+        None,
+        "Whether to mirror training images in every other epoch, half of them in the first, true or"
+        " false; unless given, those in colour",
     )
     precision: str = setting(
         "auto",
-        "Precision of training; auto is bfloat16 on GPUs that are made for it, else float32",
+        "Precision of training; auto is bfloat16 on GPUs that are made for it and on processors"
+        " that are measured to be faster with it in a training of more than a minute, else float32;"
+        " attacks are always in float32",
         choices=("auto", "float32", "bfloat16"),
     )
     train_split: str = setting(
@@ -88,6 +97,9 @@ class ImageSettings:
 
     def __post_init__(self) -> None:
         check(self)
+        for name in ("momentum", "label_smoothing"):
+            if getattr(self, name) >= 1:
+                raise invalid(name, getattr(self, name), "at least 0 and below 1")
 
 
 # Of all quick presets.

@@ -60,10 +60,13 @@ def trained(
     attacks: Sequence[str],
     clock: Stopwatch,
     *,
+    attacked_epochs: int | None = None,
     state: Path | None = None,
     **how: Any,
 ) -> tuple[nn.Sequential, list[Row]]:
-    """The trained network, and what `measure` found after each epoch, which is printed.
+    """The trained network, and what `measure` found after epochs, which is printed.
+
+    After the first epoch it says how long all of them will take.
 
     Args:
         dataset: to learn from and to measure with.
@@ -71,6 +74,8 @@ def trained(
         settings: of the training, and `steps` of the attacks.
         attacks: their names.
         clock: gets the seconds of training and of attacks.
+        attacked_epochs: number of epochs after which to measure, spread evenly from the first to
+            the last; None for all, 1 for the last.
         state: as for `train`.
         **how: of `measure`: `epsilon` and others.
     """
@@ -78,15 +83,33 @@ def trained(
     label = f"{dataset.name}-{name}"
     kept: Any = {"state": state, "label": label}
     how |= {"steps": settings.steps, "seed": settings.seed}
+    chosen = spread(settings.epochs, attacked_epochs)
+    first = True
     for epoch, loss in train(network, dataset.train, settings, rows, **kept):
-        clock.lap(f"{label} training")
-        found = measure(network, dataset.test, attacks, **how)
-        rows += [{"epoch": epoch, **row} for row in found]
-        said = ", ".join(f"{row['condition']} {row['accuracy']:.3f}" for row in found)
-        tqdm.write(f"{label}: epoch {epoch} of {settings.epochs}, loss {loss:.4f}, {said}")
-        clock.lap(f"{label} attacks")
+        learning = clock.lap(f"{label} training")
+        said = f"{label}: epoch {epoch} of {settings.epochs}, loss {loss:.4f}"
+        if epoch in chosen:
+            found = measure(network, dataset.test, attacks, **how)
+            rows += [{"epoch": epoch, **row} for row in found]
+            said += "".join(f", {row['condition']} {row['accuracy']:.3f}" for row in found)
+        measuring = clock.lap(f"{label} attacks")
+        if first and epoch < settings.epochs:
+            more = sum(later > epoch for later in chosen)
+            left = (settings.epochs - epoch) * learning + more * measuring
+            unknown = "" if epoch in chosen else " without the attacks"
+            said += f"; about {left / 60:.1f} more minutes for this network{unknown}"
+            first = False
+        tqdm.write(said)
     clock.lap(f"{label} training")
     return network, rows
+
+
+def spread(epochs: int, n: int | None) -> set[int]:
+    """`n` of the epochs from 1, evenly spread from the first to the last; None for all."""
+    if n == 1:
+        return {epochs}
+    n = epochs if n is None else min(n, epochs)
+    return {round(1 + i * (epochs - 1) / (n - 1)) for i in range(n)} if n > 1 else {epochs}
 
 
 def summary(dataset: Dataset, network: nn.Module, rows: Sequence[Row]) -> dict[str, Any]:

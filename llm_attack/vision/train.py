@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -17,7 +18,10 @@ from llm_attack.errors import UsageError
 from llm_attack.record import whole_or_not
 from llm_attack.vision.data import Images, augment
 from llm_attack.vision.measure import Row
+from llm_attack.vision.precision import mixed_precision
 from llm_attack.vision.settings import ImageSettings
+
+_TRIED = 32  # images of a step whose speed is measured
 
 
 def train(
@@ -32,13 +36,14 @@ def train(
     """Trains `network` in place: SGD with Nesterov momentum, one cycle of the learning rate.
 
     The order of the images and their augmentation are drawn from the seed and the epoch's number,
-    so that a resumed run is the run that was not interrupted.
+    so that a resumed run is the run that was not interrupted. Which images are mirrored alternates:
+    each is seen both ways in any two epochs (Jordan 2024, arXiv 2404.00498).
 
     Args:
         network: on the device of `images`.
         images: to learn from.
-        settings: `epochs`, `batch_size`, `learning_rate`, `weight_decay`, `crop`, `flip`,
-            `precision`, `seed`.
+        settings: `epochs`, `batch_size`, `learning_rate`, `momentum`, `weight_decay`,
+            `label_smoothing`, `crop`, `flip`, `precision`, `seed`.
         rows: the caller's of all epochs, to which it adds while an epoch is yielded: kept in
             `state`, and taken from there by a run that is resumed.
         state: file that keeps weights, optimiser and rows after every epoch; if it exists, training
@@ -49,7 +54,8 @@ def train(
         The epoch's number, from 1, and its mean loss.
 
     Raises:
-        UsageError: `state` cannot be read, or was written under other settings.
+        UsageError: `state` cannot be read, or was written under other settings; the loss of an
+            epoch is not finite.
     """
     device = images.pixels.device
     batch = min(settings.batch_size, len(images))
@@ -58,47 +64,57 @@ def train(
     optimiser = torch.optim.SGD(
         network.parameters(),
         settings.learning_rate,
-        momentum=0.9,
-        nesterov=True,
+        momentum=settings.momentum,
+        nesterov=settings.momentum > 0,  # torch has none without momentum
         weight_decay=settings.weight_decay,
     )
     cycle = torch.optim.lr_scheduler.LambdaLR(optimiser, partial(one_cycle, steps=steps))
-    mixed = mixed_precision(settings.precision, device)
     same = {**asdict(settings), "label": label}
     same.pop("device", None)  # may differ from that of the run that is resumed
     channels, size = images.pixels.shape[1:3]
     crop = size // 8 if settings.crop is None else settings.crop
     flip = channels == 3 if settings.flip is None else settings.flip
+    mirrored = torch.randint(
+        2, (len(images),), generator=_drawn(settings, 0, device), device=device
+    )
     done = 0
     if state is not None and state.exists():
         kept = _read(state, same, device)
-        done, rows[:] = kept["epoch"], kept["rows"]
+        done, rows[:], mixed = kept["epoch"], kept["rows"], kept["mixed"]
         network.load_state_dict(kept["network"])
         optimiser.load_state_dict(kept["optimiser"])
         cycle.load_state_dict(kept["cycle"])
-    with tqdm(total=steps, initial=done * per_epoch, desc=label, disable=None) as bar:
+    else:
+        few = images[:_TRIED]
+        ahead = steps * batch
+        mixed = mixed_precision(settings.precision, network, few.scaled(), few.labels, ahead)
+    smoothed = partial(nn.functional.cross_entropy, label_smoothing=settings.label_smoothing)
+    seen: Any = {"total": steps * batch, "initial": done * per_epoch * batch, "unit": " images"}
+    with tqdm(**seen, unit_scale=True, desc=label, disable=None) as bar:
         for epoch in range(done + 1, settings.epochs + 1):
             network.train()
-            draws = torch.Generator(device).manual_seed(settings.seed + 1_000_003 * epoch)
+            draws = _drawn(settings, epoch, device)
             order = torch.randperm(len(images), generator=draws, device=device)
             total = torch.zeros((), device=device)
             for rows_now in order[: per_epoch * batch].split(batch):
                 now = images[rows_now]
-                x = Images(augment(now.pixels, draws, crop=crop, flip=flip), now.labels).scaled()
+                turned = (mirrored[rows_now] + epoch) % 2 == 1 if flip else None
+                x = Images(augment(now.pixels, draws, crop=crop, flip=turned), now.labels).scaled()
                 with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
-                    loss = nn.functional.cross_entropy(network(x).float(), now.labels)
+                    loss = smoothed(network(x).float(), now.labels)
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()
                 cycle.step()
                 total += loss.detach()
-                bar.update()
-            yield epoch, total.item() / per_epoch
+                bar.update(batch)
+            yield epoch, _finite(total.item() / per_epoch, epoch, settings)
             if state is not None:
                 kept = {
                     "same": same,
                     "epoch": epoch,
                     "rows": rows,
+                    "mixed": mixed,
                     "network": network.state_dict(),
                     "optimiser": optimiser.state_dict(),
                     "cycle": cycle.state_dict(),
@@ -113,11 +129,17 @@ def one_cycle(step: int, *, steps: int) -> float:
     return min(4 * share, (1 - share) * 4 / 3)
 
 
-def mixed_precision(precision: str, device: torch.device) -> bool:
-    """Whether to train in bfloat16 where that is safe: `auto` does on GPUs that are made for it."""
-    if precision == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return precision == "bfloat16"
+def _drawn(settings: ImageSettings, epoch: int, device: torch.device) -> torch.Generator:
+    return torch.Generator(device).manual_seed(settings.seed + 1_000_003 * epoch)
+
+
+def _finite(loss: float, epoch: int, settings: ImageSettings) -> float:
+    if not math.isfinite(loss):
+        raise UsageError(
+            f"learning_rate={settings.learning_rate:g}: the loss is {loss} in epoch {epoch}; must "
+            "be lower, or the images other ones"
+        )
+    return loss
 
 
 def _read(state: Path, same: dict[str, Any], device: torch.device) -> dict[str, Any]:

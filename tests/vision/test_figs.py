@@ -16,7 +16,7 @@ from llm_attack.vision.settings import Amplitude
 
 SIX = ("ost", "fgsm", "bim", "illc", "pgd", "sparsefool")
 SMALL = {"width": 0.1, "epochs": 2, "train_size": 128, "test_size": 40, "batch_size": 16}
-CONDITIONS = ["none", *SIX, "lowest", "highest"]
+CONDITIONS = ["none", *SIX, "lowest", "highest", "all"]
 
 
 def invoke(*arguments):
@@ -53,9 +53,11 @@ def test_fig2(tmp_path, monkeypatch):
     assert keys == [
         ["digits", n, e, c] for n in ("cnn", "resnet18") for e in (1, 2) for c in CONDITIONS
     ]
-    slow = table["condition"].isin(("bim", "illc", "pgd", "sparsefool"))
-    assert (table["images"][slow] == 10).all()
-    assert (table["images"][table["condition"].isin(("none", "ost", "fgsm"))] == 40).all()
+    whole = table["condition"] == "all"
+    assert (table["images"][~whole] == 10).all() and (table["images"][whole] == 40).all()
+    assert (table["low"] <= table["accuracy"]).all() and (table["accuracy"] <= table["high"]).all()
+    # an attack mends nothing: what was wrong before does not count as right
+    assert (table["accuracy"] <= table["before"])[~whole].all()
     assert table["epsilon"].unique() == pytest.approx([8 / 255], rel=1e-5)
     for _, group in table.groupby(["network", "epoch"]):
         accuracy = group.set_index("condition")["accuracy"]
@@ -116,6 +118,28 @@ def test_fig2_resumes(tmp_path, monkeypatch):
     assert whole.read_bytes() == parts.read_bytes()
 
 
+def test_attacks_after_some_epochs(tmp_path, capsys):
+    settings = {**SMALL, "epochs": 4, "train_size": 32, "attacks": "fgsm"}
+    fig2.run(fig2.Settings(**settings, attacked_epochs=2), tmp_path / "some")
+    said = capsys.readouterr().out.splitlines()
+    fig2.run(fig2.Settings(**settings), tmp_path / "every")
+    some, every = (pd.read_csv(tmp_path / x / "table.csv") for x in ("some", "every"))
+    assert list(some["epoch"].unique()) == [1, 4]
+    both = every[every["epoch"].isin((1, 4))].reset_index(drop=True)
+    pd.testing.assert_frame_equal(some, both)
+    assert "more minutes for this network" in said[0] and len(said) == 4
+    assert not any("minutes" in line for line in said[1:])
+
+
+@pytest.mark.parametrize(
+    ("n", "epochs"),
+    ((None, {1, 2, 3, 4, 5}), (9, {1, 2, 3, 4, 5}), (1, {5}), (2, {1, 5}), (3, {1, 3, 5})),
+)
+def test_attacked_epochs_are_spread_evenly(n, epochs):
+    assert stages.spread(5, n) == epochs
+    assert stages.spread(1, n) == {1}
+
+
 def test_fig5(tmp_path):
     settings = fig5.Settings(**SMALL, network="resnet18", subset=10, epsilon_unit="rms", at="pool")
     results = fig5.run(settings, tmp_path)
@@ -145,7 +169,7 @@ def test_fig1(tmp_path):
     sparse = table[table["condition"] == "sparsefool"]
     assert (sparse["prediction"] != sparse["label"]).all()
     assert (sparse["l0"].values < attacked.groupby("image")["l0"].min().values).all()
-    assert set(results["digits-cnn"]["accuracy"]) == {"none", "fgsm", "lowest", "highest"}
+    assert set(results["digits-cnn"]["accuracy"]) == {"none", "fgsm", "lowest", "highest", "all"}
     text = (tmp_path / "figure.svg").read_text()
     for word in ("perturbation", "attacked image", "FGSM", "SparseFool", "L∞"):
         assert word in text
@@ -240,7 +264,7 @@ def test_colour_images_are_mirrored_and_grey_ones_are_not(tmp_path, monkeypatch)
     seen, loaded = [], []
 
     def augment(x, generator, *, crop, flip):
-        seen.append((flip, crop))
+        seen.append((flip is not None, crop))
         return x
 
     def load(name, settings):

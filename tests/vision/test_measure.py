@@ -12,7 +12,7 @@ from torch import nn
 
 from llm_attack.attacks import Attack, keys_for, least_likely, perturb, sparsefool
 from llm_attack.vision.data import Images
-from llm_attack.vision.measure import KNOWN, SLOW, attacked, cross_entropy, frozen, measure
+from llm_attack.vision.measure import KNOWN, attacked, cross_entropy, frozen, measure
 from llm_attack.vision.networks import build
 
 SIX = ("ost", "fgsm", "bim", "illc", "pgd", "sparsefool")
@@ -154,18 +154,49 @@ def test_accuracies_do_not_depend_on_the_batch_size():
     assert one != measure(net, data, (*SIX, "random"), epsilon=0.05, seed=4, batch_size=30)
 
 
-def test_the_slow_attacks_see_a_subset():
+def test_all_attacks_see_the_same_images():
     net, data = network(), images(30)
     table = rows_of(measure(net, data, SIX, epsilon=0.05, subset=11, batch_size=8))
     whole = rows_of(measure(net, data, SIX, epsilon=0.05))
     part = rows_of(measure(net, data[:11], SIX, epsilon=0.05))
-    assert set(SLOW) == {"bim", "illc", "pgd", "mifgsm", "apgd", "apgdt", "blocks", "sparsefool"}
-    for name in ("none", *SIX):
-        assert table[name] == pytest.approx(
-            (part if name in SLOW else whole)[name] | {"rms": table[name]["rms"]}
-        )
-        assert table[name]["images"] == (11 if name in SLOW else 30)
+    for name in ("none", *SIX, "lowest", "highest"):
+        assert table[name] == pytest.approx(part[name])
+        assert table[name]["images"] == 11
+        assert table[name]["before"] == table["none"]["accuracy"]
+    kept = ("accuracy", "low", "high", "images")
+    assert [table["all"][k] for k in kept] == [whole["none"][k] for k in kept]
     assert rows_of(measure(net, data, SIX, epsilon=0.05, subset=99)) == whole
+
+
+def test_robust_accuracy_is_of_images_right_before_and_after():
+    """`random` makes some wrong images right, which do not count: image by image."""
+    net, data = network(), images(200)
+    x, keys = data.scaled(), torch.tensor([keys_for(0, [i]) for i in range(200)])
+    names = (*SIX, "random")
+    table = rows_of(measure(net, data, names, epsilon=0.2, batch_size=64))
+    mended = 0
+    with frozen(net):
+        before = net(x).argmax(1) == data.labels
+        points = dict(
+            attacked(names, net, x, data.labels, keys, epsilon=0.2, steps=10, bounds=(0, 1))
+        )
+        for name, point in points.items():
+            after = net(point).argmax(1) == data.labels
+            mended += int((after & ~before).sum())
+            share = (before & after).double().mean().item()
+            assert table[name]["accuracy"] == pytest.approx(share)
+            lost = 1 - share / before.double().mean().item()
+            assert table[name]["fooled"] == pytest.approx(lost)
+    assert mended > 0
+
+
+def test_intervals_are_wilsons():
+    net, data = network(), images(60)
+    for row in measure(net, data, ("fgsm",), epsilon=0.02, subset=50):
+        n, p, z = row["images"], row["accuracy"], 1.959963984540054
+        middle, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+        ends = [(middle + sign * half) / (1 + z**2 / n) for sign in (-1, 1)]
+        assert [row["low"], row["high"]] == pytest.approx(ends)
 
 
 @pytest.mark.parametrize(("at", "unit"), (("conv2", "absolute"), ("fc1", "rms")))
@@ -186,8 +217,8 @@ def test_features_are_attacked_without_a_box(at, unit):
         attacked_features = perturb(
             Attack("fgsm", epsilon), features, lambda p: cross_entropy(classifier(p), data.labels)
         )
-        right = classifier(attacked_features).argmax(1) == data.labels
         clean = classifier(features).argmax(1) == data.labels
+        right = clean & (classifier(attacked_features).argmax(1) == data.labels)
     assert attacked_features.min() < 0  # rectified features have no box either
     assert table["fgsm"]["accuracy"] == pytest.approx(right.double().mean().item())
     assert table["none"]["accuracy"] == pytest.approx(clean.double().mean().item())

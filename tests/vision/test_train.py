@@ -11,7 +11,8 @@ from llm_attack.errors import UsageError
 from llm_attack.vision import fig2
 from llm_attack.vision.data import load
 from llm_attack.vision.networks import build
-from llm_attack.vision.train import mixed_precision, one_cycle, train
+from llm_attack.vision.precision import mixed_precision
+from llm_attack.vision.train import one_cycle, train
 
 SETTINGS = fig2.Settings(epochs=4, batch_size=32, width=0.25, learning_rate=0.1, crop=1, flip=True)
 PLAIN = replace(SETTINGS, crop=0, flip=False)
@@ -83,10 +84,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(images, tmp_path, stop_at):
 
 
 def test_the_optimiser_is_as_set(images, tmp_path):
-    settings = replace(SETTINGS, weight_decay=0.01, epochs=1, batch_size=20)
+    settings = replace(SETTINGS, weight_decay=0.01, momentum=0.8, epochs=1, batch_size=20)
     run(images, settings, state=tmp_path / "state.pt")
     (group,) = torch.load(tmp_path / "state.pt", weights_only=True)["optimiser"]["param_groups"]
-    assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.9, True, 0.01)
+    assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.8, True, 0.01)
     assert group["initial_lr"] == 0.1 and group["lr"] == pytest.approx(0)
 
 
@@ -128,19 +129,47 @@ def test_batches_are_no_larger_than_the_data(images):
     assert len(rows) == 2 and losses[0] > 0
 
 
-def test_the_mean_loss_is_reported(images):
+@pytest.mark.parametrize("share", (0.0, 0.2))
+def test_the_mean_loss_is_reported(images, share):
     """At a learning rate of zero, the loss is that of the untrained network."""
-    settings = replace(PLAIN, learning_rate=0.0, batch_size=50, epochs=1)
+    settings = replace(
+        PLAIN, learning_rate=0.0, momentum=0.0, label_smoothing=share, batch_size=50, epochs=1
+    )
     net = network(images, "cnn")
     losses = [loss for _, loss in train(net, images, settings, [])]
-    wanted = nn.functional.cross_entropy(net(images.scaled()), images.labels)
+    scores = net(images.scaled()).log_softmax(1)
+    own = -scores.gather(1, images.labels[:, None]).mean()
+    wanted = (1 - share) * own - share * scores.mean()
     assert losses == [pytest.approx(wanted.item(), rel=1e-5)]
 
 
+def test_each_image_is_seen_both_ways_in_two_epochs(images, monkeypatch):
+    """And half of them are mirrored in the first."""
+    seen = []
+
+    def augment(x, generator, *, crop, flip):
+        seen.extend(
+            (row.numpy().tobytes(), bool(turned)) for row, turned in zip(x, flip, strict=True)
+        )
+        return x
+
+    monkeypatch.setattr("llm_attack.vision.train.augment", augment)
+    list(train(network(images, "cnn"), images, replace(SETTINGS, epochs=2, batch_size=50), []))
+    first, second = dict(seen[:200]), dict(seen[200:])
+    assert len(first) == 200 and second == {x: not turned for x, turned in first.items()}
+    assert 60 < sum(first.values()) < 140
+
+
+def test_a_loss_that_is_not_finite_is_said(images, tmp_path):
+    settings = replace(PLAIN, learning_rate=1e30)
+    state = tmp_path / "state.pt"
+    message = r"learning_rate=1e\+30: the loss is (nan|inf) in epoch 1; must be lower"
+    with pytest.raises(UsageError, match=message):
+        run(images, settings, state=state)
+    assert not state.exists()
+
+
 def test_precision(images):
-    cpu = torch.device("cpu")
-    assert not mixed_precision("auto", cpu) and not mixed_precision("float32", cpu)
-    assert mixed_precision("bfloat16", cpu)
     seen = []
     net = network(images, "cnn")
     net.fc2.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
@@ -148,4 +177,60 @@ def test_precision(images):
         settings = replace(PLAIN, precision=precision, epochs=1, batch_size=200)
         assert len(list(train(net, images, settings, []))) == 1
     assert seen == [torch.float32, torch.bfloat16]
-    assert all(p.dtype == torch.float32 for p in net.parameters())
+
+
+class Clock:
+    """Its time is that of the steps done, each of what its precision takes."""
+
+    def __init__(self, **seconds):
+        self.now, self.steps, self.seconds = 0.0, 0, seconds
+
+    def step(self, module, args, output):
+        self.now += self.seconds[str(output.dtype).removeprefix("torch.")]
+        self.steps += 1
+
+    def __deepcopy__(self, memo):
+        return self  # a copied network moves the same hands
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.mark.parametrize(
+    ("plain", "mixed", "images_ahead", "chosen", "steps"),
+    (
+        (0.25, 0.125, 32 * 1000, True, 14),
+        (0.25, 15 / 64, 32 * 1000, False, 12),  # not worth it
+        (0.125, 0.25, 32 * 1000, False, 14),
+        (0.25, 0.125, 32 * 239, False, 2),  # less than a minute: not measured
+        (5.0, 1.0, 32 * 1000, True, 4),
+    ),
+)
+def test_auto_is_what_is_faster_here(images, caplog, plain, mixed, images_ahead, chosen, steps):
+    net, few = network(images, "cnn"), images[:32]
+    clock = Clock(float32=plain, bfloat16=mixed)
+    net.fc2.register_forward_hook(clock.step)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    found = mixed_precision("auto", net, few.scaled(), few.labels, images_ahead, clock)
+    assert (found, clock.steps) == (chosen, steps)
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    assert all(p.grad is None for p in net.parameters()) and net.training
+    said = f"{32 / plain:.0f} images/s in float32, {32 / mixed:.0f} in bfloat16"
+    assert (said in caplog.text) == (steps > 2)
+
+
+def test_precision_as_asked_is_not_measured(images):
+    few = images[:2]
+    for precision in ("float32", "bfloat16"):
+        given = (precision, nn.Linear(1, 1), few.scaled(), few.labels, 10**9)
+        assert mixed_precision(*given) == (precision == "bfloat16")
+
+
+def test_a_resumed_run_keeps_its_precision(images, tmp_path, monkeypatch):
+    state = tmp_path / "state.pt"
+    monkeypatch.setattr("llm_attack.vision.train.mixed_precision", lambda *a: True)
+    whole, rows, _ = run(images)
+    run(images, stop_at=2, state=state)
+    monkeypatch.setattr("llm_attack.vision.train.mixed_precision", lambda *a: False)
+    resumed, resumed_rows, _ = run(images, state=state)
+    assert same(whole, resumed) and resumed_rows == rows
