@@ -39,13 +39,17 @@ def run(settings: Settings, folder: Path) -> dict[str, Any]:
     import torch
 
     from llm_attack.attacks import keys_for
-    from llm_attack.vision import stages
+    from llm_attack.vision import keeping, stages
     from llm_attack.vision.data import load
     from llm_attack.vision.measure import KNOWN, attacked, frozen
-    from llm_attack.vision.networks import NETWORKS
 
+    settings = keeping.settled(settings)
     attacks = stages.listed("attacks", settings.attacks, KNOWN)
-    (name,) = stages.listed("network", settings.network, NETWORKS, most=1)
+    if len(names := stages.networks(settings)) > 1:
+        raise invalid("network", settings.network, "one name")
+    (name,) = names
+    if "," in settings.dataset:
+        raise UsageError(f"dataset={settings.dataset}: must be one data set")
     clock = Stopwatch()
     dataset = load(settings.dataset, settings)
     clock.lap("data")

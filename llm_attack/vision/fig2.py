@@ -76,22 +76,24 @@ def curves(
     """
     import pandas as pd
 
-    from llm_attack.vision import stages
+    from llm_attack.vision import keeping, stages
     from llm_attack.vision.data import load
     from llm_attack.vision.measure import KNOWN
-    from llm_attack.vision.networks import NETWORKS, split
+    from llm_attack.vision.networks import split
 
+    settings = keeping.settled(settings)
     attacks = stages.listed("attacks", settings.attacks, KNOWN)
-    names = stages.listed("network", settings.network, NETWORKS)
+    names = stages.networks(settings)
     clock = Stopwatch()
     sets = dict.fromkeys(name.strip() for name in settings.dataset.split(","))
     datasets = [load(name, settings) for name in sets]
     clock.lap("data")
     epsilons = {dataset.name: stages.amplitude(settings, dataset, at) for dataset in datasets}
     pairs = [(dataset, name) for dataset in datasets for name in names]
-    if at is not None:
-        for dataset, name in pairs:
-            split(stages.untrained(dataset, name, settings), at)
+    for dataset, name in pairs:
+        network = stages.untrained(dataset, name, settings)
+        if at is not None:
+            split(network, at)
     table, results = [], {}
     for dataset, name in pairs:
         label = f"{dataset.name}-{name}"

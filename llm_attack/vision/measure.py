@@ -141,7 +141,7 @@ def _shares(right: Tensor) -> Row:
 
 
 def measure(
-    network: nn.Sequential,
+    network: nn.Module,
     images: Images,
     names: Sequence[str],
     *,
@@ -159,7 +159,7 @@ def measure(
     are not attacked: whatever an attack did to them, they would not count.
 
     Args:
-        network: of `networks.build`.
+        network: scores of pixels in [0, 1]; a chain of blocks where `at` is given.
         images: labelled.
         names: of the attacks; members of `KNOWN`, at least one.
         epsilon: L-infinity amplitude.

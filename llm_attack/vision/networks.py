@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from llm_attack.errors import invalid
+from llm_attack.errors import UsageError, invalid
 
 # Channels that fill a register of AVX2.
 _LANES = 8
@@ -90,14 +90,19 @@ def _layout(blocks: Iterable[nn.Module]) -> torch.memory_format:
     return torch.contiguous_format if narrow and avx2 else torch.channels_last
 
 
-def split(network: nn.Sequential, at: str) -> tuple[nn.Sequential, nn.Sequential]:
+def split(network: nn.Module, at: str) -> tuple[nn.Sequential, nn.Sequential]:
     """The extractor, which ends with the block named `at`, and the classifier that follows it.
 
     Both share the weights of `network`.
 
     Raises:
-        UsageError: there is no such block, or nothing comes after it.
+        UsageError: there is no such block, or nothing comes after it; the network is no chain.
     """
+    if not isinstance(network, nn.Sequential):
+        kind = type(network).__name__
+        raise UsageError(
+            f"at={at}: the network must be a torch.nn.Sequential of blocks, not {kind}"
+        )
     names = [name for name, _ in network.named_children()]
     if at not in names[:-1]:
         raise invalid("at", at, names[:-1])

@@ -37,7 +37,21 @@ class ImageSettings:
         "digits",
         "Data set: digits, mnist, cifar10, imagefolder:PATH, or any other that `datasets` loads",
     )
-    network: str = setting("cnn", "Network to attack: cnn, resnet18 or googlenet")
+    network: str = setting(
+        "cnn",
+        "Network to attack: cnn, resnet18, googlenet, or package.module:function, which returns a"
+        " classifier of pixels in [0, 1]",
+    )
+    weights: str | None = setting(
+        None,
+        "File of weights, safetensors or torch's, with which the network is attacked as it is",
+    )
+    load: str | None = setting(
+        None, "Network that --save kept, which is attacked as it is; instead of --network"
+    )
+    save: str | None = setting(
+        None, "Folder to keep trained networks in, with their settings and accuracies"
+    )
     width: float = setting(1.0, "Factor on the channels of the networks", least=0)
     attacks: str = setting(
         "ost,fgsm,bim,illc,pgd,sparsefool",
@@ -51,7 +65,9 @@ class ImageSettings:
         option=Amplitude(),
     )
     steps: int = setting(10, "Number of steps of bim, illc, pgd, mifgsm and apgd", least=1)
-    epochs: int = setting(30, "Number of passes over the training images", least=1)
+    epochs: int = setting(
+        30, "Number of passes over the training images; 0: attack as it is", least=0
+    )
     train_size: int | None = setting(
         None, "Number of training images, drawn at random; unless given, all", least=1
     )
@@ -105,6 +121,7 @@ class ImageSettings:
 # Of all quick presets.
 QUICK: dict[str, Any] = {"dataset": "digits", "width": 0.25, "epochs": 8, "batch_size": 32}
 
+_LONGEST = 24  # characters that titles of neighbours have room for
 _SHOWN = {
     "cnn": "CNN",
     "resnet18": "ResNet-18",
@@ -116,5 +133,8 @@ _SHOWN = {
 
 
 def shown(name: str) -> str:
-    """A data set, network or attack as figures call it."""
+    """A data set, network or attack as figures call it; of paths the last part, cut where long."""
+    if ":" in name or "/" in name:
+        last = name.removeprefix("imagefolder:").rstrip("/").rsplit("/", 1)[-1]
+        return last if len(last) <= _LONGEST else f"{last[: _LONGEST - 1]}…"
     return _SHOWN.get(name, name.upper() if len(name) < 5 else name)

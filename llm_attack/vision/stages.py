@@ -11,24 +11,23 @@ from torch import nn
 from tqdm import tqdm
 
 from llm_attack.attacks import Attack
-from llm_attack.errors import invalid
+from llm_attack.errors import UsageError, invalid
 from llm_attack.record import Stopwatch
 from llm_attack.vision.data import Dataset
-from llm_attack.vision.measure import Row, measure
-from llm_attack.vision.networks import build
+from llm_attack.vision.keeping import fill, imported, save, told
+from llm_attack.vision.measure import Row, frozen, measure
+from llm_attack.vision.networks import NETWORKS, build
 from llm_attack.vision.settings import ImageSettings
 from llm_attack.vision.train import train
 
 
-def listed(argument: str, text: str, allowed: Iterable[str], most: int = 99) -> list[str]:
-    """The names in `text`, which is separated by commas; at most so many."""
+def listed(argument: str, text: str, allowed: Iterable[str]) -> list[str]:
+    """The names in `text`, which is separated by commas."""
     allowed = list(allowed)
     names = list(dict.fromkeys(name.strip() for name in text.split(",")))
     for name in names:
         if name not in allowed:
             raise invalid(argument, name, allowed)
-    if len(names) > most:
-        raise invalid(argument, text, "one name")
     return names
 
 
@@ -39,18 +38,64 @@ def amplitude(settings: ImageSettings, dataset: Dataset, at: str | None = None) 
     return Attack(epsilon=epsilon).epsilon  # which checks it
 
 
-def untrained(dataset: Dataset, name: str, settings: ImageSettings) -> nn.Sequential:
-    """The network `name` for these images, with the weights that the seed draws."""
+def networks(settings: ImageSettings) -> list[str]:
+    """The names in `network`: of `NETWORKS`, or `package.module:function`."""
+    names = listed("network", settings.network, [*NETWORKS, *_foreign(settings.network)])
+    if settings.weights is not None and len(names) > 1:
+        raise invalid("network", settings.network, "one name beside weights")
+    return names
+
+
+def _foreign(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if ":" in name]
+
+
+def untrained(dataset: Dataset, name: str, settings: ImageSettings) -> nn.Module:
+    """The network `name` for these images, with weights from a file, or those the seed draws.
+
+    Raises:
+        UsageError: it cannot be made, its weights do not fit, or its scores not these images.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        network = build(
-            name,
-            *(moment.cpu() for moment in dataset.train.moments()),
-            size=dataset.shape[1],
-            classes=len(dataset.classes),
-            width=settings.width,
+        network: nn.Module
+        if ":" in name:
+            network = imported(name)
+        else:
+            network = build(
+                name,
+                *(moment.cpu() for moment in dataset.train.moments()),
+                size=dataset.shape[1],
+                classes=len(dataset.classes),
+                width=settings.width,
+            )
+    for argument in ("weights", "load"):
+        path = getattr(settings, argument)
+        if path is not None:
+            fill(network, argument, path)
+    network = network.to(settings.device or "cpu")
+    if ":" in name or settings.weights or settings.load:
+        _check_scores(network, dataset, name)
+    return network
+
+
+def _check_scores(network: nn.Module, dataset: Dataset, name: str) -> None:
+    """Raises `UsageError` unless two images have a finite score for each class."""
+    wanted = (min(2, len(dataset.test)), len(dataset.classes))
+    try:
+        with frozen(network), torch.no_grad():
+            scores = network(dataset.test[:2].scaled())
+        shape, right = tuple(scores.shape), bool(scores.isfinite().all())
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(f"network={name}: fails on images of {dataset.name}: {reason}") from error
+    if shape != wanted:
+        raise UsageError(
+            f"network={name}: must give scores of shape {wanted} for two images of {dataset.name}, "
+            f"not {shape}"
         )
-    return network.to(settings.device or "cpu")
+    if not right:
+        raise UsageError(f"network={name}: must give finite scores for images of {dataset.name}")
 
 
 def trained(
@@ -63,7 +108,7 @@ def trained(
     attacked_epochs: int | None = None,
     state: Path | None = None,
     **how: Any,
-) -> tuple[nn.Sequential, list[Row]]:
+) -> tuple[nn.Module, list[Row]]:
     """The trained network, and what `measure` found after epochs, which is printed.
 
     After the first epoch it says how long all of them will take.
@@ -83,6 +128,12 @@ def trained(
     label = f"{dataset.name}-{name}"
     kept: Any = {"state": state, "label": label}
     how |= {"steps": settings.steps, "seed": settings.seed}
+    if not settings.epochs:
+        epoch = 0 if settings.load is None else told(settings.load)["epochs"]
+        found = measure(network, dataset.test, attacks, **how)
+        tqdm.write(f"{label}: as it is{_said(found)}")
+        clock.lap(f"{label} attacks")
+        return network, [{"epoch": epoch, **row} for row in found]
     chosen = spread(settings.epochs, attacked_epochs)
     first = True
     for epoch, loss in train(network, dataset.train, settings, rows, **kept):
@@ -91,7 +142,7 @@ def trained(
         if epoch in chosen:
             found = measure(network, dataset.test, attacks, **how)
             rows += [{"epoch": epoch, **row} for row in found]
-            said += "".join(f", {row['condition']} {row['accuracy']:.3f}" for row in found)
+            said += _said(found)
         measuring = clock.lap(f"{label} attacks")
         if first and epoch < settings.epochs:
             more = sum(later > epoch for later in chosen)
@@ -101,7 +152,14 @@ def trained(
             first = False
         tqdm.write(said)
     clock.lap(f"{label} training")
+    if settings.save is not None:
+        about = {"network": name, "dataset": dataset.name, **summary(dataset, network, rows)}
+        save(Path(settings.save), label, network, settings, about)
     return network, rows
+
+
+def _said(found: Sequence[Row]) -> str:
+    return "".join(f", {row['condition']} {row['accuracy']:.3f}" for row in found)
 
 
 def spread(epochs: int, n: int | None) -> set[int]:

@@ -1,0 +1,144 @@
+"""Networks from files and from other people's code: kept with `--save`, attacked again."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pickle
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from llm_attack import __version__
+from llm_attack.errors import UsageError
+from llm_attack.record import whole_or_not
+from llm_attack.redact import redacted
+from llm_attack.vision.networks import NETWORKS
+from llm_attack.vision.settings import ImageSettings
+
+Kind = TypeVar("Kind", bound=ImageSettings)
+
+_KEY = "llm_attack"  # of what the file says of itself
+
+
+def save(
+    folder: Path, label: str, network: nn.Module, settings: ImageSettings, about: dict[str, Any]
+) -> Path:
+    """Writes weights, settings and `about` into `folder`/`label`.safetensors; returns its path.
+
+    Args:
+        folder: made if it is not there.
+        label: of the file; what file names do not have becomes `_`.
+        network: any.
+        settings: of its training, with which `settled` builds it again.
+        about: more to be kept: `network` (its name), `epochs`, accuracies.
+    """
+    path = folder / f"{re.sub(r'[^.a-zA-Z0-9_-]+', '_', label)}.safetensors"
+    content = {"version": __version__, "settings": asdict(settings), **about}
+    weights = {k: value.detach().cpu().contiguous() for k, value in network.state_dict().items()}
+    with whole_or_not(path) as draft:
+        save_file(weights, draft, {_KEY: json.dumps(redacted(content))})
+    return path
+
+
+def told(path: str) -> dict[str, Any]:
+    """What a file of `save` says of its network: `settings`, `network`, `epochs`, `accuracy`.
+
+    Raises:
+        UsageError: it is not such a file.
+    """
+    wanted = "must be a file that --save wrote"
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {})[_KEY])
+        network = about["network"], about["settings"]["width"], about["epochs"]
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(f"load={path}: {wanted} ({reason})") from error
+    if network[0] not in NETWORKS:  # a file of weights must not choose the code that is run
+        raise UsageError(
+            f"load={path}: is of network={network[0]}, which is not one of {', '.join(NETWORKS)}; "
+            "must be given with --network and this file with --weights"
+        )
+    return about
+
+
+def settled(settings: Kind) -> Kind:
+    """The settings with network and width of the file in `load`; no epochs where weights are given.
+
+    Raises:
+        UsageError: as `told`, or `load` and `weights` are both given.
+    """
+    if settings.load is None:
+        return settings if settings.weights is None else replace(settings, epochs=0)
+    if settings.weights is not None:
+        raise UsageError(
+            f"weights={settings.weights}: must not be given beside load, which has some"
+        )
+    about = told(settings.load)
+    return replace(settings, network=about["network"], width=about["settings"]["width"], epochs=0)
+
+
+def fill(network: nn.Module, argument: str, path: str) -> None:
+    """Loads a file of weights, safetensors or torch's, into the network.
+
+    Raises:
+        UsageError: it cannot be read, or does not fit; `argument` is what gave it.
+    """
+    try:
+        weights: dict[str, Tensor]
+        if path.endswith(".safetensors"):
+            weights = load_file(path)
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+        network.load_state_dict(weights)
+    except (
+        *(OSError, EOFError, SafetensorError, pickle.UnpicklingError),
+        *(RuntimeError, ValueError, LookupError, TypeError, AttributeError),
+    ) as error:
+        lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
+        reason = lines[min(1, len(lines) - 1) if lines[0].startswith("Error(s)") else 0]
+        wanted = "must be weights of this network, as safetensors or torch.save write them"
+        raise UsageError(f"{argument}={path}: {wanted} ({reason})") from error
+
+
+def imported(name: str) -> nn.Module:
+    """What `package.module:function` returns: a classifier of pixels in [0, 1].
+
+    Modules in the working folder are found.
+
+    Raises:
+        UsageError: there is no such function, it fails, or returns something else.
+    """
+    module, _, function = name.partition(":")
+    with _here():
+        try:
+            network = getattr(importlib.import_module(module), function)()
+        except Exception as error:  # of code that is not ours, whatever it raises
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise UsageError(
+                f"network={name}: must be package.module:function, of a function without arguments "
+                f"({reason})"
+            ) from error
+    if not isinstance(network, nn.Module):
+        returned = type(network).__name__
+        raise UsageError(f"network={name}: must return a torch.nn.Module, not {returned}")
+    return network
+
+
+@contextmanager
+def _here() -> Iterator[None]:
+    sys.path.insert(0, "")
+    try:
+        yield
+    finally:
+        sys.path.remove("")
