@@ -52,11 +52,11 @@ def save_figure(figure: Figure, folder: Path, name: str = "figure") -> None:
 
 
 @contextmanager
-def new_figure(folder: Path, size: tuple[float, float]) -> Iterator[Figure]:
+def new_figure(folder: Path, size: tuple[float, float], name: str = "figure") -> Iterator[Figure]:
     """A figure in our style, to be drawn in the context, at whose end it is saved into `folder`."""
     from matplotlib.figure import Figure
 
     with style():
         figure = Figure(figsize=size)
         yield figure
-        save_figure(figure, folder)
+        save_figure(figure, folder, name)

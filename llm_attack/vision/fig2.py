@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,9 @@ from llm_attack.vision.settings import QUICK, ImageSettings, shown
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import nn
+
+    from llm_attack.vision.data import Dataset
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,11 @@ def run(settings: Settings, folder: Path) -> dict[str, Any]:
 
 
 def curves(
-    settings: Settings, folder: Path, at: str | None = None, epsilon_unit: str = "absolute"
+    settings: Settings,
+    folder: Path,
+    at: str | None = None,
+    epsilon_unit: str = "absolute",
+    then: Callable[[Dataset, str, nn.Module], None] = lambda dataset, name, network: None,
 ) -> dict[str, Any]:
     """Trains and attacks each network on each data set.
 
@@ -67,6 +75,7 @@ def curves(
         folder: for all files.
         at: the block whose output is attacked; None for pixels.
         epsilon_unit: `rms` for an epsilon in units of the point's root mean square.
+        then: called with each data set, name and trained network.
 
     Returns:
         For each data set and network the accuracies after the last epoch; and the seconds.
@@ -113,6 +122,7 @@ def curves(
         )
         table += [{"dataset": dataset.name, "network": name, **row} for row in rows]
         results[label] = stages.summary(dataset, network, rows)
+        then(dataset, name, network)
     text = without_formulas(pd.DataFrame(table)).to_csv(index=False, float_format="%.6g")
     write_text(folder / "table.csv", text)
     draw(folder, settings.width, at)

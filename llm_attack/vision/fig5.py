@@ -1,15 +1,28 @@
-"""Fig. 5: as Fig. 2, with the features between two blocks of a network attacked."""
+"""Fig. 5: as Fig. 2, with the features between two blocks of a network attacked.
+
+And, for the trained network, every split and the pixels side by side, at amplitudes that are equal
+shares of what is attacked. No torch is imported here.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llm_attack.declare import setting
+from llm_attack.drawing import COLOURS, new_figure
+from llm_attack.record import without_formulas, write_text
 from llm_attack.reproduce import figure_command
 from llm_attack.vision import fig2
-from llm_attack.vision.settings import QUICK
+from llm_attack.vision.settings import QUICK, Amplitudes, shown
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from llm_attack.vision.data import Dataset
+
+PIXELS = "pixels"
 
 
 @dataclass(frozen=True)
@@ -23,14 +36,23 @@ class Settings(fig2.Settings):
         "inception4e, pool4, inception5a, inception5b, pool in googlenet",
     )
     epsilon_unit: str = setting(
-        "absolute",
-        "Unit of epsilon: that of the features, or their root mean square",
-        choices=("absolute", "rms"),
+        "rms",
+        "Unit of epsilon: the features' root mean square, or that of the features",
+        choices=("rms", "absolute"),
     )
+    epsilons: tuple[float, ...] = setting(
+        (0.01, 0.02, 0.05, 0.1, 0.2),
+        "Amplitudes of the comparison of all splits, in units of the root mean square of what is "
+        "attacked",
+        option=Amplitudes(),
+        least=0,
+        above=True,
+    )
+    split_attacks: str = setting("fgsm,bim", "Attacks of that comparison, separated by commas")
 
 
 PRESETS = {
-    "quick": Settings(**QUICK, network="resnet18", subset=100),
+    "quick": Settings(**QUICK, network="resnet18", subset=100, split_attacks="fgsm"),
     "paper": Settings(dataset="mnist,cifar10", network="resnet18", subset=1000),
 }
 
@@ -38,9 +60,98 @@ PRESETS = {
 def run(settings: Settings, folder: Path) -> dict[str, Any]:
     """Features attacked: as fig2, with the output of a block of the network perturbed.
 
-    --dataset and --network may be several, separated by commas.
+    --dataset and --network may be several, separated by commas. splits.csv and splits.png compare
+    all blocks of the trained networks, and their pixels, at equal relative amplitudes.
     """
-    return fig2.curves(settings, folder, at=settings.at, epsilon_unit=settings.epsilon_unit)
+    import pandas as pd
+
+    from llm_attack.vision import stages
+    from llm_attack.vision.measure import KNOWN
+
+    attacks = stages.listed("split_attacks", settings.split_attacks, KNOWN)
+    rows: list[dict[str, Any]] = []
+
+    def then(dataset: Dataset, name: str, network: nn.Module) -> None:
+        found = compared(network, dataset, attacks, settings)
+        rows.extend({"dataset": dataset.name, "network": name, **row} for row in found)
+
+    how: Any = {"at": settings.at, "epsilon_unit": settings.epsilon_unit, "then": then}
+    results = fig2.curves(settings, folder, **how)
+    text = without_formulas(pd.DataFrame(rows)).to_csv(index=False, float_format="%.6g")
+    write_text(folder / "splits.csv", text)
+    draw_splits(folder)
+    return results
+
+
+def compared(
+    network: nn.Module, dataset: Dataset, attacks: list[str], settings: Settings
+) -> list[dict[str, Any]]:
+    """Rows of `measure` for the pixels and each block but the last, at each of `epsilons`.
+
+    Args:
+        network: a chain of blocks.
+        dataset: whose test images are attacked.
+        attacks: names.
+        settings: `epsilons`, `subset`, `steps`, `seed`.
+
+    Returns:
+        With `point` (a block's name, or `pixels`) and `relative`, the amplitude in units of the
+        point's root mean square. `lowest`, `highest` and `all` are left out.
+    """
+    from llm_attack.vision.measure import measure
+
+    points = [PIXELS, *(name for name, _ in network.named_children())][:-1]
+    how: Any = {"subset": settings.subset, "steps": settings.steps, "seed": settings.seed}
+    return [
+        {"point": point, "relative": epsilon, **row}
+        for point in points
+        for epsilon in settings.epsilons
+        for row in measure(
+            network,
+            dataset.test,
+            attacks,
+            epsilon=epsilon,
+            epsilon_unit="rms",
+            at=None if point == PIXELS else point,
+            **how,
+        )
+        if row["condition"] in ("none", *attacks)
+    ]
+
+
+def draw_splits(folder: Path) -> None:
+    """Draws splits.csv: a row of panels for each network, a column for each attack."""
+    import pandas as pd
+
+    table = pd.read_csv(folder / "splits.csv")
+    pairs = list(table.groupby(["dataset", "network"], sort=False))
+    attacks = [name for name in table["condition"].unique() if name != "none"]
+    size = (max(2.7 * len(attacks), 3.4) + 1.2, 2.4 * len(pairs) + 0.3)
+    with new_figure(folder, size, "splits") as figure:
+        axes = figure.subplots(len(pairs), len(attacks), sharex=True, sharey=True, squeeze=False)
+        for ((dataset, network), group), row in zip(pairs, axes, strict=True):
+            for attack, axis in zip(attacks, row, strict=True):
+                _splits(axis, group[group["condition"] == attack])
+                axis.axhline(group["before"].iloc[0], color="0.4", linestyle="--", linewidth=0.8)
+                axis.set_title(f"{shown(dataset)}, {shown(network)}, {shown(attack)}", fontsize=8)
+            row[0].set_ylabel("robust accuracy")
+            row[0].set_ylim(-0.02, 1.02)
+        for axis in axes[-1]:
+            axis.set_xlabel("ε / RMS")
+            axis.set_xscale("log")
+        longest = max(axes.flat, key=lambda axis: len(axis.get_lines()))
+        figure.legend(*longest.get_legend_handles_labels(), loc="outside right center")
+
+
+def _splits(axis: Any, table: Any) -> None:
+    """A curve with its interval for each point that is attacked."""
+    dashes = ("-", "--")
+    for i, (point, of) in enumerate(table.groupby("point", sort=False)):
+        style: Any = {"color": COLOURS[i % len(COLOURS)], "label": point}
+        ends = (of["low"], of["high"])
+        axis.fill_between(of["relative"], *ends, color=style["color"], alpha=0.12, linewidth=0)
+        kind = dashes[i // len(COLOURS) % 2]
+        axis.plot(of["relative"], of["accuracy"], kind, marker="o", markersize=3, **style)
 
 
 COMMAND = figure_command("fig5", PRESETS, run)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from llm_attack import __version__
 from llm_attack.errors import UsageError
@@ -28,6 +28,11 @@ from llm_attack.vision.settings import ImageSettings
 Kind = TypeVar("Kind", bound=ImageSettings)
 
 _KEY = "llm_attack"  # of what the file says of itself
+# What reading a file as weights may end with.
+UNREADABLE = (
+    *(OSError, EOFError, SafetensorError, pickle.UnpicklingError),
+    *(RuntimeError, ValueError, LookupError, TypeError, AttributeError),
+)
 
 
 def save(
@@ -51,25 +56,49 @@ def save(
 
 
 def told(path: str) -> dict[str, Any]:
-    """What a file of `save` says of its network: `settings`, `network`, `epochs`, `accuracy`.
+    """What a file of `save`, or a checkpoint of a training, says of its network.
+
+    Returns:
+        `settings`, `network` (its name), `epochs`; of `save` also `accuracy` and others.
 
     Raises:
         UsageError: it is not such a file.
     """
-    wanted = "must be a file that --save wrote"
     try:
-        with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {})[_KEY])
+        about = _of_checkpoint(path) if _is_checkpoint(path) else _of_kept(path)
         network = about["network"], about["settings"]["width"], about["epochs"]
-    except (OSError, SafetensorError, ValueError, LookupError, TypeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(f"load={path}: {wanted} ({reason})") from error
+    except UNREADABLE as error:
+        wanted = "must be a file that --save wrote, or of checkpoints"
+        raise UsageError(f"load={path}: {wanted} ({_reason(error)})") from error
     if network[0] not in NETWORKS:  # a file of weights must not choose the code that is run
         raise UsageError(
             f"load={path}: is of network={network[0]}, which is not one of {', '.join(NETWORKS)}; "
             "must be given with --network and this file with --weights"
         )
     return about
+
+
+def _is_checkpoint(path: str) -> bool:
+    return path.endswith(".pt")
+
+
+def _of_kept(path: str) -> dict[str, Any]:
+    with safe_open(path, "pt") as file:
+        return json.loads((file.metadata() or {})[_KEY])
+
+
+def _of_checkpoint(path: str) -> dict[str, Any]:
+    """Of a state of `train`, whose label is that of the data set and of the network."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    settings = state["same"]
+    names = {
+        f"{of.strip()}-{name}": name for of in settings["dataset"].split(",") for name in NETWORKS
+    }
+    return {
+        "settings": settings,
+        "network": names[settings["label"]],
+        "epochs": state["epoch"],
+    }
 
 
 def settled(settings: Kind) -> Kind:
@@ -95,20 +124,22 @@ def fill(network: nn.Module, argument: str, path: str) -> None:
         UsageError: it cannot be read, or does not fit; `argument` is what gave it.
     """
     try:
-        weights: dict[str, Tensor]
+        weights: dict[str, Any]
         if path.endswith(".safetensors"):
             weights = load_file(path)
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
+            weights = weights.get("network", weights)  # of a checkpoint
         network.load_state_dict(weights)
-    except (
-        *(OSError, EOFError, SafetensorError, pickle.UnpicklingError),
-        *(RuntimeError, ValueError, LookupError, TypeError, AttributeError),
-    ) as error:
-        lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
-        reason = lines[min(1, len(lines) - 1) if lines[0].startswith("Error(s)") else 0]
+    except UNREADABLE as error:
         wanted = "must be weights of this network, as safetensors or torch.save write them"
-        raise UsageError(f"{argument}={path}: {wanted} ({reason})") from error
+        raise UsageError(f"{argument}={path}: {wanted} ({_reason(error)})") from error
+
+
+def _reason(error: BaseException) -> str:
+    """The line of the error that says what is wrong; torch's have a heading."""
+    lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
+    return lines[min(1, len(lines) - 1) if lines[0].startswith("Error(s)") else 0]
 
 
 def imported(name: str) -> nn.Module:

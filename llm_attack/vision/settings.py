@@ -25,6 +25,16 @@ class Amplitude(click.ParamType):
             self.fail(f"{value!r}: must be a number or a fraction, such as 8/255", param, ctx)
 
 
+class Amplitudes(click.ParamType):
+    """Such numbers, separated by commas, as a tuple."""
+
+    name = "number,..."
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[float, ...]:
+        parts = value if isinstance(value, tuple) else value.split(",")
+        return tuple(Amplitude().convert(part, param, ctx) for part in parts)
+
+
 @dataclass(frozen=True)
 class ImageSettings:
     """Settings of all image experiments.
@@ -47,7 +57,9 @@ class ImageSettings:
         "File of weights, safetensors or torch's, with which the network is attacked as it is",
     )
     load: str | None = setting(
-        None, "Network that --save kept, which is attacked as it is; instead of --network"
+        None,
+        "Network that --save kept, or file of checkpoints, which is attacked as it is; instead of"
+        " --network",
     )
     save: str | None = setting(
         None, "Folder to keep trained networks in, with their settings and accuracies"

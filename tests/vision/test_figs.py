@@ -141,7 +141,8 @@ def test_attacked_epochs_are_spread_evenly(n, epochs):
 
 
 def test_fig5(tmp_path):
-    settings = fig5.Settings(**SMALL, network="resnet18", subset=10, epsilon_unit="rms", at="pool")
+    options = {**SMALL, "network": "resnet18", "subset": 10, "steps": 2}
+    settings = fig5.Settings(**options, at="pool", epsilons=(0.05, 0.1), split_attacks="fgsm,bim")
     results = fig5.run(settings, tmp_path)
     figures_are_there(tmp_path)
     assert "attacked at pool" in (tmp_path / "figure.svg").read_text()
@@ -149,9 +150,32 @@ def test_fig5(tmp_path):
     assert table["epsilon"].values == pytest.approx(0.1 * table["rms"].values, rel=1e-4)
     assert table["rms"].nunique() == 2  # of this epoch's features
     assert list(results["digits-resnet18"]["accuracy"]) == CONDITIONS
-    pixels = fig2.run(fig2.Settings(**SMALL, network="resnet18", subset=10), tmp_path / "pixels")
+    pixels = fig2.run(fig2.Settings(**options), tmp_path / "pixels")
     pixels, features = (x["digits-resnet18"]["accuracy"] for x in (pixels, results))
     assert pixels["none"] == features["none"]  # what is attacked is no part of the training
+    splits = pd.read_csv(tmp_path / "splits.csv")
+    blocks = ["normalise", "stem", "layer1", "layer2", "layer3", "layer4", "pool"]
+    assert splits[["point", "relative", "condition"]].values.tolist() == [
+        [point, epsilon, condition]
+        for point in ("pixels", *blocks)
+        for epsilon in (0.05, 0.1)
+        for condition in ("none", "fgsm", "bim")
+    ]
+    assert splits["epsilon"].values == pytest.approx(splits["relative"] * splits["rms"], rel=1e-4)
+    assert splits["before"].nunique() == 1  # the same network and images
+    # the split of the curves over epochs, after the last of them, is one of those compared
+    one = splits[(splits["point"] == "pool") & (splits["relative"] == 0.1)].set_index("condition")
+    last = table[table["epoch"] == 2].set_index("condition")
+    for condition in ("none", "fgsm", "bim"):
+        pd.testing.assert_series_equal(
+            one.loc[condition, list(last.columns[3:])], last.loc[condition, list(last.columns[3:])]
+        )
+    text = (tmp_path / "splits.svg").read_text()
+    assert all(word in text for word in ("pixels", *blocks, "ε / RMS", "FGSM", "BIM"))
+    drawn = (tmp_path / "splits.png").read_bytes()
+    (tmp_path / "splits.png").unlink()
+    fig5.draw_splits(tmp_path)
+    assert (tmp_path / "splits.png").read_bytes() == drawn
 
 
 def test_fig1(tmp_path):
@@ -187,6 +211,7 @@ def test_fig1(tmp_path):
         (fig5.Settings(network="cnn"), r"at=layer3: must be one of normalise, conv1, conv2, fc1"),
         (fig5.Settings(network="resnet18", at="layr2"), r"at=layr2: .*'layer"),
         (fig5.Settings(network="resnet18,cnn"), r"at=layer3: must be one of normalise, conv1"),
+        (fig5.Settings(split_attacks="fgms"), r"split_attacks=fgms: must be one of .*'fgsm'"),
     ),
     ids=str,
 )

@@ -149,7 +149,7 @@ def test_a_network_of_somebody_else_is_trained(theirs):
         ({"weights": "nowhere"}, "weights=nowhere: must be weights of this network"),
         ({"weights": "their_nets.py"}, "weights=their_nets.py: must be weights"),
         ({"weights": "x.safetensors"}, "weights=x.safetensors: must be weights"),
-        ({"load": "nowhere"}, r"load=nowhere: must be a file that --save wrote \("),
+        ({"load": "nowhere"}, "load=nowhere: must be a file that --save wrote"),
         ({"load": "x.safetensors"}, "load=x.safetensors: must be a file that --save wrote"),
         ({"load": "plain.safetensors"}, "load=plain.safetensors: must be a file that --save wrote"),
         ({"load": "x", "weights": "x"}, "weights=x: must not be given beside load"),
@@ -189,3 +189,18 @@ def test_weights_of_another_network(kept):
 )
 def test_titles(name, title):
     assert shown(name) == title
+
+
+def test_a_checkpoint_is_attacked_again(kept, tmp_path):
+    folder, _, results = kept
+    state = folder / "out" / "checkpoints" / "digits-resnet18.pt"
+    again = fig2.run(fig2.Settings(**{**SMALL, "width": 1.0}, load=str(state)), tmp_path / "out")
+    assert again["digits-resnet18"] == results["digits-resnet18"]
+    garbage = tmp_path / "state.pt"
+    for content in (b"", b"garbage"):
+        garbage.write_bytes(content)
+        with pytest.raises(UsageError, match=r"state\.pt: must be a file that --save wrote, or of"):
+            keeping.told(str(garbage))
+    torch.save({"same": {}}, garbage)
+    with pytest.raises(UsageError, match=r"state\.pt: must be a file"):
+        keeping.told(str(garbage))
