@@ -100,6 +100,9 @@ TASKS = (
     (r"(?<=[ ,])(?=(arc_challenge|arc_easy|hellaswag|openbookqa|piqa|winogrande)\b)", "{prefix}"),
     (r"--tasks paper_six", "--tasks {six}"),
 )
+# Files that other commands, or other people, make.
+LOADED = (r" --load \S+", "")
+THEIRS = (r"--dataset imagefolder:\S+ --network \S+:\S+ --weights \S+", "--network cnn")
 IMAGES = ((r"--dataset (mnist|cifar10)", r"--dataset {\1}"),)
 FEW = "a few questions of each task"
 
@@ -186,13 +189,13 @@ RULES = (
     Rule(
         r"llm-attack reproduce fig1 .*",
         "few images, one of them in the figure: any network knows one",
-        changes=IMAGES,
+        changes=(*IMAGES, LOADED),
         more="--network cnn --width 0.5 --train_size 500 --test_size 100 --epochs 2 --images 1",
     ),
     Rule(
         r"llm-attack reproduce fig[25] .*",
-        "narrow networks, few images, one epoch",
-        changes=IMAGES,
+        "narrow networks of the package, few images, one epoch",
+        changes=(*IMAGES, LOADED, THEIRS),
         more="--width 0.1 --train_size 64 --test_size 20 --subset 2 --epochs 1",
     ),
     Rule(

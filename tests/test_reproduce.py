@@ -109,7 +109,8 @@ def test_help_is_of_sentences_that_name_what_is_allowed(command):
     for text in texts.values():
         assert re.fullmatch(r"[A-Z].*\.", text)
     in_ball = [name for name, kind in ATTACKS.items() if not kind.minimal]
-    named = {"attack": in_ball, "attacks": KNOWN, "network": NETWORKS}
+    networks = [*NETWORKS, "package.module:function"]
+    named = {"attack": in_ball, "attacks": KNOWN, "network": networks}
     for name in named.keys() & texts.keys():
         allowed = texts[name].partition(": ")[2].rstrip(".")
         assert set(re.split(", | or ", allowed)) == set(named[name])

@@ -49,8 +49,7 @@ class ImageSettings:
     )
     network: str = setting(
         "cnn",
-        "Network to attack: cnn, resnet18, googlenet, or package.module:function, which returns a"
-        " classifier of pixels in [0, 1]",
+        "Network to attack: cnn, resnet18, googlenet or package.module:function",
     )
     weights: str | None = setting(
         None,

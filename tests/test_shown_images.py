@@ -1,0 +1,93 @@
+"""The images' results that `docs/experiments.md` shows, and the commands that they are from."""
+
+import json
+import re
+import shlex
+
+import pandas as pd
+import pytest
+from shown import ROOT
+from test_shown_numbers import tables
+
+PAGE = (ROOT / "docs" / "experiments.md").read_text("utf-8")
+FOLDERS = sorted(
+    path.name
+    for path in (ROOT / "results").iterdir()
+    if re.match(r"fig[125](-|$)", path.name) and (path / "run.json").exists()
+)
+
+
+def options(command):
+    """Figure and options of a command, however they are written; without what is the default."""
+    _, _, figure, *words = shlex.split(command)
+    found = {}
+    for name, value in zip(words[::2], words[1::2], strict=True):
+        found[{"-o": "output"}.get(name, name.removeprefix("--").replace("-", "_"))] = value
+    defaults = {"preset": "quick", "output": f"results/{figure}"}
+    return figure, {k: v for k, v in found.items() if defaults.get(k) != v}
+
+
+def shown_rows(first_column):
+    """The rows of all tables whose first two columns are those."""
+    for heading, *rows in tables(PAGE):
+        if heading[: len(first_column)] == first_column:
+            yield from (dict(zip(heading, row, strict=True)) for row in rows)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_page_has_the_command_of_each_result(folder):
+    record = json.loads((ROOT / "results" / folder / "run.json").read_text("utf-8"))
+    commands = re.findall(r"llm-attack reproduce fig[125] -[^`\n#]*", PAGE)
+    assert options(record["command"]) in [options(command) for command in commands]
+
+
+def test_accuracies_after_the_last_epoch():
+    seen = set()
+    for row in shown_rows(["results", "network", "training images"]):
+        folder = row["results"].strip("`")
+        table = pd.read_csv(ROOT / "results" / folder / "table.csv")
+        table = table[table["network"] == row["network"].split()[0]]
+        last = table[table["epoch"] == table["epoch"].max()].set_index("condition")
+        record = json.loads((ROOT / "results" / folder / "run.json").read_text("utf-8"))
+        (results,) = record["results"].values()
+        assert row["training images"] == f"{results['train_images']:,}"
+        assert int(row["epochs"]) == results["epochs"] == last["epoch"].iloc[0]
+        columns = {"clean, all": "all", "clean": "none"}
+        for name in list(row)[4:]:
+            accuracy = last.loc[columns.get(name, name), "accuracy"]
+            assert float(row[name]) == pytest.approx(accuracy, abs=5.1e-4), (folder, name)
+        seen.add(folder)
+    assert seen == {name for name in FOLDERS if name != "fig1"}
+
+
+def test_what_falls_and_what_rises():
+    """Between the first and the last epoch: where the two intervals do not meet."""
+    rows = list(shown_rows(["results", "condition"]))
+    assert rows
+    for row in rows:
+        table = pd.read_csv(ROOT / "results" / row["results"].strip("`") / "table.csv")
+        of = table[table["condition"] == {"clean": "none"}.get(row["condition"], row["condition"])]
+        first, last = of.iloc[0], of.iloc[-1]
+        for name, there in (("first", first), ("last", last)):
+            shown = [float(x) for x in re.findall(r"\d\.\d+", row[name])]
+            assert shown == pytest.approx(list(there[["accuracy", "low", "high"]]), abs=5.1e-4)
+        falls, rises = last["high"] < first["low"], last["low"] > first["high"]
+        assert row["verdict"] == ("falls" if falls else "rises" if rises else "cannot be told")
+    conditions = {(row["results"], row["condition"]) for row in rows}
+    assert len(conditions) == len(rows) == 7 * len({row["results"] for row in rows})
+
+
+def test_splits_at_equal_relative_amplitude():
+    seen = set()
+    for row in shown_rows(["splits of", "attack"]):
+        folder = row["splits of"].strip("`")
+        table = pd.read_csv(ROOT / "results" / folder / "splits.csv")
+        of = table[(table["condition"] == row["attack"])]
+        of = of[of["relative"] == float(row["ε / RMS"])].set_index("point")
+        points = list(row)[3:]
+        shown = [point for point in points if row[point]]
+        assert shown == list(of.index)
+        for point in shown:
+            assert float(row[point]) == pytest.approx(of.loc[point, "accuracy"], abs=5.1e-4)
+        seen.add(folder)
+    assert seen == {name for name in FOLDERS if name.startswith("fig5")}
