@@ -91,3 +91,15 @@ def test_splits_at_equal_relative_amplitude():
             assert float(row[point]) == pytest.approx(of.loc[point, "accuracy"], abs=5.1e-4)
         seen.add(folder)
     assert seen == {name for name in FOLDERS if name.startswith("fig5")}
+
+
+def test_pixels_lose_most_and_the_last_split_least():
+    """With the intervals of both apart, at shares of the root mean square up to 0.05."""
+    for folder in (name for name in FOLDERS if name.startswith("fig5")):
+        table = pd.read_csv(ROOT / "results" / folder / "splits.csv")
+        table = table[(table["condition"] == "fgsm") & (table["relative"] <= 0.05)]
+        for _, of in table.groupby("relative"):
+            first, *others = of.to_dict("records")
+            assert first["point"] == "pixels"
+            assert all(first["high"] < other["low"] for other in others), folder
+            assert others[-1]["accuracy"] == max(other["accuracy"] for other in others)
