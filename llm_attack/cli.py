@@ -101,6 +101,11 @@ class _OfPlan(click.Command):
     type=click.Path(path_type=Path),
     help="Folder for tables, figures, report and samples; a run that was stopped goes on there.",
 )
+@click.option(
+    "--dry_run",
+    is_flag=True,
+    help="Say what the run would take (tokens, FLOP, time on this device, memory); write nothing.",
+)
 def run(**settings: Any) -> None:
     """Compare attacks over tasks: accuracy, tests, figures and a report.
 

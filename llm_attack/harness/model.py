@@ -43,6 +43,7 @@ from llm_attack.lm.losses import LOSSES
 from llm_attack.lm.positions import QUESTION
 from llm_attack.lm.probe import longest_tree
 from llm_attack.lm.questions import Question
+from llm_attack.lm.reproducible import reproducible
 from llm_attack.lm.scale import CALIBRATION_TEXT, signals_at
 from llm_attack.lm.scatter import by_index
 from llm_attack.lm.scoring import Scorer
@@ -138,7 +139,8 @@ class AttackedHFLM(HFLM):
                 raise UsageError("conditions of one run must have the same loss, context, seed")
         names = list(dict.fromkeys(condition.hookpoint for condition in conditions))
         text = torch.tensor([self.tok_encode(CALIBRATION_TEXT)[: self.max_length]])
-        signals = signals_at(self.model, names, text.to(self.device))
+        with reproducible(self.engine_settings.deterministic):
+            signals = signals_at(self.model, names, text.to(self.device))
         self.settings, self.conditions = settings, conditions
         self.signals = [signals[condition.hookpoint] for condition in conditions]
         several = len(names) > 1
@@ -161,13 +163,14 @@ class AttackedHFLM(HFLM):
             of_names = scorers(scorer, names, self.device)
         of_conditions = [of_names[names.index(c.hookpoint)] for c in conditions]
         pad = self.tokenizer.pad_token_id or 0
-        packing = self.engine_settings.packing
+        packing, exact = self.engine_settings.packing, self.engine_settings.deterministic
+        packing = "off" if exact else packing
         longest = {"off": 0, "tree": sys.maxsize}.get(packing)
         if longest is None:
             longest = longest_tree(scorer, self.device, pad)
         how = (settings.threat, self.device, pad, longest, of_conditions)
         divides = self._arguments.get("tp_plan") is None
-        self.engine = Engine(scorer, attacks, *how, divides=divides)
+        self.engine = Engine(scorer, attacks, *how, divides=divides, deterministic=exact)
         self.diagnostics = [Diagnostics() for _ in attacks]
 
     @property
@@ -296,9 +299,10 @@ class AttackedHFLM(HFLM):
         options.setdefault("attention_mask", torch.ones_like(context))
         mask, rotary = options["attention_mask"], self.engine.scorer.rotary
         shortest = int(mask.sum(-1).min())
-        if len(context) > 1 and rotary.scale(shortest) != rotary.scale(max_length):
+        alone = self.engine.deterministic or rotary.scale(shortest) != rotary.scale(max_length)
+        if len(context) > 1 and alone:
             return self._generate_alone(context, max_length, stop, **options)
-        with rotary.fresh():
+        with rotary.fresh(), reproducible(self.engine.deterministic):
             if self.attack.identity:
                 return super()._model_generate(context, max_length, stop, **options)
             with frozen(self.model), attacked_prompts(self.engine, context, mask):

@@ -19,6 +19,7 @@ from llm_attack.lm.losses import LOSSES, ThreatModel
 from llm_attack.lm.pack import Pack, pack_rows, pack_trees
 from llm_attack.lm.probe import trees_equal_rows
 from llm_attack.lm.questions import Question
+from llm_attack.lm.reproducible import reproducible
 from llm_attack.lm.scoring import Scorer, Scores
 from llm_attack.lm.surface import Surface
 from llm_attack.lm.sweep import share
@@ -87,6 +88,7 @@ class Engine:
         longest_tree: a question that is a longer tree gets a row per request; 0: all do.
         divides: whether batches are halved when memory runs out. Not where other processes hold
             parts of the model, and may have memory left.
+        deterministic: every question is a batch of its own, computed to the same bits each time.
     """
 
     scorer: Scorer
@@ -97,6 +99,7 @@ class Engine:
     longest_tree: int = 0
     scorers: Sequence[Scorer] = ()
     divides: bool = True
+    deterministic: bool = False
     diagnostics: list[Diagnostics] = field(init=False)
     _tried: int = field(default=0, init=False)
 
@@ -137,6 +140,7 @@ class Engine:
             tokens: of a batch at most, padding included, unless a question has more; None: what is
                 good for the device.
         """
+        rows = 1 if self.deterministic else rows
         tokens = tokens or BUDGET.get(self.device.type, BUDGET["cpu"])
         trees, others = layouts(questions, self._takes_tree, self.threat.shared)
         return [
@@ -164,7 +168,8 @@ class Engine:
                 pack = self.pack(part) if ready is None or part is not batch else ready
                 ready = None
                 try:
-                    computed = self.compute(pack)
+                    with reproducible(self.deterministic):
+                        computed = self.compute(pack)
                 except Exception as error:
                     alone = len(part.questions) == 1 or not self.divides
                     if alone or not should_reduce_batch_size(error):

@@ -195,6 +195,12 @@ class EngineSettings:
         " memory and more time",
     )
     compile: bool = setting(False, "Compile the model's blocks with torch.compile")
+    deterministic: bool = setting(
+        False,
+        "Answers depend on the question alone, to the last bit, whatever batch size, order, limit"
+        " and number of processes are. Every question (every request with context=own) is a batch"
+        " of its own, without packing, on one thread",
+    )
     allow_missing_weights: bool = setting(
         False,
         "Go on, with a warning in the results, where weights of the model are missing in the"
@@ -203,6 +209,11 @@ class EngineSettings:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.deterministic and self.packing == "tree":
+            raise UsageError(
+                "packing=tree: must be auto or off with deterministic=True, as whether a tree may"
+                " be one is tried on the longest"
+            )
 
 
 def amplitude(epsilon: Any, name: str = "epsilon") -> tuple[Any, str | None]:

@@ -23,7 +23,16 @@ from llm_attack.folder import claim, claim_file
 from llm_attack.harness.patches import without_bars
 from llm_attack.record import write_text
 from llm_attack.redact import redacted
-from llm_attack.suite import fingerprint, frames, layers, models, results, survival, tables
+from llm_attack.suite import (
+    estimate,
+    fingerprint,
+    frames,
+    layers,
+    models,
+    results,
+    survival,
+    tables,
+)
 from llm_attack.suite.equivalence import with_equivalence
 from llm_attack.suite.layout import print_style
 from llm_attack.suite.leaderboard import with_entries
@@ -111,9 +120,14 @@ def command(plan: Plan, folder: Path | None) -> list[str]:
     return words if folder is None else [*words, "-o", str(folder)]
 
 
-def run(*, output: Path | None, progress: str, **settings: Any) -> None:
+def run(*, output: Path | None, progress: str, dry_run: bool, **settings: Any) -> None:
     """The command `llm-attack run`."""
     plan = Plan(**settings)
+    if dry_run:
+        silence()
+        with without_bars():
+            estimated = estimate.dry_run(plan, progress)
+        return Console().print(estimate.show(estimated, plan.model_name))
     again = shlex.join(command(plan, output))
     silence()
     with without_bars(), _stops_are_explained(again, output, Processes.of(plan).first):

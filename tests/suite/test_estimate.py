@@ -1,0 +1,107 @@
+"""The estimate of a run: FLOP that torch counts itself, passes that the engine makes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch.utils.flop_counter import FlopCounterMode
+
+from llm_attack.attacks import Attack
+from llm_attack.cli import main
+from llm_attack.harness.requests import by_question, encode, questions_of
+from llm_attack.lm.settings import AttackSettings
+from llm_attack.lm.surface import Surface
+from llm_attack.suite.cost import Passes, Sizes, passes
+from llm_attack.suite.estimate import Counts
+
+ATTACKS = [
+    *[("none", {}), ("random", {}), ("fgsm", {}), ("bim", {"steps": 3}), ("pgd", {"steps": 2})],
+    *[("apgd", {"steps": 2, "restarts": 2}), ("apgdt", {"steps": 2}), ("illc", {"steps": 2})],
+    *[("blocks", {"queries": 4}), ("fmn", {"steps": 3}), ("ost", {})],
+]
+
+
+@pytest.fixture(scope="module")
+def asked(build):
+    return build("demo_arc_easy", 2).instances
+
+
+def pack_of(lm, requests):
+    questions = questions_of(requests, encode(lm, requests), lm.settings)
+    (batch,) = lm.batches(questions, 1000)
+    return lm.engine.pack(batch), batch
+
+
+def test_passes_are_those_of_the_engine(make, asked, monkeypatch):
+    """All attacks at once, which share the clean gradient, and each alone."""
+    lm = make(attn_implementation="eager")
+    every = [AttackSettings(name, loss="choice", **more) for name, more in ATTACKS]
+    seen = []
+    forward, gradient = Surface._watched, torch.autograd.grad
+    monkeypatch.setattr(
+        Surface, "_watched", lambda s, x: (seen.append(torch.is_grad_enabled()), forward(s, x))[1]
+    )
+    monkeypatch.setattr(
+        torch.autograd, "grad", lambda *a, **k: (seen.append("backward"), gradient(*a, **k))[1]
+    )
+    answers = Surface.answers
+    monkeypatch.setattr(
+        Surface,
+        "answers",
+        lambda s, x: (seen.append("clean" if x is None else "answers"), answers(s, x))[1],
+    )
+    for chosen in (every, *([one] for one in every)):
+        lm.use(*chosen)
+        pack, _ = pack_of(lm, asked)
+        seen.clear()
+        lm.engine.compute(pack)
+        others = max(len(q.gold) for q in pack.questions) - 1
+        found = Passes(*(seen.count(kind) for kind in ("backward", False, "answers", "clean")))
+        assert found == passes(lm.engine.attacks, others)
+
+
+def test_the_smallest_amplitude_costs_no_more_than_its_rounds():
+    """What `critical` needs depends on the question; the estimate is below the bound."""
+    attack = Attack("critical", 0.1, steps=3, rounds=5)
+    found = passes([attack], 3)
+    assert found.gradients <= 1 + 5 * (3 + 1)
+    assert found.gradients > 1 + 3 + 1
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("loss", ["sequence", "choice"])
+def test_flop_are_those_that_torch_counts(make, asked, loss, checkpointing):
+    lm = make(
+        attack="bim",
+        steps=2,
+        loss=loss,
+        attn_implementation="eager",
+        gradient_checkpointing=checkpointing,
+    )
+    pack, batch = pack_of(lm, asked)
+    counts = Counts()
+    todo = passes(lm.engine.attacks, 3)
+    counts.add(pack, Sizes.of(lm.model, checkpointing), todo)
+    # torch recomputes a block up to what its backward needs, not the product behind that
+    last = sum(b.mlp.down_proj.weight.numel() for b in lm.model.model.layers) * checkpointing
+    expected = counts.flop - 2 * last * pack.input_ids.numel() * todo.gradients
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        lm.engine.compute(pack)
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.02)
+    assert counts.tokens_packed == batch.tokens
+    assert counts.tokens_asked == sum(len(r.inputs) for r in encode(lm, asked))
+    assert len(by_question(asked)) == 2
+
+
+def test_dry_run_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("llm_attack.suite.estimate.SECONDS", 0.0)
+    command = "run --model demo --tasks demo_piqa --limit 3 --device cpu -o out --dry-run"
+    done = CliRunner().invoke(main, [*command.split(), "--attacks", "none,fgsm"])
+    assert done.exit_code == 0, done.output
+    assert list(Path().iterdir()) == []
+    cells = [line.split("│")[1:3] for line in done.output.splitlines() if "│" in line]
+    shown = {label.strip(): value.strip() for label, value in cells if label.strip()}
+    assert (shown["questions"], shown["requests"]) == ("3", "6")
+    assert {"tokens", "FLOP", "time", "memory"} <= set(shown)
