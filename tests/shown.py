@@ -174,6 +174,12 @@ RULES = (
         FEW,
         changes=((r"--limit \d+", "--limit 2"), (r"results/positions-demo", "positions")),
     ),
+    Rule(
+        r"python benchmarks/engine\.py --model .*",
+        FEW,
+        changes=MODEL,
+        more="--questions 2 --tokens 100 --tasks arc_easy --conditions none",
+    ),
     Rule(r"python benchmarks/layers\.py.*", FEW, more="--tasks demo_piqa --limit 4 --repeats 1"),
     Rule(r"python docs/fig3\.py results/[\w-]+", "as shown", at_root=True),
     Rule(
