@@ -127,7 +127,8 @@ class Engine:
     def _takes_tree(self, question: Question) -> bool:
         """Whether it is no longer than trees may be, and its requests may share a forward."""
         scales = {self.scorer.rotary.scale(len(r.inputs)) for r in question.requests}
-        return len(scales) == 1 and len(question.trie) <= self.longest_tree
+        most = min(self.longest_tree, max(self.scorer.limit, 2 * question.longest))
+        return len(scales) == 1 and len(question.trie) <= most
 
     def batches(
         self, questions: Iterable[Question], rows: int, tokens: int | None = None
@@ -142,6 +143,8 @@ class Engine:
         """
         rows = 1 if self.deterministic else rows
         tokens = tokens or BUDGET.get(self.device.type, BUDGET["cpu"])
+        for scorer in (self.scorer, *self.scorers):
+            scorer.limit = tokens
         trees, others = layouts(questions, self._takes_tree, self.threat.shared)
         return [
             Batch(batch, shape is of_tree)

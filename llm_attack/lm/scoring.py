@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from llm_attack.lm.hook import capture, edit_input, edit_output
@@ -56,6 +59,8 @@ class Scorer:
         self.head = model.get_output_embeddings()
         self.rotary = Rotary(model)
         self.skip: Skip | None = None
+        self.limit = sys.maxsize
+        """Tokens of a forward at most, unless a row has more."""
         self.nearest = None
         if isinstance(hookpoint, nn.Embedding) and hookpoint is model.get_input_embeddings():
             self.nearest = Nearest(hookpoint, hookpoint.num_embeddings)
@@ -87,11 +92,44 @@ class Scorer:
 
         With `below`, (B, L, H), in place of what the blocks of `skip` return, which do not run.
         """
-        logits = self.logits(pack, entries.positions, point, below)
+        parts = self._forwards(pack)
+        if len(parts) == 1 or not self._divides(pack):
+            logits = self.logits(pack, entries.positions, point, below)
+            slot, target = entries.slot.to(logits.device), entries.target.to(logits.device)
+            scores = look_up(logits, slot, target, self.softmax_dtype)
+            # a model split over devices answers on its last one
+            return Scores(*(s.to(pack.input_ids.device) for s in scores))
+        row = (entries.positions // pack.input_ids.shape[1])[entries.slot]
+        found, order = [], []
+        for rows, _ in parts:
+            (here,) = torch.isin(row, row.new_tensor(rows)).nonzero(as_tuple=True)
+            positions, slot = entries.positions[entries.slot[here]].unique(return_inverse=True)
+            part = replace(entries, positions=positions, slot=slot, target=entries.target[here])
+            of_part = partial(self._part, pack, rows, part)
+            # what a part keeps for the backward is computed anew there, a part at a time
+            found.append(checkpoint(of_part, point, below, use_reentrant=False))
+            order.append(here)
+        back = torch.cat(order).argsort()
+        return Scores(*(torch.cat(of)[back] for of in zip(*found, strict=True)))
+
+    def _divides(self, pack: Pack) -> bool:
+        """Whether the pack is too large for one forward."""
+        return pack.input_ids.numel() > self.limit and len(pack.input_ids) > 1
+
+    def _part(
+        self, pack: Pack, rows: list[int], entries: Entries, point: Tensor | None, below: Any
+    ) -> tuple[Tensor, ...]:
+        """Scores of `entries`, which are in these rows."""
+        inputs = dict((tuple(of), inputs) for of, inputs in self._forwards(pack))[tuple(rows)]
+        length, columns = pack.input_ids.shape[1], inputs.tokens.shape[1]
+        place = torch.full_like(pack.input_ids[:, 0], -1)
+        place[rows] = torch.arange(len(rows), device=place.device)
+        at = place[entries.positions // length] * columns + entries.positions % length
+        put, under = (None if x is None else x[rows, :columns] for x in (point, below))
+        logits = self._logits(inputs, at, put, under)
         slot, target = entries.slot.to(logits.device), entries.target.to(logits.device)
         scores = look_up(logits, slot, target, self.softmax_dtype)
-        # a model split over devices answers on its last one
-        return Scores(*(s.to(pack.input_ids.device) for s in scores))
+        return tuple(s.to(pack.input_ids.device) for s in scores)
 
     def together(self, pack: Pack) -> bool:
         """Whether all rows of `pack` go through the model in one forward."""
@@ -135,11 +173,17 @@ class Scorer:
             scale = self.rotary.scale(length)
             rows.setdefault(scale, []).append(row)
             longest[scale] = max(length, longest.get(scale, 0))
-        if len(rows) == 1:
+        if len(rows) == 1 and not self._divides(pack):
             return [([*range(len(pack.longest))], pack.inputs)]
         # a tree's positions are given, those of a row are counted, padding included
         whole = None if pack.end is None else pack.input_ids.shape[1]
-        return [(of, pack.inputs.part(of, whole or longest[scale])) for scale, of in rows.items()]
+        found = []
+        for scale, of in rows.items():
+            length = whole or longest[scale]
+            step = max(1, self.limit // length)
+            parts = [of[i : i + step] for i in range(0, len(of), step)]
+            found += [(part, pack.inputs.part(part, length)) for part in parts]
+        return found
 
     def _logits(
         self, inputs: Inputs, positions: Tensor, point: Tensor | None, below: Tensor | None
