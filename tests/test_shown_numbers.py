@@ -93,6 +93,28 @@ def test_models_of_the_demo():
         assert f"{known.value:+.2f} ({known.low:+.2f} to {known.high:+.2f}, p = " in text
 
 
+def test_words():
+    """`docs/experiments.md`, Fig. 6: cosines times the root of the size, the last word."""
+    text = (ROOT / "docs" / "experiments.md").read_text("utf-8")
+    curves = pd.read_csv(ROOT / "results/fig6/curves.csv")
+    last = curves[(curves["epoch"] == 1000) & (curves["split"] == "test")].set_index("size")
+    for kind, shown in (
+        ("right", "−0.136, −0.131 and −0.141"),
+        ("wrong", "+0.103, +0.097 and +0.099"),
+    ):
+        scaled = last[f"cosine_{kind}_mean"] * last.index.to_numpy() ** 0.5
+        values = [f"{value:+.3f}".replace("-", "−") for value in scaled]
+        assert f"{', '.join(values[:2])} and {values[2]}" == shown and shown in text
+        for end in ("min", "max"):  # the same within the seeds
+            ends = (last[f"cosine_{kind}_{end}"] * last.index.to_numpy() ** 0.5).tolist()
+            beyond = [of > max(scaled) if end == "max" else of < min(scaled) for of in ends]
+            assert all(beyond), (kind, end)
+    of_seeds = last["accuracy_max"] - last["accuracy_min"]
+    assert last["accuracy_mean"].max() - last["accuracy_mean"].min() < of_seeds.min()
+    unlearnt = curves[(curves["split"] == "train") & (curves["accuracy_min"] < 1)]
+    assert unlearnt.groupby("size")["epoch"].max().tolist() == [505, 352, 228]
+
+
 def test_curves_agree_with_attacks_of_one_amplitude():
     """`docs/critical.md`: within 0.1 %, and FMN within two points."""
     for folder in ("demo-critical", "smollm2-135m-critical"):
