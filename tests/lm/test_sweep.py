@@ -6,6 +6,7 @@ import functools
 import pytest
 import torch
 from networks import ARCHITECTURES, CPU, network, path_of, scorer_of
+from versions import GPT2_TAKES_TREES, TRANSFORMERS
 
 from llm_attack.attacks import Attack
 from llm_attack.errors import UsageError
@@ -47,6 +48,8 @@ def places(model):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_forwards_that_start_there_are_whole_ones(name):
+    if name == "mpt" and TRANSFORMERS.major < 5:
+        pytest.skip("the causal mask that transformers 4 makes for it overflows in float64")
     model = network(name)
     names = places(model)
     before = dict.fromkeys(known_blocks(model))
@@ -110,9 +113,10 @@ def test_a_failing_forward_leaves_nothing_behind():
     model = network("llama")
     *_, last = scorers(scorer_of(model), expand(model, ["embed", "layers"]), CPU)
     assert len(last.skip.blocks) == 2
+    before = [vars(block).get("forward") for block in known_blocks(model)]
     with pytest.raises(ZeroDivisionError), last.skip.over(torch.zeros(1)):
         raise ZeroDivisionError
-    assert not any("forward" in vars(block) for block in known_blocks(model))
+    assert [vars(block).get("forward") for block in known_blocks(model)] == before
 
 
 @pytest.mark.parametrize("name", ["llama", "llama, recomputed", "falcon", "gpt2"])
@@ -123,6 +127,8 @@ def test_one_pass_for_all(pack, name):
     Falcon adds the attention's output into that of the MLP, in place.
     """
     name, _, recomputed = name.partition(", ")
+    if name == "gpt2" and pack.node is not None and not GPT2_TAKES_TREES:
+        pytest.skip("with transformers 4 it takes no trees")
     model = copy.deepcopy(network(name))
     for block in known_blocks(model) if recomputed else ():
         recompute(block)
@@ -143,6 +149,8 @@ def test_one_pass_for_all(pack, name):
 @pytest.mark.parametrize("longest", [99, 0])
 @pytest.mark.parametrize("loss", ["sequence", "choice"])
 def test_answers_are_those_of_a_run_for_each(longest, loss):
+    if longest and not GPT2_TAKES_TREES:
+        pytest.skip("with transformers 4 GPT-2 takes no trees")
     model = network("gpt2")
     names = places(model)
     threat = ThreatModel(loss, shared=loss == "choice")
