@@ -1,5 +1,6 @@
 """The numbers that the documentation shows are those of the results in the repository."""
 
+import json
 import re
 import subprocess
 import sys
@@ -91,6 +92,25 @@ def test_models_of_the_demo():
             assert best.max() < of.loc["demo-1100", "drop_low"]
         known = inference.rank_correlation(of["clean"], of["drop"])
         assert f"{known.value:+.2f} ({known.low:+.2f} to {known.high:+.2f}, p = " in text
+
+
+def test_speed():
+    """`docs/speed.md` and README: time on a real model, of stock's."""
+    found = json.loads((ROOT / "results/engine/cpu-smollm2-135m.json").read_text("utf-8"))
+    text = (ROOT / "docs" / "speed.md").read_text("utf-8")
+    shown = tables(text[text.index("Of a real model, SmolLM2") :])
+    _, *rows, (_, _, *means) = next(shown)
+    for (task, stock, *times), of in zip(rows, found["tasks"], strict=True):
+        assert (task, stock) == (of["task"], f"{of['seconds']['stock']:.1f}")
+        assert times == [f"{of['times_stock'][c]:.2f}" for c in found["geometric_mean_times_stock"]]
+    known = list(found["geometric_mean_times_stock"].values())
+    assert means == [f"{value:.2f}" for value in known]
+    readme = (ROOT / "README.md").read_text("utf-8")
+    part = readme[readme.index("What it costs on that model") :].partition("\n\n")[0]
+    assert [float(x) for x in re.findall(r"\d+\.\d+", part)] == [
+        round(known[0], 2),
+        *(round(value, 1) for value in known[1:]),
+    ]
 
 
 def test_words():
