@@ -75,6 +75,8 @@ def _carried_out(prepared: Prepared, progress: str, console: Console) -> Result:
 def still_rising(samples: pd.DataFrame, longer: pd.DataFrame, knows: bool) -> Check:
     """Whether twice as many steps of BIM find much more than the steps of the run.
 
+    Where the loss knows the gold, margins below 0 count as 0: a wrong answer need not get worse.
+
     Args:
         samples: of the run.
         longer: of one with twice as many steps.
@@ -82,10 +84,11 @@ def still_rising(samples: pd.DataFrame, longer: pd.DataFrame, knows: bool) -> Ch
     """
     name, worst = "the loss no longer rises at the last step", ("", 0.0)
     for condition in longer.loc[longer["attack"] == "bim", "condition"].unique():
-        clean, short, long = (
-            sanity.outcome(of[of["condition"] == which], knows).mean()
+        outcomes = (
+            sanity.outcome(of[of["condition"] == which], knows)
             for of, which in ((samples, "none"), (samples, condition), (longer, condition))
         )
+        clean, short, long = ((of.clip(lower=0) if knows else of).mean() for of in outcomes)
         share = (short - long) / max(clean - short, 1e-9)
         worst = max(worst, (str(condition), float(share)), key=lambda pair: pair[1])
     verdict = PASSES if worst[1] <= _RISING else FAILS

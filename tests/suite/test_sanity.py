@@ -84,18 +84,30 @@ def test_what_does_not_apply():
 
 
 def test_too_few_steps():
-    """Twice as many find 40 % more."""
-    samples, _ = made_up({"none": 3.0, "bim@0.1": 1.0})
-    attacked = samples["condition"] == "bim@0.1"
-    clean, short = (sanity.outcome(samples[which], True).mean() for which in (~attacked, attacked))
-    lower = [
-        [x - 0.4 * (clean - short) * (i in gold) for i, x in enumerate(of)]
-        for of, gold in zip(samples["log_likelihoods"], samples["gold"], strict=True)
-    ]
-    longer = samples.assign(log_likelihoods=lower)
-    check = doctor.still_rising(samples, longer, True)
+    """Twice as many find 40 % more; of answers that are wrong already nothing is asked."""
+    samples, _ = made_up({"none": 3.0, "bim@0.1": 2.0})
+    clean, short = (
+        sanity.outcome(samples[samples["condition"] == name], True).clip(lower=0).mean()
+        for name in ("none", "bim@0.1")
+    )
+    # the share of its margin that each attacked question keeps
+    kept = (short - 0.4 * (clean - short)) / short
+
+    def weakened(share, right):
+        margins = sanity.outcome(samples, True)
+        rows = zip(samples["log_likelihoods"], samples["gold"], margins, strict=True)
+        fall = [(1 - share) * max(m, 0) if right else 5.0 * (m < 0) for _, _, m in rows]
+        rows = zip(samples["log_likelihoods"], samples["gold"], fall, strict=True)
+        return samples.assign(
+            log_likelihoods=[
+                [x - by * (i in gold) for i, x in enumerate(of)] for of, gold, by in rows
+            ]
+        )
+
+    check = doctor.still_rising(samples, weakened(kept, True), True)
     assert check.verdict == FAILS and "40.0% of what bim@0.1" in check.figure
     assert doctor.still_rising(samples, samples, True).verdict == PASSES
+    assert doctor.still_rising(samples, weakened(1, False), True).verdict == PASSES
 
 
 # -- models of which attacks say nothing -----------------------------------------------------------
