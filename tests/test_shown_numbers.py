@@ -2,11 +2,11 @@
 
 import json
 import re
-import subprocess
-import sys
+import runpy
 
 import pandas as pd
 import pytest
+from click.testing import CliRunner
 from shown import ROOT
 
 from llm_attack.suite import critical, inference
@@ -162,8 +162,9 @@ def test_the_estimate_and_what_it_estimates():
 
 @pytest.mark.parametrize("folder", ["smollm2-135m", "smollm2-135m-bim", "smollm2-135m-bim-0.01"])
 def test_tables_of_fig3(folder):
-    command = [sys.executable, "docs/fig3.py", f"results/{folder}"]
-    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    main = runpy.run_path(str(ROOT / "docs/fig3.py"), run_name="fig3")["main"]
+    done = CliRunner().invoke(main, [str(ROOT / "results" / folder)], catch_exceptions=False)
+    printed = done.output
     page = list(tables((ROOT / "docs" / "fig3.md").read_text("utf-8")))
     made = list(tables(printed))
     assert len(made) == 5
