@@ -134,6 +134,12 @@ RULES = (
         more="--limit 2 {include}",
     ),
     Rule(r"llm-attack eval --model_args .*", FEW, changes=(*MODEL, *TASKS), more="--limit 2"),
+    Rule(
+        r"llm-attack run --model demo --tasks demo_six --shard 1/2 -o shared",
+        f"{FEW}; it would wait for the other share",
+        changes=(("--shard 1/2 -o shared", "--shard 1/1 -o share"),),
+        more="--limit 2",
+    ),
     Rule(r"llm-attack run --config suite\.yaml", "as shown"),
     Rule(r"llm-attack run --help", "as shown"),
     Rule(
@@ -148,12 +154,6 @@ RULES = (
         FEW,
         changes=((r"--nproc_per_node \d+", "--nproc_per_node 2 --master_port {port}"),),
         more="--tasks demo_piqa --limit 2",
-    ),
-    Rule(
-        r"llm-attack run --model demo --tasks demo_six --shard 1/2 -o shared",
-        f"{FEW}; it would wait for the other share",
-        changes=(("--shard 1/2 -o shared", "--shard 1/1 -o share"),),
-        more="--limit 2",
     ),
     Rule(
         r"accelerate launch --num_processes \d+ -m llm_attack run .*",
