@@ -172,7 +172,12 @@ RULES = (
     Rule(
         r"python docs/positions\.py .*",
         FEW,
-        changes=((r"--limit \d+", "--limit 2"), (r"results/positions-demo", "positions")),
+        changes=(
+            *MODEL,
+            *TASKS,
+            (r"--limit \d+", "--limit 2"),
+            (r"results/positions-[\w-]+", "positions"),
+        ),
     ),
     Rule(
         r"python benchmarks/engine\.py --model .*",

@@ -176,7 +176,7 @@ def prepared(tmp_path_factory):
     (folder / "suite.yaml").write_text(json.dumps({**settings, "output": "of-settings"}))
     rows = [f"{w}{i},en,{w}" for w in ("negative", "neutral", "positive") for i in range(20)]
     (folder / "words.csv").write_text("\n".join(["word,language,label", *rows]))
-    for name in ("benchmarks", "tasks"):
+    for name in ("benchmarks", "docs", "tasks"):
         (folder / name).symlink_to(ROOT / name)
     return folder
 
