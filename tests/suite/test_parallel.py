@@ -74,6 +74,7 @@ def test_which_process(monkeypatch):
             processes(monkeypatch, shard=shard)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     transformers.__version__ < "5", reason="transformers 4 has no tensor parallelism on a CPU"
 )
