@@ -22,6 +22,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -62,25 +63,31 @@ ATTACKED = {
     "fgsm shared": [AttackSettings("fgsm", context="shared")],
     "fgsm choice": [AttackSettings("fgsm", loss="choice")],
     "fgsm own": [AttackSettings("fgsm")],
+    "bim own": [AttackSettings("bim")],
     LONGEST: [AttackSettings(name, context="shared") for name in ("none", "random", "fgsm", "bim")],
 }
 
 
 def real_requests(
-    tasks: list[str], tokens: int, tokenizer: Any, count: int | None = None
+    tasks: list[str], tokens: int, tokenizer: Any, count: int | None = None, shots: int = 0
 ) -> dict[str, list[Instance]]:
     """Requests of `count` of each task's questions, as lm-eval builds them, or of `tokens`.
+
+    Before each stand `shots` examples, the same for all questions of a task.
 
     Both engines sort by length, so that in a full run neighbours in length share a batch, and 0 to
     7 % of the tokens are padding. So that it is here, too, the sample is of neighbours in size,
     about the median.
     """
+    from lm_eval.api.samplers import get_sampler
     from lm_eval.tasks import TaskManager, get_task_dict
 
     manager, found = TaskManager(), {}
     for name in tasks:
         (task,) = get_task_dict([name], manager).values()
-        task.set_config("num_fewshot", 0)
+        task.set_config("num_fewshot", shots)
+        if shots:
+            task.sampler = get_sampler("first_n")(list(task.fewshot_docs()))
         task.build_all_requests()
         of_question: dict[int, list[list[int]]] = defaultdict(list)
         texts = [r.args[0] + r.args[1] for r in task.instances]
@@ -224,7 +231,10 @@ def load(name: str | None, shape: str, dtype: str, device: str) -> tuple[Any, An
 class Bench:
     """Stock and ours over the same model."""
 
-    def __init__(self, model: Any, tokenizer: Any, options: dict[str, Any]) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, options: dict[str, Any], positions: str = "all"
+    ) -> None:
+        self.positions = positions
         self.model, self.options = model, {"tokenizer": tokenizer, "pretrained": model, **options}
         self.tokenizer = tokenizer
         self.device = next(model.parameters()).device
@@ -238,7 +248,7 @@ class Bench:
     def ours(self, conditions: list[AttackSettings], requests: list[Instance]) -> AttackedHFLM:
         """Warm: whether the model takes trees is tried once per model, not once per question."""
         lm = AttackedHFLM(batch_size="auto", **self.options)
-        lm.use(*conditions)
+        lm.use(*(replace(c, positions=self.positions) for c in conditions))
         lm.batches(questions_of(requests, encode(lm, requests), lm.settings))
         return lm
 
@@ -302,7 +312,10 @@ def measure(
     largest = _largest_batch(requests)
     row["peak_memory"] = {
         "stock": peak_memory(bench.stock(MEMORY_ROWS, largest), bench.device),
-        "none": peak_memory(_same_tokens(bench, largest), bench.device),
+        **{
+            label: peak_memory(_same_tokens(bench, largest, ATTACKED[label]), bench.device)
+            for label in labels
+        },
     }
     row["utilisation"] = _utilisation(bench, median)
     return row
@@ -323,9 +336,11 @@ def _largest_batch(requests: list[Instance]) -> list[Instance]:
     return [r for rs in longest[:8] for r in rs]
 
 
-def _same_tokens(bench: Bench, requests: list[Instance]) -> Callable[[], Any]:
-    """Our clean pass with batches of as many tokens as stock's largest."""
-    lm = bench.ours([AttackSettings("none")], requests)
+def _same_tokens(
+    bench: Bench, requests: list[Instance], conditions: list[AttackSettings]
+) -> Callable[[], Any]:
+    """Our passes with batches of as many tokens as stock's largest."""
+    lm = bench.ours(conditions, requests)
     encoded = [len(bench.tokenizer.encode(r.args[0] + r.args[1])) for r in requests]
     lm.tokens_per_batch = MEMORY_ROWS * max(encoded)
     return lambda: lm.loglikelihood(requests, disable_tqdm=True)
@@ -384,6 +399,11 @@ def show(rows: list[dict[str, Any]], console: Console) -> dict[str, float]:
 @click.option("--tasks", default=",".join(SYNTHETIC), help="Of the six benchmarks.")
 @click.option("--tokens", default=6000, help="Of the requests of each task.")
 @click.option("--questions", type=int, help="Of each task, in place of so many tokens.")
+@click.option(
+    "--shots",
+    default=0,
+    help="Examples before each question, the same for all of a task's; they stay unperturbed.",
+)
 @click.option("--repeats", default=2, help="Runs of which the median is reported.")
 @click.option("--batch_sizes", default="1,8,32", help="Tried for stock.")
 @click.option("--model", help="As `pretrained` of attacked-hf; random weights unless given.")
@@ -392,7 +412,7 @@ def show(rows: list[dict[str, Any]], console: Console) -> dict[str, float]:
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 @click.option(
     "--conditions",
-    default=tuple(ATTACKED),
+    default=tuple(label for label in ATTACKED if label != "bim own"),
     multiple=True,
     type=click.Choice(list(ATTACKED)),
     help="Measured beside stock; `none` always is.",
@@ -404,6 +424,7 @@ def main(
     tasks: str,
     tokens: int,
     questions: int | None,
+    shots: int,
     repeats: int,
     batch_sizes: str,
     model: str | None,
@@ -420,12 +441,15 @@ def main(
     console = Console(width=140)
     names = tasks.split(",")
     real = "LLM_ATTACK_TEST_DATA" in os.environ
+    if shots and not real:
+        raise click.UsageError("--shots: needs LLM_ATTACK_TEST_DATA, whose tasks have examples")
     network, tokenizer = load(model, shape, dtype, device)
     if real:
-        requests = real_requests(names, tokens, tokenizer, questions)
+        requests = real_requests(names, tokens, tokenizer, questions, shots)
     else:
         requests = synthetic_requests(names, tokens)
-    bench = Bench(network, tokenizer, {"compile": compiled})
+    positions = "question" if shots else "all"
+    bench = Bench(network, tokenizer, {"compile": compiled}, positions)
     sizes = [int(size) for size in batch_sizes.split(",")]
     labels = list(dict.fromkeys(("none", *conditions)))
     rows = []

@@ -170,7 +170,12 @@ class AttackedHFLM(HFLM):
             longest = longest_tree(scorer, self.device, pad)
         how = (settings.threat, self.device, pad, longest, of_conditions)
         divides = self._arguments.get("tp_plan") is None
-        self.engine = Engine(scorer, attacks, *how, divides=divides, deterministic=exact)
+        # what recomputes or compiles blocks does not know of a cache that they write to
+        alone = self.engine_settings.gradient_checkpointing or self.engine_settings.compile
+        prefixes = packing != "off" and not alone
+        self.engine = Engine(
+            scorer, attacks, *how, divides=divides, deterministic=exact, prefixes=prefixes
+        )
         self.diagnostics = [Diagnostics() for _ in attacks]
 
     @property

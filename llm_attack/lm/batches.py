@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from llm_attack.lm.prefix import space
 from llm_attack.lm.questions import Question, Request
 
 
@@ -28,34 +29,38 @@ class Shape:
         return Shape(self.rows + other.rows, max(self.length, other.length))
 
 
-def of_rows(question: Question) -> Shape:
-    """The shape with a row per request."""
-    return Shape(len(question.requests), question.longest)
+def of_rows(question: Question, prefix: int = 0) -> Shape:
+    """The shape with a row per request, behind so many tokens that are computed once."""
+    return Shape(len(question.requests), space(question.longest, prefix))
 
 
-def of_tree(question: Question) -> Shape:
-    """The shape as a tree."""
-    return Shape(1, len(question.trie))
+def of_tree(question: Question, prefix: int = 0) -> Shape:
+    """The shape as a tree, likewise."""
+    return Shape(1, space(len(question.trie), prefix))
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Questions that go through the model together, as trees or with a row per request."""
+    """Questions that go through the model together, as trees or with a row per request.
+
+    The first `prefix` tokens of all rows are the same, and computed once.
+    """
 
     questions: list[Question]
     trees: bool
+    prefix: int = 0
 
     @property
     def tokens(self) -> int:
         """Of the model's input, padding included."""
-        shapes = map(of_tree if self.trees else of_rows, self.questions)
-        return sum(shapes, Shape(0, 0)).tokens
+        shape = of_tree if self.trees else of_rows
+        return sum((shape(q, self.prefix) for q in self.questions), Shape(0, 0)).tokens
 
     def halves(self) -> list[Batch]:
         """Two batches, the last first."""
         middle = len(self.questions) // 2
         parts = self.questions[middle:], self.questions[:middle]
-        return [Batch(part, self.trees) for part in parts]
+        return [Batch(part, self.trees, self.prefix) for part in parts]
 
 
 def layouts(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,9 @@ from llm_attack.lm.batches import Batch, batched, layouts, of_rows, of_tree
 from llm_attack.lm.diagnostics import Diagnostics
 from llm_attack.lm.losses import LOSSES, ThreatModel
 from llm_attack.lm.pack import Pack, pack_rows, pack_trees
-from llm_attack.lm.probe import trees_equal_rows
+from llm_attack.lm.positions import ALL, QUESTION
+from llm_attack.lm.prefix import groups, start
+from llm_attack.lm.probe import equal_packs, trees_equal_rows
 from llm_attack.lm.questions import Question
 from llm_attack.lm.reproducible import reproducible
 from llm_attack.lm.scoring import Scorer, Scores
@@ -89,6 +92,7 @@ class Engine:
         divides: whether batches are halved when memory runs out. Not where other processes hold
             parts of the model, and may have memory left.
         deterministic: every question is a batch of its own, computed to the same bits each time.
+        prefixes: whether tokens that questions begin with, and that do not move, are computed once.
     """
 
     scorer: Scorer
@@ -100,6 +104,7 @@ class Engine:
     scorers: Sequence[Scorer] = ()
     divides: bool = True
     deterministic: bool = False
+    prefixes: bool = False
     diagnostics: list[Diagnostics] = field(init=False)
     _tried: int = field(default=0, init=False)
 
@@ -145,12 +150,41 @@ class Engine:
         tokens = tokens or BUDGET.get(self.device.type, BUDGET["cpu"])
         for scorer in (self.scorer, *self.scorers):
             scorer.limit = tokens
-        trees, others = layouts(questions, self._takes_tree, self.threat.shared)
+        layout = layouts(questions, self._takes_tree, self.threat.shared)
         return [
-            Batch(batch, shape is of_tree)
-            for waiting, shape in ((trees, of_tree), (others, of_rows))
-            for batch in batched(waiting, shape, rows, tokens)
+            Batch(batch, shape is of_tree, prefix)
+            for waiting, shape in zip(layout, (of_tree, of_rows), strict=True)
+            for prefix, members in self._groups(waiting, shape is of_tree, tokens)
+            for batch in batched(members, partial(shape, prefix=prefix), rows, tokens)
         ]
+
+    def _groups(
+        self, questions: Sequence[Question], trees: bool, tokens: int
+    ) -> list[tuple[int, list[Question]]]:
+        """The questions by the prefix that is computed once, and how long it is."""
+        everything = [(0, [*questions])]
+        positions = None if self.clean else self.threat.positions
+        if not self.prefixes or positions == ALL:
+            return everything
+        scale = self.scorer.rotary.scale
+        # short and long requests may have other frequencies, hence other keys
+        starts = [start(q, positions) if scale(q.longest) == scale(0) else () for q in questions]
+        found = groups(starts, tokens)
+        by_prefix = [(n, [questions[i] for i in numbers]) for n, numbers in found if numbers]
+        longest, members = max(by_prefix, key=lambda group: group[0], default=(0, []))
+        if not longest:
+            if positions == QUESTION and any(starts):
+                log.warning(
+                    "prefix: computed for each question, as few of them share what they begin with"
+                )
+            return everything
+        trial = Batch(members[:1], trees, longest)
+        packs = [self.pack(b).to(self.device) for b in (trial, replace(trial, prefix=0))]
+        if not equal_packs(self.scorer, *packs):
+            log.warning("prefix: computed for each question, as its cache gives other logits")
+            self.prefixes = False
+            return everything
+        return by_prefix
 
     def answers(self, todo: Iterable[Batch]) -> Iterator[tuple[Batch, Found]]:
         """Yields each batch with what was found: to each request alone where it is attacked alone.
@@ -194,6 +228,7 @@ class Engine:
         """One batch as tensors, on the host."""
         whole = LOSSES[self.threat.loss].whole and not self.clean
         how: dict[str, Any] = {"whole": whole, "positions": self.threat.positions}
+        how["prefix"] = batch.prefix
         if batch.trees:
             return pack_trees(batch.questions, self.pad, **how)
         return pack_rows(batch.questions, self.pad, shared=self.threat.shared, **how)

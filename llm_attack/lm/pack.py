@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from llm_attack.attacks import keys_for
 from llm_attack.lm.positions import ALL, of_question, of_request
+from llm_attack.lm.prefix import space
 from llm_attack.lm.questions import Question, Request
 from llm_attack.lm.trie import Trie, build
 
@@ -51,14 +52,17 @@ class Inputs(NamedTuple):
     Attributes:
         tokens: (B, L) int64.
         depth, end: (B, L) of the trees (see `Trie`); None with a row per request.
+        prefix: number of tokens before each row, whose keys and values are there already.
     """
 
     tokens: Tensor
     depth: Tensor | None
     end: Tensor | None
+    prefix: int = 0
 
     def attention(self, dtype: torch.dtype) -> Tensor | None:
-        """(B, 1, L, L) added to the attention's scores; None: the model's own causal mask will do.
+        """(B, 1, L, prefix + L) added to the attention's scores; None: the model's own causal mask
+        will do.
 
         A token sees itself and what is before it in some request of its own; padding sees itself.
         With a row per request padding is behind all that is looked at, out of a causal model's
@@ -68,13 +72,14 @@ class Inputs(NamedTuple):
             return None
         at = torch.arange(self.end.shape[1], device=self.end.device)
         seen = (at <= at[:, None]) & (at[:, None] < self.end[:, None, :])
+        seen = nn.functional.pad(seen, (self.prefix, 0), value=True)
         scores = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
         return scores.masked_fill_(~seen, torch.finfo(dtype).min).unsqueeze(1)
 
     def part(self, rows: Sequence[int], length: int) -> Inputs:
         """The first `length` tokens of some rows."""
-        depth, end = (None if x is None else x[list(rows), :length] for x in self[1:])
-        return Inputs(self.tokens[list(rows), :length], depth, end)
+        depth, end = (None if x is None else x[list(rows), :length] for x in self[1:3])
+        return Inputs(self.tokens[list(rows), :length], depth, end, self.prefix)
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,8 @@ class Pack:
         first: (U,) flat index into B x L of a token of each node.
         moves: (B, L), or (U,) where there are nodes, booleans: whether a token may be perturbed;
             None: all but padding.
+        prefix: the first tokens of every row, which are computed once: none of them moves, and no
+            prediction is looked at before the last of them.
     """
 
     questions: Sequence[Question]
@@ -108,6 +115,7 @@ class Pack:
     node: Tensor | None = None
     first: Tensor | None = None
     moves: Tensor | None = None
+    prefix: tuple[int, ...] = ()
 
     @cached_property
     def requests(self) -> list[Request]:
@@ -125,7 +133,16 @@ class Pack:
 
     @property
     def inputs(self) -> Inputs:
-        return Inputs(self.input_ids, self.depth, self.end)
+        """All rows, behind the prefix."""
+        n = len(self.prefix)
+        depth, end = (None if x is None else x[:, n:] for x in (self.depth, self.end))
+        return Inputs(self.input_ids[:, n:], depth, None if end is None else end - n, n)
+
+    @property
+    def space(self) -> int:
+        """Tokens that it counts for, padding included."""
+        rows, length = self.input_ids.shape
+        return rows * space(length, len(self.prefix))
 
     @property
     def longest(self) -> list[int]:
@@ -156,6 +173,7 @@ def pack_rows(
     shared: bool = False,
     whole: bool = False,
     positions: str = ALL,
+    prefix: int = 0,
 ) -> Pack:
     """A row per request.
 
@@ -165,9 +183,10 @@ def pack_rows(
         shared: with the nodes of the questions' tries.
         whole: the predictions of all tokens are watched, not only the continuations'.
         positions: the tokens that may be perturbed; see `lm.positions`.
+        prefix: how many tokens at the start of all requests are computed once.
     """
     rows = [build([r.inputs]) for q in questions for r in q.requests]
-    pack = _pack(questions, rows, pad, whole)
+    pack = _pack(questions, rows, pad, whole, prefix)
     if not shared:
         return _with_moves(pack, [of_request(r, positions) for r in pack.requests], positions)
     node = np.zeros(pack.input_ids.shape, np.int64)
@@ -186,11 +205,16 @@ def pack_rows(
 
 
 def pack_trees(
-    questions: Sequence[Question], pad: int = 0, *, whole: bool = False, positions: str = ALL
+    questions: Sequence[Question],
+    pad: int = 0,
+    *,
+    whole: bool = False,
+    positions: str = ALL,
+    prefix: int = 0,
 ) -> Pack:
     """A row per question, whose requests are a tree; arguments as of `pack_rows`."""
     tries = [q.trie for q in questions]
-    pack = _pack(questions, tries, pad, whole)
+    pack = _pack(questions, tries, pad, whole, prefix)
     length = pack.input_ids.shape[1]
     depth = np.zeros((len(tries), length), np.int64)
     end = np.tile(np.arange(1, length + 1), (len(tries), 1))
@@ -211,7 +235,9 @@ def _with_moves(pack: Pack, rows: Sequence[NDArray[np.bool_]], positions: str) -
     return replace(pack, moves=torch.from_numpy(moves))
 
 
-def _pack(questions: Sequence[Question], tries: Sequence[Trie], pad: int, whole: bool) -> Pack:
+def _pack(
+    questions: Sequence[Question], tries: Sequence[Trie], pad: int, whole: bool, prefix: int
+) -> Pack:
     """Rows with the tokens of `tries`, whose paths are the requests of `questions` in order."""
     lengths = np.array([len(t) for t in tries])
     length = int(lengths.max())
@@ -228,21 +254,24 @@ def _pack(questions: Sequence[Question], tries: Sequence[Trie], pad: int, whole:
         predicted.cumsum(), predicted
     )  # counted from the end: < 0
     continuation = left >= -np.repeat([r.n_continuation for r in requests], predicted)
-    kept = continuation.nonzero()[0]
+    scored_of = continuation.nonzero()[0]
+    # what the prefix predicts of itself adds a constant to a loss
+    watched_of = (at % length >= prefix).nonzero()[0] if whole else scored_of
 
     def entries(some: NDArray) -> Entries:
         positions, slot = np.unique(at[some], return_inverse=True)
         arrays = positions, slot, target[some], request[some], continuation[some]
         return Entries(*map(torch.from_numpy, arrays))
 
-    scored = entries(kept)
+    scored = entries(scored_of)
     return Pack(
         questions,
         input_ids=torch.from_numpy(input_ids),
         mask=torch.arange(length) < torch.from_numpy(lengths)[:, None],
         scored=scored,
-        watched=entries(np.arange(len(at))) if whole else scored,
-        kept=torch.from_numpy(kept if whole else np.arange(len(kept))),
+        watched=entries(watched_of) if whole else scored,
+        kept=torch.from_numpy(np.searchsorted(watched_of, scored_of)),
+        prefix=requests[0].tokens[:prefix],
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
-from llm_attack.lm.pack import pack_rows, pack_trees
+from llm_attack.lm.pack import Pack, pack_rows, pack_trees
 from llm_attack.lm.questions import Question, Request
 from llm_attack.lm.scoring import Scorer
 
@@ -53,18 +53,23 @@ def trees_equal_rows(
     They are as of `equal_logits`. Wrong positions, or a mask that is not honoured, change the first
     digits.
     """
-    try:
-        logits = []
-        for make in (pack_trees, pack_rows):
-            pack = make(questions, pad).to(device)
+    packs = [make(questions, pad).to(device) for make in (pack_trees, pack_rows)]
+    return equal_packs(scorer, *packs)
+
+
+def equal_packs(scorer: Scorer, some: Pack, others: Pack) -> bool:
+    """Whether the logits of the same questions in two layouts are equal, as of `equal_logits`."""
+    logits = []
+    for pack in (some, others):
+        try:
             with torch.no_grad():
                 found = scorer.logits(pack, pack.scored.positions)
-            logits.append(found[pack.scored.slot.to(found.device)].float())
-    except Exception as error:
-        if should_reduce_batch_size(error):
-            raise
-        log.info("packing: the model refused a tree: %s", error)
-        return False
+        except Exception as error:
+            if should_reduce_batch_size(error):
+                raise
+            log.info("packing: the model refused a layout: %s", error)
+            return False
+        logits.append(found[pack.scored.slot.to(found.device)].float())
     return equal_logits(scorer, *logits)
 
 

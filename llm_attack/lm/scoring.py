@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 from llm_attack.lm.hook import capture, edit_input, edit_output
 from llm_attack.lm.nearest import Nearest
 from llm_attack.lm.pack import Entries, Inputs, Pack
+from llm_attack.lm.prefix import Prefixes, space
 from llm_attack.lm.rotary import Rotary
 
 if TYPE_CHECKING:
@@ -33,6 +35,36 @@ class Scores(NamedTuple):
 
     log_prob: Tensor
     greedy: Tensor
+
+
+class Forward(NamedTuple):
+    """A part of a pack that goes through the model at once.
+
+    Attributes:
+        rows: which; None: all.
+        inputs: what the model reads of them.
+    """
+
+    rows: list[int] | None
+    inputs: Inputs
+
+    @property
+    def place(self) -> tuple[list[int] | slice, slice]:
+        """Index of its tokens into (B, L, ...)."""
+        start = self.inputs.prefix
+        columns = slice(start, start + self.inputs.tokens.shape[1])
+        return slice(None) if self.rows is None else self.rows, columns
+
+    def among(self, positions: Tensor, pack: Pack) -> tuple[Tensor, Tensor]:
+        """Which of `positions`, flat indices into the pack's B x L, it has, and where it has them.
+
+        Both are (P,): booleans, and flat indices into its own tokens.
+        """
+        rows, length = pack.input_ids.shape
+        row, column = positions // length, positions % length - self.inputs.prefix
+        place = row.new_full((rows,), -1)
+        place[self.place[0]] = torch.arange(len(self.inputs.tokens), device=row.device)
+        return place[row] >= 0, place[row] * self.inputs.tokens.shape[1] + column
 
 
 class Scorer:
@@ -58,6 +90,7 @@ class Scorer:
         self.softmax_dtype = softmax_dtype or torch.float32
         self.head = model.get_output_embeddings()
         self.rotary = Rotary(model)
+        self.prefixes = Prefixes()
         self.skip: Skip | None = None
         self.limit = sys.maxsize
         """Tokens of a forward at most, unless a row has more."""
@@ -69,17 +102,20 @@ class Scorer:
         self.options = {"use_cache": False} if takes_cache else {}
 
     def point(self, pack: Pack) -> Tensor:
-        """The clean point of `pack`, (B, L, H)."""
-        found = [
-            (rows, capture(self.hookpoint, partial(self._forward, inputs)))
-            for rows, inputs in self._forwards(pack)
-        ]
-        if len(found) == 1:
-            return found[0][1]
-        point = found[0][1].new_zeros(*pack.input_ids.shape, found[0][1].shape[-1])
-        for rows, part in found:
-            point[rows, : part.shape[1]] = part
-        return point
+        """The clean point of `pack`, (B, L, H); 0 at its prefix."""
+        forwards = self._forwards(pack)
+        found = [capture(self.hookpoint, partial(self._forward, f.inputs)) for f in forwards]
+        return self.whole(pack, *found)
+
+    def whole(self, pack: Pack, *parts: Tensor) -> Tensor:
+        """(B, L, H) from the parts that the forwards of `pack` have; 0 at its prefix."""
+        forwards = self._forwards(pack)
+        if len(forwards) == 1 and not pack.prefix:
+            return parts[0]
+        x = parts[0].new_zeros(*pack.input_ids.shape, parts[0].shape[-1])
+        for forward, part in zip(forwards, parts, strict=True):
+            x[forward.place] = part
+        return x
 
     def __call__(
         self,
@@ -92,44 +128,40 @@ class Scorer:
 
         With `below`, (B, L, H), in place of what the blocks of `skip` return, which do not run.
         """
-        parts = self._forwards(pack)
-        if len(parts) == 1 or not self._divides(pack):
+        forwards = self._forwards(pack)
+        if len(forwards) == 1 or not self._divides(pack):
             logits = self.logits(pack, entries.positions, point, below)
-            slot, target = entries.slot.to(logits.device), entries.target.to(logits.device)
-            scores = look_up(logits, slot, target, self.softmax_dtype)
-            # a model split over devices answers on its last one
-            return Scores(*(s.to(pack.input_ids.device) for s in scores))
-        row = (entries.positions // pack.input_ids.shape[1])[entries.slot]
+            return self._look_up(pack, entries, logits)
+        of_entries = entries.positions[entries.slot]
         found, order = [], []
-        for rows, _ in parts:
-            (here,) = torch.isin(row, row.new_tensor(rows)).nonzero(as_tuple=True)
-            positions, slot = entries.positions[entries.slot[here]].unique(return_inverse=True)
+        for forward in forwards:
+            has, _ = forward.among(of_entries, pack)
+            (here,) = has.nonzero(as_tuple=True)
+            positions, slot = of_entries[here].unique(return_inverse=True)
             part = replace(entries, positions=positions, slot=slot, target=entries.target[here])
-            of_part = partial(self._part, pack, rows, part)
+            of_part = partial(self._part, pack, forward, part)
             # what a part keeps for the backward is computed anew there, a part at a time
             found.append(checkpoint(of_part, point, below, use_reentrant=False))
             order.append(here)
         back = torch.cat(order).argsort()
         return Scores(*(torch.cat(of)[back] for of in zip(*found, strict=True)))
 
-    def _divides(self, pack: Pack) -> bool:
-        """Whether the pack is too large for one forward."""
-        return pack.input_ids.numel() > self.limit and len(pack.input_ids) > 1
-
-    def _part(
-        self, pack: Pack, rows: list[int], entries: Entries, point: Tensor | None, below: Any
-    ) -> tuple[Tensor, ...]:
-        """Scores of `entries`, which are in these rows."""
-        inputs = dict((tuple(of), inputs) for of, inputs in self._forwards(pack))[tuple(rows)]
-        length, columns = pack.input_ids.shape[1], inputs.tokens.shape[1]
-        place = torch.full_like(pack.input_ids[:, 0], -1)
-        place[rows] = torch.arange(len(rows), device=place.device)
-        at = place[entries.positions // length] * columns + entries.positions % length
-        put, under = (None if x is None else x[rows, :columns] for x in (point, below))
-        logits = self._logits(inputs, at, put, under)
+    def _look_up(self, pack: Pack, entries: Entries, logits: Tensor) -> Scores:
         slot, target = entries.slot.to(logits.device), entries.target.to(logits.device)
         scores = look_up(logits, slot, target, self.softmax_dtype)
-        return tuple(s.to(pack.input_ids.device) for s in scores)
+        # a model split over devices answers on its last one
+        return Scores(*(s.to(pack.input_ids.device) for s in scores))
+
+    def _divides(self, pack: Pack) -> bool:
+        """Whether the pack is too large for one forward."""
+        return pack.space > self.limit and len(pack.input_ids) > 1
+
+    def _part(
+        self, pack: Pack, forward: Forward, entries: Entries, point: Tensor | None, below: Any
+    ) -> Scores:
+        """Scores of `entries`, which are in these rows."""
+        logits = self._logits(pack, forward, entries.positions, point, below)
+        return self._look_up(pack, entries, logits)
 
     def together(self, pack: Pack) -> bool:
         """Whether all rows of `pack` go through the model in one forward."""
@@ -149,24 +181,19 @@ class Scorer:
         """
         forwards = self._forwards(pack)
         if len(forwards) == 1:
-            return self._logits(pack.inputs, positions, point, below)
-        length = pack.input_ids.shape[1]
-        row, column = positions // length, positions % length
+            return self._logits(pack, forwards[0], positions, point, below)
         found, order = [], []
-        for rows, inputs in forwards:
-            place = torch.full_like(pack.input_ids[:, 0], -1)
-            place[rows] = torch.arange(len(rows), device=place.device)
-            (here,) = (place[row] >= 0).nonzero(as_tuple=True)
-            columns = inputs.tokens.shape[1]
-            of_part = place[row[here]] * columns + column[here]
-            put, under = (None if x is None else x[rows, :columns] for x in (point, below))
-            found.append(self._logits(inputs, of_part, put, under))
+        for forward in forwards:
+            (here,) = forward.among(positions, pack)[0].nonzero(as_tuple=True)
+            found.append(self._logits(pack, forward, positions[here], point, below))
             order.append(here)
         logits = torch.cat(found)
         return logits[torch.cat(order).argsort().to(logits.device)]
 
-    def _forwards(self, pack: Pack) -> list[tuple[list[int], Inputs]]:
+    def _forwards(self, pack: Pack) -> list[Forward]:
         """The rows that may share a forward, and what it reads: all at once for most models."""
+        if pack.prefix:
+            self.prefixes.remember(pack.prefix, partial(self._cache, pack))
         longest: dict[tuple[int, ...], int] = {}
         rows: dict[tuple[int, ...], list[int]] = {}
         for row, length in enumerate(pack.longest):
@@ -174,22 +201,41 @@ class Scorer:
             rows.setdefault(scale, []).append(row)
             longest[scale] = max(length, longest.get(scale, 0))
         if len(rows) == 1 and not self._divides(pack):
-            return [([*range(len(pack.longest))], pack.inputs)]
+            return [Forward(None, pack.inputs)]
         # a tree's positions are given, those of a row are counted, padding included
         whole = None if pack.end is None else pack.input_ids.shape[1]
-        found = []
+        found, before = [], len(pack.prefix)
         for scale, of in rows.items():
             length = whole or longest[scale]
-            step = max(1, self.limit // length)
+            step = max(1, self.limit // space(length, before))
             parts = [of[i : i + step] for i in range(0, len(of), step)]
-            found += [(part, pack.inputs.part(part, length)) for part in parts]
+            found += [Forward(part, pack.inputs.part(part, length - before)) for part in parts]
         return found
 
+    @torch.no_grad()
+    def _cache(self, pack: Pack) -> Any:
+        """Keys and values of the pack's prefix, for one row."""
+        tokens = pack.input_ids[:1, : len(pack.prefix)]
+        with ExitStack() as stack:
+            if self.head is not None:  # whose logits nobody needs
+                stack.enter_context(edit_input(self.head, lambda hidden: hidden[:, -1:]))
+            stack.enter_context(self._set_up(tokens))
+            return self.model(input_ids=tokens, use_cache=True).past_key_values
+
     def _logits(
-        self, inputs: Inputs, positions: Tensor, point: Tensor | None, below: Tensor | None
+        self,
+        pack: Pack,
+        forward: Forward,
+        positions: Tensor,
+        point: Tensor | None,
+        below: Tensor | None,
     ) -> Tensor:
-        """The same of one forward; the tensors are those of its rows."""
+        """The same of one forward, which has all `positions`."""
+        inputs = forward.inputs
         rows, columns = inputs.tokens.shape
+        if rows * columns != pack.input_ids.numel():
+            _, positions = forward.among(positions, pack)
+            point, below = (None if x is None else x[forward.place] for x in (point, below))
         gathered = False
 
         def gather(hidden: Tensor) -> Tensor:
@@ -213,16 +259,25 @@ class Scorer:
         return logits.reshape(rows * columns, -1)[positions.to(logits.device)]
 
     def _forward(self, inputs: Inputs):
-        device = inputs.tokens.device.type
         options: dict[str, Any] = dict(self.options)
         mask = inputs.attention(self.model.dtype)
         if mask is not None:
             options |= {"attention_mask": mask, "position_ids": inputs.depth}
+        if inputs.prefix:
+            past = self.prefixes.rows(len(inputs.tokens))
+            options |= {"past_key_values": past, "use_cache": True}
+        with self._set_up(inputs.tokens):
+            return self.model(input_ids=inputs.tokens, **options)
+
+    @contextmanager
+    def _set_up(self, tokens: Tensor) -> Iterator[None]:
+        """What a forward over `tokens` runs in."""
+        mixed = self.autocast is not None
         with (
             self.rotary.fresh(),
-            torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None),
+            torch.autocast(tokens.device.type, dtype=self.autocast, enabled=mixed),
         ):
-            return self.model(input_ids=inputs.tokens, **options)
+            yield
 
 
 def look_up(logits: Tensor, slot: Tensor, target: Tensor, dtype: torch.dtype) -> Scores:

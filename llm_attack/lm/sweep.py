@@ -262,10 +262,10 @@ def share(surfaces: Sequence[Surface], gradient: bool) -> None:
     clean = type(scores)(*(s.detach()[pack.kept] for s in scores))
     for i, surface in enumerate(found):
         surface.clean = clean
-        surface.x = surface.of_nodes(seen[surface.scorer.hookpoint].detach())
+        surface.x = surface.of_nodes(scorer.whole(pack, seen[surface.scorer.hookpoint].detach()))
         skip = surface.scorer.skip
         if skip is not None and skip.blocks[-1] in seen:
-            surface.below = seen[skip.blocks[-1]].detach()
+            surface.below = scorer.whole(pack, seen[skip.blocks[-1]].detach())
         if gradient:
             surface.clean_loss = values.detach()
-            surface.gradient = surface.of_nodes(slopes[i], total=True)
+            surface.gradient = surface.of_nodes(scorer.whole(pack, slopes[i]), total=True)

@@ -110,12 +110,20 @@ class Sizes:
 
     def forward(self, pack: Pack, positions: int) -> int:
         """FLOP of a forward of `pack` that looks at so many positions."""
-        rows, length = pack.input_ids.shape
-        products = self.blocks * rows * length + self.head * positions
-        return 2 * products + 4 * rows * length**2 * self.attention
+        products = self.blocks * pack.inputs.tokens.numel() + self.head * positions
+        return 2 * products + 4 * _pairs(pack) * self.attention
+
+    def prefix(self, pack: Pack) -> int:
+        """FLOP of computing what `pack` has as a prefix."""
+        n = len(pack.prefix)
+        return 2 * self.blocks * n + 4 * n**2 * self.attention
 
     def backward(self, pack: Pack, positions: int) -> int:
         """FLOP of the gradient with respect to the point alone: weights have none."""
-        rows, length = pack.input_ids.shape
         again = self.forward(pack, 0) if self.recomputed else 0
-        return self.forward(pack, positions) + 4 * rows * length**2 * self.attention + again
+        return self.forward(pack, positions) + 4 * _pairs(pack) * self.attention + again
+
+
+def _pairs(pack: Pack) -> int:
+    """Pairs of tokens of which one looks at the other; kernels compute masked ones too."""
+    return pack.inputs.tokens.numel() * pack.input_ids.shape[1]

@@ -41,6 +41,7 @@ class Counts:
         gradients, forwards: FLOP of passes with a backward, and of those without.
         largest: tokens of the largest batch.
         positions: looked at in the batch that has the most.
+        prefix: of the last batch.
     """
 
     questions: int = 0
@@ -51,6 +52,7 @@ class Counts:
     forwards: int = 0
     largest: int = 0
     positions: int = 0
+    prefix: tuple[int, ...] = ()
 
     @property
     def flop(self) -> int:
@@ -60,13 +62,17 @@ class Counts:
     def add(self, pack: Pack, sizes: Sizes, todo: Passes) -> None:
         """Counts a batch."""
         scored, watched = len(pack.scored.positions), len(pack.watched.positions)
-        self.tokens_packed += pack.input_ids.numel()
+        if pack.prefix != self.prefix:
+            self.prefix = pack.prefix
+            self.tokens_packed += len(pack.prefix)
+            self.forwards += sizes.prefix(pack)
+        self.tokens_packed += pack.inputs.tokens.numel()
         self.tokens_asked += sum(len(r.inputs) * len(a) for r, a in _answered(pack))
         gradient = sizes.forward(pack, watched) + sizes.backward(pack, watched)
         self.gradients += todo.gradients * gradient
         self.forwards += todo.losses * sizes.forward(pack, watched)
         self.forwards += (todo.answers + todo.clean) * sizes.forward(pack, scored)
-        self.largest = max(self.largest, pack.input_ids.numel())
+        self.largest = max(self.largest, pack.space)
         self.positions = max(self.positions, watched if todo.gradients else scored)
 
 
@@ -197,7 +203,7 @@ class Calibration:
             both = self.sizes.forward(pack, watched) + self.sizes.backward(pack, watched)
             with saved_tensors_hooks(self._keep, lambda tensor: tensor):
                 self._timed(0, lambda: surface.gradient.sum(), both)
-            self.tokens += pack.input_ids.numel()
+            self.tokens += pack.space
 
         def forward() -> Tensor:
             x = None if attack.identity else surface.attack(noise)[0]
