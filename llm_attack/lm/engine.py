@@ -147,19 +147,23 @@ class Engine:
                 good for the device.
         """
         rows = 1 if self.deterministic else rows
-        tokens = tokens or BUDGET.get(self.device.type, BUDGET["cpu"])
+        tokens = tokens or self._budget
         for scorer in (self.scorer, *self.scorers):
             scorer.limit = tokens
         layout = layouts(questions, self._takes_tree, self.threat.shared)
         return [
             Batch(batch, shape is of_tree, prefix)
             for waiting, shape in zip(layout, (of_tree, of_rows), strict=True)
-            for prefix, members in self._groups(waiting, shape is of_tree, tokens)
+            for prefix, members in self._groups(waiting, shape is of_tree)
             for batch in batched(members, partial(shape, prefix=prefix), rows, tokens)
         ]
 
+    @property
+    def _budget(self) -> int:
+        return BUDGET.get(self.device.type, BUDGET["cpu"])
+
     def _groups(
-        self, questions: Sequence[Question], trees: bool, tokens: int
+        self, questions: Sequence[Question], trees: bool
     ) -> list[tuple[int, list[Question]]]:
         """The questions by the prefix that is computed once, and how long it is."""
         everything = [(0, [*questions])]
@@ -169,7 +173,7 @@ class Engine:
         scale = self.scorer.rotary.scale
         # short and long requests may have other frequencies, hence other keys
         starts = [start(q, positions) if scale(q.longest) == scale(0) else () for q in questions]
-        found = groups(starts, tokens)
+        found = groups(starts, self._budget)
         by_prefix = [(n, [questions[i] for i in numbers]) for n, numbers in found if numbers]
         longest, members = max(by_prefix, key=lambda group: group[0], default=(0, []))
         if not longest:

@@ -48,7 +48,7 @@ def groups(starts: Sequence[tuple[int, ...]], least: int) -> list[tuple[int, lis
 
     Args:
         starts: of each question what may be shared.
-        least: tokens that a group must save, as it leaves a batch half full.
+        least: tokens that a group must save, as its last batch is not full.
 
     Returns:
         Of each group the length of the prefix and the numbers of its questions; last, with a prefix

@@ -108,11 +108,14 @@ class Scorer:
         return self.whole(pack, *found)
 
     def whole(self, pack: Pack, *parts: Tensor) -> Tensor:
-        """(B, L, H) from the parts that the forwards of `pack` have; 0 at its prefix."""
-        forwards = self._forwards(pack)
+        """(B, L, H) from the parts that the forwards of `pack` have; 0 at its prefix.
+
+        It is on the pack's device, wherever that part of the model is.
+        """
+        forwards, device = self._forwards(pack), pack.input_ids.device
         if len(forwards) == 1 and not pack.prefix:
-            return parts[0]
-        x = parts[0].new_zeros(*pack.input_ids.shape, parts[0].shape[-1])
+            return parts[0].to(device)
+        x = parts[0].new_zeros(*pack.input_ids.shape, parts[0].shape[-1], device=device)
         for forward, part in zip(forwards, parts, strict=True):
             x[forward.place] = part
         return x
@@ -249,7 +252,8 @@ class Scorer:
                 stack.enter_context(self.skip.over(below))
             if point is not None:
                 # a copy, as some models write to what a module returns
-                stack.enter_context(edit_output(self.hookpoint, lambda output: point.clone()))
+                put = partial(_copied, point)
+                stack.enter_context(edit_output(self.hookpoint, put))
             if self.head is not None:
                 stack.enter_context(edit_input(self.head, gather))
             logits = self._forward(inputs).logits
@@ -278,6 +282,11 @@ class Scorer:
             torch.autocast(tokens.device.type, dtype=self.autocast, enabled=mixed),
         ):
             yield
+
+
+def _copied(point: Tensor, output: Tensor) -> Tensor:
+    """A copy of `point` where `output` is."""
+    return point.to(output.device, copy=True)
 
 
 def look_up(logits: Tensor, slot: Tensor, target: Tensor, dtype: torch.dtype) -> Scores:

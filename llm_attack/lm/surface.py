@@ -60,9 +60,8 @@ class Surface:
         """The examples: questions, or requests where each is attacked alone."""
         if self.pack.first is None:
             return Groups.rows(self.x)
-        sizes = torch.tensor([len(q.trie) for q in self.pack.questions])
-        owner = torch.arange(len(sizes)).repeat_interleave(sizes)
-        return Groups(owner.to(self.x.device), len(sizes))
+        sizes = [len(q.trie) for q in self.pack.questions]
+        return Groups(_owners(sizes).to(self.x.device), len(sizes))
 
     @cached_property
     def balls(self) -> Groups:
@@ -92,9 +91,8 @@ class Surface:
         values = self.loss(x)
         if len(values) == self.examples.n:
             return values
-        sizes = torch.tensor([len(q.requests) for q in self.pack.questions])
-        owner = torch.arange(len(sizes)).repeat_interleave(sizes)
-        return sum_by(values, owner.to(values.device), len(sizes))
+        sizes = [len(q.requests) for q in self.pack.questions]
+        return sum_by(values, _owners(sizes).to(values.device), len(sizes))
 
     def target_loss(self, x: Tensor) -> Tensor:
         """The loss of the target choice, (questions,), which targeted attacks descend."""
@@ -246,3 +244,8 @@ class Surface:
         l2, linf = self.scorer.nearest.unchanged(adversarial.flatten(0, -2)[kept], ids[kept])
         sums = {"tokens": torch.ones_like(l2), "nearest_l2": l2, "nearest_linf": linf}
         return {name: of_tokens.sum() for name, of_tokens in sums.items()}
+
+
+def _owners(sizes: list[int]) -> Tensor:
+    """For each of so many things of each question, the number of the question."""
+    return torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes), output_size=sum(sizes))

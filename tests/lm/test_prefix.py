@@ -7,13 +7,19 @@ from hypothesis import strategies as st
 from networks import ARCHITECTURES, CPU, exact, longest_tree_of, network, scorer_of
 
 from llm_attack.attacks import Attack
-from llm_attack.lm.engine import Engine
+from llm_attack.lm.engine import BUDGET, Engine
 from llm_attack.lm.hook import frozen
 from llm_attack.lm.losses import ThreatModel
 from llm_attack.lm.prefix import groups, start
 from llm_attack.lm.questions import Question, Request
 
 EXAMPLES = tuple(range(2, 22))
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    """So that few questions are worth a batch of their own."""
+    monkeypatch.setitem(BUDGET, "cpu", 90)
 
 
 def asked(gold=True, n=6):
@@ -47,14 +53,14 @@ THREATS = {
 }
 
 
-def answers(name, attacks, threat, prefixes, *, longest_tree=0, tokens=90):
+def answers(name, attacks, threat, prefixes, *, longest_tree=0):
     """By the request's number among those of all questions; the engine, and its batches."""
     engine = Engine(
         scorer_of(network(name)), attacks, threat, CPU, 0, longest_tree, prefixes=prefixes
     )
     made = asked(gold=threat.shared)
     with exact(), frozen(engine.scorer.model):
-        batches = engine.batches(made, 100, tokens)
+        batches = engine.batches(made, 100)
         found = [a for _, part in engine.answers(batches) for a in part.answered]
     of_request = {}
     for answered in found:

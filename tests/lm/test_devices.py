@@ -1,0 +1,77 @@
+"""A model whose layers are on two devices: what is computed where.
+
+There is one processor here. torch's fake tensors know their devices and have no content, and refuse
+to compute with two from different ones; `meta` is the second device.
+"""
+
+import pytest
+import torch
+import torch._functorch.config as functorch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from networks import CPU, asked, network
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM
+
+from llm_attack.attacks import Attack
+from llm_attack.lm.engine import Engine
+from llm_attack.lm.hook import frozen, resolve
+from llm_attack.lm.losses import ThreatModel
+from llm_attack.lm.scoring import Scorer
+
+META = torch.device("meta")
+QUESTIONS = asked()
+ATTACKS = [
+    Attack("none"),
+    Attack("random", 0.01),
+    Attack("fgsm", 0.01),
+    Attack("pgd", 0.01, steps=2),
+    Attack("apgd", 0.01, steps=3),
+]
+
+
+@pytest.fixture
+def split():
+    """A Llama without content: the first of two blocks on the CPU, what follows on the other."""
+    config = network("llama").config  # made before, and shared
+    with functorch.patch(fake_tensor_allow_meta=True), FakeTensorMode(allow_non_fake_inputs=True):
+        model = AutoModelForCausalLM.from_config(config).eval()
+        for part in (model.model.layers[1], model.model.norm, model.lm_head):
+            for module in part.modules():
+                for name, p in module.named_parameters(recurse=False):
+                    there = torch.empty(p.shape, device=META)
+                    module._parameters[name] = torch.nn.Parameter(there)
+            # as accelerate puts them there, which `parallelize=True` of lm-eval does
+            add_hook_to_module(part, AlignDevicesHook(execution_device=META))
+        yield model
+
+
+@pytest.mark.parametrize("hookpoint", [None, "model.layers.1"], ids=["first", "second"])
+@pytest.mark.parametrize("longest_tree", [0, 99])
+@pytest.mark.parametrize("threat", [ThreatModel(), ThreatModel("choice", shared=True)], ids=str)
+def test_everything_meets_on_one_device(split, threat, longest_tree, hookpoint):
+    """Point, perturbation and scores are where the model begins, wherever the hookpoint is."""
+    scorer = Scorer(split, resolve(split, hookpoint))
+    scorer.nearest = None  # picks tokens by their content
+    engine = Engine(scorer, ATTACKS, threat, CPU, 0, longest_tree)
+    (batch,) = engine.batches(QUESTIONS, 8, 1000)
+    with frozen(split):
+        found = engine.compute(engine.pack(batch))
+    assert [scores.log_prob.device for scores in found.scores] == [CPU] * len(ATTACKS)
+    assert found.alignment.device == CPU
+    assert {p.device.type for p in split.parameters()} == {"cpu", "meta"}
+
+
+def test_parts_on_disk(make, build, tmp_path):
+    """`parallelize=True` as lm-eval reads it, two blocks of four on disk: nothing changes."""
+    requests = build("demo_arc_easy", 3).instances
+    places = {f"model.layers.{i}": "cpu" if i % 2 else "disk" for i in range(4)}
+    places |= {f"model.{part}": "cpu" for part in ("embed_tokens", "norm", "rotary_emb")}
+    split = {"parallelize": True, "device_map": {**places, "lm_head": "cpu"}}
+    for attack in ("none", "bim"):
+        whole, parts = (
+            make(attack=attack, dtype="float32", **options)
+            for options in ({}, {**split, "offload_folder": str(tmp_path / attack)})
+        )
+        assert {p.device.type for p in parts.model.parameters()} == {"cpu", "meta"}
+        expected, found = (lm.loglikelihood(requests, disable_tqdm=True) for lm in (whole, parts))
+        assert [v for v, _ in found] == pytest.approx([v for v, _ in expected], abs=1e-4)
