@@ -10,6 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from llm_attack.attacks import Attack
 from llm_attack.cli import main
 from llm_attack.harness.requests import by_question, encode, questions_of
+from llm_attack.lm.batches import Batch
+from llm_attack.lm.prefix import start
 from llm_attack.lm.settings import AttackSettings
 from llm_attack.lm.surface import Surface
 from llm_attack.suite.cost import Passes, Sizes, passes
@@ -92,6 +94,22 @@ def test_flop_are_those_that_torch_counts(make, asked, loss, checkpointing):
     assert counts.tokens_packed == batch.tokens
     assert counts.tokens_asked == sum(len(r.inputs) for r in encode(lm, asked))
     assert len(by_question(asked)) == 2
+
+
+def test_flop_of_what_is_behind_a_prefix(make, asked):
+    """The prefix once, and pairs with its tokens for all that is behind it."""
+    lm = make(attack="fgsm", loss="choice", attn_implementation="eager")
+    _, batch = pack_of(lm, asked)
+    question = batch.questions[0]
+    pack = lm.engine.pack(Batch([question], batch.trees, len(start(question, None))))
+    assert len(pack.prefix) > 9
+    lm.engine.scorer.nearest = None  # of so few tokens no small part
+    counts = Counts()
+    counts.add(pack, Sizes.of(lm.model), passes(lm.engine.attacks, 3))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        lm.engine.compute(pack)
+    assert counter.get_total_flops() == pytest.approx(counts.flop, rel=0.02)
+    assert counts.tokens_packed == pack.input_ids.numel()
 
 
 def test_dry_run_writes_nothing(tmp_path, monkeypatch):
