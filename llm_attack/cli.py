@@ -106,6 +106,13 @@ class _OfPlan(click.Command):
     is_flag=True,
     help="Say what the run would take (tokens, FLOP, time on this device, memory); write nothing.",
 )
+@click.option(
+    "--revisions",
+    "checkpoints",
+    metavar="NAME,...",
+    help="Checkpoints of one training, each attacked in a folder of its own, with one table and one"
+    " figure of all: revisions on the hub, or subfolders of a local model.",
+)
 def run(**settings: Any) -> None:
     """Compare attacks over tasks: accuracy, tests, figures and a report.
 

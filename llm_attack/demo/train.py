@@ -11,9 +11,11 @@ float16 to keep the folder small; `config.json` says float32, in which they are 
 """
 
 import argparse
+import copy
 import json
 import math
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -105,9 +107,16 @@ def batches(
 
 
 def train(
-    model: LlamaForCausalLM, data: list[torch.Tensor], lr: float, embedding_lr: float
+    model: LlamaForCausalLM,
+    data: list[torch.Tensor],
+    lr: float,
+    embedding_lr: float,
+    after: Callable[[int], None] = lambda step: None,
 ) -> list[float]:
-    """One pass over `data`, next-token loss without padding; returns the loss of every step."""
+    """One pass over `data`, next-token loss without padding; returns the loss of every step.
+
+    After each, which are counted from 1, it calls `after`.
+    """
     embeddings = model.get_input_embeddings().weight
     pad = int(model.config.pad_token_id or 0)
     others = [p for p in model.parameters() if p is not embeddings]
@@ -138,12 +147,13 @@ def train(
         schedule.step()
         losses.append(loss.item())
         bar.set_postfix(loss=f"{losses[-1]:.3f}")
+        after(len(losses))
     return losses
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
     """Write the folder that `from_pretrained` reads: float16 on disk, float32 when loaded."""
-    model.eval().half().save_pretrained(output)
+    copy.deepcopy(model).eval().half().save_pretrained(output)
     tokenizer.save_pretrained(output)
     # Written for the owner's eyes only, which an installed package must not be.
     (output / "model.safetensors").chmod(0o644)
@@ -163,22 +173,33 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="folder to write the model to")
     parser.add_argument("--seed", type=int, default=SEED, help="of the world, text and weights")
+    parser.add_argument("--weights-seed", type=int, help="of the weights and the order, if another")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--embedding-lr", type=float, default=7e-4)
+    parser.add_argument(
+        "--checkpoints", type=int, default=0, help="kept in OUTPUT/step...: so many, evenly spaced"
+    )
     parser.add_argument("--threads", type=int, default=1, help="torch threads; part of the result")
     args = parser.parse_args(argv)
 
-    torch.manual_seed(args.seed)
+    of_weights = args.seed if args.weights_seed is None else args.weights_seed
+    torch.manual_seed(of_weights)
     torch.set_num_threads(args.threads)
     torch.use_deterministic_algorithms(True)
     world = World(args.seed)
     texts = list(training_texts(world, args.steps * args.batch_size))
     tokenizer = make_tokenizer(texts + all_words())
     model = make_model(len(tokenizer), tokenizer)
-    data = batches(texts, tokenizer, args.batch_size, args.seed)
-    losses = train(model, data, args.lr, args.embedding_lr)
+    data = batches(texts, tokenizer, args.batch_size, of_weights)
+    kept = {round((i + 1) * len(data) / args.checkpoints) for i in range(args.checkpoints)}
+
+    def keep(step: int) -> None:
+        if step in kept:
+            save(model, tokenizer, args.output / f"step{step}")
+
+    losses = train(model, data, args.lr, args.embedding_lr, keep)
     rms = model.model.embed_tokens.weight.detach().square().mean().sqrt().item()
     save(model, tokenizer, args.output)
     last = sum(losses[-50:]) / len(losses[-50:])

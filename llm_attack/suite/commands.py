@@ -30,6 +30,7 @@ from llm_attack.suite import (
     layers,
     models,
     results,
+    revisions,
     survival,
     tables,
 )
@@ -120,9 +121,21 @@ def command(plan: Plan, folder: Path | None) -> list[str]:
     return words if folder is None else [*words, "-o", str(folder)]
 
 
-def run(*, output: Path | None, progress: str, dry_run: bool, **settings: Any) -> None:
+def run(
+    *,
+    output: Path | None,
+    progress: str,
+    dry_run: bool,
+    checkpoints: str | None = None,
+    **settings: Any,
+) -> None:
     """The command `llm-attack run`."""
     plan = Plan(**settings)
+    if checkpoints is not None:
+        if dry_run or output is None:
+            wrong = "without dry_run" if dry_run else "with output, a folder for all of them"
+            raise UsageError(f"revisions={checkpoints}: must be given {wrong}")
+        return _run_revisions(plan, checkpoints, output, progress)
     if dry_run:
         silence()
         with without_bars():
@@ -145,6 +158,28 @@ def run(*, output: Path | None, progress: str, dry_run: bool, **settings: Any) -
             console.print(of_layers.rich(layers.TITLE))
         if output is not None and progress != "quiet":
             console.print(f"written: {output}: report.html, table.csv, figure.png, samples.parquet")
+
+
+def _run_revisions(plan: Plan, given: str, output: Path, progress: str) -> None:
+    of_each = revisions.plans(plan, given)
+    revisions.check(output, of_each)
+    again = shlex.join([*command(plan, output), "--revisions", given])
+    silence()
+    runs: dict[str, Result | None] = {}
+    who = Processes.of(plan)
+    with without_bars(), _stops_are_explained(again, output, who.first):
+        for name, each in of_each.items():
+            if who.first:
+                note(progress, Console(stderr=True), name)
+            runs[name] = evaluate(each, output=output / name, progress=progress)
+    found = {name: result for name, result in runs.items() if result is not None}
+    if not who.first:
+        return
+    frame = revisions.along(found)
+    revisions.save(frame, output)
+    Console().print(revisions.cells(frame).rich(f"{plan.model}: its revisions under attack"))
+    if progress != "quiet":
+        Console().print(f"written: {output}: revisions.csv, revisions.png, a folder of each")
 
 
 def report(folder: Path, equivalence: float | None) -> None:

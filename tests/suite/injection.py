@@ -83,7 +83,9 @@ def _serve(jobs: Any) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # whose threads would not survive the forks
     context = main.commands["run"].make_context("run", WORDS[1:])
     settings = {
-        k: v for k, v in context.params.items() if k not in ("output", "progress", "dry_run")
+        k: v
+        for k, v in context.params.items()
+        if k not in ("output", "progress", "dry_run", "checkpoints")
     }
     commands.silence()
     prepared = commands.prepare(Plan(**settings), "quiet", Console(quiet=True))

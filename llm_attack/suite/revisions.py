@@ -1,0 +1,196 @@
+"""`llm-attack run --revisions`: checkpoints of one training under the same attacks.
+
+Does robustness fall while accuracy rises? Each checkpoint is a run in a folder of its own; one
+table and one figure show all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from llm_attack.drawing import save_figure
+from llm_attack.errors import UsageError, closest
+from llm_attack.folder import claim
+from llm_attack.record import write_text
+from llm_attack.suite import critical, models, tables
+from llm_attack.suite.figures import look
+from llm_attack.suite.inference import mean_of
+from llm_attack.suite.layout import handles, legend, print_style
+from llm_attack.suite.plan import Plan
+from llm_attack.suite.run import Result
+from llm_attack.suite.summary import MEAN
+from llm_attack.suite.tables import Cells
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+NAME = "revisions"  # of the table and the figure
+# What is drawn besides accuracy: the columns that begin with it, and what stands at its axis.
+_PANELS = {"critical": "median critical\nepsilon, RMS", "cosine": "cosine"}
+
+
+def plans(plan: Plan, revisions: str) -> dict[str, Plan]:
+    """A plan for each revision, by the name of its folder.
+
+    Args:
+        plan: of all.
+        revisions: names with commas between them: of subfolders, where the model is a local folder
+            that has them (as a trainer writes checkpoints), else of revisions on the hub.
+
+    Raises:
+        UsageError: one is named twice, or is no subfolder.
+    """
+    given = [name.strip() for name in revisions.split(",") if name.strip()]
+    folders = [name.replace("/", "-") for name in given]
+    twice = next((name for name in folders if folders.count(name) > 1), None)
+    if twice is not None or not given:
+        raise UsageError(
+            f"revisions={revisions}: must name checkpoints, each once, such as step1000,step2000"
+        )
+    if "revision" in plan.model_args:
+        raise UsageError(
+            f"revisions={revisions}: must not be given with model_args=revision="
+            f"{plan.model_args['revision']}"
+        )
+    local = Path(plan.model)
+    if not local.is_dir():
+        arguments = [{**plan.model_args, "revision": name} for name in given]
+        return {
+            folder: replace(plan, model_args=of)
+            for folder, of in zip(folders, arguments, strict=True)
+        }
+    there = sorted(path.name for path in local.iterdir() if path.is_dir())
+    for name in given:
+        if name not in there:
+            meant = closest(name, there)
+            hint = f"; did you mean {meant!r}?" if meant else ""
+            raise UsageError(f"revisions={name}: must be a folder in {local}{hint}")
+    return {name: replace(plan, model=str(local / name)) for name in given}
+
+
+def along(runs: Mapping[str, Result]) -> pd.DataFrame:
+    """What `models.across` says of the revisions, and of each besides:
+
+    `step`: the last number in its name, or which one it is where not all have one; `critical`,
+    `critical_low`, `critical_high`: the epsilon, in RMS of the embeddings, at which half of its
+    clean accuracy is left, for conditions that look for it (`critical.robustness`); `cosine`,
+    `cosine_low`, `cosine_high`: of embeddings and gradient, mean over tasks.
+
+    Args:
+        runs: by the names of the revisions.
+
+    Raises:
+        UsageError: as of `models.across`.
+    """
+    frame = models.across(runs)
+    numbers = [re.findall(r"\d+", name) for name in runs]
+    steps = [int(of[-1]) if all(numbers) else i for i, of in enumerate(numbers)]
+    step = dict(zip(runs, steps, strict=True))
+    cosine = {name: _cosine(run.samples) for name, run in runs.items()}
+    halves = {name: _halves(run.samples) for name, run in runs.items()}
+    rows = []
+    for row in frame.to_dict("records"):
+        name = row["model"]
+        half = halves[name].get(row["condition"], (np.nan,) * 4)
+        in_rms = row["epsilon_relative"] / half[0]
+        values = [value * in_rms for value in half[1:]]
+        found = _named("critical", values) | _named("cosine", cosine[name])
+        rows.append({**row, "step": step[name], **found})
+    return pd.DataFrame(rows)
+
+
+def _named(name: str, values: Sequence[float]) -> dict[str, float]:
+    return dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
+
+
+def _halves(samples: pd.DataFrame) -> dict[str, tuple[float, ...]]:
+    """Of conditions that look for it: the largest epsilon, and where half of accuracy is left."""
+    found = critical.robustness(samples)
+    if found.empty:
+        return {}
+    mean = found[found["task"] == MEAN]
+    columns = mean[["epsilon_max", "median", "median_low", "median_high"]].to_numpy(float)
+    return {name: tuple(of) for name, of in zip(mean["condition"], columns, strict=True)}
+
+
+def _cosine(samples: pd.DataFrame) -> tuple[float, ...]:
+    """Mean over tasks of questions' cosines, and its interval; NaN where there are none."""
+    once = samples.drop_duplicates(["task", "doc_id"]).dropna(subset="cosine")
+    tasks = [(of["cosine"], np.arange(len(of))) for _, of in once.groupby("task")]
+    return tuple(mean_of(tasks)[:3]) if tasks else (np.nan,) * 3
+
+
+def figure(frame: pd.DataFrame) -> Figure:
+    """Accuracy against the step, clean and attacked, with 95 % intervals as bands; below it what of
+    critical epsilon and cosine there is.
+
+    Args:
+        frame: of `along`.
+    """
+    from matplotlib.figure import Figure
+
+    below = [name for name in _PANELS if frame[name].notna().any()]
+    with print_style():
+        drawn = Figure(figsize=(3.5, 2.2 + 1.1 * len(below)))
+        ratios = {"height_ratios": [2, *[1] * len(below)]}
+        grid = drawn.subplots(1 + len(below), 1, squeeze=False, sharex=True, gridspec_kw=ratios)
+        top, *others = grid[:, 0]
+        clean = frame.drop_duplicates("model")
+        _line(top, clean, "clean", "none", "none")
+        for condition, rows in frame.groupby("condition", sort=False):
+            _line(top, rows, "acc", str(condition))
+        top.set(ylim=(0, 1.03), ylabel="accuracy")
+        for name, axes in zip(below, others, strict=True):
+            if name == "cosine":
+                _line(axes, clean, name, "none")
+                axes.axhline(0, color="k", lw=0.5)
+            else:
+                for condition, rows in frame[frame[name].notna()].groupby("condition", sort=False):
+                    _line(axes, rows, name, str(condition))
+                axes.set_ylim(bottom=0)
+            axes.set_ylabel(_PANELS[name])
+        grid[-1, 0].set_xlabel("step")
+        legend(drawn, handles(top))
+    return drawn
+
+
+def _line(axes: Axes, rows: pd.DataFrame, name: str, condition: str, attack: str = "") -> None:
+    """A curve with its band."""
+    rows = rows.sort_values("step")
+    like = look(attack or condition.partition("@")[0])
+    form: Any = {"color": like.colour, "marker": like.marker, "ls": like.line, "ms": 2, "lw": 1}
+    axes.plot(rows["step"], rows[name], label=condition, **form)
+    ends = (rows[f"{name}_{end}"].to_numpy(float) for end in ("low", "high"))
+    axes.fill_between(rows["step"], *ends, color=like.colour, alpha=0.2, lw=0)
+
+
+def cells(frame: pd.DataFrame) -> Cells:
+    """The table of `models.cells`."""
+    found = models.cells(frame)
+    heading = ["condition", "revision", *found.heading[2:]]
+    note = (
+        "revisions of one training are no independent models: the intervals of rank correlations"
+        " are those of as many that are"
+    )
+    return Cells(heading, found.rows, [*found.notes, note])
+
+
+def save(frame: pd.DataFrame, folder: Path) -> None:
+    """Writes `revisions.csv` and the figure `revisions` into `folder`."""
+    write_text(folder / f"{NAME}.csv", tables.csv(frame))
+    with print_style():
+        save_figure(figure(frame), folder, NAME)
+
+
+def check(folder: Path, revisions: Iterable[str]) -> None:
+    """Raises `UsageError` where `folder` holds what neither `save` wrote nor a revision's run."""
+    ours = {*revisions, *(f"{NAME}.{form}" for form in ("csv", "png", "svg"))}
+    claim(folder, lambda names: ours >= set(names))
