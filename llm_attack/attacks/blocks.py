@@ -66,10 +66,10 @@ def _ranks(ball: Ball, moving: Tensor) -> tuple[Tensor, Tensor]:
     shape = ball.x.shape[:-1]
     index = ball.examples.index
     owner = index.reshape(index.shape + (1,) * (len(shape) - index.dim())).expand(shape).flatten()
-    moves = moving.flatten().to(widest(moving.device))
+    moves = moving.flatten().long()  # whose running sums no GPU rounds by the order
     sizes = moves.new_zeros(ball.examples.n).index_add(0, owner, moves)
     order = owner.argsort(stable=True)
     before = moves[order].cumsum(0) - moves[order]
     rank = torch.empty_like(before)
     rank[order] = before - (sizes.cumsum(0) - sizes)[owner[order]]
-    return rank.reshape(shape), sizes
+    return rank.reshape(shape), sizes.to(widest(sizes.device))
