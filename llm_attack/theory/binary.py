@@ -1,9 +1,11 @@
 """The networks of the binary toy, Fig. 4, and what is measured on them.
 
-Points are uniform in the square [-1, 1]² and labelled by the sign of x1. The packet is the loss of
-one class along the line x2 = 0, psi(x1) = loss((x1, 0), label) / norm, with the label the same on
-the whole line: with the label of each point's own side, the loss would jump where the sign changes,
-and psi would have no derivative there. All seeds train as one batched model, in float64.
+Points are uniform in the square [-1, 1]² and labelled by the sign of x1. A packet is a loss along
+the line x2 = 0, psi(x1) = loss((x1, 0), label) / norm. Of the fixed packet the label is the same on
+the whole line; of the predicted one it is the class that the network predicts at x1, so that psi is
+large at the border of the classes alone. It is continuous there, and its derivative jumps. (With
+the label of each point's own side psi would jump itself, and have no derivative.) All seeds train
+as one batched model, in float64.
 """
 
 from __future__ import annotations
@@ -13,11 +15,13 @@ from torch import Tensor
 
 from llm_attack.attacks import ATTACKS, Attack, Groups, keys_for, perturb
 from llm_attack.errors import invalid
-from llm_attack.theory.fig4 import Settings
+from llm_attack.theory.fig4 import PACKETS, Settings
 from llm_attack.theory.packet import Uncertainty, uncertainty_on_nodes
 from llm_attack.theory.stacked import StackedMLP, cross_entropy, generators, pick, stack
 
 GRID = 51  # points along each side of a landscape
+_SCANNED = 2001  # points of the line between which a border is looked for
+_HALVINGS = 45  # of the distance between them: to the last bit
 
 
 class Toy:
@@ -86,21 +90,64 @@ class Toy:
         clean, robust = (right.double().mean(1) for right in found)
         return clean, robust
 
-    def relation(self) -> Uncertainty:
-        """The relation for the packet of each seed, (seeds,)."""
-        return uncertainty_on_nodes(lambda x1: self.on_plane(x1, torch.zeros_like(x1)), -1, 1)
+    def training_loss(self) -> Tensor:
+        """Mean cross-entropy of the training points of each seed, (seeds,)."""
+        with torch.no_grad():
+            return self.loss(self.x, labels_of(self.x)).mean(1)
+
+    def relation(self, predicted: bool = False) -> Uncertainty:
+        """The relation for the fixed or the predicted packet of each seed, (seeds,)."""
+        return uncertainty_on_nodes(
+            lambda x1: self.on_plane(x1, torch.zeros_like(x1), predicted),
+            *(-1, 1),
+            # the predicted one gets as narrow as the border
+            panels=128 if predicted else 32,
+            kinks=self.borders().tolist() if predicted else (),
+        )
+
+    def borders(self) -> Tensor:
+        """Where on the line x2 = 0 the predicted class of any seed changes."""
+        x1 = torch.linspace(-1, 1, _SCANNED, dtype=torch.float64)
+        class_at = self._predicted(x1)
+        seed, i = (class_at[:, 1:] != class_at[:, :-1]).nonzero(as_tuple=True)
+        low, high = x1[i.cpu()], x1[i.cpu() + 1]
+        at, left = torch.arange(len(i), device=i.device), class_at[seed, i]
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            beyond = (self._predicted(middle)[seed, at] != left).cpu()
+            low, high = middle.where(~beyond, low), middle.where(beyond, high)
+        return (low + high) / 2
+
+    def _predicted(self, x1: Tensor) -> Tensor:
+        """(seeds, M) classes at points (M,) of the line x2 = 0."""
+        with torch.no_grad():
+            return self.network(self._points_of(x1, torch.zeros_like(x1))).argmax(-1)
 
     def landscape(self) -> dict[str, Tensor]:
-        """The loss of the packet's class in the first seed on a grid: x1, x2, loss, (GRID²,)."""
+        """The packets of the first seed on a grid of the square: x1, x2, and psi, (GRID²,) each.
+
+        `fixed` and `predicted`, with ∫∫psi² = 1 (trapezoids); `loss` is that of the fixed class.
+        """
         side = torch.linspace(-1, 1, GRID, dtype=torch.float64)
         x1, x2 = torch.cartesian_prod(side, side).unbind(-1)
         with torch.no_grad():
-            return {"x1": x1, "x2": x2, "loss": self.on_plane(x1, x2)[0].cpu()}
+            losses = [self.on_plane(x1, x2, predicted)[0].cpu() for predicted in (False, True)]
+        found = {"x1": x1, "x2": x2, "loss": losses[0]}
+        for name, loss in zip(PACKETS, losses, strict=True):
+            square = loss.reshape(GRID, GRID).square()
+            found[name] = loss / torch.trapezoid(torch.trapezoid(square, side), side).sqrt()
+        return found
 
-    def on_plane(self, x1: Tensor, x2: Tensor) -> Tensor:
+    def on_plane(self, x1: Tensor, x2: Tensor, predicted: bool = False) -> Tensor:
         """The loss of the packet's class at points (M,) of the plane, (seeds, M)."""
-        x = torch.stack([x1, x2], -1).to(self.x.device).expand(len(self.x), -1, -1)
+        x = self._points_of(x1, x2)
+        if predicted:
+            return self.loss(x, self.network(x).argmax(-1))
         return self.loss(x, x.new_full(x.shape[:2], self.settings.label, dtype=torch.long))
+
+    def _points_of(self, x1: Tensor, x2: Tensor) -> Tensor:
+        """(seeds, M, 2) points with these coordinates, for each seed."""
+        return torch.stack([x1, x2], -1).to(self.x.device).expand(len(self.x), -1, -1)
 
 
 def labels_of(x: Tensor) -> Tensor:

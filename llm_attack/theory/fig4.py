@@ -43,7 +43,7 @@ class Settings:
         " pgd, mifgsm, apgd, apgdt, blocks or reversed",
     )
     epsilon: float = setting(0.1, "L-infinity amplitude of the attack", least=0)
-    label: int = setting(1, "Class whose loss is the packet: 1, that of x1 above 0, or 0")
+    label: int = setting(1, "Class whose loss is the fixed packet: 1, that of x1 above 0, or 0")
     seed: int = setting(0, "The first seed; the others follow")
     device: str | None = setting(None, DEVICE)
 
@@ -52,6 +52,9 @@ class Settings:
         if self.label not in (0, 1):
             raise invalid("label", self.label, "0 or 1")
 
+
+# Whose label: always the same, or the class that the network predicts where the packet is.
+PACKETS = ("fixed", "predicted")
 
 # It takes seconds: it is never cut down.
 PRESETS = {"quick": Settings(), "paper": Settings()}
@@ -69,7 +72,9 @@ def run(settings: Settings, folder: Path) -> dict[str, Any]:
     last = curves[curves.epoch == settings.epochs].drop(columns=["epoch", "seed"])
     return {
         "last_epoch": {name: last[name].round(6).tolist() for name in last},
-        "lowest_margin": (curves["product"] - curves["bound"]).min(),
+        "lowest_margin": {
+            name: (curves[f"product_{name}"] - curves[f"bound_{name}"]).min() for name in PACKETS
+        },
         "seconds": clock,
     }
 
@@ -78,9 +83,10 @@ def train(settings: Settings) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Trains all seeds; measures before the first epoch and after each.
 
     Returns:
-        The curves, a row for each epoch and seed (epoch, seed, clean, robust, dx, dp, product,
-        bound), and the landscapes of the first seed after a fifth, two fifths and all of the
-        epochs (epoch, x1, x2, loss).
+        The curves, a row for each epoch and seed (epoch, seed, loss, clean, robust, and of each
+        packet dx_fixed, dp_fixed, product_fixed, bound_fixed, dx_predicted, ...), and the
+        landscapes of the first seed after a fifth, two fifths and all of the epochs (epoch, x1, x2,
+        loss, fixed, predicted).
 
     Raises:
         ArithmeticError: dx · dp was below its bound.
@@ -96,13 +102,15 @@ def train(settings: Settings) -> tuple[pd.DataFrame, pd.DataFrame]:
         if epoch:
             toy.epoch()
         clean, robust = toy.accuracies()
-        found = toy.relation()
-        try:
-            found.check()
-        except ArithmeticError as error:
-            raise ArithmeticError(f"epoch {epoch}: {error}") from error
-        values = {"clean": clean, "robust": robust, "dx": found.dx, "dp": found.dp}
-        values |= {"product": found.product, "bound": found.bound}
+        values = {"loss": toy.training_loss(), "clean": clean, "robust": robust}
+        for name in PACKETS:
+            found = toy.relation(predicted=name == "predicted")
+            try:
+                found.check()
+            except ArithmeticError as error:
+                raise ArithmeticError(f"epoch {epoch}, {name} packet: {error}") from error
+            for what in ("dx", "dp", "product", "bound"):
+                values[f"{what}_{name}"] = getattr(found, what)
         known = {"epoch": epoch, "seed": range(settings.seed, settings.seed + settings.seeds)}
         curves.append(pd.DataFrame(known | {name: x.tolist() for name, x in values.items()}))
         if epoch in pictured:
@@ -118,36 +126,42 @@ def draw(folder: Path, settings: Settings) -> None:
 
     table, landscapes = (pd.read_csv(folder / f"{x}.csv") for x in ("curves", "landscapes"))
     curves = over_seeds(table, ["epoch"])
-    with new_figure(folder, (7.2, 4.6)) as figure:
-        axes = figure.subplots(2, 3)
-        top = landscapes.loss.max()
-        for ax, (epoch, rows) in zip(axes[0], landscapes.groupby("epoch"), strict=False):
-            plane = rows.pivot(index="x2", columns="x1", values="loss")
-            sides, heights = [plane.columns, plane.index], plane.to_numpy()
-            colours: Any = {"vmin": 0, "vmax": top, "cmap": "cividis", "shading": "gouraud"}
-            image = ax.pcolormesh(*sides, heights, rasterized=True, **colours)
-            ax.contour(*sides, heights, levels=[math.log(2)], colors="white", linewidths=1)
-            ax.set(title=f"epoch {epoch}", xlabel="$x_1$", ylabel="$x_2$", aspect="equal")
-            ax.set(xticks=(-1, 0, 1), yticks=(-1, 0, 1))
-            ax.grid(False)
-        figure.colorbar(image, ax=axes[0], label=f"loss, class {settings.label}")
+    with new_figure(folder, (7.2, 6.9)) as figure:
+        axes = figure.subplots(3, 3)
+        for row, packet in zip(axes, PACKETS, strict=False):
+            top = landscapes[packet].max()
+            for ax, (epoch, rows) in zip(row, landscapes.groupby("epoch"), strict=False):
+                plane = rows.pivot(index="x2", columns="x1", values=packet)
+                sides, heights = [plane.columns, plane.index], plane.to_numpy()
+                colours: Any = {"vmin": 0, "vmax": top, "cmap": "cividis", "shading": "gouraud"}
+                image = ax.pcolormesh(*sides, heights, rasterized=True, **colours)
+                # where both classes are as likely
+                loss = rows.pivot(index="x2", columns="x1", values="loss").to_numpy()
+                ax.contour(*sides, loss, levels=[math.log(2)], colors="white", linewidths=1)
+                ax.set(title=f"epoch {epoch}", xlabel="$x_1$", ylabel="$x_2$", aspect="equal")
+                ax.set(xticks=(-1, 0, 1), yticks=(-1, 0, 1))
+                ax.grid(False)
+            label = f"class {settings.label}" if packet == "fixed" else "predicted class"
+            figure.colorbar(image, ax=row, label=f"ψ, {label}")
 
-        accuracy, widths, relation = axes[1]
+        accuracy, widths, relation = axes[2]
         robust = f"{settings.attack}, ε = {settings.epsilon:g}"
         shaded(accuracy, curves, "clean", COLOURS[0], label="clean")
         shaded(accuracy, curves, "robust", COLOURS[3], label=robust, linestyle="--")
         accuracy.set(ylabel="accuracy", ylim=(None, 1.02))
-        shaded(widths, curves, "dx", COLOURS[0], label="Δx")
-        shaded(widths, curves, "dp", COLOURS[3], label="Δp", linestyle="--")
+        of_packets = zip(PACKETS, ("-", "--"), (COLOURS[3], COLOURS[0]), strict=True)
+        for packet, line, colour in of_packets:
+            shaded(widths, curves, f"dx_{packet}", COLOURS[2], label=f"Δx, {packet}", ls=line)
+            shaded(widths, curves, f"dp_{packet}", COLOURS[4], label=f"Δp, {packet}", ls=line)
+            shaded(relation, curves, f"product_{packet}", colour, label=f"Δx · Δp, {packet}")
+            shaded(relation, curves, f"bound_{packet}", colour, label="its bound", ls="--")
         widths.set(ylabel="width of the packet", yscale="log")
-        shaded(relation, curves, "product", COLOURS[0], label="Δx · Δp")
-        shaded(relation, curves, "bound", COLOURS[3], label="bound on [-1, 1]", linestyle="--")
         relation.axhline(0.5, color="black", linewidth=1, linestyle=":", label="½")
-        highest = max(0.5, table["product"].max())
-        relation.set(ylabel="product and bound", ylim=(0, 1.6 * highest))  # room for the legend
-        for ax in axes[1]:
+        highest = max(0.5, *(table[f"product_{packet}"].max() for packet in PACKETS))
+        relation.set(ylabel="product and bound", ylim=(0, 1.8 * highest))  # room for the legend
+        for ax in axes[2]:
             ax.set(xlabel="epoch", xlim=(0, table.epoch.max()))
-            ax.legend()
+            ax.legend(fontsize=6)
 
 
 COMMAND = figure_command("fig4", PRESETS, run)

@@ -16,7 +16,7 @@ be continuous, with a derivative that is square-integrable.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -97,7 +97,12 @@ def uncertainty(
 
 
 def uncertainty_on_nodes(
-    psi: Callable[[Tensor], Tensor], a: float, b: float, panels: int = 32, order: int = 16
+    psi: Callable[[Tensor], Tensor],
+    a: float,
+    b: float,
+    panels: int = 32,
+    order: int = 16,
+    kinks: Sequence[float] = (),
 ) -> Uncertainty:
     """The relation for a batch of smooth torch functions, with one call of `psi`.
 
@@ -110,6 +115,7 @@ def uncertainty_on_nodes(
         b: right end, finite.
         panels: equal parts of the interval.
         order: nodes in each part.
+        kinks: where the derivative of a packet jumps: parts end there as well.
 
     Returns:
         Tensors of the shape of the batch.
@@ -117,7 +123,7 @@ def uncertainty_on_nodes(
     Raises:
         ValueError: psi is zero on the whole interval, or an integral is not finite.
     """
-    x, weights = gauss_legendre(a, b, panels, order)
+    x, weights = gauss_legendre(a, b, panels, order, kinks)
     x = torch.cat([x, torch.tensor([a, b], dtype=x.dtype)])
     value, slope = _with_slope(psi, x)
     ends = ((a, value[..., -2]), (b, value[..., -1]))
@@ -126,13 +132,18 @@ def uncertainty_on_nodes(
     return _relation(lambda integrand, _: (integrand(x, value, slope) * weights).sum(-1), ends)
 
 
-def gauss_legendre(a: float, b: float, panels: int, order: int) -> tuple[Tensor, Tensor]:
-    """Nodes and weights, float64 of shape (panels · order,), of the composite rule on [a, b]."""
+def gauss_legendre(
+    a: float, b: float, panels: int, order: int, kinks: Sequence[float] = ()
+) -> tuple[Tensor, Tensor]:
+    """Nodes and weights of the composite rule on [a, b], float64, `order` for each of the panels.
+
+    These are equal but for those that are divided at `kinks`.
+    """
     nodes, weights = np.polynomial.legendre.leggauss(order)
-    edges = np.linspace(a, b, panels + 1)
-    half = (b - a) / (2 * panels)
+    edges = np.union1d(np.linspace(a, b, panels + 1), np.asarray(kinks, dtype=float))
+    half = np.diff(edges)[:, None] / 2
     x = (edges[:-1, None] + half * (nodes + 1)).ravel()
-    return torch.from_numpy(x), torch.from_numpy(np.tile(half * weights, panels))
+    return torch.from_numpy(x), torch.from_numpy((half * weights).ravel())
 
 
 def _with_slope(psi: Callable, x: Tensor) -> tuple[Tensor, Tensor]:

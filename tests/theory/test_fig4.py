@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 
 from llm_attack.errors import UsageError
 from llm_attack.theory.binary import GRID, Toy, labels_of
-from llm_attack.theory.fig4 import Settings, draw, run, train
+from llm_attack.theory.fig4 import PACKETS, Settings, draw, run, train
 from llm_attack.theory.packet import Uncertainty, uncertainty
 
 SMALL = {"points": 40, "test_points": 200, "width": 8, "epochs": 5, "device": "cpu"}
@@ -82,6 +83,45 @@ def test_the_packet_is_the_loss_of_one_class(label):
         assert value.tolist() == pytest.approx([getattr(expected, name)] * 5, abs=1e-8), name
 
 
+@pytest.mark.parametrize("shift", (0.2, 0.31415))
+def test_the_predicted_packet_is_the_loss_of_the_likelier_class(shift):
+    """Its derivative jumps at the border, which is found to the last bits."""
+    toy = toy_with(6.0, shift=shift)
+    assert toy.borders().tolist() == pytest.approx([shift] * 5, abs=1e-14)
+    found = toy.relation(predicted=True)
+    # by trapezoids on either side of the border
+    x = np.concatenate([np.linspace(-1, shift, 100_001), np.linspace(shift, 1, 100_001)])
+    side = np.repeat([1.0, -1.0], 100_001)
+    psi = np.logaddexp(0, -6 * np.abs(x - shift))
+    slope = 6 * side / (1 + np.exp(6 * np.abs(x - shift)))
+    norm = np.trapezoid(psi**2, x)
+    mean_x, mean_p = (np.trapezoid(of, x) / norm for of in (x * psi**2, psi * slope))
+    dx = (np.trapezoid(((x - mean_x) * psi) ** 2, x) / norm) ** 0.5
+    dp = (np.trapezoid((slope - mean_p * psi) ** 2, x) / norm) ** 0.5
+    ends = [(end - mean_x) * psi[i] ** 2 / norm for i, end in ((0, -1), (-1, 1))]
+    expected = Uncertainty(mean_x, dx, mean_p, dp, 0.5 * abs(1 - ends[1] + ends[0]))
+    for name in Uncertainty.__dataclass_fields__:
+        wanted = pytest.approx([getattr(expected, name)] * 5, abs=1e-8)
+        assert getattr(found, name).tolist() == wanted, name
+
+
+def test_a_steep_border_makes_a_packet_that_vanishes_at_the_ends():
+    """Of exp(-k|x|), which it is then up to the tip: dx = 1/(k sqrt 2), dp = k, product 0.707."""
+    found = toy_with(100.0).relation(predicted=True)
+    assert found.bound.tolist() == pytest.approx([0.5] * 5, abs=1e-6)
+    assert (found.product > 0.5).all() and (found.product < 0.5**0.5).all()
+    twice = toy_with(200.0).relation(predicted=True)
+    assert twice.dx.tolist() == pytest.approx((found.dx / 2).tolist(), rel=1e-6)
+    assert twice.dp.tolist() == pytest.approx((found.dp * 2).tolist(), rel=1e-6)
+
+
+def test_a_network_that_predicts_one_class_has_no_border():
+    toy = toy_with(1.0, shift=2.0)
+    assert len(toy.borders()) == 0
+    fixed = toy_with(1.0, shift=2.0, label=0).relation()
+    assert torch.equal(toy.relation(predicted=True).dp, fixed.dp)
+
+
 def test_the_packet_lies_on_the_line_x2_0():
     toy = toy_with(6.0)
     seen = []
@@ -103,8 +143,10 @@ def test_every_epoch_and_seed_has_a_row(small):
     assert curves.epoch.tolist() == [e for e in range(6) for _ in range(3)]
     assert curves.seed.tolist() == [0, 1, 2] * 6
     assert curves.notna().all(axis=None)
-    assert (curves["product"] - curves.dx * curves.dp).abs().max() < 1e-12
-    assert (curves["product"] >= curves.bound).all()
+    for packet in PACKETS:
+        found = {what: curves[f"{what}_{packet}"] for what in ("dx", "dp", "product", "bound")}
+        assert (found["product"] - found["dx"] * found["dp"]).abs().max() < 1e-12
+        assert (found["product"] >= found["bound"]).all()
 
 
 def test_a_seed_in_company_is_that_seed_alone(small):
@@ -112,7 +154,7 @@ def test_a_seed_in_company_is_that_seed_alone(small):
     alone, _ = train(Settings(**SMALL, seeds=1, seed=2))
     ours = curves[curves.seed == 2].reset_index(drop=True)
     pd.testing.assert_frame_equal(ours, alone, rtol=1e-9, atol=1e-9)
-    assert ours.dx.nunique() == 6  # it learns
+    assert ours.dx_fixed.nunique() == 6  # it learns
 
 
 def test_landscapes(small):
@@ -127,6 +169,13 @@ def test_landscapes(small):
     logits = toy.network(x.expand(3, -1, -1))[0]
     expected = F.cross_entropy(logits, torch.ones(len(x), dtype=torch.long), reduction="none")
     assert last.loss.tolist() == pytest.approx(expected.tolist(), abs=1e-9)
+    likelier = F.cross_entropy(logits, logits.argmax(-1), reduction="none").tolist()
+    for packet, losses in (("fixed", expected.tolist()), ("predicted", likelier)):
+        ratio = last[packet] / losses
+        assert ratio.max() == pytest.approx(ratio.min(), rel=1e-9)
+        square = last.pivot(index="x2", columns="x1", values=packet).to_numpy() ** 2
+        area = np.trapezoid(np.trapezoid(square, dx=2 / (GRID - 1)), dx=2 / (GRID - 1))
+        assert area == pytest.approx(1, rel=1e-9)
     assert sorted(set(last.x1)) == pytest.approx(torch.linspace(-1, 1, GRID).tolist(), abs=1e-6)
 
 
@@ -154,13 +203,13 @@ def test_a_broken_relation_ends_the_run(monkeypatch, tmp_path):
     good = Toy.relation
     calls = []
 
-    def relation(toy):
+    def relation(toy, predicted=False):
         calls.append(1)
-        found = good(toy)
-        return found if len(calls) < 3 else Uncertainty(0, 1, 0, found.bound - 1e-6, found.bound)
+        found = good(toy, predicted)
+        return found if len(calls) < 6 else Uncertainty(0, 1, 0, found.bound - 1e-6, found.bound)
 
     monkeypatch.setattr(Toy, "relation", relation)
-    with pytest.raises(ArithmeticError, match=r"epoch 2: .* below its bound"):
+    with pytest.raises(ArithmeticError, match=r"epoch 2, predicted packet: .* below its bound"):
         run(Settings(**SMALL), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -171,10 +220,11 @@ def test_what_is_written(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
     curves = pd.read_csv(tmp_path / "curves.csv")
     last = curves[curves.epoch == 5]
-    for name in ("clean", "robust", "dx", "dp", "product", "bound"):
-        assert results["last_epoch"][name] == pytest.approx(last[name].tolist(), abs=1e-5)
-    margin = (curves["product"] - curves["bound"]).min()
-    assert results["lowest_margin"] == pytest.approx(margin, abs=1e-5)
+    for name in ("loss", "clean", "robust", *(c for c in curves if c.endswith(PACKETS))):
+        assert results["last_epoch"][name] == pytest.approx(last[name].tolist(), rel=1e-4, abs=1e-5)
+    for packet, lowest in results["lowest_margin"].items():
+        margin = (curves[f"product_{packet}"] - curves[f"bound_{packet}"]).min()
+        assert lowest == pytest.approx(margin, abs=1e-5)
     json.dumps(results)
 
 
