@@ -113,6 +113,21 @@ def test_speed():
     ]
 
 
+def test_speed_at_five_shots():
+    """`docs/speed.md`: time, tokens and memory with examples that are computed once."""
+    found = json.loads((ROOT / "results/engine/cpu-110m-5-shots.json").read_text("utf-8"))
+    text = (ROOT / "docs" / "speed.md").read_text("utf-8")
+    _, *rows, (_, _, *means) = next(tables(text[text.index("With five examples before") :]))
+    conditions = ("none", "fgsm own", "fgsm choice", "bim own")
+    assert means[:4] == [f"{found['geometric_mean_times_stock'][c]:.2f}" for c in conditions]
+    for row, of in zip(rows, found["tasks"], strict=True):
+        assert row[:2] == [of["task"], f"{of['seconds']['stock']:.1f}"]
+        assert row[2:6] == [f"{of['times_stock'][c]:.2f}" for c in conditions]
+        assert row[6] == ", ".join(f"{of['tokens'][c]:,.0f}" for c in ("none", "stock"))
+        memory = [of["peak_memory"][c] for c in ("stock", "none", "fgsm own", "bim own")]
+        assert row[7:] == [f"{bytes_ / 2**20:,.0f} MB" for bytes_ in memory]
+
+
 def test_words():
     """`docs/experiments.md`, Fig. 6: cosines times the root of the size, the last word."""
     text = (ROOT / "docs" / "experiments.md").read_text("utf-8")
