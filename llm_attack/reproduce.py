@@ -30,18 +30,21 @@ _COMMAND = "llm-attack reproduce"
 DEVICE = "Where to compute: cpu, cuda, cuda:1, ...; unless given, cuda where there is one"
 
 
-class Integers(click.ParamType):
-    """Integers separated by commas, as a tuple."""
+class Numbers(click.ParamType):
+    """Numbers separated by commas, as a tuple; `kind` is int or float."""
 
-    name = "integer,..."
+    def __init__(self, kind: type) -> None:
+        self.kind = kind
+        self.name = "integer,..." if kind is int else "number,..."
 
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[Any, ...]:
         if isinstance(value, tuple):
             return value
         try:
-            return tuple(int(part) for part in value.split(","))
+            return tuple(self.kind(part) for part in value.split(","))
         except ValueError:
-            self.fail(f"{value!r}: must be integers separated by commas", param, ctx)
+            what = "integers" if self.kind is int else "numbers"
+            self.fail(f"{value!r}: must be {what} separated by commas", param, ctx)
 
 
 class Figure(click.Command):

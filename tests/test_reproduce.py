@@ -49,7 +49,7 @@ def test_fig4_in_the_default_folder():
     assert set(run["seconds"]) == {"training", "figure", "all"}
     assert {"torch", "llm-attack"} <= set(run["versions"])
     assert run["hardware"]["cores"]
-    assert len(run["results"]["last_epoch"]["dx"]) == 2
+    assert len(run["results"]["last_epoch"]["dx_predicted"]) == 2
     assert set(pd.read_csv("results/fig4/curves.csv").seed) == {0, 1}
 
 
@@ -69,14 +69,14 @@ def test_fig6_in_a_folder_of_ones_own():
 @pytest.fixture
 def shortened(monkeypatch):
     """The experiments with fewer seeds and epochs than their settings say; the settings seen."""
-    train, run_size, seen = fig4.train, fig6.run_size, []
+    train, run_kind, seen = fig4.train, fig6.run_kind, []
 
     def short(settings):
         seen.append(settings)
         return replace(settings, seeds=1, epochs=1)
 
     monkeypatch.setattr(fig4, "train", lambda settings: train(short(settings)))
-    monkeypatch.setattr(fig6, "run_size", lambda words, n, s: run_size(words, n, short(s)))
+    monkeypatch.setattr(fig6, "run_kind", lambda words, n, s: run_kind(words, n, short(s)))
     return seen
 
 

@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -16,10 +17,23 @@ from llm_attack.declare import check, setting
 from llm_attack.drawing import COLOURS, new_figure
 from llm_attack.errors import invalid
 from llm_attack.record import Stopwatch, write_text
-from llm_attack.reproduce import DEVICE, Integers, figure_command
+from llm_attack.reproduce import DEVICE, Numbers, figure_command
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+class Kind(NamedTuple):
+    """What networks have in common but for their seed; the names of the settings, in the singular.
+
+    The accuracy on new words depends on all but the size.
+    """
+
+    size: int
+    ngram: int = 1
+    train_share: float = 1.0
+    noise: float = 0.0
+
 
 SPLITS = ("test", "train")
 MEASURED = ("accuracy", "cosine_right", "cosine_wrong")
@@ -42,7 +56,26 @@ class Settings:
         (8, 16, 32),
         "How many numbers the embedding of a character has, separated by commas",
         least=1,
-        option=Integers(),
+        option=Numbers(int),
+    )
+    ngrams: tuple[int, ...] = setting(
+        (1,),
+        "How many characters stand side by side in each of a word's overlapping pieces, which are"
+        " what is embedded, separated by commas",
+        least=1,
+        option=Numbers(int),
+    )
+    train_shares: tuple[float, ...] = setting(
+        (1.0,),
+        "Shares of the training words that are learnt from, separated by commas",
+        least=0,
+        option=Numbers(float),
+    )
+    label_noise: tuple[float, ...] = setting(
+        (0.0,),
+        "Shares of the words learnt from that get one of the other labels, separated by commas",
+        least=0,
+        option=Numbers(float),
     )
     seeds: int = setting(10, "Number of networks of each size, each with its own split", least=1)
     epochs: int = setting(1000, "Number of passes over the words", least=1)
@@ -56,6 +89,18 @@ class Settings:
         check(self)
         if not 0 < self.test_share < 1:
             raise invalid("test_share", self.test_share, "between 0 and 1")
+        for share in self.train_shares:
+            if not 0 < share <= 1:
+                raise invalid("train_shares", share, "above 0 and at most 1")
+        for share in self.label_noise:
+            if share > 1:
+                raise invalid("label_noise", share, "from 0 to 1")
+
+    @property
+    def kinds(self) -> list[Kind]:
+        """The networks of which there is one for each seed."""
+        parts = (self.embedding_sizes, self.ngrams, self.train_shares, self.label_noise)
+        return [Kind(*of) for of in itertools.product(*parts)]
 
 
 PRESETS = {"quick": replace(Settings(), seeds=5, epochs=200), "paper": Settings()}
@@ -70,57 +115,104 @@ def run(settings: Settings, folder: Path) -> dict[str, Any]:
 
     words = load_words(settings.words)
     clock, tables = Stopwatch(), []
-    for size in settings.embedding_sizes:
-        tables.append(run_size(words, size, settings))
-        clock.lap(f"size {size}")
+    for kind in settings.kinds:
+        tables.append(run_kind(words, kind, settings))
+        clock.lap(_name(kind))
     table = pd.concat(tables, ignore_index=True)
-    curves = over_seeds(table, ["size", "epoch", "split"])
+    curves = over_seeds(table, [*Kind._fields, "epoch", "split"])
     write_text(folder / "curves.csv", curves.to_csv(index=False, float_format="%.5g"))
+    last = table[table.epoch == settings.epochs].drop(columns="epoch")
+    write_text(folder / "networks.csv", last.to_csv(index=False, float_format="%.5g"))
     draw(folder)
-    last = table[table.epoch == settings.epochs].groupby(["size", "split"])
     return {
         "words": words.groupby(["language", "label"]).size().unstack(fill_value=0).to_dict("index"),
-        "last_epoch": {
-            f"size {size}, {split}": {name: _numbers(part[name]) for name in MEASURED}
-            for (size, split), part in last
-        },
+        "trends": trends(last),
         "seconds": clock,
     }
 
 
-def _numbers(column: pd.Series) -> list[float | None]:
-    """For JSON, which has no NaN."""
-    return [None if math.isnan(value) else round(value, 5) for value in column]
+def _name(kind: Kind) -> str:
+    """Of its size, and of what else is not as usual."""
+    usual = Kind(kind.size)._asdict()
+    others = [f"{name} {of:g}" for name, of in kind._asdict().items() if of != usual[name]]
+    return ", ".join([f"size {kind.size}", *others])
 
 
-def run_size(words: pd.DataFrame, size: int, settings: Settings) -> pd.DataFrame:
-    """Trains all seeds with one embedding size; measures before the first epoch and after each.
+def run_kind(words: pd.DataFrame, kind: Kind, settings: Settings) -> pd.DataFrame:
+    """Trains all seeds of one kind; measures before the first epoch and after each.
 
     Returns:
-        A row for each epoch, split and seed: size, epoch, split, seed and `MEASURED`.
+        A row for each epoch, split and seed: those of `Kind`, epoch, split, seed and `MEASURED`.
     """
     import pandas as pd
 
     from llm_attack.theory.sentiment import measured_epochs
 
     seeds = range(settings.seed, settings.seed + settings.seeds)
-    epochs, total = measured_epochs(words, size, settings), settings.epochs + 1
+    epochs, total = measured_epochs(words, kind, settings), settings.epochs + 1
+    known = kind._asdict()
     tables = [
-        pd.DataFrame(values).assign(size=size, epoch=epoch, split=split, seed=seeds)
-        for epoch, found in tqdm(epochs, f"fig6, size {size}", total, unit="epoch", disable=None)
+        pd.DataFrame(values).assign(**known, epoch=epoch, split=split, seed=seeds)
+        for epoch, found in tqdm(epochs, f"fig6, {_name(kind)}", total, unit="epoch", disable=None)
         for split, values in found.items()
     ]
     return pd.concat(tables, ignore_index=True)
 
 
+def trends(last: pd.DataFrame) -> dict[str, dict[str, float | int | None]]:
+    """Do the cosines on new words follow the accuracy there?
+
+    Spearman's rank correlation over the kinds of networks, of their means over the seeds, with its
+    95 % interval and p-value (`rank_correlation`); the cosines are times the root of the size,
+    which takes out what random vectors would do.
+
+    Args:
+        last: the rows of the last epoch.
+    """
+    from llm_attack.suite.inference import rank_correlation
+
+    new = scaled(last[last.split == "test"])
+    means = new.groupby(list(Kind._fields))[list(MEASURED)].mean()
+    found: dict[str, dict[str, float | int | None]] = {}
+    for name in MEASURED[1:]:
+        known = means[["accuracy", name]].dropna()
+        of = rank_correlation(known["accuracy"], known[name])
+        numbers = zip(("correlation", "low", "high", "p"), of, strict=True)
+        found[name] = {"kinds": len(known)} | {k: _number(value) for k, value in numbers}
+    return found
+
+
+def _number(value: float) -> float | None:
+    """For JSON, which has no NaN."""
+    return None if math.isnan(value) else round(value, 5)
+
+
+def scaled(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with its cosines in units of 1 / √size: those of random vectors are equal then."""
+    table = table.copy()
+    for name in table.columns[table.columns.str.startswith("cosine")]:
+        table[name] *= table["size"] ** 0.5
+    return table
+
+
 def draw(folder: Path) -> None:
-    """Draws, from curves.csv, a column for each size: cosines above, accuracies below."""
+    """Draws, from the CSV files, a column for each size: cosines above, accuracies below.
+
+    Where networks differ in more than their size, a point for each: cosine against accuracy.
+    """
     import pandas as pd
 
+    networks = pd.read_csv(folder / "networks.csv")
+    if (networks[list(Kind._fields[1:])].nunique() > 1).any():
+        return _draw_networks(folder, networks)
+    table = scaled(pd.read_csv(folder / "curves.csv"))
+    _draw_curves(folder, table)
+
+
+def _draw_curves(folder: Path, table: pd.DataFrame) -> None:
     from llm_attack.theory.bands import shaded
     from llm_attack.theory.lexicon import LABELS
 
-    table = pd.read_csv(folder / "curves.csv")
     sizes = table["size"].unique()
     right, wrong = COLOURS[0], COLOURS[3]
     with new_figure(folder, (1.3 + 2 * len(sizes), 4.2)) as figure:
@@ -136,10 +228,28 @@ def draw(folder: Path) -> None:
             chance = {"color": "black", "linewidth": 1, "linestyle": ":", "label": "chance"}
             below.axhline(1 / len(LABELS), **chance)
             below.set(xlabel="epoch", xlim=(0, table.epoch.max()), ylim=(0, 1.02))
-        axes[0, 0].set(ylabel="cosine of embedding\nand gradient")
+        axes[0, 0].set(ylabel="cosine of embedding\nand gradient · √size")
         axes[1, 0].set(ylabel="accuracy")
         for row in axes:
             row[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
+
+
+def _draw_networks(folder: Path, networks: pd.DataFrame) -> None:
+    from llm_attack.theory.lexicon import LABELS
+
+    new = scaled(networks[networks.split == "test"])
+    with new_figure(folder, (4.6, 3.2)) as figure:
+        axes = figure.subplots()
+        for size, marker in zip(sorted(new["size"].unique()), "o^sDvP*X<>", strict=False):
+            part = new[new["size"] == size]
+            for name, colour in (("right", COLOURS[0]), ("wrong", COLOURS[3])):
+                form: Any = {"s": 12, "marker": marker, "color": colour, "alpha": 0.7, "lw": 0}
+                label = f"{name}, size {size}"
+                axes.scatter(part["accuracy"], part[f"cosine_{name}"], label=label, **form)
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.axvline(1 / len(LABELS), color="black", linewidth=1, linestyle=":", label="chance")
+        axes.set(xlabel="accuracy on new words", ylabel="cosine of embedding\nand gradient · √size")
+        figure.legend(loc="outside right upper", fontsize=7)
 
 
 COMMAND = figure_command("fig6", PRESETS, run)

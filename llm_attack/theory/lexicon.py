@@ -63,16 +63,19 @@ def load_words(path: str | None = None) -> pd.DataFrame:
     return table
 
 
-def encode(words: Sequence[str]) -> tuple[Tensor, int]:
-    """Words as character ids, and the number of ids.
+def encode(words: Sequence[str], n: int = 1) -> tuple[Tensor, int]:
+    """Words as ids of their overlapping pieces of `n` characters, and the number of ids.
+
+    A word shorter than that is one piece.
 
     Returns:
-        int64 of shape (words, longest word): 1, 2, ... in the order of the characters' code
-        points, 0 after the end of a word; and one more than the largest id.
+        int64 of shape (words, most pieces): 1, 2, ... in the order of the pieces' code points, 0
+        after the end of a word; and one more than the largest id.
     """
-    characters = sorted({character for word in words for character in word})
-    number = {character: i for i, character in enumerate(characters, 1)}
-    ids = torch.zeros(len(words), max(map(len, words)), dtype=torch.long)
-    for row, word in zip(ids, words, strict=True):
-        row[: len(word)] = torch.tensor([number[character] for character in word])
-    return ids, len(characters) + 1
+    rows = [[word[i : i + n] for i in range(max(1, len(word) - n + 1))] for word in words]
+    pieces = sorted({piece for row in rows for piece in row})
+    number = {piece: i for i, piece in enumerate(pieces, 1)}
+    ids = torch.zeros(len(words), max(map(len, rows)), dtype=torch.long)
+    for of_word, row in zip(ids, rows, strict=True):
+        of_word[: len(row)] = torch.tensor([number[piece] for piece in row])
+    return ids, len(pieces) + 1

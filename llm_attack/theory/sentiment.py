@@ -1,9 +1,9 @@
 """The networks of word sentiment, Fig. 6, their training, and what is measured on them.
 
-A word is a row of character ids; its embedding, the point, is the characters' vectors side by side,
-with zeros after the end of the word. One hidden layer classifies it as negative, neutral or
-positive. All seeds of a size train as one batched model, each on a split of its own, with one step
-of Adam on all its training words per epoch.
+A word is a row of ids of its characters, or of longer pieces; its embedding, the point, is their
+vectors side by side, with zeros after the end of the word. One hidden layer classifies it as
+negative, neutral or positive. All seeds of a kind train as one batched model, each on a split of
+its own, with one step of Adam on all its training words per epoch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm_attack.attacks import loss_gradient
-from llm_attack.theory.fig6 import MEASURED, SPLITS, Settings
+from llm_attack.theory.fig6 import MEASURED, SPLITS, Kind, Settings
 from llm_attack.theory.lexicon import LABELS, encode
 from llm_attack.theory.stacked import StackedMLP, cross_entropy, generators, stack
 
@@ -90,9 +90,12 @@ def summary(right: Tensor, cosine: Tensor) -> dict[str, list[float]]:
 
 
 def measured_epochs(
-    words: pd.DataFrame, size: int, settings: Settings
+    words: pd.DataFrame, kind: Kind, settings: Settings
 ) -> Iterator[tuple[int, dict[str, dict[str, list[float]]]]]:
-    """Trains all seeds with one embedding size; measures before the first epoch and after each.
+    """Trains all seeds of one kind; measures before the first epoch and after each.
+
+    Words that are not learnt from, and belong to no test either, are in no split. Of those learnt
+    from the label that counts is the one that was learnt.
 
     Yields:
         The epoch's number, from 0, and the `summary` of each split.
@@ -101,12 +104,18 @@ def measured_epochs(
     draws = generators(settings.seed, settings.seeds)
     n = len(words)
     order = stack(draws, lambda g: torch.randperm(n, generator=g)).to(device)
-    ids, vocabulary = encode(words.word.tolist())
+    ids, vocabulary = encode(words.word.tolist(), kind.ngram)
     labels = torch.tensor([LABELS.index(label) for label in words.label], device=device)
-    ids, labels = ids.to(device)[order], labels[order]
     held_out = min(max(1, round(settings.test_share * n)), n - 1)
+    order = order[:, : held_out + max(1, round(kind.train_share * (n - held_out)))]
+    ids, labels = ids.to(device)[order], labels[order]
     parts = dict(zip(SPLITS, (slice(held_out), slice(held_out, None)), strict=True))
-    model = SentimentModel(vocabulary, ids.shape[-1], size, settings.width, draws).to(device)
+    model = SentimentModel(vocabulary, ids.shape[-1], kind.size, settings.width, draws).to(device)
+    if kind.noise:
+        wrong = round(kind.noise * (labels.shape[1] - held_out))  # the first ones: in random order
+        other = stack(draws, lambda g: torch.randint(1, len(LABELS), (wrong,), generator=g))
+        noisy = labels[:, held_out : held_out + wrong]
+        labels[:, held_out : held_out + wrong] = (noisy + other.to(device)) % len(LABELS)
     optimiser = torch.optim.Adam(model.parameters(), lr=settings.learning_rate, fused=True)
     for epoch in range(settings.epochs + 1):
         if epoch:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from llm_attack.errors import UsageError
 from llm_attack.theory import sentiment
 from llm_attack.theory.bands import MANY
-from llm_attack.theory.fig6 import MEASURED, Settings, draw, run, run_size
+from llm_attack.theory.fig6 import MEASURED, Kind, Settings, draw, run, run_kind, trends
 from llm_attack.theory.lexicon import LABELS, encode
 from llm_attack.theory.sentiment import SentimentModel, cosines, summary
 from llm_attack.theory.stacked import StackedMLP, generators
@@ -106,8 +106,8 @@ def exact(monkeypatch):
 
 
 def test_a_seed_in_company_is_that_seed_alone(exact):
-    both = run_size(table(60), 3, Settings(**SMALL))
-    alone = run_size(table(60), 3, Settings(**{**SMALL, "seeds": 1}, seed=1))
+    both = run_kind(table(60), Kind(3), Settings(**SMALL))
+    alone = run_kind(table(60), Kind(3), Settings(**{**SMALL, "seeds": 1}, seed=1))
     ours = both[both.seed == 1].reset_index(drop=True)
     pd.testing.assert_frame_equal(ours, alone, rtol=1e-9, atol=1e-9)
     assert both.groupby(["epoch", "split"]).size().to_dict() == {
@@ -119,7 +119,7 @@ def test_a_seed_in_company_is_that_seed_alone(exact):
 def test_words_held_out_are_not_learnt():
     """Labels are random: what was seen is learnt by heart, the rest is guessed."""
     settings = Settings(seeds=3, epochs=60, learning_rate=0.05, test_share=0.5, device="cpu")
-    found = run_size(table(120), 4, settings)
+    found = run_kind(table(120), Kind(4), settings)
     last = found[found.epoch == 60].groupby("split").accuracy
     assert last.min()["train"] == 1
     assert last.max()["test"] < 0.6
@@ -127,7 +127,7 @@ def test_words_held_out_are_not_learnt():
 
 def test_the_share_held_out():
     """Accuracies are multiples of one word."""
-    found = run_size(table(50), 2, Settings(**SMALL, test_share=0.14))
+    found = run_kind(table(50), Kind(2), Settings(**SMALL, test_share=0.14))
     for split, n in (("test", 7), ("train", 43)):
         counts = found[found.split == split].accuracy * n
         assert (counts - counts.round()).abs().max() < 1e-9
@@ -137,14 +137,16 @@ def test_what_is_written(tmp_path, words_csv):
     for folder in "ab":
         settings = Settings(**SMALL, words=words_csv)
         results = run(settings, tmp_path / folder)
-    names = ["curves.csv", "figure.png", "figure.svg"]
+    names = ["curves.csv", "figure.png", "figure.svg", "networks.csv"]
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == names
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     curves = pd.read_csv(tmp_path / "a" / "curves.csv")
     assert len(curves) == 2 * 4 * 2  # sizes, epochs, splits
     last = curves[(curves.epoch == 3) & (curves["size"] == 2) & (curves.split == "test")].iloc[0]
-    found = results["last_epoch"]["size 2, test"]
+    networks = pd.read_csv(tmp_path / "a" / "networks.csv")
+    assert len(networks) == 2 * 2 * 2  # sizes, seeds, splits
+    found = networks[(networks["size"] == 2) & (networks.split == "test")]
     for name in MEASURED:
         assert last[f"{name}_mean"] == pytest.approx(sum(found[name]) / 2, abs=1e-4)
         assert last[f"{name}_min"] == pytest.approx(min(found[name]), abs=1e-4)
@@ -161,6 +163,8 @@ def test_the_figure_is_drawn_from_the_file(tmp_path, epochs):
     rows = [[2, e, s, *[0.5] * 9] for e in range(epochs + 1) for s in ("test", "train")]
     table = pd.DataFrame(rows, columns=["size", "epoch", "split", *columns])
     table.to_csv(tmp_path / "curves.csv", index=False)
+    networks = pd.DataFrame([Kind(2)]).assign(split="test", accuracy=0.5)
+    networks.to_csv(tmp_path / "networks.csv", index=False)
     draw(tmp_path)
     text = (tmp_path / "figure.svg").read_text()
     assert text.count("<image") == (2 if epochs > MANY else 0)  # one a panel
@@ -168,11 +172,70 @@ def test_the_figure_is_drawn_from_the_file(tmp_path, epochs):
     assert text.count("\n") < 1000
 
 
-def test_no_wrong_words_are_null_in_the_record(tmp_path, words_csv):
+def test_no_wrong_words_have_no_cosine(tmp_path, words_csv):
     settings = {**SMALL, "epochs": 60, "embedding_sizes": (4,), "learning_rate": 0.05, "width": 64}
     results = run(Settings(**settings, words=words_csv), tmp_path)
-    assert results["last_epoch"]["size 4, train"]["accuracy"] == [1, 1]
-    assert results["last_epoch"]["size 4, train"]["cosine_wrong"] == [None, None]
+    networks = pd.read_csv(tmp_path / "networks.csv")
+    learnt = networks[networks.split == "train"]
+    assert learnt["accuracy"].tolist() == [1, 1] and learnt["cosine_wrong"].isna().all()
+    assert results["trends"]["cosine_right"]["correlation"] is None  # of one kind
+    json.dumps(results, allow_nan=False)
+
+
+def test_pieces_of_words():
+    """Overlapping, in the order of the word; a shorter word is one."""
+    ids, count = encode(["abab", "b", "ba"], 2)
+    assert count == 4  # ab, b, ba, and the padding
+    assert ids.tolist() == [[1, 3, 1], [2, 0, 0], [3, 0, 0]]
+
+
+def test_shares_and_noise(monkeypatch):
+    """What is learnt from: so many words, and of them so many with another label."""
+    seen = []
+    measure = sentiment.cosines
+    monkeypatch.setattr(
+        sentiment,
+        "cosines",
+        lambda m, ids, labels: seen.append((ids, labels)) or measure(m, ids, labels),
+    )
+    settings = Settings(seeds=2, epochs=1, test_share=0.2, width=4, device="cpu")
+    words = table(100)
+    for kind in (Kind(2), Kind(2, train_share=0.25), Kind(2, train_share=0.25, noise=0.5)):
+        run_kind(words, kind, settings)
+    whole, part, noisy = (seen[i] for i in (0, 2, 4))
+    assert (whole[0].shape[1], part[0].shape[1], noisy[0].shape[1]) == (100, 40, 40)
+    for now in (part, noisy):
+        assert torch.equal(now[0], whole[0][:, :40])
+    assert torch.equal(part[1], whole[1][:, :40])
+    changed = noisy[1] != part[1]
+    assert changed[:, 20:30].all() and changed.sum() == 20  # ten of twenty words, in each seed
+    assert len(noisy[1][:, 20:30].unique()) == 3
+
+
+def test_trends():
+    """Of the kinds' means, on new words, in units of 1 / √size."""
+    rows = [
+        {**Kind(size, noise=noise)._asdict(), "split": split, "accuracy": 0.9 - noise + seed / 100}
+        | {"cosine_right": -(0.9 - noise) / size**0.5 * (split == "test"), "cosine_wrong": 0.1}
+        for size in (4, 16)
+        for noise in (0.1, 0.2, 0.4)
+        for seed in (0, 1)
+        for split in ("test", "train")
+    ]
+    found = trends(pd.DataFrame(rows))
+    assert found["cosine_right"]["correlation"] == pytest.approx(-1)
+    assert found["cosine_right"]["kinds"] == 6
+    assert found["cosine_right"]["high"] < 0 and found["cosine_right"]["p"] < 0.05
+    assert found["cosine_wrong"]["low"] < 0 < found["cosine_wrong"]["high"]
+
+
+def test_networks_that_differ_are_points(tmp_path, words_csv):
+    settings = {**SMALL, "embedding_sizes": (2,), "label_noise": (0.0, 0.5), "ngrams": (1, 2)}
+    run(Settings(**settings, words=words_csv), tmp_path)
+    text = (tmp_path / "figure.svg").read_text()
+    assert "accuracy on new words</text>" in text
+    networks = pd.read_csv(tmp_path / "networks.csv")
+    assert networks.groupby(["ngram", "noise"]).size().tolist() == [4] * 4  # seeds and splits
 
 
 @pytest.mark.parametrize(
@@ -183,6 +246,9 @@ def test_no_wrong_words_are_null_in_the_record(tmp_path, words_csv):
         ({"epochs": 0}, "epochs=0: must be an integer, 1 or more"),
         ({"test_share": 0.0}, "test_share=0.0: must be between 0 and 1"),
         ({"test_share": 1.0}, "test_share=1.0: must be between 0 and 1"),
+        ({"train_shares": (1.0, 0.0)}, "train_shares=0.0: must be above 0 and at most 1"),
+        ({"label_noise": (1.5,)}, "label_noise=1.5: must be from 0 to 1"),
+        ({"ngrams": (0,)}, r"ngrams=\(0,\): must be .*1 or more"),
     ),
 )
 def test_bad_settings(settings, message):
