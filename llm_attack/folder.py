@@ -66,17 +66,22 @@ def check_same(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> Non
     Raises:
         UsageError: they differ; the message says in what.
     """
+    differing = differences(there, here)
+    if differing:
+        raise UsageError(
+            f"output={folder}: holds a run with other settings ({'; '.join(differing)}); must be"
+            " the same run, or another folder"
+        )
+
+
+def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """What differs between two marks, a line each."""
     there, here = _flat(there), _flat(here)
-    differences = [
+    return [
         f"{key}: {_short(there.get(key))} there, {_short(here.get(key))} here"
         for key in {**there, **here}
         if there.get(key) != here.get(key)
     ]
-    if differences:
-        raise UsageError(
-            f"output={folder}: holds a run with other settings ({'; '.join(differences)}); must be"
-            " the same run, or another folder"
-        )
 
 
 def claim_file(path: Path, first_line: str) -> None:

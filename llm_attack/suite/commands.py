@@ -29,6 +29,7 @@ from llm_attack.suite import (
     frames,
     layers,
     models,
+    on_ray,
     results,
     revisions,
     survival,
@@ -68,21 +69,23 @@ def evaluate(
     who = Processes.of(plan)
     shown = progress if who.first else "quiet"
     console = Console(stderr=True)
-    if output is None:
-        if who.world > 1:
-            raise UsageError("output=None: must be a folder, which the processes share")
-        with tempfile.TemporaryDirectory() as nowhere:
-            return execute(prepare(plan, shown, console), Path(nowhere), shown, console)
-    folder = Path(output)
-    # before a model is loaded
-    claim(folder, lambda _: fingerprint.kept(folder) is not None, (STORE, LM_EVAL))
-    prepared = prepare(plan, shown, console)
-    fingerprint.check(folder, prepared.mark)
-    result = _finished(folder, plan, prepared.mark, who, shown, console)
-    if result is None:
-        result = execute(prepared, folder, shown, console)
-        if result is not None:
-            results.save(result, folder, command(replace(plan, shard=None), folder))
+    folder = None if output is None else Path(output)
+    if folder is None and who.world > 1:
+        raise UsageError("output=None: must be a folder, which the processes share")
+    if folder is not None:  # before a model is loaded
+        claim(folder, lambda _: fingerprint.kept(folder) is not None, (STORE, LM_EVAL))
+    with on_ray.cluster(plan):
+        prepared = prepare(plan, shown, console)
+        if folder is None:
+            with tempfile.TemporaryDirectory() as nowhere:
+                return execute(prepared, Path(nowhere), shown, console)
+        fingerprint.check(folder, prepared.mark)
+        result = _finished(folder, plan, prepared.mark, who, shown, console)
+        if result is None:
+            result = execute(prepared, folder, shown, console)
+            if result is not None:
+                alone = replace(plan, shard=None, ray=None, ray_workers=None)
+                results.save(result, folder, command(alone, folder))
     if not who.first:
         return None
     discard(folder)

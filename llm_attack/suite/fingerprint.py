@@ -49,12 +49,19 @@ def of_run(
     settings = redacted({k: v for k, v in settings.items() if k not in ("tasks", "include_path")})
     return {
         **settings,
-        "weights": weights(lm.model),
-        "config": _digest([_config(lm.model)]),
-        "dtype": str(lm.model.dtype),
+        **of_model(lm),
         "tasks": {name: digest.hexdigest()[:_DIGITS] for name, digest in tasks.items()},
         "tokens": _digest(map(json.dumps, tokens)),
         "batches": _digest([json.dumps(batches)]),
+    }
+
+
+def of_model(lm: AttackedHFLM) -> dict[str, Any]:
+    """The part of the model, and of what computes it."""
+    return {
+        "weights": weights(lm.model),
+        "config": _digest([_config(lm.model)]),
+        "dtype": str(lm.model.dtype),
         "device": lm.device.type,
         "versions": versions(),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +22,7 @@ from llm_attack.lm.settings import (
 )
 
 # Settings that say how a plan is carried out or told; answers do not depend on them.
-_HOW = ("device", "equivalence", "shard")
+_HOW = ("device", "equivalence", "shard", "ray", "ray_workers")
 
 # What `critical=True` adds to the attacks.
 _CRITICAL = ("critical", "fmn")
@@ -31,6 +32,7 @@ _NAMES = "names with commas between them"
 _NUMBERS = "numbers, such as 0.01 or 0.7rms, with commas between them"
 _PAIRS = "key=value,..."
 _SHARD = "i/n, with i from 1 to n, such as 2/8"
+_RAY = "local, auto or host:port"
 _ROWS = "auto or an integer, 1 or more"
 
 
@@ -110,6 +112,18 @@ class Plan(ThreatSettings, EngineSettings):
         " into the same folder; the first waits for the others, judges and writes",
         allowed=_SHARD,
     )
+    ray: str | None = setting(
+        None,
+        "Ray cluster whose workers answer the batches: its address, auto for that of this machine,"
+        " or local, which starts one here. This process judges and writes, alone",
+        allowed=_RAY,
+    )
+    ray_workers: int | None = setting(
+        None,
+        "Workers on Ray, with a copy of the model each; unless given, one for each GPU of the"
+        " cluster, or for each core where the run is on CPUs",
+        least=1,
+    )
     device: str | None = setting(
         None, "Where to compute, such as cpu or cuda:1; unless given, cuda where there is one"
     )
@@ -135,6 +149,10 @@ class Plan(ThreatSettings, EngineSettings):
                     raise UsageError(f"{name}={value}: must not be given with hookpoints")
         if self.shard is not None and self.share is None:
             raise invalid("shard", self.shard, _SHARD)
+        if self.ray is not None and not re.fullmatch(r"local|auto|[^\s/]+:\d+", self.ray):
+            raise invalid("ray", self.ray, _RAY)
+        if self.ray is None and self.ray_workers is not None:
+            raise UsageError(f"ray_workers={self.ray_workers}: must go with ray, such as ray=local")
         if self.equivalence is not None:
             object.__setattr__(self, "equivalence", within(self.equivalence))
             if "none" not in self.attacks or set(self.attacks) == {"none"}:

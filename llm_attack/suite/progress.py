@@ -99,8 +99,10 @@ class RunProgress:
 
 def note(mode: str, console: Console, text: str) -> None:
     """Says what the user should know, whatever the mode."""
-    line = json.dumps({"event": "note", "text": text}) if mode == "json" else text
-    print(line, file=console.file, flush=True)
+    if mode == "json":
+        print(json.dumps({"event": "note", "text": text}), file=console.file, flush=True)
+    else:  # above the bar, where there is one
+        console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def status(mode: str, console: Console, text: str) -> AbstractContextManager:

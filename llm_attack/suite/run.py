@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 from rich.console import Console
 
-from llm_attack.declare import names
 from llm_attack.errors import UsageError, invalid
 from llm_attack.folder import clear_drafts
 from llm_attack.harness.judge import Judge
@@ -25,14 +23,13 @@ from llm_attack.harness.model import AttackedHFLM
 from llm_attack.harness.patches import templates_compiled_once
 from llm_attack.harness.requests import Instance
 from llm_attack.harness.tasks import look_up
-from llm_attack.lm.device import check_device
 from llm_attack.lm.hook import frozen
-from llm_attack.lm.settings import EngineSettings
 from llm_attack.lm.sweep import EMBED, expand
 from llm_attack.record import hardware, versions
 from llm_attack.redact import redacted
-from llm_attack.suite import fingerprint, frames
+from llm_attack.suite import fingerprint, frames, on_ray
 from llm_attack.suite.equivalence import with_equivalence
+from llm_attack.suite.load import load
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.progress import RunProgress, note, status
 from llm_attack.suite.store import Follower, Store, all_here
@@ -78,6 +75,12 @@ class Processes(NamedTuple):
             if not found[name].isdecimal():
                 raise invalid(name, found[name], "an integer, as torchrun sets it")
         rank, world = map(int, found.values())
+        others = {"WORLD_SIZE": world if world > 1 else None, "shard": plan.shard}
+        others["tp_plan"] = plan.model_args.get("tp_plan")
+        for name, value in others.items():
+            if plan.ray is not None and value is not None:
+                text = f"must not be given with {name}={value}, which divides the work already"
+                raise UsageError(f"ray={plan.ray}: {text}")
         if rank >= world:
             raise invalid("RANK", rank, f"below WORLD_SIZE, {world}")
         if plan.model_args.get("tp_plan") is not None:
@@ -146,7 +149,7 @@ def prepare(plan: Plan, progress: str, console: Console) -> Prepared:
         manager, tasks = look_up(plan.tasks, plan.include_path)
     clock.stop("tasks")
     with status(progress, console, redacted(f"loading {plan.model}")):
-        lm = _model(plan)
+        lm = load(plan)
         conditions = plan.conditions
         if plan.hookpoints:
             conditions = plan.conditions_at(expand(lm.model, plan.hookpoints))
@@ -237,35 +240,6 @@ class _Clock:
         self._last = now
 
 
-def _model(plan: Plan) -> AttackedHFLM:
-    engine = {name: getattr(plan, name) for name in names(EngineSettings)}
-    arguments = {"batch_size": plan.batch_size, **engine, **plan.model_args}
-    device = plan.device
-    if device is not None:
-        check_device(device)
-    if device is None and "LOCAL_RANK" in os.environ:
-        import torch
-
-        if torch.cuda.is_available():
-            device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
-    if device is not None:
-        arguments["device"] = device
-    first = plan.conditions[0].arguments()
-    with nullcontext() if plan.model_args.get("tp_plan") is not None else _alone():
-        return AttackedHFLM(pretrained=plan.model, **arguments, **first)
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """Hides the other processes from accelerate, which would connect them and wait for all."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
-    try:
-        yield
-    finally:
-        os.environ.update(hidden)
-
-
 def _answer(prepared: Prepared, store: Store, progress: str, console: Console) -> None:
     """Answers this process's share of the batches that no attempt has finished."""
     lm = prepared.lm
@@ -279,8 +253,14 @@ def _answer(prepared: Prepared, store: Store, progress: str, console: Console) -
     total = sum(map(len, share))
     done = total - sum(map(len, todo.values()))
     running = RunningAccuracy(prepared.requests)
+    batches = (w.batch for w in todo.values())
+    if prepared.plan.ray is None:
+        answers = lm.engine.answers(batches)
+    else:
+        say = partial(note, progress, console)
+        answers = on_ray.answers(prepared.plan, lm, batches, say)
     with RunProgress(progress, console, conditions, total, done) as bar:
-        for batch, found in lm.engine.answers(w.batch for w in todo.values()):
+        for batch, found in answers:
             store.watch()
             fingerprint.check(store.folder.parent, prepared.mark)
             of_batch = todo[id(batch)]

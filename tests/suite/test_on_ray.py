@@ -1,0 +1,284 @@
+"""Batches on the workers of a Ray cluster: what is handed to whom, without Ray; and with it."""
+
+import json
+import os
+import signal
+import socket
+import sqlite3
+import sys
+import types
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from processes import RUN, Command, contents, until
+
+from llm_attack import Plan
+from llm_attack.errors import UsageError
+from llm_attack.failures import ProcessDied
+from llm_attack.suite import on_ray
+from llm_attack.suite.store import STORE
+
+PLAN = Plan("demo", "demo_piqa", ray="local", device="cpu")
+BATCHES = [[number] for number in range(6)]
+
+
+class RayError(Exception):
+    pass
+
+
+class RayTaskError(RayError):
+    def __init__(self, cause):
+        super().__init__("a traceback of many lines")
+        self.cause = cause
+
+
+class Ray(types.ModuleType):
+    """A cluster in this process: calls are answered when they are waited for, the last one first.
+
+    Args:
+        rooms: cores of the cluster at each look at it; the last one from then on.
+        meets: told a worker's number and batch (None: it loads the model), what is raised.
+    """
+
+    def __init__(self, rooms=(2,), meets=lambda worker, batch: None):
+        super().__init__("ray")
+        self.exceptions = types.ModuleType("ray.exceptions")
+        self.exceptions.RayError, self.exceptions.RayTaskError = RayError, RayTaskError
+        self.rooms, self.meets, self.workers, self.asked = [*rooms], meets, 0, []
+
+    def cluster_resources(self):
+        return {"CPU": float(self.rooms.pop(0) if len(self.rooms) > 1 else self.rooms[0])}
+
+    def remote(self, **resources):
+        assert resources == {"num_cpus": 1, "num_gpus": 0}
+        return self
+
+    def __call__(self, worker):
+        assert worker is on_ray.Worker
+        return types.SimpleNamespace(remote=self._start)
+
+    def _start(self, plan, conditions, tokens):
+        assert (plan.ray, plan.device, conditions, tokens) == (None, "cpu", "conditions", 768)
+        self.workers += 1
+        number = self.workers
+
+        def call(batch=None):
+            self.asked.append((number, batch))
+            return number, batch if batch is None else batch[0], len(self.asked)
+
+        method = types.SimpleNamespace(remote=call)
+        return types.SimpleNamespace(ready=method, answer=method)
+
+    def wait(self, calls, timeout):
+        assert 0 < timeout <= 1
+        return calls[-1:], calls[:-1]
+
+    def get(self, call):
+        worker, batch, _ = call
+        error = self.meets(worker, batch)
+        if error is not None:
+            raise error
+        return {"weights": "same"} if batch is None else f"answer {batch}"
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """All that `on_ray.answers` yields on a cluster, and what it says."""
+    monkeypatch.setattr("llm_attack.suite.fingerprint.of_model", lambda _: {"weights": "same"})
+    scorer = types.SimpleNamespace(limit=768)
+    engine = types.SimpleNamespace(scorer=scorer)
+    lm = types.SimpleNamespace(
+        device=torch.device("cpu"),
+        conditions="conditions",
+        engine=engine,
+        model=torch.nn.Linear(1, 1),
+    )
+
+    def found(ray, plan=PLAN):
+        monkeypatch.setitem(sys.modules, "ray", ray)
+        monkeypatch.setitem(sys.modules, "ray.exceptions", ray.exceptions)
+        said = []
+        result = list(on_ray.answers(plan, lm, iter(BATCHES), said.append))
+        assert all(batch is BATCHES[batch[0]] for batch, _ in result)
+        assert sorted(text for _, text in result) == [f"answer {number}" for number in range(6)]
+        return said
+
+    return found
+
+
+def test_every_batch_is_answered_once(answers):
+    ray = Ray()
+    answers(ray)
+    assert ray.workers == 2
+    assert sorted(batch[0] for _, batch in ray.asked if batch) == list(range(6))
+
+
+def test_workers_join(answers):
+    """Those of a node that joins in the middle, and not the fewer of one that leaves."""
+    ray = Ray(rooms=(1, 1, 1, 3, 2))
+    answers(ray)
+    assert ray.workers == 3
+    ray = Ray(rooms=(0, 0, 1))  # it is waited for
+    ray.wait = lambda calls, timeout: Ray.wait(ray, calls, timeout) if calls else ([], [])
+    answers(ray)
+
+
+def test_a_number_of_workers(answers):
+    ray = Ray()
+    answers(ray, replace(PLAN, ray_workers=5))
+    assert ray.workers == 5
+
+
+def test_a_batch_of_a_worker_that_dies_is_repeated(answers):
+    """By another one; so is that of its successor, and one that dies while it loads has none."""
+    died = []
+
+    def meets(worker, batch):
+        if (batch == 3 or batch is None) and len(died) < 4:
+            died.append(worker)
+            return RayError("it was killed")
+
+    ray = Ray(meets=meets)
+    said = answers(ray)
+    assert len(said) == 4 and ray.workers == 6
+    assert not {worker for worker, _ in ray.asked[-2:]} & {*died}
+
+
+def test_a_batch_that_kills_every_worker(answers):
+    """The others are answered before it is given up."""
+    finished = []
+
+    def meets(worker, batch):
+        if batch == 2:
+            return RayError("it was killed")
+        finished.append(batch)
+
+    with pytest.raises(ProcessDied, match="7 workers died, one after another: it was killed"):
+        answers(Ray(meets=meets))
+    assert {*finished} == {None, 0, 1, 3, 4, 5}
+
+
+def test_what_a_worker_raises(answers):
+    error = UsageError("attack=none: 1 of 2 log-likelihoods are not finite")
+    with pytest.raises(UsageError, match=r"^attack=none: 1 of 2") as raised:
+        answers(Ray(meets=lambda worker, batch: RayTaskError(error) if batch == 1 else None))
+    assert raised.value is error
+
+
+def test_a_worker_with_another_model(answers):
+    ray = Ray()
+    ray.get = lambda call: {"weights": "other"}
+    with pytest.raises(UsageError, match=r'ray=local: .*\(weights: "other" there, "same" here\)'):
+        answers(ray)
+
+
+def test_without_ray(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(
+        UsageError, match=r"^ray=local: needs Ray .*; pip install llm-attack\[ray\]$"
+    ):
+        on_ray.cluster(PLAN).__enter__()
+
+
+def test_no_cluster(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", Ray())
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        address = "127.0.0.1:{1}".format(*nobody.getsockname())
+        with pytest.raises(UsageError, match=f"^ray='{address}': must be .* can be reached"):
+            on_ray.cluster(replace(PLAN, ray=address)).__enter__()
+
+
+@pytest.mark.parametrize(("device", "there", "says"), [
+    ("cuda", False, "ray=local: has no GPU"),
+    (None, True, "this machine, where the run is planned, has none"),
+    ("cpu", True, None), ("cpu", False, None), (None, False, None), ("cuda:1", True, None),
+])  # fmt: skip
+def test_devices(monkeypatch, device, there, says):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    plan = replace(PLAN, device=device)
+    if says is None:
+        return on_ray._check_devices(plan, there)
+    with pytest.raises(UsageError, match=says):
+        on_ray._check_devices(plan, there)
+
+
+# -- with Ray, where it is installed ---------------------------------------------------------------
+
+LONG = [*RUN, "--steps", "30"]  # long enough for what happens in the middle
+ON_RAY = [*LONG, "--ray", "local", "--ray_workers", "2"]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The files of one process without Ray."""
+    pytest.importorskip("ray", reason="pip install 'llm-attack[ray]'")
+    folder = tmp_path_factory.mktemp("alone")
+    command = Command(folder, *LONG)
+    assert command.wait() == 0, command.err
+    return contents(folder / "run")
+
+
+def stored(folder):
+    """Batches that are finished and kept."""
+    path = folder / "run" / STORE / "part-0.sqlite"
+    if not path.exists():
+        return 0
+    with closing(sqlite3.connect(path)) as part:
+        try:
+            return part.execute("SELECT count(*) FROM batches").fetchone()[0]
+        except sqlite3.OperationalError:  # no table yet
+            return 0
+
+
+def descendants(pid):
+    """(pid, title) of the processes that a process has started, and those have, ..."""
+    children = Path(f"/proc/{pid}/task").glob("*/children")
+    for child in {int(n) for path in children for n in path.read_text().split()}:
+        try:
+            title = Path(f"/proc/{child}/cmdline").read_bytes().decode()
+            yield child, title
+            yield from descendants(child)
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+
+
+def answering(pid):
+    return [worker for worker, title in descendants(pid) if title.startswith("ray::Worker.answer")]
+
+
+@pytest.mark.slow
+def test_workers_are_killed(tmp_path, alone):
+    """Three times one that is at a batch: the files are those of one process."""
+    command, finished = Command(tmp_path, *ON_RAY), 0
+    for _ in range(3):
+        until(lambda: stored(tmp_path) > finished and answering(command.pid))  # noqa: B023
+        finished = stored(tmp_path)
+        os.kill(answering(command.pid)[0], signal.SIGKILL)
+    assert command.wait() == 0, command.err
+    notes = [event for line in command.err.splitlines() if (event := json.loads(line))]
+    died = [note for note in notes if note.get("text", "").startswith("a worker died")]
+    assert len(died) == 3
+    assert contents(tmp_path / "run") == alone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_it_is_stopped_and_goes_on_without_ray(tmp_path, alone, number, code):
+    """Nothing of Ray is left running."""
+    command = Command(tmp_path, *ON_RAY)
+    until(lambda: stored(tmp_path) > 0)
+    started = list(descendants(command.pid))
+    os.kill(command.pid, number)
+    assert command.wait() == code
+    *_, last = command.err.splitlines()
+    assert last.startswith("stopped; what is finished is kept; to go on: llm-attack run ")
+    assert "--ray local --ray_workers 2" in last
+    assert started
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid, _ in started), 60)
+    command = Command(tmp_path, *LONG)
+    assert command.wait() == 0, command.err
+    assert contents(tmp_path / "run") == alone
