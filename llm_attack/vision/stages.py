@@ -13,6 +13,7 @@ from tqdm import tqdm
 from llm_attack.attacks import Attack
 from llm_attack.errors import UsageError, invalid
 from llm_attack.record import Stopwatch
+from llm_attack.vision.adversarial import usual_epsilon
 from llm_attack.vision.data import Dataset
 from llm_attack.vision.keeping import fill, imported, save, told
 from llm_attack.vision.measure import Row, frozen, measure
@@ -33,7 +34,7 @@ def listed(argument: str, text: str, allowed: Iterable[str]) -> list[str]:
 
 def amplitude(settings: ImageSettings, dataset: Dataset, at: str | None = None) -> float:
     """Epsilon as given, or the usual one of what is attacked: pixels, or the output of `at`."""
-    usual = 8 / 255 if at is None and dataset.shape[0] == 3 else 0.1
+    usual = usual_epsilon(dataset.shape[0]) if at is None else 0.1
     epsilon = usual if settings.epsilon is None else settings.epsilon
     return Attack(epsilon=epsilon).epsilon  # which checks it
 
