@@ -93,6 +93,22 @@ def test_examples_of_a_linear_network(line):
     assert set(side.flatten().tolist()) == {-1, 1}
     got = adversarial_examples(network, x, labels, replace(TRADES, train_steps=9), generator())
     assert torch.allclose(got, x + 0.1 * side * w.sign(), atol=1e-12)
+    once = replace(TRADES, train_steps=1, train_step_size=0.01)
+    got = adversarial_examples(network, x, labels, once, generator())
+    assert torch.allclose(got, x + 0.001 * noise + 0.01 * side * w.sign(), atol=1e-12)
+
+
+def test_the_loss_that_is_raised_is_that_of_the_training(line):
+    """Smoothed labels want no margin above the logarithm of 3: what exceeds it is to grow."""
+    network, w = line
+    network[1].bias.data = torch.tensor([0.0, 20.0], dtype=torch.float64)
+    x = pixels(2, 1, 2, 2, edge=0.2)
+    plain = replace(PGD, train_steps=9)
+    smooth = replace(plain, label_smoothing=0.5)
+    for settings, sides in ((plain, [1, -1]), (smooth, [1, 1])):
+        got = adversarial_examples(network, x, torch.tensor([0, 1]), settings, generator())
+        side = torch.tensor(sides).reshape(2, 1, 1, 1)
+        assert torch.allclose(got, x + 0.1 * side * w.sign(), atol=1e-12)
 
 
 def test_a_box_of_pixels_and_other_lengths(line):
