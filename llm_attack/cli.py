@@ -15,9 +15,9 @@ from llm_attack import __version__, failures
 from llm_attack.declare import DIALECT, options
 from llm_attack.reproduce import DEVICE, preset_option
 from llm_attack.theory import fig4, fig6
-from llm_attack.vision import fig1, fig2, fig5
+from llm_attack.vision import fig1, fig2, fig5, tradeoff
 
-FIGURES = [figure.COMMAND for figure in (fig1, fig2, fig4, fig5, fig6)]
+FIGURES = [figure.COMMAND for figure in (fig1, fig2, fig4, fig5, fig6, tradeoff)]
 
 
 class _Commands(click.Group):

@@ -210,6 +210,13 @@ RULES = (
         more="--width 0.1 --train_size 64 --test_size 20 --subset 2 --epochs 1",
     ),
     Rule(
+        r"llm-attack reproduce tradeoff .*",
+        "one narrow network and seed, few images, one epoch",
+        changes=IMAGES,
+        more="--network cnn --width 0.1 --widths 1 --seeds 1 --train_size 64 --test_size 20"
+        " --subset 10 --epochs 1",
+    ),
+    Rule(
         r"llm-attack reproduce fig4( .*)?",
         "few points and epochs",
         more="--seeds 2 --epochs 2 --points 50 --test-points 50",

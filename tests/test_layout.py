@@ -26,7 +26,7 @@ ARROWS = {
     "demo": BOTTOM,
     "harness": BOTTOM | {"_shim", "attacks", "demo", "lm"},
     "suite": BOTTOM | {"attacks", "harness", "lm"},
-    "vision": BOTTOM | {"attacks", "reproduce"},
+    "vision": BOTTOM | {"attacks", "reproduce", "suite"},
     "theory": BOTTOM | {"attacks", "reproduce"},
     "_shim": set(),
 }
@@ -53,6 +53,12 @@ def test_arrows_point_one_way(part):
         names = imported(path) if path.exists() else ()
         parts = {name.split(".")[1] for name in names if name.startswith("llm_attack.")}
         assert parts - {part, "__version__"} <= ARROWS[part], path
+
+
+def test_images_have_the_statistics_of_the_suite_and_no_more():
+    found = {name for path in (PACKAGE / "vision").glob("*.py") for name in imported(path)}
+    of_suite = {name for name in found if name.startswith("llm_attack.suite")}
+    assert of_suite == {f"llm_attack.suite.inference.{name}" for name in ("ALPHA", "rank_interval")}
 
 
 def test_no_module_is_named_as_one_of_pythons_own():

@@ -10,11 +10,15 @@ from shown import ROOT
 from test_shown_numbers import tables
 
 PAGE = (ROOT / "docs" / "experiments.md").read_text("utf-8")
-FOLDERS = sorted(
-    path.name
-    for path in (ROOT / "results").iterdir()
-    if re.match(r"fig[125](-|$)", path.name) and (path / "run.json").exists()
-)
+
+
+def folders(pattern):
+    found = (path for path in (ROOT / "results").iterdir() if re.match(pattern, path.name))
+    return sorted(path.name for path in found if (path / "run.json").exists())
+
+
+FOLDERS = folders(r"fig[125](-|$)")
+SEEDS, TRADEOFFS = folders("seeds-"), folders("tradeoff-")
 
 
 def options(command):
@@ -34,10 +38,14 @@ def shown_rows(first_column):
             yield from (dict(zip(heading, row, strict=True)) for row in rows)
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
+def signed(*values):
+    return [f"{value:+.2f}".replace("-", "−") for value in values]
+
+
+@pytest.mark.parametrize("folder", [*FOLDERS, *SEEDS, *TRADEOFFS])
 def test_the_page_has_the_command_of_each_result(folder):
     record = json.loads((ROOT / "results" / folder / "run.json").read_text("utf-8"))
-    commands = re.findall(r"llm-attack reproduce fig[125] -[^`\n#]*", PAGE)
+    commands = re.findall(r"llm-attack reproduce (?:fig[125]|tradeoff) -[^`\n#]*", PAGE)
     assert options(record["command"]) in [options(command) for command in commands]
 
 
@@ -75,6 +83,93 @@ def test_what_falls_and_what_rises():
         assert row["verdict"] == ("falls" if falls else "rises" if rises else "cannot be told")
     conditions = {(row["results"], row["condition"]) for row in rows}
     assert len(conditions) == len(rows) == 7 * len({row["results"] for row in rows})
+
+
+def test_what_falls_and_what_rises_over_three_seeds():
+    """The trends over the epochs: `trends.csv`, whose verdicts are those of the intervals."""
+    rows = list(shown_rows(["three seeds", "condition"]))
+    for row in rows:
+        table = pd.read_csv(ROOT / "results" / row["three seeds"].strip("`") / "trends.csv")
+        (of,) = table[
+            table["condition"] == {"clean": "none"}.get(row["condition"], row["condition"])
+        ].to_dict("records")
+        assert of["seeds"] == 3
+        for name in ("first", "last"):
+            assert row[name] == f"{of[name]:.{2 if row['condition'] == 'dp' else 3}f}"
+        value, low, high = signed(of["trend"], of["low"], of["high"])
+        assert row["trend"] == f"{value} ({low} to {high})"
+        assert row["verdict"] == of["verdict"]
+        assert (of["high"] < 0, of["low"] > 0) == tuple(
+            of["verdict"] == name for name in ("falls", "rises")
+        )
+    assert len(rows) == 8 * len(SEEDS) and {row["three seeds"].strip("`") for row in rows} == {
+        *SEEDS
+    }
+
+
+def test_the_sentence_about_three_seeds():
+    """What falls under which attack, as the comparison with the paper says it."""
+    (sentence,) = re.findall(r"^\| it falls while clean accuracy rises \| (.*?)Single", PAGE, re.M)
+    verdicts = {
+        folder: pd.read_csv(ROOT / "results" / folder / "trends.csv").set_index("condition").verdict
+        for folder in SEEDS
+    }
+    found = {
+        (folder, verdict): [name.upper() for name in attacks if of[name] == verdict]
+        for folder, of in verdicts.items()
+        for verdict in ("falls", "rises", "cannot be told")
+        for attacks in [("ost", "fgsm", "bim", "illc", "pgd")]
+    }
+    assert all(of["none"] == "rises" for of in verdicts.values())
+    assert found["seeds-cifar10", "falls"] == ["OST", "BIM", "ILLC", "PGD"]
+    assert found["seeds-mnist", "falls"] == ["BIM", "ILLC", "PGD"]
+    assert found["seeds-mnist", "cannot be told"] == ["OST", "FGSM"]
+    assert found["seeds-cifar10", "cannot be told"] == ["FGSM"]
+    assert found["seeds-digits", "rises"] == ["OST", "FGSM", "ILLC"]
+    assert found["seeds-digits", "falls"] == []
+    assert sentence == (
+        "seen, over three seeds of a quarter of the CNN: on CIFAR-10 under OST, BIM, ILLC and PGD,"
+        " on MNIST under BIM, ILLC and PGD; under FGSM on both, and OST on MNIST, it cannot be"
+        " told. On the digits it rises under OST, FGSM and ILLC and falls under none. "
+    )
+
+
+def test_robustness_and_accuracy():
+    """After the last epoch: means over the seeds, and the lowest and highest of them."""
+    seen = []
+    for row in shown_rows(["trained", "network", "training"]):
+        folder = row["trained"].strip("`")
+        table = pd.read_csv(ROOT / "results" / folder / "table.csv")
+        network, width = row["network"].split(" × ")
+        of = table[(table["network"] == network) & (table["width"] == float(width))]
+        of = of[(of["training"] == row["training"]) & (of["epoch"] == of["epoch"].max())]
+        for name, condition, column, digits in (
+            ("clean", "none", "accuracy", 3),
+            ("under PGD", "pgd", "accuracy", 3),
+            ("dp", "none", "dp", 1),
+        ):
+            values = of.loc[of["condition"] == condition, column]
+            mean, low, high = (f"{x:.{digits}f}" for x in (values.mean(), min(values), max(values)))
+            assert row[name] == f"{mean} ({low} to {high})"
+        seen.append((folder, row["network"], row["training"]))
+    assert {folder for folder, _, _ in seen} == set(TRADEOFFS) and len(seen) == len(set(seen))
+
+
+def test_correlations_of_robustness_and_accuracy():
+    seen = set()
+    for row in shown_rows(["correlations", "training", "points"]):
+        folder = row["correlations"].strip("`")
+        table = pd.read_csv(ROOT / "results" / folder / "correlations.csv")
+        table = table[table["attack"] == "pgd"]
+        epochs = {"every epoch": "all", "last epoch": "last"}[row["points"]]
+        of = table[(table["training"] == row["training"]) & (table["epochs"] == epochs)]
+        assert int(row["n"]) == of["n"].max()
+        for pair in of.to_dict("records"):
+            value, low, high = signed(pair["correlation"], pair["low"], pair["high"])
+            shown = "–" if pd.isna(pair["correlation"]) else f"{value} ({low} to {high})"
+            assert row[f"{pair['x']}, {pair['y']}"] == shown
+        seen.add(folder)
+    assert seen == {*TRADEOFFS, *SEEDS}
 
 
 def test_splits_at_equal_relative_amplitude():

@@ -43,7 +43,7 @@ class Settings(ImageSettings):
 
 
 _ALL = "cnn,resnet18,googlenet"
-_NOT_ATTACKS = ("none", "lowest", "highest", "all")
+NOT_ATTACKS = ("none", "lowest", "highest", "all")
 PRESETS = {
     "quick": Settings(**QUICK, network=_ALL, subset=100),
     "paper": Settings(dataset="mnist,cifar10", network=_ALL, subset=1000),
@@ -169,7 +169,7 @@ def draw(folder: Path, width: float, at: str | None = None) -> None:
 
 def _panel(axis: Any, group: pd.DataFrame) -> None:
     """One panel: clean and robust accuracies with their intervals; the envelope of the latter."""
-    attacks = [c for c in group["condition"].unique() if c not in _NOT_ATTACKS]
+    attacks = [c for c in group["condition"].unique() if c not in NOT_ATTACKS]
     table = group.pivot(index="epoch", columns="condition", values=["accuracy", "low", "high"])
     accuracy = table["accuracy"]
     lines: Any = {"markersize": 3, "marker": "o" if len(accuracy) < 12 else ""}

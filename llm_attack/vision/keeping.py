@@ -91,12 +91,14 @@ def _of_checkpoint(path: str) -> dict[str, Any]:
     """Of a state of `train`, whose label is that of the data set and of the network."""
     state = torch.load(path, map_location="cpu", weights_only=True)
     settings = state["same"]
-    names = {
-        f"{of.strip()}-{name}": name for of in settings["dataset"].split(",") for name in NETWORKS
-    }
+    sets = settings["dataset"].split(",")
+    label = f"{settings['label']}-"  # which may go on
+    (network,) = (
+        name for name in NETWORKS for of in sets if label.startswith(f"{of.strip()}-{name}-")
+    )
     return {
         "settings": settings,
-        "network": names[settings["label"]],
+        "network": network,
         "epochs": state["epoch"],
     }
 

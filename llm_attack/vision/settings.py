@@ -35,6 +35,9 @@ class Amplitudes(click.ParamType):
         return tuple(Amplitude().convert(part, param, ctx) for part in parts)
 
 
+TRAININGS = ("none", "pgd", "trades")
+
+
 @dataclass(frozen=True)
 class ImageSettings:
     """Settings of all image experiments.
@@ -91,6 +94,34 @@ class ImageSettings:
     weight_decay: float = setting(5e-4, "Weight decay of the optimiser", least=0)
     label_smoothing: float = setting(
         0.1, "Share of the labels that is spread over all classes in training", least=0
+    )
+    train_attack: str = setting(
+        "none",
+        "Attack that the network is trained against: pgd trains with the attacked images (Madry et"
+        " al. 2018), trades with both (Zhang et al. 2019)",
+        choices=TRAININGS,
+    )
+    train_epsilon: float | None = setting(
+        None,
+        "L-infinity amplitude of --train_attack; unless given, 0.1 for grey images, 8/255 for"
+        " images in colour",
+        option=Amplitude(),
+        least=0,
+    )
+    train_steps: int | None = setting(
+        None,
+        "Number of steps of --train_attack; unless given, 7 of pgd and 10 of trades",
+        least=1,
+    )
+    train_step_size: float | None = setting(
+        None,
+        "Length of a step of --train_attack; unless given, a quarter of its amplitude",
+        option=Amplitude(),
+        least=0,
+        above=True,
+    )
+    trades_beta: float = setting(
+        6.0, "Weight of the divergence of clean and attacked scores in trades", least=0
     )
     crop: int | None = setting(
         None,

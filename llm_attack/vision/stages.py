@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from tqdm import tqdm
 from llm_attack.attacks import Attack
 from llm_attack.errors import UsageError, invalid
 from llm_attack.record import Stopwatch
+from llm_attack.vision.adversarial import usual_epsilon
 from llm_attack.vision.data import Dataset
 from llm_attack.vision.keeping import fill, imported, save, told
 from llm_attack.vision.measure import Row, frozen, measure
@@ -33,7 +35,7 @@ def listed(argument: str, text: str, allowed: Iterable[str]) -> list[str]:
 
 def amplitude(settings: ImageSettings, dataset: Dataset, at: str | None = None) -> float:
     """Epsilon as given, or the usual one of what is attacked: pixels, or the output of `at`."""
-    usual = 8 / 255 if at is None and dataset.shape[0] == 3 else 0.1
+    usual = usual_epsilon(dataset.shape[0]) if at is None else 0.1
     epsilon = usual if settings.epsilon is None else settings.epsilon
     return Attack(epsilon=epsilon).epsilon  # which checks it
 
@@ -107,6 +109,8 @@ def trained(
     *,
     attacked_epochs: int | None = None,
     state: Path | None = None,
+    label: str | None = None,
+    besides: Mapping[str, Callable[[nn.Module], float]] = MappingProxyType({}),
     **how: Any,
 ) -> tuple[nn.Module, list[Row]]:
     """The trained network, and what `measure` found after epochs, which is printed.
@@ -122,10 +126,12 @@ def trained(
         attacked_epochs: number of epochs after which to measure, spread evenly from the first to
             the last; None for all, 1 for the last.
         state: as for `train`.
+        label: what the network is called; unless given, by data set and name.
+        besides: further columns of all rows of an epoch: numbers that a network has.
         **how: of `measure`: `epsilon` and others.
     """
     network, rows = untrained(dataset, name, settings), list[Row]()
-    label = f"{dataset.name}-{name}"
+    label = f"{dataset.name}-{name}" if label is None else label
     kept: Any = {"state": state, "label": label}
     how |= {"steps": settings.steps, "seed": settings.seed}
     if not settings.epochs:
@@ -133,7 +139,8 @@ def trained(
         found = measure(network, dataset.test, attacks, **how)
         tqdm.write(f"{label}: as it is{_said(found)}")
         clock.lap(f"{label} attacks")
-        return network, [{"epoch": epoch, **row} for row in found]
+        further = {column: of(network) for column, of in besides.items()}
+        return network, [{"epoch": epoch, **row, **further} for row in found]
     chosen = spread(settings.epochs, attacked_epochs)
     first = True
     for epoch, loss in train(network, dataset.train, settings, rows, **kept):
@@ -141,7 +148,8 @@ def trained(
         said = f"{label}: epoch {epoch} of {settings.epochs}, loss {loss:.4f}"
         if epoch in chosen:
             found = measure(network, dataset.test, attacks, **how)
-            rows += [{"epoch": epoch, **row} for row in found]
+            further = {column: of(network) for column, of in besides.items()}
+            rows += [{"epoch": epoch, **row, **further} for row in found]
             said += _said(found)
         measuring = clock.lap(f"{label} attacks")
         if first and epoch < settings.epochs:

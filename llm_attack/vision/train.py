@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from llm_attack.errors import UsageError
 from llm_attack.record import whole_or_not
+from llm_attack.vision.adversarial import adversarial_examples, objective
 from llm_attack.vision.data import Images, augment
 from llm_attack.vision.measure import Row
 from llm_attack.vision.precision import mixed_precision
@@ -43,7 +44,7 @@ def train(
         network: on the device of `images`.
         images: to learn from.
         settings: `epochs`, `batch_size`, `learning_rate`, `momentum`, `weight_decay`,
-            `label_smoothing`, `crop`, `flip`, `precision`, `seed`.
+            `label_smoothing`, `crop`, `flip`, `precision`, `seed`, and those of `objective`.
         rows: the caller's of all epochs, to which it adds while an epoch is yielded: kept in
             `state`, and taken from there by a run that is resumed.
         state: file that keeps weights, optimiser and rows after every epoch; if it exists, training
@@ -88,7 +89,6 @@ def train(
         few = images[:_TRIED]
         ahead = steps * batch
         mixed = mixed_precision(settings.precision, network, few.scaled(), few.labels, ahead)
-    smoothed = partial(nn.functional.cross_entropy, label_smoothing=settings.label_smoothing)
     seen: Any = {"total": steps * batch, "initial": done * per_epoch * batch, "unit": " images"}
     with tqdm(**seen, unit_scale=True, desc=label, disable=None) as bar:
         for epoch in range(done + 1, settings.epochs + 1):
@@ -100,8 +100,9 @@ def train(
                 now = images[rows_now]
                 turned = (mirrored[rows_now] + epoch) % 2 == 1 if flip else None
                 x = Images(augment(now.pixels, draws, crop=crop, flip=turned), now.labels).scaled()
+                point = adversarial_examples(network, x, now.labels, settings, draws)
                 with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
-                    loss = smoothed(network(x).float(), now.labels)
+                    loss = objective(network, x, point, now.labels, settings)
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()

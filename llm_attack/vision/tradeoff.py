@@ -1,0 +1,269 @@
+"""Does robustness cost accuracy? Clean against robust accuracy of networks over their trainings.
+
+No torch is imported here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llm_attack.declare import setting
+from llm_attack.drawing import COLOURS, new_figure
+from llm_attack.errors import invalid
+from llm_attack.record import Stopwatch, without_formulas, write_text
+from llm_attack.reproduce import figure_command
+from llm_attack.vision import fig2
+from llm_attack.vision.settings import QUICK, TRAININGS, Amplitudes, shown
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Settings(fig2.Settings):
+    """Data sets, networks, widths, trainings and seeds may be several here."""
+
+    train_attack: str = setting(
+        "none,pgd,trades", "Trainings, separated by commas: none, pgd, trades"
+    )
+    attacks: str = setting(
+        "pgd", fig2.Settings.__dataclass_fields__["attacks"].metadata["about"][0]
+    )
+    widths: tuple[float, ...] = setting(
+        (1.0,),
+        "Widths of the networks, in units of --width",
+        option=Amplitudes(),
+        least=0,
+        above=True,
+    )
+    seeds: int = setting(
+        1, "Number of seeds, from --seed on, each with networks and a choice of images", least=1
+    )
+
+
+PRESETS = {
+    "quick": Settings(**{**QUICK, "width": 0.125}, network="cnn,resnet18", subset=100),
+    "paper": Settings(
+        dataset="mnist,cifar10", network="cnn,resnet18", subset=1000, width=0.25, widths=(1.0, 4.0)
+    ),
+}
+_NETWORK = ["dataset", "network", "width", "training"]
+_PAIRS = (("clean", "robust"), ("clean", "fooled"), ("clean", "dp"), ("dp", "fooled"))
+_LOOKS = "osD^vP*X"  # of networks and widths
+
+
+def run(settings: Settings, folder: Path) -> dict[str, Any]:
+    """Does robustness cost accuracy? Networks after every epoch, with adversarial training and not.
+
+    --dataset, --network, --widths and --train_attack may be several, separated by commas. The rank
+    correlations of clean accuracy, robust accuracy and dp go to correlations.csv; what rises and
+    what falls over the epochs, to trends.csv.
+    """
+    import pandas as pd
+
+    clock = Stopwatch()
+    table = pd.DataFrame(_rows(settings, folder, clock))
+    found, changes = correlations(table), trends(table)
+    for name, frame in (("table", table), ("correlations", found), ("trends", changes)):
+        text = without_formulas(frame).to_csv(index=False, float_format="%.6g")
+        write_text(folder / f"{name}.csv", text)
+    draw(folder)
+    overall = found[(found["training"] == "all") & (found["epochs"] == "all")]
+    return {"overall": overall.round(4).to_dict("records"), "seconds": clock}
+
+
+def _rows(settings: Settings, folder: Path, clock: Stopwatch) -> Iterator[dict[str, Any]]:
+    """Trains and attacks all networks; the rows of `measure`, with dp, of each."""
+    from llm_attack.vision import stages
+    from llm_attack.vision.data import load
+    from llm_attack.vision.measure import KNOWN
+    from llm_attack.vision.momentum import momentum_spread
+
+    for name in ("load", "weights"):
+        if getattr(settings, name) is not None:
+            raise invalid(name, getattr(settings, name), "absent: networks are trained here")
+    attacks = stages.listed("attacks", settings.attacks, KNOWN)
+    trainings = stages.listed("train_attack", settings.train_attack, TRAININGS)
+    names = stages.networks(settings)
+    kinds = list(itertools.product(names, settings.widths))
+    sets = list(dict.fromkeys(name.strip() for name in settings.dataset.split(",")))
+    first = [load(name, settings) for name in sets]
+    for dataset, (name, width) in itertools.product(first, kinds):
+        stages.amplitude(settings, dataset)
+        stages.untrained(dataset, name, replace(settings, width=settings.width * width))
+    clock.lap("data")
+    for seed, i in itertools.product(range(settings.seeds), range(len(sets))):
+        here = replace(settings, seed=settings.seed + seed)
+        dataset = first[i] if seed == 0 else load(sets[i], here)
+        few = dataset.test[: settings.subset]
+        clock.lap("data")
+        for (name, times), training in itertools.product(kinds, trainings):
+            of = replace(here, width=settings.width * times, train_attack=training)
+            known = {"width": of.width, "training": training, "seed": of.seed}
+            label = "-".join(f"{of}" for of in (dataset.name, name, *known.values()))
+            file = re.sub(r"[^\w.-]+", "_", label)
+            _, rows = stages.trained(
+                dataset,
+                name,
+                of,
+                attacks,
+                clock,
+                label=label,
+                besides={"dp": partial(momentum_spread, images=few)},
+                state=folder / "checkpoints" / f"{file}.pt",
+                epsilon=stages.amplitude(of, dataset),
+                subset=settings.subset,
+                attacked_epochs=settings.attacked_epochs,
+            )
+            for row in rows:
+                yield {"dataset": dataset.name, "network": name, **known, **row}
+
+
+def points(table: pd.DataFrame) -> pd.DataFrame:
+    """A row for each network, seed, epoch and attack: `clean` and `robust` accuracy, `dp`, and the
+    share of right images that the attack `fooled`.
+    """
+    keys = [*_NETWORK, "seed", "epoch"]
+    clean = table[table["condition"] == "none"].set_index(keys)["accuracy"].rename("clean")
+    attacks = table[~table["condition"].isin(fig2.NOT_ATTACKS)]
+    kept = attacks[[*keys, "condition", "accuracy", "fooled", "dp"]]
+    return kept.rename(columns={"accuracy": "robust", "condition": "attack"}).join(clean, on=keys)
+
+
+def correlations(table: pd.DataFrame) -> pd.DataFrame:
+    """Spearman's rank correlations over networks, in all trainings together and in each.
+
+    Args:
+        table: rows of `table.csv`.
+
+    Returns:
+        For each data set, attack, `training`, `epochs` (`all`: each epoch is a point; `last`: each
+        network is one) and pair `x`, `y`: the number `n` of points, their `correlation` with its
+        95 % interval, which takes them as independent of each other, and the `lowest` and `highest`
+        correlation of one seed alone. NaN where there are less than four points or one does not
+        vary.
+    """
+    import pandas as pd
+
+    from llm_attack.suite.inference import rank_interval
+
+    rows = []
+    for (dataset, attack), group in points(table).groupby(["dataset", "attack"], sort=False):
+        for training, of in (("all", group), *group.groupby("training", sort=False)):
+            ends = of[of["epoch"] == of["epoch"].max()]
+            for (epochs, those), (x, y) in itertools.product((("all", of), ("last", ends)), _PAIRS):
+                value, n = _spearman(those, x, y)
+                low, high = rank_interval(value, n) if n > 3 else (math.nan, math.nan)
+                seeds = [_spearman(one, x, y)[0] for _, one in those.groupby("seed")]
+                rows.append(
+                    {
+                        **{"dataset": dataset, "attack": attack, "training": training},
+                        **{"epochs": epochs, "x": x, "y": y, "n": n, "correlation": value},
+                        **{"low": low, "high": high, "lowest": min(seeds), "highest": max(seeds)},
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def _spearman(of: pd.DataFrame, x: str, y: str) -> tuple[float, int]:
+    """The rank correlation of two columns, and the number of pairs."""
+    pairs = of[[x, y]].dropna()
+    if len(pairs) < 4 or (pairs.nunique() == 1).any():
+        return math.nan, len(pairs)
+    return float(pairs[x].corr(pairs[y], method="spearman")), len(pairs)
+
+
+def trends(table: pd.DataFrame) -> pd.DataFrame:
+    """What rises and what falls over the epochs, over all seeds of a network.
+
+    Returns:
+        For each network and condition, and for `dp`: the number of `seeds` and of `epochs`, the
+        mean over seeds after the `first` and the `last` epoch, the `trend` with its 95 % interval
+        (`low`, `high`) as in `llm_attack.vision.trends`, and the `verdict`.
+    """
+    import pandas as pd
+
+    from llm_attack.vision.trends import trend, verdict
+
+    rows, clean = [], table[table["condition"] == "none"]
+    table = pd.concat([table, clean.assign(condition="dp", accuracy=clean["dp"])])
+    for key, group in table.groupby([*_NETWORK, "condition"], sort=False):
+        curves = group.pivot(index="seed", columns="epoch", values="accuracy")
+        value, low, high = trend(curves)
+        rows.append(
+            {
+                **dict(zip([*_NETWORK, "condition"], key, strict=True)),
+                **{"seeds": len(curves), "epochs": len(curves.columns)},
+                **{"first": curves.iloc[:, 0].mean(), "last": curves.iloc[:, -1].mean()},
+                **{"trend": value, "low": low, "high": high, "verdict": verdict(low, high)},
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def draw(folder: Path) -> None:
+    """Draws table.csv: a row of panels for each data set, a column for each attack.
+
+    A point is a network after an epoch; those after the last one are outlined.
+    """
+    import pandas as pd
+
+    table = points(pd.read_csv(folder / "table.csv"))
+    attacks, datasets = (list(table[column].unique()) for column in ("attack", "dataset"))
+    trainings = list(table["training"].unique())
+    kinds = list(table[["network", "width"]].drop_duplicates().itertuples(index=False))
+    size = (3.2 * len(attacks) + 1.6, 2.9 * len(datasets) + 0.2)
+    with new_figure(folder, size) as figure:
+        axes = figure.subplots(len(datasets), len(attacks), squeeze=False)
+        for (dataset, attack), of in table.groupby(["dataset", "attack"], sort=False):
+            axis = axes[datasets.index(dataset), attacks.index(attack)]
+            axis.axline((0, 0), slope=1, color="0.4", linestyle="--", linewidth=0.8)
+            last = of["epoch"] == of["epoch"].max()
+            for (look, kind), (colour, training) in itertools.product(
+                zip(itertools.cycle(_LOOKS), kinds), zip(COLOURS, trainings, strict=False)
+            ):
+                those = (of["network"] == kind.network) & (of["width"] == kind.width)
+                those &= of["training"] == training
+                style: Any = {"marker": look, "color": colour}
+                axis.scatter(
+                    *(of[those & ~last][name] for name in ("clean", "robust")),
+                    **{**style, "s": 12, "alpha": 0.35, "linewidths": 0},
+                )
+                axis.scatter(
+                    *(of[those & last][name] for name in ("clean", "robust")),
+                    **{**style, "s": 26, "edgecolors": "black", "linewidths": 0.7},
+                )
+            axis.set_title(f"{shown(dataset)}, {shown(attack)}", fontsize=8)
+            axis.set(xlabel="clean accuracy", ylabel="robust accuracy")
+            axis.set_xlim(of["clean"].min() - 0.03, of["clean"].max() + 0.03)
+            axis.set_ylim(-0.02, of["robust"].max() + 0.05)
+        figure.legend(handles=_legend(kinds, trainings), loc="outside right center")
+
+
+def _legend(kinds: list[Any], trainings: list[str]) -> list[Any]:
+    from matplotlib.lines import Line2D
+
+    blank: Any = {"linestyle": "", "markersize": 5}
+    names = {"none": "clean images", "pgd": "PGD", "trades": "TRADES"}
+    return [
+        *(
+            Line2D([], [], marker="o", color=colour, label=names[training], **blank)
+            for colour, training in zip(COLOURS, trainings, strict=False)
+        ),
+        *(
+            Line2D(
+                [], [], marker=look, color="0.5", label=f"{shown(k.network)} × {k.width:g}", **blank
+            )
+            for look, k in zip(itertools.cycle(_LOOKS), kinds)
+        ),
+    ]
+
+
+COMMAND = figure_command("tradeoff", PRESETS, run)
