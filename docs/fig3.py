@@ -18,8 +18,8 @@ import numpy as np
 import pandas as pd
 from scipy.stats import mannwhitneyu
 
+from llm_attack.inference import wilson
 from llm_attack.suite import claims, results
-from llm_attack.suite.inference import wilson
 from llm_attack.suite.outcomes import gold_margin
 from llm_attack.suite.pairs import paired
 from llm_attack.suite.run import Result

@@ -52,7 +52,7 @@ TESTS = {
     "lm.trie": ["lm/test_pack.py"],
     "lm.scoring": ["lm/test_scoring.py", "lm/test_definitions.py", "-k", "scoring or look_up"],
     "lm.losses": ["lm/test_losses.py"],
-    "suite.inference": ["suite/test_inference.py"],
+    "inference": ["suite/test_inference.py"],
     "suite.summary": ["suite/test_summary.py", "-k", "not imports_neither"],
     "suite.store": ["suite/test_store.py"],
 }

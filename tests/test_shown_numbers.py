@@ -9,7 +9,8 @@ import pytest
 from click.testing import CliRunner
 from shown import ROOT
 
-from llm_attack.suite import critical, inference
+from llm_attack import inference
+from llm_attack.suite import critical
 
 # Folder -> the page, and what stands there before the table of accuracies.
 SHOWN = {

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from llm_attack.suite.inference import (
+from llm_attack.inference import (
     design_effect,
     detectable,
     mean_of,

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import pandas as pd
 from scipy.stats import norm
 
+from llm_attack.inference import ALPHA, Mean, auc, equivalence_test, mean_of
 from llm_attack.suite.changes import effective
-from llm_attack.suite.inference import ALPHA, Mean, auc, equivalence_test, mean_of
 from llm_attack.suite.outcomes import chances, gold_margin, sources
 from llm_attack.suite.pairs import paired
 from llm_attack.suite.summary import MEAN

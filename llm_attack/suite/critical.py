@@ -17,7 +17,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from llm_attack.suite.inference import ALPHA
+from llm_attack.inference import ALPHA
 from llm_attack.suite.outcomes import gold_margin
 from llm_attack.suite.summary import MEAN
 

@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 
 from llm_attack.errors import UsageError
+from llm_attack.inference import equivalence_test
 from llm_attack.suite import plan
 from llm_attack.suite.changes import effective
-from llm_attack.suite.inference import equivalence_test
 from llm_attack.suite.summary import MEAN, holm_over_tasks
 
 

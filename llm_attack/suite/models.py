@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 
 from llm_attack.errors import UsageError
+from llm_attack.inference import Mean, rank_correlation
 from llm_attack.lm.sweep import EMBED
 from llm_attack.suite.figures import look
-from llm_attack.suite.inference import Mean, rank_correlation
 from llm_attack.suite.layout import handles, legend, panels, print_style
 from llm_attack.suite.run import Result
 from llm_attack.suite.summary import MEAN, summarise

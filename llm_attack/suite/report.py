@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from llm_attack.inference import ALPHA
 from llm_attack.record import write_text
-from llm_attack.suite.inference import ALPHA
 from llm_attack.suite.summary import ABOVE, MEAN
 from llm_attack.suite.tables import Cells, means
 from llm_attack.suite.words import in_words

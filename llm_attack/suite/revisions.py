@@ -18,10 +18,10 @@ import pandas as pd
 from llm_attack.drawing import save_figure
 from llm_attack.errors import UsageError, closest
 from llm_attack.folder import claim
+from llm_attack.inference import mean_of
 from llm_attack.record import write_text
 from llm_attack.suite import critical, models, tables
 from llm_attack.suite.figures import look
-from llm_attack.suite.inference import mean_of
 from llm_attack.suite.layout import handles, legend, print_style
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.run import Result

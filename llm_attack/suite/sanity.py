@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from llm_attack.inference import ALPHA, Mean, mean_of, wilson
 from llm_attack.lm.losses import LOSSES
-from llm_attack.suite.inference import ALPHA, Mean, mean_of, wilson
 from llm_attack.suite.outcomes import gold_margin, sources
 from llm_attack.suite.tables import Cells
 from llm_attack.suite.worst import SEARCH, balls, hidden_gradients

@@ -13,8 +13,7 @@ import numpy as np
 import pandas as pd
 
 from llm_attack.errors import UsageError
-from llm_attack.suite.changes import DROPS, as_drops, compared, pooled
-from llm_attack.suite.inference import (
+from llm_attack.inference import (
     ALPHA,
     chance_test,
     design_effect,
@@ -22,6 +21,7 @@ from llm_attack.suite.inference import (
     mean_interval,
     wilson,
 )
+from llm_attack.suite.changes import DROPS, as_drops, compared, pooled
 from llm_attack.suite.outcomes import chances, gold_margin, gold_probability, sources
 
 ABOVE, BELOW = "above guessing", "below guessing"

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from llm_attack.inference import ALPHA
 from llm_attack.record import without_formulas, write_text
-from llm_attack.suite.inference import ALPHA
 from llm_attack.suite.summary import BELOW, INDISTINGUISHABLE, MEAN
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from llm_attack.suite.inference import ALPHA
+from llm_attack.inference import ALPHA
 from llm_attack.suite.summary import ABOVE, BELOW, INDISTINGUISHABLE, MEAN
 
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pandas as pd
 from scipy.stats import binomtest
 
-from llm_attack.suite.inference import ALPHA
+from llm_attack.inference import ALPHA
 
 WORST = "worst"
 

@@ -169,7 +169,7 @@ def trends(last: pd.DataFrame) -> dict[str, dict[str, float | int | None]]:
     Args:
         last: the rows of the last epoch.
     """
-    from llm_attack.suite.inference import rank_correlation
+    from llm_attack.inference import rank_correlation
 
     new = scaled(last[last.split == "test"])
     means = new.groupby(list(Kind._fields))[list(MEASURED)].mean()

@@ -152,7 +152,7 @@ def correlations(table: pd.DataFrame) -> pd.DataFrame:
     """
     import pandas as pd
 
-    from llm_attack.suite.inference import rank_interval
+    from llm_attack.inference import rank_interval
 
     rows = []
     for (dataset, attack), group in points(table).groupby(["dataset", "attack"], sort=False):

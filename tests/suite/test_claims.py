@@ -6,7 +6,7 @@ import pytest
 import scipy.stats
 from invented import build
 
-from llm_attack.suite import inference
+from llm_attack import inference
 from llm_attack.suite.claims import HOLDS, NOT, UNSHOWN, cells, claims
 
 COSTS, MORE = "the attack costs accuracy", "it costs more than noise of the same amplitude"

@@ -16,7 +16,7 @@ from statsmodels.regression.linear_model import OLS
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
-from llm_attack.suite import inference as s
+from llm_attack import inference as s
 
 CHANCES = st.lists(
     st.sampled_from([1 / 2, 1 / 3, 1 / 4, 1 / 5, 2 / 5, 1.0]), min_size=1, max_size=9

@@ -11,10 +11,11 @@ import scipy.stats
 from click.testing import CliRunner
 from invented import build
 
+from llm_attack import inference
 from llm_attack.cli import main
 from llm_attack.errors import UsageError
 from llm_attack.record import write_json
-from llm_attack.suite import frames, inference, models
+from llm_attack.suite import frames, models
 from llm_attack.suite.run import Result
 from llm_attack.suite.summary import MEAN, summarise
 

@@ -5,8 +5,8 @@ import pytest
 from invented import SHIFTS
 from scipy.stats import binomtest
 
+from llm_attack import inference
 from llm_attack.errors import UsageError
-from llm_attack.suite import inference
 from llm_attack.suite.pairs import paired, unshared
 
 

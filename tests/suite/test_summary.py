@@ -9,11 +9,11 @@ import pytest
 from invented import by_enumeration
 from scipy.stats import binomtest
 
+from llm_attack import inference
 from llm_attack.errors import UsageError
-from llm_attack.suite import inference
+from llm_attack.inference import detectable, mean_of, sign_test
 from llm_attack.suite import summary as s
 from llm_attack.suite.equivalence import with_equivalence
-from llm_attack.suite.inference import detectable, mean_of, sign_test
 from llm_attack.suite.outcomes import gold_margin, gold_probability
 
 

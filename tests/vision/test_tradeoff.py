@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from llm_attack.cli import main
 from llm_attack.errors import UsageError
-from llm_attack.suite.inference import rank_correlation
+from llm_attack.inference import rank_correlation
 from llm_attack.vision import fig2, stages, tradeoff
 from llm_attack.vision.data import load
 from llm_attack.vision.momentum import momentum_spread
