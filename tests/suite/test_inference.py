@@ -319,7 +319,11 @@ def beta_clusters(rng, sizes, share, alike):
 
 @pytest.mark.parametrize(
     "sizes, share, alike",
-    [([2] * 150, 0.6, 0.5), ([1, 2, 3, 4, 8] * 12, 0.35, 0.3), ([5] * 40, 0.5, 0.2)],
+    [
+        pytest.param([2] * 150, 0.6, 0.5, marks=pytest.mark.slow),
+        ([1, 2, 3, 4, 8] * 12, 0.35, 0.3),
+        pytest.param([5] * 40, 0.5, 0.2, marks=pytest.mark.slow),
+    ],
 )
 def test_intervals_of_clusters_cover(sizes, share, alike):
     """10,000 runs with a known correlation inside of clusters; without it the interval is short."""
@@ -337,6 +341,7 @@ def test_intervals_of_clusters_cover(sizes, share, alike):
     assert naive / 10_000 < 0.91
 
 
+@pytest.mark.slow
 def test_drops_of_clusters_are_covered():
     """10,000 runs of twins that are lost together: by counts, and the mean of two tasks by t."""
     rng, inside, by_t = np.random.default_rng(10), 0, 0
