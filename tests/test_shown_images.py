@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from fractions import Fraction
 
 import pandas as pd
 import pytest
@@ -26,7 +27,8 @@ def options(command):
     _, _, figure, *words = shlex.split(command)
     found = {}
     for name, value in zip(words[::2], words[1::2], strict=True):
-        found[{"-o": "output"}.get(name, name.removeprefix("--").replace("-", "_"))] = value
+        number = f"{float(Fraction(value)):g}" if re.fullmatch(r"\d+/\d+", value) else value
+        found[{"-o": "output"}.get(name, name.removeprefix("--").replace("-", "_"))] = number
     defaults = {"preset": "quick", "output": f"results/{figure}"}
     return figure, {k: v for k, v in found.items() if defaults.get(k) != v}
 
@@ -170,6 +172,35 @@ def test_correlations_of_robustness_and_accuracy():
             assert row[f"{pair['x']}, {pair['y']}"] == shown
         seen.add(folder)
     assert seen == {*TRADEOFFS, *SEEDS}
+
+
+def test_the_sentences_about_correlations():
+    """What the intervals say of `fooled` and of dp, under PGD."""
+
+    def ends(folder, training, x, y):
+        table = pd.read_csv(ROOT / "results" / folder / "correlations.csv")
+        of = table[(table["attack"] == "pgd") & (table["epochs"] == "all")]
+        (row,) = of[(of["training"] == training) & (of["x"] == x) & (of["y"] == y)].to_dict(
+            "records"
+        )
+        return row["low"], row["high"]
+
+    clean = {folder: ends(folder, "none", "clean", "fooled") for folder in [*SEEDS, *TRADEOFFS]}
+    seen = {folder for folder, (low, _) in clean.items() if low > 0}
+    assert seen == {"seeds-mnist", "seeds-cifar10", "tradeoff-cifar10"}
+    attacked = {
+        (folder, name): ends(folder, name, "clean", "fooled")
+        for folder in TRADEOFFS
+        for name in ("pgd", "trades")
+    }
+    assert {key for key, (low, _) in attacked.items() if low > 0} == {("tradeoff-digits", "pgd")}
+    assert {key for key, (_, high) in attacked.items() if high < 0} == {
+        ("tradeoff-digits", "trades")
+    }
+    for folder in [*SEEDS, *TRADEOFFS]:
+        trainings = ("none",) if folder in SEEDS else ("all", "none", "pgd", "trades")
+        assert all(ends(folder, training, "clean", "dp")[0] > 0 for training in trainings)
+    assert all(ends(folder, "all", "clean", "robust")[0] > 0 for folder in TRADEOFFS)
 
 
 def test_splits_at_equal_relative_amplitude():
