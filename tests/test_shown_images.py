@@ -183,6 +183,7 @@ def test_the_sentences_about_correlations():
         (row,) = of[(of["training"] == training) & (of["x"] == x) & (of["y"] == y)].to_dict(
             "records"
         )
+        assert min(row["low"], row["lowest"]) > 0 or row["low"] < 0  # and so in each seed
         return row["low"], row["high"]
 
     clean = {folder: ends(folder, "none", "clean", "fooled") for folder in [*SEEDS, *TRADEOFFS]}
