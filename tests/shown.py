@@ -73,6 +73,7 @@ class Rule:
         more: arguments that are added; where one is given twice, the last counts.
         at_root: whether it runs in the project's folder, and not in one of the test's own.
         needs: a package without which it cannot run.
+        data: whether it cannot run without the data of the benchmarks.
     """
 
     pattern: str
@@ -81,6 +82,7 @@ class Rule:
     more: str = ""
     at_root: bool = False
     needs: str = "llm_attack"
+    data: bool = False
 
     def shortened(self, command: str, words: dict[str, str]) -> list[str]:
         """The words of the command that is run; `words` are those for {model} and the like."""
@@ -184,6 +186,12 @@ RULES = (
         FEW,
         changes=MODEL,
         more="--questions 2 --tokens 100 --tasks arc_easy --conditions none",
+    ),
+    Rule(
+        r"python benchmarks/engine\.py .*--shots .*",
+        FEW,
+        more="--questions 2 --tasks arc_easy --shots 1",
+        data=True,
     ),
     Rule(r"python benchmarks/layers\.py.*", FEW, more="--tasks demo_piqa --limit 4 --repeats 1"),
     Rule(r"python docs/fig3\.py results/[\w-]+", "as shown", at_root=True),

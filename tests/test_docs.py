@@ -189,6 +189,8 @@ def test_command(command, prepared, tmp_path):
     if find_spec(rule.needs) is None:
         pytest.skip(f"{rule.needs} is not installed")
     data = os.environ.get("LLM_ATTACK_TEST_DATA")
+    if rule.data and not data:
+        pytest.skip("LLM_ATTACK_TEST_DATA is not set: no real data on this machine")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
