@@ -66,6 +66,13 @@ test: .venv attack-libs ## the tests; lists those that were skipped, and why
 test-slow: .venv attack-libs ## the tests that take minutes, such as every command line of the documentation
 	$(BIN)/python -m pytest -ra -m slow
 
+.venv/.ray: .venv/.installed
+	@$(PIP) install --quiet -c constraints.txt -e ".[ray]" && touch $@
+
+.PHONY: test-ray
+test-ray: .venv/.ray ## the tests of runs on Ray, which it installs; five minutes
+	$(BIN)/python -m pytest -ra -m "slow or not slow" tests/suite/test_on_ray.py
+
 # An environment of its own; Python 3.10 or 3.11. Without the libraries of attack-libs.
 .venv-oldest/.installed: pyproject.toml constraints-oldest.txt _llm_attack_shim.py llm_attack_shim.pth
 	$(PYTHON) -m venv .venv-oldest
