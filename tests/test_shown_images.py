@@ -1,4 +1,4 @@
-"""The images' results that `docs/experiments.md` shows, and the commands that they are from."""
+"""The results that `docs/experiments.md` shows, of the images above all, and their commands."""
 
 import json
 import re
@@ -19,6 +19,7 @@ def folders(pattern):
 
 
 FOLDERS = folders(r"fig[125](-|$)")
+THEORY = folders(r"fig[46](-|$)")
 SEEDS, TRADEOFFS = folders("seeds-"), folders("tradeoff-")
 
 
@@ -44,10 +45,10 @@ def signed(*values):
     return [f"{value:+.2f}".replace("-", "−") for value in values]
 
 
-@pytest.mark.parametrize("folder", [*FOLDERS, *SEEDS, *TRADEOFFS])
+@pytest.mark.parametrize("folder", [*FOLDERS, *THEORY, *SEEDS, *TRADEOFFS])
 def test_the_page_has_the_command_of_each_result(folder):
     record = json.loads((ROOT / "results" / folder / "run.json").read_text("utf-8"))
-    commands = re.findall(r"llm-attack reproduce (?:fig[125]|tradeoff) -[^`\n#]*", PAGE)
+    commands = re.findall(r"llm-attack reproduce (?:fig[12456]|tradeoff) -[^`\n#]*", PAGE)
     assert options(record["command"]) in [options(command) for command in commands]
 
 
