@@ -144,8 +144,8 @@ RULES = (
     ),
     Rule(
         r"llm-attack run --model .* --ray (local|auto)( .*)?",
-        f"{FEW}; on a cluster of its own",
-        changes=(*MODEL, ("--ray auto", "--ray local")),
+        f"{FEW}; on a cluster of its own, in a folder without another run",
+        changes=(*MODEL, ("--ray auto", "--ray local"), (" DIR", " on-ray")),
         more="--tasks demo_piqa --device cpu --limit 2",
         needs="ray",
     ),
