@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from llm_attack.attacks import ATTACKS, Attack, keys_for, least_likely, sparsefool, sweep
+from llm_attack.attacks import ATTACKS, Attack, deepfool, keys_for, least_likely, sparsefool, sweep
 from llm_attack.vision.data import Images
 from llm_attack.vision.networks import split
 
 _IN_BALL = (name for name, kind in ATTACKS.items() if name != "none" and not kind.minimal)
-KNOWN = (*_IN_BALL, "sparsefool")
+_SEARCHES: dict[str, Callable[..., Tensor]] = {"deepfool": deepfool, "sparsefool": sparsefool}
+_UNBOUNDED = "_unbounded"  # behind a name: without the amplitude
+KNOWN = (*_IN_BALL, *(name + end for end in ("", _UNBOUNDED) for name in _SEARCHES))
 
 Row = dict[str, Any]
 
@@ -52,8 +54,9 @@ def attacked(
         x: the clean points.
         labels: (N,), right classes.
         keys: (N,), of the random draws.
-        epsilon: L-infinity amplitude, in the units of the points; `sparsefool` has none.
-        steps: of the iterative attacks; `sparsefool` has its own.
+        epsilon: L-infinity amplitude, in the units of the points; of all but `deepfool_unbounded`
+            and `sparsefool_unbounded`.
+        steps: of the iterative attacks; DeepFool and SparseFool have their own.
         bounds: box of the points, (0, 1) for pixels.
         on_gradient: called with the attack's name and each gradient that it used.
     """
@@ -76,7 +79,9 @@ def attacked(
     def note(gradient: Tensor) -> None:
         on_gradient(now, gradient)
 
-    in_ball = [Attack(name, epsilon, steps=steps) for name in names if name != "sparsefool"]
+    low, high = x - epsilon, x + epsilon
+    box = (low, high) if bounds is None else (low.clamp(*bounds), high.clamp(*bounds))
+    in_ball = [Attack(name, epsilon, steps=steps) for name in names if name in ATTACKS]
     swept = sweep(
         in_ball,
         x,
@@ -88,10 +93,12 @@ def attacked(
         on_gradient=note,
     )
     for now in names:
-        if now == "sparsefool":
-            yield now, sparsefool(classifier, x, labels=labels, bounds=bounds, on_gradient=note)
-        else:
+        if now in ATTACKS:
             yield now, next(swept)
+            continue
+        search = _SEARCHES[now.removesuffix(_UNBOUNDED)]
+        limits = bounds if now.endswith(_UNBOUNDED) else box
+        yield now, search(classifier, x, labels=labels, bounds=limits, on_gradient=note)
 
 
 class _Tally:
@@ -155,6 +162,7 @@ def measure(
 ) -> list[Row]:
     """A row for each condition: `none`, the attacks, `lowest` and `highest` of those, and `all`.
 
+    Attacks without an amplitude are no part of `lowest` and `highest`, unless there are no others.
     Robust accuracy is the share of images that are right before *and* after an attack. Wrong ones
     are not attacked: whatever an attack did to them, they would not count.
 
@@ -228,7 +236,8 @@ def measure(
                 tallies[name].add(after, (point - x)[~stays])
     before = torch.cat(tallies["none"].right).double().mean().item()
     table = [tally.row(condition, before) for condition, tally in tallies.items()]
-    robust = sorted(table[1:], key=lambda row: row["accuracy"])
+    bounded = [row for row in table[1:] if not row["condition"].endswith(_UNBOUNDED)]
+    robust = sorted(bounded or table[1:], key=lambda row: row["accuracy"])
     kept = ("accuracy", "low", "high", "images", "before")
     for condition, row in (("lowest", robust[0]), ("highest", robust[-1])):
         table.append({"condition": condition, **{name: row[name] for name in kept}})

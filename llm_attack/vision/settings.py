@@ -68,9 +68,10 @@ class ImageSettings:
     )
     width: float = setting(1.0, "Factor on the channels of the networks", least=0)
     attacks: str = setting(
-        "ost,fgsm,bim,illc,pgd,sparsefool",
+        "ost,fgsm,bim,illc,pgd,sparsefool,sparsefool_unbounded",
         "Attacks, separated by commas: random, uniform, gaussian, fgsm, ost, bim, illc, pgd,"
-        " mifgsm, apgd, apgdt, blocks, reversed, sparsefool",
+        " mifgsm, apgd, apgdt, blocks, reversed, deepfool, sparsefool; and, without an amplitude,"
+        " deepfool_unbounded, sparsefool_unbounded",
     )
     epsilon: float | None = setting(
         None,
@@ -170,7 +171,10 @@ _SHOWN = {
     "googlenet": "GoogLeNet",
     "mnist": "MNIST",
     "cifar10": "CIFAR-10",
+    "deepfool": "DeepFool",
+    "deepfool_unbounded": "DeepFool, unbounded",
     "sparsefool": "SparseFool",
+    "sparsefool_unbounded": "SparseFool, unbounded",
 }
 
 

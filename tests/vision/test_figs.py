@@ -15,8 +15,9 @@ from llm_attack.vision import data, fig1, fig2, fig5, stages
 from llm_attack.vision.settings import Amplitude
 
 SIX = ("ost", "fgsm", "bim", "illc", "pgd", "sparsefool")
+USUAL = (*SIX, "sparsefool_unbounded")
 SMALL = {"width": 0.1, "epochs": 2, "train_size": 128, "test_size": 40, "batch_size": 16}
-CONDITIONS = ["none", *SIX, "lowest", "highest", "all"]
+CONDITIONS = ["none", *USUAL, "lowest", "highest", "all"]
 
 
 def invoke(*arguments):
@@ -183,14 +184,15 @@ def test_fig1(tmp_path):
     results = fig1.run(settings, tmp_path)
     figures_are_there(tmp_path)
     table = pd.read_csv(tmp_path / "table.csv")
-    assert list(table["condition"]) == ["none", *SIX] * 2
+    assert list(table["condition"]) == ["none", *USUAL] * 2
     assert table["label"].nunique() == 2  # of two classes
     clean = table[table["condition"] == "none"]
     assert (clean["prediction"] == clean["label"]).all() and (clean["l0"] == 0).all()
     assert table["confidence"].between(0.1, 1).all()
-    attacked = table[~table["condition"].isin(("none", "sparsefool"))]
+    attacked = table[~table["condition"].isin(("none", "sparsefool", "sparsefool_unbounded"))]
     assert attacked["linf"].values == pytest.approx([0.1] * 10, abs=1e-5)
-    sparse = table[table["condition"] == "sparsefool"]
+    assert (table["linf"][table["condition"] == "sparsefool"] < 0.1001).all()
+    sparse = table[table["condition"] == "sparsefool_unbounded"]
     assert (sparse["prediction"] != sparse["label"]).all()
     assert (sparse["l0"].values < attacked.groupby("image")["l0"].min().values).all()
     assert set(results["digits-cnn"]["accuracy"]) == {"none", "fgsm", "lowest", "highest", "all"}
