@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 from fractions import Fraction
-from fractions import Fraction
 
 import pandas as pd
 import pytest
