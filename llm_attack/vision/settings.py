@@ -165,6 +165,7 @@ class ImageSettings:
 QUICK: dict[str, Any] = {"dataset": "digits", "width": 0.25, "epochs": 8, "batch_size": 32}
 
 _LONGEST = 24  # characters that titles of neighbours have room for
+_LINE = 40  # and lines
 _SHOWN = {
     "cnn": "CNN",
     "resnet18": "ResNet-18",
@@ -176,6 +177,12 @@ _SHOWN = {
     "sparsefool": "SparseFool",
     "sparsefool_unbounded": "SparseFool, unbounded",
 }
+
+
+def titled(*parts: str) -> str:
+    """The title of a panel: on one line where its neighbours leave room for that."""
+    text = ", ".join(parts)
+    return text if len(text) <= _LINE else "\n".join(parts)
 
 
 def shown(name: str) -> str:
