@@ -249,6 +249,12 @@ RULES = (
         needs="torchattacks",
     ),
     Rule(
+        r"python benchmarks/autoattack\.py .*",
+        "there is no network that was kept: its help",
+        more="--help",
+        needs="pyautoattack",
+    ),
+    Rule(
         r"python benchmarks/equality\.py .*",
         FEW,
         changes=((r"pretrained=\S+", "pretrained={model}"),),

@@ -71,6 +71,27 @@ def test_accuracies_after_the_last_epoch():
     assert seen == {name for name in FOLDERS if name != "fig1"}
 
 
+def test_beside_autoattack():
+    rows = list(shown_rows(["results", "epsilon", "images"]))
+    assert rows
+    for row in rows:
+        folder = ROOT / "results" / row["results"].strip("`")
+        record = json.loads((folder / "run.json").read_text("utf-8"))
+        n, left = record["images"], record["left"]
+        assert int(row["images"]) == n
+        assert float(Fraction(row["epsilon"])) == pytest.approx(record["epsilon"])
+        for name in ("clean", "apgd", "apgdt"):
+            shown = row.get(name) or row.get(f"`{name}`") or row[f"and `{name}`"]
+            assert float(shown) == left[name] / n
+        for column, name in (("and `blocks`", "llm_attack"), ("AutoAttack", "autoattack")):
+            found = record["results"][name]
+            shown = [float(x) for x in re.findall(r"\d\.\d+", row[column])]
+            ends = [found[k] for k in ("accuracy", "low", "high")]
+            assert shown == pytest.approx(ends, abs=5.1e-4)
+        for column, name in (("ours", "llm_attack"), ("AutoAttack", "autoattack")):
+            assert int(row[f"seconds, {column}"]) == round(record["seconds"][name])
+
+
 def test_what_falls_and_what_rises():
     """Between the first and the last epoch: where the two intervals do not meet."""
     rows = list(shown_rows(["results", "condition"]))

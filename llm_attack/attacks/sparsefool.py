@@ -1,8 +1,8 @@
 """DeepFool and SparseFool: the least that changes a prediction, for a whole batch at once.
 
-They look for the nearest boundary instead of filling a ball: they have no epsilon, and read the
-scores of all classes instead of a loss. Hence they stand beside `perturb`. Each example stops by
-itself and leaves the batch: what it costs and becomes does not depend on the others.
+They look for the nearest boundary instead of filling a ball, and read the scores of all classes
+instead of a loss. Hence they stand beside `perturb`; an epsilon is a box of theirs. Each example
+stops by itself and leaves the batch: what it costs and becomes does not depend on the others.
 """
 
 from __future__ import annotations
@@ -138,8 +138,8 @@ def _boundary(
     for _ in range(steps):
         if not len(active):
             break
-        start = x[active]
-        gaps, slopes = _slopes(scores, start + r[active], candidates[active])
+        start, before = x[active], r[active]
+        gaps, slopes = _slopes(scores, start + before, candidates[active])
         norms = slopes.flatten(2).norm(dim=2)
         distance = torch.where(norms > 0, gaps.abs() / norms, torch.inf)
         nearest = distance.argmin(1, keepdim=True)
@@ -156,7 +156,8 @@ def _boundary(
             r[active] = _boxed(start + r[active], limits) - start
         tested = _boxed(start + (1 + overshoot) * r[active], limits)
         reached[active] = _predict(scores, tested)
-        active = active[(reached[active] == left[active]) & ~flat[:, 0]]
+        stuck = (r[active] == before).flatten(1).all(1)  # in a corner, or without a gradient
+        active = active[(reached[active] == left[active]) & ~stuck]
     return r, left, reached
 
 

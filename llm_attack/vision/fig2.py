@@ -16,7 +16,7 @@ from llm_attack.declare import setting
 from llm_attack.drawing import COLOURS, new_figure
 from llm_attack.record import Stopwatch, without_formulas, write_text
 from llm_attack.reproduce import figure_command
-from llm_attack.vision.settings import QUICK, ImageSettings, shown
+from llm_attack.vision.settings import QUICK, ImageSettings, shown, titled
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -154,7 +154,7 @@ def draw(folder: Path, width: float, at: str | None = None) -> None:
             levels = round(255 * epsilon)
             whole = math.isclose(255 * epsilon, levels, rel_tol=1e-5)  # the CSV has six digits
             amplitude = f"{levels}/255" if whole else f"{epsilon:.3g}"
-            title = f"{shown(dataset)}, {shown(network)}{scaled}, ε = {amplitude}"
+            title = titled(shown(dataset), f"{shown(network)}{scaled}", f"ε = {amplitude}")
             axis.set_title(title, fontsize=8)
         for axis in axes[-1]:
             axis.set_xlabel("epoch")

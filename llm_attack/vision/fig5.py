@@ -15,7 +15,7 @@ from llm_attack.drawing import COLOURS, new_figure
 from llm_attack.record import without_formulas, write_text
 from llm_attack.reproduce import figure_command
 from llm_attack.vision import fig2
-from llm_attack.vision.settings import QUICK, Amplitudes, shown
+from llm_attack.vision.settings import QUICK, Amplitudes, shown, titled
 
 if TYPE_CHECKING:
     from torch import nn
@@ -134,7 +134,8 @@ def draw_splits(folder: Path) -> None:
             for attack, axis in zip(attacks, row, strict=True):
                 _splits(axis, group[group["condition"] == attack])
                 axis.axhline(group["before"].iloc[0], color="0.4", linestyle="--", linewidth=0.8)
-                axis.set_title(f"{shown(dataset)}, {shown(network)}, {shown(attack)}", fontsize=8)
+                title = titled(shown(dataset), shown(network), shown(attack))
+                axis.set_title(title, fontsize=8)
             row[0].set_ylabel("robust accuracy")
             row[0].set_ylim(-0.02, 1.02)
         for axis in axes[-1]:

@@ -140,6 +140,8 @@ def fill(network: nn.Module, argument: str, path: str) -> None:
 
 def _reason(error: BaseException) -> str:
     """The line of the error that says what is wrong; torch's have a heading."""
+    if isinstance(error, pickle.UnpicklingError):  # whose text is how to run the file's code
+        return "it is not a file of weights alone"
     lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
     return lines[min(1, len(lines) - 1) if lines[0].startswith("Error(s)") else 0]
 

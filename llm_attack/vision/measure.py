@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from llm_attack.attacks import ATTACKS, Attack, keys_for, least_likely, sparsefool, sweep
+from llm_attack.attacks import ATTACKS, Attack, deepfool, keys_for, least_likely, sparsefool, sweep
 from llm_attack.vision.data import Images
 from llm_attack.vision.networks import split
 
 _IN_BALL = (name for name, kind in ATTACKS.items() if name != "none" and not kind.minimal)
-KNOWN = (*_IN_BALL, "sparsefool")
+_SEARCHES: dict[str, Callable[..., Tensor]] = {"deepfool": deepfool, "sparsefool": sparsefool}
+_UNBOUNDED = "_unbounded"  # behind a name: without the amplitude
+KNOWN = (*_IN_BALL, *(name + end for end in ("", _UNBOUNDED) for name in _SEARCHES))
 
 Row = dict[str, Any]
 
@@ -32,6 +34,19 @@ def cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
     return nn.functional.softplus(others - own)
 
 
+def towards(scores: Tensor, labels: Tensor, target: Tensor) -> Tensor:
+    """(N,) lead of the label's score over that of a target, in units of the scores' own spread.
+
+    Lowered, it is the targeted DLR loss of Croce and Hein 2020: the lead over z1 - (z3 + z4) / 2,
+    of the scores (N, C) in descending order. With fewer than four classes, the lead itself.
+    """
+    lead = (scores.gather(1, labels[:, None]) - scores.gather(1, target[:, None]))[:, 0]
+    if scores.shape[1] < 4:
+        return lead
+    first, _, third, fourth = scores.topk(4, dim=1).values.unbind(1)
+    return lead / (first - (third + fourth) / 2 + 1e-12)
+
+
 def attacked(
     names: Sequence[str],
     classifier: Callable[[Tensor], Tensor],
@@ -42,9 +57,14 @@ def attacked(
     epsilon: float,
     steps: int,
     bounds: tuple[float, float] | None,
+    restarts: int = 1,
+    queries: int = 100,
     on_gradient: Callable[[str, Tensor], None] = lambda name, gradient: None,
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, attacked points) of each attack in turn.
+
+    Of `apgd`, `apgdt` and `blocks` any point on the way counts that is classified wrongly, as with
+    their authors; of the others, where they end.
 
     Args:
         names: members of `KNOWN`.
@@ -52,35 +72,44 @@ def attacked(
         x: the clean points.
         labels: (N,), right classes.
         keys: (N,), of the random draws.
-        epsilon: L-infinity amplitude, in the units of the points; `sparsefool` has none.
-        steps: of the iterative attacks; `sparsefool` has its own.
+        epsilon: L-infinity amplitude, in the units of the points; of all but `deepfool_unbounded`
+            and `sparsefool_unbounded`.
+        steps: of the iterative attacks; DeepFool and SparseFool have their own.
         bounds: box of the points, (0, 1) for pixels.
+        restarts: of `apgd` and `apgdt`.
+        queries: of `blocks`.
         on_gradient: called with the attack's name and each gradient that it used.
     """
     with torch.no_grad():
         scores = classifier(x)
     target = least_likely(scores, labels)
 
+    now = ""  # the attack at work: its points, gradients and result are seen one at a time
+    wrong, there = torch.zeros_like(labels, dtype=torch.bool), x  # of the points on its way
+
+    def watched(point: Tensor) -> Tensor:
+        nonlocal wrong, there
+        found = classifier(point)
+        fallen = found.detach().argmax(1) != labels
+        wrong, there = wrong | fallen, _where(fallen, point.detach(), there)
+        return found
+
     def margin(other: int) -> Callable[[Tensor], Tensor]:
-        """Of the label's score over that of a class: the `other`-th of those that are not it."""
+        """For the `other`-th class of those that are not an image's own."""
         classes = other + (labels <= other).long()
-
-        def of_point(point: Tensor) -> Tensor:
-            found = classifier(point)
-            return (found.gather(1, labels[:, None]) - found.gather(1, classes[:, None]))[:, 0]
-
-        return of_point
-
-    now = ""  # the attack at work: both its gradients and its result are seen one at a time
+        return lambda point: towards(watched(point), labels, classes)
 
     def note(gradient: Tensor) -> None:
         on_gradient(now, gradient)
 
-    in_ball = [Attack(name, epsilon, steps=steps) for name in names if name != "sparsefool"]
+    low, high = x - epsilon, x + epsilon
+    box = (low, high) if bounds is None else (low.clamp(*bounds), high.clamp(*bounds))
+    how: Any = {"steps": steps, "restarts": restarts, "queries": queries}
+    in_ball = [Attack(name, epsilon, **how) for name in names if name in ATTACKS]
     swept = sweep(
         in_ball,
         x,
-        lambda point: cross_entropy(classifier(point), labels),
+        lambda point: cross_entropy(watched(point), labels),
         target_loss=lambda point: cross_entropy(classifier(point), target),
         target_losses=[margin(other) for other in range(scores.shape[1] - 1)],
         bounds=bounds,
@@ -88,10 +117,20 @@ def attacked(
         on_gradient=note,
     )
     for now in names:
-        if now == "sparsefool":
-            yield now, sparsefool(classifier, x, labels=labels, bounds=bounds, on_gradient=note)
-        else:
-            yield now, next(swept)
+        if now in ATTACKS:
+            wrong, there = torch.zeros_like(wrong), x
+            point = next(swept)
+            any_counts = ATTACKS[now].adaptive or ATTACKS[now].search
+            yield now, _where(wrong, there, point) if any_counts else point
+            continue
+        search = _SEARCHES[now.removesuffix(_UNBOUNDED)]
+        limits = bounds if now.endswith(_UNBOUNDED) else box
+        yield now, search(classifier, x, labels=labels, bounds=limits, on_gradient=note)
+
+
+def _where(chosen: Tensor, this: Tensor, other: Tensor) -> Tensor:
+    """`this` for the examples where `chosen`, (N,), else `other`."""
+    return torch.where(chosen.reshape(-1, *[1] * (this.dim() - 1)), this, other)
 
 
 class _Tally:
@@ -155,6 +194,7 @@ def measure(
 ) -> list[Row]:
     """A row for each condition: `none`, the attacks, `lowest` and `highest` of those, and `all`.
 
+    Attacks without an amplitude are no part of `lowest` and `highest`, unless there are no others.
     Robust accuracy is the share of images that are right before *and* after an attack. Wrong ones
     are not attacked: whatever an attack did to them, they would not count.
 
@@ -228,7 +268,8 @@ def measure(
                 tallies[name].add(after, (point - x)[~stays])
     before = torch.cat(tallies["none"].right).double().mean().item()
     table = [tally.row(condition, before) for condition, tally in tallies.items()]
-    robust = sorted(table[1:], key=lambda row: row["accuracy"])
+    bounded = [row for row in table[1:] if not row["condition"].endswith(_UNBOUNDED)]
+    robust = sorted(bounded or table[1:], key=lambda row: row["accuracy"])
     kept = ("accuracy", "low", "high", "images", "before")
     for condition, row in (("lowest", robust[0]), ("highest", robust[-1])):
         table.append({"condition": condition, **{name: row[name] for name in kept}})

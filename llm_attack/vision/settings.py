@@ -68,9 +68,10 @@ class ImageSettings:
     )
     width: float = setting(1.0, "Factor on the channels of the networks", least=0)
     attacks: str = setting(
-        "ost,fgsm,bim,illc,pgd,sparsefool",
+        "ost,fgsm,bim,illc,pgd,sparsefool,sparsefool_unbounded",
         "Attacks, separated by commas: random, uniform, gaussian, fgsm, ost, bim, illc, pgd,"
-        " mifgsm, apgd, apgdt, blocks, reversed, sparsefool",
+        " mifgsm, apgd, apgdt, blocks, reversed, deepfool, sparsefool; and, without an amplitude,"
+        " deepfool_unbounded, sparsefool_unbounded",
     )
     epsilon: float | None = setting(
         None,
@@ -164,14 +165,24 @@ class ImageSettings:
 QUICK: dict[str, Any] = {"dataset": "digits", "width": 0.25, "epochs": 8, "batch_size": 32}
 
 _LONGEST = 24  # characters that titles of neighbours have room for
+_LINE = 40  # and lines
 _SHOWN = {
     "cnn": "CNN",
     "resnet18": "ResNet-18",
     "googlenet": "GoogLeNet",
     "mnist": "MNIST",
     "cifar10": "CIFAR-10",
+    "deepfool": "DeepFool",
+    "deepfool_unbounded": "DeepFool, unbounded",
     "sparsefool": "SparseFool",
+    "sparsefool_unbounded": "SparseFool, unbounded",
 }
+
+
+def titled(*parts: str) -> str:
+    """The title of a panel: on one line where its neighbours leave room for that."""
+    text = ", ".join(parts)
+    return text if len(text) <= _LINE else "\n".join(parts)
 
 
 def shown(name: str) -> str:

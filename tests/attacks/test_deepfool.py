@@ -131,6 +131,15 @@ def test_each_example_stops_by_itself():
     assert len(set(sizes)) > 1  # some need more steps than others
 
 
+def test_in_a_corner_of_the_box_the_search_ends():
+    network, x, used = bent(), points(6, (2, 6, 6)), []
+    low, high = x - 1e-3, x + 1e-3
+    got = deepfool(network, x, bounds=(low, high), steps=500, on_gradient=used.append)
+    assert (network(got).argmax(1) == network(x).argmax(1)).all()  # too narrow for all of them
+    assert ((got == low) | (got == high)).all()
+    assert len(used) < 100
+
+
 def test_the_search_ends_after_so_many_steps():
     network, x = bent(), points(12, (2, 6, 6))
     seen = []

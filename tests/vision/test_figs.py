@@ -1,7 +1,9 @@
 """Fig. 1, 2 and 5: complete files, recorded settings, bad input refused before any work."""
 
+import itertools
 import json
 import re
+from contextlib import contextmanager
 
 import pandas as pd
 import pytest
@@ -10,13 +12,15 @@ from click.testing import CliRunner
 from PIL import Image
 
 from llm_attack.cli import main
+from llm_attack.drawing import new_figure
 from llm_attack.errors import UsageError
 from llm_attack.vision import data, fig1, fig2, fig5, stages
 from llm_attack.vision.settings import Amplitude
 
 SIX = ("ost", "fgsm", "bim", "illc", "pgd", "sparsefool")
+USUAL = (*SIX, "sparsefool_unbounded")
 SMALL = {"width": 0.1, "epochs": 2, "train_size": 128, "test_size": 40, "batch_size": 16}
-CONDITIONS = ["none", *SIX, "lowest", "highest", "all"]
+CONDITIONS = ["none", *USUAL, "lowest", "highest", "all"]
 
 
 def invoke(*arguments):
@@ -183,14 +187,15 @@ def test_fig1(tmp_path):
     results = fig1.run(settings, tmp_path)
     figures_are_there(tmp_path)
     table = pd.read_csv(tmp_path / "table.csv")
-    assert list(table["condition"]) == ["none", *SIX] * 2
+    assert list(table["condition"]) == ["none", *USUAL] * 2
     assert table["label"].nunique() == 2  # of two classes
     clean = table[table["condition"] == "none"]
     assert (clean["prediction"] == clean["label"]).all() and (clean["l0"] == 0).all()
     assert table["confidence"].between(0.1, 1).all()
-    attacked = table[~table["condition"].isin(("none", "sparsefool"))]
+    attacked = table[~table["condition"].isin(("none", "sparsefool", "sparsefool_unbounded"))]
     assert attacked["linf"].values == pytest.approx([0.1] * 10, abs=1e-5)
-    sparse = table[table["condition"] == "sparsefool"]
+    assert (table["linf"][table["condition"] == "sparsefool"] < 0.1001).all()
+    sparse = table[table["condition"] == "sparsefool_unbounded"]
     assert (sparse["prediction"] != sparse["label"]).all()
     assert (sparse["l0"].values < attacked.groupby("image")["l0"].min().values).all()
     assert set(results["digits-cnn"]["accuracy"]) == {"none", "fgsm", "lowest", "highest", "all"}
@@ -262,6 +267,31 @@ def test_settings_out_of_range(field):
 @pytest.mark.parametrize(("text", "value"), (("8/255", 8 / 255), ("0.1", 0.1), ("1e-3", 1e-3)))
 def test_amplitudes_may_be_fractions(text, value):
     assert Amplitude().convert(text, None, None) == value
+
+
+def test_titles_of_neighbours_do_not_overlap(tmp_path, monkeypatch):
+    columns = {"epoch": 1, "low": 0.4, "high": 0.6, "accuracy": 0.5, "epsilon": 0.0123}
+    names = (f"imagefolder:{'long_' * 6}", "cnn"), (f"package.module:{'named_' * 6}", "cnn")
+    rows = [
+        {"dataset": dataset, "network": network, "condition": condition, **columns}
+        for dataset in names[0]
+        for network in names[1]
+        for condition in ("none", "fgsm", "lowest", "highest", "all")
+    ]
+    pd.DataFrame(rows).to_csv(tmp_path / "table.csv", index=False)
+    boxes = []
+
+    @contextmanager
+    def looked_at(*arguments, **options):
+        with new_figure(*arguments, **options) as figure:
+            yield figure
+            figure.canvas.draw()
+            boxes.extend(axis.title.get_window_extent() for axis in figure.axes)
+
+    monkeypatch.setattr(fig2, "new_figure", looked_at)
+    fig2.draw(tmp_path, 0.25)
+    assert len(boxes) == 4
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
 
 
 def test_presets():

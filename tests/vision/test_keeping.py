@@ -199,8 +199,11 @@ def test_a_checkpoint_is_attacked_again(kept, tmp_path):
     garbage = tmp_path / "state.pt"
     for content in (b"", b"garbage"):
         garbage.write_bytes(content)
-        with pytest.raises(UsageError, match=r"state\.pt: must be a file that --save wrote, or of"):
+        with pytest.raises(
+            UsageError, match=r"state\.pt: must be a file that --save wrote, or of"
+        ) as caught:
             keeping.told(str(garbage))
+        assert "weights_only" not in str(caught.value)  # no advice to run its code
     torch.save({"same": {}}, garbage)
     with pytest.raises(UsageError, match=r"state\.pt: must be a file"):
         keeping.told(str(garbage))

@@ -10,12 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from llm_attack.attacks import Attack, keys_for, least_likely, perturb, sparsefool
+from llm_attack.attacks import Attack, deepfool, keys_for, least_likely, perturb, sparsefool
 from llm_attack.vision.data import Images
 from llm_attack.vision.measure import KNOWN, attacked, cross_entropy, frozen, measure
 from llm_attack.vision.networks import build
 
 SIX = ("ost", "fgsm", "bim", "illc", "pgd", "sparsefool")
+UNBOUNDED = ("deepfool_unbounded", "sparsefool_unbounded")
+SEARCHES = ("deepfool", "sparsefool", *UNBOUNDED)
 
 
 def rng(seed=0):
@@ -76,20 +78,26 @@ def test_accuracies_of_a_threshold_are_known():
     labels = (values > 127).long()
     labels[3] = 1 - labels[3]
     net = nn.Sequential(Threshold())
-    table = rows_of(measure(net, Images(pixels, labels), SIX, epsilon=0.1, batch_size=7))
+    names = (*SIX, "deepfool", *UNBOUNDED)
+    table = rows_of(measure(net, Images(pixels, labels), names, epsilon=0.1, batch_size=7))
     far = ((values / 255 - 0.5).abs() > 0.1) & (values != 15)
-    for name in ("ost", "fgsm", "bim", "illc", "pgd"):
+    for name in (*SIX, "deepfool"):
         row = table[name]
         assert row["accuracy"] == pytest.approx(far.double().mean().item())
         assert row["images"] == len(values)
         assert row["l0"] == 1
         assert row["fooled"] == pytest.approx(((~far).sum().item() - 1) / (len(values) - 1))
-        if name != "pgd":
+        if name in ("ost", "fgsm", "bim", "illc"):
             assert row["l2"] == row["linf"] == pytest.approx(0.1)
     assert table["none"]["accuracy"] == pytest.approx(1 - 1 / len(values))
     assert table["none"]["fooled"] == 0 and table["none"]["l0"] is None
-    assert table["sparsefool"]["accuracy"] == 0 and table["sparsefool"]["fooled"] == 1
-    assert table["lowest"]["accuracy"] == 0
+    for name in UNBOUNDED:
+        assert table[name]["accuracy"] == 0 and table[name]["fooled"] == 1
+        assert table[name]["linf"] > 0.2
+    # the envelope is of the attacks that keep to the amplitude, if there are any
+    assert table["lowest"]["accuracy"] == table["fgsm"]["accuracy"]
+    alone = rows_of(measure(net, Images(pixels, labels), UNBOUNDED, epsilon=0.1))
+    assert alone["lowest"]["accuracy"] == 0
     assert table["highest"]["accuracy"] == table["fgsm"]["accuracy"]
     assert all(row["epsilon"] == 0.1 for row in table.values())
     assert table["fgsm"]["zero_gradient"] == 0
@@ -108,14 +116,18 @@ def test_zero_gradients_are_counted():
         assert table[name]["zero_gradient"] == 0.75  # three of four pixels are not looked at
 
 
-def lead(net, labels, other, point):
-    """Of the label's score over that of the class that is `other` steps behind it in the list."""
+def dlr(net, labels, other, point):
+    """Targeted DLR, lowered, of the class that is the `other`-th of those that are not the label's:
+    (z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2).
+    """
     scores = net(point)
+    ranked = scores.sort(dim=1, descending=True).values
+    spread = ranked[:, 0] - (ranked[:, 2] + ranked[:, 3]) / 2 + 1e-12
     classes = torch.tensor(
         [[k for k in range(scores.shape[1]) if k != gold][other] for gold in labels.tolist()]
     )
     rows = torch.arange(len(labels))
-    return scores[rows, labels] - scores[rows, classes]
+    return (scores[rows, labels] - scores[rows, classes]) / spread
 
 
 def test_the_attacks_are_those_of_the_package():
@@ -129,20 +141,76 @@ def test_the_attacks_are_those_of_the_package():
         "keys": keys,
     }
     options["target_losses"] = [
-        partial(lead, net, data.labels, other) for other in range(net(x).shape[1] - 1)
+        partial(dlr, net, data.labels, other) for other in range(net(x).shape[1] - 1)
     ]
     noise = ("random", "uniform", "gaussian")
-    names = ("sparsefool", *noise, "reversed", "mifgsm", "apgd", "apgdt", "blocks", *SIX[:-1])
+    names = (*SEARCHES, *noise, "reversed", "mifgsm", "apgd", "apgdt", "blocks", *SIX[:-1])
     assert set(names) == set(KNOWN)
     found = dict(attacked(names, net, x, data.labels, keys, epsilon=0.07, steps=4, bounds=(0, 1)))
     assert list(found) == list(names)
+    inside = (x - 0.07).clamp(0, 1), (x + 0.07).clamp(0, 1)
+    searched = {
+        name + end: search(net, x, labels=data.labels, bounds=bounds)
+        for name, search in (("deepfool", deepfool), ("sparsefool", sparsefool))
+        for end, bounds in (("", inside), ("_unbounded", (0, 1)))
+    }
     for name, point in found.items():
-        wanted = (
-            sparsefool(net, x, labels=data.labels)
-            if name == "sparsefool"
-            else perturb(Attack(name, 0.07, steps=4), x, **options)
-        )
-        assert torch.equal(point, wanted)
+        if name in searched:
+            wanted = searched[name]
+        else:
+            wanted = perturb(Attack(name, 0.07, steps=4), x, **options)
+        if name in ("apgd", "apgdt", "blocks"):  # where nothing on the way was wrong
+            same = net(point).argmax(1) == data.labels
+            assert torch.equal(point[same], wanted[same]) and same.any()
+        else:
+            assert torch.equal(point, wanted)
+        assert name in UNBOUNDED or name == "gaussian" or (point - x).abs().max() < 0.0701
+
+
+@pytest.mark.parametrize("name", ("apgd", "blocks"))
+def test_of_attacks_that_search_any_wrong_point_counts(name):
+    """The greatest loss is where ten classes are nearly equal and the right one is first: below
+    1/2 another one is, with a smaller loss.
+    """
+
+    def scores(point):
+        u = point.flatten(1)
+        others = -0.1 - 0.01 * u.expand(-1, 9)
+        below = torch.tensor([1.0] + [-9.0] * 8).expand(len(u), -1)
+        return torch.cat((0 * u, torch.where(u < 0.5, below, others)), dim=1)
+
+    x, labels = torch.full((6, 1, 1, 1), 0.5), torch.zeros(6).long()
+    keys = torch.tensor([keys_for(0, [i]) for i in range(6)])
+    attack = Attack(name, 0.1, steps=5, queries=20)
+    best = perturb(attack, x, lambda point: cross_entropy(scores(point), labels), keys=keys)
+    assert (scores(best).argmax(1) == 0).all()
+    how = {"epsilon": 0.1, "steps": 5, "queries": 20, "bounds": None}
+    ((_, point),) = attacked([name], scores, x, labels, keys, **how)
+    assert (scores(point).argmax(1) == 1).all()
+    assert (point >= 0.4 - 1e-6).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ("cross-entropy", "targets"))
+def test_as_many_images_stay_right_as_under_autoattack(way):
+    """APGD-CE and APGD-T of the authors' with a start each, on a network with bent boundaries."""
+    reason = "pyautoattack is not installed: make attack-libs"
+    theirs = pytest.importorskip("pyautoattack.autopgd_base", reason=reason)
+    net, x = network(seed=4).float().eval().requires_grad_(False), images(200).scaled()
+    labels = net(x).argmax(1)
+    keys = torch.tensor([keys_for(0, [i]) for i in range(len(x))])
+    how = {"n_iter": 100, "norm": "Linf", "eps": 0.1, "device": "cpu"}
+    plain = nn.Sequential(nn.Flatten(), nn.Unflatten(1, (1, 8, 8)), net)
+    if way == "targets":
+        name, library = "apgdt", theirs.APGDAttack_targeted(plain, n_target_classes=3, **how)
+    else:
+        name, library = "apgd", theirs.APGDAttack(plain, loss="ce", **how)
+    there = (net(library.perturb(x, labels)).argmax(1) == labels).double().mean()
+    options = {"epsilon": 0.1, "steps": 100, "bounds": (0, 1)}
+    ((_, point),) = attacked([name], net, x, labels, keys, **options)
+    here = (net(point).argmax(1) == labels).double().mean()
+    assert 0.1 < there < 0.9
+    assert here <= there + 0.01
 
 
 def test_accuracies_do_not_depend_on_the_batch_size():
@@ -210,9 +278,7 @@ def test_features_are_attacked_without_a_box(at, unit):
         features = extractor(data.scaled())
     rms = features.square().mean().sqrt().item()
     epsilon = 0.2 * (rms if unit == "rms" else 1)
-    table = rows_of(
-        measure(net, data, ("fgsm", "sparsefool"), epsilon=0.2, at=at, epsilon_unit=unit)
-    )
+    table = rows_of(measure(net, data, ("fgsm", *SEARCHES), epsilon=0.2, at=at, epsilon_unit=unit))
     with frozen(net):
         attacked_features = perturb(
             Attack("fgsm", epsilon), features, lambda p: cross_entropy(classifier(p), data.labels)
@@ -226,8 +292,12 @@ def test_features_are_attacked_without_a_box(at, unit):
     assert table["fgsm"]["rms"] == pytest.approx(rms)
     assert table["fgsm"]["linf"] == pytest.approx(epsilon, rel=1e-5)
     # a coordinate a search, and no box that would call for more
-    assert table["sparsefool"]["l0"] <= 20
-    assert table["sparsefool"]["fooled"] > 0.9
+    assert table["sparsefool_unbounded"]["l0"] <= 20
+    assert table["sparsefool_unbounded"]["fooled"] > 0.9
+    # with an amplitude it is a box round the features, in their units
+    assert table["sparsefool"]["linf"] == pytest.approx(epsilon, rel=1e-5)
+    assert table["deepfool"]["linf"] <= epsilon * (1 + 1e-5)
+    assert table["sparsefool_unbounded"]["linf"] > 2 * epsilon
 
 
 def test_nothing_known_nothing_fooled():
