@@ -11,6 +11,7 @@ from shown import ROOT
 
 from llm_attack import inference
 from llm_attack.suite import critical
+from llm_attack.theory.fig4 import PACKETS
 
 # Folder -> the page, and what stands there before the table of accuracies.
 SHOWN = {
@@ -127,6 +128,43 @@ def test_speed_at_five_shots():
         assert row[6] == ", ".join(f"{of['tokens'][c]:,.0f}" for c in ("none", "stock"))
         memory = [of["peak_memory"][c] for c in ("stock", "none", "fgsm own", "bim own")]
         assert row[7:] == [f"{bytes_ / 2**20:,.0f} MB" for bytes_ in memory]
+
+
+# As the page says it -> the column.
+OF_THE_TOY = {
+    "loss, training": "loss",
+    "accuracy, clean": "clean",
+    "accuracy under FGSM": "robust",
+    **{
+        f"{what}, {packet}": f"{name}_{packet}"
+        for packet in PACKETS
+        for what, name in (("Δx", "dx"), ("Δp", "dp"), ("Δx · Δp", "product"), ("bound", "bound"))
+    },
+}
+
+
+def with_interval(values):
+    """A mean over seeds with its interval by Student's t."""
+    of = inference.mean_of([(values, range(len(values)))])
+    return f"{of.value:.3g} ({of.low:.3g} to {of.high:.3g})".replace("-", "−")
+
+
+def test_uncertainty():
+    """`docs/experiments.md`, Fig. 4: both packets before and after training, and what changes."""
+    text = (ROOT / "docs" / "experiments.md").read_text("utf-8")
+    _, *rows = next(tables(text[text.index("## Fig. 4") :]))
+    curves = pd.read_csv(ROOT / "results/fig4/curves.csv").set_index(["epoch", "seed"])
+    assert [row[0] for row in rows] == list(OF_THE_TOY)
+    for name, *cells, verdict in rows:
+        first, last = (curves.loc[epoch, OF_THE_TOY[name]] for epoch in (0, 500))
+        assert cells == [with_interval(of.to_numpy()) for of in (first, last, last - first)], name
+        change = inference.mean_of([((last - first).to_numpy(), range(5))])
+        told = "rises" if change.low > 0 else "falls" if change.high < 0 else "cannot be told"
+        assert verdict == told, name
+    for packet, above in (("fixed", 0), ("predicted", 5)):
+        assert (curves.loc[500, f"product_{packet}"] > 0.5).sum() == above
+        assert (curves[f"product_{packet}"] >= curves[f"bound_{packet}"]).all()
+    assert (curves.loc[50:, "product_predicted"] > 0.5).all()
 
 
 def test_words():
