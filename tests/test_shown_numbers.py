@@ -11,6 +11,7 @@ from shown import ROOT
 
 from llm_attack import inference
 from llm_attack.suite import critical
+from llm_attack.theory import fig6
 from llm_attack.theory.fig4 import PACKETS
 
 # Folder -> the page, and what stands there before the table of accuracies.
@@ -187,6 +188,24 @@ def test_words():
     assert last["accuracy_mean"].max() - last["accuracy_mean"].min() < of_seeds.min()
     unlearnt = curves[(curves["split"] == "train") & (curves["accuracy_min"] < 1)]
     assert unlearnt.groupby("size")["epoch"].max().tolist() == [505, 352, 228]
+
+
+def test_cosines_of_networks_that_differ_in_accuracy():
+    """`docs/experiments.md`, Fig. 6: the rank correlations, and how far apart the networks are."""
+    text = (ROOT / "docs" / "experiments.md").read_text("utf-8")
+    networks = pd.read_csv(ROOT / "results/fig6-controls/networks.csv")
+    found = fig6.trends(networks)
+    _, *rows = next(tables(text[text.index("| cosine · √size of |") :]))
+    assert [row[0] for row in rows] == ["right words", "wrong words"]
+    for (_, *cells), of in zip(rows, found.values(), strict=True):
+        value, low, high = (f"{of[k]:+.2f}" for k in ("correlation", "low", "high"))
+        p = "< 0.001" if of["p"] < 0.001 else f"{of['p']:.3f}"
+        shown = [str(of["kinds"]), f"{value} ({low} to {high})".replace("-", "−"), p]
+        told = "rises" if of["low"] > 0 else "falls" if of["high"] < 0 else "cannot be told"
+        assert cells == [*shown, told]
+    new = networks[networks["split"] == "test"]
+    means = new.groupby(list(fig6.Kind._fields))["accuracy"].mean()
+    assert f"mean accuracies from {means.min():.3f} to {means.max():.3f}" in text
 
 
 def test_curves_agree_with_attacks_of_one_amplitude():
