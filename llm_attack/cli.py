@@ -14,10 +14,10 @@ import click
 from llm_attack import __version__, failures
 from llm_attack.declare import DIALECT, options
 from llm_attack.reproduce import DEVICE, preset_option
-from llm_attack.theory import fig4, fig6
+from llm_attack.theory import fig4, fig6, relation
 from llm_attack.vision import fig1, fig2, fig5, tradeoff
 
-FIGURES = [figure.COMMAND for figure in (fig1, fig2, fig4, fig5, fig6, tradeoff)]
+FIGURES = [figure.COMMAND for figure in (fig1, fig2, fig4, fig5, fig6, relation, tradeoff)]
 
 
 class _Commands(click.Group):

@@ -28,7 +28,7 @@ ARROWS = {
     "harness": BOTTOM | {"_shim", "attacks", "demo", "lm"},
     "suite": BOTTOM | {"attacks", "harness", "lm"},
     "vision": BOTTOM | {"attacks", "reproduce"},
-    "theory": BOTTOM | {"attacks", "reproduce"},
+    "theory": BOTTOM | {"attacks", "reproduce", "vision"},
     "_shim": set(),
 }
 ABOVE = {"__init__", "__main__", "cli"}  # which may import every part
