@@ -69,7 +69,7 @@ def told(path: str) -> dict[str, Any]:
         network = about["network"], about["settings"]["width"], about["epochs"]
     except UNREADABLE as error:
         wanted = "must be a file that --save wrote, or of checkpoints"
-        raise UsageError(f"load={path}: {wanted} ({_reason(error)})") from error
+        raise UsageError(f"load={path}: {wanted} ({reason(error)})") from error
     if network[0] not in NETWORKS:  # a file of weights must not choose the code that is run
         raise UsageError(
             f"load={path}: is of network={network[0]}, which is not one of {', '.join(NETWORKS)}; "
@@ -135,10 +135,10 @@ def fill(network: nn.Module, argument: str, path: str) -> None:
         network.load_state_dict(weights)
     except UNREADABLE as error:
         wanted = "must be weights of this network, as safetensors or torch.save write them"
-        raise UsageError(f"{argument}={path}: {wanted} ({_reason(error)})") from error
+        raise UsageError(f"{argument}={path}: {wanted} ({reason(error)})") from error
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """The line of the error that says what is wrong; torch's have a heading."""
     if isinstance(error, pickle.UnpicklingError):  # whose text is how to run the file's code
         return "it is not a file of weights alone"

@@ -18,6 +18,7 @@ from llm_attack.errors import UsageError
 from llm_attack.record import whole_or_not
 from llm_attack.vision.adversarial import adversarial_examples, objective
 from llm_attack.vision.data import Images, augment
+from llm_attack.vision.keeping import reason
 from llm_attack.vision.measure import Row
 from llm_attack.vision.precision import mixed_precision
 from llm_attack.vision.settings import ImageSettings
@@ -148,9 +149,8 @@ def _read(state: Path, same: dict[str, Any], device: torch.device) -> dict[str, 
         kept = torch.load(state, map_location=device, weights_only=True)
         before = kept["same"]
     except (OSError, EOFError, KeyError, RuntimeError, TypeError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(
-            f"output: {state}: must be a file that training wrote ({reason}), or not exist"
+            f"output: {state}: must be a file that training wrote ({reason(error)}), or not exist"
         ) from error
     if before != same:
         other = [k for k in same if before.get(k) != same[k]]
