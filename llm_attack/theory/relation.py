@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from llm_attack.vision.data import Dataset, Images
 
 PIXELS = "pixels"
+NORMALISED = "normalise"  # the block that does no more than to scale the pixels
 DIRECTIONS = ("gradient", "principal", "random")
 MEASURED = ("dx", "dp", "product", "bound")
 _KNOWN = 500  # test images of which principal directions and distances are taken
@@ -106,7 +107,7 @@ def _of_epoch(
     from llm_attack.vision.networks import split
 
     known = test[:_KNOWN]
-    blocks = [PIXELS, *(name for name, _ in network.named_children())][:-1]
+    blocks = [PIXELS, *(name for name, _ in network.named_children() if name != NORMALISED)][:-1]
     with frozen(network), torch.no_grad():
         right = network(known.scaled()).argmax(-1) == known.labels
         of_kinds = [

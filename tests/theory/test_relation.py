@@ -72,7 +72,7 @@ def test_what_is_written(small):
     assert {path.name for path in folder.iterdir()} == {"lines.csv", "figure.png", "figure.svg"}
     assert table["epoch"].unique().tolist() == [0, 1]
     blocks = table["block"].unique().tolist()
-    assert blocks[:2] == ["pixels", "normalise"] and "fc2" not in blocks
+    assert blocks == ["pixels", "conv1", "conv2", "fc1"]
     assert set(table["direction"]) == set(DIRECTIONS)
     assert result["lines"] == len(table)
     groups = table.groupby(["epoch", "block", "right"])["image"].nunique()
