@@ -10,6 +10,8 @@ import pytest
 from shown import ROOT
 from test_shown_numbers import tables
 
+from llm_attack.theory import relation
+
 PAGE = (ROOT / "docs" / "experiments.md").read_text("utf-8")
 
 
@@ -19,7 +21,7 @@ def folders(pattern):
 
 
 FOLDERS = folders(r"fig[125](-|$)")
-THEORY = folders(r"fig[46](-|$)")
+THEORY = folders(r"(fig[46]|relation)(-|$)")
 SEEDS, TRADEOFFS = folders("seeds-"), folders("tradeoff-")
 
 
@@ -48,7 +50,7 @@ def signed(*values):
 @pytest.mark.parametrize("folder", [*FOLDERS, *THEORY, *SEEDS, *TRADEOFFS])
 def test_the_page_has_the_command_of_each_result(folder):
     record = json.loads((ROOT / "results" / folder / "run.json").read_text("utf-8"))
-    commands = re.findall(r"llm-attack reproduce (?:fig[12456]|tradeoff) -[^`\n#]*", PAGE)
+    commands = re.findall(r"llm-attack reproduce (?:fig[12456]|relation|tradeoff) -[^`\n#]*", PAGE)
     assert options(record["command"]) in [options(command) for command in commands]
 
 
@@ -90,6 +92,33 @@ def test_beside_autoattack():
             assert shown == pytest.approx(ends, abs=5.1e-4)
         for column, name in (("ours", "llm_attack"), ("AutoAttack", "autoattack")):
             assert int(row[f"seconds, {column}"]) == round(record["seconds"][name])
+
+
+def test_the_relation_on_lines():
+    table = pd.read_csv(ROOT / "results/relation/lines.csv")
+    reach = table["reach"]
+    found = relation.means(table.assign(dx=table["dx"] / reach, dp=table["dp"] * reach))
+    last = found[found["epoch"] == found["epoch"].max()]
+    keys, rows = ["block", "direction"], list(shown_rows(["block", "direction"]))
+    assert len(rows) == len(last) / 2
+    apart = 0
+    for row in rows:
+        place = (last["block"] == row["block"]) & (last["direction"] == row["direction"])
+        kinds = last[place].set_index("right")
+        for kind in (True, False):
+            for name, shown in (("dx", "Δx"), ("dp", "Δp"), ("product", "Δx · Δp")):
+                values = [kinds.loc[kind, f"{name}{end}"] for end in ("", "_low", "_high")]
+                text = row[f"{shown}, {'right' if kind else 'wrong'}"]
+                assert [f"{v:.3g}" for v in values] == re.findall(r"[\d.]+", text), row
+        assert row["bound"] == f"{kinds.loc[True, 'bound']:.3g}"
+        of = table[(table["epoch"] == 4) & (table[keys] == [row[key] for key in keys]).all(axis=1)]
+        below = (of["product"] < 0.5).mean()
+        assert row["below ½"] == f"{below:.0%}"
+        assert row["direction"] != "gradient" or 0.9 <= below <= 1
+        assert kinds.loc[True, "dp"] > kinds.loc[False, "dp"]
+        apart += kinds.loc[True, "dp_low"] > kinds.loc[False, "dp_high"]
+    assert apart == 7 and "in seven of twelve" in PAGE
+    assert len(table) == 2000 and (table["product"] - table["bound"]).min() > -1e-6
 
 
 def test_what_falls_and_what_rises():
