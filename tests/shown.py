@@ -225,7 +225,7 @@ RULES = (
         more="--width 0.1 --train_size 64 --test_size 20 --subset 2 --epochs 1",
     ),
     Rule(
-        r"llm-attack reproduce relation .*",
+        r"llm-attack reproduce relation( .*)?",
         "a narrow network, few images",
         changes=IMAGES,
         more="--width 0.1 --train_size 64 --test_size 40 --epochs 1 --images 1 --lines 1",
