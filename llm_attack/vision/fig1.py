@@ -124,7 +124,7 @@ def draw(points: dict[str, Tensor], table: pd.DataFrame, folder: Path) -> None:
                 _show(right, points[attack][image], _said(after))
                 if after["prediction"] != before["prediction"]:
                     right.title.set_color(COLOURS[3])
-            axes[row, 0].set_ylabel(shown(attack), fontsize=9)
+            axes[row, 0].set_ylabel(shown(attack).replace(", ", ",\n"), fontsize=9)
         heads = ("image", "perturbation", "attacked image") * len(clean)
         for axis, text in zip(axes[0], heads, strict=True):
             axis.set_title(f"{text}\n{axis.get_title()}", fontsize=7.5)
