@@ -69,9 +69,9 @@ class ImageSettings:
     width: float = setting(1.0, "Factor on the channels of the networks", least=0)
     attacks: str = setting(
         "ost,fgsm,bim,illc,pgd,sparsefool,sparsefool_unbounded",
-        "Attacks, separated by commas: random, uniform, gaussian, fgsm, ost, bim, illc, pgd,"
-        " mifgsm, apgd, apgdt, blocks, reversed, deepfool, sparsefool; and, without an amplitude,"
-        " deepfool_unbounded, sparsefool_unbounded",
+        "Attacks, separated by commas, the unbounded ones of any amplitude: random, uniform,"
+        " gaussian, fgsm, ost, bim, illc, pgd, mifgsm, apgd, apgdt, blocks, reversed, deepfool,"
+        " sparsefool, deepfool_unbounded, sparsefool_unbounded",
     )
     epsilon: float | None = setting(
         None,

@@ -119,7 +119,7 @@ def test_a_network_that_predicts_one_class_has_no_border():
     toy = toy_with(1.0, shift=2.0)
     assert len(toy.borders()) == 0
     fixed = toy_with(1.0, shift=2.0, label=0).relation()
-    assert torch.equal(toy.relation(predicted=True).dp, fixed.dp)
+    assert toy.relation(predicted=True).dp.tolist() == pytest.approx(fixed.dp.tolist(), rel=1e-9)
 
 
 def test_the_packet_lies_on_the_line_x2_0():
@@ -194,9 +194,11 @@ def test_batches():
 
 
 def test_it_learns():
-    curves, _ = train(Settings(**{**SMALL, "epochs": 150, "learning_rate": 0.01}, seeds=2))
-    assert (curves[curves.epoch == 150].clean > 0.95).all()
-    assert (curves[curves.epoch == 0].clean < 0.95).all()
+    toy = Toy(Settings(**{**SMALL, "learning_rate": 0.01}, seeds=2))
+    assert (toy.accuracies()[0] < 0.95).all()
+    for _ in range(150):
+        toy.epoch()
+    assert (toy.accuracies()[0] > 0.95).all()
 
 
 def test_a_broken_relation_ends_the_run(monkeypatch, tmp_path):
@@ -231,10 +233,11 @@ def test_what_is_written(tmp_path):
 def test_the_same_command_gives_the_same_files(tmp_path):
     """And so does drawing anew from the CSV files."""
     settings = Settings(**SMALL, seeds=1)
-    for folder in "ab":
-        run(settings, tmp_path / folder)
-    for figure in (tmp_path / "b").glob("figure.*"):
-        figure.unlink()
+    run(settings, tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    for name, table in zip(("curves", "landscapes"), train(settings), strict=True):
+        digits = {"curves": "%.6g", "landscapes": "%.5g"}[name]
+        table.to_csv(tmp_path / "b" / f"{name}.csv", index=False, float_format=digits)
     draw(tmp_path / "b", settings)
     for name in ("curves.csv", "landscapes.csv", "figure.png", "figure.svg"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
