@@ -157,6 +157,17 @@ RULES = (
         changes=MODEL,
         more="--limit 1 {default_tasks}",
     ),
+    Rule(
+        r"llm-attack run --model models/demo-1 --revisions .*",
+        FEW,
+        changes=((r"models/demo-1", "checkpoints"),),
+        more="--revisions step1,step2 --limit 2 --tasks demo_piqa",
+    ),
+    Rule(
+        r"python -m llm_attack\.demo\.train .*",
+        "few steps",
+        more="--steps 2 --checkpoints 2 --batch-size 8 --output trained",
+    ),
     Rule(r"llm-attack run --model .*", FEW, changes=(*MODEL, *TASKS), more="--limit 2"),
     Rule(
         r"python -m torch\.distributed\.run .* -m llm_attack run .*",

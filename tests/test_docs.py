@@ -173,6 +173,8 @@ def prepared(tmp_path_factory):
         (folder / "suite.yaml").write_text(json.dumps({**settings, "output": name}))
         call([sys.executable, "-m", "llm_attack", "run", "--config", "suite.yaml"], folder)
     shutil.copytree(folder / "DIR_A", folder / "DIR_B")
+    for name in ("step1", "step2"):
+        shutil.copytree(MODEL_PATH, folder / "checkpoints" / name)
     (folder / "suite.yaml").write_text(json.dumps({**settings, "output": "of-settings"}))
     rows = [f"{w}{i},en,{w}" for w in ("negative", "neutral", "positive") for i in range(20)]
     (folder / "words.csv").write_text("\n".join(["word,language,label", *rows]))

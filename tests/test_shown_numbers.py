@@ -13,6 +13,7 @@ from llm_attack import inference
 from llm_attack.suite import critical
 from llm_attack.theory import fig6
 from llm_attack.theory.fig4 import PACKETS
+from llm_attack.vision.trends import trend, verdict
 
 # Folder -> the page, and what stands there before the table of accuracies.
 SHOWN = {
@@ -25,6 +26,9 @@ SHOWN = {
     "demo": ("docs/demo.md", "`make demo` prints"),
     "demo-choice": ("docs/demo.md", "With the gold known"),
 }
+
+
+NAMES = ("random", "fgsm", "bim")
 
 
 def tables(text):
@@ -97,6 +101,46 @@ def test_models_of_the_demo():
         assert f"{known.value:+.2f} ({known.low:+.2f} to {known.high:+.2f}, p = " in text
 
 
+def test_checkpoints_of_the_demo():
+    """`docs/demo.md`: means over three trainings with their ends, and what rises and falls."""
+    folder = ROOT / "results/checkpoints-demo"
+    runs = {
+        kind: [pd.read_csv(folder / f"{kind}-{seed}.csv") for seed in (1, 2, 3)]
+        for kind in ("sequence", "choice")
+    }
+    shown = {
+        "clean": ("sequence", "fgsm@0.3rms", "clean"),
+        **{f"{name}@0.3rms": ("sequence", f"{name}@0.3rms", "acc") for name in NAMES},
+        **{
+            f"{name}@0.05rms, gold known": ("choice", f"{name}@0.05rms", "acc")
+            for name in ("fgsm", "bim")
+        },
+        "median critical epsilon, RMS": ("choice", "fmn@1rms", "critical"),
+        "cosine": ("sequence", "fgsm@0.3rms", "cosine"),
+    }
+    curves = {}
+    for name, (kind, condition, column) in shown.items():
+        rows = [run[run["condition"] == condition].set_index("step")[column] for run in runs[kind]]
+        curves[name] = pd.DataFrame(rows)
+        assert curves[name].columns.tolist() == [*range(100, 2001, 100)]
+    text = (ROOT / "docs/demo.md").read_text("utf-8")
+    steps, trends = tables(text[text.index("## While it is trained") :])
+    for step, *row in steps[1:]:
+        for name, cell in zip(steps[0][1:], row, strict=True):
+            values = curves[name][int(step.replace(",", ""))]
+            ends = [values.mean(), values.min(), values.max()]
+            found = [float(x) for x in re.findall(r"-?\d\.\d+", cell.replace("−", "-"))]
+            digits = 4 if name in ("median critical epsilon, RMS", "cosine") else 3
+            assert found == pytest.approx(ends, abs=0.51 * 10**-digits), name
+    assert [row[0] for row in trends[1:]] == steps[0][1:]
+    for name, *row in trends[1:]:
+        late = curves[name].loc[:, 1300:]
+        for part, (tau, told) in ((curves[name], row[:2]), (late, row[2:])):
+            value, low, high = trend(part.to_numpy())
+            assert tau == f"{value:+.2f} ({low:+.2f} to {high:+.2f})".replace("-", "−")
+            assert told == verdict(low, high)
+
+
 def test_speed():
     """`docs/speed.md` and README: time on a real model, of stock's."""
     found = json.loads((ROOT / "results/engine/cpu-smollm2-135m.json").read_text("utf-8"))
@@ -156,12 +200,12 @@ def test_uncertainty():
     _, *rows = next(tables(text[text.index("## Fig. 4") :]))
     curves = pd.read_csv(ROOT / "results/fig4/curves.csv").set_index(["epoch", "seed"])
     assert [row[0] for row in rows] == list(OF_THE_TOY)
-    for name, *cells, verdict in rows:
+    for name, *cells, told in rows:
         first, last = (curves.loc[epoch, OF_THE_TOY[name]] for epoch in (0, 500))
         assert cells == [with_interval(of.to_numpy()) for of in (first, last, last - first)], name
         change = inference.mean_of([((last - first).to_numpy(), range(5))])
-        told = "rises" if change.low > 0 else "falls" if change.high < 0 else "cannot be told"
-        assert verdict == told, name
+        found = "rises" if change.low > 0 else "falls" if change.high < 0 else "cannot be told"
+        assert told == found, name
     for packet, above in (("fixed", 0), ("predicted", 5)):
         assert (curves.loc[500, f"product_{packet}"] > 0.5).sum() == above
         assert (curves[f"product_{packet}"] >= curves[f"bound_{packet}"]).all()
