@@ -166,7 +166,7 @@ RULES = (
     Rule(
         r"python -m llm_attack\.demo\.train .*",
         "few steps",
-        more="--steps 2 --checkpoints 2 --batch-size 8 --output trained",
+        more="--steps 2 --checkpoints 2 --batch-size 8",
     ),
     Rule(r"llm-attack run --model .*", FEW, changes=(*MODEL, *TASKS), more="--limit 2"),
     Rule(
