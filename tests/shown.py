@@ -239,7 +239,8 @@ RULES = (
         r"llm-attack reproduce relation( .*)?",
         "a narrow network, few images",
         changes=IMAGES,
-        more="--dataset digits --width 0.1 --train_size 64 --test_size 40 --epochs 1 --images 1 --lines 1",
+        more="--dataset digits --width 0.1 --train_size 64 --test_size 40 --epochs 1 --images 1"
+        " --lines 1",
     ),
     Rule(
         r"llm-attack reproduce tradeoff .*",
