@@ -60,7 +60,7 @@ real: .venv $(REAL_MODEL) ## the four conditions on a real model and the six ben
 
 .PHONY: test
 test: .venv attack-libs ## the tests; lists those that were skipped, and why
-	$(BIN)/python -m pytest -ra -n auto --dist loadfile
+	$(BIN)/python -m pytest -ra -n auto --dist loadfile --no-loadscope-reorder
 
 .PHONY: test-slow
 test-slow: .venv attack-libs ## the tests that take minutes, such as every command line of the documentation
