@@ -12,6 +12,7 @@ from llm_attack.lm.hook import frozen
 from llm_attack.lm.losses import ThreatModel
 from llm_attack.lm.prefix import groups, start
 from llm_attack.lm.questions import Question, Request
+from llm_attack.lm.sweep import scorers
 
 EXAMPLES = tuple(range(2, 22))
 
@@ -136,6 +137,25 @@ def test_examples_that_differ(caplog):
     made = [Question([Request((*range(i, i + 20), 7, 8, 9), 1, 3)], [[0]]) for i in range(2, 40, 7)]
     assert {b.prefix for b in engine.batches(made, 8, 100)} == {0}
     assert "prefix: computed for each question, as few of them share" in caplog.text
+
+
+def test_several_hookpoints_behind_a_prefix():
+    """One pass for the embedding and a block, and forwards that start at the block."""
+    threat, attacks = THREATS["choice"], [Attack("none"), Attack("fgsm", 0.05), Attack("bim", 0.05)]
+    found = []
+    for prefixes in (False, True):
+        with exact():
+            many = scorers(scorer_of(network("llama")), [None, "model.layers.0"], CPU)
+            assert many[1].skip is not None
+            places = [many[0], many[0], many[1]]
+            engine = Engine(many[0], attacks, threat, CPU, 0, 100, places, prefixes=prefixes)
+            with frozen(many[0].model):
+                batches = engine.batches(asked(), 100)
+                parts = [a for _, part in engine.answers(batches) for a in part.answered]
+        assert any(b.prefix for b in batches) == prefixes
+        parts.sort(key=lambda a: a.question.requests[0].tokens)
+        found.append([value for a in parts for of in a.answers for value, _ in of])
+    assert found[0] == pytest.approx(found[1], rel=1e-9)
 
 
 def test_start():
