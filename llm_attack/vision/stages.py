@@ -134,22 +134,26 @@ def trained(
     label = f"{dataset.name}-{name}" if label is None else label
     kept: Any = {"state": state, "label": label}
     how |= {"steps": settings.steps, "seed": settings.seed}
+
+    def measured(epoch: int) -> list[Row]:
+        found = measure(network, dataset.test, attacks, **how)
+        further = {column: of(network) for column, of in besides.items()}
+        return [{"epoch": epoch, **row, **further} for row in found]
+
     if not settings.epochs:
         epoch = 0 if settings.load is None else told(settings.load)["epochs"]
-        found = measure(network, dataset.test, attacks, **how)
+        found = measured(epoch)
         tqdm.write(f"{label}: as it is{_said(found)}")
         clock.lap(f"{label} attacks")
-        further = {column: of(network) for column, of in besides.items()}
-        return network, [{"epoch": epoch, **row, **further} for row in found]
+        return network, found
     chosen = spread(settings.epochs, attacked_epochs)
     first = True
     for epoch, loss in train(network, dataset.train, settings, rows, **kept):
         learning = clock.lap(f"{label} training")
         said = f"{label}: epoch {epoch} of {settings.epochs}, loss {loss:.4f}"
         if epoch in chosen:
-            found = measure(network, dataset.test, attacks, **how)
-            further = {column: of(network) for column, of in besides.items()}
-            rows += [{"epoch": epoch, **row, **further} for row in found]
+            found = measured(epoch)
+            rows += found
             said += _said(found)
         measuring = clock.lap(f"{label} attacks")
         if first and epoch < settings.epochs:
