@@ -10,7 +10,7 @@ from llm_attack.attacks import Attack
 from llm_attack.lm.engine import BUDGET, Engine
 from llm_attack.lm.hook import frozen
 from llm_attack.lm.losses import ThreatModel
-from llm_attack.lm.prefix import groups, start
+from llm_attack.lm.prefix import groups, space, start
 from llm_attack.lm.questions import Question, Request
 from llm_attack.lm.sweep import scorers
 
@@ -23,7 +23,7 @@ def small_batches(monkeypatch):
     monkeypatch.setitem(BUDGET, "cpu", 90)
 
 
-def asked(gold=True, n=6):
+def asked(gold=True, n=6, examples=EXAMPLES):
     """Questions of three choices behind the same examples; what each has for itself differs."""
     draw = np.random.default_rng(0)
     found = []
@@ -31,7 +31,7 @@ def asked(gold=True, n=6):
         stem = (*draw.integers(2, 60, 3 + i % 3).tolist(),)
         ends = [(*draw.integers(2, 60, 1 + (i + j) % 3).tolist(),) for j in range(3)]
         requests = [
-            Request((*EXAMPLES, *stem, *end), len(end), len(stem) + len(end)) for end in ends
+            Request((*examples, *stem, *end), len(end), len(stem) + len(end)) for end in ends
         ]
         found.append(Question(requests, [[0], [1], [2]], [True, False, False] if gold else []))
     return found
@@ -139,6 +139,33 @@ def test_examples_that_differ(caplog):
     assert "prefix: computed for each question, as few of them share" in caplog.text
 
 
+def test_two_sets_of_examples():
+    """Of two tasks, say: each question is computed behind its own."""
+    found = []
+    for prefixes in (False, True):
+        engine = Engine(
+            scorer_of(network("llama")), ATTACKS[:3], THREATS["own"], CPU, 0, 0, prefixes=prefixes
+        )
+        made = asked() + asked(examples=EXAMPLES[::-1])
+        with exact(), frozen(engine.scorer.model):
+            batches = engine.batches(made, 100)
+            parts = [a for _, part in engine.answers(batches) for a in part.answered]
+        if prefixes:
+            starts = {b.questions[0].requests[0].tokens[: b.prefix] for b in batches}
+            assert len(starts) == 2
+        parts.sort(key=lambda a: a.question.requests[0].tokens)
+        found.append([value for a in parts for of in a.answers for value, _ in of])
+    assert found[0] == pytest.approx(found[1], rel=1e-9)
+
+
+def test_rows_behind_a_prefix_take_less_space():
+    """An eighth of the prefix counts, so that more of them are a batch."""
+    assert (space(100, 80), space(100, 0)) == (30, 100)
+    *_, whole = answers("llama", ATTACKS[:2], THREATS["own"], False)
+    *_, behind = answers("llama", ATTACKS[:2], THREATS["own"], True)
+    assert len(behind) < len(whole) / 2
+
+
 def test_several_hookpoints_behind_a_prefix():
     """One pass for the embedding and a block, and forwards that start at the block."""
     threat, attacks = THREATS["choice"], [Attack("none"), Attack("fgsm", 0.05), Attack("bim", 0.05)]
@@ -191,3 +218,5 @@ def test_groups_take_what_saves_most():
         (52, [*range(1, 20, 2)]),
         (0, [20]),
     ]
+    # also where all of them together would save enough
+    assert groups(starts, 10)[:2] == groups(starts, 100)[:2]
