@@ -1,5 +1,7 @@
 """dx · dp of image classifiers: which lines are drawn, and what is written of them."""
 
+from collections import OrderedDict
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,6 +12,7 @@ from llm_attack.errors import UsageError
 from llm_attack.theory import relation
 from llm_attack.theory.packet import uncertainty
 from llm_attack.theory.relation import DIRECTIONS, Settings, means, relations, run
+from llm_attack.vision.data import Images
 
 
 def test_lines_through_a_point_of_a_linear_network():
@@ -37,6 +40,7 @@ def test_lines_through_a_point_of_a_linear_network():
 def test_random_lines_are_the_images_own():
     head = nn.Linear(4, 3)
     points = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    points[2] = points[1]
     settings = Settings(lines=2)
     one, again = (
         relations(head, points, 1, torch.tensor(0), 1.0, settings)["random"] for _ in "ab"
@@ -57,6 +61,18 @@ def test_means_are_over_images():
     assert (row["n"], row["dp"], row["bound"]) == (3, 4.0, 0.5)
     half = 4.302653 * np.std([2, 4, 6], ddof=1) / 3**0.5
     assert row["dp_high"] - 4 == pytest.approx(half, rel=1e-6)
+
+
+def test_right_and_wrong_images():
+    """Some of each kind, by what the network says of them."""
+    torch.manual_seed(0)
+    network = nn.Sequential(OrderedDict(flat=nn.Flatten(), fc=nn.Linear(4, 3)))
+    images = Images(torch.randint(256, (30, 1, 2, 2), dtype=torch.uint8), torch.arange(30) % 3)
+    rows = pd.DataFrame(relation._of_epoch(0, network, images, Settings(images=4, lines=1)))
+    with torch.no_grad():
+        right = (network(images.scaled()).argmax(1) == images.labels).tolist()
+    assert all(right[row["image"]] == row["right"] for row in rows.to_dict("records"))
+    assert rows.groupby("right")["image"].nunique().to_dict() == {True: 4, False: 4}
 
 
 @pytest.fixture(scope="module")
