@@ -279,13 +279,19 @@ def measure(
 
 @contextmanager
 def frozen(network: nn.Module) -> Iterator[None]:
-    """While it lasts, the network is in evaluation mode and its parameters need no gradients."""
+    """While it lasts, the network is in evaluation mode and its parameters need no gradients.
+
+    On a GPU convolutions are in float32; cuDNN's default is TF32, which has ten of its 23 bits.
+    """
     modes = [(module, module.training) for module in network.modules()]
     needed = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
     network.eval().requires_grad_(False)
+    rounded = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
     try:
         yield
     finally:
+        torch.backends.cudnn.allow_tf32 = rounded
         for module, mode in modes:
             module.training = mode
         for parameter, needs in needed:
