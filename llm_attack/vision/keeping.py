@@ -59,7 +59,8 @@ def told(path: str) -> dict[str, Any]:
     """What a file of `save`, or a checkpoint of a training, says of its network.
 
     Returns:
-        `settings`, `network` (its name), `epochs`; of `save` also `accuracy` and others.
+        `settings`, `network` (its name), `epochs`, `precision`; of `save` also `accuracy` and
+        others.
 
     Raises:
         UsageError: it is not such a file.
@@ -100,6 +101,7 @@ def _of_checkpoint(path: str) -> dict[str, Any]:
         "settings": settings,
         "network": network,
         "epochs": state["epoch"],
+        "precision": "bfloat16" if state["mixed"] else "float32",
     }
 
 

@@ -135,24 +135,25 @@ def trained(
     kept: Any = {"state": state, "label": label}
     how |= {"steps": settings.steps, "seed": settings.seed}
 
-    def measured(epoch: int) -> list[Row]:
+    def measured(epoch: int, precision: str | None = None) -> list[Row]:
         found = measure(network, dataset.test, attacks, **how)
-        further = {column: of(network) for column, of in besides.items()}
+        further: Row = {column: of(network) for column, of in besides.items()}
+        further["precision"] = precision
         return [{"epoch": epoch, **row, **further} for row in found]
 
     if not settings.epochs:
-        epoch = 0 if settings.load is None else told(settings.load)["epochs"]
-        found = measured(epoch)
+        about = {} if settings.load is None else told(settings.load)
+        found = measured(about.get("epochs", 0), about.get("precision"))
         tqdm.write(f"{label}: as it is{_said(found)}")
         clock.lap(f"{label} attacks")
         return network, found
     chosen = spread(settings.epochs, attacked_epochs)
     first = True
-    for epoch, loss in train(network, dataset.train, settings, rows, **kept):
+    for epoch, loss, precision in train(network, dataset.train, settings, rows, **kept):
         learning = clock.lap(f"{label} training")
         said = f"{label}: epoch {epoch} of {settings.epochs}, loss {loss:.4f}"
         if epoch in chosen:
-            found = measured(epoch)
+            found = measured(epoch, precision)
             rows += found
             said += _said(found)
         measuring = clock.lap(f"{label} attacks")
@@ -183,13 +184,14 @@ def spread(epochs: int, n: int | None) -> set[int]:
 
 
 def summary(dataset: Dataset, network: nn.Module, rows: Sequence[Row]) -> dict[str, Any]:
-    """A network's entry in the record: sizes, and the accuracies after the last epoch."""
+    """A network's entry in the record: sizes, precision of the training, the last accuracies."""
     last = [row for row in rows if row["epoch"] == rows[-1]["epoch"]]
     return {
         "parameters": sum(p.numel() for p in network.parameters()),
         "train_images": len(dataset.train),
         "test_images": len(dataset.test),
         "epochs": rows[-1]["epoch"],
+        "precision": rows[-1].get("precision"),
         "epsilon": last[0]["epsilon"],
         "accuracy": {row["condition"]: round(row["accuracy"], 4) for row in last},
     }

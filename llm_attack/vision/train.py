@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -26,6 +26,14 @@ from llm_attack.vision.settings import ImageSettings
 _TRIED = 32  # images of a step whose speed is measured
 
 
+class Epoch(NamedTuple):
+    """What has been trained: the epoch's number, from 1, its mean loss, and in what precision."""
+
+    number: int
+    loss: float
+    precision: str
+
+
 def train(
     network: nn.Module,
     images: Images,
@@ -34,7 +42,7 @@ def train(
     *,
     state: Path | None = None,
     label: str = "",
-) -> Iterator[tuple[int, float]]:
+) -> Iterator[Epoch]:
     """Trains `network` in place: SGD with Nesterov momentum, one cycle of the learning rate.
 
     The order of the images and their augmentation are drawn from the seed and the epoch's number,
@@ -53,11 +61,11 @@ def train(
         label: what the progress bar says.
 
     Yields:
-        The epoch's number, from 1, and its mean loss.
+        Each epoch after it, `precision` being `float32` or `bfloat16`.
 
     Raises:
         UsageError: `state` cannot be read, or was written under other settings; the loss of an
-            epoch is not finite.
+            epoch, or a weight after it, is not finite.
     """
     device = images.pixels.device
     batch = min(settings.batch_size, len(images))
@@ -110,7 +118,9 @@ def train(
                 cycle.step()
                 total += loss.detach()
                 bar.update(batch)
-            yield epoch, _finite(total.item() / per_epoch, epoch, settings)
+            mean = total.item() / per_epoch
+            _check_finite(mean, network, epoch, settings)
+            yield Epoch(epoch, mean, "bfloat16" if mixed else "float32")
             if state is not None:
                 kept = {
                     "same": same,
@@ -135,13 +145,19 @@ def _drawn(settings: ImageSettings, epoch: int, device: torch.device) -> torch.G
     return torch.Generator(device).manual_seed(settings.seed + 1_000_003 * epoch)
 
 
-def _finite(loss: float, epoch: int, settings: ImageSettings) -> float:
+def _check_finite(loss: float, network: nn.Module, epoch: int, settings: ImageSettings) -> None:
+    # The loss of an epoch says nothing of what its last step did.
+    weights = network.state_dict().values()
     if not math.isfinite(loss):
-        raise UsageError(
-            f"learning_rate={settings.learning_rate:g}: the loss is {loss} in epoch {epoch}; must "
-            "be lower, or the images other ones"
-        )
-    return loss
+        found = f"the loss is {loss} in epoch {epoch}"
+    elif not all(weight.isfinite().all() for weight in weights):
+        found = f"weights are not finite after epoch {epoch}"
+    else:
+        return
+    raise UsageError(
+        f"learning_rate={settings.learning_rate:g}: {found}; must be lower, or the images other "
+        "ones"
+    )
 
 
 def _read(state: Path, same: dict[str, Any], device: torch.device) -> dict[str, Any]:

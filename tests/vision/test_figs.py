@@ -76,7 +76,8 @@ def test_fig2(tmp_path, monkeypatch):
     assert list(found["accuracy"]) == CONDITIONS
     assert list(found["accuracy"].values()) == pytest.approx(last["accuracy"], abs=1e-4)
     assert (found["train_images"], found["test_images"], found["epochs"]) == (128, 40, 2)
-    assert found["epsilon"] == 8 / 255
+    assert found["epsilon"] == 8 / 255 and found["precision"] == "float32"
+    assert (table["precision"] == "float32").all()
     assert set(record["seconds"]) == {
         "data", "digits-cnn training", "digits-cnn attacks", "digits-resnet18 training",
         "digits-resnet18 attacks", "all",
@@ -171,9 +172,8 @@ def test_fig5(tmp_path):
     one = splits[(splits["point"] == "pool") & (splits["relative"] == 0.1)].set_index("condition")
     last = table[table["epoch"] == 2].set_index("condition")
     for condition in ("none", "fgsm", "bim"):
-        pd.testing.assert_series_equal(
-            one.loc[condition, list(last.columns[3:])], last.loc[condition, list(last.columns[3:])]
-        )
+        columns = last.columns[3:].drop("precision")  # dataset, network and epoch come first
+        pd.testing.assert_series_equal(one.loc[condition, columns], last.loc[condition, columns])
     text = (tmp_path / "splits.svg").read_text()
     assert all(word in text for word in ("pixels", *blocks, "ε / RMS", "FGSM", "BIM"))
     drawn = (tmp_path / "splits.png").read_bytes()

@@ -32,7 +32,7 @@ def network(images, name="resnet18", width=0.1):
 def run(images, settings=SETTINGS, stop_at=None, **options):
     """Trains; the network, the rows and the losses. Stops, if told, in the midst of an epoch."""
     net, rows, losses = network(images), [], []
-    for epoch, loss in train(net, images, settings, rows, **options):
+    for epoch, loss, _ in train(net, images, settings, rows, **options):
         if epoch == stop_at:
             break
         losses.append(loss)
@@ -48,7 +48,7 @@ def same(a, b):
 def test_it_learns(images):
     net = network(images, "cnn", width=0.5)
     settings = replace(PLAIN, epochs=12, batch_size=10)
-    assert [epoch for epoch, _ in train(net, images, settings, [])] == list(range(1, 13))
+    assert [epoch.number for epoch in train(net, images, settings, [])] == list(range(1, 13))
     assert (net.eval()(images.scaled()).argmax(1) == images.labels).double().mean() > 0.95
 
 
@@ -136,7 +136,7 @@ def test_the_mean_loss_is_reported(images, share):
         PLAIN, learning_rate=0.0, momentum=0.0, label_smoothing=share, batch_size=50, epochs=1
     )
     net = network(images, "cnn")
-    losses = [loss for _, loss in train(net, images, settings, [])]
+    losses = [epoch.loss for epoch in train(net, images, settings, [])]
     scores = net(images.scaled()).log_softmax(1)
     own = -scores.gather(1, images.labels[:, None]).mean()
     wanted = (1 - share) * own - share * scores.mean()
@@ -169,13 +169,24 @@ def test_a_loss_that_is_not_finite_is_said(images, tmp_path):
     assert not state.exists()
 
 
+def test_weights_that_the_last_step_spoils_are_said(images, tmp_path):
+    """The loss is that before the step."""
+    net, state = network(images, "cnn"), tmp_path / "state.pt"
+    net.fc2.bias.register_hook(lambda slope: slope * torch.nan)
+    settings = replace(PLAIN, epochs=1, batch_size=len(images))
+    message = r"learning_rate=0\.1: weights are not finite after epoch 1; must be lower"
+    with pytest.raises(UsageError, match=message):
+        list(train(net, images, settings, [], state=state))
+    assert not state.exists()
+
+
 def test_precision(images):
     seen = []
     net = network(images, "cnn")
     net.fc2.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
     for precision in ("float32", "bfloat16"):
         settings = replace(PLAIN, precision=precision, epochs=1, batch_size=200)
-        assert len(list(train(net, images, settings, []))) == 1
+        assert [epoch.precision for epoch in train(net, images, settings, [])] == [precision]
     assert seen == [torch.float32, torch.bfloat16]
 
 
