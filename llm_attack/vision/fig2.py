@@ -16,7 +16,7 @@ from llm_attack.declare import setting
 from llm_attack.drawing import COLOURS, new_figure
 from llm_attack.record import Stopwatch, without_formulas, write_text
 from llm_attack.reproduce import figure_command
-from llm_attack.vision.settings import QUICK, ImageSettings, shown, titled
+from llm_attack.vision.settings import QUICK, UNBOUNDED, ImageSettings, shown, titled
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -174,16 +174,19 @@ def _panel(axis: Any, group: pd.DataFrame) -> None:
     accuracy = table["accuracy"]
     lines: Any = {"markersize": 3, "marker": "o" if len(accuracy) < 12 else ""}
 
-    def curve(condition: str, colour: str, label: str, width: float) -> None:
+    def curve(condition: str, colour: str, label: str, width: float, dashes: str = "-") -> None:
         ends = (table["low"][condition], table["high"][condition])
         axis.fill_between(table.index, *ends, color=colour, alpha=0.15, linewidth=0)
-        axis.plot(accuracy[condition], color=colour, linewidth=width, label=label, **lines)
+        axis.plot(accuracy[condition], dashes, color=colour, linewidth=width, label=label, **lines)
 
     ends = (accuracy["lowest"], accuracy["highest"])
     axis.fill_between(accuracy.index, *ends, color="0.85", linewidth=0, label="envelope")
     curve("none", COLOURS[-1], "clean", 1.8)
-    for attack, colour in zip(attacks, COLOURS * 2, strict=False):
-        curve(attack, colour, shown(attack), 1)
+    kinds = list(dict.fromkeys(attack.removesuffix(UNBOUNDED) for attack in attacks))
+    for attack in attacks:
+        kind = attack.removesuffix(UNBOUNDED)
+        colour = COLOURS[kinds.index(kind) % (len(COLOURS) - 1)]  # the last is that of clean images
+        curve(attack, colour, shown(attack), 1, "-" if attack == kind else "--")
 
 
 COMMAND = figure_command("fig2", PRESETS, run)

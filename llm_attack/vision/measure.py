@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from llm_attack.attacks import ATTACKS, Attack, deepfool, keys_for, least_likely, sparsefool, sweep
+from llm_attack.attacks import (
+    ATTACKS,
+    Attack,
+    deepfool,
+    keys_for,
+    least_likely,
+    perturb,
+    sparsefool,
+    sweep,
+)
 from llm_attack.vision.data import Images
 from llm_attack.vision.networks import split
+from llm_attack.vision.settings import UNBOUNDED
 
 _IN_BALL = (name for name, kind in ATTACKS.items() if name != "none" and not kind.minimal)
 _SEARCHES: dict[str, Callable[..., Tensor]] = {"deepfool": deepfool, "sparsefool": sparsefool}
-_UNBOUNDED = "_unbounded"  # behind a name: without the amplitude
-KNOWN = (*_IN_BALL, *(name + end for end in ("", _UNBOUNDED) for name in _SEARCHES))
+_EACH_CLASS = "apgdt"  # lowers the lead over one class after the other
+KNOWN = (*_IN_BALL, *(name + end for end in ("", UNBOUNDED) for name in _SEARCHES))
 
 Row = dict[str, Any]
 
@@ -64,7 +75,8 @@ def attacked(
     """(name, attacked points) of each attack in turn.
 
     Of `apgd`, `apgdt` and `blocks` any point on the way counts that is classified wrongly, as with
-    their authors; of the others, where they end.
+    their authors, and `apgdt` goes on to the next class with the others alone; of all other
+    attacks, where they end.
 
     Args:
         names: members of `KNOWN`.
@@ -85,19 +97,7 @@ def attacked(
     target = least_likely(scores, labels)
 
     now = ""  # the attack at work: its points, gradients and result are seen one at a time
-    wrong, there = torch.zeros_like(labels, dtype=torch.bool), x  # of the points on its way
-
-    def watched(point: Tensor) -> Tensor:
-        nonlocal wrong, there
-        found = classifier(point)
-        fallen = found.detach().argmax(1) != labels
-        wrong, there = wrong | fallen, _where(fallen, point.detach(), there)
-        return found
-
-    def margin(other: int) -> Callable[[Tensor], Tensor]:
-        """For the `other`-th class of those that are not an image's own."""
-        classes = other + (labels <= other).long()
-        return lambda point: towards(watched(point), labels, classes)
+    watch = _Watch(classifier, x, labels)
 
     def note(gradient: Tensor) -> None:
         on_gradient(now, gradient)
@@ -105,27 +105,96 @@ def attacked(
     low, high = x - epsilon, x + epsilon
     box = (low, high) if bounds is None else (low.clamp(*bounds), high.clamp(*bounds))
     how: Any = {"steps": steps, "restarts": restarts, "queries": queries}
-    in_ball = [Attack(name, epsilon, **how) for name in names if name in ATTACKS]
+    in_ball = {name: Attack(name, epsilon, **how) for name in names if name in ATTACKS}
     swept = sweep(
-        in_ball,
+        [attack for name, attack in in_ball.items() if name != _EACH_CLASS],
         x,
-        lambda point: cross_entropy(watched(point), labels),
+        lambda point: watch.loss(point),
         target_loss=lambda point: cross_entropy(classifier(point), target),
-        target_losses=[margin(other) for other in range(scores.shape[1] - 1)],
         bounds=bounds,
         keys=keys,
         on_gradient=note,
     )
     for now in names:
         if now in ATTACKS:
-            wrong, there = torch.zeros_like(wrong), x
-            point = next(swept)
+            watch = _Watch(classifier, x, labels)
+            if now == _EACH_CLASS:
+                others = range(scores.shape[1] - 1)
+                point = _towards_each(in_ball[now], watch, x, others, bounds, keys, note)
+            else:
+                point = next(swept)
             any_counts = ATTACKS[now].adaptive or ATTACKS[now].search
-            yield now, _where(wrong, there, point) if any_counts else point
+            yield now, _where(watch.wrong, watch.there, point) if any_counts else point
             continue
-        search = _SEARCHES[now.removesuffix(_UNBOUNDED)]
-        limits = bounds if now.endswith(_UNBOUNDED) else box
+        search = _SEARCHES[now.removesuffix(UNBOUNDED)]
+        limits = bounds if now.endswith(UNBOUNDED) else box
         yield now, search(classifier, x, labels=labels, bounds=limits, on_gradient=note)
+
+
+class _Watch:
+    """A classifier of images, whose labels are `labels`, that keeps where it was wrong on the way.
+
+    Attributes:
+        wrong: (N,), whether it was.
+        there: like the clean points, where it was so last.
+    """
+
+    def __init__(self, classifier: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor) -> None:
+        self.classifier, self.labels = classifier, labels
+        self.wrong, self.there = torch.zeros_like(labels, dtype=torch.bool), x.clone()
+
+    def _scores(self, point: Tensor, rows: Tensor | slice) -> Tensor:
+        scores = self.classifier(point)
+        fallen = scores.detach().argmax(1) != self.labels[rows]
+        self.wrong[rows] |= fallen
+        self.there[rows] = _where(fallen, point.detach(), self.there[rows])
+        return scores
+
+    def loss(self, point: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
+        """The cross-entropy of points that belong to the images `rows`."""
+        return cross_entropy(self._scores(point, rows), self.labels[rows])
+
+    def lead(self, point: Tensor, rows: Tensor, target: Tensor) -> Tensor:
+        return towards(self._scores(point, rows), self.labels[rows], target)
+
+
+def _towards_each(
+    attack: Attack,
+    watch: _Watch,
+    x: Tensor,
+    others: Iterable[int],
+    bounds: tuple[float, float] | None,
+    keys: Tensor,
+    on_gradient: Callable[[Tensor], None],
+) -> Tensor:
+    """The points of the greatest loss of a targeted attack on one class after the other.
+
+    Those that an earlier class has made wrong are left where they were by then. The `others` are
+    numbers of classes among those that are not an image's own.
+    """
+    with torch.no_grad():
+        best, most = x.clone(), watch.loss(x)
+    for other in others:
+        rows = (~watch.wrong).nonzero()[:, 0]
+        if not len(rows):
+            break
+        target = other + (watch.labels[rows] <= other).long()
+        loss = partial(watch.loss, rows=rows)
+        point = perturb(
+            attack,
+            x[rows],
+            loss,
+            target_losses=[partial(watch.lead, rows=rows, target=target)],
+            bounds=bounds,
+            keys=keys[rows],
+            on_gradient=on_gradient,
+        )
+        with torch.no_grad():
+            value = loss(point)
+        better = value > most[rows]
+        best[rows] = _where(better, point, best[rows])
+        most[rows] = torch.where(better, value, most[rows])
+    return best
 
 
 def _where(chosen: Tensor, this: Tensor, other: Tensor) -> Tensor:
@@ -268,7 +337,7 @@ def measure(
                 tallies[name].add(after, (point - x)[~stays])
     before = torch.cat(tallies["none"].right).double().mean().item()
     table = [tally.row(condition, before) for condition, tally in tallies.items()]
-    bounded = [row for row in table[1:] if not row["condition"].endswith(_UNBOUNDED)]
+    bounded = [row for row in table[1:] if not row["condition"].endswith(UNBOUNDED)]
     robust = sorted(bounded or table[1:], key=lambda row: row["accuracy"])
     kept = ("accuracy", "low", "high", "images", "before")
     for condition, row in (("lowest", robust[0]), ("highest", robust[-1])):

@@ -36,6 +36,7 @@ class Amplitudes(click.ParamType):
 
 
 TRAININGS = ("none", "pgd", "trades")
+UNBOUNDED = "_unbounded"  # ends the name of an attack that keeps to no amplitude
 
 
 @dataclass(frozen=True)

@@ -294,6 +294,33 @@ def test_titles_of_neighbours_do_not_overlap(tmp_path, monkeypatch):
     assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
 
 
+def test_curves_can_be_told_apart(tmp_path, monkeypatch):
+    """An unbounded attack is dashed, in the colour of the bounded one; black is clean alone."""
+    attacks = fig2.Settings().attacks.split(",")
+    columns = {"dataset": "digits", "network": "cnn", "epsilon": 0.1, "low": 0, "high": 1}
+    rows = [
+        {**columns, "epoch": epoch, "condition": condition, "accuracy": 0.5}
+        for epoch in (1, 2)
+        for condition in ("none", *attacks, "lowest", "highest", "all")
+    ]
+    pd.DataFrame(rows).to_csv(tmp_path / "table.csv", index=False)
+    looks = {}
+
+    @contextmanager
+    def looked_at(*arguments, **options):
+        with new_figure(*arguments, **options) as figure:
+            yield figure
+            for line in figure.axes[0].get_lines():
+                looks[line.get_label()] = (line.get_color(), line.get_linestyle())
+
+    monkeypatch.setattr(fig2, "new_figure", looked_at)
+    fig2.draw(tmp_path, 1)
+    assert len(looks) == len(set(looks.values())) == 8
+    colour, dashes = looks["SparseFool"]
+    assert looks["SparseFool, unbounded"] == (colour, "--") and dashes == "-"
+    assert looks["clean"][0] not in [looks[name][0] for name in looks if name != "clean"]
+
+
 def test_presets():
     for presets in (fig1.PRESETS, fig2.PRESETS, fig5.PRESETS):
         assert list(presets) == ["quick", "paper"]

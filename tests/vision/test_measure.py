@@ -190,6 +190,24 @@ def test_of_attacks_that_search_any_wrong_point_counts(name):
     assert (point >= 0.4 - 1e-6).all()
 
 
+def test_the_next_class_is_tried_on_those_that_are_right_still():
+    """Of class 0, half are close enough to class 1; nothing is close to class 2."""
+    seen = []
+
+    def scores(point):
+        seen.append(len(point))
+        u = point.flatten(1)
+        return torch.cat((0 * u, u - 0.5, u - 9), dim=1)
+
+    x, labels = torch.tensor([0.45, 0.1] * 3).reshape(6, 1, 1, 1), torch.zeros(6).long()
+    keys = torch.tensor([keys_for(0, [i]) for i in range(6)])
+    how = {"epsilon": 0.1, "steps": 5, "bounds": (0, 1)}
+    ((_, point),) = attacked(["apgdt"], scores, x, labels, keys, **how)
+    assert set(seen) == {6, 3} and seen.count(3) == seen.count(6) - 2  # the clean scores come first
+    assert (scores(point).argmax(1) == torch.tensor([1, 0] * 3)).all()
+    assert torch.allclose(point.flatten()[1::2], torch.tensor(0.2))  # as far as it goes
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ("cross-entropy", "targets"))
 def test_as_many_images_stay_right_as_under_autoattack(way):
