@@ -11,6 +11,7 @@ from shown import ROOT
 from test_shown_numbers import tables
 
 from llm_attack.theory import relation
+from llm_attack.vision import fig2
 
 PAGE = (ROOT / "docs" / "experiments.md").read_text("utf-8")
 
@@ -47,38 +48,55 @@ def signed(*values):
     return [f"{value:+.2f}".replace("-", "−") for value in values]
 
 
+def record_of(folder):
+    return json.loads((ROOT / "results" / folder / "run.json").read_text("utf-8"))
+
+
 @pytest.mark.parametrize("folder", [*FOLDERS, *THEORY, *SEEDS, *TRADEOFFS])
 def test_the_page_has_the_command_of_each_result(folder):
-    record = json.loads((ROOT / "results" / folder / "run.json").read_text("utf-8"))
+    record = record_of(folder)
     commands = re.findall(r"llm-attack reproduce (?:fig[12456]|relation|tradeoff) -[^`\n#]*", PAGE)
     assert options(record["command"]) in [options(command) for command in commands]
+
+
+def curves():
+    """Data set, folder and network of all curves under the usual attacks."""
+    for folder in FOLDERS:
+        record = record_of(folder)
+        if folder != "fig1" and record["settings"]["attacks"] == fig2.Settings().attacks:
+            for label in record["results"]:
+                yield folder, label.split("-")[1]
 
 
 def test_accuracies_after_the_last_epoch():
     seen = set()
     for row in shown_rows(["results", "network", "training images"]):
-        folder = row["results"].strip("`")
+        folder, network = row["results"].strip("`"), row["network"].split()[0]
         table = pd.read_csv(ROOT / "results" / folder / "table.csv")
-        table = table[table["network"] == row["network"].split()[0]]
+        table = table[table["network"] == network]
         last = table[table["epoch"] == table["epoch"].max()].set_index("condition")
-        record = json.loads((ROOT / "results" / folder / "run.json").read_text("utf-8"))
-        (results,) = record["results"].values()
+        record = record_of(folder)
+        results = record["results"][f"{table['dataset'].iloc[0]}-{network}"]
+        width = record["settings"]["width"]
+        scaled = "" if width == 1 else f" × {width:g}"
+        assert row["network"] == f"{network}{scaled} ({results['parameters']:,})"
         assert row["training images"] == f"{results['train_images']:,}"
         assert int(row["epochs"]) == results["epochs"] == last["epoch"].iloc[0]
         columns = {"clean, all": "all", "clean": "none"}
-        for name in list(row)[4:]:
+        names = list(row)[4:]
+        assert set(names) == {*columns, *fig2.Settings().attacks.split(",")}
+        for name in names:
             accuracy = last.loc[columns.get(name, name), "accuracy"]
             assert float(row[name]) == pytest.approx(accuracy, abs=5.1e-4), (folder, name)
-        seen.add(folder)
-    assert seen == {name for name in FOLDERS if name != "fig1"}
+        seen.add((folder, network))
+    assert seen == set(curves())
 
 
 def test_beside_autoattack():
     rows = list(shown_rows(["results", "epsilon", "images"]))
     assert rows
     for row in rows:
-        folder = ROOT / "results" / row["results"].strip("`")
-        record = json.loads((folder / "run.json").read_text("utf-8"))
+        record = record_of(row["results"].strip("`"))
         n, left = record["images"], record["left"]
         assert int(row["images"]) == n
         assert float(Fraction(row["epsilon"])) == pytest.approx(record["epsilon"])
@@ -92,6 +110,26 @@ def test_beside_autoattack():
             assert shown == pytest.approx(ends, abs=5.1e-4)
         for column, name in (("ours", "llm_attack"), ("AutoAttack", "autoattack")):
             assert int(row[f"seconds, {column}"]) == round(record["seconds"][name])
+
+
+def test_sparsefool_beside_others():
+    rows = list(shown_rows(["SparseFool", "coordinates", "of"]))
+    names = {"`llm_attack`": "llm_attack", "the authors": "authors"}
+    seen = set()
+    for row in rows:
+        folder = row["SparseFool"].strip("`")
+        record = record_of(folder)
+        name = names.get(row["of"], "torchattacks")
+        medians, found = record["seconds"]["medians"], record["found"][name]
+        assert int(row["coordinates"].replace(",", "")) == record["coordinates"]
+        assert row["ms an image"] == f"{1e3 * medians[name]:.1f}"
+        ratio = medians[name] / medians["llm_attack"]
+        shown = "–" if ratio == 1 else f"{ratio:.{1 if ratio < 10 else 0}f} ×"
+        assert row["ours is faster"] == shown
+        assert row["fooled"] == f"{found['fooled']:.2f}"
+        assert int(row["median L0"]) == found["median_l0"]
+        seen.add((folder, name))
+    assert len(seen) == len(rows) == 3 * len(folders("sparsefool"))
 
 
 def test_the_relation_on_lines():
@@ -123,10 +161,10 @@ def test_the_relation_on_lines():
 
 def test_what_falls_and_what_rises():
     """Between the first and the last epoch: where the two intervals do not meet."""
-    rows = list(shown_rows(["results", "condition"]))
-    assert rows
+    rows = list(shown_rows(["results", "network", "condition"]))
     for row in rows:
         table = pd.read_csv(ROOT / "results" / row["results"].strip("`") / "table.csv")
+        table = table[table["network"] == row["network"]]
         of = table[table["condition"] == {"clean": "none"}.get(row["condition"], row["condition"])]
         first, last = of.iloc[0], of.iloc[-1]
         for name, there in (("first", first), ("last", last)):
@@ -134,8 +172,10 @@ def test_what_falls_and_what_rises():
             assert shown == pytest.approx(list(there[["accuracy", "low", "high"]]), abs=5.1e-4)
         falls, rises = last["high"] < first["low"], last["low"] > first["high"]
         assert row["verdict"] == ("falls" if falls else "rises" if rises else "cannot be told")
-    conditions = {(row["results"], row["condition"]) for row in rows}
-    assert len(conditions) == len(rows) == 7 * len({row["results"] for row in rows})
+    shown = [(row["results"].strip("`"), row["network"], row["condition"]) for row in rows]
+    trained = [pair for pair in curves() if record_of(pair[0])["settings"]["load"] is None]
+    conditions = ("clean", *fig2.Settings().attacks.split(","))
+    assert sorted(shown) == sorted((*pair, name) for pair in trained for name in conditions)
 
 
 def test_what_falls_and_what_rises_over_three_seeds():

@@ -327,6 +327,17 @@ def test_nothing_known_nothing_fooled():
     assert table["fgsm"]["l2"] is None and not math.isnan(table["fgsm"]["accuracy"])
 
 
+@pytest.mark.parametrize("before", (True, False))
+def test_convolutions_keep_the_bits_of_float32(before, monkeypatch):
+    """While images are attacked; cuDNN's default, TF32, is as it was afterwards."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", before)
+    net, seen = network(), []
+    net.conv1.register_forward_hook(lambda *call: seen.append(torch.backends.cudnn.allow_tf32))
+    measure(net, images(4), ("fgsm",), epsilon=0.05)
+    assert seen and not any(seen)
+    assert torch.backends.cudnn.allow_tf32 == before
+
+
 @pytest.mark.parametrize("name", ("cnn", "resnet18"))
 def test_measuring_leaves_no_trace(name):
     net = network(name=name).train()
