@@ -141,7 +141,7 @@ def draw(folder: Path, width: float, at: str | None = None) -> None:
 
     table = pd.read_csv(folder / "table.csv")
     datasets, networks = (list(table[column].unique()) for column in ("dataset", "network"))
-    size = (max(2.4 * len(networks), 3.4) + 1.4, 2.3 * len(datasets) + 0.3)
+    size = (max(2.4 * len(networks), 3.4) + 2.0, 2.3 * len(datasets) + 0.3)
     with new_figure(folder, size) as figure:
         axes = figure.subplots(
             len(datasets), len(networks), sharex=True, sharey=True, squeeze=False

@@ -166,7 +166,7 @@ class ImageSettings:
 QUICK: dict[str, Any] = {"dataset": "digits", "width": 0.25, "epochs": 8, "batch_size": 32}
 
 _LONGEST = 24  # characters that titles of neighbours have room for
-_LINE = 40  # and lines
+_LINE = 28  # and lines
 _SHOWN = {
     "cnn": "CNN",
     "resnet18": "ResNet-18",
@@ -181,9 +181,12 @@ _SHOWN = {
 
 
 def titled(*parts: str) -> str:
-    """The title of a panel: on one line where its neighbours leave room for that."""
-    text = ", ".join(parts)
-    return text if len(text) <= _LINE else "\n".join(parts)
+    """The title of a panel: on as few lines as its neighbours leave room for."""
+    first, *others = parts
+    for lines in ([", ".join(parts)], [first, ", ".join(others)]):
+        if max(map(len, lines)) <= _LINE:
+            return "\n".join(lines)
+    return "\n".join(parts)
 
 
 def shown(name: str) -> str:

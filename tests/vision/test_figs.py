@@ -269,14 +269,19 @@ def test_amplitudes_may_be_fractions(text, value):
     assert Amplitude().convert(text, None, None) == value
 
 
-def test_titles_of_neighbours_do_not_overlap(tmp_path, monkeypatch):
+LONG = (f"imagefolder:{'long_' * 6}", "cnn"), (f"package.module:{'named_' * 6}", "cnn")
+
+
+@pytest.mark.parametrize(
+    "names", (LONG, (("mnist", "cifar10"), ("resnet18", "googlenet"))), ids=("long", "usual")
+)
+def test_titles_of_neighbours_do_not_overlap(tmp_path, monkeypatch, names):
     columns = {"epoch": 1, "low": 0.4, "high": 0.6, "accuracy": 0.5, "epsilon": 0.0123}
-    names = (f"imagefolder:{'long_' * 6}", "cnn"), (f"package.module:{'named_' * 6}", "cnn")
     rows = [
         {"dataset": dataset, "network": network, "condition": condition, **columns}
         for dataset in names[0]
         for network in names[1]
-        for condition in ("none", "fgsm", "lowest", "highest", "all")
+        for condition in ("none", "sparsefool_unbounded", "lowest", "highest", "all")
     ]
     pd.DataFrame(rows).to_csv(tmp_path / "table.csv", index=False)
     boxes = []
@@ -285,8 +290,9 @@ def test_titles_of_neighbours_do_not_overlap(tmp_path, monkeypatch):
     def looked_at(*arguments, **options):
         with new_figure(*arguments, **options) as figure:
             yield figure
-            figure.canvas.draw()
-            boxes.extend(axis.title.get_window_extent() for axis in figure.axes)
+            figure.draw_without_rendering()
+            figure.draw_without_rendering()  # the legend has its place from the second on
+            boxes.extend(axis.title.get_window_extent().padded(4) for axis in figure.axes)
 
     monkeypatch.setattr(fig2, "new_figure", looked_at)
     fig2.draw(tmp_path, 0.25)
