@@ -82,7 +82,7 @@ def run(settings: Settings, folder: Path) -> dict[str, Any]:
     write_text(folder / "table.csv", text)
     draw({condition: point.cpu() for condition, point in points.items()}, table, folder)
     return {
-        f"{dataset.name}-{name}": stages.summary(dataset, network, rows),
+        f"{dataset.name}-{name}": stages.summary(settings, dataset, network, rows),
         "seconds": clock,
     }
 

@@ -121,7 +121,7 @@ def curves(
             epsilon_unit=epsilon_unit,
         )
         table += [{"dataset": dataset.name, "network": name, **row} for row in rows]
-        results[label] = stages.summary(dataset, network, rows)
+        results[label] = stages.summary(settings, dataset, network, rows)
         then(dataset, name, network)
     text = without_formulas(pd.DataFrame(table)).to_csv(index=False, float_format="%.6g")
     write_text(folder / "table.csv", text)

@@ -166,7 +166,11 @@ def trained(
         tqdm.write(said)
     clock.lap(f"{label} training")
     if settings.save is not None:
-        about = {"network": name, "dataset": dataset.name, **summary(dataset, network, rows)}
+        about = {
+            "network": name,
+            "dataset": dataset.name,
+            **summary(settings, dataset, network, rows),
+        }
         save(Path(settings.save), label, network, settings, about)
     return network, rows
 
@@ -183,10 +187,16 @@ def spread(epochs: int, n: int | None) -> set[int]:
     return {round(1 + i * (epochs - 1) / (n - 1)) for i in range(n)} if n > 1 else {epochs}
 
 
-def summary(dataset: Dataset, network: nn.Module, rows: Sequence[Row]) -> dict[str, Any]:
-    """A network's entry in the record: sizes, precision of the training, the last accuracies."""
+def summary(
+    settings: ImageSettings, dataset: Dataset, network: nn.Module, rows: Sequence[Row]
+) -> dict[str, Any]:
+    """A network's entry in the record: sizes, precision of the training, the last accuracies.
+
+    The width is that of the network, also where that is loaded and the command did not say it.
+    """
     last = [row for row in rows if row["epoch"] == rows[-1]["epoch"]]
     return {
+        "width": settings.width,
         "parameters": sum(p.numel() for p in network.parameters()),
         "train_images": len(dataset.train),
         "test_images": len(dataset.test),

@@ -76,6 +76,7 @@ def test_fig2(tmp_path, monkeypatch):
     assert list(found["accuracy"]) == CONDITIONS
     assert list(found["accuracy"].values()) == pytest.approx(last["accuracy"], abs=1e-4)
     assert (found["train_images"], found["test_images"], found["epochs"]) == (128, 40, 2)
+    assert found["width"] == SMALL["width"]
     assert found["epsilon"] == 8 / 255 and found["precision"] == "float32"
     assert (table["precision"] == "float32").all()
     assert set(record["seconds"]) == {
