@@ -66,6 +66,8 @@ def main(dataset, network, epochs, train_size, batch, rounds, width, authors, ou
         x = images.test[: 2 * batch].scaled()
         labels = images.test.labels[: 2 * batch]
         known = (classifier(x).argmax(1) == labels).nonzero()[:batch, 0]
+        if not len(known):
+            raise click.UsageError("the network knows none of these images: more --epochs")
         x, labels = x[known].contiguous(), labels[known]
         contiguous = Contiguous(classifier).eval()  # torchattacks puts it back into the mode it had
         theirs = torchattacks.SparseFool(contiguous)

@@ -261,9 +261,9 @@ RULES = (
     ),
     Rule(
         r"python benchmarks/sparsefool\.py .*",
-        "few images; without the authors' program, which is not ours to bring along",
-        changes=(*IMAGES, (r" --authors \S+", "")),
-        more="--train_size 200 --epochs 1 --batch 2 --rounds 1",
+        "small images; without the authors' program, which is not ours to bring along",
+        changes=((r"--dataset \w+", "--dataset digits"), (r" --authors \S+", "")),
+        more="--train_size 1000 --epochs 3 --batch 2 --rounds 1",
         needs="torchattacks",
     ),
     Rule(
