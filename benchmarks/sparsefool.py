@@ -43,19 +43,17 @@ from llm_attack.vision.train import train
 @click.option("--train_size", type=int, help="Training images; all unless given.")
 @click.option("--batch", default=64, help="Images attacked at once.")
 @click.option("--rounds", default=3, help="Turns of each.")
-@click.option("--width", default=1.0, help="Factor on the channels of the network.")
 @click.option(
     "--authors",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Folder of the authors' program, which is left out unless given.",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for run.json.")
-def main(dataset, network, epochs, train_size, batch, rounds, width, authors, output):
+def main(dataset, network, epochs, train_size, batch, rounds, authors, output):
     settings = ImageSettings(
         epochs=epochs,
         train_size=train_size,
         batch_size=32,
-        width=width,
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
     images = load(dataset, settings)
@@ -134,7 +132,7 @@ def authors_own(folder: Path, classifier: nn.Module, x: Tensor) -> Callable[[], 
     low, high = torch.zeros_like(x[:1]), torch.ones_like(x[:1])
 
     def run() -> Tensor:
-        rows = x.contiguous().split(1)
+        rows = x.split(1)
         return torch.cat([attack(row, classifier, low, high, device=x.device)[0] for row in rows])
 
     return run
