@@ -7,6 +7,8 @@ import runpy
 import pandas as pd
 import pytest
 from click.testing import CliRunner
+from scipy.optimize import brentq
+from scipy.special import expit
 from shown import ROOT
 
 from llm_attack import inference
@@ -180,6 +182,7 @@ OF_THE_TOY = {
     "loss, training": "loss",
     "accuracy, clean": "clean",
     "accuracy under FGSM": "robust",
+    "accuracy after a plain step": "stepped",
     **{
         f"{what}, {packet}": f"{name}_{packet}"
         for packet in PACKETS
@@ -209,7 +212,30 @@ def test_uncertainty():
     for packet, above in (("fixed", 0), ("predicted", 5)):
         assert (curves.loc[500, f"product_{packet}"] > 0.5).sum() == above
         assert (curves[f"product_{packet}"] >= curves[f"bound_{packet}"]).all()
-    assert (curves.loc[50:, "product_predicted"] > 0.5).all()
+    lowest = curves["product_predicted"].groupby("epoch").min()
+    assert lowest[lowest <= 0.5].index.max() == 38 and "from epoch 39 on the product is" in text
+
+
+def test_the_plain_step_of_the_toy():
+    """`docs/experiments.md`, Fig. 4: its accuracy falls between two epochs, and then rises."""
+    text = " ".join((ROOT / "docs" / "experiments.md").read_text("utf-8").split())
+    curves = pd.read_csv(ROOT / "results/fig4/curves.csv")
+    means = curves.groupby("epoch")[["clean", "robust", "stepped"]].mean()
+    top = means["stepped"].loc[:50].idxmax()
+    low = means["stepped"].loc[top:].idxmin()
+    ends = {name: means[name].loc[[top, low, 500]].round(3).tolist() for name in means}
+    assert f"reproduced from epoch {top} to epoch {low}. " in text
+    assert "Its mean falls from {:.3f} to {:.3f}, while".format(*ends["stepped"]) in text
+    assert "the clean accuracy rises from {:.3f} to {:.3f}.".format(*ends["clean"]) in text
+    assert f"rises again, to {ends['stepped'][2]:.3f} after epoch 500" in text
+    values = curves.set_index(["epoch", "seed"])["stepped"]
+    for (first, last), told in (((top, low), "falls"), ((low, 500), "rises")):
+        change = inference.mean_of([((values[last] - values[first]).to_numpy(), range(5))])
+        assert told == ("falls" if change.high < 0 else "rises" if change.low > 0 else None)
+    assert (means["robust"].cummax() - means["robust"]).max() < 0.005  # FGSM's does not fall
+    for slope, shown in ((2, "0.23"), (8, "0.26"), (400, "0.02")):
+        way = brentq(lambda t, k=slope: t - 0.3 * k * expit(-k * t), 0, 10)
+        assert f"{way:.2f}" == shown and f"{shown} for k = {slope}" in text
 
 
 def test_words():
