@@ -85,9 +85,9 @@ def train(settings: Settings) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Trains all seeds; measures before the first epoch and after each.
 
     Returns:
-        The curves, a row for each epoch and seed (epoch, seed, loss, clean, robust,
-        stepped, and of each packet dx_fixed, dp_fixed, product_fixed, bound_fixed, dx_predicted,
-        ...), and the landscapes of the first seed after a fifth, two fifths and all of the epochs (epoch, x1, x2,
+        The curves, a row for each epoch and seed (epoch, seed, loss, clean, robust, stepped, and of
+        each packet dx_fixed, dp_fixed, product_fixed, bound_fixed, dx_predicted, ...), and the
+        landscapes of the first seed after a fifth, two fifths and all of the epochs (epoch, x1, x2,
         loss, fixed, predicted).
 
     Raises:
