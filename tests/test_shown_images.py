@@ -7,11 +7,13 @@ from fractions import Fraction
 
 import pandas as pd
 import pytest
+import torch
 from shown import ROOT
 from test_shown_numbers import tables
 
 from llm_attack.theory import relation
 from llm_attack.vision import fig2
+from llm_attack.vision.networks import build
 from llm_attack.vision.settings import shown as called
 
 PAGE = (ROOT / "docs" / "experiments.md").read_text("utf-8")
@@ -73,6 +75,22 @@ def attacked():
                 yield folder, label.split("-")[1]
 
 
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_record_names_the_networks_that_were_attacked(folder):
+    """Also where they were loaded: their number of parameters is that of the name and the width."""
+    record = record_of(folder)
+    results, width = record["results"], record["settings"]["width"]
+    names = record["settings"]["network"].split(",")
+    labels = [f"{d}-{n}" for d in record["settings"]["dataset"].split(",") for n in names]
+    assert list(results) == labels
+    for label, of in results.items():
+        dataset, name = label.split("-")
+        channels, size = (1, 28) if dataset == "mnist" else (3, 32)
+        moments = torch.zeros(channels), torch.ones(channels)
+        network = build(name, *moments, size=size, classes=10, width=width)
+        assert of["parameters"] == sum(p.numel() for p in network.parameters())
+
+
 def test_accuracies_after_the_last_epoch():
     seen = set()
     for row in shown_rows(["results", "network", "training images"]):
@@ -83,8 +101,7 @@ def test_accuracies_after_the_last_epoch():
         record = record_of(folder)
         results = record["results"][f"{table['dataset'].iloc[0]}-{network}"]
         settings = record["settings"]
-        whole = settings["width"] == 1 or settings["load"]  # that of the file counts, which is 1
-        scaled = "" if whole else f" × {settings['width']:g}"
+        scaled = "" if settings["width"] == 1 else f" × {settings['width']:g}"
         assert row["network"] == f"{network}{scaled} ({results['parameters']:,})"
         assert row["training images"] == f"{results['train_images']:,}"
         assert int(row["epochs"]) == results["epochs"] == last["epoch"].iloc[0]

@@ -16,7 +16,7 @@ from llm_attack.declare import setting
 from llm_attack.drawing import COLOURS, new_figure
 from llm_attack.record import Stopwatch, without_formulas, write_text
 from llm_attack.reproduce import figure_command
-from llm_attack.vision.settings import QUICK, UNBOUNDED, ImageSettings, shown, titled
+from llm_attack.vision.settings import QUICK, UNBOUNDED, ImageSettings, resolved, shown, titled
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -189,4 +189,4 @@ def _panel(axis: Any, group: pd.DataFrame) -> None:
         curve(attack, colour, shown(attack), 1, "-" if attack == kind else "--")
 
 
-COMMAND = figure_command("fig2", PRESETS, run)
+COMMAND = figure_command("fig2", PRESETS, run, resolved)

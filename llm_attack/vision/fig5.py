@@ -15,7 +15,7 @@ from llm_attack.drawing import COLOURS, new_figure
 from llm_attack.record import without_formulas, write_text
 from llm_attack.reproduce import figure_command
 from llm_attack.vision import fig2
-from llm_attack.vision.settings import QUICK, Amplitudes, shown, titled
+from llm_attack.vision.settings import QUICK, Amplitudes, resolved, shown, titled
 
 if TYPE_CHECKING:
     from torch import nn
@@ -156,4 +156,4 @@ def _splits(axis: Any, table: Any) -> None:
         axis.plot(of["relative"], of["accuracy"], kind, marker="o", markersize=3, **style)
 
 
-COMMAND = figure_command("fig5", PRESETS, run)
+COMMAND = figure_command("fig5", PRESETS, run, resolved)
