@@ -180,6 +180,7 @@ _SHOWN = {
     "googlenet": "GoogLeNet",
     "mnist": "MNIST",
     "cifar10": "CIFAR-10",
+    "apgdt": "APGD-T",
     "deepfool": "DeepFool",
     "deepfool_unbounded": "DeepFool, unbounded",
     "sparsefool": "SparseFool",
