@@ -260,6 +260,23 @@ def test_words():
     assert unlearnt.groupby("size")["epoch"].max().tolist() == [505, 352, 228]
 
 
+def test_which_words_have_the_larger_cosine():
+    """`docs/experiments.md`, Fig. 6: in size that of right words; the sign tells them apart."""
+    text = " ".join((ROOT / "docs" / "experiments.md").read_text("utf-8").split())
+    networks = {}
+    for folder in ("fig6", "fig6-controls"):
+        table = pd.read_csv(ROOT / "results" / folder / "networks.csv")
+        new = table[table["split"] == "test"]
+        assert (new["cosine_right"] < 0).all() and (new["cosine_wrong"] > 0).all()
+        further = new["cosine_right"].abs() > new["cosine_wrong"].abs()
+        networks[folder] = int(further.sum()), len(new)
+    assert networks == {"fig6": (30, 30), "fig6-controls": (31, 120)}
+    assert "further from 0 in all 30 networks" in text and "further from 0 in 31 of 120" in text
+    curves = pd.read_csv(ROOT / "results/fig6/curves.csv")
+    new = curves[curves["split"] == "test"]
+    assert (new["cosine_right_mean"].abs() > new["cosine_wrong_mean"].abs()).all()
+
+
 def test_cosines_of_networks_that_differ_in_accuracy():
     """`docs/experiments.md`, Fig. 6: the rank correlations, and how far apart the networks are."""
     text = (ROOT / "docs" / "experiments.md").read_text("utf-8")
