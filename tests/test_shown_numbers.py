@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 from scipy.optimize import brentq
 from scipy.special import expit
+from scipy.stats import binomtest
 from shown import ROOT
 
 from llm_attack import inference
@@ -56,6 +57,111 @@ def test_accuracies(folder):
             else:
                 expected = found.loc[(task, condition), "acc"]
             assert float(cell) == pytest.approx(expected, abs=5.1e-4), (task, condition)
+
+
+def words(page):
+    """The text of a page, on one line."""
+    return " ".join((ROOT / page).read_text("utf-8").split())
+
+
+def record_of(folder):
+    return json.loads((ROOT / "results" / folder / "run.json").read_text("utf-8"))
+
+
+def test_changes_of_the_mean():
+    """README: what noise, FGSM and BIM change, with the intervals."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    heading, *rows = next(tables(text[text.index("| epsilon | random noise |") :]))
+    assert [cell.partition(",")[0] for cell in heading[1:]] == ["random noise", "FGSM", "BIM"]
+    for epsilon, *cells in rows:
+        ten_steps = {"0.01": "smollm2-135m-bim-0.01", "0.7rms": "smollm2-135m-bim"}[epsilon]
+        folders = ("smollm2-135m", "smollm2-135m", ten_steps)
+        for name, folder, cell in zip(NAMES, folders, cells, strict=True):
+            table = pd.read_csv(ROOT / "results" / folder / "table.csv")
+            (row,) = table[
+                (table["task"] == "mean") & (table["condition"] == f"{name}@{epsilon}")
+            ].to_dict("records")
+            change, low, high = (-row[k] for k in ("drop", "drop_high", "drop_low"))
+            shown = f"{change:+.1f} ({low:+.1f} to {high:+.1f})".replace("-", "−")
+            assert cell == shown + (", not detectable" if low < 0 < high else "")
+    table = pd.read_csv(ROOT / "results/smollm2-135m-choice/table.csv")
+    noise = table[table["condition"].str.startswith("random@")]
+    assert (noise["p_mcnemar_holm"] > 0.05).all()  # no detectable effect
+    most = noise.loc[noise["task"] == "mean", "drop_high"].max()
+    assert f"it costs at most {most:.1f} points on the mean" in words("docs/fig3.md")
+
+
+def test_the_two_root_mean_squares():
+    """Of the embedding matrix, which is the unit, and of the tokens, which is in the SNR."""
+    of = record_of("smollm2-135m")["attacks"]["fgsm@0.01"]
+    matrix, tokens = of["embedding_rms"], of["signal_rms"]
+    assert of["snr"] == pytest.approx((tokens / of["noise_rms"]) ** 2)
+    for page in ("README.md", "docs/fig3.md"):
+        assert f"{matrix:.3f}" in words(page)
+        assert f"0.01 is {1 / matrix:.0f} % of " in words(page)
+    text = words("docs/fig3.md")
+    assert f"Their root mean square is smaller, {tokens:.3f}. Of this 0.01 is" in text
+    assert (
+        f"Of this 0.01 is {1 / tokens:.0f} %, and 0.7 RMS is {70 * matrix / tokens:.0f} %" in text
+    )
+    assert " dB" not in words("README.md")  # one of the two, where a reader compares
+    of = record_of("demo")["attacks"]["fgsm@0.01"]
+    text = words("docs/demo.md")
+    assert (
+        f"(RMS) of {of['embedding_rms']:.3f}, and 0.01 is {1 / of['embedding_rms']:.0f} %" in text
+    )
+    assert f"{of['signal_rms']:.3f}: {of['snr']:.0f} times ({of['snr_db']:.1f} dB)" in text
+
+
+def test_openbookqa_by_its_other_score():
+    """`docs/fig3.md`: by `acc_norm` above guessing, and taken there."""
+    samples = pd.read_parquet(ROOT / "results/smollm2-135m/samples.parquet")
+    of = samples[samples["task"] == "openbookqa"].pivot(
+        index="doc_id", columns="condition", values="acc_norm"
+    )
+    of = of.astype(int)
+    clean, noise, fgsm = of["none"], of["random@0.7rms"], of["fgsm@0.7rms"]
+    p_clean = binomtest(int(clean.sum()), len(of), 0.25).pvalue
+    lost, gained = ((clean > fgsm).sum(), (clean < fgsm).sum())
+    p_drop = binomtest(int(lost), int(lost + gained), 0.5).pvalue
+    low, high = (-100 * end for end in inference.paired_interval(lost, gained, len(of))[::-1])
+    assert (
+        f"({clean.mean():.3f}, p = {p_clean:.4f}). FGSM at 0.7 RMS takes it to guessing"
+        f" ({fgsm.mean():.3f}): a drop of {100 * (clean - fgsm).mean():.1f} points"
+        f" ({low:.1f} to {high:.1f}), p = {p_drop:.3f}. So does noise of that amplitude"
+        f" ({noise.mean():.3f})."
+    ) in words("docs/fig3.md")
+
+
+def test_bfloat16_beside_float32():
+    """`docs/fig3.md`: how many predictions differ, and the accuracies of the tasks."""
+    runs = (
+        pd.read_parquet(ROOT / "results" / folder / "samples.parquet")
+        for folder in ("smollm2-135m-bf16", "smollm2-135m-1000")
+    )
+    both = next(runs).merge(next(runs), on=["task", "doc_id", "condition"])
+    assert len(both[both["condition"] == "none"]) == 2000
+    flips = (both["prediction_x"] != both["prediction_y"]).groupby(both["condition"]).mean() * 100
+    order = [flips[c] for c in ("none", "random@0.01", "random@0.7rms", "fgsm@0.01", "fgsm@0.7rms")]
+    assert (
+        "{:.2f} % of the predictions of the clean model, {:.2f} % to {:.2f} % of those under noise,"
+        " {:.2f} % under FGSM at 0.01 and {:.2f} % at 0.7 RMS."
+    ).format(*order) in words("docs/fig3.md")
+    means = both.groupby(["task", "condition"])[["acc_x", "acc_y"]].mean()
+    most = 100 * (means["acc_x"] - means["acc_y"]).abs().max()
+    assert f"It changes no accuracy of a task by more than {most:.1f} points" in words(
+        "docs/fig3.md"
+    )
+
+
+def test_the_loss_is_our_reading_of_the_paper():
+    """Which states neither loss, steps nor batches: nowhere is `sequence` called the paper's."""
+    for page in ("README.md", "docs/fig3.md", "docs/attacks.md"):
+        assert "our reading" in words(page)
+    sources = [*ROOT.glob("docs/*.md"), *ROOT.glob("llm_attack/**/*.py"), ROOT / "README.md"]
+    for path in sources:
+        for line in path.read_text("utf-8").splitlines():
+            assert not ("sequence" in line and "paper's" in line), (path.name, line)
 
 
 @pytest.mark.parametrize(
@@ -327,6 +433,6 @@ def test_tables_of_fig3(folder):
     printed = done.output
     page = list(tables((ROOT / "docs" / "fig3.md").read_text("utf-8")))
     made = list(tables(printed))
-    assert len(made) == 5
+    assert len(made) == 6
     for table in made:
         assert table in page
