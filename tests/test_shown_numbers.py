@@ -413,6 +413,31 @@ def test_curves_agree_with_attacks_of_one_amplitude():
         assert difference[~searched].max() <= 0.0201
 
 
+def test_what_foretells():
+    """`docs/critical.md`: which intervals exclude chance, and which differences are above 0."""
+    text = words("docs/critical.md")
+    excluded, above = {}, {}
+    for folder in ("demo-critical", "smollm2-135m-critical", "smollm2-135m-fmn"):
+        made = (ROOT / "results" / folder / "critical.md").read_text("utf-8")
+        (rows,) = (of for of in tables(made) if "cosine" in of[0])
+        rows = [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
+        chance = [0.5 if row["measure"] == "auroc" else 0 for row in rows]
+        ends = [[float(x) for x in re.findall(r"-?\d\.\d+", row["cosine"])[1:]] for row in rows]
+        below = [high < of for (_, high), of in zip(ends, chance, strict=True)]
+        assert not any(low > of for (low, _), of in zip(ends, chance, strict=True))
+        excluded[folder] = (sum(below), len(rows))
+        lows = [float(re.findall(r"-?\d\.\d+", row["first_order - margin"])[1]) for row in rows]
+        above[folder] = [row["condition"] for row, low in zip(rows, lows, strict=True) if low <= 0]
+    assert excluded["demo-critical"] == (3, 7) and "three of seven do" in text
+    small = [of for folder, of in excluded.items() if folder.startswith("smollm2")]
+    assert tuple(map(sum, zip(*small, strict=True))) == (0, 8) and "none of its eight" in text
+    assert above == {
+        "demo-critical": ["fgsm@0.12rms"],
+        "smollm2-135m-critical": ["fgsm@0.002rms", "fgsm@0.004rms"],
+        "smollm2-135m-fmn": [],
+    }
+
+
 def test_the_estimate_and_what_it_estimates():
     """`docs/critical.md`: quartiles of first_order / critical_epsilon."""
     for folder, condition, quartiles in (
