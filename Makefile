@@ -83,6 +83,16 @@ test-ray: .venv/.ray ## the tests of runs on Ray, which it installs; five minute
 test-oldest: .venv-oldest/.installed ## the tests with the lowest releases that pyproject.toml allows; Python 3.10 or 3.11
 	.venv-oldest/bin/python -m pytest -ra -n auto --dist loadfile
 
+# The newest releases, pre-releases too, but for torch: its newest Linux builds bring gigabytes of CUDA libraries.
+.venv-newest/.installed: pyproject.toml constraints.txt _llm_attack_shim.py llm_attack_shim.pth
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --pre -e ".[dev]" $$(grep '^torch==' constraints.txt)
+	@touch $@
+
+.PHONY: test-newest
+test-newest: .venv-newest/.installed ## the tests with the newest releases of all libraries but torch, pre-releases too
+	.venv-newest/bin/python -m pytest -ra -n auto --dist loadfile
+
 .PHONY: test-processors
 test-processors: .venv attack-libs ## the numerical tests with each instruction set of this processor, on one thread and two
 	$(BIN)/python tests/processors.py
@@ -127,5 +137,5 @@ bench: .venv ## time and memory against stock lm-eval, into results/engine; fort
 
 .PHONY: clean
 clean: ## remove the environments, builds and caches
-	rm -rf .venv .venv-oldest build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest .venv-newest build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

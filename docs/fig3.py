@@ -3,8 +3,8 @@
     python docs/fig3.py results/smollm2-135m
 
 Prints Markdown: the paper's claims with their verdicts, what attacks cost against no attack, what
-gradients cost against noise of the same amplitude, which questions fall, and whether perturbed
-embeddings are still nearest to their token.
+gradients cost against noise of the same amplitude, accuracy by both scores, which questions fall,
+and whether perturbed embeddings are still nearest to their token.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import numpy as np
 import pandas as pd
 from scipy.stats import mannwhitneyu
 
-from llm_attack.inference import wilson
+from llm_attack.inference import ALPHA, chance_test, holm, wilson
 from llm_attack.suite import claims, results
-from llm_attack.suite.outcomes import gold_margin
+from llm_attack.suite.outcomes import chances, gold_margin
 from llm_attack.suite.pairs import paired
 from llm_attack.suite.run import Result
 from llm_attack.suite.tables import Cells
@@ -63,6 +63,29 @@ def _difference(row: pd.Series) -> str:
     return f"{row['difference']:+.1f} ({ends}){star}"
 
 
+def scores(found: Result) -> Cells:
+    """Accuracy by each score that a task has, and which accuracies are not those of guesses."""
+    conditions = list(found.samples["condition"].unique())
+    tasks = found.samples["task"].unique()
+    samples = found.samples.assign(chance=chances(found.samples))
+    rows = {}
+    for score in ("acc", "acc_norm"):
+        known = samples[samples[score].notna()]
+        for condition, group in known.groupby("condition", sort=False):
+            of_tasks = dict(list(group.groupby("task", sort=False)))
+            tests = [chance_test(int(of[score].sum()), of["chance"]) for of in of_tasks.values()]
+            for (task, of), p_value in zip(of_tasks.items(), holm(tests), strict=True):
+                accuracy, baseline = of[score].mean(), of["chance"].mean()
+                mark = "↑" if accuracy > baseline else "↓"
+                cell = f"{accuracy:.3f}{mark if p_value <= ALPHA else ''}"
+                rows.setdefault((task, score), {"baseline": f"{baseline:.3f}"})[condition] = cell
+    heading = [*conditions, "baseline"]
+    both = [(task, score) for task in tasks for score in ("acc", "acc_norm")]
+    cells = [[*of, *(rows[of][name] for name in heading)] for of in both if of in rows]
+    note = "↑ above guessing, ↓ below it: exact test, Holm over the tasks that have the score"
+    return Cells(["task", "score", *heading], cells, [note])
+
+
 def falls(found: Result) -> Cells:
     """Of the questions right without an attack, how many each condition takes, by clean margin."""
     samples = found.samples.assign(margin=gold_margin(found.samples))
@@ -102,13 +125,22 @@ def point(found: Result) -> Cells:
         numbers: list[tuple[str, Any]] = [
             (".4g", of["epsilon_absolute"]),
             (".3f", of["epsilon_absolute"] / of["embedding_rms"]),
+            (".3f", of["epsilon_absolute"] / of["signal_rms"]),
             (".1f", of["snr_db"]),
             (".2%", of["nearest_token_unchanged"]),
             (".2%", of["nearest_token_unchanged_linf"]),
         ]
         rows.append([condition, *(format(value, form) for form, value in numbers)])
-    heading = ["condition", "epsilon", "in RMS", "SNR, dB", "own token nearest, L2", "L-infinity"]
-    return Cells(heading, rows, ["RMS: of the embedding matrix"])
+    nearest = ["own token nearest, L2", "L-infinity"]
+    heading = ["condition", "epsilon", "in RMS", "in RMS of the tokens", "SNR, dB", *nearest]
+    attacked = [of for of in found.run["attacks"].values() if of["signal_rms"] is not None]
+    matrix, tokens = attacked[0]["embedding_rms"], attacked[0]["signal_rms"]
+    notes = [
+        f"RMS: of the embedding matrix, {matrix:.3f}; this is the unit `rms` of epsilon",
+        f"RMS of the tokens: over the tokens that were attacked, {tokens:.3f}; this is the signal"
+        " of the SNR",
+    ]
+    return Cells(heading, rows, notes)
 
 
 def against_noise(conditions: list[str]) -> list[tuple[str, str]]:
@@ -132,6 +164,7 @@ def main(folder: Path) -> None:
         ("The claims", claims.cells(claims.claims(found.samples, found.questions))),
         ("Against no attack", table_of_differences(differences(found, attacked))),
         ("Against noise", table_of_differences(differences(found, against_noise(conditions)))),
+        ("Both scores", scores(found)),
         ("Which questions fall", falls(found)),
         ("The embeddings", point(found)),
     ):

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 # colour-blind, and of distinct lightness in grey print. https://jfly.uni-koeln.de/color/
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
 _STYLE: Any = {
     "axes.grid": True,
     "axes.spines.right": False,
@@ -42,6 +44,22 @@ def style() -> Iterator[None]:
 
     with matplotlib.rc_context({**_STYLE, "axes.prop_cycle": cycler(color=COLOURS)}):
         yield
+
+
+def nested(i: int, n: int) -> dict[str, Any]:
+    """Line width and marker of curve `i` of `n`, which are drawn one over the other.
+
+    Each is thinner than those beneath it, and so are its markers, which are hollow and of another
+    form: curves that coincide are all seen.
+    """
+    beneath = n - 1 - i
+    return {
+        "linewidth": 0.8 + 0.5 * beneath,
+        "marker": _MARKERS[i % len(_MARKERS)],
+        "markersize": 3 + beneath,
+        "markerfacecolor": "none",
+        "markeredgewidth": 0.9,
+    }
 
 
 def save_figure(figure: Figure, folder: Path, name: str = "figure") -> None:

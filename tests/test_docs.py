@@ -9,7 +9,9 @@ import socket
 import subprocess
 import sys
 import sysconfig
+from contextlib import suppress
 from dataclasses import replace
+from importlib import import_module
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from itertools import pairwise
 
@@ -67,6 +69,34 @@ def test_links_lead_somewhere(page):
     """Of the pages as they stand; those of the site are checked as it is built."""
     for path in re.findall(r"\]\(([^):#]+)[)#]", page.read_text("utf-8")):
         assert (page.parent / path).exists(), path
+
+
+def exists(name):
+    """Whether `part.module.name` of the package is there."""
+    parts = name.removeprefix("llm_attack.").split(".")
+    for n in range(len(parts), -1, -1):
+        module = ".".join(["llm_attack", *parts[:n]])
+        with suppress(ImportError):
+            found = import_module(module)
+            break
+    for part in parts[n:]:
+        if not hasattr(found, part):
+            return False
+        found = getattr(found, part)
+    return True
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_names_is_there(page):
+    """Modules, functions, classes of the package, and files and folders of the checkout."""
+    text = page.read_text("utf-8")
+    rooms = "attacks|lm|harness|suite|vision|theory|demo|inference|reproduce"
+    names = set(re.findall(rf"`(llm_attack\.[a-z]\w*(?:\.\w+)*|(?:{rooms})(?:\.\w+)+)`", text))
+    files = (".py", ".csv", ".json", ".yaml", ".md", ".png", ".svg", ".parquet", ".html")
+    for name in (name for name in names if not name.endswith(files)):
+        assert exists(name), name
+    for path in set(re.findall(r"`((?:llm_attack|tests|docs|benchmarks|results)/[\w./-]+)`", text)):
+        assert (ROOT / path).exists(), path
 
 
 def test_arguments_are_those_declared():

@@ -7,6 +7,9 @@ import runpy
 import pandas as pd
 import pytest
 from click.testing import CliRunner
+from scipy.optimize import brentq
+from scipy.special import expit
+from scipy.stats import binomtest
 from shown import ROOT
 
 from llm_attack import inference
@@ -54,6 +57,111 @@ def test_accuracies(folder):
             else:
                 expected = found.loc[(task, condition), "acc"]
             assert float(cell) == pytest.approx(expected, abs=5.1e-4), (task, condition)
+
+
+def words(page):
+    """The text of a page, on one line."""
+    return " ".join((ROOT / page).read_text("utf-8").split())
+
+
+def record_of(folder):
+    return json.loads((ROOT / "results" / folder / "run.json").read_text("utf-8"))
+
+
+def test_changes_of_the_mean():
+    """README: what noise, FGSM and BIM change, with the intervals."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    heading, *rows = next(tables(text[text.index("| epsilon | random noise |") :]))
+    assert [cell.partition(",")[0] for cell in heading[1:]] == ["random noise", "FGSM", "BIM"]
+    for epsilon, *cells in rows:
+        ten_steps = {"0.01": "smollm2-135m-bim-0.01", "0.7rms": "smollm2-135m-bim"}[epsilon]
+        folders = ("smollm2-135m", "smollm2-135m", ten_steps)
+        for name, folder, cell in zip(NAMES, folders, cells, strict=True):
+            table = pd.read_csv(ROOT / "results" / folder / "table.csv")
+            (row,) = table[
+                (table["task"] == "mean") & (table["condition"] == f"{name}@{epsilon}")
+            ].to_dict("records")
+            change, low, high = (-row[k] for k in ("drop", "drop_high", "drop_low"))
+            shown = f"{change:+.1f} ({low:+.1f} to {high:+.1f})".replace("-", "−")
+            assert cell == shown + (", not detectable" if low < 0 < high else "")
+    table = pd.read_csv(ROOT / "results/smollm2-135m-choice/table.csv")
+    noise = table[table["condition"].str.startswith("random@")]
+    assert (noise["p_mcnemar_holm"] > 0.05).all()  # no detectable effect
+    most = noise.loc[noise["task"] == "mean", "drop_high"].max()
+    assert f"it costs at most {most:.1f} points on the mean" in words("docs/fig3.md")
+
+
+def test_the_two_root_mean_squares():
+    """Of the embedding matrix, which is the unit, and of the tokens, which is in the SNR."""
+    of = record_of("smollm2-135m")["attacks"]["fgsm@0.01"]
+    matrix, tokens = of["embedding_rms"], of["signal_rms"]
+    assert of["snr"] == pytest.approx((tokens / of["noise_rms"]) ** 2)
+    for page in ("README.md", "docs/fig3.md"):
+        assert f"{matrix:.3f}" in words(page)
+        assert f"0.01 is {1 / matrix:.0f} % of " in words(page)
+    text = words("docs/fig3.md")
+    assert f"Their root mean square is smaller, {tokens:.3f}. Of this 0.01 is" in text
+    assert (
+        f"Of this 0.01 is {1 / tokens:.0f} %, and 0.7 RMS is {70 * matrix / tokens:.0f} %" in text
+    )
+    assert " dB" not in words("README.md")  # one of the two, where a reader compares
+    of = record_of("demo")["attacks"]["fgsm@0.01"]
+    text = words("docs/demo.md")
+    assert (
+        f"(RMS) of {of['embedding_rms']:.3f}, and 0.01 is {1 / of['embedding_rms']:.0f} %" in text
+    )
+    assert f"{of['signal_rms']:.3f}: {of['snr']:.0f} times ({of['snr_db']:.1f} dB)" in text
+
+
+def test_openbookqa_by_its_other_score():
+    """`docs/fig3.md`: by `acc_norm` above guessing, and taken there."""
+    samples = pd.read_parquet(ROOT / "results/smollm2-135m/samples.parquet")
+    of = samples[samples["task"] == "openbookqa"].pivot(
+        index="doc_id", columns="condition", values="acc_norm"
+    )
+    of = of.astype(int)
+    clean, noise, fgsm = of["none"], of["random@0.7rms"], of["fgsm@0.7rms"]
+    p_clean = binomtest(int(clean.sum()), len(of), 0.25).pvalue
+    lost, gained = ((clean > fgsm).sum(), (clean < fgsm).sum())
+    p_drop = binomtest(int(lost), int(lost + gained), 0.5).pvalue
+    low, high = (-100 * end for end in inference.paired_interval(lost, gained, len(of))[::-1])
+    assert (
+        f"({clean.mean():.3f}, p = {p_clean:.4f}). FGSM at 0.7 RMS takes it to guessing"
+        f" ({fgsm.mean():.3f}): a drop of {100 * (clean - fgsm).mean():.1f} points"
+        f" ({low:.1f} to {high:.1f}), p = {p_drop:.3f}. So does noise of that amplitude"
+        f" ({noise.mean():.3f})."
+    ) in words("docs/fig3.md")
+
+
+def test_bfloat16_beside_float32():
+    """`docs/fig3.md`: how many predictions differ, and the accuracies of the tasks."""
+    runs = (
+        pd.read_parquet(ROOT / "results" / folder / "samples.parquet")
+        for folder in ("smollm2-135m-bf16", "smollm2-135m-1000")
+    )
+    both = next(runs).merge(next(runs), on=["task", "doc_id", "condition"])
+    assert len(both[both["condition"] == "none"]) == 2000
+    flips = (both["prediction_x"] != both["prediction_y"]).groupby(both["condition"]).mean() * 100
+    order = [flips[c] for c in ("none", "random@0.01", "random@0.7rms", "fgsm@0.01", "fgsm@0.7rms")]
+    assert (
+        "{:.2f} % of the predictions of the clean model, {:.2f} % to {:.2f} % of those under noise,"
+        " {:.2f} % under FGSM at 0.01 and {:.2f} % at 0.7 RMS."
+    ).format(*order) in words("docs/fig3.md")
+    means = both.groupby(["task", "condition"])[["acc_x", "acc_y"]].mean()
+    most = 100 * (means["acc_x"] - means["acc_y"]).abs().max()
+    assert f"It changes no accuracy of a task by more than {most:.1f} points" in words(
+        "docs/fig3.md"
+    )
+
+
+def test_the_loss_is_our_reading_of_the_paper():
+    """Which states neither loss, steps nor batches: nowhere is `sequence` called the paper's."""
+    for page in ("README.md", "docs/fig3.md", "docs/attacks.md"):
+        assert "our reading" in words(page)
+    sources = [*ROOT.glob("docs/*.md"), *ROOT.glob("llm_attack/**/*.py"), ROOT / "README.md"]
+    for path in sources:
+        for line in path.read_text("utf-8").splitlines():
+            assert not ("sequence" in line and "paper's" in line), (path.name, line)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +288,7 @@ OF_THE_TOY = {
     "loss, training": "loss",
     "accuracy, clean": "clean",
     "accuracy under FGSM": "robust",
+    "accuracy after a plain step": "stepped",
     **{
         f"{what}, {packet}": f"{name}_{packet}"
         for packet in PACKETS
@@ -209,7 +318,30 @@ def test_uncertainty():
     for packet, above in (("fixed", 0), ("predicted", 5)):
         assert (curves.loc[500, f"product_{packet}"] > 0.5).sum() == above
         assert (curves[f"product_{packet}"] >= curves[f"bound_{packet}"]).all()
-    assert (curves.loc[50:, "product_predicted"] > 0.5).all()
+    lowest = curves["product_predicted"].groupby("epoch").min()
+    assert lowest[lowest <= 0.5].index.max() == 38 and "from epoch 39 on the product is" in text
+
+
+def test_the_plain_step_of_the_toy():
+    """`docs/experiments.md`, Fig. 4: its accuracy falls between two epochs, and then rises."""
+    text = " ".join((ROOT / "docs" / "experiments.md").read_text("utf-8").split())
+    curves = pd.read_csv(ROOT / "results/fig4/curves.csv")
+    means = curves.groupby("epoch")[["clean", "robust", "stepped"]].mean()
+    top = means["stepped"].loc[:50].idxmax()
+    low = means["stepped"].loc[top:].idxmin()
+    ends = {name: means[name].loc[[top, low, 500]].round(3).tolist() for name in means}
+    assert f"reproduced from epoch {top} to epoch {low}. " in text
+    assert "Its mean falls from {:.3f} to {:.3f}, while".format(*ends["stepped"]) in text
+    assert "the clean accuracy rises from {:.3f} to {:.3f}.".format(*ends["clean"]) in text
+    assert f"rises again, to {ends['stepped'][2]:.3f} after epoch 500" in text
+    values = curves.set_index(["epoch", "seed"])["stepped"]
+    for (first, last), told in (((top, low), "falls"), ((low, 500), "rises")):
+        change = inference.mean_of([((values[last] - values[first]).to_numpy(), range(5))])
+        assert told == ("falls" if change.high < 0 else "rises" if change.low > 0 else None)
+    assert (means["robust"].cummax() - means["robust"]).max() < 0.005  # FGSM's does not fall
+    for slope, shown in ((2, "0.23"), (8, "0.26"), (400, "0.02")):
+        way = brentq(lambda t, k=slope: t - 0.3 * k * expit(-k * t), 0, 10)
+        assert f"{way:.2f}" == shown and f"{shown} for k = {slope}" in text
 
 
 def test_words():
@@ -232,6 +364,23 @@ def test_words():
     assert last["accuracy_mean"].max() - last["accuracy_mean"].min() < of_seeds.min()
     unlearnt = curves[(curves["split"] == "train") & (curves["accuracy_min"] < 1)]
     assert unlearnt.groupby("size")["epoch"].max().tolist() == [505, 352, 228]
+
+
+def test_which_words_have_the_larger_cosine():
+    """`docs/experiments.md`, Fig. 6: in size that of right words; the sign tells them apart."""
+    text = " ".join((ROOT / "docs" / "experiments.md").read_text("utf-8").split())
+    networks = {}
+    for folder in ("fig6", "fig6-controls"):
+        table = pd.read_csv(ROOT / "results" / folder / "networks.csv")
+        new = table[table["split"] == "test"]
+        assert (new["cosine_right"] < 0).all() and (new["cosine_wrong"] > 0).all()
+        further = new["cosine_right"].abs() > new["cosine_wrong"].abs()
+        networks[folder] = int(further.sum()), len(new)
+    assert networks == {"fig6": (30, 30), "fig6-controls": (31, 120)}
+    assert "further from 0 in all 30 networks" in text and "further from 0 in 31 of 120" in text
+    curves = pd.read_csv(ROOT / "results/fig6/curves.csv")
+    new = curves[curves["split"] == "test"]
+    assert (new["cosine_right_mean"].abs() > new["cosine_wrong_mean"].abs()).all()
 
 
 def test_cosines_of_networks_that_differ_in_accuracy():
@@ -264,6 +413,31 @@ def test_curves_agree_with_attacks_of_one_amplitude():
         assert difference[~searched].max() <= 0.0201
 
 
+def test_what_foretells():
+    """`docs/critical.md`: which intervals exclude chance, and which differences are above 0."""
+    text = words("docs/critical.md")
+    excluded, above = {}, {}
+    for folder in ("demo-critical", "smollm2-135m-critical", "smollm2-135m-fmn"):
+        made = (ROOT / "results" / folder / "critical.md").read_text("utf-8")
+        (rows,) = (of for of in tables(made) if "cosine" in of[0])
+        rows = [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
+        chance = [0.5 if row["measure"] == "auroc" else 0 for row in rows]
+        ends = [[float(x) for x in re.findall(r"-?\d\.\d+", row["cosine"])[1:]] for row in rows]
+        below = [high < of for (_, high), of in zip(ends, chance, strict=True)]
+        assert not any(low > of for (low, _), of in zip(ends, chance, strict=True))
+        excluded[folder] = (sum(below), len(rows))
+        lows = [float(re.findall(r"-?\d\.\d+", row["first_order - margin"])[1]) for row in rows]
+        above[folder] = [row["condition"] for row, low in zip(rows, lows, strict=True) if low <= 0]
+    assert excluded["demo-critical"] == (3, 7) and "three of seven do" in text
+    small = [of for folder, of in excluded.items() if folder.startswith("smollm2")]
+    assert tuple(map(sum, zip(*small, strict=True))) == (0, 8) and "none of its eight" in text
+    assert above == {
+        "demo-critical": ["fgsm@0.12rms"],
+        "smollm2-135m-critical": ["fgsm@0.002rms", "fgsm@0.004rms"],
+        "smollm2-135m-fmn": [],
+    }
+
+
 def test_the_estimate_and_what_it_estimates():
     """`docs/critical.md`: quartiles of first_order / critical_epsilon."""
     for folder, condition, quartiles in (
@@ -284,6 +458,6 @@ def test_tables_of_fig3(folder):
     printed = done.output
     page = list(tables((ROOT / "docs" / "fig3.md").read_text("utf-8")))
     made = list(tables(printed))
-    assert len(made) == 5
+    assert len(made) == 6
     for table in made:
         assert table in page

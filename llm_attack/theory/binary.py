@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llm_attack.attacks import ATTACKS, Attack, Groups, keys_for, perturb
 from llm_attack.errors import invalid
-from llm_attack.theory.fig4 import PACKETS, Settings
+from llm_attack.theory.fig4 import PACKETS, STEP, Settings
 from llm_attack.theory.packet import Uncertainty, uncertainty_on_nodes
 from llm_attack.theory.stacked import StackedMLP, cross_entropy, generators, pick, stack
 
@@ -89,6 +89,19 @@ class Toy:
             found = [self.network(x).argmax(-1) == labels for x in (self.test, attacked)]
         clean, robust = (right.double().mean(1) for right in found)
         return clean, robust
+
+    def stepped_accuracy(self) -> Tensor:
+        """Accuracy of each seed after a plain step of `STEP` along the gradient, (seeds,).
+
+        Each point moves to x + STEP · ∇loss(x), kept in the square. Unlike an attack with an
+        amplitude, it moves a point far where the loss is steep, and hardly where it is flat.
+        """
+        labels = labels_of(self.test)
+        x = self.test.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(self.loss(x, labels).sum(), x)
+        with torch.no_grad():
+            predicted = self.network((self.test + STEP * gradient).clamp(-1, 1)).argmax(-1)
+        return (predicted == labels).double().mean(1)
 
     def training_loss(self) -> Tensor:
         """Mean cross-entropy of the training points of each seed, (seeds,)."""

@@ -53,6 +53,8 @@ class Settings:
             raise invalid("label", self.label, "0 or 1")
 
 
+STEP = 0.3  # of the plain step x + STEP · ∇loss(x), our reading of the paper's Fig. 4 D
+
 # Whose label: always the same, or the class that the network predicts where the packet is.
 PACKETS = ("fixed", "predicted")
 
@@ -83,8 +85,8 @@ def train(settings: Settings) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Trains all seeds; measures before the first epoch and after each.
 
     Returns:
-        The curves, a row for each epoch and seed (epoch, seed, loss, clean, robust, and of each
-        packet dx_fixed, dp_fixed, product_fixed, bound_fixed, dx_predicted, ...), and the
+        The curves, a row for each epoch and seed (epoch, seed, loss, clean, robust, stepped, and of
+        each packet dx_fixed, dp_fixed, product_fixed, bound_fixed, dx_predicted, ...), and the
         landscapes of the first seed after a fifth, two fifths and all of the epochs (epoch, x1, x2,
         loss, fixed, predicted).
 
@@ -103,6 +105,7 @@ def train(settings: Settings) -> tuple[pd.DataFrame, pd.DataFrame]:
             toy.epoch()
         clean, robust = toy.accuracies()
         values = {"loss": toy.training_loss(), "clean": clean, "robust": robust}
+        values["stepped"] = toy.stepped_accuracy()
         for name in PACKETS:
             found = toy.relation(predicted=name == "predicted")
             try:
@@ -148,6 +151,9 @@ def draw(folder: Path, settings: Settings) -> None:
         robust = f"{settings.attack}, ε = {settings.epsilon:g}"
         shaded(accuracy, curves, "clean", COLOURS[0], label="clean")
         shaded(accuracy, curves, "robust", COLOURS[3], label=robust, linestyle="--")
+        if "stepped" in table:  # older runs have none
+            step = {"label": f"x + {STEP} ∇loss", "linestyle": "-."}
+            shaded(accuracy, curves, "stepped", COLOURS[2], **step)
         accuracy.set(ylabel="accuracy", ylim=(None, 1.02))
         of_packets = zip(PACKETS, ("-", "--"), (COLOURS[3], COLOURS[0]), strict=True)
         for packet, line, colour in of_packets:

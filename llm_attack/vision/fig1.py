@@ -11,7 +11,7 @@ from llm_attack.drawing import COLOURS, new_figure
 from llm_attack.errors import UsageError, invalid
 from llm_attack.record import Stopwatch, without_formulas, write_text
 from llm_attack.reproduce import figure_command
-from llm_attack.vision.settings import QUICK, ImageSettings, shown
+from llm_attack.vision.settings import QUICK, ImageSettings, resolved, shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -143,4 +143,4 @@ def _said(cell: pd.Series) -> str:
     return f"{cell['prediction']}, {100 * cell['confidence']:.1f} %"
 
 
-COMMAND = figure_command("fig1", PRESETS, run)
+COMMAND = figure_command("fig1", PRESETS, run, resolved)

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_attack.declare import setting
-from llm_attack.drawing import COLOURS, new_figure
+from llm_attack.drawing import COLOURS, nested, new_figure
 from llm_attack.record import Stopwatch, without_formulas, write_text
 from llm_attack.reproduce import figure_command
-from llm_attack.vision.settings import QUICK, UNBOUNDED, ImageSettings, shown, titled
+from llm_attack.vision.settings import QUICK, UNBOUNDED, ImageSettings, resolved, shown, titled
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -125,68 +125,102 @@ def curves(
         then(dataset, name, network)
     text = without_formulas(pd.DataFrame(table)).to_csv(index=False, float_format="%.6g")
     write_text(folder / "table.csv", text)
-    draw(folder, settings.width, at)
+    draw(folder, settings.width, at, epsilon_unit)
     return {**results, "seconds": clock}
 
 
-def draw(folder: Path, width: float, at: str | None = None) -> None:
+def draw(folder: Path, width: float, at: str | None = None, epsilon_unit: str = "absolute") -> None:
     """Draws, from table.csv, a row of panels for each data set, a column for each network.
+
+    A panel has accuracies against epoch. If the networks were attacked after one epoch only, it has
+    a point for each attack instead.
 
     Args:
         folder: of the CSV file and the figure.
         width: of the networks; 1 is not mentioned.
         at: the block whose output was attacked; None for pixels.
+        epsilon_unit: `rms` for an epsilon that follows the point's root mean square.
     """
     import pandas as pd
 
     table = pd.read_csv(folder / "table.csv")
     datasets, networks = (list(table[column].unique()) for column in ("dataset", "network"))
-    size = (max(2.4 * len(networks), 3.4) + 2.0, 2.3 * len(datasets) + 0.3)
+    panels = table.groupby(["dataset", "network"], sort=False)
+    once = bool((panels["epoch"].nunique() == 1).all())
+    size = (max(2.4 * len(networks), 3.4) + 2.0, 2.3 * len(datasets) + (0.9 if once else 0.3))
     with new_figure(folder, size) as figure:
         axes = figure.subplots(
             len(datasets), len(networks), sharex=True, sharey=True, squeeze=False
         )
-        for (dataset, network), group in table.groupby(["dataset", "network"], sort=False):
+        for (dataset, network), group in panels:
             axis = axes[datasets.index(dataset), networks.index(network)]
-            _panel(axis, group)
+            (_points if once else _curves)(axis, group)
             scaled = "" if width == 1 else f" × {width:g}"
-            epsilon = group["epsilon"].iloc[-1]
-            levels = round(255 * epsilon)
-            whole = math.isclose(255 * epsilon, levels, rel_tol=1e-5)  # the CSV has six digits
-            amplitude = f"{levels}/255" if whole else f"{epsilon:.3g}"
-            title = titled(shown(dataset), f"{shown(network)}{scaled}", f"ε = {amplitude}")
-            axis.set_title(title, fontsize=8)
+            parts = (shown(dataset), f"{shown(network)}{scaled}", _amplitude(group, epsilon_unit))
+            axis.set_title(titled(*parts), fontsize=8)
+        for axis in axes[:, 0]:
+            axis.set_ylabel("accuracy")
+            axis.set_ylim(-0.04, 1.04)
+        where = None if at is None else f"attacked at {at}"
+        if once:
+            after = f"after epoch {table['epoch'].iloc[0]}"
+            figure.supxlabel(after if where is None else f"{after}, {where}", fontsize=9)
+            return
         for axis in axes[-1]:
             axis.set_xlabel("epoch")
             axis.xaxis.get_major_locator().set_params(integer=True)
-        for axis in axes[:, 0]:
-            axis.set_ylabel("accuracy")
-            axis.set_ylim(-0.02, 1.02)
         handles, labels = axes[0, 0].get_legend_handles_labels()
-        where = None if at is None else f"attacked at {at}"
         figure.legend(handles, labels, loc="outside right center", title=where)
 
 
-def _panel(axis: Any, group: pd.DataFrame) -> None:
-    """One panel: clean and robust accuracies with their intervals; the envelope of the latter."""
+def _amplitude(group: pd.DataFrame, epsilon_unit: str) -> str:
+    """Epsilon as the title of a panel has it: one that holds for all of its epochs."""
+    last = group.iloc[-1]
+    if epsilon_unit == "rms":
+        return f"ε = {last['epsilon'] / last['rms']:.3g} RMS"
+    levels = round(255 * last["epsilon"])
+    whole = math.isclose(255 * last["epsilon"], levels, rel_tol=1e-5)  # the CSV has six digits
+    return f"ε = {levels}/255" if whole else f"ε = {last['epsilon']:.3g}"
+
+
+def _styles(group: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """How each condition is drawn: label, colour, dashes and those of `nested`."""
     attacks = [c for c in group["condition"].unique() if c not in NOT_ATTACKS]
-    table = group.pivot(index="epoch", columns="condition", values=["accuracy", "low", "high"])
-    accuracy = table["accuracy"]
-    lines: Any = {"markersize": 3, "marker": "o" if len(accuracy) < 12 else ""}
-
-    def curve(condition: str, colour: str, label: str, width: float, dashes: str = "-") -> None:
-        ends = (table["low"][condition], table["high"][condition])
-        axis.fill_between(table.index, *ends, color=colour, alpha=0.15, linewidth=0)
-        axis.plot(accuracy[condition], dashes, color=colour, linewidth=width, label=label, **lines)
-
-    ends = (accuracy["lowest"], accuracy["highest"])
-    axis.fill_between(accuracy.index, *ends, color="0.85", linewidth=0, label="envelope")
-    curve("none", COLOURS[-1], "clean", 1.8)
     kinds = list(dict.fromkeys(attack.removesuffix(UNBOUNDED) for attack in attacks))
+    styles: dict[str, dict[str, Any]] = {"none": {"label": "clean", "color": COLOURS[-1]}}
     for attack in attacks:
         kind = attack.removesuffix(UNBOUNDED)
-        colour = COLOURS[kinds.index(kind) % (len(COLOURS) - 1)]  # the last is that of clean images
-        curve(attack, colour, shown(attack), 1, "-" if attack == kind else "--")
+        styles[attack] = {
+            "label": shown(attack),
+            "color": COLOURS[kinds.index(kind) % (len(COLOURS) - 1)],  # the last is of clean images
+        }
+        if attack != kind:
+            styles[attack] |= {"linestyle": "--", "markerfacecolor": "white"}
+    return {c: {**nested(i, len(styles)), **of} for i, (c, of) in enumerate(styles.items())}
 
 
-COMMAND = figure_command("fig2", PRESETS, run)
+def _curves(axis: Any, group: pd.DataFrame) -> None:
+    """One panel: clean and robust accuracies with their intervals; the envelope of the latter."""
+    table = group.pivot(index="epoch", columns="condition", values=["accuracy", "low", "high"])
+    accuracy = table["accuracy"]
+    ends = (accuracy["lowest"], accuracy["highest"])
+    axis.fill_between(accuracy.index, *ends, color="0.85", linewidth=0, label="envelope")
+    for condition, style in _styles(group).items():
+        ends = (table["low"][condition], table["high"][condition])
+        axis.fill_between(table.index, *ends, color=style["color"], alpha=0.15, linewidth=0)
+        axis.plot(accuracy[condition], markevery=math.ceil(len(accuracy) / 12), **style)
+
+
+def _points(axis: Any, group: pd.DataFrame) -> None:
+    """One panel of one epoch: a point with its interval for each condition."""
+    styles, table = _styles(group), group.set_index("condition")
+    for i, (condition, style) in enumerate(styles.items()):
+        of = table.loc[condition]
+        ends = [[of["accuracy"] - of["low"]], [of["high"] - of["accuracy"]]]
+        look: Any = {"color": style["color"], "capsize": 2, "markersize": 4, "linewidth": 1}
+        axis.errorbar([i], [of["accuracy"]], ends, fmt="o", **look)
+    names = [style["label"].replace(", ", ",\n") for style in styles.values()]
+    axis.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
+
+
+COMMAND = figure_command("fig2", PRESETS, run, resolved)

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_attack.declare import setting
-from llm_attack.drawing import COLOURS, new_figure
+from llm_attack.drawing import COLOURS, nested, new_figure
 from llm_attack.record import without_formulas, write_text
 from llm_attack.reproduce import figure_command
 from llm_attack.vision import fig2
-from llm_attack.vision.settings import QUICK, Amplitudes, shown, titled
+from llm_attack.vision.settings import QUICK, Amplitudes, resolved, shown, titled
 
 if TYPE_CHECKING:
     from torch import nn
@@ -147,13 +147,14 @@ def draw_splits(folder: Path) -> None:
 
 def _splits(axis: Any, table: Any) -> None:
     """A curve with its interval for each point that is attacked."""
-    dashes = ("-", "--")
-    for i, (point, of) in enumerate(table.groupby("point", sort=False)):
+    points = list(table.groupby("point", sort=False))
+    for i, (point, of) in enumerate(points):
         style: Any = {"color": COLOURS[i % len(COLOURS)], "label": point}
         ends = (of["low"], of["high"])
         axis.fill_between(of["relative"], *ends, color=style["color"], alpha=0.12, linewidth=0)
-        kind = dashes[i // len(COLOURS) % 2]
-        axis.plot(of["relative"], of["accuracy"], kind, marker="o", markersize=3, **style)
+        dashes = ("-", "--")[i // len(COLOURS) % 2]
+        look = nested(i, len(points))
+        axis.plot(of["relative"], of["accuracy"], linestyle=dashes, **style, **look)
 
 
-COMMAND = figure_command("fig5", PRESETS, run)
+COMMAND = figure_command("fig5", PRESETS, run, resolved)

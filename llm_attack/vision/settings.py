@@ -162,6 +162,13 @@ class ImageSettings:
                 raise invalid(name, getattr(self, name), "at least 0 and below 1")
 
 
+def resolved(settings: ImageSettings) -> ImageSettings:
+    """The settings as they take effect: with the network and the width of the file in `load`."""
+    from llm_attack.vision.keeping import settled
+
+    return settled(settings)
+
+
 # Of all quick presets.
 QUICK: dict[str, Any] = {"dataset": "digits", "width": 0.25, "epochs": 8, "batch_size": 32}
 
@@ -173,6 +180,7 @@ _SHOWN = {
     "googlenet": "GoogLeNet",
     "mnist": "MNIST",
     "cifar10": "CIFAR-10",
+    "apgdt": "APGD-T",
     "deepfool": "DeepFool",
     "deepfool_unbounded": "DeepFool, unbounded",
     "sparsefool": "SparseFool",

@@ -7,6 +7,9 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.integrate import trapezoid
+from scipy.optimize import brentq
+from scipy.special import expit
 
 from llm_attack.errors import UsageError
 from llm_attack.theory.binary import GRID, Toy, labels_of
@@ -71,6 +74,22 @@ def test_without_an_attack_the_accuracies_are_equal():
     assert torch.equal(clean, robust)
 
 
+@pytest.mark.parametrize("steepness", (2.0, 8.0, 400.0))
+def test_the_plain_step_moves_points_across_that_are_nearer_than_it_is_long(steepness):
+    """At distance t from the border the gradient is k / (1 + exp(k t)).
+
+    Points cross where t < 0.3 k / (1 + exp(k t)). With a border at 0.3 only points above it cross:
+    those below 0 are too far away, and those between are wrong already and move away from it.
+    """
+    way = brentq(lambda t: t - 0.3 * steepness * expit(-steepness * t), 0, 10, xtol=1e-14)
+    assert way < 0.3
+    toy = toy_with(steepness)
+    assert torch.equal(toy.stepped_accuracy(), (toy.test[..., 0].abs() > way).double().mean(1))
+    toy = toy_with(steepness, shift=0.3)
+    x1 = toy.test[..., 0]
+    assert torch.equal(toy.stepped_accuracy(), ((x1 <= 0) | (x1 > 0.3 + way)).double().mean(1))
+
+
 @pytest.mark.parametrize("label", (0, 1))
 def test_the_packet_is_the_loss_of_one_class(label):
     found = toy_with(6.0, shift=0.2, label=label).relation()
@@ -94,10 +113,10 @@ def test_the_predicted_packet_is_the_loss_of_the_likelier_class(shift):
     side = np.repeat([1.0, -1.0], 100_001)
     psi = np.logaddexp(0, -6 * np.abs(x - shift))
     slope = 6 * side / (1 + np.exp(6 * np.abs(x - shift)))
-    norm = np.trapezoid(psi**2, x)
-    mean_x, mean_p = (np.trapezoid(of, x) / norm for of in (x * psi**2, psi * slope))
-    dx = (np.trapezoid(((x - mean_x) * psi) ** 2, x) / norm) ** 0.5
-    dp = (np.trapezoid((slope - mean_p * psi) ** 2, x) / norm) ** 0.5
+    norm = trapezoid(psi**2, x)
+    mean_x, mean_p = (trapezoid(of, x) / norm for of in (x * psi**2, psi * slope))
+    dx = (trapezoid(((x - mean_x) * psi) ** 2, x) / norm) ** 0.5
+    dp = (trapezoid((slope - mean_p * psi) ** 2, x) / norm) ** 0.5
     ends = [(end - mean_x) * psi[i] ** 2 / norm for i, end in ((0, -1), (-1, 1))]
     expected = Uncertainty(mean_x, dx, mean_p, dp, 0.5 * abs(1 - ends[1] + ends[0]))
     for name in Uncertainty.__dataclass_fields__:
@@ -174,7 +193,7 @@ def test_landscapes(small):
         ratio = last[packet] / losses
         assert ratio.max() == pytest.approx(ratio.min(), rel=1e-9)
         square = last.pivot(index="x2", columns="x1", values=packet).to_numpy() ** 2
-        area = np.trapezoid(np.trapezoid(square, dx=2 / (GRID - 1)), dx=2 / (GRID - 1))
+        area = trapezoid(trapezoid(square, dx=2 / (GRID - 1)), dx=2 / (GRID - 1))
         assert area == pytest.approx(1, rel=1e-9)
     assert sorted(set(last.x1)) == pytest.approx(torch.linspace(-1, 1, GRID).tolist(), abs=1e-6)
 
@@ -222,7 +241,7 @@ def test_what_is_written(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
     curves = pd.read_csv(tmp_path / "curves.csv")
     last = curves[curves.epoch == 5]
-    for name in ("loss", "clean", "robust", *(c for c in curves if c.endswith(PACKETS))):
+    for name in ("loss", "clean", "robust", "stepped", *(c for c in curves if c.endswith(PACKETS))):
         assert results["last_epoch"][name] == pytest.approx(last[name].tolist(), rel=1e-4, abs=1e-5)
     for packet, lowest in results["lowest_margin"].items():
         margin = (curves[f"product_{packet}"] - curves[f"bound_{packet}"]).min()

@@ -1,10 +1,12 @@
 """Fig. 1, 2 and 5: complete files, recorded settings, bad input refused before any work."""
 
+import io
 import itertools
 import json
 import re
 from contextlib import contextmanager
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -301,31 +303,111 @@ def test_titles_of_neighbours_do_not_overlap(tmp_path, monkeypatch, names):
     assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
 
 
-def test_curves_can_be_told_apart(tmp_path, monkeypatch):
-    """An unbounded attack is dashed, in the colour of the bounded one; black is clean alone."""
-    attacks = fig2.Settings().attacks.split(",")
-    columns = {"dataset": "digits", "network": "cnn", "epsilon": 0.1, "low": 0, "high": 1}
-    rows = [
-        {**columns, "epoch": epoch, "condition": condition, "accuracy": 0.5}
-        for epoch in (1, 2)
-        for condition in ("none", *attacks, "lowest", "highest", "all")
-    ]
-    pd.DataFrame(rows).to_csv(tmp_path / "table.csv", index=False)
-    looks = {}
+@contextmanager
+def drawn(monkeypatch, module):
+    """The figures that `module` draws in the context, laid out."""
+    figures = []
 
     @contextmanager
     def looked_at(*arguments, **options):
         with new_figure(*arguments, **options) as figure:
             yield figure
-            for line in figure.axes[0].get_lines():
-                looks[line.get_label()] = (line.get_color(), line.get_linestyle())
+            figure.draw_without_rendering()
+            figures.append(figure)
 
-    monkeypatch.setattr(fig2, "new_figure", looked_at)
-    fig2.draw(tmp_path, 1)
-    assert len(looks) == len(set(looks.values())) == 8
-    colour, dashes = looks["SparseFool"]
-    assert looks["SparseFool, unbounded"] == (colour, "--") and dashes == "-"
-    assert looks["clean"][0] not in [looks[name][0] for name in looks if name != "clean"]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "new_figure", looked_at)
+        yield figures
+
+
+def rows_of(epochs, accuracy=0.5, low=0.4, high=0.6, epsilon=0.1, rms=1.0):
+    """Rows of a network under the usual attacks; each number is of all epochs, or one for each."""
+    columns = {"low": low, "accuracy": accuracy, "high": high, "epsilon": epsilon, "rms": rms}
+    return pd.concat(
+        pd.DataFrame({"epoch": epochs, **columns}).assign(
+            dataset="digits", network="cnn", condition=condition
+        )
+        for condition in ("none", *USUAL, "lowest", "highest", "all")
+    )
+
+
+def seen(figure, line):
+    """How many pixels of the figure would differ clearly without the line."""
+    pictures = []
+    for visible in (True, False):
+        line.set_visible(visible)
+        with io.BytesIO() as file:
+            figure.savefig(file, format="raw", dpi=200)
+            pictures.append(np.frombuffer(file.getvalue(), np.uint8).reshape(-1, 4).astype(int))
+    line.set_visible(True)
+    return int((np.abs(pictures[0] - pictures[1]).max(1) > 50).sum())
+
+
+@pytest.mark.parametrize("epochs", (2, 30))
+def test_curves_can_be_told_apart(tmp_path, monkeypatch, epochs):
+    """Also where all coincide: each is thinner than those beneath, with markers of its own.
+
+    An unbounded attack is dashed, in the colour of the bounded one; black is clean alone.
+    """
+    rows_of(range(1, epochs + 1)).to_csv(tmp_path / "table.csv", index=False)
+    with drawn(monkeypatch, fig2) as figures:
+        fig2.draw(tmp_path, 1)
+    (axis,) = figures[0].axes
+    lines = {line.get_label(): line for line in axis.get_lines()}
+    looks = {(line.get_color(), line.get_linestyle()) for line in lines.values()}
+    assert len(lines) == len(looks) == 8
+    bounded, unbounded = lines["SparseFool"], lines["SparseFool, unbounded"]
+    assert unbounded.get_color() == bounded.get_color() and unbounded.get_linestyle() == "--"
+    assert unbounded.get_marker() != bounded.get_marker()
+    colours = [line.get_color() for line in lines.values()]
+    assert colours.count(lines["clean"].get_color()) == 1
+    for name, line in lines.items():
+        assert seen(figures[0], line) > 75, name
+
+
+def test_splits_that_coincide_can_be_told_apart(tmp_path, monkeypatch):
+    points = ["pixels", "normalise", "stem", "layer1", "layer2", "layer3", "layer4"]
+    columns = {"low": 0.4, "accuracy": 0.5, "high": 0.6, "before": 0.9, "condition": "fgsm"}
+    known = {"dataset": "digits", "network": "resnet18", **columns}
+    rows = [{"point": p, "relative": x, **known} for p in points for x in (0.01, 0.1)]
+    pd.DataFrame(rows).to_csv(tmp_path / "splits.csv", index=False)
+    with drawn(monkeypatch, fig5) as figures:
+        fig5.draw_splits(tmp_path)
+    (axis,) = figures[0].axes
+    for line in axis.get_lines()[: len(points)]:
+        assert seen(figures[0], line) > 75, line.get_label()
+
+
+def test_one_epoch_is_no_curve(tmp_path, monkeypatch):
+    """A point with its interval for each attack; no axis of epochs around the one."""
+    rows_of([12]).to_csv(tmp_path / "table.csv", index=False)
+    with drawn(monkeypatch, fig2) as figures:
+        fig2.draw(tmp_path, 1, "conv2")
+    (axis,) = figures[0].axes
+    names = [label.get_text().replace("\n", " ") for label in axis.get_xticklabels()]
+    named = ["OST", "FGSM", "BIM", "ILLC", "PGD", "SparseFool", "SparseFool, unbounded"]
+    assert names == ["clean", *named]
+    bars = [bar.get_segments() for bar in axis.collections]
+    assert np.array(bars)[:, 0, :, 1] == pytest.approx(np.array([[0.4, 0.6]] * 8))
+    assert np.array(bars)[:, 0, 0, 0].tolist() == axis.get_xticks().tolist()
+    assert figures[0].get_supxlabel() == "after epoch 12, attacked at conv2"
+
+
+@pytest.mark.parametrize(
+    ("unit", "epsilon", "rms", "title"),
+    (
+        ("absolute", [0.1, 0.1], [0.4, 0.5], "ε = 0.1"),
+        ("absolute", [8 / 255] * 2, [0.4, 0.5], "ε = 8/255"),
+        ("rms", [0.04, 0.05], [0.4, 0.5], "ε = 0.1 RMS"),  # it follows the features
+    ),
+)
+def test_the_amplitude_of_the_title_is_that_of_all_epochs(
+    tmp_path, monkeypatch, unit, epsilon, rms, title
+):
+    rows_of([1, 2], epsilon=epsilon, rms=rms).to_csv(tmp_path / "table.csv", index=False)
+    with drawn(monkeypatch, fig2) as figures:
+        fig2.draw(tmp_path, 1, "conv2", unit)
+    assert figures[0].axes[0].get_title().endswith(title)
 
 
 def test_presets():

@@ -77,6 +77,29 @@ def test_a_kept_network_is_attacked_again(kept, tmp_path):
     pd.testing.assert_frame_equal(first, second)
 
 
+@pytest.mark.parametrize("figure", ("fig1", "fig2"))
+def test_the_record_names_the_network_that_was_loaded(kept, tmp_path, figure):
+    """Not that of the preset; and the same command again is the same experiment."""
+    options = [
+        "--load",
+        str(kept[1]),
+        "--attacks",
+        "fgsm",
+        "--test_size",
+        "40",
+        "-o",
+        str(tmp_path),
+    ]
+    more = {"fig1": ["--images", "1"], "fig2": ["--subset", "5"]}[figure]
+    for _ in range(2):
+        done = CliRunner().invoke(main, ["reproduce", figure, *options, *more])
+        assert done.exit_code == 0, done.output
+    record = json.loads((tmp_path / "run.json").read_text())
+    of = {name: record["settings"][name] for name in ("network", "width", "epochs")}
+    assert of == {"network": "resnet18", "width": 0.1, "epochs": 0}
+    assert set(record["results"]) == {"digits-resnet18"}
+
+
 def test_what_a_kept_network_says_of_itself(kept):
     _, file, results = kept
     with safe_open(file, "pt") as content:
