@@ -8,12 +8,13 @@ import os
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_attack import __version__
+from llm_attack.failures import NotWritten, look
 from llm_attack.redact import redacted
 
 if TYPE_CHECKING:
@@ -41,23 +42,35 @@ class Stopwatch(dict[str, float]):
         return since
 
 
+def draft_of(path: Path) -> Path:
+    """What a file is called while it is being written."""
+    return path.with_name(f".{path.name}{DRAFT}")
+
+
 @contextmanager
 def whole_or_not(path: Path) -> Iterator[Path]:
     """A draft beside `path`, which takes its place at the end unless the context raises.
 
     It is on disk by then, so that what has its name is whole also when the process is killed or
     the power goes. Where `path` is a link, the link is replaced, not what it leads to.
+
+    Raises:
+        NotWritten: the system refuses.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}{DRAFT}")
-    draft.unlink(missing_ok=True)  # of a process that died
+    look()  # a signal that waits stops here, where nothing is half done
+    draft = draft_of(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.unlink(missing_ok=True)  # of a process that died
         yield draft
         with draft.open("rb+") as file:
             os.fsync(file.fileno())
         draft.replace(path)
+    except OSError as error:
+        raise NotWritten(error.errno, error.strerror or str(error), str(path)) from error
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -61,7 +61,7 @@ def with_entries(path: Path, runs: Mapping[str, Result]) -> str:
         UsageError: there is a file that is no leaderboard.
     """
     new = tables.csv(entries(runs))
-    claim_file(path, new.splitlines()[0])
+    claim_file(path, new.splitlines()[0], "leaderboard")
     texts = [path.read_text("utf-8"), new] if path.exists() and path.stat().st_size else [new]
     read = [pd.read_csv(io.StringIO(text), dtype=str, na_filter=False) for text in texts]
     both = pd.concat(read).drop_duplicates(_KEY, keep="last")
