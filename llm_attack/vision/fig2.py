@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_attack.declare import setting
 from llm_attack.drawing import COLOURS, new_figure
-from llm_attack.record import Stopwatch, without_formulas, write_text
+from llm_attack.record import Stopwatch, as_csv, write_text
 from llm_attack.reproduce import figure_command
 from llm_attack.vision.settings import QUICK, UNBOUNDED, ImageSettings, shown, titled
 
@@ -123,8 +123,7 @@ def curves(
         table += [{"dataset": dataset.name, "network": name, **row} for row in rows]
         results[label] = stages.summary(settings, dataset, network, rows)
         then(dataset, name, network)
-    text = without_formulas(pd.DataFrame(table)).to_csv(index=False, float_format="%.6g")
-    write_text(folder / "table.csv", text)
+    write_text(folder / "table.csv", as_csv(pd.DataFrame(table), "%.6g"))
     draw(folder, settings.width, at)
     return {**results, "seconds": clock}
 
