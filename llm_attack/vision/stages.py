@@ -13,10 +13,11 @@ from tqdm import tqdm
 
 from llm_attack.attacks import Attack
 from llm_attack.errors import UsageError, invalid
+from llm_attack.folder import resolved
 from llm_attack.record import Stopwatch
 from llm_attack.vision.adversarial import usual_epsilon
 from llm_attack.vision.data import Dataset
-from llm_attack.vision.keeping import fill, imported, save, told
+from llm_attack.vision.keeping import fill, imported, place, save, told
 from llm_attack.vision.measure import Row, frozen, measure
 from llm_attack.vision.networks import NETWORKS, build
 from llm_attack.vision.settings import ImageSettings
@@ -60,21 +61,22 @@ def untrained(dataset: Dataset, name: str, settings: ImageSettings) -> nn.Module
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        network: nn.Module
-        if ":" in name:
-            network = imported(name)
-        else:
-            network = build(
-                name,
-                *(moment.cpu() for moment in dataset.train.moments()),
-                size=dataset.shape[1],
-                classes=len(dataset.classes),
-                width=settings.width,
-            )
-    for argument in ("weights", "load"):
-        path = getattr(settings, argument)
-        if path is not None:
-            fill(network, argument, path)
+        moments = [moment.cpu() for moment in dataset.train.moments()]
+        how: Any = {
+            "size": dataset.shape[1],
+            "classes": len(dataset.classes),
+            "width": settings.width,
+        }
+        given = {name: getattr(settings, name) for name in ("weights", "load")}
+        given = {argument: path for argument, path in given.items() if path is not None}
+        if given and ":" not in name:  # what a file says may be larger than the memory
+            with torch.device("meta"):
+                sizes = build(name, *moments, **how)
+            for argument, path in given.items():
+                fill(sizes, argument, path)
+        network = imported(name) if ":" in name else build(name, *moments, **how)
+    for argument, path in given.items():
+        fill(network, argument, path)
     network = network.to(settings.device or "cpu")
     if ":" in name or settings.weights or settings.load:
         _check_scores(network, dataset, name)
@@ -130,8 +132,11 @@ def trained(
         besides: further columns of all rows of an epoch: numbers that a network has.
         **how: of `measure`: `epsilon` and others.
     """
-    network, rows = untrained(dataset, name, settings), list[Row]()
     label = f"{dataset.name}-{name}" if label is None else label
+    kept_in = None if settings.save is None else resolved(settings.save, "save")
+    if kept_in is not None and settings.epochs:  # before the training
+        place(kept_in, label)
+    network, rows = untrained(dataset, name, settings), list[Row]()
     kept: Any = {"state": state, "label": label}
     how |= {"steps": settings.steps, "seed": settings.seed}
 
@@ -165,13 +170,13 @@ def trained(
             first = False
         tqdm.write(said)
     clock.lap(f"{label} training")
-    if settings.save is not None:
+    if kept_in is not None:
         about = {
             "network": name,
             "dataset": dataset.name,
             **summary(settings, dataset, network, rows),
         }
-        save(Path(settings.save), label, network, settings, about)
+        save(kept_in, label, network, settings, about)
     return network, rows
 
 
