@@ -97,7 +97,7 @@ def figure_command(
             "hardware": hardware(),
         }
         write_json(folder / "run.json", record)
-        (folder / _STARTED).unlink()
+        (folder / _STARTED).unlink(missing_ok=True)
         click.echo(f"written: {folder}, in {seconds['all']:.1f} s")
 
     default_output = Path("results", name)
