@@ -38,6 +38,11 @@ DEATHS = 3  # for each worker, in a row and without a finished batch in between,
 _SHARE = 0.9  # of a GPU, for a worker: one on each, and some is left for a driver that is a job
 
 
+def threads_of(lm: AttackedHFLM) -> int:
+    """Of torch, for the batches of a model in this process."""
+    return 1 if lm.engine.deterministic else torch.get_num_threads()
+
+
 class Worker:
     """The model of a run on one device.
 
@@ -61,7 +66,7 @@ class Worker:
 
     def ready(self) -> tuple[dict[str, Any], int]:
         """Which model it has, as its part of the fingerprint, and its number of threads."""
-        return fingerprint.of_model(self.lm), torch.get_num_threads()
+        return fingerprint.of_model(self.lm), threads_of(self.lm)
 
     def answer(self, batch: Batch) -> Found:
         """The answers to a batch."""

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-import torch
 from rich.console import Console
 
 from llm_attack.errors import UsageError, invalid
@@ -262,7 +261,7 @@ def _answer(prepared: Prepared, store: Store, progress: str, console: Console) -
     batches = (w.batch for w in todo.values())
     threads: set[int] = set()
     if prepared.plan.ray is None:
-        threads.add(torch.get_num_threads())
+        threads.add(on_ray.threads_of(lm))
         answers = lm.engine.answers(batches)
     else:
         say = partial(note, progress, console)

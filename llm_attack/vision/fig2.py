@@ -100,6 +100,7 @@ def curves(
     epsilons = {dataset.name: stages.amplitude(settings, dataset, at) for dataset in datasets}
     pairs = [(dataset, name) for dataset in datasets for name in names]
     for dataset, name in pairs:
+        stages.kept_in(settings, f"{dataset.name}-{name}")
         network = stages.untrained(dataset, name, settings)
         if at is not None:
             split(network, at)

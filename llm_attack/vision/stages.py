@@ -133,11 +133,9 @@ def trained(
         **how: of `measure`: `epsilon` and others.
     """
     label = f"{dataset.name}-{name}" if label is None else label
-    kept_in = None if settings.save is None else resolved(settings.save, "save")
-    if kept_in is not None and settings.epochs:  # before the training
-        place(kept_in, label)
+    kept = kept_in(settings, label)
     network, rows = untrained(dataset, name, settings), list[Row]()
-    kept: Any = {"state": state, "label": label}
+    how_to_train: Any = {"state": state, "label": label}
     how |= {"steps": settings.steps, "seed": settings.seed}
 
     def measured(epoch: int, precision: str | None = None) -> list[Row]:
@@ -154,7 +152,7 @@ def trained(
         return network, found
     chosen = spread(settings.epochs, attacked_epochs)
     first = True
-    for epoch, loss, precision in train(network, dataset.train, settings, rows, **kept):
+    for epoch, loss, precision in train(network, dataset.train, settings, rows, **how_to_train):
         learning = clock.lap(f"{label} training")
         said = f"{label}: epoch {epoch} of {settings.epochs}, loss {loss:.4f}"
         if epoch in chosen:
@@ -170,14 +168,26 @@ def trained(
             first = False
         tqdm.write(said)
     clock.lap(f"{label} training")
-    if kept_in is not None:
+    if kept is not None:
         about = {
             "network": name,
             "dataset": dataset.name,
             **summary(settings, dataset, network, rows),
         }
-        save(kept_in, label, network, settings, about)
+        save(kept, label, network, settings, about)
     return network, rows
+
+
+def kept_in(settings: ImageSettings, label: str) -> Path | None:
+    """The folder that `save` names, where a network of this label can be kept.
+
+    Raises:
+        UsageError: it cannot; see `keeping.place`.
+    """
+    folder = None if settings.save is None else resolved(settings.save, "save")
+    if folder is not None and settings.epochs:  # one that is not trained is not kept
+        place(folder, label)
+    return folder
 
 
 def _said(found: Sequence[Row]) -> str:

@@ -263,6 +263,13 @@ def test_sigterm_while_ray_starts(monkeypatch):
         signal.signal(signal.SIGTERM, before)
 
 
+def test_threads_are_those_that_compute(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    for deterministic, threads in ((False, 7), (True, 1)):
+        engine = types.SimpleNamespace(deterministic=deterministic)
+        assert on_ray.threads_of(types.SimpleNamespace(engine=engine)) == threads
+
+
 def test_without_ray(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(

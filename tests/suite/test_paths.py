@@ -328,6 +328,12 @@ def test_an_experiments_folder_that_is_removed(monkeypatch):
     assert Path("out/run.json").exists() and Path("out/curves.csv").exists()
 
 
+def test_the_threads_that_computed_are_recorded(monkeypatch):
+    monkeypatch.setattr("llm_attack.suite.on_ray.threads_of", lambda _: 7)
+    run = evaluate(PLAN, output="out", progress="quiet").run
+    assert run["hardware"]["threads"] == 7
+
+
 def test_in_another_thread(once):
     """`evaluate` needs no handlers of signals, which only the main thread may set."""
     found = []

@@ -339,7 +339,18 @@ def test_a_place_to_save_is_tried_before_the_training(tmp_path, monkeypatch, pla
     save_file({"a": torch.zeros(1)}, "theirs/digits-cnn.safetensors")
     (tmp_path / "gone").symlink_to("nowhere")
     before = sorted(tmp_path.rglob("*"))
-    words = ["--network", "cnn", "--width", "0.1", "--epochs", "1", "--save", place, "-o", "out"]
+    words = [
+        "--network",
+        "resnet18,cnn",
+        "--width",
+        "0.1",
+        "--epochs",
+        "1",
+        "--save",
+        place,
+        "-o",
+        "out",
+    ]
     done = CliRunner().invoke(main, ["reproduce", "fig2", *words])
     assert done.exit_code == 2 and done.stderr.startswith(f"error: {says}"), done.output
     assert sorted(tmp_path.rglob("*")) == before
