@@ -94,7 +94,7 @@ def check_writable(folder: Path, *names: str, argument: str = "output") -> None:
         new = folder.relative_to(nearest).parts
         longest = max((len(os.fsencode(draft_of(Path(name)).name)) for name in names), default=0)
         longest = max(longest, *(len(os.fsencode(part)) for part in new), 0)
-        with suppress(ValueError):  # a system that does not tell
+        with suppress(ValueError, AttributeError):  # of a system that does not tell
             if longest > os.pathconf(nearest, "PC_NAME_MAX") > 0:
                 raise OSError(ENAMETOOLONG, os.strerror(ENAMETOOLONG))
         # nothing is made before all arguments are known to be good

@@ -198,7 +198,11 @@ def answers(
         for _ in range(workers, room):
             start()
         workers = max(workers, room)
-        for done in ray.wait([*busy], timeout=PAUSE)[0]:
+        try:
+            finished, _ = ray.wait([*busy], timeout=PAUSE)
+        except RayError as error:
+            raise ProcessDied(f"Ray: {one_line(error)}") from error
+        for done in finished:
             worker, batch = busy.pop(done)
             try:
                 found = ray.get(done, timeout=LONGEST)

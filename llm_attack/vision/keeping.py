@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load as from_bytes
+from safetensors.torch import save_file
 from torch import nn
 
 from llm_attack import __version__
@@ -29,6 +30,7 @@ from llm_attack.vision.settings import ImageSettings
 Kind = TypeVar("Kind", bound=ImageSettings)
 
 _KEY = "llm_attack"  # of what the file says of itself
+_HEADER = 100_000_000  # bytes, at most, as for safetensors itself
 # What reading a file as weights may end with.
 UNREADABLE = (
     *(OSError, EOFError, SafetensorError, pickle.UnpicklingError),
@@ -115,8 +117,11 @@ def _is_checkpoint(path: str) -> bool:
 
 
 def _of_kept(path: str) -> dict[str, Any]:
-    with safe_open(path, "pt") as file:
-        return json.loads((file.metadata() or {})[_KEY])
+    # by hand, as safetensors takes only paths in UTF-8; https://github.com/huggingface/safetensors
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(min(size, _HEADER)))
+    return json.loads(header["__metadata__"][_KEY])
 
 
 def _of_checkpoint(path: str) -> dict[str, Any]:
@@ -161,7 +166,7 @@ def fill(network: nn.Module, argument: str, path: str) -> None:
     try:
         weights: dict[str, Any]
         if path.endswith(".safetensors"):
-            weights = load_file(path)
+            weights = from_bytes(Path(path).read_bytes())
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
             weights = weights.get("network", weights)  # of a checkpoint

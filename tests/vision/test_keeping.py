@@ -1,6 +1,7 @@
 """Networks from files and from other people's code."""
 
 import json
+import os
 import sys
 
 import pandas as pd
@@ -314,6 +315,18 @@ def test_a_width_that_no_network_can_have():
     for width in (1e300, 1e6):
         with pytest.raises(UsageError, match=r"^width=1.*: must be a number .* at most 100000$"):
             stages.untrained(dataset, "cnn", fig1.Settings(width=width))
+
+
+def test_a_name_that_is_no_text(kept, tmp_path, monkeypatch):
+    """A folder whose name is not UTF-8: kept there, once more, and attacked again."""
+    monkeypatch.chdir(tmp_path)
+    place = os.fsdecode(b"n\xff")
+    settings = fig2.Settings(**SMALL, network="cnn", save=f"{place}/nets")
+    for _ in range(2):
+        results = fig2.run(settings, tmp_path / place / "out")
+    for file in ("nets/digits-cnn.safetensors", "out/checkpoints/digits-cnn.pt"):
+        again = fig2.run(fig2.Settings(**SMALL, load=f"{place}/{file}"), tmp_path / place / "again")
+        assert again["digits-cnn"] == results["digits-cnn"]
 
 
 # -- where networks are kept ---------------------------------------------------------------------
