@@ -13,6 +13,7 @@ import click
 
 from llm_attack import __version__, failures
 from llm_attack.declare import DIALECT, options
+from llm_attack.folder import resolved
 from llm_attack.reproduce import DEVICE, preset_option
 from llm_attack.theory import fig4, fig6, relation
 from llm_attack.vision import fig1, fig2, fig5, tradeoff
@@ -98,7 +99,7 @@ class _OfPlan(click.Command):
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    metavar="PATH",
     help="Folder for tables, figures, report and samples; a run that was stopped goes on there.",
 )
 @click.option(
@@ -176,19 +177,19 @@ def report(folder: Path, equivalence: float | None) -> None:
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    metavar="PATH",
     help="CSV file; of more than two runs there is a figure beside it.",
 )
 @click.option(
     "--leaderboard",
-    type=click.Path(path_type=Path),
+    metavar="PATH",
     help="CSV file to which a row for each model and condition is appended.",
 )
 @_equivalence
 def compare(
     folders: tuple[Path, ...],
-    output: Path | None,
-    leaderboard: Path | None,
+    output: str | None,
+    leaderboard: str | None,
     equivalence: float | None,
 ) -> None:
     """Compare runs on the questions that all of them asked.
@@ -214,7 +215,7 @@ for _command in FIGURES:
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    metavar="PATH",
     default="results",
     show_default=True,
     help="Folder for a folder of each figure.",
@@ -222,10 +223,11 @@ for _command in FIGURES:
 @click.option("--device", help=DEVICE)
 @click.option("--seed", type=int, help="First seed of every experiment.")
 @click.pass_context
-def all_(ctx: click.Context, output: Path, **options: Any) -> None:
+def all_(ctx: click.Context, output: str, **options: Any) -> None:
     """Every figure in turn."""
-    for command in FIGURES:  # all folders before anything is computed in one
-        command.settle(output=output / str(command.name), **options)
-    for command in FIGURES:
+    folders = {command: str(resolved(output) / str(command.name)) for command in FIGURES}
+    for command, folder in folders.items():  # all folders before anything is computed in one
+        command.settle(output=folder, **options)
+    for command, folder in folders.items():
         click.echo(f"{command.name}:")
-        ctx.invoke(command, output=output / str(command.name), **options)
+        ctx.invoke(command, output=folder, **options)

@@ -10,10 +10,16 @@
 
 from __future__ import annotations
 
+import _thread
 import os
+import signal
 import sys
 import tempfile
+import threading
+import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from errno import (
     EACCES,
     EEXIST,
@@ -25,7 +31,7 @@ from errno import (
     ENOTDIR,
     EPERM,
 )
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llm_attack.errors import UsageError
 from llm_attack.redact import redacted
@@ -56,6 +62,74 @@ class ProcessDied(Exception):
     """Another process of the run ended before its share of the work was done."""
 
 
+class NotWritten(OSError):
+    """A file could not be written, though its place was tried at the start."""
+
+
+# What a handler was before `held`, by the number of its signal; signals that have come since.
+_handlers: dict[int, Any] = {}
+_came: list[int] = []
+_ending = False
+PATIENCE = 5.0  # seconds for which a signal waits, at most
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait, while the context lasts, for the next call of `look`.
+
+    What a handler raises in the middle of code in C is lost or turned into a SystemError. After
+    `PATIENCE`, and when the signal comes again, the handler is called wherever the program is.
+    Only the main thread has handlers: in another one this does nothing, and within itself as well.
+    """
+    global _ending
+    if threading.current_thread() is not threading.main_thread() or _handlers:
+        yield
+        return
+    _ending = False
+    numbers: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
+    for number in numbers:
+        handler = signal.getsignal(number)
+        if callable(handler):
+            _handlers[number] = handler
+            signal.signal(number, _wait)
+    try:
+        yield
+        look()
+    finally:
+        _ending = True
+        for number, handler in _handlers.items():
+            if signal.getsignal(number) is _wait:  # nobody else has taken it meanwhile
+                signal.signal(number, handler)
+        handlers = dict(_handlers)
+        _handlers.clear()
+        while _came:
+            number = _came.pop()
+            handlers[number](number, None)
+
+
+def look() -> None:
+    """Calls the handlers of the signals that wait, whose errors are raised from here."""
+    while _came and threading.current_thread() is threading.main_thread():
+        number = _came.pop()
+        _handlers[number](number, None)
+
+
+def _wait(number: int, frame: Any) -> None:
+    if number not in _came:
+        _came.append(number)
+        # not a Thread, whose start takes locks that the main thread may have when a signal comes
+        _thread.start_new_thread(_again, (number,))
+    elif not _ending:
+        _came.remove(number)
+        _handlers[number](number, frame)
+
+
+def _again(number: int) -> None:
+    time.sleep(PATIENCE)
+    if number in _came:
+        _thread.interrupt_main(signal.Signals(number))
+
+
 class Failure(NamedTuple):
     """An exit code and what to say."""
 
@@ -71,6 +145,7 @@ def failure(error: BaseException) -> Failure:
     import click
 
     text = one_line(error)
+    error = stop_in(error) or error
     if isinstance(error, UsageError):
         return Failure(2, f"error: {text}")
     if isinstance(error, click.UsageError):
@@ -79,7 +154,7 @@ def failure(error: BaseException) -> Failure:
         return Failure(130, "stopped")
     if isinstance(error, Stopped):
         return Failure(143, "stopped")
-    if isinstance(error, OSError) and error.errno in _PATHS:
+    if isinstance(error, OSError) and error.errno in _PATHS and not isinstance(error, NotWritten):
         return Failure(2, f"error: {text}")
     if isinstance(error, MemoryError) or any(word in repr(error) for word in _NO_MEMORY):
         return Failure(1, f"error: out of memory ({text})")
@@ -89,6 +164,12 @@ def failure(error: BaseException) -> Failure:
     if isinstance(error, (ProcessDied, OSError)):
         return Failure(1, f"error: {text}")
     return Failure(70, f"error: unexpected {type(error).__name__}: {text}; see {_log(error)}")
+
+
+def stop_in(error: BaseException) -> BaseException | None:
+    """What stopped the program, where it was a signal: `error`, or what code in C made it of."""
+    found = error.__cause__ if isinstance(error, SystemError) else error
+    return found if isinstance(found, (KeyboardInterrupt, Stopped)) else None
 
 
 def one_line(error: BaseException) -> str:

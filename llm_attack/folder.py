@@ -7,27 +7,122 @@ lies there stays as it is.
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from errno import EDQUOT, EIO, ENAMETOOLONG, ENOSPC
 from pathlib import Path
 from typing import Any
 
-from llm_attack.errors import UsageError
-from llm_attack.record import DRAFT
+from llm_attack.errors import UsageError, invalid
+from llm_attack.record import DRAFT, draft_of
+
+# Errors of the system that no other path mends.
+_MACHINE = {EDQUOT, EIO, ENOSPC}
+_TRIED = b"\0" * 4096  # what is written on trial: an empty file has room on a full disk
+
+
+def resolved(path: str | os.PathLike[str], argument: str = "output") -> Path:
+    """Where `path` leads: `~` and links are followed, `..` is taken. Makes nothing.
+
+    Whatever writes resolves a path once, and then checks and writes what this returns. A folder
+    that does not exist and a `..` behind it cancel each other, as in `os.path.realpath`.
+
+    Args:
+        path: as the user gave it.
+        argument: what the user gave it as.
+
+    Returns:
+        The path; relative if the given one is and leads into the working folder, so that messages
+        show what was typed.
+
+    Raises:
+        UsageError: it is empty, has a NUL, or a link in it leads nowhere.
+    """
+    text = os.fspath(path)
+    return _followed(os.path.expanduser(text), text, argument)
+
+
+def resolved_file(path: str | os.PathLike[str], argument: str = "output") -> Path:
+    """`resolved` of a file, which is written as a whole; a link of this name is not followed.
+
+    Raises:
+        UsageError: as `resolved`, or it names a folder.
+    """
+    text = os.fspath(path)
+    parent, name = os.path.split(os.path.expanduser(text))
+    if text.strip() and name in ("", ".", ".."):
+        raise invalid(argument, text, "the name of a file, not that of a folder")
+    return _followed(parent, text, argument) / name
+
+
+def _followed(path: str, text: str, argument: str) -> Path:
+    """`path` without links and `..`; `text` is what the user gave, for messages."""
+    if not text.strip() or "\0" in text:
+        raise invalid(argument, text, "a path, not empty and without NUL")
+    try:
+        here = found = Path.cwd()
+        for part in Path(path).parts:
+            found = found.parent if part == ".." else found / part
+            if found.is_symlink():
+                found = found.resolve(strict=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
+        reason = getattr(error, "strerror", None) or "its links form a loop"
+        raise UsageError(
+            f"{argument}={text}: must be a folder or file that can be made or written ({reason})"
+        ) from None
+    inside = found.is_relative_to(here) and not Path(path).is_absolute()
+    return found.relative_to(here) if inside else found
+
+
+def check_writable(folder: Path, *names: str, argument: str = "output") -> None:
+    """Tries whether files can be written in a folder that may have to be made; leaves nothing.
+
+    Args:
+        folder: of `resolved`.
+        names: of files that are to be written there.
+        argument: what the user gave it as.
+
+    Raises:
+        UsageError: they cannot.
+        OSError: the disk is full or broken.
+    """
+    try:
+        above = (folder, *folder.parents)
+        nearest = next(path for path in above if path.is_symlink() or path.exists())
+        new = folder.relative_to(nearest).parts
+        longest = max((len(os.fsencode(draft_of(Path(name)).name)) for name in names), default=0)
+        longest = max(longest, *(len(os.fsencode(part)) for part in new), 0)
+        with suppress(ValueError, AttributeError):  # of a system that does not tell
+            if longest > os.pathconf(nearest, "PC_NAME_MAX") > 0:
+                raise OSError(ENAMETOOLONG, os.strerror(ENAMETOOLONG))
+        # nothing is made before all arguments are known to be good
+        with tempfile.TemporaryFile(dir=nearest, prefix=".", suffix=DRAFT) as file:
+            file.write(_TRIED)
+    except OSError as error:
+        if error.errno in _MACHINE:
+            raise
+        what = f"a file in {folder}" if names else "a folder"
+        shown = folder / names[0] if names else folder
+        raise UsageError(
+            f"{argument}={shown}: must be {what} that can be written, or not exist yet"
+            f" ({error.strerror})"
+        ) from None
 
 
 def claim(folder: Path, marked: Callable[[list[str]], bool], parts: Sequence[str] = ()) -> None:
     """Refuses a folder that is not ours to write into; makes nothing.
 
     Args:
-        folder: the output, which may itself be a link to a folder.
+        folder: the output, of `resolved`.
         marked: told the names of what is there, whether among it is our mark.
         parts: subfolders that we write into.
 
     Raises:
         UsageError: it cannot be written, holds what is not ours, or a part of it is a link.
     """
-    _check_writable(folder)
+    check_writable(folder)
     for part in parts:
         if (folder / part).is_symlink():
             raise UsageError(
@@ -57,7 +152,8 @@ def clear_drafts(folder: Path, parts: Sequence[str] = ()) -> None:
     """Deletes what processes that died in the middle of writing have left."""
     for part in (folder, *(folder / part for part in parts)):
         for draft in part.glob(f".*{DRAFT}"):
-            draft.unlink(missing_ok=True)
+            if not draft.is_dir():
+                draft.unlink(missing_ok=True)
 
 
 def check_same(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
@@ -84,12 +180,13 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     ]
 
 
-def claim_file(path: Path, first_line: str) -> None:
+def claim_file(path: Path, first_line: str, argument: str = "output") -> None:
     """Refuses a file that is not ours to replace.
 
     Args:
-        path: the output.
+        path: the output, of `resolved_file`.
         first_line: of what we write there.
+        argument: what the user gave it as.
 
     Raises:
         UsageError: it is a link, no file, or a file that begins otherwise.
@@ -101,7 +198,7 @@ def claim_file(path: Path, first_line: str) -> None:
         free = False
     if not free:
         raise UsageError(
-            f"output={path}: is not of a comparison; must be a file of one, or not exist yet"
+            f"{argument}={path}: is not of a comparison; must be a file of one, or not exist yet"
         )
 
 
@@ -112,20 +209,6 @@ def _begins(path: Path, line: str) -> bool:
 
 def _is_lock(path: Path) -> bool:
     return path.suffix == ".lock" and path.is_file() and path.stat().st_size == 0
-
-
-def _check_writable(folder: Path) -> None:
-    try:
-        above = (folder, *folder.parents)
-        nearest = next(path for path in above if path.is_symlink() or path.exists())
-        # nothing is made before all arguments are known to be good
-        with tempfile.TemporaryFile(dir=nearest):
-            pass
-    except OSError as error:
-        raise UsageError(
-            f"output={folder}: must be a folder that can be written, or not exist yet"
-            f" ({error.strerror})"
-        ) from None
 
 
 def _flat(mark: dict[str, Any]) -> dict[str, Any]:

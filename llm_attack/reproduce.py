@@ -19,7 +19,7 @@ import click
 
 from llm_attack.declare import DIALECT, declared
 from llm_attack.errors import UsageError, invalid
-from llm_attack.folder import check_same, claim, clear_drafts, strangers
+from llm_attack.folder import check_same, check_writable, claim, clear_drafts, resolved, strangers
 from llm_attack.record import hardware, versions, write_json
 from llm_attack.redact import redacted
 
@@ -50,7 +50,7 @@ class Numbers(click.ParamType):
 class Figure(click.Command):
     """The command of a figure; `settle` is what it does before anything is computed."""
 
-    settle: Callable[..., tuple[Any, dict[str, Any]]]
+    settle: Callable[..., tuple[Any, dict[str, Any], Path]]
 
 
 def figure_command(
@@ -70,25 +70,28 @@ def figure_command(
         resolved: the settings as they take effect, which the record holds.
     """
 
-    def settle(preset: str, output: Path, **given: Any) -> tuple[Any, dict[str, Any]]:
-        """Settings and the head of the record; `UsageError` if they or the folder will not do."""
+    def settle(preset: str, output: str, **given: Any) -> tuple[Any, dict[str, Any], Path]:
+        """Settings, head of the record, folder; `UsageError` if they or the folder will not do."""
         overrides = {key: value for key, value in given.items() if value is not None}
         settings = replace(presets[preset], **overrides)
         settings = resolved(replace(settings, device=pick_device(settings.device)))
         words = [_COMMAND, name, "--preset", preset]
         for key, value in overrides.items():
             words += [f"--{key}", _shown(value)]
-        if output != default_output:
+        folder = resolved(output)
+        if folder != default_output:
             words += ["-o", str(output)]
         head = redacted({"command": " ".join(words), "settings": asdict(settings)})
-        claim(output, lambda names: _is_same(output, name, head, names), _PARTS)
-        return settings, head
+        claim(folder, lambda names: _is_same(folder, name, head, names), _PARTS)
+        if getattr(settings, "save", None) is not None:
+            check_writable(resolved(settings.save, "save"), argument="save")
+        return settings, head, folder
 
-    def callback(preset: str, output: Path, **given: Any) -> None:
-        settings, head = settle(preset, output, **given)
+    def callback(preset: str, output: str, **given: Any) -> None:
+        settings, head, folder = settle(preset, output, **given)
         start = time.perf_counter()
-        with _started(output, head):
-            results = run(settings, output)
+        with _started(folder, head):
+            results = run(settings, folder)
         seconds = results.pop("seconds") | {"all": time.perf_counter() - start}
         record = {
             **head,
@@ -97,17 +100,17 @@ def figure_command(
             "versions": versions(),
             "hardware": hardware(),
         }
-        write_json(output / "run.json", record)
-        (output / _STARTED).unlink()
-        click.echo(f"written: {output}, in {seconds['all']:.1f} s")
+        write_json(folder / "run.json", record)
+        (folder / _STARTED).unlink(missing_ok=True)
+        click.echo(f"written: {folder}, in {seconds['all']:.1f} s")
 
     default_output = Path("results", name)
     options: list[click.Parameter] = [
         preset_option(),
         click.Option(
             ["-o", "--output"],
-            type=click.Path(path_type=Path),
-            default=default_output,
+            metavar="PATH",
+            default=str(default_output),
             show_default=True,
             help="Folder for figure.png, figure.svg, the CSV files and run.json.",
         ),

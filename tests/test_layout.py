@@ -18,7 +18,7 @@ ARROWS = {
     "errors": {"redact"},
     "failures": {"errors", "redact"},
     "folder": {"errors", "record"},
-    "record": {"redact"},
+    "record": {"failures", "redact"},
     "inference": set(),
     "redact": set(),
     "reproduce": BOTTOM,

@@ -13,6 +13,7 @@ from lm_eval.tasks import TaskManager
 from llm_attack._shim import register
 from llm_attack.errors import UsageError, closest
 from llm_attack.failures import one_line
+from llm_attack.folder import check_writable, resolved
 from llm_attack.harness import patches
 from llm_attack.lm.device import check_device
 
@@ -97,18 +98,16 @@ def _check(arguments: Sequence[str]) -> None:
         UsageError: naming the argument.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("--device", "--include_path", "--output_path"):
-        parser.add_argument(name, nargs="?")  # a missing value is lm-eval's to refuse
+    for names in (["--device"], ["--include_path"], ["--output_path", "-o"]):
+        parser.add_argument(*names, nargs="?")  # a missing value is lm-eval's to refuse
     found, _ = parser.parse_known_args(list(arguments))
     if found.device is not None:
         check_device(found.device)
     if found.include_path is not None and not Path(found.include_path).is_dir():
         raise _no_folder(found.include_path)
     if found.output_path is not None:
-        path = Path(found.output_path)
-        nearest = next(folder for folder in (path, *path.parents) if folder.exists())
-        if nearest != path and not nearest.is_dir():
-            raise UsageError(f"output_path={path}: must be a file or folder that can be made")
+        path = resolved(found.output_path, "output_path")
+        check_writable(path.parent if path.suffix == ".json" else path, argument="output_path")
 
 
 def _no_folder(path: str) -> UsageError:

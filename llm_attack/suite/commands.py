@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -18,8 +19,8 @@ from rich.console import Console
 from llm_attack.declare import names
 from llm_attack.drawing import save_figure
 from llm_attack.errors import UsageError, invalid
-from llm_attack.failures import ProcessDied, Stopped, failure, leave
-from llm_attack.folder import claim, claim_file
+from llm_attack.failures import ProcessDied, Stopped, failure, held, leave, stop_in
+from llm_attack.folder import check_writable, claim, claim_file, resolved, resolved_file
 from llm_attack.harness.patches import without_bars
 from llm_attack.record import write_text
 from llm_attack.redact import redacted
@@ -42,12 +43,12 @@ from llm_attack.suite.pairs import paired, unshared
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.progress import MODES, note
 from llm_attack.suite.run import LM_EVAL, Processes, Result, execute, prepare
-from llm_attack.suite.store import STORE, discard
+from llm_attack.suite.store import STORE, begun, discard
 from llm_attack.suite.worst import with_worst
 
 
 def evaluate(
-    plan: Plan, *, output: str | Path | None = None, progress: str = "bar"
+    plan: Plan, *, output: str | os.PathLike[str] | None = None, progress: str = "bar"
 ) -> Result | None:
     """Evaluates a model under attack: `llm-attack run` as a function.
 
@@ -69,7 +70,7 @@ def evaluate(
     who = Processes.of(plan)
     shown = progress if who.first else "quiet"
     console = Console(stderr=True)
-    folder = None if output is None else Path(output)
+    folder = None if output is None else resolved(output)
     if folder is None and who.world > 1:
         raise UsageError("output=None: must be a folder, which the processes share")
     if folder is not None:  # before a model is loaded
@@ -77,15 +78,16 @@ def evaluate(
     with on_ray.cluster(plan):
         prepared = prepare(plan, shown, console)
         if folder is None:
-            with tempfile.TemporaryDirectory() as nowhere:
+            with tempfile.TemporaryDirectory() as nowhere, held():
                 return execute(prepared, Path(nowhere), shown, console)
         fingerprint.check(folder, prepared.mark)
         result = _finished(folder, plan, prepared.mark, who, shown, console)
         if result is None:
-            result = execute(prepared, folder, shown, console)
-            if result is not None:
-                alone = replace(plan, shard=None, ray=None, ray_workers=None)
-                results.save(result, folder, command(alone, folder))
+            with held(), begun(folder):
+                result = execute(prepared, folder, shown, console)
+                if result is not None:
+                    alone = replace(plan, shard=None, ray=None, ray_workers=None)
+                    results.save(result, folder, command(alone, output))
     if not who.first:
         return None
     discard(folder)
@@ -108,7 +110,7 @@ def _finished(
         return None
 
 
-def command(plan: Plan, folder: Path | None) -> list[str]:
+def command(plan: Plan, folder: str | os.PathLike[str] | None) -> list[str]:
     """The command line of a plan, without secrets: what differs from the defaults."""
     words = ["llm-attack", "run"]
     defaults = asdict(Plan())
@@ -126,7 +128,7 @@ def command(plan: Plan, folder: Path | None) -> list[str]:
 
 def run(
     *,
-    output: Path | None,
+    output: str | None,
     progress: str,
     dry_run: bool,
     checkpoints: str | None = None,
@@ -145,8 +147,9 @@ def run(
             estimated = estimate.dry_run(plan, progress)
         return Console().print(estimate.show(estimated, plan.model_name))
     again = shlex.join(command(plan, output))
+    folder = None if output is None else resolved(output)
     silence()
-    with without_bars(), _stops_are_explained(again, output, Processes.of(plan).first):
+    with without_bars(), _stops_are_explained(again, folder, Processes.of(plan).first):
         result = evaluate(plan, output=output, progress=progress)
     if result is not None:
         console = Console()
@@ -159,14 +162,15 @@ def run(
         of_layers = layers.cells(result.table)
         if of_layers is not None:
             console.print(of_layers.rich(layers.TITLE))
-        if output is not None and progress != "quiet":
-            console.print(f"written: {output}: report.html, table.csv, figure.png, samples.parquet")
+        if folder is not None and progress != "quiet":
+            console.print(f"written: {folder}: report.html, table.csv, figure.png, samples.parquet")
 
 
-def _run_revisions(plan: Plan, given: str, output: Path, progress: str) -> None:
+def _run_revisions(plan: Plan, given: str, typed: str, progress: str) -> None:
     of_each = revisions.plans(plan, given)
+    output = resolved(typed)
     revisions.check(output, of_each)
-    again = shlex.join([*command(plan, output), "--revisions", given])
+    again = shlex.join([*command(plan, typed), "--revisions", given])
     silence()
     runs: dict[str, Result | None] = {}
     who = Processes.of(plan)
@@ -187,6 +191,8 @@ def _run_revisions(plan: Plan, given: str, output: Path, progress: str) -> None:
 
 def report(folder: Path, equivalence: float | None) -> None:
     """The command `llm-attack report`: tables, figures and report anew from the samples."""
+    folder = resolved(folder, "folder")
+    check_writable(folder, argument="folder")
     result = results.load(folder, equivalence)
     results.render(result, folder, result.run)
     Console().print(f"written: {folder}: report.html, tables, figures")
@@ -194,27 +200,40 @@ def report(folder: Path, equivalence: float | None) -> None:
 
 def compare(
     folders: Sequence[Path],
-    output: Path | None,
-    leaderboard: Path | None,
+    output: str | None,
+    leaderboard: str | None,
     equivalence: float | None,
 ) -> None:
     """The command `llm-attack compare`: runs on the questions that all of them asked."""
+    table, board = _file("output", output), _file("leaderboard", leaderboard)
     if len(folders) < 2 and leaderboard is None:
         raise UsageError(f"compare: must have two folders or more, not {len(folders)}")
     if equivalence is not None and len(folders) != 2:
         raise UsageError(f"equivalence={equivalence:g}: must go with two folders")
-    if len(folders) == 2:
-        _compare_two(folders, output, equivalence)
-    if len(folders) == 2 and leaderboard is None:
-        return
+    pictures = [table.with_suffix(f".{form}") for form in ("png", "svg")] if table else []
+    if board is not None and board in (table, *pictures):
+        raise UsageError(f"leaderboard={leaderboard}: must be another file than output's")
+    if len(folders) == 2 and board is None:
+        return _compare_two(folders, table, equivalence)
     found = [results.load(folder) for folder in folders]
     runs = dict(zip(models.names(folders, found), found, strict=True))
-    text = None if leaderboard is None else with_entries(leaderboard, runs)
+    text = None if board is None else with_entries(board, runs)
+    if len(folders) == 2:
+        _compare_two(folders, table, equivalence)
     if len(folders) > 2:
-        _compare_many(runs, output)
-    if leaderboard is not None and text is not None:
-        write_text(leaderboard, text)
-        Console().print(f"written: {leaderboard}", soft_wrap=True)
+        _compare_many(runs, table)
+    if board is not None and text is not None:
+        write_text(board, text)
+        Console().print(f"written: {board}", soft_wrap=True)
+
+
+def _file(argument: str, given: str | None) -> Path | None:
+    """A file that is to be written, resolved, when writing it and a figure beside it was tried."""
+    if given is None:
+        return None
+    path = resolved_file(given, argument)
+    check_writable(path.parent, path.name, f"{path.stem}.png", argument=argument)
+    return path
 
 
 def _compare_two(folders: Sequence[Path], output: Path | None, equivalence: float | None) -> None:
@@ -251,7 +270,10 @@ def _compare_many(runs: dict[str, Result], output: Path | None) -> None:
 
 @contextmanager
 def _stops_are_explained(again: str, output: Path | None, first: bool) -> Iterator[None]:
-    """Says of a run that stops, or is stopped, with which command it goes on."""
+    """Says of a run that stops, or is stopped, with which command it goes on.
+
+    SIGTERM is an exception meanwhile (in the main thread; no other one can have handlers).
+    """
     kept = (
         f"what is finished is kept; to go on: {again}" if output else "nothing is kept without -o"
     )
@@ -259,15 +281,21 @@ def _stops_are_explained(again: str, output: Path | None, first: bool) -> Iterat
     def stop(*_: Any) -> None:
         raise Stopped
 
-    signal.signal(signal.SIGTERM, stop)
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stop) if main else None
     try:
         yield
-    except (KeyboardInterrupt, Stopped) as error:
+    except (KeyboardInterrupt, Stopped, SystemError) as error:
+        if stop_in(error) is None:
+            raise
         code, line = failure(error)
         leave(code, f"{line}; {kept}" if first else None)
     except (ProcessDied, OSError) as error:
         code, line = failure(error)
         leave(code, f"{line}; {kept}")
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 def silence() -> None:

@@ -199,8 +199,10 @@ def _cosine(products: Sequence[Sequence[float]]) -> float | None:
 def save(folder: Path, **frames: pd.DataFrame) -> None:
     """Writes each frame as `name`.parquet, whole or not at all; equal frames give equal files."""
     for name, frame in frames.items():
-        with whole_or_not(folder / f"{name}.parquet") as draft:
-            frame.to_parquet(draft, index=False, write_page_checksum=True)
+        path = folder / f"{name}.parquet"
+        # an open file: Arrow takes only names in UTF-8
+        with whole_or_not(path) as draft, draft.open("wb") as file:
+            frame.to_parquet(file, index=False, write_page_checksum=True)
 
 
 def _whole_or_missing(column: Any) -> bool:
@@ -245,7 +247,8 @@ def load(folder: Path) -> dict[str, pd.DataFrame]:
     for name in FRAMES:
         path = folder / f"{name}.parquet"
         try:
-            found[name] = pd.read_parquet(path, page_checksum_verification=True)
+            with path.open("rb") as file:
+                found[name] = pd.read_parquet(file, page_checksum_verification=True)
         except FileNotFoundError:
             raise UsageError(
                 f"{folder}: has no {path.name}; must be the folder of a finished run"

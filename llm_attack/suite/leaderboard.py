@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from llm_attack.folder import claim_file
+from llm_attack.record import without_formulas
 from llm_attack.suite import tables
 from llm_attack.suite.models import across
 from llm_attack.suite.run import Result
@@ -61,8 +62,9 @@ def with_entries(path: Path, runs: Mapping[str, Result]) -> str:
         UsageError: there is a file that is no leaderboard.
     """
     new = tables.csv(entries(runs))
-    claim_file(path, new.splitlines()[0])
+    claim_file(path, new.splitlines()[0], "leaderboard")
     texts = [path.read_text("utf-8"), new] if path.exists() and path.stat().st_size else [new]
     read = [pd.read_csv(io.StringIO(text), dtype=str, na_filter=False) for text in texts]
     both = pd.concat(read).drop_duplicates(_KEY, keep="last")
+    both = both.assign(**without_formulas(both[[*_KEY, "versions"]]))  # also what was there
     return both.to_csv(index=False, lineterminator="\n")

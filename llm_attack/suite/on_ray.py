@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from urllib.parse import urlsplit
 import torch
 
 from llm_attack.errors import UsageError, invalid
-from llm_attack.failures import ProcessDied, one_line
+from llm_attack.failures import ProcessDied, held, look, one_line
 from llm_attack.folder import differences
 from llm_attack.harness.model import AttackedHFLM
 from llm_attack.lm.batches import Batch
@@ -32,8 +33,14 @@ from llm_attack.suite.load import load
 from llm_attack.suite.plan import Plan
 
 PAUSE = 1.0  # seconds, at most, between two looks at how large the cluster is
+LONGEST = 30.0  # seconds for which the head of a cluster may be gone, and an answer be on its way
 DEATHS = 3  # for each worker, in a row and without a finished batch in between, that are borne
 _SHARE = 0.9  # of a GPU, for a worker: one on each, and some is left for a driver that is a job
+
+
+def threads_of(lm: AttackedHFLM) -> int:
+    """Of torch, for the batches of a model in this process."""
+    return 1 if lm.engine.deterministic else torch.get_num_threads()
 
 
 class Worker:
@@ -57,9 +64,9 @@ class Worker:
             scorer.limit = self.tokens
         return lm
 
-    def ready(self) -> dict[str, Any]:
-        """Which model it has, as its part of the fingerprint."""
-        return fingerprint.of_model(self.lm)
+    def ready(self) -> tuple[dict[str, Any], int]:
+        """Which model it has, as its part of the fingerprint, and its number of threads."""
+        return fingerprint.of_model(self.lm), threads_of(self.lm)
 
     def answer(self, batch: Batch) -> Found:
         """The answers to a batch."""
@@ -87,22 +94,43 @@ def cluster(plan: Plan) -> Iterator[None]:
         ) from None
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    terminated = signal.getsignal(signal.SIGTERM)
     try:
         at = urlsplit(f"//{plan.ray}")
         if at.port:  # Ray itself would try for minutes
             socket.create_connection((str(at.hostname), at.port), timeout=10).close()
-        ray.init(plan.ray, logging_level="ERROR", log_to_driver=False)
-    except (RuntimeError, ValueError, OSError) as error:
-        allowed = f"a cluster that can be reached ({one_line(error)})"
-        raise invalid("ray", plan.ray, allowed) from None
+    except (ValueError, OSError) as error:
+        raise _no_cluster(plan, error) from None
     try:
-        if signal.getsignal(signal.SIGTERM) is not terminated:  # ray.init takes it for itself
-            signal.signal(signal.SIGTERM, terminated)
+        try:
+            with held(), _handlers_kept():
+                ray.init(plan.ray, logging_level="ERROR", log_to_driver=False)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise _no_cluster(plan, error) from None
         _check_devices(plan, bool(ray.cluster_resources().get("GPU")))
         yield
     finally:
-        ray.shutdown()
+        with held():
+            ray.shutdown()
+
+
+def _no_cluster(plan: Plan, error: Exception) -> UsageError:
+    return invalid("ray", plan.ray, f"a cluster that can be reached ({one_line(error)})")
+
+
+@contextmanager
+def _handlers_kept() -> Iterator[None]:
+    """`ray.init` makes SIGTERM a SystemExit, in the main thread; afterwards it is as before."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit as error:
+        if error.code != signal.SIGTERM:
+            raise
+        signal.signal(signal.SIGTERM, before)
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        if signal.getsignal(signal.SIGTERM) is not before:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _check_devices(plan: Plan, there: bool) -> None:
@@ -117,7 +145,11 @@ def _check_devices(plan: Plan, there: bool) -> None:
 
 
 def answers(
-    plan: Plan, lm: AttackedHFLM, todo: Iterable[Batch], say: Callable[[str], None]
+    plan: Plan,
+    lm: AttackedHFLM,
+    todo: Iterable[Batch],
+    say: Callable[[str], None],
+    threads: set[int],
 ) -> Iterator[tuple[Batch, Found]]:
     """As of `Engine.answers`, by the workers of `cluster`, in the order in which they finish.
 
@@ -130,10 +162,11 @@ def answers(
         lm: its model, whose weights are let go of here.
         todo: the batches.
         say: told what the user should know.
+        threads: gets the numbers of threads that workers have.
 
     Raises:
         UsageError: a worker has another model, or says so of its own.
-        ProcessDied: workers die and nothing is finished.
+        ProcessDied: workers die and nothing is finished, or Ray itself is gone.
     """
     import ray
     from ray.exceptions import RayError, RayTaskError
@@ -155,15 +188,24 @@ def answers(
         worker = actor.remote(given, lm.conditions, lm.engine.scorer.limit)
         busy[worker.ready.remote()] = worker, None
 
+    alive = _Alive(ray)
     while waiting or any(batch for _, batch in busy.values()):
+        look()
+        if not alive.is_known():
+            time.sleep(PAUSE)
+            continue
         room = plan.ray_workers or int(ray.cluster_resources().get("GPU" if gpu else "CPU", 0))
         for _ in range(workers, room):
             start()
         workers = max(workers, room)
-        for done in ray.wait([*busy], timeout=PAUSE)[0]:
+        try:
+            finished, _ = ray.wait([*busy], timeout=PAUSE)
+        except RayError as error:
+            raise ProcessDied(f"Ray: {one_line(error)}") from error
+        for done in finished:
             worker, batch = busy.pop(done)
             try:
-                found = ray.get(done)
+                found = ray.get(done, timeout=LONGEST)
             except RayTaskError as error:
                 raise error.cause from error
             except RayError as error:
@@ -179,7 +221,10 @@ def answers(
             if batch is not None:
                 deaths = 0
                 yield batch, found
-            elif other := differences(found, model):
+                continue
+            of_worker, n = found
+            threads.add(n)
+            if other := differences(of_worker, model):
                 raise UsageError(
                     f"ray={plan.ray}: a worker has another model than this machine"
                     f" ({'; '.join(other)}); must be the same files and versions everywhere"
@@ -187,3 +232,31 @@ def answers(
         while idle and waiting:
             worker, batch = idle.pop(), waiting.popleft()
             busy[worker.answer.remote(batch)] = worker, batch
+
+
+class _Alive:
+    """Whether the parts of Ray that a run cannot do without are there.
+
+    Ray waits for ever where the raylet of this machine has died; where the head of the cluster is
+    gone, its calls wait for a minute and then end this process.
+    """
+
+    def __init__(self, ray: Any) -> None:
+        context = ray.get_runtime_context()
+        self.ray, self.own, self.head = ray, context.get_node_id(), context.gcs_address
+        self._seen = time.monotonic()
+
+    def is_known(self) -> bool:
+        """Whether the head can be asked; raises `ProcessDied` where something is gone for good."""
+        host, _, port = self.head.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=PAUSE).close()
+        except OSError as error:
+            if time.monotonic() - self._seen > LONGEST:
+                text = f"Ray's head, {self.head}, cannot be reached ({one_line(error)})"
+                raise ProcessDied(text) from error
+            return False
+        self._seen = time.monotonic()
+        if not any(node["Alive"] for node in self.ray.nodes() if node["NodeID"] == self.own):
+            raise ProcessDied("Ray on this machine, its raylet, died")
+        return True

@@ -17,6 +17,7 @@ import pandas as pd
 from rich.console import Console
 
 from llm_attack.errors import UsageError, invalid
+from llm_attack.failures import look
 from llm_attack.folder import clear_drafts
 from llm_attack.harness.judge import Judge
 from llm_attack.harness.model import AttackedHFLM
@@ -195,7 +196,7 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         for path in store.check():
             text = f"{path.with_suffix('.sqlite')}: cannot be read; moved aside, computed again"
             note(progress, console, f"{text}: {path}")
-        _answer(prepared, store, progress, console)
+        threads = sorted(_answer(prepared, store, progress, console))
         if not who.first:
             return None
         with status(progress, console, "waiting for the other processes"):
@@ -212,6 +213,8 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         infos = {attack.condition: lm.attack_info(i) for i, attack in enumerate(attacks)}
         table = with_equivalence(summarise(with_worst(samples), infos), plan.equivalence)
     clock.stop("judgement")
+    # where all was finished before, those of this process
+    of_threads = {"threads": threads if len(threads) > 1 else threads[0]} if threads else {}
     run = {
         "model": plan.model,
         "model_name": plan.model_name,
@@ -221,7 +224,7 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         "attacks": infos,
         "fingerprint": fingerprint.plain(mark),
         "versions": versions(),
-        "hardware": hardware() | {"device": str(lm.device)},
+        "hardware": hardware() | {"device": str(lm.device)} | of_threads,
         "timings": {"processes": who.world, "seconds": clock.timings},
     }
     return Result(table, samples, questions, redacted(run), dict(zip(infos, results, strict=True)))
@@ -240,8 +243,10 @@ class _Clock:
         self._last = now
 
 
-def _answer(prepared: Prepared, store: Store, progress: str, console: Console) -> None:
-    """Answers this process's share of the batches that no attempt has finished."""
+def _answer(prepared: Prepared, store: Store, progress: str, console: Console) -> set[int]:
+    """Answers this process's share of the batches that no attempt has finished; returns the numbers
+    of threads of what computed them.
+    """
     lm = prepared.lm
     conditions = [attack.condition for attack in lm.engine.attacks]
     all_here()  # what cannot be read has been moved aside
@@ -254,11 +259,13 @@ def _answer(prepared: Prepared, store: Store, progress: str, console: Console) -
     done = total - sum(map(len, todo.values()))
     running = RunningAccuracy(prepared.requests)
     batches = (w.batch for w in todo.values())
+    threads: set[int] = set()
     if prepared.plan.ray is None:
+        threads.add(on_ray.threads_of(lm))
         answers = lm.engine.answers(batches)
     else:
         say = partial(note, progress, console)
-        answers = on_ray.answers(prepared.plan, lm, batches, say)
+        answers = on_ray.answers(prepared.plan, lm, batches, say, threads)
     with RunProgress(progress, console, conditions, total, done) as bar:
         for batch, found in answers:
             store.watch()
@@ -267,3 +274,5 @@ def _answer(prepared: Prepared, store: Store, progress: str, console: Console) -
             content = of_batch.content(found)
             store.add(of_batch.key, content)
             bar.add(len(of_batch), running.add(content["answers"]))
+            look()
+    return threads

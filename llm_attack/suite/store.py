@@ -11,14 +11,15 @@ import sqlite3
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from llm_attack.errors import UsageError
-from llm_attack.failures import ProcessDied
+from llm_attack.failures import ProcessDied, look
+from llm_attack.folder import strangers
 from llm_attack.record import DRAFT
 
 Key = tuple[str, int]
@@ -153,9 +154,11 @@ class Store:
         """Returns when the batches of all processes are finished; ProcessDied as of `watch`."""
         while missing := set(self.planned) - self.keys():
             if not missing.isdisjoint(self.share(self.rank)):
-                raise ProcessDied("another process moved batches aside that could not be read")
+                text = "finished batches are gone: they were removed, or could not be read"
+                raise ProcessDied(f"{self.folder}: {text}")
             self.watch()
             time.sleep(pause)
+            look()
 
     def _path(self, rank: int) -> Path:
         return self.folder / f"part-{rank}.sqlite"
@@ -213,6 +216,34 @@ def all_here() -> None:
 
     if distributed.is_available() and distributed.is_initialized():
         distributed.barrier()
+
+
+@contextmanager
+def begun(folder: Path) -> Iterator[None]:
+    """Takes the store of a run back, and the folders that were made for it, if the context raises
+    before any process has kept a batch there.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        if strangers(folder) == [STORE] and not _kept(folder / STORE):
+            discard(folder)
+            with suppress(OSError):
+                for path in made:
+                    path.rmdir()
+        raise
+
+
+def _kept(store: Path) -> bool:
+    """Whether there are batches in a store, or processes that may have some soon."""
+    for lock in map(FileLock, store.glob("process-*.lock")):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return True
+        lock.release()
+    return any(path.stat().st_size for path in store.glob("part-*"))
 
 
 def discard(folder: Path) -> None:

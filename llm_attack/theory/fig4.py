@@ -15,7 +15,7 @@ from tqdm import tqdm
 from llm_attack.declare import check, setting
 from llm_attack.drawing import COLOURS, new_figure
 from llm_attack.errors import invalid
-from llm_attack.record import Stopwatch, write_text
+from llm_attack.record import Stopwatch, as_csv, write_text
 from llm_attack.reproduce import DEVICE, figure_command
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ def run(settings: Settings, folder: Path) -> dict[str, Any]:
     clock = Stopwatch()
     curves, landscapes = train(settings)
     clock.lap("training")
-    write_text(folder / "curves.csv", curves.to_csv(index=False, float_format="%.6g"))
-    write_text(folder / "landscapes.csv", landscapes.to_csv(index=False, float_format="%.5g"))
+    write_text(folder / "curves.csv", as_csv(curves, "%.6g"))
+    write_text(folder / "landscapes.csv", as_csv(landscapes, "%.5g"))
     draw(folder, settings)
     clock.lap("figure")
     last = curves[curves.epoch == settings.epochs].drop(columns=["epoch", "seed"])

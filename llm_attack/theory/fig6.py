@@ -16,7 +16,7 @@ from tqdm import tqdm
 from llm_attack.declare import check, setting
 from llm_attack.drawing import COLOURS, new_figure
 from llm_attack.errors import invalid
-from llm_attack.record import Stopwatch, write_text
+from llm_attack.record import Stopwatch, as_csv, write_text
 from llm_attack.reproduce import DEVICE, Numbers, figure_command
 
 if TYPE_CHECKING:
@@ -120,9 +120,9 @@ def run(settings: Settings, folder: Path) -> dict[str, Any]:
         clock.lap(_name(kind))
     table = pd.concat(tables, ignore_index=True)
     curves = over_seeds(table, [*Kind._fields, "epoch", "split"])
-    write_text(folder / "curves.csv", curves.to_csv(index=False, float_format="%.5g"))
+    write_text(folder / "curves.csv", as_csv(curves, "%.5g"))
     last = table[table.epoch == settings.epochs].drop(columns="epoch")
-    write_text(folder / "networks.csv", last.to_csv(index=False, float_format="%.5g"))
+    write_text(folder / "networks.csv", as_csv(last, "%.5g"))
     draw(folder)
     return {
         "words": words.groupby(["language", "label"]).size().unstack(fill_value=0).to_dict("index"),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from llm_attack.declare import setting
 from llm_attack.drawing import COLOURS, new_figure
 from llm_attack.errors import invalid
-from llm_attack.record import Stopwatch, without_formulas, write_text
+from llm_attack.record import Stopwatch, as_csv, write_text
 from llm_attack.reproduce import figure_command
 from llm_attack.vision.settings import QUICK, ImageSettings
 
@@ -73,8 +73,7 @@ def run(settings: Settings, folder: Path) -> dict[str, Any]:
     dataset = load(settings.dataset, settings)
     clock.lap("data")
     table = pd.DataFrame(_rows(dataset, name, settings, clock))
-    text = without_formulas(table).to_csv(index=False, float_format="%.6g")
-    write_text(folder / "lines.csv", text)
+    write_text(folder / "lines.csv", as_csv(table, "%.6g"))
     draw(folder)
     return {
         "lines": len(table),

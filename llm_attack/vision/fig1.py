@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from llm_attack.declare import setting
 from llm_attack.drawing import COLOURS, new_figure
 from llm_attack.errors import UsageError, invalid
-from llm_attack.record import Stopwatch, without_formulas, write_text
+from llm_attack.record import Stopwatch, as_csv, write_text
 from llm_attack.reproduce import figure_command
 from llm_attack.vision.settings import QUICK, ImageSettings, resolved, shown
 
@@ -78,8 +78,7 @@ def run(settings: Settings, folder: Path) -> dict[str, Any]:
         for i in range(len(images))
         for condition, point in points.items()
     )
-    text = without_formulas(table).to_csv(index=False, float_format="%.6g")
-    write_text(folder / "table.csv", text)
+    write_text(folder / "table.csv", as_csv(table, "%.6g"))
     draw({condition: point.cpu() for condition, point in points.items()}, table, folder)
     return {
         f"{dataset.name}-{name}": stages.summary(settings, dataset, network, rows),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_attack.declare import setting
 from llm_attack.drawing import COLOURS, nested, new_figure
-from llm_attack.record import Stopwatch, without_formulas, write_text
+from llm_attack.record import Stopwatch, as_csv, write_text
 from llm_attack.reproduce import figure_command
 from llm_attack.vision.settings import QUICK, UNBOUNDED, ImageSettings, resolved, shown, titled
 
@@ -100,6 +100,7 @@ def curves(
     epsilons = {dataset.name: stages.amplitude(settings, dataset, at) for dataset in datasets}
     pairs = [(dataset, name) for dataset in datasets for name in names]
     for dataset, name in pairs:
+        stages.kept_in(settings, f"{dataset.name}-{name}")
         network = stages.untrained(dataset, name, settings)
         if at is not None:
             split(network, at)
@@ -123,8 +124,7 @@ def curves(
         table += [{"dataset": dataset.name, "network": name, **row} for row in rows]
         results[label] = stages.summary(settings, dataset, network, rows)
         then(dataset, name, network)
-    text = without_formulas(pd.DataFrame(table)).to_csv(index=False, float_format="%.6g")
-    write_text(folder / "table.csv", text)
+    write_text(folder / "table.csv", as_csv(pd.DataFrame(table), "%.6g"))
     draw(folder, settings.width, at, epsilon_unit)
     return {**results, "seconds": clock}
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_attack.declare import setting
 from llm_attack.drawing import COLOURS, nested, new_figure
-from llm_attack.record import without_formulas, write_text
+from llm_attack.record import as_csv, write_text
 from llm_attack.reproduce import figure_command
 from llm_attack.vision import fig2
 from llm_attack.vision.settings import QUICK, Amplitudes, resolved, shown, titled
@@ -77,8 +77,7 @@ def run(settings: Settings, folder: Path) -> dict[str, Any]:
 
     how: Any = {"at": settings.at, "epsilon_unit": settings.epsilon_unit, "then": then}
     results = fig2.curves(settings, folder, **how)
-    text = without_formulas(pd.DataFrame(rows)).to_csv(index=False, float_format="%.6g")
-    write_text(folder / "splits.csv", text)
+    write_text(folder / "splits.csv", as_csv(pd.DataFrame(rows), "%.6g"))
     draw_splits(folder)
     return results
 

@@ -14,20 +14,23 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load as from_bytes
+from safetensors.torch import save_file
 from torch import nn
 
 from llm_attack import __version__
 from llm_attack.errors import UsageError
+from llm_attack.folder import check_writable
 from llm_attack.record import whole_or_not
 from llm_attack.redact import redacted
-from llm_attack.vision.networks import NETWORKS
+from llm_attack.vision.networks import NETWORKS, WIDEST
 from llm_attack.vision.settings import ImageSettings
 
 Kind = TypeVar("Kind", bound=ImageSettings)
 
 _KEY = "llm_attack"  # of what the file says of itself
+_HEADER = 100_000_000  # bytes, at most, as for safetensors itself
 # What reading a file as weights may end with.
 UNREADABLE = (
     *(OSError, EOFError, SafetensorError, pickle.UnpicklingError),
@@ -38,7 +41,7 @@ UNREADABLE = (
 def save(
     folder: Path, label: str, network: nn.Module, settings: ImageSettings, about: dict[str, Any]
 ) -> Path:
-    """Writes weights, settings and `about` into `folder`/`label`.safetensors; returns its path.
+    """Writes weights, settings and `about` into `place(folder, label)`, and returns that.
 
     Args:
         folder: made if it is not there.
@@ -47,11 +50,30 @@ def save(
         settings: of its training, with which `settled` builds it again.
         about: more to be kept: `network` (its name), `epochs`, accuracies.
     """
-    path = folder / f"{re.sub(r'[^.a-zA-Z0-9_-]+', '_', label)}.safetensors"
+    path = place(folder, label)
     content = {"version": __version__, "settings": asdict(settings), **about}
     weights = {k: value.detach().cpu().contiguous() for k, value in network.state_dict().items()}
     with whole_or_not(path) as draft:
         save_file(weights, draft, {_KEY: json.dumps(redacted(content))})
+    return path
+
+
+def place(folder: Path, label: str) -> Path:
+    """The file for a network.
+
+    Raises:
+        UsageError: it cannot be written, or there is a file of that name that `save` did not write.
+    """
+    path = folder / f"{re.sub(r'[^.a-zA-Z0-9_-]+', '_', label)}.safetensors"
+    check_writable(folder, path.name, argument="save")
+    if path.exists() or path.is_symlink():
+        try:
+            _of_kept(str(path))
+        except UNREADABLE as error:
+            raise UsageError(
+                f"save={folder}: {path.name} there is not of --save ({reason(error)}); must be"
+                " another folder"
+            ) from error
     return path
 
 
@@ -67,16 +89,27 @@ def told(path: str) -> dict[str, Any]:
     """
     try:
         about = _of_checkpoint(path) if _is_checkpoint(path) else _of_kept(path)
-        network = about["network"], about["settings"]["width"], about["epochs"]
+        network = about["network"]
+        _check("network", network, isinstance(network, str))
+        width, epochs = about["settings"]["width"], about["epochs"]
+        _check("width", width, type(width) in (int, float) and 0 < width <= WIDEST)
+        _check("epochs", epochs, type(epochs) is int and 0 <= epochs < 2**31)
+        precision = about.get("precision")  # which earlier files have not
+        _check("precision", precision, precision in (None, "float32", "bfloat16"))
     except UNREADABLE as error:
         wanted = "must be a file that --save wrote, or of checkpoints"
         raise UsageError(f"load={path}: {wanted} ({reason(error)})") from error
-    if network[0] not in NETWORKS:  # a file of weights must not choose the code that is run
+    if network not in NETWORKS:  # a file of weights must not choose the code that is run
         raise UsageError(
-            f"load={path}: is of network={network[0]}, which is not one of {', '.join(NETWORKS)}; "
+            f"load={path}: is of network={network}, which is not one of {', '.join(NETWORKS)}; "
             "must be given with --network and this file with --weights"
         )
     return about
+
+
+def _check(name: str, value: Any, right: bool) -> None:
+    if not right:
+        raise ValueError(f"its {name} is {value!r:.80}")
 
 
 def _is_checkpoint(path: str) -> bool:
@@ -84,8 +117,11 @@ def _is_checkpoint(path: str) -> bool:
 
 
 def _of_kept(path: str) -> dict[str, Any]:
-    with safe_open(path, "pt") as file:
-        return json.loads((file.metadata() or {})[_KEY])
+    # by hand, as safetensors takes only paths in UTF-8; https://github.com/huggingface/safetensors
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(min(size, _HEADER)))
+    return json.loads(header["__metadata__"][_KEY])
 
 
 def _of_checkpoint(path: str) -> dict[str, Any]:
@@ -130,11 +166,12 @@ def fill(network: nn.Module, argument: str, path: str) -> None:
     try:
         weights: dict[str, Any]
         if path.endswith(".safetensors"):
-            weights = load_file(path)
+            weights = from_bytes(Path(path).read_bytes())
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
             weights = weights.get("network", weights)  # of a checkpoint
-        network.load_state_dict(weights)
+        # one without memory takes them over instead of copying them
+        network.load_state_dict(weights, assign=any(x.is_meta for x in network.parameters()))
     except UNREADABLE as error:
         wanted = "must be weights of this network, as safetensors or torch.save write them"
         raise UsageError(f"{argument}={path}: {wanted} ({reason(error)})") from error

@@ -17,6 +17,8 @@ from llm_attack.errors import UsageError, invalid
 
 # Channels that fill a register of AVX2.
 _LANES = 8
+# The largest width: beyond it, sizes of weights in bytes are no 64-bit numbers.
+WIDEST = 1e5
 
 
 class Normalise(nn.Module):
@@ -62,12 +64,12 @@ def build(
         Chain of named blocks from (N, channels, size, size) in [0, 1] to (N, classes) scores.
 
     Raises:
-        UsageError: there is no such network, or the width is not positive.
+        UsageError: there is no such network, or the width is not positive or too large.
     """
     if name not in NETWORKS:
         raise invalid("network", name, NETWORKS)
-    if not width > 0:
-        raise invalid("width", width, "a number greater than 0")
+    if not 0 < width <= WIDEST:
+        raise invalid("width", width, f"a number greater than 0 and at most {WIDEST:g}")
 
     def wide(n: int) -> int:
         return max(1, round(n * width))

@@ -13,10 +13,11 @@ from tqdm import tqdm
 
 from llm_attack.attacks import Attack
 from llm_attack.errors import UsageError, invalid
+from llm_attack.folder import resolved
 from llm_attack.record import Stopwatch
 from llm_attack.vision.adversarial import usual_epsilon
 from llm_attack.vision.data import Dataset
-from llm_attack.vision.keeping import fill, imported, save, told
+from llm_attack.vision.keeping import fill, imported, place, save, told
 from llm_attack.vision.measure import Row, frozen, measure
 from llm_attack.vision.networks import NETWORKS, build
 from llm_attack.vision.settings import ImageSettings
@@ -60,21 +61,22 @@ def untrained(dataset: Dataset, name: str, settings: ImageSettings) -> nn.Module
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        network: nn.Module
-        if ":" in name:
-            network = imported(name)
-        else:
-            network = build(
-                name,
-                *(moment.cpu() for moment in dataset.train.moments()),
-                size=dataset.shape[1],
-                classes=len(dataset.classes),
-                width=settings.width,
-            )
-    for argument in ("weights", "load"):
-        path = getattr(settings, argument)
-        if path is not None:
-            fill(network, argument, path)
+        moments = [moment.cpu() for moment in dataset.train.moments()]
+        how: Any = {
+            "size": dataset.shape[1],
+            "classes": len(dataset.classes),
+            "width": settings.width,
+        }
+        given = {name: getattr(settings, name) for name in ("weights", "load")}
+        given = {argument: path for argument, path in given.items() if path is not None}
+        if given and ":" not in name:  # what a file says may be larger than the memory
+            with torch.device("meta"):
+                sizes = build(name, *moments, **how)
+            for argument, path in given.items():
+                fill(sizes, argument, path)
+        network = imported(name) if ":" in name else build(name, *moments, **how)
+    for argument, path in given.items():
+        fill(network, argument, path)
     network = network.to(settings.device or "cpu")
     if ":" in name or settings.weights or settings.load:
         _check_scores(network, dataset, name)
@@ -130,9 +132,10 @@ def trained(
         besides: further columns of all rows of an epoch: numbers that a network has.
         **how: of `measure`: `epsilon` and others.
     """
-    network, rows = untrained(dataset, name, settings), list[Row]()
     label = f"{dataset.name}-{name}" if label is None else label
-    kept: Any = {"state": state, "label": label}
+    kept = kept_in(settings, label)
+    network, rows = untrained(dataset, name, settings), list[Row]()
+    how_to_train: Any = {"state": state, "label": label}
     how |= {"steps": settings.steps, "seed": settings.seed}
 
     def measured(epoch: int, precision: str | None = None) -> list[Row]:
@@ -149,7 +152,7 @@ def trained(
         return network, found
     chosen = spread(settings.epochs, attacked_epochs)
     first = True
-    for epoch, loss, precision in train(network, dataset.train, settings, rows, **kept):
+    for epoch, loss, precision in train(network, dataset.train, settings, rows, **how_to_train):
         learning = clock.lap(f"{label} training")
         said = f"{label}: epoch {epoch} of {settings.epochs}, loss {loss:.4f}"
         if epoch in chosen:
@@ -165,14 +168,26 @@ def trained(
             first = False
         tqdm.write(said)
     clock.lap(f"{label} training")
-    if settings.save is not None:
+    if kept is not None:
         about = {
             "network": name,
             "dataset": dataset.name,
             **summary(settings, dataset, network, rows),
         }
-        save(Path(settings.save), label, network, settings, about)
+        save(kept, label, network, settings, about)
     return network, rows
+
+
+def kept_in(settings: ImageSettings, label: str) -> Path | None:
+    """The folder that `save` names, where a network of this label can be kept.
+
+    Raises:
+        UsageError: it cannot; see `keeping.place`.
+    """
+    folder = None if settings.save is None else resolved(settings.save, "save")
+    if folder is not None and settings.epochs:  # one that is not trained is not kept
+        place(folder, label)
+    return folder
 
 
 def _said(found: Sequence[Row]) -> str:

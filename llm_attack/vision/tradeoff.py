@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from llm_attack.declare import setting
 from llm_attack.drawing import COLOURS, new_figure
 from llm_attack.errors import invalid
-from llm_attack.record import Stopwatch, without_formulas, write_text
+from llm_attack.record import Stopwatch, as_csv, write_text
 from llm_attack.reproduce import figure_command
 from llm_attack.vision import fig2
 from llm_attack.vision.settings import QUICK, TRAININGS, Amplitudes, shown
@@ -72,8 +72,7 @@ def run(settings: Settings, folder: Path) -> dict[str, Any]:
     table = pd.DataFrame(_rows(settings, folder, clock))
     found, changes = correlations(table), trends(table)
     for name, frame in (("table", table), ("correlations", found), ("trends", changes)):
-        text = without_formulas(frame).to_csv(index=False, float_format="%.6g")
-        write_text(folder / f"{name}.csv", text)
+        write_text(folder / f"{name}.csv", as_csv(frame, "%.6g"))
     draw(folder)
     overall = found[(found["training"] == "all") & (found["epochs"] == "all")]
     return {"overall": overall.round(4).to_dict("records"), "seconds": clock}

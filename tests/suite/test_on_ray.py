@@ -17,7 +17,7 @@ from processes import RUN, Command, contents, until
 
 from llm_attack import Plan
 from llm_attack.errors import UsageError
-from llm_attack.failures import ProcessDied
+from llm_attack.failures import ProcessDied, Stopped, held
 from llm_attack.suite import on_ray
 from llm_attack.suite.store import STORE
 
@@ -48,6 +48,7 @@ class Ray(types.ModuleType):
         self.exceptions = types.ModuleType("ray.exceptions")
         self.exceptions.RayError, self.exceptions.RayTaskError = RayError, RayTaskError
         self.rooms, self.meets, self.workers, self.asked = [*rooms], meets, 0, []
+        self.model, self.alive, self.head = ({"weights": "same"}, 1), True, None
 
     def cluster_resources(self):
         return {"CPU": float(self.rooms.pop(0) if len(self.rooms) > 1 else self.rooms[0])}
@@ -76,12 +77,19 @@ class Ray(types.ModuleType):
         assert 0 < timeout <= 1
         return calls[-1:], calls[:-1]
 
-    def get(self, call):
+    def get(self, call, timeout):
+        assert timeout > 0
         worker, batch, _ = call
         error = self.meets(worker, batch)
         if error is not None:
             raise error
-        return {"weights": "same"} if batch is None else f"answer {batch}"
+        return self.model if batch is None else f"answer {batch}"
+
+    def get_runtime_context(self):
+        return types.SimpleNamespace(get_node_id=lambda: "here", gcs_address=self.head)
+
+    def nodes(self):
+        return [{"NodeID": "here", "Alive": self.alive}, {"NodeID": "there", "Alive": True}]
 
 
 @pytest.fixture
@@ -97,16 +105,21 @@ def answers(monkeypatch):
         model=torch.nn.Linear(1, 1),
     )
 
+    head = socket.create_server(("127.0.0.1", 0))
+
     def found(ray, plan=PLAN):
+        ray.head = ray.head or "{}:{}".format(*head.getsockname())
         monkeypatch.setitem(sys.modules, "ray", ray)
         monkeypatch.setitem(sys.modules, "ray.exceptions", ray.exceptions)
-        said = []
-        result = list(on_ray.answers(plan, lm, iter(BATCHES), said.append))
+        said, threads = [], set()
+        result = list(on_ray.answers(plan, lm, iter(BATCHES), said.append, threads))
+        assert threads == {1}
         assert all(batch is BATCHES[batch[0]] for batch, _ in result)
         assert sorted(text for _, text in result) == [f"answer {number}" for number in range(6)]
         return said
 
-    return found
+    with head:
+        yield found
 
 
 def test_every_batch_is_answered_once(answers):
@@ -170,9 +183,91 @@ def test_what_a_worker_raises(answers):
 
 def test_a_worker_with_another_model(answers):
     ray = Ray()
-    ray.get = lambda call: {"weights": "other"}
+    ray.model = {"weights": "other"}, 1
     with pytest.raises(UsageError, match=r'ray=local: .*\(weights: "other" there, "same" here\)'):
         answers(ray)
+
+
+def test_this_machine_leaves_the_cluster(answers):
+    """Its raylet has died: nothing that is asked for is ever answered."""
+
+    def meets(worker, batch):
+        ray.alive = batch != 3
+
+    ray = Ray(meets=meets)
+    with pytest.raises(ProcessDied, match=r"^Ray on this machine, its raylet, died$"):
+        answers(ray)
+
+
+def test_the_head_of_the_cluster_is_gone(answers, monkeypatch):
+    """Nothing is asked of Ray then, which would end the process; it may come back for a while."""
+    monkeypatch.setattr(on_ray, "PAUSE", 0.01)
+    monkeypatch.setattr(on_ray, "LONGEST", 0.1)
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        ray = Ray()
+        ray.head = "{}:{}".format(*nobody.getsockname())
+        with pytest.raises(ProcessDied, match=f"^Ray's head, {ray.head}, cannot be reached"):
+            answers(ray)
+        assert not ray.asked
+        monkeypatch.setattr(on_ray, "LONGEST", 100.0)
+        monkeypatch.setattr(on_ray.time, "sleep", lambda _: nobody.listen())
+        answers(ray)
+
+
+@pytest.mark.parametrize(("number", "error"), [
+    (signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Stopped),
+])  # fmt: skip
+def test_a_signal_inside_of_ray(answers, monkeypatch, number, error):
+    """It is raised outside of Ray's own code, by which an exception would not come through."""
+
+    def stop(*_):
+        raise Stopped
+
+    def wait(calls, timeout):
+        signal.raise_signal(number)
+        inside.append(True)
+        return calls[-1:], calls[:-1]
+
+    inside, ray = [], Ray()
+    ray.wait = wait
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with pytest.raises(error), held():
+            answers(ray)
+        assert signal.getsignal(signal.SIGTERM) is stop
+        assert inside == [True]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_sigterm_while_ray_starts(monkeypatch):
+    """Ray's own handler, which it sets meanwhile, would end the process with code 15."""
+
+    def init(*_, **__):
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
+        signal.raise_signal(signal.SIGTERM)
+
+    def stop(*_):
+        raise Stopped
+
+    ray, ended = Ray(), []
+    ray.init, ray.shutdown = init, lambda: ended.append(True)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with pytest.raises(Stopped):
+            on_ray.cluster(PLAN).__enter__()
+        assert signal.getsignal(signal.SIGTERM) is stop and ended
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_threads_are_those_that_compute(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    for deterministic, threads in ((False, 7), (True, 1)):
+        engine = types.SimpleNamespace(deterministic=deterministic)
+        assert on_ray.threads_of(types.SimpleNamespace(engine=engine)) == threads
 
 
 def test_without_ray(monkeypatch):
@@ -279,6 +374,26 @@ def test_it_is_stopped_and_goes_on_without_ray(tmp_path, alone, number, code):
     assert "--ray local --ray_workers 2" in last
     assert started
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid, _ in started), 60)
+    command = Command(tmp_path, *LONG)
+    assert command.wait() == 0, command.err
+    assert contents(tmp_path / "run") == alone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["raylet/raylet", "gcs_server"])
+def test_a_part_of_ray_is_killed(tmp_path, alone, part):
+    """The run ends by itself and says so; it goes on without Ray."""
+    command = Command(tmp_path, *ON_RAY)
+    until(lambda: stored(tmp_path) > 0)
+    (pid,) = [pid for pid, title in descendants(command.pid) if title.split("\0")[0].endswith(part)]
+    os.kill(pid, signal.SIGKILL)
+    assert command.wait(120) == 1, command.err
+    *_, last = command.err.splitlines()
+    says = "Ray on this machine, its raylet, died" if part != "gcs_server" else "Ray's head, "
+    assert last.startswith(f"error: {says}") or " workers died, " in last
+    assert "; what is finished is kept; to go on: llm-attack run " in last
+    before = stored(tmp_path)
+    assert before > 0
     command = Command(tmp_path, *LONG)
     assert command.wait() == 0, command.err
     assert contents(tmp_path / "run") == alone

@@ -4,7 +4,9 @@ import csv
 import io
 import json
 import logging
+import re
 import shutil
+import unicodedata
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 from lm_eval.tasks import TaskManager
 
+import llm_attack
 from llm_attack import Plan, evaluate
 from llm_attack.cli import main
 from llm_attack.declare import setting
@@ -21,7 +24,7 @@ from llm_attack.errors import UsageError
 from llm_attack.harness.cache import guard
 from llm_attack.harness.judge import as_json
 from llm_attack.harness.paths import portable
-from llm_attack.record import without_formulas, write_json
+from llm_attack.record import as_csv, without_formulas, write_json
 from llm_attack.redact import HIDDEN, is_secret, redacted
 from llm_attack.reproduce import PRESET_NAMES, figure_command
 from llm_attack.suite import results, summary, tables
@@ -207,15 +210,70 @@ def test_experiments_have_no_secret():
 
 # -- cells -----------------------------------------------------------------------------------------
 
-FORMULAS = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1"]
+FORMULAS = ["=1+1", "+1", "-1", "@SUM(A1)", "＝1+1", "＋1", "－1", "＠SUM(A1)", "﹦1", "−1"]
+FORMULAS += [
+    f"{blank}=1" for blank in (" ", "\u00a0", "\u3000", "\u200b", "\ufeff", "\0", '"', ' " ')
+]
+FORMULAS += [f"x{cell}=1" for cell in "\t\n;|"] + [
+    "x; +1",
+    "x;y;\u200b＠1",
+    ";=1",
+    "|=1",
+    "\t=1",
+    "\n-1",
+]
+PLAIN = ["a=b", "1-2", "x;y", "a, -1", "x|y", "'=1", "", "fgsm@0.01", "ünïcode ＝", "a\nb"]
+
+
+def cells(text):
+    """What spreadsheets make of a line that has this text as its only cell, however they split."""
+    (row,) = csv.reader(io.StringIO(text, newline=""), lineterminator="\n")
+    found = [*row]
+    for separator in ";\t|\n":
+        found += text.split(separator)
+        found += next(csv.reader([text.replace("\n", " ")], delimiter=separator), [])
+    return found
+
+
+@pytest.mark.parametrize("text", FORMULAS)
+def test_no_spreadsheet_finds_a_formula(text):
+    frame = pd.DataFrame({"x": [text], "y": [1]})
+    line = as_csv(frame, "%g").partition("\n")[2].removesuffix(",1\n")
+    for cell in cells(line):
+        plain = unicodedata.normalize("NFKC", cell).replace("\0", "").replace("\ufeff", "")
+        assert not re.match(r'[\s"\u200b]*[=+@\u2212-]', plain), (text, cell)
+    again = pd.read_csv(io.StringIO(f"x\n{line}\n"), na_filter=False, dtype=str)["x"][0]
+    assert again.replace("'", "") == text
+    assert as_csv(pd.DataFrame({"x": [again]}), "%g").removesuffix("\n") == f"x\n{line}"
+
+
+@pytest.mark.parametrize("text", PLAIN)
+def test_what_is_no_formula_stays_as_it_is(text):
+    assert without_formulas(pd.DataFrame({"x": [text]}))["x"][0] == text
+
+
+@pytest.mark.parametrize("end", ["\r", "\r\n", "\x85", "\u2028", "\v", "\f", "\x1c"])
+def test_ends_of_lines_are_those_that_csv_quotes(end):
+    assert as_csv(pd.DataFrame({"x": [f"a{end}=1"]}), "%g") == 'x\n"a\n\'=1"\n'
+
+
+def test_every_csv_file_is_without_formulas():
+    """No module writes one by itself; `tables` and `leaderboard` format numbers of their own."""
+    package = Path(llm_attack.__file__).parent
+    own = {p.name for p in package.rglob("*.py") if ".to_csv(" in p.read_text("utf-8")}
+    assert own == {"record.py", "tables.py", "leaderboard.py"}
+
+
+LEADING = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1"]
 
 
 def test_texts_are_no_formulas(frames):
-    names = {name: (4, 2) for name in [*FORMULAS, "a=b", "1-2", "x\r=1"]}
+    names = {name: (4, 2) for name in [*LEADING, "a=b", "1-2", "x\r=1"]}
     samples, _ = frames(names, {"none": 1.0, "fgsm@0.01": -1.0})
     table = summary.summarise(samples)
     rows = list(csv.DictReader(io.StringIO(tables.csv(table), newline="")))
-    wanted = {f"'{name}".replace("\r", "\n") for name in FORMULAS} | {"a=b", "1-2", "x\n=1", "mean"}
+    wanted = {f"'{name}" for name in LEADING[:4]} | {"'\t'=1", "'\n'=1"}
+    wanted |= {"a=b", "1-2", "x\n'=1", "mean"}
     assert {row["task"] for row in rows} == wanted
     assert any(row["drop"].startswith("-") or row["margin_change"].startswith("-") for row in rows)
     assert all(float(row["acc"]) >= 0 for row in rows)

@@ -1,12 +1,15 @@
 """Networks from files and from other people's code."""
 
 import json
+import os
 import sys
 
 import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner
+from hypothesis import example, given
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -230,3 +233,160 @@ def test_a_checkpoint_is_attacked_again(kept, tmp_path):
     torch.save({"same": {}}, garbage)
     with pytest.raises(UsageError, match=r"state\.pt: must be a file"):
         keeping.told(str(garbage))
+
+
+# -- files that say what is not so ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def crafted(tmp_path_factory):
+    """Writes a file of the weights of a small network that says of itself what it is told."""
+    dataset = load("digits", fig1.Settings())
+    network = stages.untrained(dataset, "cnn", fig1.Settings(width=0.1))
+    file = tmp_path_factory.mktemp("crafted") / "x.safetensors"
+
+    def write(about):
+        text = about if isinstance(about, str) else json.dumps(about)
+        weights = {k: value.contiguous() for k, value in network.state_dict().items()}
+        save_file(weights, file, {"llm_attack": text})
+        return str(file)
+
+    return dataset, write
+
+
+def used(dataset, file):
+    """The network of a file, as figures use it; None where it is refused, in one clear line."""
+    try:
+        settings = keeping.settled(fig1.Settings(load=file))
+        return stages.untrained(dataset, settings.network, settings)
+    except UsageError as error:
+        assert str(error).startswith(f"load={file}: ") and "\n" not in str(error)
+        return None
+
+
+RIGHT = {"network": "cnn", "settings": {"width": 0.1}, "epochs": 3, "precision": "float32"}
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=4,
+)
+
+
+def test_the_right_one_is_used(crafted):
+    dataset, write = crafted
+    assert used(dataset, write(RIGHT)) is not None
+    assert used(dataset, write({k: v for k, v in RIGHT.items() if k != "precision"})) is not None
+
+
+@given(st.sampled_from([*RIGHT, "width"]), ANYTHING)
+@example("network", ["cnn"])
+@example("network", "resnet18")
+@example("width", 1e300)
+@example("width", 9e4)  # as weights, more than there is memory
+@example("width", 10**400)
+@example("width", True)
+@example("width", float("nan"))
+@example("epochs", 1e400)
+@example("epochs", 2**70)
+@example("precision", ["float32"])
+@example("settings", [["width", 0.1]])
+def test_what_a_file_says_wrongly(crafted, name, value):
+    dataset, write = crafted
+    about = {**RIGHT, "settings": {"width": value}} if name == "width" else {**RIGHT, name: value}
+    if name == "settings" and isinstance(value, dict):
+        name, value = "width", value.get("width")
+    fits = {
+        "network": lambda: value == "cnn",
+        "width": lambda: (
+            type(value) in (int, float)
+            and 0 < value < 1
+            and all(max(1, round(n * value)) == round(n * 0.1) for n in (32, 64, 128))
+        ),
+        "epochs": lambda: type(value) is int and 0 <= value < 2**31,
+        "precision": lambda: value in (None, "float32", "bfloat16"),
+        "settings": lambda: False,
+    }
+    assert (used(dataset, write(about)) is not None) == fits[name]()
+
+
+@given(ANYTHING | st.text())
+@example("[" * 5_000)
+def test_files_that_say_anything(crafted, about):
+    dataset, write = crafted
+    assert used(dataset, write(about)) is None
+
+
+@given(
+    st.sampled_from(["same", "epoch", "mixed", "network", "label", "dataset", "width"]), ANYTHING
+)
+@example("label", ["digits-cnn"])
+@example("dataset", 3)
+@example("width", 1e300)
+def test_checkpoints_that_say_what_is_not_so(tmp_path_factory, crafted, name, value):
+    dataset, _ = crafted
+    file = tmp_path_factory.mktemp("state") / "state.pt"
+    network = stages.untrained(dataset, "cnn", fig1.Settings(width=0.1)).state_dict()
+    same = {"dataset": "digits", "label": "digits-cnn", "width": 0.1}
+    state = {"same": same, "epoch": 1, "mixed": False, "network": network}
+    (same if name in same else state)[name] = value
+    torch.save(state, file)
+    used(dataset, str(file))
+
+
+def test_a_width_that_no_network_can_have():
+    dataset = load("digits", fig1.Settings())
+    for width in (1e300, 1e6):
+        with pytest.raises(UsageError, match=r"^width=1.*: must be a number .* at most 100000$"):
+            stages.untrained(dataset, "cnn", fig1.Settings(width=width))
+
+
+def test_a_name_that_is_no_text(kept, tmp_path, monkeypatch):
+    """A folder whose name is not UTF-8: kept there, once more, and attacked again."""
+    monkeypatch.chdir(tmp_path)
+    place = os.fsdecode(b"n\xff")
+    settings = fig2.Settings(**SMALL, network="cnn", save=f"{place}/nets")
+    for _ in range(2):
+        results = fig2.run(settings, tmp_path / place / "out")
+    for file in ("nets/digits-cnn.safetensors", "out/checkpoints/digits-cnn.pt"):
+        again = fig2.run(fig2.Settings(**SMALL, load=f"{place}/{file}"), tmp_path / place / "again")
+        assert again["digits-cnn"] == results["digits-cnn"]
+
+
+# -- where networks are kept ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        ("file", "save=file: must be a folder that can be written"),
+        ("file/x", "save=file/x: must be a folder that can be written"),
+        ("", "save='': must be a path"),
+        ("/proc/x", "save=/proc/x: must be a folder that can be written"),
+        ("gone", "save=gone: must be a folder or file that can be made"),
+        ("theirs", "save=theirs: digits-cnn.safetensors there is not of --save"),
+        ("none/../theirs", "save=theirs: digits-cnn.safetensors there is not of --save"),
+    ],
+)
+def test_a_place_to_save_is_tried_before_the_training(tmp_path, monkeypatch, place, says):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(stages, "train", None)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "theirs").mkdir()
+    save_file({"a": torch.zeros(1)}, "theirs/digits-cnn.safetensors")
+    (tmp_path / "gone").symlink_to("nowhere")
+    before = sorted(tmp_path.rglob("*"))
+    words = [
+        "--network",
+        "resnet18,cnn",
+        "--width",
+        "0.1",
+        "--epochs",
+        "1",
+        "--save",
+        place,
+        "-o",
+        "out",
+    ]
+    done = CliRunner().invoke(main, ["reproduce", "fig2", *words])
+    assert done.exit_code == 2 and done.stderr.startswith(f"error: {says}"), done.output
+    assert sorted(tmp_path.rglob("*")) == before
