@@ -37,6 +37,7 @@ from llm_attack.lm.device import check_device
 from llm_attack.lm.diagnostics import Diagnostics
 from llm_attack.lm.engine import Answer, Engine
 from llm_attack.lm.generate import attacked_prompts
+from llm_attack.lm.gradient import Finding, examine, refusal
 from llm_attack.lm.hook import frozen, resolve
 from llm_attack.lm.layers import prepare
 from llm_attack.lm.losses import LOSSES
@@ -114,13 +115,14 @@ class AttackedHFLM(HFLM):
             )
         self.pretrained = pretrained
         loading.check_finite(pretrained, self.model)
-        size = self.model.get_input_embeddings().weight.shape[0]
+        size = self._size
         prefix = arguments.get("prefix_token_id")
         if prefix is not None and prefix not in range(size):
             raise invalid("prefix_token_id", prefix, f"the id of a token, from 0 to {size - 1}")
         hookpoint = resolve(self.model, self.settings.hookpoint)
         prepare(self.model, self.engine_settings, hookpoint)
         self.use(self.settings)
+        self.check_gradient()
 
     def use(self, *conditions: AttackSettings) -> None:
         """Attacks with other settings from now on; diagnostics start anew.
@@ -138,7 +140,8 @@ class AttackedHFLM(HFLM):
             if other.threat != settings.threat:
                 raise UsageError("conditions of one run must have the same loss, context, seed")
         names = list(dict.fromkeys(condition.hookpoint for condition in conditions))
-        text = torch.tensor([self.tok_encode(CALIBRATION_TEXT)[: self.max_length]])
+        self._text = self._known(self.tok_encode(CALIBRATION_TEXT))[: self.max_length]
+        text = torch.tensor([self._text])
         with reproducible(self.engine_settings.deterministic):
             signals = signals_at(self.model, names, text.to(self.device))
         self.settings, self.conditions = settings, conditions
@@ -162,7 +165,7 @@ class AttackedHFLM(HFLM):
         if several:
             of_names = scorers(scorer, names, self.device)
         of_conditions = [of_names[names.index(c.hookpoint)] for c in conditions]
-        pad = self.tokenizer.pad_token_id or 0
+        pad = self._known([self.tokenizer.pad_token_id or 0])[0]
         packing, exact = self.engine_settings.packing, self.engine_settings.deterministic
         packing = "off" if exact else packing
         longest = {"off": 0, "tree": sys.maxsize}.get(packing)
@@ -178,10 +181,50 @@ class AttackedHFLM(HFLM):
         )
         self.diagnostics = [Diagnostics() for _ in attacks]
 
+    def gradient(self) -> Finding | None:
+        """What speaks against the gradient that conditions follow; None: none of them does.
+
+        Of the first hookpoint: its gradient goes through all that those of later ones do.
+        """
+        followed = [
+            (attack, scorer)
+            for attack, scorer in zip(self.engine.attacks, self.engine.scorers, strict=True)
+            if attack.kind.gradient and not attack.identity
+        ]
+        if not followed:
+            return None
+        _, scorer = min(followed, key=lambda pair: len(pair[1].skip.blocks) if pair[1].skip else 0)
+        with frozen(self.model), reproducible(self.engine_settings.deterministic):
+            return examine(scorer, self._text, self.device)
+
+    def check_gradient(self) -> None:
+        """Tries whether the gradient is that of the model, for `warnings`, if a condition needs it.
+
+        Raises:
+            UsageError: it is not.
+        """
+        found = self.gradient()
+        if found is None:
+            return
+        if found.fault:
+            name = next(a.name for a in self.engine.attacks if a.kind.gradient)
+            raise UsageError(refusal(name, found.fault))
+        if found.warning and found.warning not in self.warnings:
+            self.warnings.append(found.warning)
+
     @property
     def signal(self) -> Signal:
         """The scale of what the first condition perturbs."""
         return self.signals[0]
+
+    @property
+    def _size(self) -> int:
+        """Tokens that have an embedding."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    def _known(self, tokens: Sequence[int]) -> list[int]:
+        """Those that have an embedding; 0 where there are none."""
+        return [token for token in tokens if token < self._size] or [0]
 
     # -- loading -----------------------------------------------------------------------------------
 
