@@ -38,7 +38,7 @@ from llm_attack.lm.diagnostics import Diagnostics
 from llm_attack.lm.engine import Answer, Engine
 from llm_attack.lm.generate import attacked_prompts
 from llm_attack.lm.gradient import Finding, examine, refusal
-from llm_attack.lm.hook import frozen, resolve
+from llm_attack.lm.hook import frozen, resolve, vocabulary_of
 from llm_attack.lm.layers import prepare
 from llm_attack.lm.losses import LOSSES
 from llm_attack.lm.positions import QUESTION
@@ -115,7 +115,7 @@ class AttackedHFLM(HFLM):
             )
         self.pretrained = pretrained
         loading.check_finite(pretrained, self.model)
-        size = self._size
+        size = vocabulary_of(self.model)
         prefix = arguments.get("prefix_token_id")
         if prefix is not None and prefix not in range(size):
             raise invalid("prefix_token_id", prefix, f"the id of a token, from 0 to {size - 1}")
@@ -217,14 +217,22 @@ class AttackedHFLM(HFLM):
         """The scale of what the first condition perturbs."""
         return self.signals[0]
 
-    @property
-    def _size(self) -> int:
-        """Tokens that have an embedding."""
-        return int(self.model.get_input_embeddings().weight.shape[0])
+    def _known(self, tokens: Iterable[int]) -> list[int]:
+        """Those that have an embedding; 0 where none has."""
+        size = vocabulary_of(self.model)
+        return [token for token in tokens if 0 <= token < size] or [0]
 
-    def _known(self, tokens: Sequence[int]) -> list[int]:
-        """Those that have an embedding; 0 where there are none."""
-        return [token for token in tokens if token < self._size] or [0]
+    def _check_known(self, tokens: Iterable[int]) -> None:
+        """Raises a `UsageError` if a token has no embedding."""
+        size = vocabulary_of(self.model)
+        unknown = {token for token in tokens if not 0 <= token < size}
+        if unknown:
+            token = min(unknown)
+            raise UsageError(
+                f"tokenizer={self.tokenizer.name_or_path}: gives the token {token}"
+                f" ({self.tokenizer.convert_ids_to_tokens(token)!r}), and the model has embeddings"
+                f" of 0 to {size - 1}; must be the tokenizer of this model"
+            )
 
     # -- loading -----------------------------------------------------------------------------------
 
@@ -328,6 +336,7 @@ class AttackedHFLM(HFLM):
         if str(limit).startswith("auto"):
             limit = self._arguments.get("max_batch_size", sys.maxsize)
         questions = list(questions)
+        self._check_known({t for q in questions for r in q.requests for t in r.tokens})
         self.engine.probe(questions)
         return self.engine.batches(questions, int(limit), self.tokens_per_batch)
 
@@ -346,6 +355,7 @@ class AttackedHFLM(HFLM):
     ) -> torch.Tensor:
         options.setdefault("attention_mask", torch.ones_like(context))
         mask, rotary = options["attention_mask"], self.engine.scorer.rotary
+        self._check_known(context[mask.bool()].tolist())
         shortest = int(mask.sum(-1).min())
         alone = self.engine.deterministic or rotary.scale(shortest) != rotary.scale(max_length)
         if len(context) > 1 and alone:

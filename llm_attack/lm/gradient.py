@@ -63,8 +63,8 @@ def refusal(attack: str, fault: str) -> str:
     """The sentence by which a model with a fault is refused, and the ways out."""
     others = ", ".join(name for name, kind in ATTACKS.items() if not kind.gradient)
     return (
-        f"attack={attack}: cannot follow the gradient of this model, {fault}; must be one that takes"
-        f" no gradient ({others}), or a model with the gradient of its own function; the same"
+        f"attack={attack}: cannot follow the gradient of this model, {fault}; must be one that"
+        f" takes no gradient ({others}), or a model with the gradient of its own function; the same"
         " weights may have it without quantisation, in another dtype or on another device"
     )
 

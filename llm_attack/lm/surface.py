@@ -42,6 +42,10 @@ class Surface:
         return sums.index_add(0, self.pack.node.flatten(), values)
 
     @property
+    def _precise(self) -> torch.dtype:
+        return torch.promote_types(self.x.dtype, torch.float32)
+
+    @property
     def mask(self) -> Tensor | None:
         if self.pack.moves is not None:
             return self.pack.moves
@@ -156,7 +160,7 @@ class Surface:
         loss's distance from 0 over the dual norm of g; it is NaN where 0 is not where answers
         become wrong, as of the losses that do not know the gold.
         """
-        x, g = self.x.float(), self.gradient.float()
+        x, g = (part.to(self._precise) for part in (self.x, self.gradient))
         if self.mask is not None:
             x, g = (part * self.mask[..., None] for part in (x, g))
         sums = [self.examples.sum(part) for part in (x * g, x * x, g * g)]
@@ -192,9 +196,10 @@ class Surface:
             gradient=self.gradient if attack.uses_clean_gradient else None,
             on_gradient=count,
         )
-        noise = adversarial.float() - self.x.float()
+        clean = self.x.to(self._precise)
+        noise = adversarial.to(self._precise) - clean
         return adversarial, {
-            "signal": (self.x.float().square() * moves).sum(dtype=wide),
+            "signal": (clean.square() * moves).sum(dtype=wide),
             "noise": noise.square().sum(dtype=wide),
             "elements": elements,
             "zero_gradients": sum(zeros, 0 * elements),
