@@ -12,12 +12,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from llm_attack.errors import UsageError
 from llm_attack.harness.model import AttackedHFLM
 
-WORDS = [f"w{i}" for i in range(40)]
+WORDS = ["end", *(f"w{i}" for i in range(1, 40))]
 
 
 def tokenizer(**special):
     vocabulary = {word: i for i, word in enumerate(WORDS)}
-    made = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="end"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=made, **special)
 
@@ -47,7 +47,7 @@ PAIRS = [("w1 w2 w3", " w4 w5 w6"), ("w7", " w8"), ("w9 w10", " w11")]
 
 @pytest.mark.parametrize(
     "special",
-    [{"bos_token": "w1", "eos_token": "w2", "pad_token": "<pad>"}, {}],
+    [{"eos_token": "end", "pad_token": "<pad>"}, {}],
     ids=["pad token behind the matrix", "no special tokens"],
 )
 @pytest.mark.parametrize("attack", ["none", "fgsm"])
@@ -71,14 +71,14 @@ def test_padding_has_no_influence(special, attack, caplog):
 
 def test_tokens_without_an_embedding():
     """The tokenizer of another model; nothing is computed."""
-    lm = AttackedHFLM(model(12), tokenizer=tokenizer(eos_token="w1"), device="cpu", attack="fgsm")
+    lm = AttackedHFLM(model(12), tokenizer=tokenizer(eos_token="end"), device="cpu", attack="fgsm")
     lm.loglikelihood(asked(PAIRS[2]), disable_tqdm=True)
     line = (
         r"tokenizer=: gives the token 12 \('w12'\), and the model has embeddings of 0 to 11; must"
     )
     with pytest.raises(UsageError, match=line):
         lm.loglikelihood(asked(("w1", " w12 w2")), disable_tqdm=True)
-    prompt = [Instance("generate_until", {}, ("w1 w12", {"until": ["w3"]}), 0)]
+    prompt = [Instance("generate_until", {}, ("w1 w12", {"until": ["w3"], "max_gen_toks": 4}), 0)]
     with pytest.raises(UsageError, match=line):
         lm.generate_until(prompt, disable_tqdm=True)
 
@@ -93,6 +93,6 @@ def test_a_trial_says_what_was_raised(caplog):
 
     broken.model.register_forward_pre_hook(refuse, with_kwargs=True)
     with caplog.at_level(logging.WARNING, "llm_attack"):
-        AttackedHFLM(broken, tokenizer=tokenizer(eos_token="w1"), device="cpu", attack="none")
+        AttackedHFLM(broken, tokenizer=tokenizer(eos_token="end"), device="cpu", attack="none")
     (text,) = [text for text in caplog.messages if "packing: off" in text]
     assert "as a trial of trees raises " in text and "positions of two rows" in text
