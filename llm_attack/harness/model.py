@@ -390,9 +390,15 @@ class AttackedHFLM(HFLM):
 
     def all_warnings(self) -> list[str]:
         """What a reader of the results should know: of the model, then of each condition."""
-        of_conditions = zip(self.engine.attacks, self.diagnostics, strict=True)
-        found = (f"{attack.condition}: {w}" for attack, d in of_conditions for w in d.warnings())
-        return [*self.warnings, *found]
+        found = [*self.warnings]
+        of_conditions = zip(self.conditions, self.engine.attacks, self.diagnostics, strict=True)
+        for asked, attack, diagnostics in of_conditions:
+            sentences = diagnostics.warnings()
+            if attack.name != "none" and attack.epsilon == 0 < asked.attack_in_units.epsilon:
+                unit = asked.epsilon_unit
+                sentences.append(f"nothing was perturbed: one {unit} is 0 at this hookpoint")
+            found += [f"{attack.condition}: {sentence}" for sentence in sentences]
+        return found
 
     def _refuse_questions(self, requests: Sequence[Instance]) -> None:
         if self.settings.needs_gold:
