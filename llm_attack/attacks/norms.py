@@ -104,7 +104,7 @@ def _l2_sphere(keys: Tensor, moves: Tensor, x: Tensor, balls: Groups) -> Tensor:
 def _l2_ball(keys: Tensor, moves: Tensor, x: Tensor, balls: Groups) -> Tensor:
     """A point of the sphere times u ** (1 / coordinates), u uniform: the volume inside of it."""
     own = balls.sum(words(keys, x) * moves)  # a key of the ball, whatever the order
-    share = (1 + uniform(own, own.float())) / 2
+    share = (1 + uniform(own, own.to(widest(x.device)))) / 2
     radius = share ** (1 / _coordinates(moves, x, balls))
     return _l2_sphere(keys, moves, x, balls) * balls.spread(radius, x).to(x.dtype)
 
@@ -114,7 +114,7 @@ def _l2_gaussian(keys: Tensor, moves: Tensor, x: Tensor, balls: Groups) -> Tenso
 
 
 def _coordinates(moves: Tensor, x: Tensor, balls: Groups) -> Tensor:
-    return balls.sum(moves.expand_as(x).float()).clamp(min=1)
+    return balls.sum(moves.expand_as(x).to(widest(x.device))).clamp(min=1)
 
 
 def _l2_project(point: Tensor, x: Tensor, epsilon: Any, balls: Groups) -> Tensor:

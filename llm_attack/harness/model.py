@@ -37,7 +37,8 @@ from llm_attack.lm.device import check_device
 from llm_attack.lm.diagnostics import Diagnostics
 from llm_attack.lm.engine import Answer, Engine
 from llm_attack.lm.generate import attacked_prompts
-from llm_attack.lm.hook import frozen, resolve
+from llm_attack.lm.gradient import Finding, examine, refusal
+from llm_attack.lm.hook import frozen, resolve, vocabulary_of
 from llm_attack.lm.layers import prepare
 from llm_attack.lm.losses import LOSSES
 from llm_attack.lm.positions import QUESTION
@@ -114,13 +115,14 @@ class AttackedHFLM(HFLM):
             )
         self.pretrained = pretrained
         loading.check_finite(pretrained, self.model)
-        size = self.model.get_input_embeddings().weight.shape[0]
+        size = vocabulary_of(self.model)
         prefix = arguments.get("prefix_token_id")
         if prefix is not None and prefix not in range(size):
             raise invalid("prefix_token_id", prefix, f"the id of a token, from 0 to {size - 1}")
         hookpoint = resolve(self.model, self.settings.hookpoint)
         prepare(self.model, self.engine_settings, hookpoint)
         self.use(self.settings)
+        self.check_gradient()
 
     def use(self, *conditions: AttackSettings) -> None:
         """Attacks with other settings from now on; diagnostics start anew.
@@ -138,7 +140,8 @@ class AttackedHFLM(HFLM):
             if other.threat != settings.threat:
                 raise UsageError("conditions of one run must have the same loss, context, seed")
         names = list(dict.fromkeys(condition.hookpoint for condition in conditions))
-        text = torch.tensor([self.tok_encode(CALIBRATION_TEXT)[: self.max_length]])
+        self._text = self._known(self.tok_encode(CALIBRATION_TEXT))[: self.max_length]
+        text = torch.tensor([self._text])
         with reproducible(self.engine_settings.deterministic):
             signals = signals_at(self.model, names, text.to(self.device))
         self.settings, self.conditions = settings, conditions
@@ -162,7 +165,7 @@ class AttackedHFLM(HFLM):
         if several:
             of_names = scorers(scorer, names, self.device)
         of_conditions = [of_names[names.index(c.hookpoint)] for c in conditions]
-        pad = self.tokenizer.pad_token_id or 0
+        pad = self._known([self.tokenizer.pad_token_id or 0])[0]
         packing, exact = self.engine_settings.packing, self.engine_settings.deterministic
         packing = "off" if exact else packing
         longest = {"off": 0, "tree": sys.maxsize}.get(packing)
@@ -178,10 +181,58 @@ class AttackedHFLM(HFLM):
         )
         self.diagnostics = [Diagnostics() for _ in attacks]
 
+    def gradient(self) -> Finding | None:
+        """What speaks against the gradient that conditions follow; None: none of them does.
+
+        Of the first hookpoint: its gradient goes through all that those of later ones do.
+        """
+        followed = [
+            (attack, scorer)
+            for attack, scorer in zip(self.engine.attacks, self.engine.scorers, strict=True)
+            if attack.kind.gradient and not attack.identity
+        ]
+        if not followed:
+            return None
+        _, scorer = min(followed, key=lambda pair: len(pair[1].skip.blocks) if pair[1].skip else 0)
+        with frozen(self.model), reproducible(self.engine_settings.deterministic):
+            return examine(scorer, self._text, self.device)
+
+    def check_gradient(self) -> None:
+        """Tries whether the gradient is that of the model, for `warnings`, if a condition needs it.
+
+        Raises:
+            UsageError: it is not.
+        """
+        found = self.gradient()
+        if found is None:
+            return
+        if found.fault:
+            name = next(a.name for a in self.engine.attacks if a.kind.gradient)
+            raise UsageError(refusal(name, found.fault))
+        if found.warning and found.warning not in self.warnings:
+            self.warnings.append(found.warning)
+
     @property
     def signal(self) -> Signal:
         """The scale of what the first condition perturbs."""
         return self.signals[0]
+
+    def _known(self, tokens: Iterable[int]) -> list[int]:
+        """Those that have an embedding; 0 where none has."""
+        size = vocabulary_of(self.model)
+        return [token for token in tokens if 0 <= token < size] or [0]
+
+    def _check_known(self, tokens: Iterable[int]) -> None:
+        """Raises a `UsageError` if a token has no embedding."""
+        size = vocabulary_of(self.model)
+        unknown = {token for token in tokens if not 0 <= token < size}
+        if unknown:
+            token = min(unknown)
+            raise UsageError(
+                f"tokenizer={self.tokenizer.name_or_path}: gives the token {token}"
+                f" ({self.tokenizer.convert_ids_to_tokens(token)!r}), and the model has embeddings"
+                f" of 0 to {size - 1}; must be the tokenizer of this model"
+            )
 
     # -- loading -----------------------------------------------------------------------------------
 
@@ -285,6 +336,7 @@ class AttackedHFLM(HFLM):
         if str(limit).startswith("auto"):
             limit = self._arguments.get("max_batch_size", sys.maxsize)
         questions = list(questions)
+        self._check_known({t for q in questions for r in q.requests for t in r.tokens})
         self.engine.probe(questions)
         return self.engine.batches(questions, int(limit), self.tokens_per_batch)
 
@@ -303,6 +355,7 @@ class AttackedHFLM(HFLM):
     ) -> torch.Tensor:
         options.setdefault("attention_mask", torch.ones_like(context))
         mask, rotary = options["attention_mask"], self.engine.scorer.rotary
+        self._check_known(context[mask.bool()].tolist())
         shortest = int(mask.sum(-1).min())
         alone = self.engine.deterministic or rotary.scale(shortest) != rotary.scale(max_length)
         if len(context) > 1 and alone:
@@ -337,9 +390,15 @@ class AttackedHFLM(HFLM):
 
     def all_warnings(self) -> list[str]:
         """What a reader of the results should know: of the model, then of each condition."""
-        of_conditions = zip(self.engine.attacks, self.diagnostics, strict=True)
-        found = (f"{attack.condition}: {w}" for attack, d in of_conditions for w in d.warnings())
-        return [*self.warnings, *found]
+        found = [*self.warnings]
+        of_conditions = zip(self.conditions, self.engine.attacks, self.diagnostics, strict=True)
+        for asked, attack, diagnostics in of_conditions:
+            sentences = diagnostics.warnings()
+            if attack.name != "none" and attack.epsilon == 0 < asked.attack_in_units.epsilon:
+                unit = asked.epsilon_unit
+                sentences.append(f"nothing was perturbed: one {unit} is 0 at this hookpoint")
+            found += [f"{attack.condition}: {sentence}" for sentence in sentences]
+        return found
 
     def _refuse_questions(self, requests: Sequence[Instance]) -> None:
         if self.settings.needs_gold:

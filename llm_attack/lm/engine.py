@@ -20,7 +20,7 @@ from llm_attack.lm.losses import LOSSES, ThreatModel
 from llm_attack.lm.pack import Pack, pack_rows, pack_trees
 from llm_attack.lm.positions import ALL, QUESTION
 from llm_attack.lm.prefix import groups, start
-from llm_attack.lm.probe import equal_packs, trees_equal_rows
+from llm_attack.lm.probe import fault, trees_fault
 from llm_attack.lm.questions import Question
 from llm_attack.lm.reproducible import reproducible
 from llm_attack.lm.scoring import Scorer, Scores
@@ -125,8 +125,9 @@ class Engine:
         if longest is None or len(longest.trie) <= self._tried:
             return
         self._tried = len(longest.trie)
-        if not trees_equal_rows(self.scorer, [longest], self.device, self.pad):
-            log.warning("packing: off, as a tree of %d tokens gives other logits", self._tried)
+        wrong = trees_fault(self.scorer, [longest], self.device, self.pad)
+        if wrong:
+            log.warning("packing: off, as a tree of %d tokens %s", self._tried, wrong)
             self.longest_tree = 0
 
     def _takes_tree(self, question: Question) -> bool:
@@ -184,8 +185,9 @@ class Engine:
             return everything
         trial = Batch(members[:1], trees, longest)
         packs = [self.pack(b).to(self.device) for b in (trial, replace(trial, prefix=0))]
-        if not equal_packs(self.scorer, *packs):
-            log.warning("prefix: computed for each question, as its cache gives other logits")
+        wrong = fault(self.scorer, *packs)
+        if wrong:
+            log.warning("prefix: computed for each question, as its cache %s", wrong)
             self.prefixes = False
             return everything
         return by_prefix

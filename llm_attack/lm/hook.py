@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,12 @@ def resolve(model: PreTrainedModel, hookpoint: str | None) -> nn.Module:
     ends = [name for name in modules if name.endswith(f".{hookpoint}")]
     meant = ends[0] if len(ends) == 1 else closest(hookpoint, modules)
     raise _refused(hookpoint, modules, meant)
+
+
+def vocabulary_of(model: PreTrainedModel) -> int:
+    """How many tokens have an embedding."""
+    embedding: Any = model.get_input_embeddings()
+    return int(getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0])
 
 
 def try_out(model: PreTrainedModel, hookpoints: Iterable[str], input_ids: Tensor) -> None:

@@ -6,12 +6,13 @@ import logging
 import sys
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
+from llm_attack.failures import one_line
+from llm_attack.lm.hook import vocabulary_of
 from llm_attack.lm.pack import Pack, pack_rows, pack_trees
 from llm_attack.lm.questions import Question, Request
 from llm_attack.lm.scoring import Scorer
@@ -35,8 +36,9 @@ def longest_tree(scorer: Scorer, device: torch.device, pad: int = 0) -> int:
     A model does not whose attention ignores the mask (some flash kernels), or whose positions are
     not given to it (ALiBi, recurrent models); the log says so.
     """
-    if not trees_equal_rows(scorer, made_up(scorer), device, pad):
-        log.warning("packing: off, as the model does not take trees; every request gets a row")
+    wrong = trees_fault(scorer, made_up(scorer), device, pad)
+    if wrong:
+        log.warning("packing: off, as a trial of trees %s; every request gets a row", wrong)
         return 0
     config = scorer.model.config
     configs = (config, getattr(config, "get_text_config", lambda: config)())
@@ -45,20 +47,22 @@ def longest_tree(scorer: Scorer, device: torch.device, pad: int = 0) -> int:
     return min([w for w in windows if isinstance(w, int) and w > 0], default=sys.maxsize)
 
 
-def trees_equal_rows(
+def trees_fault(
     scorer: Scorer, questions: Sequence[Question], device: torch.device, pad: int = 0
-) -> bool:
-    """Whether the logits of `questions` as trees are those of a row per request.
+) -> str:
+    """Whether the logits of `questions` as trees are those of a row per request; as of `fault`.
 
-    They are as of `equal_logits`. Wrong positions, or a mask that is not honoured, change the first
-    digits.
+    Wrong positions, or a mask that is not honoured, change the first digits.
     """
     packs = [make(questions, pad).to(device) for make in (pack_trees, pack_rows)]
-    return equal_packs(scorer, *packs)
+    return fault(scorer, *packs)
 
 
-def equal_packs(scorer: Scorer, some: Pack, others: Pack) -> bool:
-    """Whether the logits of the same questions in two layouts are equal, as of `equal_logits`."""
+def fault(scorer: Scorer, some: Pack, others: Pack) -> str:
+    """What is wrong with the first of two layouts of the same questions; empty: nothing.
+
+    Their logits are equal as of `equal_logits`.
+    """
     logits = []
     for pack in (some, others):
         try:
@@ -67,10 +71,9 @@ def equal_packs(scorer: Scorer, some: Pack, others: Pack) -> bool:
         except Exception as error:
             if should_reduce_batch_size(error):
                 raise
-            log.info("packing: the model refused a layout: %s", error)
-            return False
+            return f"raises {one_line(error)}"
         logits.append(found[pack.scored.slot.to(found.device)].float())
-    return equal_logits(scorer, *logits)
+    return "" if equal_logits(scorer, *logits) else "gives other logits"
 
 
 def equal_logits(scorer: Scorer, some: Tensor, others: Tensor) -> bool:
@@ -86,8 +89,7 @@ def equal_logits(scorer: Scorer, some: Tensor, others: Tensor) -> bool:
 
 def made_up(scorer: Scorer) -> list[Question]:
     """Two questions of different size, whose requests share more and less of their contexts."""
-    embedding: Any = scorer.model.get_input_embeddings()
-    vocabulary = embedding.weight.shape[0]
+    vocabulary = vocabulary_of(scorer.model)
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(vocabulary, (40,), generator=generator).tolist()
     context, rest = tuple(words[:12]), words[12:]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm_attack.lm.hook import edit_output, resolve, try_out
+from llm_attack.attacks import widest
+from llm_attack.lm.hook import edit_output, resolve, try_out, vocabulary_of
 from llm_attack.lm.rotary import Rotary
 from llm_attack.lm.units import Signal
 
@@ -49,7 +50,7 @@ def signals_at(
         measured = of_activations(model, [places[name] for name in others], input_ids)
         found = dict(zip(others, measured, strict=True))
     if len(found) < len(places):
-        of = of_embedding(embedding, embedding.weight.shape[0], input_ids.device)
+        of = of_embedding(embedding, vocabulary_of(model), input_ids.device)
         found |= {name: of for name in places if name not in found}
     return found
 
@@ -61,7 +62,7 @@ def of_embedding(embedding: nn.Module, vocabulary: int, device: torch.device) ->
     with torch.no_grad():
         for chunk in ids.split(8192):
             output = embedding(chunk)
-            squares.append(output.float().square().mean(-1))
+            squares.append(_squares(output))
     return _signal(torch.cat(squares), output.shape[-1])
 
 
@@ -76,7 +77,7 @@ def of_activations(
     found: dict[nn.Module, Signal] = {}
 
     def measure(module: nn.Module, output: Tensor) -> Tensor:
-        found[module] = _signal(output[:, 1:].float().square().mean(-1), output.shape[-1])
+        found[module] = _signal(_squares(output[:, 1:]), output.shape[-1])
         return output
 
     with ExitStack() as stack:
@@ -86,6 +87,11 @@ def of_activations(
             stack.enter_context(edit_output(module, partial(measure, module)))
         model(input_ids=input_ids)
     return [found[module] for module in modules]
+
+
+def _squares(output: Tensor) -> Tensor:
+    """Mean squares of tokens. Amplitudes come of them, which are no coarser than the attacks'."""
+    return output.to(widest(output.device)).square().mean(-1)
 
 
 def _signal(squares: Tensor, width: int) -> Signal:

@@ -42,6 +42,10 @@ class Surface:
         return sums.index_add(0, self.pack.node.flatten(), values)
 
     @property
+    def _precise(self) -> torch.dtype:
+        return torch.promote_types(self.x.dtype, torch.float32)
+
+    @property
     def mask(self) -> Tensor | None:
         if self.pack.moves is not None:
             return self.pack.moves
@@ -156,7 +160,7 @@ class Surface:
         loss's distance from 0 over the dual norm of g; it is NaN where 0 is not where answers
         become wrong, as of the losses that do not know the gold.
         """
-        x, g = self.x.float(), self.gradient.float()
+        x, g = (part.to(self._precise) for part in (self.x, self.gradient))
         if self.mask is not None:
             x, g = (part * self.mask[..., None] for part in (x, g))
         sums = [self.examples.sum(part) for part in (x * g, x * x, g * g)]
@@ -192,14 +196,15 @@ class Surface:
             gradient=self.gradient if attack.uses_clean_gradient else None,
             on_gradient=count,
         )
-        noise = adversarial.float() - self.x.float()
+        clean = self.x.to(self._precise)
+        noise = adversarial.to(self._precise) - clean
         return adversarial, {
-            "signal": (self.x.float().square() * moves).sum(dtype=wide),
+            "signal": (clean.square() * moves).sum(dtype=wide),
             "noise": noise.square().sum(dtype=wide),
             "elements": elements,
             "zero_gradients": sum(zeros, 0 * elements),
             "gradients": elements * len(zeros),
-            **(self._rounded(attack, moves) if attack.norm == "linf" else {}),
+            **self._moved(attack, noise),
             **self._nearest(adversarial),
         }
 
@@ -226,13 +231,35 @@ class Surface:
         length = NORMS[attack.norm].length(adversarial - self.x, rows)
         return torch.where(gap > 0, length, torch.inf)
 
-    def _rounded(self, attack: Attack, moves: Tensor) -> dict[str, Tensor]:
-        """Coordinates, in both directions, and those of them that a step would not move by half."""
-        wide = widest(self.x.device)
-        step = Ball.of(attack, self.x, mask=self.mask, examples=self.examples).sized(attack.step)
-        sizes = [((self.x + s).to(wide) - self.x.to(wide)).abs() for s in (step, -step)]
-        lost = torch.stack([((size < step / 2) * moves).sum(dtype=wide) for size in sizes]).sum()
-        return {"steps": 2 * moves.sum(dtype=wide) * self.x.shape[-1], "lost": lost}
+    def _moved(self, attack: Attack, noise: Tensor) -> dict[str, Tensor]:
+        """How far the examples moved, and how much of a step rounding takes.
+
+        A step here is as long in every coordinate. That of an attack in L2 is longer in some, so
+        that it loses less; what it loses in all is seen in how far the examples moved.
+        """
+        wide, kind = widest(self.x.device), attack.kind
+        ball = Ball.of(attack, self.x, mask=self.mask, examples=self.examples, balls=self.balls)
+        even = ball.norm.direction(ball.moves.expand_as(self.x).to(wide), ball.balls)
+        step = even * ball.sized(attack.step)
+        ends = [(self.x + s.to(self.x.dtype)).to(wide) - self.x.to(wide) for s in (step, -step)]
+        lost = sum(((end.abs() < step.abs() / 2) & ball.moves).sum(dtype=wide) for end in ends)
+        still = (self.examples.largest(noise) == 0).sum(dtype=wide)
+        found = {
+            "steps": 2 * ball.moves.expand_as(self.x).sum(dtype=wide),
+            "lost": torch.as_tensor(lost),
+        }
+        if kind.minimal:  # which moves what is right, and no farther than it must
+            return found
+        found |= {"examples": torch.full_like(still, self.examples.n), "still": still}
+        if kind.adaptive or kind.search:  # which may stay inside of the ball
+            return found
+        length = attack.epsilon
+        if kind.iterative and kind.start is None:
+            length = min(length, attack.steps * attack.step)
+        asked = ball.sized(length)
+        shares = ball.norm.length(noise / asked, ball.balls).clamp(max=1)
+        moving = ball.balls.largest(even) > 0
+        return found | {"balls": moving.sum(dtype=wide), "reached": shares[moving].sum()}
 
     def _nearest(self, adversarial: Tensor) -> dict[str, Tensor]:
         """Tokens looked up in the vocabulary, and of those the unchanged ones in L2 and in Linf."""

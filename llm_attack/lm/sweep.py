@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llm_attack.errors import UsageError, closest
+from llm_attack.failures import one_line
 from llm_attack.lm.hook import edit_output, faults, resolve
 from llm_attack.lm.layers import known_blocks
 from llm_attack.lm.pack import Pack, pack_rows
@@ -138,7 +139,9 @@ def scorers(base: Scorer, hookpoints: Sequence[str | None], device: torch.device
         scorer.skip = None
     if refused:
         names = (str(name) for name, s in zip(hookpoints, found, strict=True) if s in refused)
-        log.warning("hookpoints: whole forwards, as starting there changes %s", ", ".join(names))
+        log.warning(
+            "hookpoints: whole forwards, as the others change or fail at %s", ", ".join(names)
+        )
     return found
 
 
@@ -201,7 +204,7 @@ def _refused(scorers: Sequence[Scorer], device: torch.device) -> list[Scorer]:
             except Exception as error:
                 if should_reduce_batch_size(error):
                     raise
-                log.info("hookpoints: the model refused to start there: %s", error)
+                log.warning("hookpoints: a forward that starts there raises %s", one_line(error))
                 refused.append(scorer)
                 continue
             if below[scorer] not in seen or not equal_logits(scorer, part, whole):

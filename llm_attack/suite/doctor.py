@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from llm_attack.errors import UsageError
+from llm_attack.failures import one_line
 from llm_attack.harness.patches import without_bars
 from llm_attack.lm.hook import frozen
 from llm_attack.lm.settings import amplitude
@@ -53,16 +54,17 @@ def doctor(plan: Plan, progress: str) -> list[Check]:
     console = Console(stderr=True)
     attacks, epsilons = (tuple(dict.fromkeys(of)) for of in zip(*CONDITIONS, strict=True))
     plan = replace(plan, attacks=attacks, epsilons=epsilons)
-    prepared = prepare(plan, progress, console)
+    prepared = prepare(plan, progress, console, checked=False)
     lm, known = prepared.lm, {(c.attack, c.epsilon): c for c in plan.conditions}
     some = [known[attack, amplitude(epsilon)[0]] for attack, epsilon in CONDITIONS]
     lm.use(*some)
+    own = own_gradient(prepared)
     found = _carried_out(prepared, progress, console)
     listed = sanity.checks(found.samples, found.run)
     lm.use(*(replace(c, steps=2 * c.steps) for c in some if c.attack in ("none", "bim")))
     longer = _carried_out(prepared, progress, console)
     listed.append(still_rising(found.samples, longer.samples, sanity.knows_gold(found.run)))
-    return [nothing_changes(prepared), *listed, finite_differences(prepared)]
+    return [nothing_changes(prepared), *listed, own, finite_differences(prepared)]
 
 
 def _carried_out(prepared: Prepared, progress: str, console: Console) -> Result:
@@ -107,33 +109,50 @@ def nothing_changes(prepared: Prepared) -> Check:
     return Check(name, verdict, f"log-probabilities change by {share:.2g} of their size")
 
 
+def own_gradient(prepared: Prepared) -> Check:
+    """What a run tries at its start (`lm.gradient`), in the model's own dtype and kernels."""
+    name, found = "the gradient is that of the model as it runs", prepared.lm.gradient()
+    if found is None:
+        return sanity.not_applicable(name, "no condition follows a gradient")
+    wrong = found.fault or found.warning
+    return Check(name, FAILS if wrong else PASSES, wrong or found.figure)
+
+
 def finite_differences(prepared: Prepared) -> Check:
     """The loss's slope along the sign of its gradient against central differences, in float64."""
     name, lm = "the gradient is that of the loss", prepared.lm
     if lm.device.type == "mps":
         return sanity.not_applicable(name, "the device has no float64")
+    if getattr(lm.model.config, "quantization_config", None) is not None:
+        return sanity.not_applicable(name, "quantised weights do not compute in float64")
     before = lm.model.dtype
-    lm.model.double()
     try:
+        lm.model.double()
         lm.use(*lm.conditions)
-        engine = lm.engine
-        batch = prepared.work[0].batch
-        pack = engine.pack(replace(batch, questions=batch.questions[:_QUESTIONS])).to(lm.device)
-        with frozen(lm.model):
-            surface = Surface(engine.scorer, pack, engine.threat)
-            gradient = surface.gradient
-            if surface.mask is not None:
-                gradient = gradient * surface.mask[..., None]
-            step = _STEP * surface.x.square().mean().sqrt()
-            with torch.no_grad():
-                ends = [surface.loss(surface.x + s * gradient.sign()) for s in (step, -step)]
-            measured = float((ends[0] - ends[1]).sum() / (2 * step))
+        claimed, measured = _slopes(prepared)
+    except Exception as error:  # kernels that do not know float64, or no room for it
+        return sanity.not_applicable(name, f"float64 fails here ({one_line(error)})")
     finally:
         lm.model.to(before)
-    claimed = float(gradient.abs().sum())
-    error = abs(measured - claimed) / max(abs(measured), abs(claimed), sys.float_info.min)
+    share = abs(measured - claimed) / max(abs(measured), abs(claimed), sys.float_info.min)
     figure = f"slope {measured:.6g} by finite differences, {claimed:.6g} by the gradient"
-    return Check(name, PASSES if error <= _WRONG else FAILS, figure)
+    return Check(name, PASSES if share <= _WRONG else FAILS, figure)
+
+
+def _slopes(prepared: Prepared) -> tuple[float, float]:
+    """By the gradient, and by central differences."""
+    lm, batch = prepared.lm, prepared.work[0].batch
+    engine = lm.engine
+    pack = engine.pack(replace(batch, questions=batch.questions[:_QUESTIONS])).to(lm.device)
+    with frozen(lm.model):
+        surface = Surface(engine.scorer, pack, engine.threat)
+        gradient = surface.gradient
+        if surface.mask is not None:
+            gradient = gradient * surface.mask[..., None]
+        step = _STEP * surface.x.square().mean().sqrt()
+        with torch.no_grad():
+            ends = [surface.loss(surface.x + s * gradient.sign()) for s in (step, -step)]
+    return float(gradient.abs().sum()), float((ends[0] - ends[1]).sum() / (2 * step))
 
 
 def command(plan: Plan, progress: str) -> int:

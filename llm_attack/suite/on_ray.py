@@ -60,6 +60,7 @@ class Worker:
         """Loaded by the first call, whose errors are those of loading."""
         lm = load(self.plan)
         lm.use(*self.conditions)
+        lm.check_gradient()  # of the kernels of this device
         for scorer in (lm.engine.scorer, *lm.engine.scorers):
             scorer.limit = self.tokens
         return lm

@@ -23,7 +23,7 @@ import pandas as pd
 from llm_attack.inference import ALPHA
 from llm_attack.record import write_text
 from llm_attack.suite.summary import ABOVE, MEAN
-from llm_attack.suite.tables import Cells, means
+from llm_attack.suite.tables import WARNED, Cells, means, warned
 from llm_attack.suite.words import in_words
 
 _HERE = Path(__file__).parent
@@ -120,6 +120,8 @@ def write_report(
     page = environment.get_template("report.html.j2").render(
         model=run.get("model_name") or run.get("model"),
         warnings=run.get("warnings") or (),
+        warned=warned(run.get("warnings") or ()),
+        mark=WARNED,
         words=in_words(table),
         accuracies=_accuracies(table),
         means=means(table),

@@ -139,11 +139,17 @@ class Prepared(NamedTuple):
 
 
 @templates_compiled_once()
-def prepare(plan: Plan, progress: str, console: Console) -> Prepared:
+def prepare(plan: Plan, progress: str, console: Console, checked: bool = True) -> Prepared:
     """Loads the model and builds the tasks.
 
+    Args:
+        plan: the plan.
+        progress: of `progress.MODES`.
+        console: where it is shown.
+        checked: whether a model is refused whose gradient is wrong.
+
     Raises:
-        UsageError: an argument is not allowed.
+        UsageError: an argument is not allowed, or the gradient is not that of the model.
     """
     clock = _Clock()
     with status(progress, console, "looking up the tasks"):
@@ -155,6 +161,8 @@ def prepare(plan: Plan, progress: str, console: Console) -> Prepared:
         if plan.hookpoints:
             conditions = plan.conditions_at(expand(lm.model, plan.hookpoints))
         lm.use(*conditions)
+        if checked:
+            lm.check_gradient()
     clock.stop("model")
     with status(progress, console, "building the requests"):
         judge = Judge(lm, manager, tasks, **plan.evaluation)

@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 GUESSES, WORSE, UNCHANGED, EQUIVALENT = "†", "‡", "§", "≈"
+WARNED = "¶"
 _TEST = f"Holm over tasks, {ALPHA:g}"
 _MARKS = {
     GUESSES: f"{INDISTINGUISHABLE} (exact test, {_TEST})",
     WORSE: f"{BELOW} (exact test, {_TEST})",
     UNCHANGED: f"not distinguishable from none (McNemar test, {_TEST}; of the mean stratified)",
     EQUIVALENT: f"equivalent to none within ±{{within:g}} points (two one-sided tests, {_TEST})",
+    WARNED: "see the warning of this condition",
 }
 
 
@@ -107,6 +109,7 @@ def accuracies(
         cells = [str(task), f"{group['n'].iloc[0]}"]
         for row in (of_condition[condition] for condition in conditions):
             mark = _marks(row) if metric == "acc" else ""
+            mark += WARNED if row["condition"] in warned(warnings) else ""
             marks |= set(mark)
             accuracy = _number(row[metric], ".3f") + mark
             cells.append(accuracy + (_interval(row, metric, "{:.3f}–{:.3f}") if intervals else ""))
@@ -129,6 +132,11 @@ def accuracies(
     ]
     notes += [f"warning: {sentence}" for sentence in warnings]
     return Cells(["task", "n", *conditions, "baseline"], rows, notes)
+
+
+def warned(warnings: Sequence[str]) -> set[str]:
+    """The conditions that warnings are of: what stands before a colon, if it is one."""
+    return {sentence.partition(": ")[0] for sentence in warnings}
 
 
 def means(table: pd.DataFrame, intervals: bool = True) -> dict[str, dict[str, str]]:
@@ -237,7 +245,7 @@ class RunTable:
         notes = accuracies(self.table, intervals=False, warnings=self.warnings).notes
         for rows in range(1, len(names) + 1):
             parts = [list(part) for part in np.array_split(names, rows)]
-            cells = [accuracies(self.table, "acc", part, intervals=False) for part in parts]
+            cells = [accuracies(self.table, "acc", part, False, self.warnings) for part in parts]
             cells = [replace(c, notes=notes if c is cells[-1] else []) for c in cells]
             tables = [c.rich("" if i else self.title) for i, c in enumerate(cells)]
             if max(_width(table, console) for table in tables) <= options.max_width:

@@ -1,5 +1,6 @@
 """L2 balls and groups of elements: closed forms, the definitions' identities, other libraries."""
 
+import math
 import sys
 from importlib.util import find_spec
 from unittest.mock import MagicMock
@@ -11,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from llm_attack.attacks import NORMS, Attack, Groups, perturb
+from llm_attack.attacks import NORMS, Attack, Groups, perturb, uniform
+from llm_attack.attacks.draws import normal, words
 
 from .helpers import (
     ALL_ATTACKS,
@@ -237,3 +239,17 @@ def test_a_step_equals_that_of_adv_lib(norm, p, auto_pgd):
     attack = Attack("bim", at.epsilon, steps=1, step_size=2 * at.epsilon, norm=norm)
     got = perturb(attack, at.x, at.loss, bounds=(0, 1))
     assert (got - theirs).abs().max() <= 1e-12
+
+
+def test_amplitudes_have_the_digits_of_float64():
+    """The radius of a start in L2, and the size of Gaussian noise, to the last place or two."""
+    x = torch.zeros(5, 3, 7, dtype=torch.float64)
+    moves = torch.ones_like(x, dtype=torch.bool)
+    moves[:, :, 5:] = False
+    own, rows = keys(5), Groups.rows(x)
+    draws = uniform(rows.sum(words(own, x) * moves), torch.zeros(5, dtype=torch.float64))
+    radii = [((1 + u) / 2) ** (1 / 15) for u in draws.tolist()]
+    found = rows.norm(NORMS["l2"].in_ball(own, moves, x, rows), 2)
+    assert found.tolist() == pytest.approx(radii, rel=4e-16 * 15, abs=0)
+    noise = NORMS["l2"].gaussian(own, moves, x, rows)
+    assert torch.allclose(noise, normal(own, x) / math.sqrt(15), rtol=1e-15, atol=0)

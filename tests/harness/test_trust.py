@@ -176,9 +176,3 @@ def test_lost_to_rounding(make, build, attack):
     lm.loglikelihood(build("demo_piqa", 3).instances)
     assert lm.attack_info()["lost_to_rounding"] == 0
     assert lm.all_warnings() == []
-
-
-def test_rounding_is_of_the_largest_norm(make, build):
-    lm = make(attack="fgsm", norm="l2")
-    lm.loglikelihood(build("demo_piqa", 1).instances)
-    assert lm.attack_info()["lost_to_rounding"] is None

@@ -3,6 +3,7 @@
 import copy
 import functools
 
+import numpy as np
 import pytest
 import torch
 from networks import ARCHITECTURES, CPU, network, path_of, scorer_of
@@ -86,7 +87,7 @@ def test_blocks_that_tell_later_ones_more_run(caplog, teller):
     later.register_forward_hook(lambda module, args, output: output * (1 + told[-1]))
     _, *found = scorers(scorer_of(model), expand(model, ["embed", "layers"]), CPU)
     assert [scorer.skip is None for scorer in found] == [teller == 0, teller == 1]
-    assert f"whole forwards, as starting there changes model.layers.{teller}" in caplog.text
+    assert f"whole forwards, as the others change or fail at model.layers.{teller}" in caplog.text
 
 
 def test_scales_are_those_of_the_activations():
@@ -205,3 +206,18 @@ def test_conditions_are_named_by_their_hookpoint(make):
     for info, key in zip(infos, ("embedding_rms", "hookpoint_rms"), strict=True):
         assert info["epsilon_absolute"] == pytest.approx(0.1 * info[key])
     assert infos[0]["epsilon_absolute"] != pytest.approx(infos[1]["epsilon_absolute"], rel=0.1)
+
+
+def test_scales_have_the_digits_of_float64():
+    """Of the embedding matrix, and of activations, against numpy."""
+    model, ids = network("llama"), torch.arange(5, 25)[None]
+    found = signals_at(model, [None, "model.layers.0"], ids)
+    with torch.no_grad():
+        states = model(input_ids=ids, output_hidden_states=True).hidden_states[1][0, 1:].numpy()
+    for signal, x in (
+        (found[None], model.get_input_embeddings().weight.detach().numpy()),
+        (found["model.layers.0"], states),
+    ):
+        assert signal.rms == pytest.approx(np.sqrt(np.square(x).mean()), rel=1e-14, abs=0)
+        norms = np.linalg.norm(x, axis=-1).mean()
+        assert signal.token_norm == pytest.approx(norms, rel=1e-14, abs=0)

@@ -20,7 +20,7 @@ from llm_attack.lm.hook import frozen
 from llm_attack.lm.layers import blocks, compiled, recompute
 from llm_attack.lm.losses import ThreatModel
 from llm_attack.lm.pack import pack_trees
-from llm_attack.lm.probe import longest_tree, trees_equal_rows
+from llm_attack.lm.probe import longest_tree, trees_fault
 from llm_attack.lm.questions import Question, Request
 from llm_attack.lm.surface import Surface
 
@@ -139,7 +139,7 @@ def test_layers_that_look_back_over_a_window():
     assert [len(q.trie) for q in made] == [22, 22]
     made.append(question([(context + [i] * 9, 2) for i in (3, 4)]))
     assert len(made[-1].trie) == 36
-    assert not trees_equal_rows(scorer, made[-1:], CPU)  # what the rule is there for
+    assert trees_fault(scorer, made[-1:], CPU)  # what the rule is there for
     trees, others = layouts(made, lambda q: len(q.trie) <= 30, shared=False)
     assert trees == made[:2]
     assert [q.requests for q in others] == [[r] for r in made[2].requests]
@@ -149,7 +149,7 @@ def test_choices_of_one_token_are_a_tree():
     """All logits that are looked at are those of one position: their spread is over the tokens."""
     scorer = scorer_of(copy.deepcopy(network("llama")).float())
     made = [question([([2, 3, 4, 5 + i], 1) for i in range(4)])]
-    assert trees_equal_rows(scorer, made, CPU)
+    assert not trees_fault(scorer, made, CPU)
 
 
 def test_a_long_tree_that_fails_turns_packing_off(monkeypatch, caplog):
@@ -157,7 +157,7 @@ def test_a_long_tree_that_fails_turns_packing_off(monkeypatch, caplog):
     scorer = scorer_of(network("llama"))
     made = [question([([2, 3, 4], 1), ([2, 3, 5], 1)])]
     engine = Engine(scorer, [Attack("none")], ThreatModel(), CPU, 0, 99)
-    monkeypatch.setattr(engines, "trees_equal_rows", lambda *args: False)
+    monkeypatch.setattr(engines, "trees_fault", lambda *args: "gives other logits")
     with caplog.at_level(logging.WARNING, "llm_attack"):
         assert engine.batches(made, 8)[0].trees
         engine.probe(made)

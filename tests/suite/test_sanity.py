@@ -159,8 +159,8 @@ def examined(monkeypatch, spoil, *options):
 def test_the_demo_is_well(monkeypatch):
     found, lines = examined(monkeypatch, lambda model: None)
     assert found.exit_code == 0, (found.output, found.exception)
-    assert "0 of 9 checks fail" in found.stdout
-    assert all(line.startswith("  passes: ") for line in lines.values()) and len(lines) == 9
+    assert "0 of 10 checks fail" in found.stdout
+    assert all(line.startswith("  passes: ") for line in lines.values()) and len(lines) == 10
 
 
 @pytest.mark.parametrize(
