@@ -74,8 +74,8 @@ def fmn(
     radius, inside = _BEYOND * ahead, _BEYOND * ahead <= ball.epsilon
     radius = radius.clamp(max=ball.epsilon)
     # where the ball ends before that, the whole radius in this direction leads farther
-    start, size = ball.where(inside, last, x), radius - torch.where(inside, length, 0)
-    step = ball.examples.spread(size, x) * ball.norm.direction(slope, ball.balls)
+    start, far = ball.where(inside, last, x), radius - torch.where(inside, length, 0)
+    step = ball.examples.spread(far, x) * ball.norm.direction(slope, ball.balls)
     beyond = replace(ball, scale=radius / ball.epsilon).stay(start + step.to(x.dtype))
     return ball.where(~found & (judge(beyond) > 0), beyond, best)
 
