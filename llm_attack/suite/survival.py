@@ -58,6 +58,8 @@ def figure(
     tasks = list(some["task"].unique())
     finite = some["critical_epsilon"].replace([0, np.inf], np.nan).dropna()
     shortest = min(finite.quantile(0.05), largest) if len(finite) else largest
+    decades = 10.0 ** np.arange(np.floor(np.log10(shortest)), np.ceil(np.log10(largest)))
+    ticks = np.array([largest, *np.outer(decades, [1, 2, 5]).ravel()])
     with print_style():
         drawn, grid = panels([*tasks, MEAN] if len(tasks) > 1 else tasks)
         for task, axes in grid.items():
@@ -75,8 +77,7 @@ def figure(
                 like = look(_FIXED)
                 mark: Any = {"color": like.colour, "marker": like.marker, "ms": 3, "ls": ""}
                 axes.plot(accuracies.index, accuracies, label=_FIXED, **mark)
-            decades = 10.0 ** np.arange(np.ceil(np.log10(2 * shortest)), np.log10(largest) + 1e-9)
-            epsilon_axis(axes, [*decades, largest], shortest, 0.3)
+            epsilon_axis(axes, ticks[(ticks >= shortest) & (ticks <= largest)], shortest, 0.3)
             axes.set(xlim=(0, largest * 1.05), ylim=(0, 1.03), yticks=np.arange(0, 1.01, 0.25))
         drawn.supxlabel(f"epsilon{unit.name}", size=7)
         of_score = "" if score == critical.ACC else f" ({score})"
