@@ -63,6 +63,8 @@ _LOOKS = {
     "worst": _Look("#000000", "///", "o", (0, (1, 1))),
 }
 
+_FAR = 1e300  # nats; differences of larger margins are no numbers
+
 
 def bars(table: pd.DataFrame) -> Figure:
     """Accuracy per task and condition, as in Fig. 3 of arXiv 2205.01493.
@@ -156,6 +158,7 @@ def margins(samples: pd.DataFrame) -> Figure | None:
         samples: as in `samples.parquet`.
     """
     frame = samples[["task", "condition", "attack"]].assign(margin=gold_margin(samples)).dropna()
+    frame["margin"] = frame["margin"].clip(-_FAR, _FAR)
     if frame.empty:
         return None
     frame["weight"] = 1 / frame.groupby(["condition", "task"])["margin"].transform("size")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _COLUMN, _PAGE, _AXIS = 3.5, 7.2, 0.5  # inches: widths in print, and what the y axis takes of them
 _SMALL = 6  # points
 _LETTER = 0.053  # inches, the mean width of a small letter
-_LINE = 0.11  # inches, what a line of tick labels needs
+_LINE = 0.12  # inches, what a line of tick labels needs
 _DECADES = 6  # of a logarithmic axis at most; what is smaller stands near 0
 _FONT: Any = {
     "axes.axisbelow": True,
@@ -94,7 +94,8 @@ def unit_of(run: Mapping[str, Any]) -> Unit:
     units = sorted({of.get("epsilon_unit", ABSOLUTE) for of in given})
     if len(units) > 1:
         return Unit(f" (absolute; given in {' and '.join(units)})")
-    sizes = [of["epsilon_absolute"] / of["epsilon"] for of in given if of.get("epsilon")]
+    lengths = [(of.get("epsilon"), of.get("epsilon_absolute")) for of in given]
+    sizes = [absolute / epsilon for epsilon, absolute in lengths if epsilon and absolute]
     if units in ([], [ABSOLUTE]) or not sizes:
         return OF_POINT
     return Unit(f" ({units[0]})", sizes[0])
