@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm_attack.failures import Attempts
 from llm_attack.record import whole_or_not
 
 if TYPE_CHECKING:
@@ -30,6 +34,11 @@ _STYLE: Any = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "llm_attack",  # the same figure is the same file
 }
+
+_FORMS: dict[str, Any] = {"png": {"Software": None}, "svg": {"Date": None}}
+
+# What matplotlib says of letters that it cannot show in a PNG file; in an SVG file they are text.
+_UNREADABLE = ("Glyph .* missing from", "Matplotlib currently does not support")
 
 
 @contextmanager
@@ -63,18 +72,89 @@ def nested(i: int, n: int) -> dict[str, Any]:
 
 
 def save_figure(figure: Figure, folder: Path, name: str = "figure") -> None:
-    """Writes `name`.png and `name`.svg into `folder`; equal figures give equal files."""
-    for form, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
-        with whole_or_not(folder / f"{name}.{form}") as draft:
-            figure.savefig(draft, format=form, metadata=metadata)
+    """Writes `name`.png and `name`.svg into `folder`; equal figures give equal files.
+
+    Letters that the usual font does not have are taken from others that are installed, if any do.
+    """
+    from matplotlib.text import Text
+
+    texts: list[Any] = figure.findobj(Text)
+    more = _fonts_for(frozenset("".join(text.get_text() for text in texts)))
+    for text in texts if more else ():
+        text.set_fontfamily([*text.get_fontfamily(), *more])
+    with warnings.catch_warnings():
+        for message in _UNREADABLE:
+            warnings.filterwarnings("ignore", message)
+        for form, metadata in _FORMS.items():
+            with whole_or_not(folder / f"{name}.{form}") as draft:
+                figure.savefig(draft, format=form, metadata=metadata)
+
+
+def draw(
+    folder: Path,
+    name: str,
+    make: Callable[[], Figure | None],
+    attempts: Attempts | None = None,
+) -> bool:
+    """Writes what `make` draws as `name`.png and `name`.svg into `folder`; whether there are these.
+
+    Where it returns None, as there is nothing to draw, earlier files of that name are removed.
+
+    Args:
+        folder: where to.
+        name: of the files.
+        make: draws the figure.
+        attempts: what a failure becomes a line of; None: it is raised.
+    """
+    with nullcontext() if attempts is None else attempts(f"figure {name}"):
+        figure = make()
+        if figure is not None:
+            save_figure(figure, folder, name)
+            return True
+        for form in _FORMS:
+            (folder / f"{name}.{form}").unlink(missing_ok=True)
+    return False
 
 
 @contextmanager
 def new_figure(folder: Path, size: tuple[float, float], name: str = "figure") -> Iterator[Figure]:
-    """A figure in our style, to be drawn in the context, at whose end it is saved into `folder`."""
+    """A figure in our style, to be drawn in the context, at whose end it is saved into `folder`.
+
+    If drawing or saving fails, the context says so in one line on stderr and does not raise.
+    """
     from matplotlib.figure import Figure
 
-    with style():
+    attempts = Attempts()
+    with style(), attempts(f"{folder}: figure {name}"):
         figure = Figure(figsize=size)
         yield figure
         save_figure(figure, folder, name)
+    for line in attempts.lines:
+        print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+@cache
+def _fonts_for(letters: frozenset[str]) -> list[str]:
+    """Installed fonts, by name, for letters that the usual font does not have; as few as do."""
+    from matplotlib.font_manager import FontProperties, findfont, findSystemFonts, fontManager
+    from matplotlib.ft2font import FT2Font
+
+    usual = FT2Font(findfont(FontProperties())).get_charmap()
+    missing = {letter for letter in letters if ord(letter) not in usual and letter.isprintable()}
+    has: dict[str, set[str]] = {}
+    for path in sorted(findSystemFonts()) if missing else ():
+        try:
+            font = FT2Font(path)
+            some = missing & set(map(chr, font.get_charmap()))
+        except (OSError, RuntimeError, ValueError):  # not a font that matplotlib can read
+            continue
+        if some and font.scalable and font.family_name not in has:
+            fontManager.addfont(path)
+            has[font.family_name] = some
+    found = []
+    while has and (best := max(has, key=lambda name: len(has[name] & missing))):
+        if not has[best] & missing:
+            break
+        found.append(best)
+        missing -= has.pop(best)
+    return found

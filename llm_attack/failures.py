@@ -177,6 +177,36 @@ def one_line(error: BaseException) -> str:
     return redacted(" ".join(str(error).split())) or type(error).__name__
 
 
+class Attempts:
+    """Contexts in which a failure becomes a line, so that what comes after them is still done.
+
+    For what is told and drawn at the end of a run, whose numbers must not be lost with it.
+
+    Attributes:
+        lines: what failed, each with the class of the exception and the first line of its text.
+    """
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    @contextmanager
+    def __call__(self, what: str) -> Iterator[None]:
+        """Attempts to make `what`.
+
+        Raises:
+            OSError, MemoryError: the machine failed, as with a full disk, and the rest would too.
+        """
+        try:
+            yield
+        except Exception as error:
+            of_machine = isinstance(error, OSError) and error.errno not in {None, *_PATHS}
+            if of_machine or isinstance(error, MemoryError):
+                raise
+            text = redacted(next(iter(str(error).strip().splitlines()), ""))
+            kind = type(error).__name__
+            self.lines.append(f"{what} could not be made: {kind}{text and f': {text}'}")
+
+
 def show(error: BaseException) -> None:
     """Prints the traceback: for --traceback."""
     print(redacted("".join(traceback.format_exception(error))), file=sys.stderr, end="")

@@ -57,7 +57,7 @@ def figure_command(
     name: str,
     presets: dict[str, Any],
     run: Callable[[Any, Path], dict[str, Any]],
-    resolved: Callable[[Any], Any] = lambda settings: settings,
+    effective: Callable[[Any], Any] = lambda settings: settings,
 ) -> Figure:
     """The command that runs an experiment with a preset and writes its record.
 
@@ -67,14 +67,14 @@ def figure_command(
             them) by their names, those of `PRESET_NAMES`.
         run: takes settings and a folder; writes figure and CSV there; returns the headline
             results and, as `seconds`, a dictionary of timings. Its docstring is the help.
-        resolved: the settings as they take effect, which the record holds.
+        effective: the settings as they take effect, which the record holds.
     """
 
     def settle(preset: str, output: str, **given: Any) -> tuple[Any, dict[str, Any], Path]:
         """Settings, head of the record, folder; `UsageError` if they or the folder will not do."""
         overrides = {key: value for key, value in given.items() if value is not None}
         settings = replace(presets[preset], **overrides)
-        settings = resolved(replace(settings, device=pick_device(settings.device)))
+        settings = effective(replace(settings, device=pick_device(settings.device)))
         words = [_COMMAND, name, "--preset", preset]
         for key, value in overrides.items():
             words += [f"--{key}", _shown(value)]

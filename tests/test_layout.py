@@ -14,7 +14,7 @@ BOTTOM = {"declare", "drawing", "errors", "failures", "folder", "inference", "re
 # Of each part, the parts that it may import; those at the bottom, every one above them may.
 ARROWS = {
     "declare": {"errors"},
-    "drawing": {"record"},
+    "drawing": {"failures", "record"},
     "errors": {"redact"},
     "failures": {"errors", "redact"},
     "folder": {"errors", "record"},

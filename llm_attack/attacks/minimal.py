@@ -14,6 +14,7 @@ from llm_attack.attacks.norms import Ball
 # Of FMN, first and last: shares of the first step, and of the radius that it changes by.
 _STEPS = 1.0, 0.01
 _CHANGES = 0.05, 0.001
+_BEYOND = 1.002  # its last try: so far past the boundary, relative to how far that seems to be
 
 _BEFORE_BRACKETED = 4.0  # by what `bisect` divides an amplitude as long as all were enough
 _NEAR = 1.002  # it stops where the bracket's ends differ by less
@@ -21,6 +22,7 @@ _NEAR = 1.002  # it stops where the bracket's ends differ by less
 
 def fmn(
     evaluate: Callable[[Tensor], tuple[Tensor, Tensor]],
+    judge: Callable[[Tensor], Tensor],
     ball: Ball,
     *,
     steps: int,
@@ -31,8 +33,13 @@ def fmn(
     Each step is projected on a ball whose radius is the linear estimate of the distance until the
     boundary is crossed, then shrinks on the far side of it and grows on the near one.
 
+    Where the loss is linear, that estimate leads to the boundary itself, and rounding decides on
+    which side of it the steps stay. So the examples of which no step crossed it get one try more: a
+    step along the last gradient, a little past the estimate. This is not part of the paper.
+
     Args:
         evaluate: point -> losses (examples,), and their gradient, like the point.
+        judge: point -> losses (examples,), for the last try, which needs no gradient.
         ball: the largest that is allowed; its `balls` are its examples.
         steps: gradients.
         step: L2 length of the first step, one or (examples,); steps get shorter as a cosine, to a
@@ -61,9 +68,16 @@ def fmn(
         near = torch.where(found, radius * (1 + change), ahead)
         radius = torch.where(wrong, torch.minimum(radius * (1 - change), least), near)
         radius = radius.clamp(max=ball.epsilon)
+        last = point
         moved = point + size * first * ball.examples.scaled(slope, 2)
         point = replace(ball, scale=radius / ball.epsilon).stay(moved)
-    return best
+    radius, inside = _BEYOND * ahead, _BEYOND * ahead <= ball.epsilon
+    radius = radius.clamp(max=ball.epsilon)
+    # where the ball ends before that, the whole radius in this direction leads farther
+    start, far = ball.where(inside, last, x), radius - torch.where(inside, length, 0)
+    step = ball.examples.spread(far, x) * ball.norm.direction(slope, ball.balls)
+    beyond = replace(ball, scale=radius / ball.epsilon).stay(start + step.to(x.dtype))
+    return ball.where(~found & (judge(beyond) > 0), beyond, best)
 
 
 def bisect(

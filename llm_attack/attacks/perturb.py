@@ -178,13 +178,12 @@ class _Climb:
 
     def nearest(self, ball: Ball) -> Tensor:
         """The nearest point with a gap above 0."""
-        attack = self.attack
+        attack, value = self.attack, partial(_value, self.gap)
         if not attack.kind.adaptive:
             evaluate = partial(self._evaluated, self.gap)
             step = ball.farthest if attack.step_size is None else attack.step_size
-            return fmn(evaluate, ball, steps=attack.steps, step=step)
+            return fmn(evaluate, value, ball, steps=attack.steps, step=step)
         first = attack.epsilon / 16 if attack.first_epsilon is None else attack.first_epsilon
-        value = partial(_value, self.gap)
         return bisect(self, value, ball, rounds=attack.rounds, first=first)
 
     def _best(self, way: Loss, ball: Ball) -> Tensor:

@@ -114,12 +114,15 @@ class ChoiceScores:
     def gap(self, log_likelihoods: Tensor) -> Tensor:
         """(questions,) best score of the other choices minus the gold's best; above 0 it is wrong.
 
-        Zero where there are no others.
+        Of equal scores the first choice is the answer, as for lm-eval: where that is not gold, the
+        gap is the smallest number above 0. Zero where there are no others.
         """
         scores = self.matrix(log_likelihoods)
         others = self.exists & ~self.gold
         best = [scores.masked_fill(~these, -torch.inf).amax(-1) for these in (others, self.gold)]
-        return torch.where(others.any(-1), best[0] - best[1], 0.0)
+        gap = torch.where(others.any(-1), best[0] - best[1], 0.0)
+        wrong = ~self.gold.gather(-1, scores.argmax(-1, keepdim=True))[..., 0]
+        return gap + ((gap == 0) & wrong) * torch.finfo(gap.dtype).tiny
 
 
 LOSSES = {

@@ -12,6 +12,8 @@ from llm_attack.lm.losses import LOSSES, ChoiceScores, ThreatModel, sum_by
 from llm_attack.lm.pack import Pack
 from llm_attack.lm.scoring import Scorer, Scores
 
+_ROUNDING = 4.0  # of a sum of log-probabilities, in units of its last place
+
 
 class Surface:
     """One pack under a threat model.
@@ -103,8 +105,16 @@ class Surface:
         return self.choices.margin(self._sums_at(x), self.target)
 
     def gap(self, x: Tensor) -> Tensor:
-        """(questions,) `ChoiceScores.gap`: above 0 the answer is wrong."""
-        return self.choices.gap(self._sums_at(x))
+        """(questions,) `ChoiceScores.gap`: above 0 the answer is wrong.
+
+        Scores that differ by less than `_ROUNDING` count as right, unless they are equal: lm-eval
+        adds up in the precision of the log-probabilities, where they may be the other way round.
+        """
+        found = self._watched(x)
+        sums = self._sums(found)
+        gap, best = self.choices.gap(sums), self.choices.matrix(sums).detach().amax(-1)
+        rounding = _ROUNDING * torch.finfo(found.log_prob.dtype).eps * best.abs()
+        return torch.where(gap > torch.finfo(gap.dtype).tiny, gap - rounding, gap)
 
     def lead(self, other: int, x: Tensor) -> Tensor:
         """(questions,) `ChoiceScores.lead` over one of the other choices."""

@@ -8,7 +8,7 @@ import shlex
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,14 +17,23 @@ from typing import Any
 from rich.console import Console
 
 from llm_attack.declare import names
-from llm_attack.drawing import save_figure
+from llm_attack.drawing import draw
 from llm_attack.errors import UsageError, invalid
-from llm_attack.failures import ProcessDied, Stopped, failure, held, leave, stop_in
+from llm_attack.failures import (
+    Attempts,
+    ProcessDied,
+    Stopped,
+    failure,
+    held,
+    leave,
+    stop_in,
+)
 from llm_attack.folder import check_writable, claim, claim_file, resolved, resolved_file
 from llm_attack.harness.patches import without_bars
 from llm_attack.record import write_text
 from llm_attack.redact import redacted
 from llm_attack.suite import (
+    critical,
     estimate,
     fingerprint,
     frames,
@@ -75,6 +84,8 @@ def evaluate(
         raise UsageError("output=None: must be a folder, which the processes share")
     if folder is not None:  # before a model is loaded
         claim(folder, lambda _: fingerprint.kept(folder) is not None, (STORE, LM_EVAL))
+    if folder is not None and who.first:
+        results.try_out()
     with on_ray.cluster(plan):
         prepared = prepare(plan, shown, console)
         if folder is None:
@@ -87,7 +98,7 @@ def evaluate(
                 result = execute(prepared, folder, shown, console)
                 if result is not None:
                     alone = replace(plan, shard=None, ray=None, ray_workers=None)
-                    results.save(result, folder, command(alone, output))
+                    _warn(results.save(result, folder, command(alone, output)), shown)
     if not who.first:
         return None
     discard(folder)
@@ -156,14 +167,21 @@ def run(
         title = f"{result.run['model_name']}: accuracy, loss={result.run['settings']['loss']}"
         table = layers.at_first(result.table)
         warnings = layers.shown_of(result.run, result.table)["warnings"]
-        console.print(tables.RunTable(table, title, warnings))
-        for name, (cells, _) in survival.tables(layers.at_first(result.samples)).items():
-            console.print(cells.rich(name))
-        of_layers = layers.cells(result.table)
-        if of_layers is not None:
-            console.print(of_layers.rich(layers.TITLE))
+        attempts = Attempts()
+        with attempts("the table"):
+            console.print(tables.RunTable(table, title, warnings))
+        with attempts("the tables of critical epsilons"):
+            score, samples = critical.score_of(result.run), layers.at_first(result.samples)
+            samples = critical.of_score(samples, result.questions, score)
+            for name, (cells, _) in survival.tables(samples, score).items():
+                console.print(cells.rich(name))
+        with attempts("the table of hookpoints"):
+            of_layers = layers.cells(result.table)
+            if of_layers is not None:
+                console.print(of_layers.rich(layers.TITLE))
+        _warn(attempts.lines, progress)
         if folder is not None and progress != "quiet":
-            console.print(f"written: {folder}: report.html, table.csv, figure.png, samples.parquet")
+            _written(f"{folder}: report.html, table.csv, figure.png, samples.parquet")
 
 
 def _run_revisions(plan: Plan, given: str, typed: str, progress: str) -> None:
@@ -183,10 +201,10 @@ def _run_revisions(plan: Plan, given: str, typed: str, progress: str) -> None:
     if not who.first:
         return
     frame = revisions.along(found)
-    revisions.save(frame, output)
+    _warn(revisions.save(frame, output), progress)
     Console().print(revisions.cells(frame).rich(f"{plan.model}: its revisions under attack"))
     if progress != "quiet":
-        Console().print(f"written: {output}: revisions.csv, revisions.png, a folder of each")
+        _written(f"{output}: revisions.csv, revisions.png, a folder of each")
 
 
 def report(folder: Path, equivalence: float | None) -> None:
@@ -194,8 +212,8 @@ def report(folder: Path, equivalence: float | None) -> None:
     folder = resolved(folder, "folder")
     check_writable(folder, argument="folder")
     result = results.load(folder, equivalence)
-    results.render(result, folder, result.run)
-    Console().print(f"written: {folder}: report.html, tables, figures")
+    _warn(results.render(result, folder, result.run))
+    _written(f"{folder}: report.html, tables, figures")
 
 
 def compare(
@@ -224,7 +242,7 @@ def compare(
         _compare_many(runs, table)
     if board is not None and text is not None:
         write_text(board, text)
-        Console().print(f"written: {board}", soft_wrap=True)
+        _written(board)
 
 
 def _file(argument: str, given: str | None) -> Path | None:
@@ -264,8 +282,19 @@ def _compare_many(runs: dict[str, Result], output: Path | None) -> None:
     Console().print(models.cells(frame).rich("models, accuracy and drop"))
     if output is not None:
         write_text(output, text)
+        attempts = Attempts()
         with print_style():
-            save_figure(models.figure(frame), output.parent, output.stem)
+            draw(output.parent, output.stem, lambda: models.figure(frame), attempts)
+        _warn(attempts.lines)
+
+
+def _warn(lines: Iterable[str], progress: str = "bar") -> None:
+    for line in lines:
+        note(progress, Console(stderr=True), f"warning: {line}")
+
+
+def _written(what: object) -> None:
+    note("bar", Console(), f"written: {what}")
 
 
 @contextmanager

@@ -4,11 +4,15 @@ The critical epsilon of a question is the smallest amplitude that was found to c
 where the clean answer is wrong, infinite (censored) where none was found up to the largest tried.
 The share of questions whose critical epsilon is above epsilon is the robustness curve. Pure
 functions over the frame of `samples.parquet`.
+
+An answer is the first of the choices with the best score, as lm-eval takes it. The score is the
+run's (`score=`): the log-likelihood (`acc`), or that per character (`acc_norm`). What is compared
+with critical epsilons must be of the same score: `of_score` makes the frames for this module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,6 +24,11 @@ from scipy.stats import rankdata
 from llm_attack.inference import ALPHA
 from llm_attack.suite.outcomes import gold_margin
 from llm_attack.suite.summary import MEAN
+
+ACC, ACC_NORM = "acc", "acc_norm"
+
+# The columns of answers by each score.
+_PREDICTIONS = {ACC: "prediction", ACC_NORM: "prediction_norm"}
 
 Numbers = NDArray[np.float64]
 
@@ -34,6 +43,76 @@ _FORETELL: dict[str, Callable[[pd.DataFrame], Any]] = {
 }
 _PROBE, _BASELINE = "first_order", "margin"
 _PLACE = ["task", "doc_id"]
+
+
+def score_of(run: Mapping[str, Any]) -> str:
+    """The score that the critical epsilons of a run are of; `run`: what `run.json` holds."""
+    return ACC_NORM if run.get("settings", {}).get("score") == ACC_NORM else ACC
+
+
+def judged(samples: pd.DataFrame, score: str) -> pd.DataFrame:
+    """The samples with critical epsilons that agree with the answers, as lm-eval judges those.
+
+    An attack judges on its way by sums in float64. Where lm-eval's, in float32, are the other way
+    round, its answers count: 0 where the clean one is wrong, infinite where the one at the point
+    that was found is right, the largest epsilon at most where it is wrong.
+
+    Args:
+        samples: as in `samples.parquet`.
+        score: of `score_of`.
+    """
+    if not looked_for(samples):
+        return samples
+    wrong = _right(samples, score) == 0
+    clean = samples.loc[wrong & (samples["condition"] == "none"), _PLACE]
+    at_first = pd.MultiIndex.from_frame(samples[_PLACE]).isin(pd.MultiIndex.from_frame(clean))
+    found = samples["critical_epsilon"].clip(upper=samples["epsilon"]).where(wrong, np.inf)
+    found = found.mask(at_first, 0.0).where(samples["critical_epsilon"].notna())
+    return samples.assign(critical_epsilon=found)
+
+
+def of_score(samples: pd.DataFrame, questions: pd.DataFrame, score: str) -> pd.DataFrame:
+    """The samples with `acc` and `log_likelihoods` in terms of one score.
+
+    Args:
+        samples: as in `samples.parquet`.
+        questions: as in `questions.parquet`.
+        score: of `score_of`; `acc_norm` wants the lengths of all choices.
+    """
+    if not looked_for(samples):
+        return samples
+    samples = samples.assign(acc=_right(samples, score))
+    if score == ACC:
+        return samples
+    lengths = samples[_PLACE].merge(questions[[*_PLACE, "lengths"]], how="left")["lengths"]
+    pairs = zip(samples["log_likelihoods"], lengths, strict=True)
+    return samples.assign(log_likelihoods=[np.divide(values, of) for values, of in pairs])
+
+
+def _right(samples: pd.DataFrame, score: str) -> pd.Series:
+    """1 where the answer is a right choice, else 0."""
+    pairs = zip(samples[_PREDICTIONS[score]], samples["gold"], strict=True)
+    return pd.Series([float(answer in gold) for answer, gold in pairs], samples.index, dtype=float)
+
+
+def stalled(samples: pd.DataFrame) -> dict[str, str]:
+    """For each condition of `fmn` with censored questions what has to be said of them."""
+    found = {}
+    others = samples[(samples["attack"] == "critical") & np.isfinite(samples["critical_epsilon"])]
+    for condition in looked_for(samples):
+        rows = samples[samples["condition"] == condition]
+        censored = rows[np.isinf(rows["critical_epsilon"])]
+        if rows["attack"].iloc[0] != "fmn" or censored.empty:
+            continue
+        text = (
+            f"fmn found no wrong answer for {len(censored)} of {len(rows)} questions. This does not"
+            " show that there is none: its steps can stall in front of the boundary"
+        )
+        if "critical" in set(samples["attack"]):
+            known = len(censored[_PLACE].merge(others[_PLACE].drop_duplicates()))
+            text += f"; critical found one for {known} of them"
+        found[condition] = text
+    return found
 
 
 def looked_for(samples: pd.DataFrame) -> list[str]:
@@ -69,6 +148,8 @@ def half_life(values: Sequence[Numbers]) -> float:
 
 def area(values: Sequence[Numbers], largest: float) -> float:
     """Area under the curve from 0 to `largest`, over `largest`: the mean accuracy up to there."""
+    if largest == 0:
+        return float(curve(values, np.zeros(1))[0])
     return float(np.mean([np.minimum(of, largest).mean() / largest for of in values]))
 
 
@@ -82,7 +163,7 @@ def robustness(samples: pd.DataFrame) -> pd.DataFrame:
         intervals (percentiles, `RESAMPLES` of the questions of each task). The last row of a
         condition is of the mean over tasks.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for condition in looked_for(samples):
         of_condition = samples[samples["condition"] == condition]
         largest = float(of_condition["epsilon"].iloc[0])
@@ -159,6 +240,8 @@ def foretold(samples: pd.DataFrame) -> pd.DataFrame:
         measure = "spearman" if searched else "auroc"
         outcome = group["critical_epsilon"] if searched else group["acc"]
         pairs = known.merge(group[_PLACE].assign(outcome=outcome), on=_PLACE)
+        if pairs.empty:
+            continue
         for task, of_task in [*pairs.groupby("task", sort=False), (ALL, pairs)]:
             place = {"task": task, "condition": condition, "measure": measure}
             rows += [{**place, **row} for row in _measured(of_task, measure)]

@@ -13,9 +13,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from llm_attack.drawing import COLOURS, save_figure
+from llm_attack.attacks import ATTACKS
+from llm_attack.drawing import COLOURS, draw
+from llm_attack.failures import Attempts
 from llm_attack.suite.layout import (
+    OF_POINT,
+    Unit,
     above,
+    epsilon_axis,
     handles,
     legend,
     panels,
@@ -57,6 +62,8 @@ _LOOKS = {
     "fmn": _Look("#DDAA33", "||", "H", "--"),
     "worst": _Look("#000000", "///", "o", (0, (1, 1))),
 }
+
+_FAR = 1e300  # nats; differences of larger margins are no numbers
 
 
 def bars(table: pd.DataFrame) -> Figure:
@@ -100,19 +107,24 @@ def bars(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def curves(table: pd.DataFrame) -> Figure | None:
+def curves(table: pd.DataFrame, unit: Unit = OF_POINT) -> Figure | None:
     """Accuracy against epsilon, a panel per task and one for their mean; None without such a curve.
 
     A curve starts at the accuracy without an attack. The bands are the 95 % intervals, the dashed
-    lines the accuracies of random guesses.
+    lines the accuracies of random guesses. The searches for the smallest epsilon are left out: they
+    have an accuracy at one epsilon alone, and their curves are in `survival.figure`.
 
     Args:
         table: of `summarise`.
+        unit: that epsilons are shown in.
     """
+    searches = [name for name, kind in ATTACKS.items() if kind.minimal]
+    table = table[~table["attack"].isin(searches)]
+    table = table.assign(epsilon=table["epsilon"] / unit.size)
     of_attacks = table[table["attack"] != "none"]
     if not of_attacks.groupby("attack")["epsilon"].nunique().max() > 1:
         return None
-    epsilons = sorted({0.0, *of_attacks["epsilon"]})
+    epsilons = of_attacks.loc[of_attacks["epsilon"] > 0, "epsilon"]
     with print_style():
         figure, grid = panels(list(table["task"].unique()))
         for task, axes in grid.items():
@@ -127,12 +139,9 @@ def curves(table: pd.DataFrame) -> Figure | None:
                 ends = curve["acc_low"].to_numpy(float), curve["acc_high"].to_numpy(float)
                 axes.fill_between(curve["epsilon"], *ends, color=like.colour, alpha=0.2, lw=0)
             axes.axhline(rows["baseline"].iloc[0], color="k", ls="--", lw=0.9, label="random guess")
-            # linear up to the smallest epsilon, so that 0 has a place, and logarithmic above
-            axes.set_xscale("symlog", linthresh=epsilons[1], linscale=0.5)
-            axes.set_xticks(epsilons, [f"{e:.3g}" for e in epsilons], rotation=90)
-            axes.set_xticks([], minor=True)
+            epsilon_axis(axes, epsilons, epsilons.min(), 0.5)
             axes.set(ylim=(0, 1.03), yticks=np.arange(0, 1.01, 0.25))
-        figure.supxlabel("epsilon", size=7)
+        figure.supxlabel(f"epsilon{unit.name}", size=7)
         figure.supylabel("accuracy", size=7)
         legend(figure, handles(axes))
     return figure
@@ -149,6 +158,7 @@ def margins(samples: pd.DataFrame) -> Figure | None:
         samples: as in `samples.parquet`.
     """
     frame = samples[["task", "condition", "attack"]].assign(margin=gold_margin(samples)).dropna()
+    frame["margin"] = frame["margin"].clip(-_FAR, _FAR)
     if frame.empty:
         return None
     frame["weight"] = 1 / frame.groupby(["condition", "task"])["margin"].transform("size")
@@ -221,22 +231,26 @@ def cosines(samples: pd.DataFrame) -> Figure | None:
     return figure
 
 
-def draw_all(samples: pd.DataFrame, table: pd.DataFrame, folder: Path) -> list[str]:
+def draw_all(
+    samples: pd.DataFrame,
+    table: pd.DataFrame,
+    folder: Path,
+    unit: Unit = OF_POINT,
+    attempts: Attempts | None = None,
+) -> list[str]:
     """Writes the figures that the data allow, each as .png and .svg; returns their names.
 
-    `figure`: `bars`; `epsilon`: `curves`; `margin`: `margins`; `cosine`: `cosines`.
+    `figure`: `bars`; `epsilon`: `curves`; `margin`: `margins`; `cosine`: `cosines`. `unit` is what
+    epsilons are shown in; `attempts` is that of `drawing.draw`.
     """
     figures = {
-        "figure": bars(table),
-        "epsilon": curves(table),
-        "margin": margins(samples),
-        "cosine": cosines(samples),
+        "figure": lambda: bars(table),
+        "epsilon": lambda: curves(table, unit),
+        "margin": lambda: margins(samples),
+        "cosine": lambda: cosines(samples),
     }
-    drawn = {name: figure for name, figure in figures.items() if figure is not None}
     with print_style():
-        for name, figure in drawn.items():
-            save_figure(figure, folder, name)
-    return list(drawn)
+        return [name for name, make in figures.items() if draw(folder, name, make, attempts)]
 
 
 def look(attack: str) -> _Look:

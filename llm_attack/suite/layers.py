@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from llm_attack.drawing import save_figure
 from llm_attack.lm.sweep import EMBED
 from llm_attack.record import write_text
 from llm_attack.suite.figures import look
@@ -150,15 +149,13 @@ def _titles(kinds: list[str]) -> list[str]:
 
 
 def save(table: pd.DataFrame, folder: Path) -> dict[str, Cells]:
-    """Writes `layers.md` and the figure `layers` into `folder`.
+    """Writes `layers.md` into `folder`.
 
     Returns:
         The table by its title; nothing, and nothing is written, of one hookpoint.
     """
-    found, drawn = cells(table), figure(table)
-    if found is None or drawn is None:
+    found = cells(table)
+    if found is None:
         return {}
     write_text(folder / "layers.md", found.markdown())
-    with print_style():
-        save_figure(drawn, folder, "layers")
     return {TITLE: found}

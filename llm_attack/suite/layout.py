@@ -5,16 +5,19 @@ Sizes are those of print: letters of 6 points and more in a figure of a column's
 
 from __future__ import annotations
 
+import re
 import textwrap
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from llm_attack.drawing import style
+from llm_attack.lm.units import ABSOLUTE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,13 +26,19 @@ if TYPE_CHECKING:
 _COLUMN, _PAGE, _AXIS = 3.5, 7.2, 0.5  # inches: widths in print, and what the y axis takes of them
 _SMALL = 6  # points
 _LETTER = 0.053  # inches, the mean width of a small letter
+_LINE = 0.12  # inches, what a line of tick labels needs
+_DECADES = 6  # of a logarithmic axis at most; what is smaller stands near 0
 _FONT: Any = {
     "axes.axisbelow": True,
     "axes.titlesize": _SMALL,
     "font.size": 7,
     "hatch.linewidth": 0.5,
     "legend.fontsize": 6.5,
+    "text.parse_math": False,  # names of tasks, models and modules may have a $
 }
+
+# What XML, and so an SVG file, cannot hold.
+_NOT_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 @contextmanager
@@ -41,10 +50,80 @@ def print_style() -> Iterator[None]:
         yield
 
 
+def legible(name: str) -> str:
+    """A name as text that can be drawn; matplotlib leaves what begins with _ out of legends."""
+    name = _NOT_TEXT.sub("\ufffd", name)
+    return f" {name}" if name.startswith("_") else name
+
+
+def _letters(name: str) -> int:
+    """The width of a name in small letters; Chinese ones, for example, are as wide as two."""
+    return len(name) + sum(unicodedata.east_asian_width(letter) in "WF" for letter in name)
+
+
 def wrapped(name: str, letters: int) -> str:
     """A task's name in lines, broken behind underscores where possible; nothing is left out."""
+    name = _NOT_TEXT.sub("\ufffd", name)
+    letters = max(1, letters * len(name) // max(1, _letters(name)))
     lines = textwrap.wrap(name.replace("_", "_ "), letters)
     return "\n".join(line.replace("_ ", "_") for line in lines)
+
+
+class Unit(NamedTuple):
+    """What epsilons are shown in.
+
+    Attributes:
+        name: what an axis has behind "epsilon"; empty: nothing.
+        size: one of it in the units of the point.
+    """
+
+    name: str = ""
+    size: float = 1.0
+
+
+OF_POINT = Unit()
+
+
+def unit_of(run: Mapping[str, Any]) -> Unit:
+    """The unit that the user gave the epsilons in; that of the point where there are several.
+
+    Args:
+        run: what `run.json` holds, of one hookpoint.
+    """
+    given = [of for of in run.get("attacks", {}).values() if of.get("attack") != "none"]
+    units = sorted({of.get("epsilon_unit", ABSOLUTE) for of in given})
+    if len(units) > 1:
+        return Unit(f" (absolute; given in {' and '.join(units)})")
+    lengths = [(of.get("epsilon"), of.get("epsilon_absolute")) for of in given]
+    sizes = [absolute / epsilon for epsilon, absolute in lengths if epsilon and absolute]
+    if units in ([], [ABSOLUTE]) or not sizes:
+        return OF_POINT
+    return Unit(f" ({units[0]})", sizes[0])
+
+
+def epsilon_axis(axes: Axes, marks: Iterable[float], least: float, room: float) -> None:
+    """Makes x an axis of epsilons from 0 on: linear at first, then logarithmic.
+
+    Args:
+        axes: a panel of `panels`.
+        marks: epsilons that get a tick, and a label if there is room for it.
+        least: where the logarithmic part begins, above 0.
+        room: for what is below that, in decades.
+    """
+    marks = np.unique([0.0, *marks])
+    least = max(least, marks[-1] / 10.0**_DECADES)
+    axes.set_xscale("symlog", linthresh=least, linscale=room)
+    places = axes.xaxis.get_transform().transform(marks)
+    panel: Any = axes.get_subplotspec()
+    width = 0.8 * (_COLUMN - _AXIS) / panel.get_gridspec().ncols
+    places = width * places / places[-1]
+    shown: list[int] = []
+    for i in (0, *range(len(marks) - 1, 0, -1)):
+        if all(abs(places[i] - places[j]) >= _LINE for j in shown):
+            shown.append(i)
+    axes.set_xticks(marks[shown], [f"{marks[i]:.3g}" for i in shown], rotation=90)
+    axes.set_xticks(np.delete(marks, shown), minor=True)
+    axes.xaxis.set_minor_formatter("")
 
 
 def rows_of_tasks(
@@ -62,7 +141,8 @@ def rows_of_tasks(
     """
     from matplotlib.figure import Figure
 
-    longest = max(len(word) for task in tasks for word in task.replace("_", "_ ").split())
+    words = [word for task in tasks for word in task.replace("_", "_ ").split()]
+    longest = max(map(_letters, words), default=1)
     inches = max(inches, _LETTER * (np.clip(longest, len("options"), 14) + 0.5))
     rows = int(np.ceil(len(tasks) * inches / (_PAGE - _AXIS)))
     per_row = int(np.ceil(len(tasks) / rows))
@@ -143,7 +223,7 @@ def legend(figure: Figure, columns: list[list[tuple[Any, str]]]) -> None:
     """A legend above the panels; where its columns find no room, in as many as do."""
     from matplotlib.lines import Line2D
 
-    widths = [max(len(label) for _, label in column) * _LETTER + 0.37 for column in columns]
+    widths = [max(_letters(label) for _, label in column) * _LETTER + 0.37 for column in columns]
     depth = max(len(column) for column in columns)
     count = len(columns)
     if sum(widths) <= figure.get_figwidth():

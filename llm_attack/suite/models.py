@@ -14,7 +14,7 @@ from llm_attack.errors import UsageError
 from llm_attack.inference import Mean, rank_correlation
 from llm_attack.lm.sweep import EMBED
 from llm_attack.suite.figures import look
-from llm_attack.suite.layout import handles, legend, panels, print_style
+from llm_attack.suite.layout import handles, legend, legible, panels, print_style
 from llm_attack.suite.run import Result
 from llm_attack.suite.summary import MEAN, summarise
 from llm_attack.suite.tables import Cells
@@ -182,7 +182,7 @@ def figure(frame: pd.DataFrame) -> Figure:
                     [row["drop"]],
                     xerr=[ends[0], tops[0]],
                     yerr=[ends[1], tops[1]],
-                    label=model,
+                    label=legible(model),
                     ls="",
                     **form,
                 )

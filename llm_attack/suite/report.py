@@ -102,22 +102,13 @@ def write_report(
     Raises:
         ValueError: `questions` lacks a question of `samples`, or a figure is no SVG or PNG file.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(
-        loader=FileSystemLoader(_HERE),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
-    environment.filters.update(value=_value, label=lambda key: str(key).replace("_", " "))
     data = columns(samples, questions)
     attacks = run.get("attacks", {})
     command = run.get("command")
     style, script = ((_HERE / name).read_text("utf-8") for name in ("report.css", "report.js"))
-    page = environment.get_template("report.html.j2").render(
+    page = page_template().render(
         model=run.get("model_name") or run.get("model"),
         warnings=run.get("warnings") or (),
         warned=warned(run.get("warnings") or ()),
@@ -148,6 +139,21 @@ def write_report(
     # half of a surrogate pair is no character, but text from models and command lines may hold one
     write_text(path, page.encode("utf-8", "replace").decode("utf-8"))
     return path
+
+
+def page_template() -> Any:
+    """The page, a template of jinja2."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(_HERE),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters.update(value=_value, label=lambda key: str(key).replace("_", " "))
+    return environment.get_template("report.html.j2")
 
 
 def _hash_of_weights(run: dict[str, Any]) -> dict[str, str]:

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 import shlex
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
+from llm_attack.drawing import draw
 from llm_attack.errors import UsageError
+from llm_attack.failures import Attempts
 from llm_attack.harness.judge import as_json
 from llm_attack.record import write_json, write_text
 from llm_attack.redact import redacted
-from llm_attack.suite import claims, figures, frames, layers, sanity, survival, tables
+from llm_attack.suite import claims, critical, figures, frames, layers, sanity, survival, tables
 from llm_attack.suite.equivalence import with_equivalence
-from llm_attack.suite.report import Picture, write_report
+from llm_attack.suite.layout import panels, print_style, unit_of
+from llm_attack.suite.report import Picture, page_template, write_report
 from llm_attack.suite.run import LM_EVAL, Result
 from llm_attack.suite.summary import summarise
+from llm_attack.suite.tables import Cells
 from llm_attack.suite.worst import with_worst
 
 # What draw_all draws, and what a reader who cannot see it should know.
@@ -63,7 +70,7 @@ _RECORD: dict[str, type] = {
 }
 
 
-def save(result: Result, folder: Path, command: list[str]) -> None:
+def save(result: Result, folder: Path, command: list[str]) -> list[str]:
     """Writes everything of a run into `folder`; `run.json` last, which says that it is complete.
 
     `samples.parquet`, `questions.parquet`, `table.csv`, `table.md`, figures as PNG and SVG, where
@@ -75,37 +82,84 @@ def save(result: Result, folder: Path, command: list[str]) -> None:
         result: the run.
         folder: where to.
         command: that repeats it.
+
+    Returns:
+        What could not be made of what `render` writes, and of lm-eval's results: a line for each.
+        The others, and the numbers, are there.
     """
     frames.save(folder, samples=result.samples, questions=result.questions)
+    attempts = Attempts()
     for name, found in result.lm_eval.items():
-        write_text(folder / LM_EVAL / f"results_{name}.json", as_json(found))
+        with attempts(f"{LM_EVAL}/results_{name}.json"):
+            write_text(folder / LM_EVAL / f"results_{name}.json", as_json(found))
     run = {"command": shlex.join(command), **result.run}
-    render(result, folder, run)
+    failed = [*attempts.lines, *render(result, folder, run)]
     write_json(folder / "run.json", run)
+    return failed
 
 
-def render(result: Result, folder: Path, run: dict[str, Any]) -> None:
-    """Writes tables, figures and report."""
+def render(result: Result, folder: Path, run: dict[str, Any]) -> list[str]:
+    """Writes tables, then figures, then the report.
+
+    Returns:
+        What could not be made: a line for each. The others are there.
+    """
+    attempts = Attempts()
     run = layers.shown_of(run, result.table)
-    tables.save(result.table, folder, run.get("warnings") or ())
-    samples, table = map(layers.at_first, (with_worst(result.samples), result.table))
-    drawn = figures.draw_all(samples, table, folder)
-    changed = tables.changes(table)
-    more = {} if changed is None else {"what changed against no attack": changed}
-    told = claims.claims(samples, result.questions)
-    if told:
-        more[claims.TITLE] = claims.cells(told)
-    more[sanity.TITLE] = sanity.cells(sanity.checks(samples, run))
-    for name, found in (
-        ("survival", survival.save(samples, folder)),
-        ("layers", layers.save(result.table, folder)),
-    ):
-        more |= found
-        drawn += [name] if found else []
-    pictures = [Picture(*_PICTURES[name], folder / f"{name}.svg") for name in drawn]
-    # the same run gives the same report, however long it took
-    lasting = {key: value for key, value in run.items() if key != "timings"}
-    write_report(folder, samples, result.questions, table, pictures, lasting, more)
+    with attempts("table.csv and table.md"):
+        tables.save(result.table, folder, run.get("warnings") or ())
+    samples, table = map(layers.at_first, (result.samples, result.table))
+    with attempts("worst, what is left after all attacks"):
+        samples = layers.at_first(with_worst(result.samples))
+    more: dict[str, Cells] = {}
+    with attempts("the table of changes"):
+        changed = tables.changes(table)
+        more |= {} if changed is None else {"what changed against no attack": changed}
+    with attempts(claims.TITLE):
+        told = claims.claims(samples, result.questions)
+        more |= {claims.TITLE: claims.cells(told)} if told else {}
+    with attempts(sanity.TITLE):
+        more[sanity.TITLE] = sanity.cells(sanity.checks(samples, run))
+    score, searched = critical.score_of(run), samples
+    with attempts("critical.md and its tables"):
+        searched = critical.of_score(samples, result.questions, score)
+        more |= survival.save(searched, folder, score)
+    with attempts("layers.md"):
+        more |= layers.save(result.table, folder)
+
+    unit = unit_of(run)
+    drawn = figures.draw_all(samples, table, folder, unit, attempts)
+    others = {
+        "survival": lambda: survival.figure(searched, unit, score),
+        "layers": lambda: layers.figure(result.table),
+    }
+    with print_style():
+        drawn += [name for name, make in others.items() if draw(folder, name, make, attempts)]
+    with attempts("report.html"):
+        pictures = [Picture(*_PICTURES[name], folder / f"{name}.svg") for name in drawn]
+        # the same run gives the same report, however long it took
+        lasting = {key: value for key, value in run.items() if key != "timings"}
+        lasting["warnings"] = [*(run.get("warnings") or ()), *attempts.lines]
+        write_report(folder, samples, result.questions, table, pictures, lasting, more)
+    return attempts.lines
+
+
+def try_out() -> None:
+    """What `render` needs of other libraries, before a run whose end depends on it.
+
+    Raises:
+        UsageError: it does not work on this machine.
+    """
+    attempts = Attempts()
+    with tempfile.TemporaryDirectory() as nowhere:
+        with attempts("a figure"), print_style():
+            draw(Path(nowhere), "figure", lambda: panels(["a"])[0])
+        with attempts("samples.parquet"):
+            frames.save(Path(nowhere), samples=pd.DataFrame({"acc": [0.0]}))
+        with attempts("report.html"):
+            page_template()
+    for line in attempts.lines:
+        raise UsageError(f"output: {line}; without output the run needs none of it")
 
 
 def load(folder: Path, equivalence: float | None = None) -> Result:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from llm_attack.drawing import save_figure
+from llm_attack.drawing import draw
 from llm_attack.errors import UsageError, closest
+from llm_attack.failures import Attempts
 from llm_attack.folder import claim
 from llm_attack.inference import mean_of
 from llm_attack.record import write_text
@@ -183,11 +184,17 @@ def cells(frame: pd.DataFrame) -> Cells:
     return Cells(heading, found.rows, [*found.notes, note])
 
 
-def save(frame: pd.DataFrame, folder: Path) -> None:
-    """Writes `revisions.csv` and the figure `revisions` into `folder`."""
+def save(frame: pd.DataFrame, folder: Path) -> list[str]:
+    """Writes `revisions.csv` and the figure `revisions` into `folder`.
+
+    Returns:
+        A line if the figure cannot be drawn.
+    """
     write_text(folder / f"{NAME}.csv", tables.csv(frame))
+    attempts = Attempts()
     with print_style():
-        save_figure(figure(frame), folder, NAME)
+        draw(folder, NAME, lambda: figure(frame), attempts)
+    return attempts.lines
 
 
 def check(folder: Path, revisions: Iterable[str]) -> None:

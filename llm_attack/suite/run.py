@@ -28,7 +28,7 @@ from llm_attack.lm.hook import frozen
 from llm_attack.lm.sweep import EMBED, expand
 from llm_attack.record import hardware, versions
 from llm_attack.redact import redacted
-from llm_attack.suite import fingerprint, frames, on_ray
+from llm_attack.suite import critical, fingerprint, frames, on_ray
 from llm_attack.suite.equivalence import with_equivalence
 from llm_attack.suite.load import load
 from llm_attack.suite.plan import Plan
@@ -218,6 +218,7 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         attacks = lm.engine.attacks
         places = [condition.hookpoint or EMBED for condition in lm.conditions]
         samples = frames.samples_of(questions, requests, attacks, places, results, found)
+        samples = critical.judged(samples, critical.score_of({"settings": plan.settings()}))
         infos = {attack.condition: lm.attack_info(i) for i, attack in enumerate(attacks)}
         table = with_equivalence(summarise(with_worst(samples), infos), plan.equivalence)
     clock.stop("judgement")
@@ -228,7 +229,11 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         "model_name": plan.model_name,
         "settings": plan.settings(),
         "equivalence": plan.equivalence,
-        "warnings": [*lm.all_warnings(), *hidden_gradients(samples)],
+        "warnings": [
+            *lm.all_warnings(),
+            *hidden_gradients(samples),
+            *(f"{name}: {text}" for name, text in critical.stalled(samples).items()),
+        ],
         "attacks": infos,
         "fingerprint": fingerprint.plain(mark),
         "versions": versions(),

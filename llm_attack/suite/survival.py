@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from llm_attack.drawing import save_figure
 from llm_attack.record import write_text
 from llm_attack.suite import critical
 from llm_attack.suite.figures import look
-from llm_attack.suite.layout import handles, legend, panels, print_style
+from llm_attack.suite.layout import (
+    OF_POINT,
+    Unit,
+    epsilon_axis,
+    handles,
+    legend,
+    panels,
+    print_style,
+)
 from llm_attack.suite.summary import MEAN
 from llm_attack.suite.tables import Cells, csv
 
@@ -21,24 +29,37 @@ if TYPE_CHECKING:
 
 CURVES = "critical epsilon"
 FORETOLD = "foretold at the clean point"
+STALLED = "¶"  # marks what `critical.stalled` is about
 _FIXED = "apgd"  # drawn beside the curves, which it should lie on
 
 
-def figure(samples: pd.DataFrame) -> Figure | None:
+def figure(
+    samples: pd.DataFrame, unit: Unit = OF_POINT, score: str = critical.ACC
+) -> Figure | None:
     """Robustness curves, a panel per task and one for their mean; None without critical epsilons.
 
     The curve is the share of questions whose critical epsilon is above epsilon: the accuracy under
-    the strongest attack of that amplitude. Marks are accuracies under `apgd` of the same run.
+    the strongest attack of that amplitude. Marks are accuracies under `apgd` of the same run. None
+    as well where no epsilon above 0 was tried.
+
+    Args:
+        samples: of `critical.of_score`.
+        unit: that epsilons are shown in.
+        score: of `critical.score_of`.
     """
     conditions = critical.looked_for(samples)
-    if not conditions:
-        return None
     some = samples[samples["condition"].isin(conditions)]
-    largest = some["epsilon"].max()
+    if not some["epsilon"].max() > 0:
+        return None
+    epsilons = ["epsilon", "critical_epsilon"]
+    samples = samples.assign(**{name: samples[name] / unit.size for name in epsilons})
+    some, largest = samples.loc[some.index], some["epsilon"].max() / unit.size
     fixed = samples[samples["attack"] == _FIXED]
     tasks = list(some["task"].unique())
     finite = some["critical_epsilon"].replace([0, np.inf], np.nan).dropna()
     shortest = min(finite.quantile(0.05), largest) if len(finite) else largest
+    decades = 10.0 ** np.arange(np.floor(np.log10(shortest)), np.ceil(np.log10(largest)))
+    ticks = np.array([largest, *np.outer(decades, [1, 2, 5]).ravel()])
     with print_style():
         drawn, grid = panels([*tasks, MEAN] if len(tasks) > 1 else tasks)
         for task, axes in grid.items():
@@ -56,53 +77,61 @@ def figure(samples: pd.DataFrame) -> Figure | None:
                 like = look(_FIXED)
                 mark: Any = {"color": like.colour, "marker": like.marker, "ms": 3, "ls": ""}
                 axes.plot(accuracies.index, accuracies, label=_FIXED, **mark)
-            axes.set_xscale("symlog", linthresh=shortest, linscale=0.3)
-            decades = 10.0 ** np.arange(np.ceil(np.log10(2 * shortest)), np.log10(largest) + 1e-9)
-            axes.set_xticks([0, *decades], ["0", *(f"{e:.3g}" for e in decades)])
-            axes.set_xticks([], minor=True)
+            epsilon_axis(axes, ticks[(ticks >= shortest) & (ticks <= largest)], shortest, 0.3)
             axes.set(xlim=(0, largest * 1.05), ylim=(0, 1.03), yticks=np.arange(0, 1.01, 0.25))
-            axes.tick_params(axis="x", rotation=90)
-        drawn.supxlabel("epsilon", size=7)
-        drawn.supylabel("share of questions still right", size=7)
+        drawn.supxlabel(f"epsilon{unit.name}", size=7)
+        of_score = "" if score == critical.ACC else f" ({score})"
+        drawn.supylabel(f"share of questions still right{of_score}", size=7)
         legend(drawn, handles(axes))
     return drawn
 
 
-def tables(samples: pd.DataFrame) -> dict[str, tuple[Cells, pd.DataFrame]]:
+def tables(
+    samples: pd.DataFrame, score: str = critical.ACC
+) -> dict[str, tuple[Cells, pd.DataFrame]]:
     """The tables of a run, by their titles, as text and as frames.
 
     None without critical epsilons.
+
+    Args:
+        samples: of `critical.of_score`.
+        score: of `critical.score_of`.
     """
     curves, foretold = critical.robustness(samples), critical.foretold(samples)
     if curves.empty:
         return {}
-    found = {CURVES: (_curves(curves, critical.against_fixed(samples)), curves)}
+    text = _curves(curves, critical.against_fixed(samples), critical.stalled(samples), score)
+    found = {CURVES: (text, curves.rename(columns={critical.ACC: score}))}
     if not foretold.empty:
-        found[FORETOLD] = _foretold(foretold), foretold
+        found[FORETOLD] = _foretold(foretold, score), foretold
     return found
 
 
-def save(samples: pd.DataFrame, folder: Path) -> dict[str, Cells]:
-    """Writes `critical.csv`, `foretold.csv`, `critical.md` and the figure `survival` into `folder`.
+def save(samples: pd.DataFrame, folder: Path, score: str = critical.ACC) -> dict[str, Cells]:
+    """Writes `critical.csv`, `foretold.csv` and `critical.md` into `folder`.
+
+    Args:
+        samples: of `critical.of_score`.
+        folder: where to.
+        score: of `critical.score_of`.
 
     Returns:
         The tables by their titles; none, and nothing is written, without critical epsilons.
     """
-    found = tables(samples)
+    found = tables(samples, score)
     for title, name in ((CURVES, "critical"), (FORETOLD, "foretold")):
         if title in found:
             write_text(folder / f"{name}.csv", csv(found[title][1]))
     texts = {title: cells for title, (cells, _) in found.items()}
-    drawn = figure(samples)
-    if drawn is not None:
-        with print_style():
-            save_figure(drawn, folder, "survival")
+    if texts:
         parts = [f"{title.capitalize()}\n\n{cells.markdown()}" for title, cells in texts.items()]
         write_text(folder / "critical.md", "\n".join(parts))
     return texts
 
 
-def _curves(frame: pd.DataFrame, beside: pd.DataFrame) -> Cells:
+def _curves(
+    frame: pd.DataFrame, beside: pd.DataFrame, stalled: Mapping[str, str], score: str
+) -> Cells:
     rows = [
         [
             row["task"],
@@ -111,7 +140,7 @@ def _curves(frame: pd.DataFrame, beside: pd.DataFrame) -> Cells:
             f"{row['acc']:.3f}",
             _with_interval(row, "median", ".3g"),
             _with_interval(row, "area", ".3f"),
-            f"{row['censored']}",
+            f"{row['censored']}{STALLED * (row['condition'] in stalled and row['censored'] > 0)}",
         ]
         for row in frame.to_dict("records")
     ]
@@ -119,21 +148,27 @@ def _curves(frame: pd.DataFrame, beside: pd.DataFrame) -> Cells:
         "median: epsilon at which half of the clean accuracy is left; area: mean accuracy over all"
         " epsilons up to the largest tried (95 % bootstrap interval)",
         "beyond: questions that no epsilon up to the largest tried made wrong",
+        *(f"{STALLED} {condition}: {text}" for condition, text in stalled.items()),
     ]
+    if score != critical.ACC:
+        notes.append(f"all accuracies here are {score}, by which critical epsilons are judged too")
     notes += [
         f"accuracy at {row['epsilon']:.3g}: {row['curve']:.3f} on the curve of {row['condition']},"
         f" {row['acc']:.3f} under {row['attack']}"
         for row in beside.to_dict("records")
         if row["attack"].startswith(f"{_FIXED}@")
     ]
-    return Cells(["task", "condition", "n", "clean", "median", "area", "beyond"], rows, notes)
+    clean = "clean" if score == critical.ACC else f"clean {score}"
+    return Cells(["task", "condition", "n", clean, "median", "area", "beyond"], rows, notes)
 
 
-def _foretold(frame: pd.DataFrame) -> Cells:
-    together = frame[(frame["task"] == critical.ALL) & frame["value"].notna()]
+def _foretold(frame: pd.DataFrame, score: str) -> Cells:
+    together = frame[frame["task"] == critical.ALL]
     names = list(frame["predictor"].unique())
     rows = []
     for (condition, measure), group in together.groupby(["condition", "measure"], sort=False):
+        if group["value"].isna().all():
+            continue
         of = {row["predictor"]: row for row in group.to_dict("records")}
         cells = [_with_interval(of[name], "value", ".3f") for name in names]
         rows.append([condition, measure, f"{group['n'].iloc[0]}", *cells])
@@ -145,6 +180,8 @@ def _foretold(frame: pd.DataFrame) -> Cells:
         "spearman: rank correlation with the critical epsilon; auroc: of those that fall, against"
         " those that stand",
     ]
+    if score != critical.ACC:
+        notes.append(f"right, and the margin: by {score}")
     return Cells(["condition", "measure", "n", *names], rows, notes)
 
 

@@ -36,6 +36,16 @@ class Classifier:
         return (point - self.x).flatten(1).norm(ORDER[norm], dim=1)
 
 
+def adv_lib(monkeypatch):
+    """Its module of FMN."""
+    for name in ("torchvision", "visdom"):  # asked for by modules that it has no need of
+        if find_spec(name) is None:
+            monkeypatch.setitem(sys.modules, name, MagicMock())
+    return pytest.importorskip(
+        "adv_lib.attacks.fast_minimum_norm", reason="adv_lib is not installed: make attack-libs"
+    )
+
+
 @pytest.mark.parametrize("norm", DUAL)
 @pytest.mark.parametrize("name", MINIMAL)
 def test_on_a_linear_margin_it_is_the_margin_over_the_dual_norm(name, norm):
@@ -60,12 +70,7 @@ def test_fmn_equals_adv_lib(norm, steps, monkeypatch):
     (Its projection in L2 also draws shorter steps out to the sphere, which that of the paper and of
     its authors' code does not. With a first step as long as here there are none that matter.)
     """
-    for name in ("torchvision", "visdom"):  # asked for by modules that it has no need of
-        if find_spec(name) is None:
-            monkeypatch.setitem(sys.modules, name, MagicMock())
-    library = pytest.importorskip(
-        "adv_lib.attacks.fast_minimum_norm", reason="adv_lib is not installed: make attack-libs"
-    )
+    library = adv_lib(monkeypatch)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)  # of its radii
     try:
@@ -75,10 +80,70 @@ def test_fmn_equals_adv_lib(norm, steps, monkeypatch):
         torch.set_default_dtype(before)
     attack = Attack("fmn", 1e9, steps=steps, norm=norm, step_size=1.0)
     got = perturb(attack, at.x, at.gap, bounds=(0, 1))
-    assert (at.gap(got) > 0).sum() >= 5
-    assert (at.lengths(got, norm) - at.lengths(theirs, norm)).abs().max() <= 1e-12
+    found = at.gap(theirs) > 0
+    assert found.sum() >= 5
+    assert (at.lengths(got, norm) - at.lengths(theirs, norm))[found].abs().max() <= 1e-12
+    # of the others theirs is the clean image; one stays on the boundary, where L2's steps end
+    assert (at.gap(got) > 0).all()
     if norm == "linf":
         assert (got - theirs).abs().max() <= 1e-12
+
+
+class Linear:
+    """Margins of the first of two classes, which are linear: the distance has a closed form."""
+
+    def __init__(self, n, dtype, width=64):
+        # each example has weights of its own, as those are what the network is linear in
+        self.x, self.w = (torch.randn(n, width, generator=rng(i), dtype=dtype) for i in (4, 5))
+        self.margin = torch.rand(n, generator=rng(6), dtype=dtype)
+
+    def gap(self, point):
+        return ((point - self.x) * self.w).sum(1) - self.margin
+
+    def __call__(self, point):
+        return torch.stack([torch.zeros_like(self.margin), self.gap(point)], 1)
+
+    def distance(self, norm):
+        return self.margin / self.w.norm(DUAL[norm], dim=1)
+
+
+@pytest.mark.parametrize("steps", (1, 3, 30))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+@pytest.mark.parametrize("norm", DUAL)
+def test_fmn_finds_every_wrong_answer_of_a_linear_margin(norm, dtype, steps):
+    """Also where the estimate of the distance leads to the boundary, and rounding decides."""
+    at = Linear(400, dtype)
+    exact = at.distance(norm)
+    epsilon = exact.quantile(0.7).item()
+    for step_size in (None, epsilon / 100):  # with short steps the ball is not yet filled
+        got = perturb(
+            Attack("fmn", epsilon, steps=steps, norm=norm, step_size=step_size), at.x, at.gap
+        )
+        length = (got - at.x).norm(ORDER[norm], dim=1)
+        # in float32 a length has the digits that x has
+        allowed = 2e-7 * at.x.abs().max().item() * (1 if norm == "linf" else 8)
+        assert (length <= epsilon + allowed).all()
+        wrong = at.gap(got) > 0
+        assert wrong[exact < epsilon * 0.997].all() and not wrong[exact > epsilon + allowed].any()
+        assert torch.equal(got[~wrong], at.x[~wrong])
+        assert (length >= exact - allowed)[wrong].all()
+        if norm == "l2":  # in L-infinity few steps do not fill the ball
+            assert (length <= 1.0021 * exact + allowed)[wrong].all()
+
+
+@pytest.mark.parametrize("norm", DUAL)
+def test_of_linear_margins_adv_lib_finds_fewer_and_none_nearer(norm, monkeypatch):
+    library = adv_lib(monkeypatch)
+    at = Linear(400, torch.float32)
+    labels = torch.zeros(400, dtype=torch.int64)
+    # theirs knows no ball but has a box, which ours has not: it is far away
+    theirs = library.fmn(lambda p: at(p * 200 - 100), (at.x + 100) / 200, labels, ORDER[norm], 30)
+    theirs = theirs * 200 - 100
+    got = perturb(Attack("fmn", 100.0, steps=30, norm=norm), at.x, at.gap)
+    lengths = [(point - at.x).norm(ORDER[norm], dim=1) for point in (got, theirs)]
+    found = [at.gap(point) > 0 for point in (got, theirs)]
+    assert found[0].all() and not found[1].all()
+    assert (lengths[0] <= 1.0021 * at.distance(norm) + 1e-5).all()
 
 
 @pytest.mark.parametrize("norm", DUAL)

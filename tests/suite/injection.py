@@ -142,7 +142,7 @@ def _drawn_from_now_on_as_in(folder: Path) -> None:
     of = {"bars": "figure", "curves": "epsilon", "margins": "margin", "cosines": "cosine"}
     for function, name in of.items():
         drawn = Drawn(name) if (folder / f"{name}.svg").exists() else None
-        setattr(figures, function, lambda _, drawn=drawn: drawn)
+        setattr(figures, function, lambda *_, drawn=drawn: drawn)
 
 
 def watch(folder: Path, fault: Fault | None) -> None:
