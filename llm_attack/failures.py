@@ -96,6 +96,12 @@ def one_line(error: BaseException) -> str:
     return redacted(" ".join(str(error).split())) or type(error).__name__
 
 
+def described(error: BaseException) -> str:
+    """The class of an exception and the first line of its text, without secrets."""
+    first = redacted(next(iter(str(error).strip().splitlines()), ""))
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
 def show(error: BaseException) -> None:
     """Prints the traceback: for --traceback."""
     print(redacted("".join(traceback.format_exception(error))), file=sys.stderr, end="")

@@ -15,7 +15,7 @@ from lm_eval.utils import handle_non_serializable
 from llm_attack.errors import UsageError
 from llm_attack.failures import one_line
 from llm_attack.harness import patches
-from llm_attack.harness.gold import siblings, task_of
+from llm_attack.harness.gold import task_of
 from llm_attack.harness.model import AttackedHFLM
 from llm_attack.harness.paths import portable
 from llm_attack.lm.engine import Answer
@@ -81,8 +81,7 @@ class Judge:
         """All requests, in lm-eval's order.
 
         Raises:
-            UsageError: the tasks cannot be built, their data cannot be had, or one has no choices
-                or does not report acc.
+            UsageError: the tasks cannot be built, their data cannot be had, or one has no choices.
         """
         stand = _Stand(self.lm)
         given = "".join(f", {name}={value}" for name, value in self.given.items())
@@ -103,12 +102,7 @@ class Judge:
             ) from error
         if not stand.requests:
             raise UsageError(f"{asked_for}: there is no question; must be tasks that have some")
-        first = {id(task_of(r)): r for r in reversed(stand.requests)}
-        for request in first.values():
-            task = task_of(request)
-            made_up = [(0.0, False)] * len(siblings(request))
-            if "acc" not in task.process_results(request.doc, made_up):
-                raise UsageError(f"tasks={request.task_name}: must be a task that reports acc")
+        for task in {id(task): task for task in map(task_of, stand.requests)}.values():
             # lm-eval builds anew at each evaluation: as costly as judging
             task.build_all_requests = lambda **options: None
         self.asked = stand.requests
@@ -152,7 +146,10 @@ class _LoadedOnce:
 
 
 def _no_choices(request: Instance) -> UsageError:
-    return UsageError(f"tasks={request.task_name}: must be a task with choices")
+    return UsageError(
+        f"tasks={request.task_name}: must be a task with choices, not one of {request.request_type}"
+        " requests; `llm-attack eval` evaluates any task"
+    )
 
 
 def as_json(results: dict[str, Any]) -> str:

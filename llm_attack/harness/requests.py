@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
 from llm_attack.errors import UsageError
-from llm_attack.harness import gold, patches
+from llm_attack.harness import gold, patches, scores
 from llm_attack.lm.encode import encoded_together
 from llm_attack.lm.positions import QUESTION
 from llm_attack.lm.questions import Question, Request
@@ -20,6 +21,7 @@ __all__ = [
     "Instance",
     "TokenRequest",
     "by_question",
+    "distinct",
     "encode",
     "questions_of",
     "truncated",
@@ -44,6 +46,11 @@ def by_question(requests: Sequence[Instance]) -> list[list[int]]:
     for numbers in found.values():
         numbers.sort(key=lambda n: requests[n].idx)
     return list(found.values())
+
+
+def distinct(requests: Sequence[Instance], numbers: Sequence[int]) -> list[int]:
+    """Those numbers that are of different requests: a task with `repeats` asks each again."""
+    return list({id(requests[n]): n for n in reversed(numbers)}.values())[::-1]
 
 
 def with_siblings(requests: Sequence[Instance]) -> list[Instance]:
@@ -124,8 +131,10 @@ def questions_of(
         UsageError: they are, and the task does not have them.
     """
     questions = []
+    groups = by_question(requests)
     with patches.templates_compiled_once():
-        for numbers in by_question(requests):
+        judged_by = _scores(requests, groups, settings) if settings.needs_gold else {}
+        for numbers in groups:
             choices: dict[tuple, list[int]] = {}
             for n in numbers:
                 choices.setdefault((requests[n].idx, encoded[n].tokens), []).append(n)
@@ -133,11 +142,39 @@ def questions_of(
             question = Question([encoded[a[0]] for a in answers], answers)
             if settings.needs_gold:
                 instances = [requests[a[0]] for a in answers]
-                question.gold = gold.gold_choices(instances)
-                if settings.score == "acc_norm":
-                    question.lengths = gold.choice_lengths(instances)
+                with _refused(instances[0], settings):
+                    question.gold = gold.gold_choices(instances)
+                score = judged_by[id(gold.task_of(instances[0]))]
+                question.lengths = score.lengths(instances) or []
             questions.append(question)
     return questions
+
+
+def _scores(
+    requests: Sequence[Instance], groups: Sequence[Sequence[int]], settings: AttackSettings
+) -> dict[int, scores.Score]:
+    """The score of each task, by its id."""
+    of_tasks: dict[int, list[list[Instance]]] = {}
+    for numbers in groups:
+        question = [requests[n] for n in distinct(requests, numbers)]
+        of_tasks.setdefault(id(gold.task_of(question[0])), []).append(question)
+    found = {}
+    for task, questions in of_tasks.items():
+        with _refused(questions[0][0], settings):
+            found[task] = scores.of_task(questions, settings.score)
+    return found
+
+
+@contextmanager
+def _refused(request: Instance, settings: AttackSettings) -> Iterator[None]:
+    """Says of a question that the attacker cannot know its gold label, and why."""
+    try:
+        yield
+    except gold.Unlabelled as error:
+        raise UsageError(
+            f"loss={settings.loss}: question {request.doc_id} of task {request.task_name} {error};"
+            " use loss=sequence or loss=continuation"
+        ) from error
 
 
 class _Encoder:

@@ -24,7 +24,7 @@ from llm_attack.suite.layout import (
     shade_options,
     upright,
 )
-from llm_attack.suite.outcomes import gold_margin
+from llm_attack.suite.outcomes import gold_margin, right
 from llm_attack.suite.summary import MEAN
 
 if TYPE_CHECKING:
@@ -189,12 +189,13 @@ def cosines(samples: pd.DataFrame) -> Figure | None:
     clean = samples[samples["condition"] == "none"].dropna(subset="cosine")
     if clean.empty:
         return None
-    kinds = (("right", 1.0, "white", ""), ("wrong", 0.0, COLOURS[5], "////"))
+    clean = clean.assign(right=right(clean))
+    kinds = (("right", True, "white", ""), ("wrong", False, COLOURS[5], "////"))
     with print_style():
         figure, parts, _ = rows_of_tasks(list(clean["task"].unique()), 0.5, height=1.6)
         for axes, tasks in parts:
-            for (kind, acc, colour, hatch), shift in zip(kinds, (-0.2, 0.2), strict=True):
-                rows = clean[clean["acc"] == acc]
+            for (kind, is_right, colour, hatch), shift in zip(kinds, (-0.2, 0.2), strict=True):
+                rows = clean[clean["right"] == is_right]
                 values = [rows.loc[rows["task"] == t, "cosine"].astype(float) for t in tasks]
                 x = np.arange(len(tasks)) + shift
                 boxes = axes.boxplot(

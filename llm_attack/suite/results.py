@@ -55,7 +55,12 @@ _PICTURES = {
 
 
 # Parts of run.json that the rest relies on, and those that earlier records have not.
-_SINCE: dict[str, type] = {"model_name": str, "warnings": list, "equivalence": float}
+_SINCE: dict[str, type] = {
+    "model_name": str,
+    "warnings": list,
+    "equivalence": float,
+    "of_tasks": dict,
+}
 _RECORD: dict[str, type] = {
     "command": str,
     **dict.fromkeys(("settings", "attacks", "fingerprint"), dict),
@@ -135,7 +140,7 @@ def load(folder: Path, equivalence: float | None = None) -> Result:
                 " finished run"
             )
     found = frames.load(folder)
-    table = summarise(with_worst(found["samples"]), run.get("attacks"))
+    table = summarise(with_worst(found["samples"]), run.get("attacks"), run.get("of_tasks"))
     within = run.get("equivalence") if equivalence is None else equivalence
     table, run = with_equivalence(table, within), run | {"equivalence": within}
     return Result(table, found["samples"], found["questions"], run, {})

@@ -22,6 +22,7 @@ from llm_attack.harness.judge import Judge
 from llm_attack.harness.model import AttackedHFLM
 from llm_attack.harness.patches import templates_compiled_once
 from llm_attack.harness.requests import Instance
+from llm_attack.harness.scores import Score
 from llm_attack.harness.tasks import look_up
 from llm_attack.lm.hook import frozen
 from llm_attack.lm.sweep import EMBED, expand
@@ -122,6 +123,7 @@ class Prepared(NamedTuple):
         judge: the tasks.
         requests: all of them.
         gold: of `frames.gold_of`.
+        scores: of `frames.scores_of`.
         work: the batches.
         mark: the fingerprint.
         timings: seconds, by what they were spent on.
@@ -132,6 +134,7 @@ class Prepared(NamedTuple):
     judge: Judge
     requests: list[Instance]
     gold: dict[tuple[str, Any], list[bool]]
+    scores: dict[str, Score]
     work: list[Work]
     mark: dict[str, Any]
     timings: dict[str, float]
@@ -159,13 +162,14 @@ def prepare(plan: Plan, progress: str, console: Console) -> Prepared:
         judge = Judge(lm, manager, tasks, **plan.evaluation)
         requests = judge.requests()
         gold = frames.gold_of(requests)
+        scores = frames.scores_of(requests, plan.score)
         work = list(work_of(lm, requests))
         batches = [(w.key, w.asked()) for w in work]
         asked = (r for w in work for q in w.batch.questions for r in q.requests)
         read = ((r.tokens, r.n_continuation) for r in asked)
         mark = fingerprint.of_run(plan, lm, requests, read, batches)
     clock.stop("requests")
-    return Prepared(plan, lm, judge, requests, gold, work, mark, clock.timings)
+    return Prepared(plan, lm, judge, requests, gold, scores, work, mark, clock.timings)
 
 
 @templates_compiled_once()
@@ -182,7 +186,7 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         UsageError: another process is writing there, or the clean model gives no numbers.
         ProcessDied: another process of this run is gone; what is finished is kept.
     """
-    plan, lm, judge, requests, gold, work, mark, _ = prepared
+    plan, lm, judge, requests, gold, scores, work, mark, _ = prepared
     clock = _Clock(prepared.timings)
     who = Processes.of(plan)
     planned = [w.key for w in work]
@@ -208,9 +212,11 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         questions = frames.questions_of(requests, gold, results[0])
         attacks = lm.engine.attacks
         places = [condition.hookpoint or EMBED for condition in lm.conditions]
-        samples = frames.samples_of(questions, requests, attacks, places, results, found)
+        samples = frames.samples_of(questions, requests, scores, attacks, places, results, found)
         infos = {attack.condition: lm.attack_info(i) for i, attack in enumerate(attacks)}
-        table = with_equivalence(summarise(with_worst(samples), infos), plan.equivalence)
+        of_tasks = frames.whole_tasks(requests, list(infos), results)
+        table = summarise(with_worst(samples), infos, of_tasks)
+        table = with_equivalence(table, plan.equivalence)
     clock.stop("judgement")
     run = {
         "model": plan.model,
@@ -219,6 +225,7 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         "equivalence": plan.equivalence,
         "warnings": [*lm.all_warnings(), *hidden_gradients(samples)],
         "attacks": infos,
+        "of_tasks": of_tasks,
         "fingerprint": fingerprint.plain(mark),
         "versions": versions(),
         "hardware": hardware() | {"device": str(lm.device)},
@@ -252,7 +259,7 @@ def _answer(prepared: Prepared, store: Store, progress: str, console: Console) -
     todo = {id(w.batch): w for w in share if w.key not in finished}
     total = sum(map(len, share))
     done = total - sum(map(len, todo.values()))
-    running = RunningAccuracy(prepared.requests)
+    running = RunningAccuracy(prepared.requests, prepared.scores, prepared.gold)
     batches = (w.batch for w in todo.values())
     if prepared.plan.ray is None:
         answers = lm.engine.answers(batches)
