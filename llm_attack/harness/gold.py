@@ -27,7 +27,19 @@ _WITH_GOLD = ("f1", "mcc", "brier_score", "likelihood")
 
 
 class Unlabelled(Exception):
-    """A question has no gold label, or none can be told; the text says why, as a predicate."""
+    """A question has no gold label, or none can be told; the text says why, as a predicate.
+
+    Attributes:
+        remedy: what must be otherwise.
+    """
+
+    remedy = "must be a task of which every question has choices and a gold label"
+
+
+class Unjudged(Unlabelled):
+    """The task itself fails on a question."""
+
+    remedy = "must be a task that lm-eval can judge"
 
 
 def siblings(request: Instance) -> list[Instance]:
@@ -73,8 +85,8 @@ def gold_choices(requests: Sequence[Instance]) -> list[bool]:
     choices = choices_of(task, first.doc)
     if len(requests) == 1 and not choices:
         raise Unlabelled(
-            "has one continuation and no choices to compare it with (output_type:"
-            f" {task.OUTPUT_TYPE})"
+            f"has one continuation and no choices (output_type: {task.OUTPUT_TYPE}), so that"
+            " there is no guessing to compare with"
         )
     n = len(choices) or len(requests)
     if len(requests) not in (n, 2 * n):
@@ -91,12 +103,12 @@ def judged(request: Instance, results: Sequence[tuple[float, bool]]) -> dict[str
     """What the task makes of made-up answers to the question of `request`.
 
     Raises:
-        Unlabelled: it raises an exception.
+        Unjudged: it raises an exception.
     """
     try:
         return task_of(request).process_results(request.doc, list(results))
     except Exception as error:  # a user's own Python
-        raise Unlabelled(
+        raise Unjudged(
             f"cannot be judged, as process_results of the task raises {described(error)}"
         ) from error
 

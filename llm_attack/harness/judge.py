@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -103,6 +104,7 @@ class Judge:
         if not stand.requests:
             raise UsageError(f"{asked_for}: there is no question; must be tasks that have some")
         for task in {id(task): task for task in map(task_of, stand.requests)}.values():
+            _check_all_asked(task, self.options.get("limit"))
             # lm-eval builds anew at each evaluation: as costly as judging
             task.build_all_requests = lambda **options: None
         self.asked = stand.requests
@@ -143,6 +145,19 @@ class _LoadedOnce:
     def load_task_or_group(self, names: Any) -> Any:  # before
         self._loaded = self._loaded or self._manager.load_task_or_group(names)
         return self._loaded
+
+
+def _check_all_asked(task: Any, limit: float | None) -> None:
+    """Raises `UsageError` where a question asks nothing: lm-eval fails when it judges it."""
+    n = len(task.eval_docs)
+    if limit is not None:
+        n = min(n, int(limit) if limit >= 1 else math.ceil(limit * n))
+    missing = sorted(set(range(n)) - {request.doc_id for request in task.instances})
+    if missing:
+        raise UsageError(
+            f"tasks={task.config.task}: question {missing[0]} has no choices; must be a task of"
+            " which every question has some"
+        )
 
 
 def _no_choices(request: Instance) -> UsageError:

@@ -21,6 +21,7 @@ __all__ = [
     "Instance",
     "TokenRequest",
     "by_question",
+    "check_score",
     "distinct",
     "encode",
     "questions_of",
@@ -117,6 +118,17 @@ def truncated(request: TokenRequest, longest: int, n_question: int = 0) -> Reque
     return Request(tokens, len(continuation), n_question)
 
 
+def check_score(requests: Sequence[Instance], asked: str) -> None:
+    """Refuses the name of a score that none of these requests' tasks has.
+
+    Raises:
+        UsageError: with the names that there are.
+    """
+    first = {str(r.task_name): r for r in reversed(requests) if patches.noted(r) is not None}
+    if first and asked != scores.ACC:
+        scores.check_asked(asked, {name: gold.siblings(r) for name, r in first.items()})
+
+
 def questions_of(
     requests: Sequence[Instance], encoded: Sequence[Request], settings: AttackSettings
 ) -> list[Question]:
@@ -131,10 +143,9 @@ def questions_of(
         UsageError: they are, and the task does not have them.
     """
     questions = []
-    groups = by_question(requests)
+    of_tasks: dict[int, list[tuple[Question, list[Instance]]]] = {}
     with patches.templates_compiled_once():
-        judged_by = _scores(requests, groups, settings) if settings.needs_gold else {}
-        for numbers in groups:
+        for numbers in by_question(requests):
             choices: dict[tuple, list[int]] = {}
             for n in numbers:
                 choices.setdefault((requests[n].idx, encoded[n].tokens), []).append(n)
@@ -144,25 +155,16 @@ def questions_of(
                 instances = [requests[a[0]] for a in answers]
                 with _refused(instances[0], settings):
                     question.gold = gold.gold_choices(instances)
-                score = judged_by[id(gold.task_of(instances[0]))]
-                question.lengths = score.lengths(instances) or []
+                task = id(gold.task_of(instances[0]))
+                of_tasks.setdefault(task, []).append((question, instances))
             questions.append(question)
+        for known in of_tasks.values():
+            asked = [instances for _, instances in known]
+            with _refused(asked[0][0], settings):
+                score = scores.of_task(asked, settings.score)
+            for question, instances in known:
+                question.lengths = score.lengths(instances) or []
     return questions
-
-
-def _scores(
-    requests: Sequence[Instance], groups: Sequence[Sequence[int]], settings: AttackSettings
-) -> dict[int, scores.Score]:
-    """The score of each task, by its id."""
-    of_tasks: dict[int, list[list[Instance]]] = {}
-    for numbers in groups:
-        question = [requests[n] for n in distinct(requests, numbers)]
-        of_tasks.setdefault(id(gold.task_of(question[0])), []).append(question)
-    found = {}
-    for task, questions in of_tasks.items():
-        with _refused(questions[0][0], settings):
-            found[task] = scores.of_task(questions, settings.score)
-    return found
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from lm_eval.api.metrics import brier_score, mean
 from llm_attack.errors import UsageError, closest
 from llm_attack.failures import described
 from llm_attack.harness.gold import (
+    Unjudged,
     Unlabelled,
     by_lm_eval,
     choice_lengths,
@@ -27,9 +28,9 @@ from llm_attack.harness.gold import (
     task_of,
 )
 
-_ACC, _BRIER, _MUTUAL = "acc", "brier_score", "acc_mutual_info"
+ACC, _BRIER, _MUTUAL = "acc", "brier_score", "acc_mutual_info"
 # By lm-eval's own rules these are of the choice that the model prefers.
-_OF_CHOICES = (_ACC, "acc_norm", "acc_bytes", _MUTUAL)
+_OF_CHOICES = (ACC, "acc_norm", "acc_bytes", _MUTUAL)
 _PROBED = 5  # questions by which the scores of a process_results are judged
 _STEP = 0.7  # nats, by which each made-up answer is less likely than the one before
 _TRIALS = 3  # sets of made-up answers that lm-eval may fail to aggregate
@@ -47,7 +48,7 @@ class Score:
         counted: whether it is 0 or 1.
     """
 
-    name: str = _ACC
+    name: str = ACC
     reported: bool = True
     lower: bool = False
     choice: bool = True
@@ -86,7 +87,7 @@ class Score:
         return choice_lengths(asked, octets=self.name == "acc_bytes")
 
 
-def of_task(questions: Iterable[Sequence[Instance]], asked: str = _ACC) -> Score:
+def of_task(questions: Iterable[Sequence[Instance]], asked: str = ACC) -> Score:
     """The score of a task.
 
     It is the one asked for where the task reports that, else acc, else the first that is of a
@@ -102,7 +103,7 @@ def of_task(questions: Iterable[Sequence[Instance]], asked: str = _ACC) -> Score
     some = [requests for requests, _ in zip(questions, range(_PROBED), strict=False)]
     found = {score.name: score for score in _reported(some)}
     ranked = sorted(found.values(), key=lambda of: (not of.choice, not of.counted))
-    return found.get(asked) or found.get(_ACC) or next(iter(ranked), Score(reported=False))
+    return found.get(asked) or found.get(ACC) or next(iter(ranked), Score(reported=False))
 
 
 def _reported(questions: Sequence[Sequence[Instance]]) -> list[Score]:
@@ -118,7 +119,7 @@ def _reported(questions: Sequence[Sequence[Instance]]) -> list[Score]:
     for name in names:
         values = [(_number(name, of[name]), right) for of, right in trials if name in of]
         counted = all(value in (0, 1) for value, _ in values)
-        choice = counted and all(value == right for value, right in values)
+        choice = counted and name not in lower and all(of == right for of, right in values)
         scores.append(Score(name, True, name in lower, choice, counted))
     return scores
 
@@ -180,7 +181,7 @@ def check(name: str, questions: Sequence[Sequence[Instance]], score: Score) -> N
             except Unlabelled as error:
                 raise refused(name, requests[0], error) from error
             if score.reported and score.name not in metrics:
-                raise refused(name, requests[0], f"has no {score.name}")
+                raise refused(name, requests[0], Unjudged(f"has no {score.name}, as others have"))
             found.append(metrics)
         failure = _not_aggregated(task.aggregation(), found)
         if failure is None:
@@ -209,12 +210,9 @@ def _not_aggregated(
     return None
 
 
-def refused(task: str, request: Instance, reason: Any) -> UsageError:
+def refused(task: str, request: Instance, reason: Unlabelled) -> UsageError:
     """The error for a question that cannot be part of a run."""
-    return UsageError(
-        f"tasks={task}: question {request.doc_id} {reason}; must be a task of which every question"
-        " has choices and a gold label"
-    )
+    return UsageError(f"tasks={task}: question {request.doc_id} {reason}; {reason.remedy}")
 
 
 def check_asked(asked: str, tasks: Mapping[str, Sequence[Instance]]) -> None:
@@ -227,7 +225,7 @@ def check_asked(asked: str, tasks: Mapping[str, Sequence[Instance]]) -> None:
     Raises:
         UsageError: with the names that there are.
     """
-    names: dict[str, None] = {_ACC: None}
+    names: dict[str, None] = {ACC: None}
     for name, requests in tasks.items():
         try:
             metrics = judged(requests[0], made_up(len(requests)))

@@ -150,10 +150,14 @@ def run(
         result = evaluate(plan, output=output, progress=progress)
     if result is not None:
         console = Console()
-        title = f"{result.run['model_name']}: accuracy, loss={result.run['settings']['loss']}"
         table = layers.at_first(result.table)
+        shown = "score" if "score" in table else "accuracy"
+        title = f"{result.run['model_name']}: {shown}, loss={result.run['settings']['loss']}"
         warnings = layers.shown_of(result.run, result.table)["warnings"]
         console.print(tables.RunTable(table, title, warnings))
+        whole = tables.of_whole_tasks(table)
+        if whole is not None:
+            console.print(whole.rich("scores of whole tasks"))
         for name, (cells, _) in survival.tables(layers.at_first(result.samples)).items():
             console.print(cells.rich(name))
         of_layers = layers.cells(result.table)

@@ -24,8 +24,9 @@ from llm_attack.suite.layout import (
     shade_options,
     upright,
 )
-from llm_attack.suite.outcomes import gold_margin, right
+from llm_attack.suite.outcomes import ACC, CHOICE, gold_margin, right
 from llm_attack.suite.summary import MEAN
+from llm_attack.suite.tables import score_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,8 +70,10 @@ def bars(table: pd.DataFrame) -> Figure:
     Args:
         table: of `summarise`.
     """
-    table = table[table["task"] != MEAN]
+    table = _named_by_score(table[table["task"] != MEAN])
     conditions = _conditions(table)
+    scored = "score" in table
+    bottom, top = (0.0, 1.0) if not scored else _range(table)
     with print_style():
         needed = 0.11 * len(conditions) + 0.1
         figure, parts, inches = rows_of_tasks(list(table["task"].unique()), needed, height=1.75)
@@ -86,11 +89,15 @@ def bars(table: pd.DataFrame) -> Figure:
                 ends = [acc - low, high - acc]
                 axes.errorbar(x, acc, ends, fmt="none", ecolor="k", lw=0.6, capsize=1.3)
                 if rows["attack"].iloc[0] in ("none", "fgsm"):
-                    for at, top, value, grey in zip(x, high, acc, greys, strict=True):
-                        upright(axes, at, top + 0.025, f"{value:.3f}", grey)
+                    ends = np.fmax(high, acc)  # NaN where there is no interval
+                    for at, end, value, grey in zip(x, ends, acc, greys, strict=True):
+                        upright(axes, at, end + 0.025 * (top - bottom), f"{value:.3f}", grey)
             left = np.arange(len(tasks)) - 0.5
             guess = axes.hlines(of_tasks["baseline"], left, left + 1, "k", "--", lw=0.9, zorder=3)
-            axes.set(ylim=(0, 1.27), yticks=np.arange(0, 1.01, 0.2), ylabel="accuracy")
+            axes.set(ylim=(bottom, bottom + 1.27 * (top - bottom)))
+            axes.set_ylabel("score" if scored else "accuracy")
+            if (bottom, top) == (0, 1):
+                axes.set_yticks(np.arange(0, 1.01, 0.2))
             axes.grid(False, axis="x")
         columns: dict[str, list[tuple[Any, str]]] = {"none": []}
         for attack, bar in zip(_attacks(table), axes.containers[::2], strict=True):
@@ -113,6 +120,9 @@ def curves(table: pd.DataFrame) -> Figure | None:
     if not of_attacks.groupby("attack")["epsilon"].nunique().max() > 1:
         return None
     epsilons = sorted({0.0, *of_attacks["epsilon"]})
+    table = _named_by_score(table[table["acc"].notna()])
+    scored = "score" in table
+    bottom, top = (0.0, 1.0) if not scored else _range(table)
     with print_style():
         figure, grid = panels(list(table["task"].unique()))
         for task, axes in grid.items():
@@ -131,9 +141,11 @@ def curves(table: pd.DataFrame) -> Figure | None:
             axes.set_xscale("symlog", linthresh=epsilons[1], linscale=0.5)
             axes.set_xticks(epsilons, [f"{e:.3g}" for e in epsilons], rotation=90)
             axes.set_xticks([], minor=True)
-            axes.set(ylim=(0, 1.03), yticks=np.arange(0, 1.01, 0.25))
+            axes.set(ylim=(bottom, bottom + 1.03 * (top - bottom)))
+            if (bottom, top) == (0, 1):
+                axes.set_yticks(np.arange(0, 1.01, 0.25))
         figure.supxlabel("epsilon", size=7)
-        figure.supylabel("accuracy", size=7)
+        figure.supylabel("score" if scored else "accuracy", size=7)
         legend(figure, handles(axes))
     return figure
 
@@ -243,6 +255,21 @@ def draw_all(samples: pd.DataFrame, table: pd.DataFrame, folder: Path) -> list[s
 def look(attack: str) -> _Look:
     """How an attack is drawn."""
     return _LOOKS.get(attack, _Look("#000000", "..", "P", "-"))
+
+
+def _named_by_score(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with the score behind the name of each task that has another than acc."""
+    if "score" not in table:
+        return table
+    plain = (table["score"] == ACC) & (table["kind"] == CHOICE)
+    named = [f"{task} {score_of(table.loc[[i]])}" for i, task in table["task"].items()]
+    return table.assign(task=table["task"].where(plain, named))
+
+
+def _range(table: pd.DataFrame) -> tuple[float, float]:
+    """What an axis of scores shows: from 0 to 1, and more where scores are beyond."""
+    values = table[["acc", "acc_low", "acc_high"]].to_numpy(float)
+    return min(0.0, float(np.nanmin(values))), max(1.0, float(np.nanmax(values)))
 
 
 def _attacks(table: pd.DataFrame) -> list[str]:

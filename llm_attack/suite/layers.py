@@ -56,7 +56,7 @@ def by_hookpoint(table: pd.DataFrame) -> pd.DataFrame:
         `kind`: the hookpoint with * for its number, `depth`: blocks that have run, itself included.
     """
     attacked = table[(table["task"] == MEAN) & ~table["attack"].isin(["none", WORST])]
-    if attacked.empty or attacked["hookpoint"].nunique() < 2:
+    if attacked["acc"].isna().all() or attacked["hookpoint"].nunique() < 2:
         return attacked.iloc[:0]
     names = zip(attacked["condition"], attacked["hookpoint"], strict=True)
     numbers = attacked["hookpoint"].str.extract(r"\.(\d+)(?:\.|$)", expand=False)

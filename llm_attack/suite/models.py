@@ -15,6 +15,7 @@ from llm_attack.inference import Mean, rank_correlation
 from llm_attack.lm.sweep import EMBED
 from llm_attack.suite.figures import look
 from llm_attack.suite.layout import handles, legend, panels, print_style
+from llm_attack.suite.outcomes import with_scores
 from llm_attack.suite.run import Result
 from llm_attack.suite.summary import MEAN, summarise
 from llm_attack.suite.tables import Cells
@@ -65,13 +66,21 @@ def across(runs: Mapping[str, Result]) -> pd.DataFrame:
     if shared.empty:
         raise UsageError("compare: the runs share no question: tasks or prompts differ")
     kept = set(map(tuple, shared[["task", "doc_id"]].to_numpy().tolist()))
-    tables = {}
+    tables, scores = {}, {}
     for name, of in runs.items():
         samples = of.samples
         places = zip(samples["task"], samples["doc_id"].astype(str), strict=True)
         some = samples[[place in kept for place in places]]
         table = summarise(with_worst(some), of.run.get("attacks"))
         tables[name] = table[table["task"] == MEAN].set_index("condition")
+        if tables[name]["acc"].isna().all():
+            raise UsageError(f"compare: the scores of the tasks of {name} have no mean")
+        scores[name] = dict(zip(some["task"], with_scores(some)["score"], strict=True))
+        if scores[name] != next(iter(scores.values())):
+            raise UsageError(
+                f"compare: {name} has other scores of the tasks than {next(iter(scores))}; must be"
+                " the same"
+            )
     first = next(iter(tables.values()))
     conditions = [
         name

@@ -98,6 +98,9 @@ def render(result: Result, folder: Path, run: dict[str, Any]) -> None:
     changed = tables.changes(table)
     more = {} if changed is None else {"what changed against no attack": changed}
     told = claims.claims(samples, result.questions)
+    whole = tables.of_whole_tasks(table)
+    if whole is not None:
+        more["scores of whole tasks"] = whole
     if told:
         more[claims.TITLE] = claims.cells(told)
     more[sanity.TITLE] = sanity.cells(sanity.checks(samples, run))

@@ -55,6 +55,7 @@ _TABLE = [
 ]
 KEYS = ["task", "condition"]
 SCORE = ["score", "kind", "better"]
+SEVERAL = "several"  # stands in their place where tasks have different ones
 OF_TASK = "task_"  # what the columns of scores over a whole task begin with
 _OF_CONDITION = ("attack", "hookpoint", "epsilon")
 # of a question, from `none` to another condition
@@ -232,7 +233,7 @@ def with_means(
         mean: dict[str, Any] = {"task": MEAN, "condition": condition}
         if not averaged(group):
             mean |= {key: group[key].iloc[0] for key in _OF_CONDITION if key in columns}
-            means.append(mean | {"n": group["n"].sum(), "score": "several"})
+            means.append(mean | {"n": group["n"].sum(), "score": SEVERAL})
             continue
         mean |= {key: group[key].iloc[0] for key in _OF_CONDITION if key in columns}
         mean |= {key: group[key].mean(skipna=False) for key in (*measured, *plain)}
@@ -240,7 +241,7 @@ def with_means(
             ends = mean_interval(group[key], group[f"{key}_low"], group[f"{key}_high"])
             mean[f"{key}_low"], mean[f"{key}_high"] = ends
         for key in (key for key in SCORE if key in columns):
-            mean[key] = group[key].iloc[0] if group[key].nunique() == 1 else "several"
+            mean[key] = group[key].iloc[0] if group[key].nunique() == 1 else SEVERAL
         for key in (key for key in _COUNTS if key in columns):
             total = {"n_choices_min": "min", "n_choices_max": "max"}.get(key, "sum")
             mean[key] = group[key].agg(total) if group[key].notna().all() else pd.NA
