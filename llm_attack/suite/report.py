@@ -24,7 +24,7 @@ from llm_attack.inference import ALPHA
 from llm_attack.record import write_text
 from llm_attack.suite.outcomes import ACC, BINARY, CHOICE, with_scores
 from llm_attack.suite.summary import ABOVE, MEAN
-from llm_attack.suite.tables import Cells, means, score_of
+from llm_attack.suite.tables import OF_SCORES, Cells, means, score_of
 from llm_attack.suite.words import in_words
 
 _HERE = Path(__file__).parent
@@ -135,6 +135,7 @@ def write_report(
         changes=_CHANGES,
         columns=[of for of in _COLUMNS if "value" in data or not of[0].startswith("value_")],
         scored="score" in table,
+        score_notes=OF_SCORES if "score" in table else [],
         count=len(data["id"]),
         data=_packed(data),
         command=command if isinstance(command, (str, type(None))) else shlex.join(command),

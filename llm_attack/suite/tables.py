@@ -33,7 +33,7 @@ _MARKS = {
 
 
 # What a reader must know where a score is not accuracy.
-_OF_SCORES = [
+OF_SCORES = [
     "score: what lm-eval calls it; where it is not 0 or 1, its intervals are those of means, and"
     " its tests against none are randomization tests of paired differences, in place of McNemar's",
     "drop: how much worse, in hundredths, also where lower is better; only a score that is right or"
@@ -129,7 +129,7 @@ def accuracies(
     shown = f"{name} (95 % interval)" if intervals else name
     notes = [f"{shown}; n: questions; baseline: accuracy of random guesses"]
     if scored:
-        notes += _OF_SCORES
+        notes += OF_SCORES
     if "gold margin, nats" in under:
         notes.append("detectable: the smallest drop that so many questions show with power 0.8")
         notes.append("p(gold): share of the right choices in the likelihood of all, in points")
@@ -228,7 +228,7 @@ def changes(table: pd.DataFrame) -> Cells | None:
         "p(gold): share of the right choices in the likelihood of all; p of p(gold): paired t-test",
     ]
     if "score" in table:
-        notes += _OF_SCORES
+        notes += OF_SCORES
     heading = ["task", "condition", "n", "clusters", "right → wrong", "wrong → right", "drop", "p"]
     return Cells([*heading, "p(gold) drop", "p of p(gold)"], rows, notes)
 
@@ -260,7 +260,7 @@ def comparison(frame: pd.DataFrame, names: tuple[str, str], notes: Iterable[str]
     heading = ["condition", "n", "left out", "a", "b", "difference", "p"]
     heading = ["task", *(["score"] if "score" in frame else []), *heading]
     if "score" in frame:
-        explained += _OF_SCORES[:1]
+        explained += OF_SCORES[:1]
     if also:
         heading.append(f"p(±{frame['within'].iloc[0]:g})")
         explained.append(f"{heading[-1]}: two one-sided tests; small where a and b are that close")

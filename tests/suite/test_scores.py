@@ -320,3 +320,73 @@ def test_a_score_that_no_task_has(folder, score, says):
     names = "kind_repeats,kind_mcc"
     with pytest.raises(UsageError, match=says):
         evaluate(Plan(tasks=names, include_path=str(folder), score=score, **HOW), progress="quiet")
+
+
+BAD = {
+    "ragged": (
+        [*kinds.questions(2, 3), *kinds.questions(1, 2)],
+        ["brier_score"],
+        "",
+        "lm-eval cannot aggregate brier_score over 3 questions \\(ValueError: .*inhomogeneous",
+    ),
+    "aggregate": (
+        kinds.questions(4, 2),
+        [kinds.own("acc", aggregation="!function functions.fails")],
+        "",
+        "lm-eval cannot aggregate acc over 4 questions \\(RuntimeError: needs 100 questions\\)",
+    ),
+    "missing": (
+        kinds.questions(4, 2),
+        ["acc"],
+        "process_results: !function functions.some\n",
+        "question 1 has no acc",
+    ),
+    "raising": (
+        kinds.questions(4, 2),
+        ["acc"],
+        "process_results: !function functions.raises\n",
+        "question 0 cannot be judged, as process_results of the task raises ZeroDivisionError",
+    ),
+    "nothing": (
+        [*kinds.questions(2, 2), {**kinds.questions(1, 2)[0], "options": []}],
+        ["acc"],
+        "",
+        "question 2 has no choices",
+    ),
+    "null": (
+        [{**of, "right": None} for of in kinds.questions(2, 2)],
+        ["acc", "acc_norm"],
+        "",
+        "question 0 has no gold label .doc_to_target gives None.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_judged_is_refused_before_the_work(name, tmp_path):
+    docs, metrics, more, says = BAD[name]
+    folder = kinds.write(tmp_path / "tasks", f"bad_{name}", docs, metrics, more)
+    plan = Plan(tasks=f"bad_{name}", include_path=str(folder), **HOW)
+    with pytest.raises(UsageError, match=f"tasks=bad_{name}: {says}"):
+        evaluate(plan, output=tmp_path / "run", progress="quiet")
+    assert not (tmp_path / "run").exists()
+
+
+def test_tasks_without_choices_are_refused(tmp_path):
+    folder = kinds.write(
+        tmp_path / "tasks", "last_word", kinds.questions(3, 2), ["acc"], output_type="loglikelihood"
+    )
+    says = "question 0 has one continuation and no choices .output_type: loglikelihood."
+    with pytest.raises(UsageError, match=says):
+        evaluate(Plan(tasks="last_word", include_path=str(folder), **HOW), progress="quiet")
+
+
+def test_one_choice_is_scored_as_lm_eval_does(tmp_path):
+    docs = kinds.questions(6, 2)
+    docs[3] = {**docs[3], "options": ["milk"], "right": 0}
+    folder = kinds.write(tmp_path / "tasks", "alone", docs, ["acc", "acc_norm"])
+    for loss in ("sequence", "choice"):
+        plan = Plan(tasks="alone", include_path=str(folder), loss=loss, **HOW)
+        samples = evaluate(plan, progress="quiet").samples
+        one = samples[samples["doc_id"] == 3]
+        assert (one["acc"] == 1).all() and (one["n_choices"] == 1).all()
