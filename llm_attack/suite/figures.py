@@ -24,9 +24,9 @@ from llm_attack.suite.layout import (
     shade_options,
     upright,
 )
-from llm_attack.suite.outcomes import ACC, CHOICE, gold_margin, right
+from llm_attack.suite.outcomes import gold_margin, right
 from llm_attack.suite.summary import MEAN
-from llm_attack.suite.tables import score_of
+from llm_attack.suite.tables import named_by_score
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,7 +70,7 @@ def bars(table: pd.DataFrame) -> Figure:
     Args:
         table: of `summarise`.
     """
-    table = _named_by_score(table[table["task"] != MEAN])
+    table = named_by_score(table[table["task"] != MEAN])
     conditions = _conditions(table)
     scored = "score" in table
     bottom, top = (0.0, 1.0) if not scored else _range(table)
@@ -120,7 +120,7 @@ def curves(table: pd.DataFrame) -> Figure | None:
     if not of_attacks.groupby("attack")["epsilon"].nunique().max() > 1:
         return None
     epsilons = sorted({0.0, *of_attacks["epsilon"]})
-    table = _named_by_score(table[table["acc"].notna()])
+    table = named_by_score(table[table["acc"].notna()])
     scored = "score" in table
     bottom, top = (0.0, 1.0) if not scored else _range(table)
     with print_style():
@@ -255,15 +255,6 @@ def draw_all(samples: pd.DataFrame, table: pd.DataFrame, folder: Path) -> list[s
 def look(attack: str) -> _Look:
     """How an attack is drawn."""
     return _LOOKS.get(attack, _Look("#000000", "..", "P", "-"))
-
-
-def _named_by_score(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with the score behind the name of each task that has another than acc."""
-    if "score" not in table:
-        return table
-    plain = (table["score"] == ACC) & (table["kind"] == CHOICE)
-    named = [f"{task} {score_of(table.loc[[i]])}" for i, task in table["task"].items()]
-    return table.assign(task=table["task"].where(plain, named))
 
 
 def _range(table: pd.DataFrame) -> tuple[float, float]:

@@ -18,7 +18,7 @@ from llm_attack.suite.layout import handles, legend, panels, print_style
 from llm_attack.suite.outcomes import with_scores
 from llm_attack.suite.run import Result
 from llm_attack.suite.summary import MEAN, summarise
-from llm_attack.suite.tables import Cells
+from llm_attack.suite.tables import Cells, score_of
 from llm_attack.suite.worst import with_worst
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ def across(runs: Mapping[str, Result]) -> pd.DataFrame:
             {
                 **{"condition": condition, "model": name, "n": here["n"]},
                 "epsilon_relative": here["epsilon"] / rms,
+                **({"score": score_of(here.to_frame().T)} if "score" in table else {}),
                 **{f"clean{end}": clean[f"acc{end}"] for end in ("", "_low", "_high")},
                 **{key: here[key] for key in _MEASURED},
             }
@@ -154,6 +155,9 @@ def cells(frame: pd.DataFrame) -> Cells:
         "mean over tasks, on the questions that all models were asked; epsilon in RMS of the"
         " embeddings; drop in points; 95 % intervals"
     ]
+    if "score" in frame:
+        named = ", ".join(frame["score"].unique())
+        notes.append(f"score, in place of accuracy: {named}; drop: how much worse, in hundredths")
     for row in trends(frame).to_dict("records"):
         fair = "" if row["even"] else "; epsilons differ relative to the RMS"
         if np.isnan(row["correlation"]):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 from rich.console import Console
 
+from llm_attack.attacks import Attack
 from llm_attack.errors import UsageError, invalid
 from llm_attack.folder import clear_drafts
 from llm_attack.harness.judge import Judge
@@ -223,7 +225,11 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         "model_name": plan.model_name,
         "settings": plan.settings(),
         "equivalence": plan.equivalence,
-        "warnings": [*lm.all_warnings(), *hidden_gradients(samples)],
+        "warnings": [
+            *lm.all_warnings(),
+            *hidden_gradients(samples),
+            *_critical_of_others(attacks, scores),
+        ],
         "attacks": infos,
         "of_tasks": of_tasks,
         "fingerprint": fingerprint.plain(mark),
@@ -232,6 +238,16 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         "timings": {"processes": who.world, "seconds": clock.timings},
     }
     return Result(table, samples, questions, redacted(run), dict(zip(infos, results, strict=True)))
+
+
+def _critical_of_others(attacks: Sequence[Attack], scores: Mapping[str, Score]) -> list[str]:
+    """A sentence where critical epsilons are not of the scores that are reported."""
+    of_choices = ("acc", "acc_norm", "acc_bytes")
+    others = [task for task, of in scores.items() if not (of.choice and of.name in of_choices)]
+    if not others or not any(attack.kind.minimal for attack in attacks):
+        return []
+    listed = ", ".join(f"{task} ({scores[task].name})" for task in others)
+    return [f"critical epsilons are of the likeliest choice, not of the score of {listed}"]
 
 
 class _Clock:

@@ -15,7 +15,7 @@ import pandas as pd
 
 from llm_attack.inference import ALPHA
 from llm_attack.record import without_formulas, write_text
-from llm_attack.suite.outcomes import CHOICE, LOWER
+from llm_attack.suite.outcomes import ACC, CHOICE, LOWER
 from llm_attack.suite.summary import BELOW, INDISTINGUISHABLE, MEAN, OF_TASK, SEVERAL
 
 if TYPE_CHECKING:
@@ -153,6 +153,15 @@ def score_of(rows: pd.DataFrame) -> str:
         return str(score)
     said = [str(kind)] * (kind != CHOICE) + ["lower is better"] * (better == LOWER)
     return f"{score} ({', '.join(said)})" if said else str(score)
+
+
+def named_by_score(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with the score behind the name of each task that has another than acc."""
+    if "score" not in table:
+        return table
+    plain = (table["score"] == ACC) & (table["kind"] == CHOICE)
+    named = [f"{task} {score_of(table.loc[[i]])}" for i, task in table["task"].items()]
+    return table.assign(task=table["task"].where(plain, named))
 
 
 def of_whole_tasks(table: pd.DataFrame) -> Cells | None:
