@@ -177,6 +177,12 @@ def one_line(error: BaseException) -> str:
     return redacted(" ".join(str(error).split())) or type(error).__name__
 
 
+def described(error: BaseException) -> str:
+    """The class of an exception and the first line of its text, without secrets."""
+    first = redacted(next(iter(str(error).strip().splitlines()), ""))
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
 class Attempts:
     """Contexts in which a failure becomes a line, so that what comes after them is still done.
 
@@ -202,9 +208,7 @@ class Attempts:
             of_machine = isinstance(error, OSError) and error.errno not in {None, *_PATHS}
             if of_machine or isinstance(error, MemoryError):
                 raise
-            text = redacted(next(iter(str(error).strip().splitlines()), ""))
-            kind = type(error).__name__
-            self.lines.append(f"{what} could not be made: {kind}{text and f': {text}'}")
+            self.lines.append(f"{what} could not be made: {described(error)}")
 
 
 def show(error: BaseException) -> None:

@@ -17,6 +17,7 @@ ALPHA = 0.05  # level of the tests; the intervals cover 1 - ALPHA
 POWER = 0.8
 DRAWS = 99_999
 _ALL = 7  # pairs whose permutations are all tried
+_SIGNS = 16  # clusters whose signs are all tried
 
 
 def wilson(right: float, n: float) -> tuple[float, float]:
@@ -63,15 +64,24 @@ def sign_test(net: Sequence[ArrayLike], n: Sequence[int]) -> float:
 
     Under the null hypothesis what changed in a cluster of questions was as likely to have changed
     the other way round; clusters are independent. With one question in each cluster and one task it
-    is McNemar's exact test, with several tasks McNemar's test stratified. The distribution of the
-    mean is exact where all tasks have the same `n`; else it is drawn, `DRAWS` times, always the
-    same draws.
+    is McNemar's exact test, with several tasks McNemar's test stratified. Changes that are no whole
+    numbers make it Fisher's randomization test of paired differences. The distribution of the mean
+    is exact where all tasks have the same `n` and count questions, and of numbers where at most
+    `_SIGNS` clusters changed; else it is drawn, `DRAWS` times, always the same draws.
 
     Args:
-        net: of each task, (clusters,) questions gained less those lost.
+        net: of each task, (clusters,) questions gained less those lost; or the sums over a cluster
+            of the changes of its questions' scores.
         n: of each task, its questions.
     """
-    changed = [np.asarray(of, dtype=int)[np.asarray(of, dtype=int) != 0] for of in net]
+    changed = [np.asarray(of, dtype=float) for of in net]
+    changed = [of[of != 0] for of in changed]
+    if not all(
+        (of == np.rint(of)).all() and (np.abs(of) <= size).all()
+        for of, size in zip(changed, n, strict=True)
+    ):
+        return _by_signs(np.concatenate([of / k for of, k in zip(changed, n, strict=True)]))
+    changed = [of.astype(int) for of in changed]
     kinds = [np.unique(np.abs(of), return_counts=True) for of in changed]
     sums = np.array([of.sum() for of in changed])
     if len(set(n)) == 1:
@@ -89,6 +99,25 @@ def sign_test(net: Sequence[ArrayLike], n: Sequence[int]) -> float:
     # with a little slack: the sums are of floats
     reached = np.count_nonzero(np.abs(drawn) >= abs((sums / np.array(n)).sum()) - 1e-12)
     return float((reached + 1) / (DRAWS + 1))
+
+
+def _by_signs(terms: np.ndarray) -> float:
+    """Two-sided p-value of the sum of (clusters,) numbers whose signs are a matter of chance."""
+    if np.isnan(terms).any():
+        return np.nan
+    k, total = len(terms), terms.sum()
+    enough = abs(total) - 1e-9 * np.abs(terms).sum()  # the sums are of floats
+    if k <= _SIGNS:
+        every = np.arange(2**k)[:, None] >> np.arange(k) & 1
+        return float((np.abs(total - 2 * (every @ terms)) >= enough).mean())
+    rng, reached, left = np.random.default_rng(0), 0, DRAWS
+    while left:  # in parts: of 10,000 questions all draws at once would take gigabytes
+        some = min(left, max(1, 10_000_000 // k))
+        octets = rng.integers(256, size=(some, -(-k // 8)), dtype=np.uint8)
+        turned = np.unpackbits(octets, axis=1, count=k)
+        reached += np.count_nonzero(np.abs(total - 2 * (turned @ terms)) >= enough)
+        left -= some
+    return (reached + 1) / (DRAWS + 1)
 
 
 def design_effect(values: ArrayLike, clusters: ArrayLike) -> float:
@@ -118,6 +147,24 @@ def design_effect(values: ArrayLike, clusters: ArrayLike) -> float:
     )
 
 
+def standard_error(values: ArrayLike, clusters: ArrayLike) -> float:
+    """Standard error of the mean of (n,) numbers that clusters of questions share.
+
+    NaN where it is not known: of one cluster, and where nothing varies.
+    """
+    variance = _variance_of_mean(values, clusters)
+    return float(np.sqrt(variance)) if variance > 0 else np.nan
+
+
+def _variance_of_mean(values: ArrayLike, clusters: ArrayLike) -> float:
+    """Of Liang and Zeger 1986, by the sums of clusters; NaN of one cluster."""
+    numbers = np.asarray(values, dtype=float)
+    labels = np.unique(clusters, return_inverse=True)[1]
+    k = labels.max() + 1
+    sums = np.bincount(labels, numbers - numbers.mean())
+    return k / (k - 1) * (sums**2).sum() / len(numbers) ** 2 if k > 1 else np.nan
+
+
 class Mean(NamedTuple):
     """A mean with its 95 % interval, and the p-value of its being 0."""
 
@@ -138,13 +185,9 @@ def mean_of(tasks: Sequence[tuple[ArrayLike, ArrayLike]]) -> Mean:
     """
     means, errors, freedom = [], [], []
     for values, clusters in tasks:
-        numbers = np.asarray(values, dtype=float)
-        labels = np.unique(clusters, return_inverse=True)[1]
-        k = labels.max() + 1
-        sums = np.bincount(labels, numbers - numbers.mean())
-        means.append(numbers.mean())
-        errors.append(k / (k - 1) * (sums**2).sum() / len(numbers) ** 2 if k > 1 else np.nan)
-        freedom.append(k - 1)
+        means.append(np.asarray(values, dtype=float).mean())
+        errors.append(_variance_of_mean(values, clusters))
+        freedom.append(len(np.unique(clusters)) - 1)
     value, variance = float(np.mean(means)), np.array(errors)
     error = float(np.sqrt(variance.sum()) / len(means))
     if not error > 0:  # nothing varies, or it is not known whether anything does
@@ -154,46 +197,51 @@ def mean_of(tasks: Sequence[tuple[ArrayLike, ArrayLike]]) -> Mean:
     return Mean(value, value - half, value + half, float(2 * t.sf(abs(value) / error, k)))
 
 
-def detectable(lost: ArrayLike, gained: ArrayLike, n: ArrayLike) -> float:
-    """The smallest mean over tasks of (lost - gained) / n that is found with power 0.8.
+def paired_error(lost: ArrayLike, gained: ArrayLike, n: ArrayLike) -> Any:
+    """Standard error of (gained - lost) / n, a difference of two shares of the same n questions.
 
-    By a two-sided paired test at `ALPHA` of the same questions, if as many change as here (Connor
-    1987, whose variance under the alternative this is).
+    One question more is counted as lost, and one as gained, as in `paired_interval`: where none
+    changed, the error is not 0.
     """
-    error = _error_of_mean(lost, gained, n)
-    return float((norm.ppf(1 - ALPHA / 2) + norm.ppf(POWER)) * error)
+    down, up, sizes = (np.asarray(x, dtype=float) for x in (lost, gained, n))
+    a, b = (down + 1) / (sizes + 2), (up + 1) / (sizes + 2)
+    return np.sqrt((a + b - (a - b) ** 2) / (sizes + 2))
 
 
-def equivalence_test(lost: ArrayLike, gained: ArrayLike, n: ArrayLike, within: float) -> Any:
-    """p-value of the claim that the mean over tasks of (gained - lost) / n is not beyond `within`.
+def detectable(errors: ArrayLike) -> float:
+    """The smallest mean over tasks of paired differences that is found with power 0.8.
+
+    By a two-sided test at `ALPHA` of the same questions, if they vary as here (for counts: Connor
+    1987, whose variance under the alternative `paired_error` is).
+
+    Args:
+        errors: (tasks,) standard errors of each task's difference.
+    """
+    return float((norm.ppf(1 - ALPHA / 2) + norm.ppf(POWER)) * error_of_mean(errors))
+
+
+def error_of_mean(errors: ArrayLike) -> Any:
+    """Standard error of the mean over tasks (the last axis), from those of each task."""
+    each = np.asarray(errors, dtype=float)
+    return np.sqrt((each**2).sum(-1)) / each.shape[-1]
+
+
+def equivalence_test(difference: ArrayLike, error: ArrayLike, within: float) -> Any:
+    """p-value of the claim that a difference is not beyond `within`.
 
     The larger of the two one-sided tests of Schuirmann 1987 (TOST), each of a normal distribution:
     that the difference is not above -within, and that it is not below within. Rejecting both is
     evidence of equivalence, which a difference that is not significant is not.
 
     Args:
-        lost: (..., tasks) questions right before alone.
-        gained: (..., tasks) questions right after alone.
-        n: (..., tasks) questions.
+        difference: (...) differences, as shares.
+        error: (...) their standard errors.
         within: a share, above 0.
 
     Returns:
-        (...) p-values.
+        (...) p-values; NaN where the error is.
     """
-    down, up, sizes = (np.asarray(x, dtype=float) for x in (lost, gained, n))
-    mean = ((up - down) / sizes).mean(-1)
-    return norm.sf((within - np.abs(mean)) / _error_of_mean(lost, gained, n))
-
-
-def _error_of_mean(lost: ArrayLike, gained: ArrayLike, n: ArrayLike) -> Any:
-    """Standard error of the mean over tasks (the last axis) of (gained - lost) / n.
-
-    One question more is counted as lost, and one as gained, in each task, as in `paired_interval`:
-    where none changed, the error is not 0.
-    """
-    down, up, sizes = (np.asarray(x, dtype=float) for x in (lost, gained, n))
-    a, b = (down + 1) / (sizes + 2), (up + 1) / (sizes + 2)
-    return np.sqrt(((a + b - (a - b) ** 2) / (sizes + 2)).sum(-1)) / sizes.shape[-1]
+    return norm.sf((within - np.abs(difference)) / np.asarray(error, dtype=float))
 
 
 def holm(p_values: ArrayLike) -> np.ndarray:

@@ -1,24 +1,45 @@
 """Gold labels from the task itself, whatever its fields are called.
 
-lm-eval hands a model requests, not tasks; and a task keeps its gold labels inside
-`process_results`. So the task is noted on each request (`patches.note_tasks`), and asked to judge
-made-up results: the choices that it calls right when the model prefers them are its gold ones.
+lm-eval hands a model requests, not tasks; so the task is noted on each request
+(`patches.note_tasks`). A task that lm-eval judges by its own rules says its gold label. A task with
+a `process_results` of its own keeps it inside; that is asked to judge made-up results: the choices
+that it calls right when the model prefers them are its gold ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from lm_eval.api.instance import Instance
-from lm_eval.api.task import Task
+from lm_eval.api.task import ConfigurableTask, Task
 
 from llm_attack.errors import UsageError
+from llm_attack.failures import described
 from llm_attack.harness.patches import Noted, noted
 
 # The made-up log-likelihood of the choices that are not preferred; far enough to decide every
 # metric, near enough that exp() of it is a number.
 _REJECTED = -1e4
+# Metrics whose value of a question is a tuple that begins with the gold label.
+_WITH_GOLD = ("f1", "mcc", "brier_score", "likelihood")
+
+
+class Unlabelled(Exception):
+    """A question has no gold label, or none can be told; the text says why, as a predicate.
+
+    Attributes:
+        remedy: what must be otherwise.
+    """
+
+    remedy = "must be a task of which every question has choices and a gold label"
+
+
+class Unjudged(Unlabelled):
+    """The task itself fails on a question."""
+
+    remedy = "must be a task that lm-eval can judge"
 
 
 def siblings(request: Instance) -> list[Instance]:
@@ -55,61 +76,130 @@ def gold_choices(requests: Sequence[Instance]) -> list[bool]:
     (lm-eval's acc_mutual_info adds a request without context for each choice.)
 
     Raises:
-        UsageError: the task is not multiple choice, or has no gold label for this question.
+        Unlabelled: the task is not multiple choice, or has no gold label for this question.
     """
     first = requests[0]
     task = task_of(first)
-    n = len(_choices(task, first.doc)) or len(requests)
-    if n < 2 or len(requests) not in (n, 2 * n) or first.request_type != "loglikelihood":
-        raise _not_multiple_choice(first)
-    gold = [_judged_right(task, first, i, len(requests)) for i in range(n)]
-    if not any(gold):
-        raise UsageError(
-            f"loss=choice: task {first.task_name} has no gold label for question {first.doc_id};"
-            " use loss=sequence or loss=continuation"
+    if first.request_type != "loglikelihood":
+        raise Unlabelled(f"has no choices (its requests are {first.request_type})")
+    choices = choices_of(task, first.doc)
+    if len(requests) == 1 and not choices:
+        raise Unlabelled(
+            f"has one continuation and no choices (output_type: {task.OUTPUT_TYPE}), so that"
+            " there is no guessing to compare with"
         )
+    n = len(choices) or len(requests)
+    if len(requests) not in (n, 2 * n):
+        raise Unlabelled(f"has {n} choices and {len(requests)} requests, which do not match")
+    if by_lm_eval(task):
+        return _named(_target(task, first.doc), choices)
+    gold = _asked(task, first, n, len(requests))
+    if not any(gold):
+        raise Unlabelled("has no choice that the task's process_results calls right")
     return gold
 
 
-def choice_lengths(requests: Sequence[Instance]) -> list[float]:
-    """Characters of each choice: what lm-eval's acc_norm divides log-likelihoods by.
+def judged(request: Instance, results: Sequence[tuple[float, bool]]) -> dict[str, Any]:
+    """What the task makes of made-up answers to the question of `request`.
+
+    Raises:
+        Unjudged: it raises an exception.
+    """
+    try:
+        return task_of(request).process_results(request.doc, list(results))
+    except Exception as error:  # a user's own Python
+        raise Unjudged(
+            f"cannot be judged, as process_results of the task raises {described(error)}"
+        ) from error
+
+
+def choice_lengths(requests: Sequence[Instance], octets: bool = False) -> list[float]:
+    """What lm-eval's acc_norm divides the log-likelihood of each choice by: its characters.
+
+    Args:
+        requests: of a question.
+        octets: its bytes in UTF-8 instead, as of acc_bytes.
 
     Raises:
         UsageError: the task does not list its choices.
     """
     first = requests[0]
-    choices = _choices(task_of(first), first.doc)
+    choices = choices_of(task_of(first), first.doc)
     if not choices or not all(isinstance(c, str) and c for c in choices):
+        name = "acc_bytes" if octets else "acc_norm"
         raise UsageError(
-            f"score=acc_norm: task {first.task_name} does not list its choices; use score=acc"
+            f"score={name}: task {first.task_name} does not list its choices; use score=acc"
         )
-    return [float(len(choice)) for choice in choices]
+    return [float(len(choice.encode() if octets else choice)) for choice in choices]
 
 
-def _choices(task: Task, doc: Any) -> Sequence[str]:
+def choices_of(task: Task, doc: Any) -> Sequence[str]:
+    """The texts of a question's choices; none where the task does not list them."""
     if getattr(task.config, "doc_to_choice", None) is None:
         return []
     return task.doc_to_choice(doc)
 
 
-def _judged_right(task: Task, request: Instance, preferred: int, n: int) -> bool:
-    """Whether the task calls a model right that prefers the choice `preferred`."""
-    results = [(0.0 if i == preferred else _REJECTED, i == preferred) for i in range(n)]
-    try:
-        metrics = task.process_results(request.doc, results)
-    except Exception as error:
-        raise _not_multiple_choice(request) from error
+def by_lm_eval(task: Task) -> bool:
+    """Whether lm-eval judges the task by its own rules for multiple choice."""
+    return (
+        isinstance(task, ConfigurableTask)
+        and type(task).process_results is ConfigurableTask.process_results
+        and task.OUTPUT_TYPE == "multiple_choice"
+        and not callable(task.config.process_results)
+    )
+
+
+def _target(task: Task, doc: Any) -> Any:
+    """A question's gold label as the task has it: a number, a text, or a list of them."""
+    return task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+
+
+def _named(target: Any, choices: Sequence[str]) -> list[bool]:
+    """Which of the choices `target` names, by the rules of lm-eval."""
+    targets = list(target) if isinstance(target, (list, tuple)) else [target]
+    if not targets or any(of is None for of in targets):
+        raise Unlabelled(f"has no gold label (doc_to_target gives {target})")
+    if isinstance(target, str):
+        targets = [i for i, choice in enumerate(choices) if choice == target][:1]
+    gold = [i in targets for i in range(len(choices))]
+    if not any(gold):
+        listed = (
+            ", ".join(map(repr, choices)) if isinstance(target, str) else f"0 to {len(gold) - 1}"
+        )
+        raise Unlabelled(f"has the gold label {target!r}, which is none of its choices ({listed})")
+    return gold
+
+
+def _asked(task: Task, request: Instance, n: int, asked: int) -> list[bool]:
+    """Which of `n` choices the task calls right, by made-up answers to `asked` requests."""
+    gold = []
+    for preferred in range(n):
+        results = [(0.0 if i == preferred else _REJECTED, i == preferred) for i in range(asked)]
+        verdict = _verdict(judged(request, results), preferred)
+        if verdict is None:  # it has no score that tells right from wrong
+            return _stated(task, request)
+        gold.append(verdict)
+    return gold
+
+
+def _stated(task: Task, request: Instance) -> list[bool]:
+    """The gold label of a task whose process_results does not show it."""
+    target = None
+    with suppress(Exception):  # such a task need not have a target
+        target = _target(task, request.doc)
+    if target is None:
+        raise Unlabelled("has no gold label: neither process_results nor doc_to_target gives one")
+    return _named(target, choices_of(task, request.doc))
+
+
+def _verdict(metrics: dict[str, Any], preferred: int) -> bool | None:
+    """Whether the metrics call the choice `preferred` right; None where none of them says so."""
     for name, value in metrics.items():
-        if isinstance(value, tuple):  # f1, mcc, brier_score: (gold, prediction)
+        if name in _WITH_GOLD and isinstance(value, tuple):
             gold = value[0]
             return preferred in gold if isinstance(gold, list) else preferred == gold
         if name.startswith("acc") or name == "exact_match":
-            return float(value) > 0.5
-    raise _not_multiple_choice(request)
-
-
-def _not_multiple_choice(request: Instance) -> UsageError:
-    return UsageError(
-        f"loss=choice: task {request.task_name} is not a multiple-choice task with gold labels; use"
-        " loss=sequence or loss=continuation"
-    )
+            with suppress(TypeError, ValueError):
+                return float(value) > 0.5
+    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -15,7 +16,7 @@ from lm_eval.utils import handle_non_serializable
 from llm_attack.errors import UsageError
 from llm_attack.failures import one_line
 from llm_attack.harness import patches
-from llm_attack.harness.gold import siblings, task_of
+from llm_attack.harness.gold import task_of
 from llm_attack.harness.model import AttackedHFLM
 from llm_attack.harness.paths import portable
 from llm_attack.lm.engine import Answer
@@ -81,8 +82,7 @@ class Judge:
         """All requests, in lm-eval's order.
 
         Raises:
-            UsageError: the tasks cannot be built, their data cannot be had, or one has no choices
-                or does not report acc.
+            UsageError: the tasks cannot be built, their data cannot be had, or one has no choices.
         """
         stand = _Stand(self.lm)
         given = "".join(f", {name}={value}" for name, value in self.given.items())
@@ -103,12 +103,8 @@ class Judge:
             ) from error
         if not stand.requests:
             raise UsageError(f"{asked_for}: there is no question; must be tasks that have some")
-        first = {id(task_of(r)): r for r in reversed(stand.requests)}
-        for request in first.values():
-            task = task_of(request)
-            made_up = [(0.0, False)] * len(siblings(request))
-            if "acc" not in task.process_results(request.doc, made_up):
-                raise UsageError(f"tasks={request.task_name}: must be a task that reports acc")
+        for task in {id(task): task for task in map(task_of, stand.requests)}.values():
+            _check_all_asked(task, self.options.get("limit"))
             # lm-eval builds anew at each evaluation: as costly as judging
             task.build_all_requests = lambda **options: None
         self.asked = stand.requests
@@ -151,8 +147,24 @@ class _LoadedOnce:
         return self._loaded
 
 
+def _check_all_asked(task: Any, limit: float | None) -> None:
+    """Raises `UsageError` where a question asks nothing: lm-eval fails when it judges it."""
+    n = len(task.eval_docs)
+    if limit is not None:
+        n = min(n, int(limit) if limit >= 1 else math.ceil(limit * n))
+    missing = sorted(set(range(n)) - {request.doc_id for request in task.instances})
+    if missing:
+        raise UsageError(
+            f"tasks={task.config.task}: question {missing[0]} has no choices; must be a task of"
+            " which every question has some"
+        )
+
+
 def _no_choices(request: Instance) -> UsageError:
-    return UsageError(f"tasks={request.task_name}: must be a task with choices")
+    return UsageError(
+        f"tasks={request.task_name}: must be a task with choices, not one of {request.request_type}"
+        " requests; `llm-attack eval` evaluates any task"
+    )
 
 
 def as_json(results: dict[str, Any]) -> str:

@@ -26,6 +26,7 @@ from llm_attack.harness import cache, loading
 from llm_attack.harness.names import check_names, check_values, trusted
 from llm_attack.harness.requests import (
     TokenRequest,
+    check_score,
     encode,
     questions_of,
     truncated,
@@ -275,8 +276,9 @@ class AttackedHFLM(HFLM):
 
         Raises:
             UsageError: before anything is computed, when the loss needs gold labels that the task
-                does not have.
+                does not have, or no task has the score.
         """
+        check_score(requests, self.settings.score)
         shared = self.settings.threat.shared
         asked = with_siblings(requests) if shared else list(requests)
         questions = questions_of(asked, encode(self, asked), self.settings)

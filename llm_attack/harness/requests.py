@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
 from llm_attack.errors import UsageError
-from llm_attack.harness import gold, patches
+from llm_attack.harness import gold, patches, scores
 from llm_attack.lm.encode import encoded_together
 from llm_attack.lm.positions import QUESTION
 from llm_attack.lm.questions import Question, Request
@@ -20,6 +21,8 @@ __all__ = [
     "Instance",
     "TokenRequest",
     "by_question",
+    "check_score",
+    "distinct",
     "encode",
     "questions_of",
     "truncated",
@@ -44,6 +47,11 @@ def by_question(requests: Sequence[Instance]) -> list[list[int]]:
     for numbers in found.values():
         numbers.sort(key=lambda n: requests[n].idx)
     return list(found.values())
+
+
+def distinct(requests: Sequence[Instance], numbers: Sequence[int]) -> list[int]:
+    """Those numbers that are of different requests: a task with `repeats` asks each again."""
+    return list({id(requests[n]): n for n in reversed(numbers)}.values())[::-1]
 
 
 def with_siblings(requests: Sequence[Instance]) -> list[Instance]:
@@ -110,6 +118,17 @@ def truncated(request: TokenRequest, longest: int, n_question: int = 0) -> Reque
     return Request(tokens, len(continuation), n_question)
 
 
+def check_score(requests: Sequence[Instance], asked: str) -> None:
+    """Refuses the name of a score that none of these requests' tasks has.
+
+    Raises:
+        UsageError: with the names that there are.
+    """
+    first = {str(r.task_name): r for r in reversed(requests) if patches.noted(r) is not None}
+    if first and asked != scores.ACC:
+        scores.check_asked(asked, {name: gold.siblings(r) for name, r in first.items()})
+
+
 def questions_of(
     requests: Sequence[Instance], encoded: Sequence[Request], settings: AttackSettings
 ) -> list[Question]:
@@ -124,6 +143,7 @@ def questions_of(
         UsageError: they are, and the task does not have them.
     """
     questions = []
+    of_tasks: dict[int, list[tuple[Question, list[Instance]]]] = {}
     with patches.templates_compiled_once():
         for numbers in by_question(requests):
             choices: dict[tuple, list[int]] = {}
@@ -133,11 +153,30 @@ def questions_of(
             question = Question([encoded[a[0]] for a in answers], answers)
             if settings.needs_gold:
                 instances = [requests[a[0]] for a in answers]
-                question.gold = gold.gold_choices(instances)
-                if settings.score == "acc_norm":
-                    question.lengths = gold.choice_lengths(instances)
+                with _refused(instances[0], settings):
+                    question.gold = gold.gold_choices(instances)
+                task = id(gold.task_of(instances[0]))
+                of_tasks.setdefault(task, []).append((question, instances))
             questions.append(question)
+        for known in of_tasks.values():
+            asked = [instances for _, instances in known]
+            with _refused(asked[0][0], settings):
+                score = scores.of_task(asked, settings.score)
+            for question, instances in known:
+                question.lengths = score.lengths(instances) or []
     return questions
+
+
+@contextmanager
+def _refused(request: Instance, settings: AttackSettings) -> Iterator[None]:
+    """Says of a question that the attacker cannot know its gold label, and why."""
+    try:
+        yield
+    except gold.Unlabelled as error:
+        raise UsageError(
+            f"loss={settings.loss}: question {request.doc_id} of task {request.task_name} {error};"
+            " use loss=sequence or loss=continuation"
+        ) from error
 
 
 class _Encoder:

@@ -16,8 +16,6 @@ from torch import Tensor
 from llm_attack.attacks import widest
 from llm_attack.lm.questions import Question
 
-SCORES = ("acc", "acc_norm")
-
 # Relative to the likeliest choice: beyond the digits of float64, far above where float32 ends.
 _LEAST_WEIGHT = 1e-20
 

@@ -9,7 +9,7 @@ from llm_attack.attacks import ATTACKS, Attack
 from llm_attack.attacks.settings import Kind, StepSettings, step_settings
 from llm_attack.declare import check, names, setting, underscored
 from llm_attack.errors import UsageError, invalid
-from llm_attack.lm.losses import LOSSES, SCORES, ThreatModel
+from llm_attack.lm.losses import LOSSES, ThreatModel
 from llm_attack.lm.positions import ALL, NAMED, check_positions
 from llm_attack.lm.units import ABSOLUTE, NEFTUNE, UNITS, Signal, size_of
 
@@ -54,9 +54,11 @@ class ThreatSettings(StepSettings):
     )
     score: str = setting(
         "acc",
-        "Score of a choice that loss=choice attacks; for acc its log-likelihood, for acc_norm that"
-        " divided by its number of characters",
-        choices=SCORES,
+        "Score of the tasks that is reported, a metric of lm-eval such as acc, acc_norm or"
+        " brier_score. A task that does not have it reports acc, or what it has. A loss that knows"
+        " the gold attacks it: it compares log-likelihoods, for acc_norm those per character, for"
+        " acc_bytes per byte",
+        allowed="the name of a metric",
     )
     context: str | None = setting(
         None,

@@ -12,9 +12,12 @@ from llm_attack.inference import (
     design_effect,
     detectable,
     mean_of,
+    paired_error,
     paired_interval,
     sign_test,
+    standard_error,
 )
+from llm_attack.suite.outcomes import HIGHER, LOWER, counted
 
 # Differences, after minus before, and what they are called before minus after.
 DROPS = {"difference": "drop", "gold_difference": "gold_probability_drop"}
@@ -24,12 +27,15 @@ class Change(NamedTuple):
     """A question's outcomes before and after, and its source: what tests over tasks start from.
 
     Attributes:
-        net: (sources,) questions gained less those lost.
+        net: (sources,) questions gained less those lost, or sums of the changes of their scores;
+            above 0 where the answers got better.
+        error: standard error of the mean change.
         gold: (n,) change of `gold_probability`.
         source: (n,) labels.
     """
 
     net: np.ndarray
+    error: float
     gold: np.ndarray
     source: np.ndarray
 
@@ -38,30 +44,56 @@ def compared(pairs: pd.DataFrame, before: Mapping[str, str], after: Mapping[str,
     """One task's questions before and after: a row's entries, and a `Change` as `_change`.
 
     Args:
-        pairs: a row per question: `source`, and the columns named by the others.
+        pairs: a row per question: `source`, `kind`, `better`, and the columns named by the others.
         before: the columns of `acc` and `gold_probability`.
         after: likewise.
 
     Returns:
-        `lost`, `gained`, `difference` (after minus before, in points of a percent) with
-        `difference_low` and `_high`, `detectable`, `design_effect`, `p_mcnemar`, `gold_difference`
-        with `_low` and `_high`, `p_gold_probability`.
+        `lost` and `gained`: questions whose answer got worse and better, null where the score does
+        not count; `difference` (after minus before, in points of a percent) with `difference_low`
+        and `_high`, `detectable`, `design_effect`, `p_mcnemar`, `gold_difference` with `_low` and
+        `_high`, `p_gold_probability`.
     """
+    sign = -1 if pairs["better"].iloc[0] == LOWER else 1
     step = (pairs[after["acc"]] - pairs[before["acc"]]).to_numpy(float)
-    lost, gained, n = int((step < 0).sum()), int((step > 0).sum()), len(pairs)
     source = np.unique(pairs["source"], return_inverse=True)[1]
-    effect = design_effect(step, source)
-    low, high = paired_interval(lost / effect, gained / effect, n / effect)
     gold = (pairs[after["gold_probability"]] - pairs[before["gold_probability"]]).to_numpy(float)
-    net = np.bincount(source, step).round().astype(int)
+    net = sign * np.bincount(source, step)
+    found = (_of_counts if counted(pairs) else _of_numbers)(step, source, sign)
+    error = found.pop("_error")
     return {
-        **{"lost": lost, "gained": gained, "difference": 100 * (gained - lost) / n},
-        **{"difference_low": 100 * low, "difference_high": 100 * high},
-        "detectable": 100 * detectable([lost / effect], [gained / effect], [n / effect]),
-        "design_effect": effect,
-        "p_mcnemar": sign_test([net], [n]),
+        **found,
+        "detectable": 100 * detectable([error]),
+        "p_mcnemar": sign_test([net], [len(pairs)]),
         **_of_gold([(gold, source)]),
-        "_change": Change(net, gold, source),
+        "_change": Change(net, error, gold, source),
+    }
+
+
+def _of_counts(step: np.ndarray, source: np.ndarray, sign: int) -> dict[str, Any]:
+    """What is said of a change of scores that are 0 or 1."""
+    down, up, n = int((step < 0).sum()), int((step > 0).sum()), len(step)
+    effect = design_effect(step, source)
+    low, high = paired_interval(down / effect, up / effect, n / effect)
+    return {
+        **dict(zip(("lost", "gained"), (down, up)[::sign], strict=True)),
+        **{"difference": 100 * (up - down) / n},
+        **{"difference_low": 100 * low, "difference_high": 100 * high},
+        "design_effect": effect,
+        "_error": float(paired_error(down / effect, up / effect, n / effect)),
+    }
+
+
+def _of_numbers(step: np.ndarray, source: np.ndarray, sign: int) -> dict[str, Any]:
+    """What is said of a change of any other scores."""
+    found, error = mean_of([(step, source)]), standard_error(step, source)
+    low, high = (found.low, found.high) if error > 0 else (np.nan, np.nan)
+    return {
+        **dict.fromkeys(("lost", "gained"), pd.NA),
+        **{"difference": 100 * found.value},
+        **{"difference_low": 100 * low, "difference_high": 100 * high},
+        "design_effect": design_effect(step, source),
+        "_error": error,
     }
 
 
@@ -74,12 +106,6 @@ def _of_gold(tasks: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]
     }
 
 
-def effective(rows: pd.DataFrame) -> list[np.ndarray]:
-    """Counts of lost, gained and all questions per task, as of questions that share no source."""
-    effect = rows["design_effect"].to_numpy(float)
-    return [rows[key].to_numpy(float) / effect for key in ("lost", "gained", "n")]
-
-
 def pooled(group: pd.DataFrame) -> dict[str, Any]:
     """Of the mean over tasks what is not a mean: the tests, and what they can detect."""
     changes = list(group["_change"])
@@ -88,16 +114,17 @@ def pooled(group: pd.DataFrame) -> dict[str, Any]:
     p_value = sign_test([change.net for change in changes], group["n"].tolist())
     gold = _of_gold([(change.gold, change.source) for change in changes])
     found = {"p_mcnemar": p_value, "p_mcnemar_holm": p_value}
-    found["detectable"] = 100 * detectable(*effective(group))
+    found["detectable"] = 100 * detectable([change.error for change in changes])
     return found | (gold if "gold_difference" in group else as_drops(gold))
 
 
-def as_drops(found: dict[str, Any]) -> dict[str, Any]:
-    """Differences of `compared` with their signs turned."""
+def as_drops(found: dict[str, Any], better: str = HIGHER) -> dict[str, Any]:
+    """Differences of `compared` as drops: how much worse, whichever direction is better."""
     rest = dict(found)
     for name, drop in DROPS.items():
         if name in rest:
-            rest[drop] = -rest.pop(name)
-            low, high = rest.pop(f"{name}_low"), rest.pop(f"{name}_high")
-            rest[f"{drop}_low"], rest[f"{drop}_high"] = -high, -low
+            value, low, high = (rest.pop(f"{name}{end}") for end in ("", "_low", "_high"))
+            if name == "gold_difference" or better != LOWER:
+                value, low, high = -value, -high, -low
+            rest[drop], rest[f"{drop}_low"], rest[f"{drop}_high"] = value, low, high
     return rest

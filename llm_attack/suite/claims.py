@@ -12,9 +12,8 @@ from typing import NamedTuple
 import pandas as pd
 from scipy.stats import norm
 
-from llm_attack.inference import ALPHA, Mean, auc, equivalence_test, mean_of
-from llm_attack.suite.changes import effective
-from llm_attack.suite.outcomes import chances, gold_margin, sources
+from llm_attack.inference import ALPHA, Mean, auc, detectable, equivalence_test, mean_of
+from llm_attack.suite.outcomes import LOWER, chances, gold_margin, right, sources, with_scores
 from llm_attack.suite.pairs import paired
 from llm_attack.suite.summary import MEAN
 from llm_attack.suite.tables import Cells
@@ -52,8 +51,8 @@ def claims(samples: pd.DataFrame, questions: pd.DataFrame, within: float = WITHI
         questions: as in `questions.parquet`.
         within: points of a percent; smaller differences are called none.
     """
-    rows = samples.assign(margin=gold_margin(samples), chance=chances(samples))
-    rows = rows.assign(source=sources(rows))
+    rows = with_scores(samples).assign(margin=gold_margin(samples), chance=chances(samples))
+    rows = rows.assign(source=sources(rows), right=right(rows))
     by = {str(name): of for name, of in rows.groupby("condition", sort=False)}
     if "none" not in by:
         return []
@@ -71,7 +70,7 @@ def claims(samples: pd.DataFrame, questions: pd.DataFrame, within: float = WITHI
         if noise is not None:
             text = "it costs more than noise of the same amplitude"
             found.append(_costs(text, noise, of, questions, within))
-        found.append(_guesses(of, within))
+        found += _guesses(of, within)
         found += _falls_first(by["none"], of)
     return [*found, *_cosines(by["none"])]
 
@@ -94,33 +93,43 @@ def _costs(
     """Whether accuracy falls from one condition to another: the test of the mean over tasks."""
     name = str(after["condition"].iloc[0])
     frame = paired(before.assign(condition=name), questions, after, questions)
-    tasks, mean = frame[frame["task"] != MEAN], frame[frame["task"] == MEAN].iloc[0]
-    lost, gained, n = effective(tasks)
-    none = float(equivalence_test(lost, gained, n, within / 100))
+    mean = frame[frame["task"] == MEAN].iloc[0]
+    if pd.isna(mean["difference"]):
+        return Claim(text, name, UNSHOWN, "the scores of the tasks have no mean")
+    error = mean["detectable"] / 100 / detectable([1])
+    none = float(equivalence_test(mean["difference"] / 100, error, within / 100))
+    drop, ends = -mean["difference"], (-mean["difference_high"], -mean["difference_low"])
+    if mean.get("better") == LOWER:
+        drop, ends = -drop, (-ends[1], -ends[0])
     verdict = UNSHOWN
     if mean["p_mcnemar"] <= ALPHA:
-        verdict = HOLDS if mean["difference"] < 0 else NOT
+        verdict = HOLDS if drop > 0 else NOT
     elif none <= ALPHA:
         verdict = NOT
-    ends = -mean["difference_high"], -mean["difference_low"]
     return Claim(
         text,
         name,
         verdict,
-        f"{-mean['difference']:.1f} points ({ends[0]:.1f} to {ends[1]:.1f}), p ="
+        f"{drop:.1f} points ({ends[0]:.1f} to {ends[1]:.1f}), p ="
         f" {mean['p_mcnemar']:.2g}; equivalence p = {none:.2g}",
     )
 
 
-def _guesses(after: pd.DataFrame, within: float) -> Claim:
-    """Whether the mean accuracy is that of guesses: equivalence, not absence of significance."""
+def _guesses(after: pd.DataFrame, within: float) -> Iterator[Claim]:
+    """Whether the mean accuracy is that of guesses: equivalence, not absence of significance.
+
+    Of the tasks whose score can be guessed.
+    """
     over = after.assign(over=100 * (after["acc"] - after["chance"]))
+    over = over[over["chance"].notna()]
+    if over.empty:
+        return
     found = mean_of([(of["over"], of["source"]) for _, of in over.groupby("task", sort=False)])
     error = (found.high - found.value) / norm.ppf(1 - ALPHA / 2)
     equal = float(norm.sf((within - abs(found.value)) / error)) if error > 0 else 1.0
     differs = float(norm.sf((abs(found.value) - within) / error)) if error > 0 else 1.0
     verdict = HOLDS if equal <= ALPHA else NOT if differs <= ALPHA else UNSHOWN
-    return Claim(
+    yield Claim(
         "its accuracy is that of guessing",
         str(after["condition"].iloc[0]),
         verdict,
@@ -132,10 +141,10 @@ def _guesses(after: pd.DataFrame, within: float) -> Claim:
 def _falls_first(clean: pd.DataFrame, after: pd.DataFrame) -> Iterator[Claim]:
     """Whether of the questions right without an attack those of small margin are lost."""
     place = ["task", "doc_id"]
-    right = clean[(clean["acc"] == 1) & clean["margin"].notna()]
-    right = right.assign(margin=_ranks(right, "margin"))
-    both = right[[*place, "margin"]].merge(after[[*place, "acc"]], on=place)
-    lost = both["acc"] == 0
+    first = clean[clean["right"] & clean["margin"].notna()]
+    first = first.assign(margin=_ranks(first, "margin"))
+    both = first[[*place, "margin"]].merge(after[[*place, "right"]], on=place)
+    lost = ~both["right"]
     name = str(after["condition"].iloc[0])
     if lost.any() and not lost.all():
         found = auc(both.loc[lost, "margin"], both.loc[~lost, "margin"])
@@ -146,10 +155,10 @@ def _cosines(clean: pd.DataFrame) -> Iterator[Claim]:
     """The paper's Fig. 6 on a language model: right questions have the lower cosine."""
     known = clean[clean["cosine"].notna()]
     known = known.assign(cosine=_ranks(known, "cosine"))
-    right, wrong = (known.loc[known["acc"] == of, "cosine"] for of in (1, 0))
-    if len(right) and len(wrong):
+    of_right, of_wrong = (known.loc[known["right"] == is_right, "cosine"] for is_right in (1, 0))
+    if len(of_right) and len(of_wrong):
         text = "right answers have lower cosines of embeddings and gradient"
-        yield _by_order(text, "none", auc(right, wrong))
+        yield _by_order(text, "none", auc(of_right, of_wrong))
 
 
 def _ranks(rows: pd.DataFrame, column: str) -> pd.Series:

@@ -164,12 +164,16 @@ def run(
         result = evaluate(plan, output=output, progress=progress)
     if result is not None:
         console = Console()
-        title = f"{result.run['model_name']}: accuracy, loss={result.run['settings']['loss']}"
         table = layers.at_first(result.table)
+        shown = "score" if "score" in table else "accuracy"
+        title = f"{result.run['model_name']}: {shown}, loss={result.run['settings']['loss']}"
         warnings = layers.shown_of(result.run, result.table)["warnings"]
         attempts = Attempts()
         with attempts("the table"):
             console.print(tables.RunTable(table, title, warnings))
+            whole = tables.of_whole_tasks(table)
+            if whole is not None:
+                console.print(whole.rich("scores of whole tasks"))
         with attempts("the tables of critical epsilons"):
             score, samples = critical.score_of(result.run), layers.at_first(result.samples)
             samples = critical.of_score(samples, result.questions, score)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from llm_attack.inference import ALPHA
-from llm_attack.suite.outcomes import gold_margin
+from llm_attack.suite.outcomes import gold_margin, right
 from llm_attack.suite.summary import MEAN
 
 ACC, ACC_NORM = "acc", "acc_norm"
@@ -206,7 +206,7 @@ def against_fixed(samples: pd.DataFrame) -> pd.DataFrame:
             epsilon = float(group["epsilon"].iloc[0])
             row = {"condition": condition, "attack": attack, "epsilon": epsilon}
             row["curve"] = float(curve(values, np.array([epsilon]))[0])
-            row["acc"] = float(group.groupby("task")["acc"].mean().mean())
+            row["acc"] = float(right(group).groupby(group["task"]).mean().mean())
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -230,15 +230,14 @@ def foretold(samples: pd.DataFrame) -> pd.DataFrame:
     if clean.empty or not looked_for(samples) or clean["first_order"].isna().all():
         return pd.DataFrame()
     known = pd.DataFrame({name: of(clean) for name, of in _FORETELL.items()})
-    known = pd.concat([clean[[*_PLACE, "acc"]], known], axis=1)
-    known = known[known["acc"] > 0].drop(columns="acc").dropna()
+    known = pd.concat([clean[_PLACE], known], axis=1)[right(clean)].dropna()
     rows = []
     for condition, group in samples.groupby("condition", sort=False):
         searched = group["critical_epsilon"].notna().all()
         if condition == "none" or (not searched and group["attack"].iloc[0] != "fgsm"):
             continue
         measure = "spearman" if searched else "auroc"
-        outcome = group["critical_epsilon"] if searched else group["acc"]
+        outcome = group["critical_epsilon"] if searched else right(group).astype(float)
         pairs = known.merge(group[_PLACE].assign(outcome=outcome), on=_PLACE)
         if pairs.empty:
             continue

@@ -6,9 +6,8 @@ import numpy as np
 import pandas as pd
 
 from llm_attack.errors import UsageError
-from llm_attack.inference import equivalence_test
+from llm_attack.inference import detectable, equivalence_test
 from llm_attack.suite import plan
-from llm_attack.suite.changes import effective
 from llm_attack.suite.summary import MEAN, holm_over_tasks
 
 
@@ -30,17 +29,15 @@ def with_equivalence(table: pd.DataFrame, within: float | None) -> pd.DataFrame:
     if within is None:
         return table
     within = plan.within(within)
-    compared = table["lost"].notna()
+    measured = "drop" if "drop" in table else "difference"
+    compared = table[measured].notna()
     if not compared.any():
         raise UsageError(f"equivalence={within:g}: must go with conditions beside none, and none")
     table, tasks = table.assign(within=within, p_equivalence=np.nan), table["task"] != MEAN
-    for condition in table.loc[compared, "condition"].unique():
-        here = compared & (table["condition"] == condition)
-        down, up, n = effective(table[here & tasks])
-        each = equivalence_test(down[:, None], up[:, None], n[:, None], within / 100)
-        table.loc[here & tasks, "p_equivalence"] = each
-        pooled = equivalence_test(down, up, n, within / 100)
-        table.loc[here & ~tasks, "p_equivalence"] = pooled
+    errors = table.loc[compared, "detectable"] / detectable([1])
+    table.loc[compared, "p_equivalence"] = equivalence_test(
+        table.loc[compared, measured], errors, within
+    )
     table["p_equivalence_holm"] = table["p_equivalence"]
     table.loc[tasks, "p_equivalence_holm"] = holm_over_tasks(table[tasks], "p_equivalence")
     return table

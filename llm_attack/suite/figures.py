@@ -29,8 +29,9 @@ from llm_attack.suite.layout import (
     shade_options,
     upright,
 )
-from llm_attack.suite.outcomes import gold_margin
+from llm_attack.suite.outcomes import gold_margin, right
 from llm_attack.suite.summary import MEAN
+from llm_attack.suite.tables import named_by_score
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -76,8 +77,10 @@ def bars(table: pd.DataFrame) -> Figure:
     Args:
         table: of `summarise`.
     """
-    table = table[table["task"] != MEAN]
+    table = named_by_score(table[table["task"] != MEAN])
     conditions = _conditions(table)
+    scored = "score" in table
+    bottom, top = (0.0, 1.0) if not scored else _range(table)
     with print_style():
         needed = 0.11 * len(conditions) + 0.1
         figure, parts, inches = rows_of_tasks(list(table["task"].unique()), needed, height=1.75)
@@ -93,11 +96,15 @@ def bars(table: pd.DataFrame) -> Figure:
                 ends = [acc - low, high - acc]
                 axes.errorbar(x, acc, ends, fmt="none", ecolor="k", lw=0.6, capsize=1.3)
                 if rows["attack"].iloc[0] in ("none", "fgsm"):
-                    for at, top, value, grey in zip(x, high, acc, greys, strict=True):
-                        upright(axes, at, top + 0.025, f"{value:.3f}", grey)
+                    ends = np.fmax(high, acc)  # NaN where there is no interval
+                    for at, end, value, grey in zip(x, ends, acc, greys, strict=True):
+                        upright(axes, at, end + 0.025 * (top - bottom), f"{value:.3f}", grey)
             left = np.arange(len(tasks)) - 0.5
             guess = axes.hlines(of_tasks["baseline"], left, left + 1, "k", "--", lw=0.9, zorder=3)
-            axes.set(ylim=(0, 1.27), yticks=np.arange(0, 1.01, 0.2), ylabel="accuracy")
+            axes.set(ylim=(bottom, bottom + 1.27 * (top - bottom)))
+            axes.set_ylabel("score" if scored else "accuracy")
+            if (bottom, top) == (0, 1):
+                axes.set_yticks(np.arange(0, 1.01, 0.2))
             axes.grid(False, axis="x")
         columns: dict[str, list[tuple[Any, str]]] = {"none": []}
         for attack, bar in zip(_attacks(table), axes.containers[::2], strict=True):
@@ -125,6 +132,9 @@ def curves(table: pd.DataFrame, unit: Unit = OF_POINT) -> Figure | None:
     if not of_attacks.groupby("attack")["epsilon"].nunique().max() > 1:
         return None
     epsilons = of_attacks.loc[of_attacks["epsilon"] > 0, "epsilon"]
+    table = named_by_score(table[table["acc"].notna()])
+    scored = "score" in table
+    bottom, top = (0.0, 1.0) if not scored else _range(table)
     with print_style():
         figure, grid = panels(list(table["task"].unique()))
         for task, axes in grid.items():
@@ -140,9 +150,11 @@ def curves(table: pd.DataFrame, unit: Unit = OF_POINT) -> Figure | None:
                 axes.fill_between(curve["epsilon"], *ends, color=like.colour, alpha=0.2, lw=0)
             axes.axhline(rows["baseline"].iloc[0], color="k", ls="--", lw=0.9, label="random guess")
             epsilon_axis(axes, epsilons, epsilons.min(), 0.5)
-            axes.set(ylim=(0, 1.03), yticks=np.arange(0, 1.01, 0.25))
+            axes.set(ylim=(bottom, bottom + 1.03 * (top - bottom)))
+            if (bottom, top) == (0, 1):
+                axes.set_yticks(np.arange(0, 1.01, 0.25))
         figure.supxlabel(f"epsilon{unit.name}", size=7)
-        figure.supylabel("accuracy", size=7)
+        figure.supylabel("score" if scored else "accuracy", size=7)
         legend(figure, handles(axes))
     return figure
 
@@ -199,12 +211,13 @@ def cosines(samples: pd.DataFrame) -> Figure | None:
     clean = samples[samples["condition"] == "none"].dropna(subset="cosine")
     if clean.empty:
         return None
-    kinds = (("right", 1.0, "white", ""), ("wrong", 0.0, COLOURS[5], "////"))
+    clean = clean.assign(right=right(clean))
+    kinds = (("right", True, "white", ""), ("wrong", False, COLOURS[5], "////"))
     with print_style():
         figure, parts, _ = rows_of_tasks(list(clean["task"].unique()), 0.5, height=1.6)
         for axes, tasks in parts:
-            for (kind, acc, colour, hatch), shift in zip(kinds, (-0.2, 0.2), strict=True):
-                rows = clean[clean["acc"] == acc]
+            for (kind, is_right, colour, hatch), shift in zip(kinds, (-0.2, 0.2), strict=True):
+                rows = clean[clean["right"] == is_right]
                 values = [rows.loc[rows["task"] == t, "cosine"].astype(float) for t in tasks]
                 x = np.arange(len(tasks)) + shift
                 boxes = axes.boxplot(
@@ -256,6 +269,12 @@ def draw_all(
 def look(attack: str) -> _Look:
     """How an attack is drawn."""
     return _LOOKS.get(attack, _Look("#000000", "..", "P", "-"))
+
+
+def _range(table: pd.DataFrame) -> tuple[float, float]:
+    """What an axis of scores shows: from 0 to 1, and more where scores are beyond."""
+    values = table[["acc", "acc_low", "acc_high"]].to_numpy(float)
+    return min(0.0, float(np.nanmin(values))), max(1.0, float(np.nanmax(values)))
 
 
 def _attacks(table: pd.DataFrame) -> list[str]:

@@ -12,11 +12,13 @@ from pandas.api.types import is_integer_dtype, is_numeric_dtype, is_string_dtype
 
 from llm_attack.attacks import Attack
 from llm_attack.errors import UsageError
-from llm_attack.harness import gold
-from llm_attack.harness.requests import Instance, by_question
+from llm_attack.harness import gold, scores
+from llm_attack.harness.requests import Instance, by_question, distinct
+from llm_attack.harness.scores import Score
 from llm_attack.harness.sources import clusters
 from llm_attack.lm.sweep import EMBED
 from llm_attack.record import whole_or_not
+from llm_attack.suite.outcomes import BINARY, CHOICE, HIGHER, LOWER, SHARE, kind_of, with_scores
 
 if TYPE_CHECKING:
     from llm_attack.suite.work import Gathered
@@ -26,7 +28,7 @@ FRAMES = ("questions", "samples")
 
 def grouped(requests: Sequence[Instance]) -> dict[tuple[str, Any], list[int]]:
     """Numbers of the requests of each question, (task, doc_id), in order of its choices."""
-    groups = by_question(requests)
+    groups = [distinct(requests, numbers) for numbers in by_question(requests)]
     first = [requests[numbers[0]] for numbers in groups]
     return {(str(r.task_name), r.doc_id): of for r, of in zip(first, groups, strict=True)}
 
@@ -41,11 +43,32 @@ def gold_of(requests: Sequence[Instance]) -> dict[tuple[str, Any], list[bool]]:
     for (task, doc_id), numbers in grouped(requests).items():
         try:
             found[task, doc_id] = gold.gold_choices([requests[n] for n in numbers])
-        except UsageError as error:
-            raise UsageError(
-                f"tasks={task}: question {doc_id} has no choices with a gold label, so that no"
-                " answer is right; must be a task that has them"
-            ) from error
+        except gold.Unlabelled as error:
+            raise scores.refused(task, requests[numbers[0]], error) from error
+    return found
+
+
+def scores_of(requests: Sequence[Instance], asked: str) -> dict[str, Score]:
+    """The score of each task.
+
+    Args:
+        requests: all requests of the run.
+        asked: the score that is asked for.
+
+    Raises:
+        UsageError: no task has it, or lm-eval could not judge a task.
+    """
+    of_tasks: dict[str, list[list[Instance]]] = {}
+    for (task, _), numbers in grouped(requests).items():
+        of_tasks.setdefault(task, []).append([requests[n] for n in numbers])
+    scores.check_asked(asked, {task: questions[0] for task, questions in of_tasks.items()})
+    found = {}
+    for task, questions in of_tasks.items():
+        try:
+            found[task] = scores.of_task(questions, asked)
+        except gold.Unlabelled as error:
+            raise scores.refused(task, questions[0][0], error) from error
+        scores.check(task, questions, found[task])
     return found
 
 
@@ -99,6 +122,7 @@ def questions_of(
 def samples_of(
     questions: pd.DataFrame,
     requests: Sequence[Instance],
+    scored: Mapping[str, Score],
     attacks: Sequence[Attack],
     hookpoints: Sequence[str],
     results: Sequence[dict[str, Any]],
@@ -107,8 +131,10 @@ def samples_of(
     """A row per question and condition.
 
     Columns: `task`, `doc_id`, `cluster`, `condition`, `attack`, `hookpoint`, `epsilon`,
-    `n_choices`, `gold`, `prediction` and `prediction_norm` (argmax of log-likelihood, and of
-    log-likelihood by length), `acc` and `acc_norm` (lm-eval's), `log_likelihoods`, `cosine`
+    `n_choices`, `gold`, `prediction` (the choice that the score prefers: the likeliest, unless it
+    divides by lengths) and `prediction_norm` (argmax of log-likelihood by length), `score`, `kind`
+    and `better`: name of the task's score, what it is (`outcomes.CHOICE`, ...), and which direction
+    is better; `acc`: its value, `acc_norm` (lm-eval's), `log_likelihoods`, `cosine`
     (similarity of the question's embeddings and the gradient of the loss there), `critical_epsilon`
     (of attacks that look for it, the smallest amplitude with a wrong answer: 0 where the clean one
     is wrong, infinite where none was found), `first_order` (its estimate from the clean point,
@@ -117,6 +143,7 @@ def samples_of(
     Args:
         questions: of `questions_of`.
         requests: all requests of the run.
+        scored: of `scores_of`.
         attacks: of the conditions.
         hookpoints: of the conditions.
         results: lm-eval's, for each condition.
@@ -138,10 +165,14 @@ def samples_of(
         alignments = [found.alignments[n] for n in numbers if n in found.alignments]
         cosine = _cosine(alignments)
         needed = found.needed.get(numbers[0], [None] * len(attacks))
+        score, asked = scored[place[0]], [requests[n] for n in numbers]
+        gold_ones = set(question["gold"])
         of_conditions = zip(attacks, hookpoints, judged, found.answers, needed, strict=True)
         for attack, hookpoint, samples, answers, critical in of_conditions:
             known = alignments and hookpoint == hookpoints[0]  # where the gradient was taken
-            scores = np.array([answers[n][0] for n in numbers[: question["n_choices"]]])
+            found_here = np.array([answers[n][0] for n in numbers])
+            values, n = found_here[: question["n_choices"]], question["n_choices"]
+            prediction = int(score.compared(found_here, asked)[:n].argmax())
             norm, lengths = samples[place].get("acc_norm"), question["lengths"]
             rows.append(
                 {
@@ -151,13 +182,15 @@ def samples_of(
                     "hookpoint": hookpoint,
                     "epsilon": 0.0 if attack.identity else attack.epsilon,
                     **{key: question[key] for key in ("n_choices", "gold")},
-                    "prediction": int(scores.argmax()),
+                    "prediction": prediction,
                     "prediction_norm": None
                     if lengths is None or norm is None
-                    else int((scores / lengths).argmax()),
-                    "acc": float(samples[place]["acc"]),
+                    else int((values / lengths).argmax()),
+                    "score": score.name,
+                    "better": LOWER if score.lower else HIGHER,
+                    "acc": score.value(samples[place], prediction in gold_ones),
                     "acc_norm": None if norm is None else float(norm),
-                    "log_likelihoods": scores.tolist(),
+                    "log_likelihoods": values.tolist(),
                     "cosine": cosine,
                     "critical_epsilon": critical,
                     "first_order": alignments[0][3] if known else None,
@@ -165,7 +198,35 @@ def samples_of(
             )
     types = dict.fromkeys(("prediction_norm", "cluster"), "Int64")
     types |= dict.fromkeys(("acc_norm", "cosine", "critical_epsilon", "first_order"), "float")
-    return pd.DataFrame(rows).astype(types)
+    frame = pd.DataFrame(rows).astype(types)
+    kinds = {
+        task: kind_of(values, _kind(scored[str(task)]))
+        for task, values in frame["acc"].groupby(frame["task"], sort=False)
+    }
+    frame.insert(frame.columns.get_loc("better"), "kind", frame["task"].map(kinds))
+    return frame
+
+
+def _kind(score: Score) -> str:
+    """What a score is as far as made-up answers show; real ones may show more."""
+    return CHOICE if score.choice else BINARY if score.counted else SHARE
+
+
+def whole_tasks(
+    requests: Sequence[Instance], conditions: Sequence[str], results: Sequence[dict[str, Any]]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """For each condition and task, lm-eval's numbers that are no mean over questions."""
+    tasks = {str(r.task_name): gold.task_of(r) for r in requests}
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for condition, result in zip(conditions, results, strict=True):
+        for task, of in tasks.items():
+            kept = _first_filter(result["samples"][task])[0]
+            names = {n: f"{n},{kept['filter']}" for n in scores.of_whole_tasks(of, kept["metrics"])}
+            values = {n: result["results"][task].get(key) for n, key in names.items()}
+            numbers = {n: float(x) for n, x in values.items() if isinstance(x, (int, float))}
+            if numbers:
+                found.setdefault(condition, {})[task] = numbers
+    return found
 
 
 def _first_filter(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -224,6 +285,7 @@ _SCHEMA: dict[str, dict[str, Callable[[Any], bool]]] = {
         **dict.fromkeys(("prediction_norm", "acc_norm"), lambda _: True),
         **dict.fromkeys(("critical_epsilon", "first_order"), lambda _: True),
         "cluster": _whole_or_missing,
+        **dict.fromkeys(("score", "kind", "better"), is_string_dtype),
     },
 }
 # What earlier runs have not.
@@ -256,6 +318,8 @@ def load(folder: Path) -> dict[str, pd.DataFrame]:
         except (OSError, TypeError, ValueError) as error:  # TypeError: of a damaged dtype
             reason = str(error).splitlines()[0]
             raise UsageError(f"{path}: cannot be read ({reason})") from None
+        if name == "samples" and {"task", "acc"} <= {*found[name]}:
+            found[name] = with_scores(found[name])
         found[name] = found[name].assign(
             **{column: of for column, of in _SINCE[name].items() if column not in found[name]}
         )

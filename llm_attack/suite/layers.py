@@ -14,7 +14,7 @@ from llm_attack.record import write_text
 from llm_attack.suite.figures import look
 from llm_attack.suite.layout import handles, legend, panels, print_style
 from llm_attack.suite.summary import MEAN
-from llm_attack.suite.tables import Cells
+from llm_attack.suite.tables import Cells, score_of
 from llm_attack.suite.worst import WORST
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def by_hookpoint(table: pd.DataFrame) -> pd.DataFrame:
         `kind`: the hookpoint with * for its number, `depth`: blocks that have run, itself included.
     """
     attacked = table[(table["task"] == MEAN) & ~table["attack"].isin(["none", WORST])]
-    if attacked.empty or attacked["hookpoint"].nunique() < 2:
+    if attacked["acc"].isna().all() or attacked["hookpoint"].nunique() < 2:
         return attacked.iloc[:0]
     names = zip(attacked["condition"], attacked["hookpoint"], strict=True)
     numbers = attacked["hookpoint"].str.extract(r"\.(\d+)(?:\.|$)", expand=False)
@@ -76,13 +76,17 @@ def cells(table: pd.DataFrame) -> Cells | None:
     for hookpoint, of in found.groupby("hookpoint", sort=False):
         row = {entry["attacked"]: entry for entry in of.to_dict("records")}
         rows.append([str(hookpoint), *(_accuracy(row[name]) for name in columns)])
+    score = score_of(table[table["task"] == MEAN]) if "score" in table else "acc"
     notes = [
-        "acc (95 % interval), mean over tasks; epsilons in a unit are in that of each hookpoint",
+        f"{score} (95 % interval), mean over tasks; epsilons in a unit are in that of each"
+        " hookpoint",
         f"the other tables and figures are of {rows[0][0]} alone; table.csv has all",
     ]
     clean = table[(table["task"] == MEAN) & (table["attack"] == "none")]
     if len(clean):
-        notes.append(f"none: {_accuracy(clean.iloc[0])}; guessing: {clean['baseline'].iloc[0]:.3f}")
+        notes.append(f"none: {_accuracy(clean.iloc[0])}")
+        if pd.notna(clean["baseline"].iloc[0]):
+            notes[-1] += f"; guessing: {clean['baseline'].iloc[0]:.3f}"
     return Cells(["hookpoint", *columns], rows, notes)
 
 

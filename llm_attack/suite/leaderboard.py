@@ -28,7 +28,8 @@ def entries(runs: Mapping[str, Result]) -> pd.DataFrame:
     parts = []
     for name, of in runs.items():
         settings, attacks = of.run["settings"], of.run["attacks"]
-        tasks = ",".join(of.table.loc[of.table["task"] != MEAN, "task"].unique())
+        named = tables.named_by_score(of.table[of.table["task"] != MEAN])
+        tasks = ",".join(named["task"].unique())
         found = across({name: of})
         versions = of.run.get("versions", {})
         used = ("llm-attack", "torch", "transformers", "lm-eval")
@@ -45,7 +46,8 @@ def entries(runs: Mapping[str, Result]) -> pd.DataFrame:
             )
         )
     frame = pd.concat(parts, ignore_index=True)
-    rest = [name for name in frame if name not in (*_KEY, "versions")]
+    # the score stands behind the names of the tasks: all leaderboards have the same columns
+    rest = [name for name in frame if name not in (*_KEY, "versions", "score")]
     return frame[[*_KEY, *rest, "versions"]]
 
 

@@ -15,9 +15,10 @@ from llm_attack.inference import Mean, rank_correlation
 from llm_attack.lm.sweep import EMBED
 from llm_attack.suite.figures import look
 from llm_attack.suite.layout import handles, legend, legible, panels, print_style
+from llm_attack.suite.outcomes import with_scores
 from llm_attack.suite.run import Result
 from llm_attack.suite.summary import MEAN, summarise
-from llm_attack.suite.tables import Cells
+from llm_attack.suite.tables import Cells, score_of
 from llm_attack.suite.worst import with_worst
 
 if TYPE_CHECKING:
@@ -65,13 +66,21 @@ def across(runs: Mapping[str, Result]) -> pd.DataFrame:
     if shared.empty:
         raise UsageError("compare: the runs share no question: tasks or prompts differ")
     kept = set(map(tuple, shared[["task", "doc_id"]].to_numpy().tolist()))
-    tables = {}
+    tables, scores = {}, {}
     for name, of in runs.items():
         samples = of.samples
         places = zip(samples["task"], samples["doc_id"].astype(str), strict=True)
         some = samples[[place in kept for place in places]]
         table = summarise(with_worst(some), of.run.get("attacks"))
         tables[name] = table[table["task"] == MEAN].set_index("condition")
+        if tables[name]["acc"].isna().all():
+            raise UsageError(f"compare: the scores of the tasks of {name} have no mean")
+        scores[name] = dict(zip(some["task"], with_scores(some)["score"], strict=True))
+        if scores[name] != next(iter(scores.values())):
+            raise UsageError(
+                f"compare: {name} has other scores of the tasks than {next(iter(scores))}; must be"
+                " the same"
+            )
     first = next(iter(tables.values()))
     conditions = [
         name
@@ -88,6 +97,7 @@ def across(runs: Mapping[str, Result]) -> pd.DataFrame:
             {
                 **{"condition": condition, "model": name, "n": here["n"]},
                 "epsilon_relative": here["epsilon"] / rms,
+                **({"score": score_of(here.to_frame().T)} if "score" in table else {}),
                 **{f"clean{end}": clean[f"acc{end}"] for end in ("", "_low", "_high")},
                 **{key: here[key] for key in _MEASURED},
             }
@@ -145,6 +155,9 @@ def cells(frame: pd.DataFrame) -> Cells:
         "mean over tasks, on the questions that all models were asked; epsilon in RMS of the"
         " embeddings; drop in points; 95 % intervals"
     ]
+    if "score" in frame:
+        named = ", ".join(frame["score"].unique())
+        notes.append(f"score, in place of accuracy: {named}; drop: how much worse, in hundredths")
     for row in trends(frame).to_dict("records"):
         fair = "" if row["even"] else "; epsilons differ relative to the RMS"
         if np.isnan(row["correlation"]):

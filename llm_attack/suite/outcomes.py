@@ -7,10 +7,64 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 
+# What a task's score of a question is. Only a choice can be guessed.
+CHOICE, BINARY, SHARE, NUMBER = "right or wrong", "0 or 1", "share, 0 to 1", "number"
+HIGHER, LOWER = "higher", "lower"  # which is better
+ACC = "acc"
+
+
+def with_scores(samples: pd.DataFrame) -> pd.DataFrame:
+    """The samples with `score`, `kind` and `better`, which runs of earlier versions lack.
+
+    There the score is `acc`, and its kind is what the values of the task show.
+    """
+    missing = {"score": ACC, "better": HIGHER}
+    samples = samples.assign(**{k: v for k, v in missing.items() if k not in samples})
+    if "kind" not in samples:
+        values = samples["acc"].groupby(samples["task"], sort=False)
+        samples["kind"] = samples["task"].map({task: kind_of(of) for task, of in values})
+    return samples
+
+
+def kind_of(values: Iterable[float], least: str = CHOICE) -> str:
+    """The kind of a score: `least`, or what these values of it need beyond that."""
+    found = np.array([value for value in values if not np.isnan(value)], dtype=float)
+    if least in (CHOICE, BINARY) and np.isin(found, (0, 1)).all():
+        return least
+    within = ((found >= 0) & (found <= 1)).all()
+    return SHARE if within and least != NUMBER else NUMBER
+
+
+def counted(rows: pd.DataFrame) -> bool:
+    """Whether the score of one task's questions is 0 or 1, so that it can be counted."""
+    return bool(rows["kind"].isin([CHOICE, BINARY]).all())
+
+
+def goodness(samples: pd.DataFrame, column: str = "acc") -> pd.Series:
+    """The score per row, with its sign turned where lower is better."""
+    return samples[column].where(with_scores(samples)["better"] != LOWER, -samples[column])
+
+
+def right(samples: pd.DataFrame) -> pd.Series:
+    """Whether the answer is right, per row.
+
+    By the score where that says so, else by the choice that is likeliest.
+    """
+    counts = with_scores(samples)["kind"].isin([CHOICE, BINARY])
+    if counts.all():
+        return samples["acc"] > 0
+    pairs = zip(samples["prediction"], samples["gold"], strict=True)
+    chosen = pd.Series([p in set(gold) for p, gold in pairs], samples.index)
+    return (samples["acc"] > 0).where(counts, chosen).astype(bool)
+
 
 def chances(samples: pd.DataFrame) -> pd.Series:
-    """The probability that a guess is right, per row: number of gold choices / of choices."""
-    return samples["gold"].map(len) / samples["n_choices"]
+    """The probability that a guess is right, per row: number of gold choices / of choices.
+
+    NaN where the score is not of a choice.
+    """
+    guessed = samples["gold"].map(len) / samples["n_choices"]
+    return guessed.where(with_scores(samples)["kind"] == CHOICE)
 
 
 def gold_margin(samples: pd.DataFrame) -> pd.Series:

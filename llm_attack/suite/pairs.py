@@ -6,8 +6,16 @@ import pandas as pd
 
 from llm_attack.errors import UsageError
 from llm_attack.suite.changes import compared
-from llm_attack.suite.outcomes import gold_probability, sources
-from llm_attack.suite.summary import KEYS, holm_over_tasks, with_means
+from llm_attack.suite.outcomes import (
+    ACC,
+    CHOICE,
+    HIGHER,
+    gold_probability,
+    kind_of,
+    sources,
+    with_scores,
+)
+from llm_attack.suite.summary import KEYS, SCORE, holm_over_tasks, with_means
 
 _OUTCOMES = ("acc", "gold_probability")
 
@@ -56,20 +64,25 @@ def paired(
     asked_of_task = asked.value_counts()
     columns = [*place, "condition", *_OUTCOMES]
     a, b = (
-        run.assign(gold_probability=gold_probability(run), source=sources(run))
+        with_scores(run).assign(gold_probability=gold_probability(run), source=sources(run))
         for run in (samples_a, samples_b)
     )
-    pairs = a[[*columns, "source"]].merge(
+    _check_scores(a, b)
+    pairs = a[[*columns, "source", *SCORE]].merge(
         b[columns], on=columns[:3], suffixes=("_a", "_b"), validate="one_to_one"
     )
     pairs = pairs.merge(same, on=place)
     of_a, of_b = ({key: f"{key}_{run}" for key in _OUTCOMES} for run in "ab")
     rows = []
+    for _, group in pairs.groupby("task", sort=False):  # of either run, what its values need
+        values = [*group["acc_a"], *group["acc_b"]]
+        pairs.loc[group.index, "kind"] = kind_of(values, group["kind"].iloc[0])
     for (task, condition), group in pairs.groupby(KEYS, sort=False):
         n, found = len(group), compared(group, of_a, of_b)
         rows.append(
             {
                 **{"task": task, "condition": condition, "n": n},
+                **{key: group[key].iloc[0] for key in SCORE},
                 **{"left_out": asked_of_task[task] - n, "clusters": group["source"].nunique()},
                 **{key: group[key].mean() for key in ("acc_a", "acc_b")},
                 **found,
@@ -77,8 +90,21 @@ def paired(
         )
     frame = pd.DataFrame(rows)
     frame["p_mcnemar_holm"] = holm_over_tasks(frame, "p_mcnemar")
-    columns = [name for name in frame if name != "_change"]
+    plain = (frame[SCORE] == [ACC, CHOICE, HIGHER]).all(axis=None)
+    hidden = ["_change", *(SCORE if plain else [])]
+    columns = [name for name in frame if name not in hidden]
     return with_means(frame, columns, ("difference",), ("acc_a", "acc_b"))
+
+
+def _check_scores(a: pd.DataFrame, b: pd.DataFrame) -> None:
+    """Raises `UsageError` where a task has another score in one run than in the other."""
+    of_a, of_b = (dict(zip(of["task"], of["score"], strict=True)) for of in (a, b))
+    for task in of_a.keys() & of_b.keys():
+        if of_a[task] != of_b[task]:
+            raise UsageError(
+                f"compare: the score of {task} is {of_a[task]} in one run and {of_b[task]} in the"
+                " other; must be the same"
+            )
 
 
 def unshared(

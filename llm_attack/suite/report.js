@@ -69,6 +69,8 @@ function compare() {
     before: data.prediction[CLEAN] ?? [],
     after: data.prediction[after],
     change: every.map((i) => change(i, after)),
+    value_before: data.value?.[CLEAN] ?? [],
+    value_after: data.value?.[after] ?? [],
     margin_before: before,
     margin_after: now,
     margin_change: every.map((i) =>
@@ -151,6 +153,8 @@ const CELLS = {
   before: (i) => prediction(i, columns.before[i]),
   after: (i) => prediction(i, columns.after[i]),
   change: (i) => element("td", { class: "change" }, CHANGES[columns.change[i]]?.name ?? "–"),
+  value_before: (i) => element("td", { class: "number" }, signed(columns.value_before[i])),
+  value_after: (i) => element("td", { class: "number" }, signed(columns.value_after[i])),
   margin_before: (i) => element("td", { class: "number" }, signed(columns.margin_before[i])),
   margin_after: (i) => element("td", { class: "number" }, signed(columns.margin_after[i])),
   margin_change: (i) => element("td", { class: "number" }, signed(columns.margin_change[i], "+")),

@@ -22,8 +22,9 @@ import pandas as pd
 
 from llm_attack.inference import ALPHA
 from llm_attack.record import write_text
+from llm_attack.suite.outcomes import ACC, BINARY, CHOICE, with_scores
 from llm_attack.suite.summary import ABOVE, MEAN
-from llm_attack.suite.tables import WARNED, Cells, means, warned
+from llm_attack.suite.tables import OF_SCORES, WARNED, Cells, means, score_of, warned
 from llm_attack.suite.words import in_words
 
 _HERE = Path(__file__).parent
@@ -40,6 +41,8 @@ _COLUMNS = [
     ("before", "Prediction before", False, True),
     ("after", "Prediction after", False, False),
     ("change", "Flipped", False, True),
+    ("value_before", "Score before", True, True),
+    ("value_after", "Score after", True, False),
     ("margin_before", "Margin before", True, True),
     ("margin_after", "Margin after", True, False),
     ("margin_change", "Margin change", True, True),
@@ -55,7 +58,7 @@ _CHANGES = [
 ]
 
 # Entries of run.json that have places of their own in the page, or none.
-_PLACED = ("command", "attacks", "warnings", "fingerprint")
+_PLACED = ("command", "attacks", "warnings", "fingerprint", "of_tasks")
 
 
 class Picture(NamedTuple):
@@ -123,7 +126,9 @@ def write_report(
         conditions=[c for c in data["conditions"] if c != "none"] or data["conditions"],
         clean="none" in data["conditions"],
         changes=_CHANGES,
-        columns=_COLUMNS,
+        columns=[of for of in _COLUMNS if "value" in data or not of[0].startswith("value_")],
+        scored="score" in table,
+        score_notes=OF_SCORES if "score" in table else [],
         count=len(data["id"]),
         data=_packed(data),
         command=command if isinstance(command, (str, type(None))) else shlex.join(command),
@@ -168,7 +173,8 @@ def columns(samples: pd.DataFrame, questions: pd.DataFrame) -> dict[str, Any]:
         `tasks` and `conditions`: names, in the order of `samples`. One value per question: `task`
         (index into `tasks`), `id`, `question`, `choices`, `gold` (list), `cosine`. One list per
         condition, with a value per question: `prediction`, `log_likelihoods` (list, rounded to
-        four decimals). None stands for what is missing or not finite.
+        four decimals), and `value`, the score, where it is not plain accuracy. None stands for what
+        is missing or not finite.
 
     Raises:
         ValueError: `questions` lacks a question of `samples`.
@@ -182,6 +188,9 @@ def columns(samples: pd.DataFrame, questions: pd.DataFrame) -> dict[str, Any]:
         str(condition): keys.merge(rows, on=_KEY, how="left", validate="one_to_one")
         for condition, rows in samples.groupby("condition", sort=False)
     }
+    scored = with_scores(samples)
+    plain = ((scored["score"] == ACC) & (scored["kind"] == CHOICE)).all()
+    values = [] if plain else [_finite(rows["acc"]) for rows in of_conditions.values()]
     tasks = list(dict.fromkeys(texts["task"]))
     number = {task: i for i, task in enumerate(tasks)}
     cosine = samples.groupby(_KEY, sort=False)["cosine"].first().astype(float)
@@ -202,6 +211,7 @@ def columns(samples: pd.DataFrame, questions: pd.DataFrame) -> dict[str, Any]:
             [_finite(values) if hasattr(values, "__len__") else None for values in column]
             for column in (rows["log_likelihoods"] for rows in of_conditions.values())
         ],
+        **({"value": values} if values else {}),
     }
 
 
@@ -221,7 +231,13 @@ def _packed(data: dict[str, Any]) -> str:
 def _accuracies(table: pd.DataFrame) -> list[dict[str, Any]]:
     """The table of accuracies: a row for each task and the mean, a cell for each condition."""
     return [
-        {"task": task, "cells": rows.to_dict("records"), "baseline": rows["baseline"].iloc[0]}
+        {
+            "task": task,
+            "score": score_of(rows) if "score" in rows else "",
+            "counts": "kind" not in rows or rows["kind"].isin([CHOICE, BINARY]).all(),
+            "cells": rows.to_dict("records"),
+            "baseline": rows["baseline"].iloc[0],
+        }
         for task, rows in table.groupby("task", sort=False)
     ]
 

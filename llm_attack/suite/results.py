@@ -62,7 +62,12 @@ _PICTURES = {
 
 
 # Parts of run.json that the rest relies on, and those that earlier records have not.
-_SINCE: dict[str, type] = {"model_name": str, "warnings": list, "equivalence": float}
+_SINCE: dict[str, type] = {
+    "model_name": str,
+    "warnings": list,
+    "equivalence": float,
+    "of_tasks": dict,
+}
 _RECORD: dict[str, type] = {
     "command": str,
     **dict.fromkeys(("settings", "attacks", "fingerprint"), dict),
@@ -115,6 +120,9 @@ def render(result: Result, folder: Path, run: dict[str, Any]) -> list[str]:
     with attempts("the table of changes"):
         changed = tables.changes(table)
         more |= {} if changed is None else {"what changed against no attack": changed}
+    with attempts("the table of the scores of whole tasks"):
+        whole = tables.of_whole_tasks(table)
+        more |= {} if whole is None else {"scores of whole tasks": whole}
     with attempts(claims.TITLE):
         told = claims.claims(samples, result.questions)
         more |= {claims.TITLE: claims.cells(told)} if told else {}
@@ -189,7 +197,7 @@ def load(folder: Path, equivalence: float | None = None) -> Result:
                 " finished run"
             )
     found = frames.load(folder)
-    table = summarise(with_worst(found["samples"]), run.get("attacks"))
+    table = summarise(with_worst(found["samples"]), run.get("attacks"), run.get("of_tasks"))
     within = run.get("equivalence") if equivalence is None else equivalence
     table, run = with_equivalence(table, within), run | {"equivalence": within}
     return Result(table, found["samples"], found["questions"], run, {})

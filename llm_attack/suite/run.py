@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 from rich.console import Console
 
+from llm_attack.attacks import Attack
 from llm_attack.errors import UsageError, invalid
 from llm_attack.failures import look
 from llm_attack.folder import clear_drafts
@@ -23,6 +25,7 @@ from llm_attack.harness.judge import Judge
 from llm_attack.harness.model import AttackedHFLM
 from llm_attack.harness.patches import templates_compiled_once
 from llm_attack.harness.requests import Instance
+from llm_attack.harness.scores import Score
 from llm_attack.harness.tasks import look_up
 from llm_attack.lm.hook import frozen
 from llm_attack.lm.sweep import EMBED, expand
@@ -123,6 +126,7 @@ class Prepared(NamedTuple):
         judge: the tasks.
         requests: all of them.
         gold: of `frames.gold_of`.
+        scores: of `frames.scores_of`.
         work: the batches.
         mark: the fingerprint.
         timings: seconds, by what they were spent on.
@@ -133,6 +137,7 @@ class Prepared(NamedTuple):
     judge: Judge
     requests: list[Instance]
     gold: dict[tuple[str, Any], list[bool]]
+    scores: dict[str, Score]
     work: list[Work]
     mark: dict[str, Any]
     timings: dict[str, float]
@@ -168,13 +173,14 @@ def prepare(plan: Plan, progress: str, console: Console, checked: bool = True) -
         judge = Judge(lm, manager, tasks, **plan.evaluation)
         requests = judge.requests()
         gold = frames.gold_of(requests)
+        scores = frames.scores_of(requests, plan.score)
         work = list(work_of(lm, requests))
         batches = [(w.key, w.asked()) for w in work]
         asked = (r for w in work for q in w.batch.questions for r in q.requests)
         read = ((r.tokens, r.n_continuation) for r in asked)
         mark = fingerprint.of_run(plan, lm, requests, read, batches)
     clock.stop("requests")
-    return Prepared(plan, lm, judge, requests, gold, work, mark, clock.timings)
+    return Prepared(plan, lm, judge, requests, gold, scores, work, mark, clock.timings)
 
 
 @templates_compiled_once()
@@ -191,7 +197,7 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         UsageError: another process is writing there, or the clean model gives no numbers.
         ProcessDied: another process of this run is gone; what is finished is kept.
     """
-    plan, lm, judge, requests, gold, work, mark, _ = prepared
+    plan, lm, judge, requests, gold, scores, work, mark, _ = prepared
     clock = _Clock(prepared.timings)
     who = Processes.of(plan)
     planned = [w.key for w in work]
@@ -217,10 +223,12 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         questions = frames.questions_of(requests, gold, results[0])
         attacks = lm.engine.attacks
         places = [condition.hookpoint or EMBED for condition in lm.conditions]
-        samples = frames.samples_of(questions, requests, attacks, places, results, found)
+        samples = frames.samples_of(questions, requests, scores, attacks, places, results, found)
         samples = critical.judged(samples, critical.score_of({"settings": plan.settings()}))
         infos = {attack.condition: lm.attack_info(i) for i, attack in enumerate(attacks)}
-        table = with_equivalence(summarise(with_worst(samples), infos), plan.equivalence)
+        of_tasks = frames.whole_tasks(requests, list(infos), results)
+        table = summarise(with_worst(samples), infos, of_tasks)
+        table = with_equivalence(table, plan.equivalence)
     clock.stop("judgement")
     # where all was finished before, those of this process
     of_threads = {"threads": threads if len(threads) > 1 else threads[0]} if threads else {}
@@ -233,14 +241,26 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
             *lm.all_warnings(),
             *hidden_gradients(samples),
             *(f"{name}: {text}" for name, text in critical.stalled(samples).items()),
+            *_critical_of_others(attacks, scores),
         ],
         "attacks": infos,
+        "of_tasks": of_tasks,
         "fingerprint": fingerprint.plain(mark),
         "versions": versions(),
         "hardware": hardware() | {"device": str(lm.device)} | of_threads,
         "timings": {"processes": who.world, "seconds": clock.timings},
     }
     return Result(table, samples, questions, redacted(run), dict(zip(infos, results, strict=True)))
+
+
+def _critical_of_others(attacks: Sequence[Attack], scores: Mapping[str, Score]) -> list[str]:
+    """A sentence where critical epsilons are not of the scores that are reported."""
+    of_choices = ("acc", "acc_norm", "acc_bytes")
+    others = [task for task, of in scores.items() if not (of.choice and of.name in of_choices)]
+    if not others or not any(attack.kind.minimal for attack in attacks):
+        return []
+    listed = ", ".join(f"{task} ({scores[task].name})" for task in others)
+    return [f"critical epsilons are of the likeliest choice, not of the score of {listed}"]
 
 
 class _Clock:
@@ -270,7 +290,7 @@ def _answer(prepared: Prepared, store: Store, progress: str, console: Console) -
     todo = {id(w.batch): w for w in share if w.key not in finished}
     total = sum(map(len, share))
     done = total - sum(map(len, todo.values()))
-    running = RunningAccuracy(prepared.requests)
+    running = RunningAccuracy(prepared.requests, prepared.scores, prepared.gold)
     batches = (w.batch for w in todo.values())
     threads: set[int] = set()
     if prepared.plan.ray is None:

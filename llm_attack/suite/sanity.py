@@ -15,7 +15,7 @@ import pandas as pd
 
 from llm_attack.inference import ALPHA, Mean, mean_of, wilson
 from llm_attack.lm.losses import LOSSES
-from llm_attack.suite.outcomes import gold_margin, sources
+from llm_attack.suite.outcomes import gold_margin, right, sources
 from llm_attack.suite.tables import Cells
 from llm_attack.suite.worst import SEARCH, balls, hidden_gradients
 
@@ -172,7 +172,7 @@ def _floor(samples: pd.DataFrame, attacks: Mapping[str, Any], knows: bool) -> Ch
         if rows["attack"].iloc[0] not in _STEPWISE or not rms or absolute is None:
             continue
         if absolute / rms >= LARGE:
-            best.append((rows["acc"].mean(), len(rows), str(condition), absolute / rms))
+            best.append((right(rows).mean(), len(rows), str(condition), absolute / rms))
     if not best:
         return not_applicable(name, f"the run has no attack in steps at {LARGE:g} RMS or more")
     accuracy, n, condition, ratio = min(best)
@@ -202,7 +202,7 @@ def _search(samples: pd.DataFrame) -> Check:
         return Check(name, FAILS, sentences[0])
     for label, epsilon, rows in balls(samples):
         here = rows[rows["epsilon"] == epsilon]
-        wrong = (here["acc"] <= 0).groupby(here["attack"], sort=False).sum()
+        wrong = (~right(here)).groupby(here["attack"], sort=False).sum()
         followed = [attack for attack in ("fgsm", *_STEPWISE) if attack in wrong]
         if SEARCH in wrong and followed:
             counts = ", ".join(f"{attack} {wrong[attack]}" for attack in (SEARCH, *followed))

@@ -21,6 +21,7 @@ from llm_attack.suite.layout import (
     panels,
     print_style,
 )
+from llm_attack.suite.outcomes import right
 from llm_attack.suite.summary import MEAN
 from llm_attack.suite.tables import Cells, csv
 
@@ -72,7 +73,8 @@ def figure(
                 line: Any = {"color": like.colour, "ls": like.line, "lw": 1, "label": condition}
                 axes.step(steps, critical.curve(values, steps), where="post", **line)
             points = fixed if task == MEAN else fixed[fixed["task"] == task]
-            accuracies = points.groupby(["epsilon", "task"])["acc"].mean().groupby("epsilon").mean()
+            kept = points.assign(right=right(points)).groupby(["epsilon", "task"])["right"].mean()
+            accuracies = kept.groupby("epsilon").mean()
             if len(accuracies):
                 like = look(_FIXED)
                 mark: Any = {"color": like.colour, "marker": like.marker, "ms": 3, "ls": ""}

@@ -15,7 +15,8 @@ import pandas as pd
 
 from llm_attack.inference import ALPHA
 from llm_attack.record import without_formulas, write_text
-from llm_attack.suite.summary import BELOW, INDISTINGUISHABLE, MEAN
+from llm_attack.suite.outcomes import ACC, CHOICE, LOWER
+from llm_attack.suite.summary import BELOW, INDISTINGUISHABLE, MEAN, OF_TASK, SEVERAL
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
@@ -32,6 +33,14 @@ _MARKS = {
     WARNED: "see the warning of this condition",
 }
 
+
+# What a reader must know where a score is not accuracy.
+OF_SCORES = [
+    "score: what lm-eval calls it; where it is not 0 or 1, its intervals are those of means, and"
+    " its tests against none are randomization tests of paired differences, in place of McNemar's",
+    "drop: how much worse, in hundredths, also where lower is better; only a score that is right or"
+    " wrong by the choice that a model prefers has a baseline and is tested against guessing",
+]
 
 # Rows under the mean accuracies: their names, columns and forms.
 _DROP, _GOLD = "mean drop, points", "p(gold) drop"
@@ -104,21 +113,26 @@ def accuracies(
     """
     conditions = table["condition"].unique() if conditions is None else conditions
     rows, marks = [], set()
+    scored = metric == "acc" and "score" in table
     for task, group in table.groupby("task", sort=False):
         of_condition = {row["condition"]: row for row in group.to_dict("records")}
-        cells = [str(task), f"{group['n'].iloc[0]}"]
+        cells = [str(task), *([score_of(group)] if scored else []), f"{group['n'].iloc[0]}"]
         for row in (of_condition[condition] for condition in conditions):
             mark = _marks(row) if metric == "acc" else ""
             mark += WARNED if row["condition"] in warned(warnings) else ""
             marks |= set(mark)
             accuracy = _number(row[metric], ".3f") + mark
             cells.append(accuracy + (_interval(row, metric, "{:.3f}–{:.3f}") if intervals else ""))
-        rows.append([*cells, f"{group['baseline'].iloc[0]:.3f}"])
+        rows.append([*cells, _number(group["baseline"].iloc[0], ".3f")])
     some = table[table["condition"].isin(conditions)]
     under = means(some, intervals) if metric == "acc" else {}
-    rows += [[name, "", *(of[c] for c in conditions), ""] for name, of in under.items()]
-    shown = f"{metric} (95 % interval)" if intervals else metric
+    empty = [""] * (2 if scored else 1)
+    rows += [[name, *empty, *(of[c] for c in conditions), ""] for name, of in under.items()]
+    name = "mean of each task's score" if scored else metric
+    shown = f"{name} (95 % interval)" if intervals else name
     notes = [f"{shown}; n: questions; baseline: accuracy of random guesses"]
+    if scored:
+        notes += OF_SCORES
     if "gold margin, nats" in under:
         notes.append("detectable: the smallest drop that so many questions show with power 0.8")
         notes.append("p(gold): share of the right choices in the likelihood of all, in points")
@@ -131,7 +145,48 @@ def accuracies(
         if mark in marks
     ]
     notes += [f"warning: {sentence}" for sentence in warnings]
-    return Cells(["task", "n", *conditions, "baseline"], rows, notes)
+    heading = ["task", *(["score"] if scored else []), "n", *conditions, "baseline"]
+    return Cells(heading, rows, notes)
+
+
+def score_of(rows: pd.DataFrame) -> str:
+    """What the numbers of a task's rows are, in words."""
+    score, kind, better = (rows[key].iloc[0] for key in ("score", "kind", "better"))
+    if pd.isna(kind) or score == SEVERAL:
+        return str(score)
+    said = [str(kind)] * (kind != CHOICE) + ["lower is better"] * (better == LOWER)
+    return f"{score} ({', '.join(said)})" if said else str(score)
+
+
+def named_by_score(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with the score behind the name of each task that has another than acc."""
+    if "score" not in table:
+        return table
+    plain = (table["score"] == ACC) & (table["kind"] == CHOICE)
+    named = [f"{task} {score_of(table.loc[[i]])}" for i, task in table["task"].items()]
+    return table.assign(task=table["task"].where(plain, named))
+
+
+def of_whole_tasks(table: pd.DataFrame) -> Cells | None:
+    """lm-eval's scores that only a whole task has; None where there are none.
+
+    Args:
+        table: of `summarise`.
+    """
+    conditions, rows = list(table["condition"].unique()), []
+    for column in (name for name in table if name.startswith(OF_TASK)):
+        for task, group in table[table[column].notna()].groupby("task", sort=False):
+            values = group.set_index("condition")[column].reindex(conditions)
+            name = column.removeprefix(OF_TASK)
+            rows.append([str(task), name, *(_number(value, ".3f") for value in values)])
+    if not rows:
+        return None
+    notes = [
+        "as lm-eval computes them, over all questions of a task at once: one question has no value"
+        " of its own, so there is no interval and no test. A task that has nothing else has acc in"
+        " the table of scores, which is 1 where the likeliest choice is right"
+    ]
+    return Cells(["task", "score", *conditions], rows, notes)
 
 
 def warned(warnings: Sequence[str]) -> set[str]:
@@ -170,14 +225,15 @@ def changes(table: pd.DataFrame) -> Cells | None:
     """
     rows = [
         [
-            *(str(row[key]) for key in ("task", "condition", "n", "clusters", "lost", "gained")),
+            *(str(row[key]) for key in ("task", "condition")),
+            *(_number(row[key], "d") for key in ("n", "clusters", "lost", "gained")),
             f"{row['drop']:.1f}{_interval(row, 'drop', '{:.1f} to {:.1f}')}",
             _number(row["p_mcnemar_holm"], ".2g"),
             f"{row['gold_probability_drop']:.1f}"
             f"{_interval(row, 'gold_probability_drop', '{:.1f} to {:.1f}')}",
             _number(row["p_gold_probability"], ".2g"),
         ]
-        for row in table[table["lost"].notna()].to_dict("records")
+        for row in table[table["drop"].notna()].to_dict("records")
     ]
     if not rows:
         return None
@@ -188,6 +244,8 @@ def changes(table: pd.DataFrame) -> Cells | None:
         f" {_TEST.partition(',')[0]}",
         "p(gold): share of the right choices in the likelihood of all; p of p(gold): paired t-test",
     ]
+    if "score" in table:
+        notes += OF_SCORES
     heading = ["task", "condition", "n", "clusters", "right → wrong", "wrong → right", "drop", "p"]
     return Cells([*heading, "p(gold) drop", "p of p(gold)"], rows, notes)
 
@@ -202,18 +260,24 @@ def comparison(frame: pd.DataFrame, names: tuple[str, str], notes: Iterable[str]
     """
     rows, also = [], "p_equivalence_holm" in frame
     for row in frame.to_dict("records"):
-        difference = f"{row['difference']:+.1f}{_interval(row, 'difference', '{:+.1f} to {:+.1f}')}"
-        of_runs = [f"{row[key]:.3f}" for key in ("acc_a", "acc_b")]
+        difference = _number(row["difference"], "+.1f")
+        difference += _interval(row, "difference", "{:+.1f} to {:+.1f}")
+        of_runs = [_number(row[key], ".3f") for key in ("acc_a", "acc_b")]
         p_value = _number(row["p_mcnemar_holm"], ".2g")
-        counts = [f"{row[key]}" for key in ("n", "left_out")]
+        counts = [_number(row[key], "d") for key in ("n", "left_out")]
+        scored = [score_of(pd.DataFrame([row]))] if "score" in frame else []
         p_values = [p_value, *([_number(row["p_equivalence_holm"], ".2g")] if also else [])]
-        rows.append([row["task"], row["condition"], *counts, *of_runs, difference, *p_values])
+        place = [row["task"], *scored, row["condition"]]
+        rows.append([*place, *counts, *of_runs, difference, *p_values])
     explained = [
         f"a: {names[0]}; b: {names[1]}; difference: b minus a, points of a percent (95 % interval)",
         "p: exact McNemar test, Holm over tasks; of the mean stratified by task",
         "n: questions that both runs asked in the same words; left out: those without a partner",
     ]
-    heading = ["task", "condition", "n", "left out", "a", "b", "difference", "p"]
+    heading = ["condition", "n", "left out", "a", "b", "difference", "p"]
+    heading = ["task", *(["score"] if "score" in frame else []), *heading]
+    if "score" in frame:
+        explained += OF_SCORES[:1]
     if also:
         heading.append(f"p(±{frame['within'].iloc[0]:g})")
         explained.append(f"{heading[-1]}: two one-sided tests; small where a and b are that close")
@@ -261,10 +325,13 @@ def _width(table: Table, console: Console) -> int:
 def markdown_of_run(table: pd.DataFrame, warnings: Sequence[str] = ()) -> str:
     """The content of `table.md`: acc, acc_norm where a task has it, and `changes`."""
     text = accuracies(table, warnings=warnings).markdown()
-    if table["acc_norm"].notna().any():
-        text += "\n" + accuracies(table, "acc_norm").markdown()
-    changed = changes(table)
-    return text if changed is None else f"{text}\n{changed.markdown()}"
+    also = table
+    if "score" in table:
+        also = table[table["acc_norm"].notna() & (table["score"] != "acc_norm")]
+    if also["acc_norm"].notna().any():
+        text += "\n" + accuracies(also, "acc_norm").markdown()
+    more = [of_whole_tasks(table), changes(table)]
+    return "\n".join([text, *(cells.markdown() for cells in more if cells is not None)])
 
 
 def csv(frame: pd.DataFrame) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pandas as pd
 
 from llm_attack.inference import ALPHA
 from llm_attack.suite.summary import ABOVE, BELOW, INDISTINGUISHABLE, MEAN
+from llm_attack.suite.tables import score_of
 
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
@@ -38,22 +39,32 @@ def in_words(table: pd.DataFrame) -> list[str]:
             `p_mcnemar_holm`, in a run without the condition `none`).
     """
     mean, tasks = table[table["task"] == MEAN], table[table["task"] != MEAN]
+    if mean["acc"].isna().all():
+        return [
+            "The tasks have scores of different kinds, which have no mean; the table has each by"
+            " itself."
+        ]
     names = tasks["task"].unique()
     n = tasks.loc[tasks["condition"] == tasks["condition"].iloc[0], "n"].sum()
     scope = names[0] if len(names) == 1 else f"mean over {number(len(names))} tasks"
     scope = f"({scope}, {n:,} questions)"
-    guessing = f"guessing would give {percent(mean['baseline'].iloc[0])}."
+    scored = "score" in table
+    shown = "{:.3f}".format if scored else percent
+    guess = mean["baseline"].iloc[0]
+    guessing = "" if pd.isna(guess) else f"; guessing would give {shown(guess)}"
     clean = mean[mean["attack"] == "none"]
     if clean.empty:
-        start = f"The run has no condition without an attack to compare with {scope};"
+        start = f"The run has no condition without an attack to compare with {scope}"
     else:
         answers = f"answers {percent(clean['acc'].iloc[0])} of the questions rightly"
-        start = f"Without an attack the model {answers} {scope};"
+        if scored:
+            answers = f"has a score of {shown(clean['acc'].iloc[0])}, {score_of(clean)}"
+        start = f"Without an attack the model {answers} {scope}"
     verdicts = _verdicts(tasks[tasks["attack"] == "none"], "Even without an attack")
     attacks = mean[mean["attack"] != "none"].groupby("attack", sort=False)
     return [
-        f"{start} {guessing}{verdicts}",
-        *(_attack(name, rows, tasks[tasks["attack"] == name]) for name, rows in attacks),
+        f"{start}{guessing}.{verdicts}",
+        *(_attack(name, rows, tasks[tasks["attack"] == name], shown) for name, rows in attacks),
     ]
 
 
@@ -67,18 +78,20 @@ def number(n: int) -> str:
     return _NUMBERS[n] if n < len(_NUMBERS) else f"{n:,}"
 
 
-def _attack(attack: str, mean: pd.DataFrame, tasks: pd.DataFrame) -> str:
+def _attack(
+    attack: str, mean: pd.DataFrame, tasks: pd.DataFrame, shown: Callable[[float], str]
+) -> str:
     """One attack at all its amplitudes: what it costs, then where guessing is as good."""
     effects: list[str] = []
     verb_before = ""
     for row in mean.itertuples():
         at = f"at {'' if effects else 'amplitude '}{_amplitude(row.condition, row.epsilon)}"
         if pd.isna(row.drop):
-            verb, effect = "leaves", f"{percent(row.acc)} {at}"
+            verb, effect = "leaves", f"{shown(row.acc)} {at}"
         else:
             verb = "costs" if round(row.drop, 1) >= 0 else "gains"
             found = _significance(tasks[tasks["condition"] == row.condition]) + _pooled(row)
-            effect = f"{abs(row.drop):.1f} points {at} ({percent(row.acc)} left{found})"
+            effect = f"{abs(row.drop):.1f} points {at} ({shown(row.acc)} left{found})"
         effects.append(effect if verb == verb_before else f"{verb} {effect}")
         verb_before = verb
     name = _NAMES.get(attack, attack.upper())

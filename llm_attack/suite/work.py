@@ -6,9 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from llm_attack.harness.gold import task_of
 from llm_attack.harness.model import AttackedHFLM
-from llm_attack.harness.requests import Instance, by_question, encode, questions_of
+from llm_attack.harness.requests import Instance, by_question, distinct, encode, questions_of
+from llm_attack.harness.scores import Score
 from llm_attack.lm.batches import Batch
 from llm_attack.lm.diagnostics import Diagnostics
 from llm_attack.lm.engine import Answer, Found
@@ -103,22 +106,32 @@ def gather(contents: Mapping[Key, Any], work: Sequence[Work], n: int) -> Gathere
 class RunningAccuracy:
     """Judges a question as soon as all its requests are answered."""
 
-    def __init__(self, requests: Sequence[Instance]) -> None:
-        self.requests = requests
+    def __init__(
+        self,
+        requests: Sequence[Instance],
+        scores: Mapping[str, Score],
+        gold: Mapping[tuple[str, Any], list[bool]],
+    ) -> None:
+        self.requests, self.scores, self.gold = requests, scores, gold
         self.question = {n: numbers for numbers in by_question(requests) for n in numbers}
         self.answers: dict[int, list[Answer]] = {}
 
     def add(self, answers: Sequence[tuple[int, list[Answer]]]) -> list[list[float]]:
-        """For each question that became complete, its accuracy under each condition."""
+        """For each question that became complete, its score under each condition."""
         self.answers.update(answers)
         questions = {numbers[0]: numbers for numbers in (self.question[n] for n, _ in answers)}
         judged = []
         for numbers in questions.values():
             if all(n in self.answers for n in numbers):
-                request = self.requests[numbers[0]]
-                of_requests = [self.answers.pop(n) for n in numbers]
-                by_condition = zip(*of_requests, strict=True)
-                judge = task_of(request).process_results
-                metrics = [judge(request.doc, list(found)) for found in by_condition]
-                judged.append([float(m["acc"]) for m in metrics])
+                asked = [self.requests[n] for n in distinct(self.requests, numbers)]
+                of_requests = {id(self.requests[n]): self.answers.pop(n) for n in numbers}
+                by_condition = zip(*(of_requests[id(r)] for r in asked), strict=True)
+                judged.append([self._score(asked, list(found)) for found in by_condition])
         return judged
+
+    def _score(self, asked: list[Instance], found: list[Answer]) -> float:
+        task = str(asked[0].task_name)
+        score, gold = self.scores[task], self.gold[task, asked[0].doc_id]
+        metrics = task_of(asked[0]).process_results(asked[0].doc, found)
+        compared = score.compared(np.array([value for value, _ in found]), asked)
+        return score.value(metrics, gold[int(compared[: len(gold)].argmax())])

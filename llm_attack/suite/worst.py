@@ -8,6 +8,7 @@ import pandas as pd
 from scipy.stats import binomtest
 
 from llm_attack.inference import ALPHA
+from llm_attack.suite.outcomes import goodness, right
 
 WORST = "worst"
 
@@ -24,10 +25,10 @@ def with_worst(samples: pd.DataFrame) -> pd.DataFrame:
 
     A question counts as right under `worst@E` if it does under every attack of the run whose
     epsilon is E or smaller (of the same norm and at the same hookpoint: what they did is in the
-    ball of E). `acc_norm` likewise. The other columns are those of the attack that made it wrong,
-    the smallest first; of the largest where none did. Only for amplitudes at which the run has an
-    attack, and at or below which it has two; without the controls and the searches for the
-    smallest amplitude.
+    ball of E). A score that is not 0 or 1 is the worst of these. `acc_norm` likewise. The other
+    columns are those of the attack that made it wrong, the smallest first; of the largest where
+    none did. Only for amplitudes at which the run has an attack, and at or below which it has two;
+    without the controls and the searches for the smallest amplitude.
 
     Args:
         samples: a row per question and condition, as in `samples.parquet`.
@@ -38,12 +39,14 @@ def with_worst(samples: pd.DataFrame) -> pd.DataFrame:
         tried = rows[rows["epsilon"] <= epsilon]
         if tried["condition"].nunique() < 2:
             continue
-        order = tried.assign(_wrong=tried["acc"] <= 0, _far=tried["epsilon"])
+        order = tried.assign(_wrong=~right(tried), _far=tried["epsilon"])
         order["_far"] = order["_far"].where(order["_wrong"], -order["_far"])
         order = order.sort_values(["_wrong", "_far"], ascending=[False, True], kind="stable")
         first = tried[_PLACE].drop_duplicates().merge(order.drop_duplicates(_PLACE), on=_PLACE)
-        least = tried.groupby(_PLACE)[["acc", "acc_norm"]].agg(lambda of: of.min(skipna=False))
+        good = tried.assign(acc=goodness(tried))  # the worst of scores that are better when lower
+        least = good.groupby(_PLACE)[["acc", "acc_norm"]].agg(lambda of: of.min(skipna=False))
         first = first.drop(columns=["acc", "acc_norm"]).join(least, on=_PLACE)
+        first = first.assign(acc=goodness(first))
         named = first.assign(condition=f"{WORST}@{label}", attack=WORST, epsilon=epsilon)
         parts.append(named[list(samples.columns)])
     return samples if len(parts) == 1 else pd.concat(parts, ignore_index=True)
@@ -63,12 +66,13 @@ def hidden_gradients(samples: pd.DataFrame) -> list[str]:
     found = []
     for label, epsilon, rows in balls(samples):
         here = rows[rows["epsilon"] == epsilon]
-        right = here.pivot_table(index=_PLACE, columns="attack", values="acc", sort=False)
-        others = [name for name in right if name not in (SEARCH, *_NOISE)]
-        if SEARCH not in right or not others:
+        answers = here.assign(right=right(here).astype(float))
+        kept = answers.pivot_table(index=_PLACE, columns="attack", values="right", sort=False)
+        others = [name for name in kept if name not in (SEARCH, *_NOISE)]
+        if SEARCH not in kept or not others:
             continue
-        best = min(others, key=lambda name: right[name].mean())
-        searched, followed = right[SEARCH] <= 0, right[best] <= 0
+        best = min(others, key=lambda name: kept[name].mean())
+        searched, followed = kept[SEARCH] <= 0, kept[best] <= 0
         more, less = int((searched & ~followed).sum()), int((followed & ~searched).sum())
         if more > less and binomtest(more, more + less, alternative="greater").pvalue <= ALPHA:
             found.append(

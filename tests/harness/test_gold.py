@@ -80,19 +80,103 @@ def test_lengths_are_characters_of_the_choices():
     assert [gold.choice_lengths(q) for q in questions(task)] == [[1, 2, 3], [1, 2]]
 
 
+def raises(doc, results):
+    return {"acc": float(results[doc["right"]][0] == 0) / (doc["right"] > 0)}
+
+
+def never(doc, results):
+    return {"acc": 0.0}
+
+
+def bias(doc, results):
+    """Says nothing of right and wrong, as discrim_eval."""
+    return {"bias": (results[0][0], "group")}
+
+
 @pytest.mark.parametrize(
-    "config",
+    "config, cause",
     [
-        {"doc_to_target": "nowhere to be found"},
-        {"doc_to_target": "{{right if question == 'one' else 7}}"},
-        {"output_type": "loglikelihood", "doc_to_choice": None, "doc_to_target": "word"},
+        (
+            {"doc_to_target": "nowhere to be found"},
+            r"has the gold label 'nowhere to be found', which is none of its choices \('a', 'bb',",
+        ),
+        (
+            {"doc_to_target": "{{right if question == 'one' else 7}}"},
+            r"has the gold label 7, which is none of its choices \(0 to 1\)",
+        ),
+        (
+            {"doc_to_target": lambda doc: doc["right"] or -1},
+            r"has the gold label -1, which is none of its choices \(0 to 1\)",
+        ),
+        (
+            {"doc_to_target": lambda doc: None},
+            r"has no gold label \(doc_to_target gives None\)",
+        ),
+        (
+            {"doc_to_target": lambda doc: doc["right"] or None},
+            r"has no gold label \(doc_to_target gives None\)",
+        ),
+        (
+            {"doc_to_target": lambda doc: [0] if doc["right"] else []},
+            r"has no gold label \(doc_to_target gives \[\]\)",
+        ),
+        (
+            {"output_type": "loglikelihood", "doc_to_choice": None, "doc_to_target": "word"},
+            r"has one continuation and no choices \(output_type: loglikelihood\)",
+        ),
+        (
+            {"doc_to_target": "question", "process_results": raises},
+            r"cannot be judged, as process_results of the task raises ZeroDivisionError: .* zero",
+        ),
+        (
+            {"doc_to_target": "question", "process_results": never},
+            r"has no choice that the task's process_results calls right",
+        ),
+        (
+            {"doc_to_target": lambda doc: None, "process_results": bias},
+            r"has no gold label: neither process_results nor doc_to_target gives one",
+        ),
     ],
-    ids=["unknown", "out of range", "not multiple choice"],
 )
-def test_no_gold(config):
+def test_why_a_question_has_no_gold(config, cause):
     task = task_of(**config)
-    with pytest.raises(UsageError, match=r"loss=choice: .*made_up.*loss=sequence"):
+    with pytest.raises(gold.Unlabelled, match=f"^{cause}"):
         _ = [gold.gold_choices(q) for q in questions(task)]
+
+
+def test_what_a_task_raises_is_chained():
+    task = task_of(doc_to_target="question", process_results=raises)
+    with pytest.raises(gold.Unjudged) as caught:
+        gold.gold_choices(questions(task)[1])
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def test_one_choice_is_a_choice():
+    """As lm-eval scores it."""
+    docs = {"question": ["one", "two"], "options": [["a", "b"], ["only"]], "right": [1, 0]}
+    task = task_of(
+        doc_to_target="right",
+        custom_dataset=lambda **_: {"test": datasets.Dataset.from_dict(docs)},
+    )
+    asked = questions(task)
+    assert [gold.gold_choices(q) for q in asked] == [[False, True], [True]]
+    assert task.process_results(asked[1][0].doc, [(-3.0, False)])["acc"] == 1
+
+
+def test_gold_without_the_tasks_metrics():
+    """As with --predict_only, which replaces them all."""
+    task = task_of(doc_to_target="right")
+    task.override_metric("bypass")
+    assert [gold.gold_choices(q) for q in questions(task)] == RIGHT
+
+
+def test_the_loss_says_why_it_cannot_know_the_gold(make):
+    """A request of such a task, under a loss that knows the gold."""
+    task = task_of(doc_to_target=lambda doc: None)
+    task.build_all_requests()
+    says = "loss=choice: question 0 of task made_up has no gold label .*use loss=sequence"
+    with pytest.raises(UsageError, match=says):
+        make(loss="choice").loglikelihood(task.instances, disable_tqdm=True)
 
 
 def test_requests_of_no_task(make, build):

@@ -56,7 +56,7 @@ def test_paired_numbers(frames):
     nets = [np.repeat([-1, 1], of) for of in zip(counts[0], counts[1], strict=True)]
     pooled = inference.sign_test(nets, counts[2].tolist())
     assert mean["p_mcnemar"] == mean["p_mcnemar_holm"] == pooled
-    assert mean["detectable"] == 100 * inference.detectable(*counts)
+    assert mean["detectable"] == 100 * inference.detectable(inference.paired_error(*counts))
     assert unshared(*a, *b) == [
         "tasks of run a alone: c",
         "conditions of run a alone: none",

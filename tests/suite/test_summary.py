@@ -110,7 +110,8 @@ def test_table_by_hand():
     np.testing.assert_allclose(table["p_mcnemar_holm"][[1, 3]], [p_values[0], 2 * p_values[1]])
     pooled = table["n"].iloc[[1, 3]].tolist()
     nets = [[-1] * 6 + [1], [-1] * 8]
-    expected = [sign_test(nets, pooled), detectable([6, 8], [1, 0], pooled)]
+    errors = inference.paired_error([6, 8], [1, 0], pooled)
+    expected = [sign_test(nets, pooled), detectable(errors)]
     assert table["p_mcnemar"][5] == table["p_mcnemar_holm"][5] == expected[0] < 0.001
     assert table["detectable"][5] == 100 * expected[1]
     assert table["p_mcnemar"][[0, 2, 4]].isna().all()
@@ -196,10 +197,11 @@ def test_equivalence():
     assert with_equivalence(table, None) is table
     found = with_equivalence(table, 3).set_index(["task", "condition"])
     assert (found["within"] == 3).all()
-    alone = inference.equivalence_test([4], [4], [400], 0.03)
+    error = inference.paired_error(4, 4, 400)
+    alone = inference.equivalence_test(0, error, 0.03)
     assert found.loc[("a", "random@1"), "p_equivalence"] == pytest.approx(alone)
     assert found.loc[("b", "random@1"), "p_equivalence_holm"] == pytest.approx(2 * alone)
-    pooled = inference.equivalence_test([4, 4], [4, 4], [400, 400], 0.03)
+    pooled = inference.equivalence_test(0, error / np.sqrt(2), 0.03)
     both = found.loc[("mean", "random@1"), ["p_equivalence", "p_equivalence_holm"]]
     assert both.tolist() == pytest.approx([pooled, pooled]) and pooled < alone < 0.001
     assert found.loc[("mean", "fgsm@1"), "p_equivalence"] == pytest.approx(1)
@@ -208,7 +210,7 @@ def test_equivalence():
         with pytest.raises(UsageError, match=f"equivalence={within}: must be points"):
             with_equivalence(table, within)
     with pytest.raises(UsageError, match="equivalence=2: must go with"):
-        with_equivalence(table[table["condition"] != "none"].assign(lost=pd.NA), 2)
+        with_equivalence(table[table["condition"] != "none"].assign(drop=np.nan), 2)
 
 
 def twins(samples, task="a"):
@@ -234,7 +236,9 @@ def test_shared_sources():
     assert of_a["design_effect"] == effect > 1.9
     ends = inference.paired_interval(10 / effect, 0, 60 / effect)
     assert (-100 * ends[1], -100 * ends[0]) == (of_a["drop_low"], of_a["drop_high"])
-    assert of_a["detectable"] == 100 * detectable([10 / effect], [0], [60 / effect])
+    assert of_a["detectable"] == 100 * detectable(
+        [inference.paired_error(10 / effect, 0, 60 / effect)]
+    )
     effect = inference.design_effect(attacked, labels)
     ends = inference.wilson(30 / effect, 60 / effect)
     assert (of_a["acc_low"], of_a["acc_high"]) == ends
@@ -244,7 +248,8 @@ def test_shared_sources():
     assert mean["p_mcnemar"] == sign_test([[-2] * 5, [-1] * 10], [60, 60])
     within = with_equivalence(table.reset_index(), 25).set_index(["task", "condition"])
     counts = [[10 / of_a["design_effect"], 10], [0, 0], [60 / of_a["design_effect"], 60]]
-    expected = inference.equivalence_test(*counts, 0.25)
+    error = inference.error_of_mean(inference.paired_error(*counts))
+    expected = inference.equivalence_test(10 / 60, error, 0.25)
     assert within.loc[("mean", "fgsm@1"), "p_equivalence"] == pytest.approx(expected)
 
 

@@ -1,0 +1,244 @@
+"""Which of a task's scores is reported, and what its value of one question is.
+
+lm-eval makes a dictionary of metrics of each question, and aggregates each metric over the task.
+Where a question's value is a number, it is a score, which tests can compare. Where it is not (mcc,
+f1), only the aggregate exists: it is reported beside the score, without a test.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from lm_eval.api.instance import Instance
+from lm_eval.api.metrics import brier_score, mean
+
+from llm_attack.errors import UsageError, closest
+from llm_attack.failures import described
+from llm_attack.harness.gold import (
+    Unjudged,
+    Unlabelled,
+    by_lm_eval,
+    choice_lengths,
+    gold_choices,
+    judged,
+    task_of,
+)
+
+ACC, _BRIER, _MUTUAL = "acc", "brier_score", "acc_mutual_info"
+# By lm-eval's own rules these are of the choice that the model prefers.
+_OF_CHOICES = (ACC, "acc_norm", "acc_bytes", _MUTUAL)
+_PROBED = 5  # questions by which the scores of a process_results are judged
+_STEP = 0.7  # nats, by which each made-up answer is less likely than the one before
+_TRIALS = 3  # sets of made-up answers that lm-eval may fail to aggregate
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a task's questions are judged by.
+
+    Attributes:
+        name: of lm-eval's metric.
+        reported: whether the task reports it; else it is acc, of the likeliest choice.
+        lower: whether lower is better.
+        choice: whether it is 1 where the model prefers a gold choice and 0 elsewhere.
+        counted: whether it is 0 or 1.
+    """
+
+    name: str = ACC
+    reported: bool = True
+    lower: bool = False
+    choice: bool = True
+    counted: bool = True
+
+    def value(self, metrics: Mapping[str, Any], right: bool) -> float:
+        """The score of one question.
+
+        Args:
+            metrics: what lm-eval made of its answers.
+            right: whether the likeliest choice is a gold one.
+        """
+        return _number(self.name, metrics[self.name]) if self.reported else float(right)
+
+    def compared(self, log_likelihoods: np.ndarray, asked: Sequence[Instance]) -> np.ndarray:
+        """What the score compares of the choices: log-likelihoods, unless its name says more.
+
+        Args:
+            log_likelihoods: of the requests of a question.
+            asked: these requests; first those of the choices.
+        """
+        if self.name == _MUTUAL and len(asked) % 2 == 0:
+            n = len(asked) // 2
+            return log_likelihoods[:n] - log_likelihoods[n:]
+        lengths = self.lengths(asked)
+        return log_likelihoods if lengths is None else log_likelihoods / lengths
+
+    def lengths(self, asked: Sequence[Instance]) -> list[float] | None:
+        """What the score divides log-likelihoods by; None: nothing.
+
+        Raises:
+            UsageError: as of `choice_lengths`.
+        """
+        if self.name not in ("acc_norm", "acc_bytes"):
+            return None
+        return choice_lengths(asked, octets=self.name == "acc_bytes")
+
+
+def of_task(questions: Iterable[Sequence[Instance]], asked: str = ACC) -> Score:
+    """The score of a task.
+
+    It is the one asked for where the task reports that, else acc, else the first that is of a
+    choice, that is 0 or 1, or that a question has at all; else acc of the likeliest choice.
+
+    Args:
+        questions: requests of each question of the task; a few are looked at.
+        asked: name of a score.
+
+    Raises:
+        Unlabelled: a question cannot be judged, or has no gold label.
+    """
+    some = [requests for requests, _ in zip(questions, range(_PROBED), strict=False)]
+    found = {score.name: score for score in _reported(some)}
+    ranked = sorted(found.values(), key=lambda of: (not of.choice, not of.counted))
+    return found.get(asked) or found.get(ACC) or next(iter(ranked), Score(reported=False))
+
+
+def _reported(questions: Sequence[Sequence[Instance]]) -> list[Score]:
+    """The scores that a task has of a question, as far as a few questions show."""
+    task, first = task_of(questions[0][0]), questions[0]
+    lower = {name for name, higher in task.higher_is_better().items() if higher is False}
+    names = [k for k, v in judged(first[0], made_up(len(first))).items() if _has_number(k, v)]
+    if by_lm_eval(task):
+        of = {name: (name in _OF_CHOICES, name != _BRIER) for name in names}
+        return [Score(name, True, name in lower, *of[name]) for name in names]
+    trials = [trial for requests in questions for trial in _preferring_each(requests)]
+    scores = []
+    for name in names:
+        values = [(_number(name, of[name]), right) for of, right in trials if name in of]
+        counted = all(value in (0, 1) for value, _ in values)
+        choice = counted and name not in lower and all(of == right for of, right in values)
+        scores.append(Score(name, True, name in lower, choice, counted))
+    return scores
+
+
+def _preferring_each(requests: Sequence[Instance]) -> list[tuple[dict[str, Any], bool]]:
+    """A question judged as if the model preferred each choice, though greedily it said none."""
+    trials = []
+    for preferred, right in enumerate(gold_choices(requests)):
+        trials.append((judged(requests[0], made_up(len(requests), preferred)), right))
+    return trials
+
+
+def made_up(n: int, preferred: int = 0) -> list[tuple[float, bool]]:
+    """Answers to `n` requests, of which one is the likeliest and the model itself says none."""
+    return [(-_STEP * ((i - preferred) % n), False) for i in range(n)]
+
+
+def _has_number(name: str, value: Any) -> bool:
+    """Whether a question has a value of this metric, given what lm-eval makes of one."""
+    try:
+        _number(name, value)
+    except (TypeError, ValueError, LookupError):
+        return False
+    return True
+
+
+def _number(name: str, value: Any) -> float:
+    if name == _BRIER and isinstance(value, tuple):  # lm-eval's aggregate is a mean of these
+        return float(brier_score([value]))
+    return float(value)
+
+
+def of_whole_tasks(task: Any, metrics: Iterable[str]) -> list[str]:
+    """Those metrics of a task whose aggregate is not the mean of what its questions have."""
+    aggregates = task.aggregation()
+    plain = {_BRIER: brier_score}
+    return [
+        name
+        for name in metrics
+        if name in aggregates and aggregates[name] not in (mean, plain.get(name))
+    ]
+
+
+def check(name: str, questions: Sequence[Sequence[Instance]], score: Score) -> None:
+    """Judges made-up answers to all questions of a task, so that nothing fails at the end.
+
+    Raises:
+        UsageError: a question has no such score, or lm-eval cannot aggregate a metric.
+    """
+    task = task_of(questions[0][0])
+    failures = []
+    for trial in range(_TRIALS):
+        draws = np.random.default_rng(trial)
+        found = []
+        for requests in questions:
+            answers = made_up(len(requests), int(draws.integers(len(requests))))
+            try:
+                metrics = judged(requests[0], answers)
+            except Unlabelled as error:
+                raise refused(name, requests[0], error) from error
+            if score.reported and score.name not in metrics:
+                raise refused(name, requests[0], Unjudged(f"has no {score.name}, as others have"))
+            found.append(metrics)
+        failure = _not_aggregated(task.aggregation(), found)
+        if failure is None:
+            return
+        failures.append(failure)
+    metric, reason = failures[0]
+    raise UsageError(
+        f"tasks={name}: lm-eval cannot aggregate {metric} over {len(questions)} questions"
+        f" ({described(reason)}); must be a task that lm-eval can judge"
+    ) from reason
+
+
+def _not_aggregated(
+    aggregates: Mapping[str, Any], found: Sequence[Mapping[str, Any]]
+) -> tuple[str, Exception] | None:
+    """The first metric that lm-eval cannot aggregate, and why."""
+    for metric, aggregate in aggregates.items():
+        values = [of[metric] for of in found if metric in of]
+        try:
+            with warnings.catch_warnings():  # made-up answers need not make sense
+                warnings.simplefilter("ignore")
+                if values:
+                    aggregate(values)
+        except Exception as error:  # a user's own Python
+            return metric, error
+    return None
+
+
+def refused(task: str, request: Instance, reason: Unlabelled) -> UsageError:
+    """The error for a question that cannot be part of a run."""
+    return UsageError(f"tasks={task}: question {request.doc_id} {reason}; {reason.remedy}")
+
+
+def check_asked(asked: str, tasks: Mapping[str, Sequence[Instance]]) -> None:
+    """Refuses the name of a score that no task has.
+
+    Args:
+        asked: the name.
+        tasks: by their names, the requests of one question each.
+
+    Raises:
+        UsageError: with the names that there are.
+    """
+    names: dict[str, None] = {ACC: None}
+    for name, requests in tasks.items():
+        try:
+            metrics = judged(requests[0], made_up(len(requests)))
+        except Unlabelled as error:
+            raise refused(name, requests[0], error) from error
+        if asked in metrics and not _has_number(asked, metrics[asked]):
+            raise UsageError(
+                f"score={asked}: {name} has it of the whole task alone, so no question has a value"
+                " to compare; use score=acc, which reports it beside accuracy"
+            )
+        names |= dict.fromkeys(k for k, v in metrics.items() if _has_number(k, v))
+    if asked not in names:
+        meant = closest(asked, names)
+        hint = f"; did you mean {meant!r}?" if meant else ""
+        listed = ", ".join(names)
+        raise UsageError(f"score={asked}: must be a score of the tasks, one of {listed}{hint}")
