@@ -26,7 +26,6 @@ from llm_attack.redact import redacted
 from llm_attack.suite import (
     estimate,
     fingerprint,
-    frames,
     layers,
     models,
     on_ray,
@@ -35,9 +34,9 @@ from llm_attack.suite import (
     survival,
     tables,
 )
+from llm_attack.suite import leaderboard as board
 from llm_attack.suite.equivalence import with_equivalence
 from llm_attack.suite.layout import print_style
-from llm_attack.suite.leaderboard import with_entries
 from llm_attack.suite.pairs import paired, unshared
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.progress import MODES, note
@@ -156,7 +155,7 @@ def run(
         console.print(tables.RunTable(table, title, warnings))
         for name, (cells, _) in survival.tables(layers.at_first(result.samples)).items():
             console.print(cells.rich(name))
-        of_layers = layers.cells(result.table)
+        of_layers = layers.cells(result.table, result.conditions)
         if of_layers is not None:
             console.print(of_layers.rich(layers.TITLE))
         if output is not None and progress != "quiet":
@@ -203,28 +202,35 @@ def compare(
         raise UsageError(f"compare: must have two folders or more, not {len(folders)}")
     if equivalence is not None and len(folders) != 2:
         raise UsageError(f"equivalence={equivalence:g}: must go with two folders")
-    if len(folders) == 2:
-        _compare_two(folders, output, equivalence)
-    if len(folders) == 2 and leaderboard is None:
-        return
     found = [results.load(folder) for folder in folders]
     runs = dict(zip(models.names(folders, found), found, strict=True))
-    text = None if leaderboard is None else with_entries(leaderboard, runs)
+    if leaderboard is not None:
+        board.check(leaderboard, runs)
+    if len(folders) == 2:
+        _compare_two(folders, found, output, equivalence)
     if len(folders) > 2:
         _compare_many(runs, output)
-    if leaderboard is not None and text is not None:
-        write_text(leaderboard, text)
+    if leaderboard is not None:
+        board.add(leaderboard, runs)
         Console().print(f"written: {leaderboard}", soft_wrap=True)
 
 
-def _compare_two(folders: Sequence[Path], output: Path | None, equivalence: float | None) -> None:
-    found = [frames.load(folder) for folder in folders]
-    content = [of for run in found for of in (with_worst(run["samples"]), run["questions"])]
-    frame = with_equivalence(paired(*content), equivalence)
+def _compare_two(
+    folders: Sequence[Path],
+    found: Sequence[Result],
+    output: Path | None,
+    equivalence: float | None,
+) -> None:
+    a, b = found
+    samples = [with_worst(run.samples, run.run) for run in found]
+    content = samples[0], a.questions, samples[1], b.questions
+    known = a.conditions, b.conditions
+    frame = with_equivalence(paired(*content, conditions=known), equivalence)
     text = tables.csv(frame)
     if output is not None:
         claim_file(output, text.splitlines()[0])
-    cells = tables.comparison(frame, (str(folders[0]), str(folders[1])), unshared(*content))
+    notes = unshared(*content, conditions=known)
+    cells = tables.comparison(frame, (str(folders[0]), str(folders[1])), notes)
     Console().print(cells.rich("b against a, accuracy"))
     if output is not None:
         write_text(output, text)
@@ -242,7 +248,7 @@ def _compare_many(runs: dict[str, Result], output: Path | None) -> None:
                 f"output={output}: the figure beside it would replace {(strange or pictures)[0]};"
                 " must be another name, such as models.csv"
             )
-    Console().print(models.cells(frame).rich("models, accuracy and drop"))
+    Console().print(models.cells(frame, models.unshared(runs)).rich("models, accuracy and drop"))
     if output is not None:
         write_text(output, text)
         with print_style():

@@ -8,6 +8,18 @@ import numpy as np
 import pandas as pd
 
 
+def measured(samples: pd.DataFrame) -> dict[str, pd.Series]:
+    """What log-likelihoods come to, per row and by name: `gold_probability`, `log_likelihood` (mean
+    of the choices, in nats) and `margin` (`gold_margin`); those of `with_worst` as they stand.
+    """
+    found = {
+        "gold_probability": gold_probability,
+        "log_likelihood": lambda of: of["log_likelihoods"].map(np.mean),
+        "margin": gold_margin,
+    }
+    return {name: samples[name] if name in samples else of(samples) for name, of in found.items()}
+
+
 def chances(samples: pd.DataFrame) -> pd.Series:
     """The probability that a guess is right, per row: number of gold choices / of choices."""
     return samples["gold"].map(len) / samples["n_choices"]

@@ -22,6 +22,7 @@ import pandas as pd
 
 from llm_attack.inference import ALPHA
 from llm_attack.record import write_text
+from llm_attack.suite.conditions import of_run
 from llm_attack.suite.summary import ABOVE, MEAN
 from llm_attack.suite.tables import Cells, means
 from llm_attack.suite.words import in_words
@@ -55,7 +56,7 @@ _CHANGES = [
 ]
 
 # Entries of run.json that have places of their own in the page, or none.
-_PLACED = ("command", "attacks", "warnings", "fingerprint")
+_PLACED = ("command", "attacks", "conditions", "warnings", "fingerprint")
 
 
 class Picture(NamedTuple):
@@ -120,7 +121,7 @@ def write_report(
     page = environment.get_template("report.html.j2").render(
         model=run.get("model_name") or run.get("model"),
         warnings=run.get("warnings") or (),
-        words=in_words(table),
+        words=in_words(table, of_run(run, table)),
         accuracies=_accuracies(table),
         means=means(table),
         tables=tables or {},

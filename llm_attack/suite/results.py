@@ -12,6 +12,7 @@ from llm_attack.harness.judge import as_json
 from llm_attack.record import write_json, write_text
 from llm_attack.redact import redacted
 from llm_attack.suite import claims, figures, frames, layers, sanity, survival, tables
+from llm_attack.suite.conditions import CONDITIONS
 from llm_attack.suite.equivalence import with_equivalence
 from llm_attack.suite.report import Picture, write_report
 from llm_attack.suite.run import LM_EVAL, Result
@@ -76,7 +77,9 @@ def save(result: Result, folder: Path, command: list[str]) -> None:
         folder: where to.
         command: that repeats it.
     """
-    frames.save(folder, samples=result.samples, questions=result.questions)
+    samples = result.samples.copy(deep=False)
+    samples.attrs[CONDITIONS] = result.run.get(CONDITIONS, {})
+    frames.save(folder, samples=samples, questions=result.questions)
     for name, found in result.lm_eval.items():
         write_text(folder / LM_EVAL / f"results_{name}.json", as_json(found))
     run = {"command": shlex.join(command), **result.run}
@@ -88,17 +91,18 @@ def render(result: Result, folder: Path, run: dict[str, Any]) -> None:
     """Writes tables, figures and report."""
     run = layers.shown_of(run, result.table)
     tables.save(result.table, folder, run.get("warnings") or ())
-    samples, table = map(layers.at_first, (with_worst(result.samples), result.table))
+    known = result.conditions
+    samples, table = map(layers.at_first, (with_worst(result.samples, result.run), result.table))
     drawn = figures.draw_all(samples, table, folder)
     changed = tables.changes(table)
     more = {} if changed is None else {"what changed against no attack": changed}
-    told = claims.claims(samples, result.questions)
+    told = claims.claims(samples, result.questions, known=known)
     if told:
         more[claims.TITLE] = claims.cells(told)
     more[sanity.TITLE] = sanity.cells(sanity.checks(samples, run))
     for name, found in (
         ("survival", survival.save(samples, folder)),
-        ("layers", layers.save(result.table, folder)),
+        ("layers", layers.save(result.table, folder, known)),
     ):
         more |= found
         drawn += [name] if found else []
@@ -135,7 +139,8 @@ def load(folder: Path, equivalence: float | None = None) -> Result:
                 " finished run"
             )
     found = frames.load(folder)
-    table = summarise(with_worst(found["samples"]), run.get("attacks"))
+    run = {"conditions": found["samples"].attrs.pop(CONDITIONS, {}), **run}
+    table = summarise(with_worst(found["samples"], run), run.get("attacks"))
     within = run.get("equivalence") if equivalence is None else equivalence
     table, run = with_equivalence(table, within), run | {"equivalence": within}
     return Result(table, found["samples"], found["questions"], run, {})

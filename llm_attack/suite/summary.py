@@ -22,7 +22,7 @@ from llm_attack.inference import (
     wilson,
 )
 from llm_attack.suite.changes import DROPS, as_drops, compared, pooled
-from llm_attack.suite.outcomes import chances, gold_margin, gold_probability, sources
+from llm_attack.suite.outcomes import chances, measured, sources
 
 ABOVE, BELOW = "above guessing", "below guessing"
 INDISTINGUISHABLE = "indistinguishable from guessing"
@@ -90,9 +90,7 @@ def summarise(
         hookpoint=samples.get("hookpoint", "embed"),
         source=sources(samples),
         chance=chances(samples),
-        gold_probability=gold_probability(samples),
-        log_likelihood=samples["log_likelihoods"].map(np.mean),
-        margin=gold_margin(samples),
+        **measured(samples),
     )
     place, is_none = ["task", "doc_id"], samples["condition"] == "none"
     of_none = samples.loc[is_none, [*place, *_CHANGING]]
