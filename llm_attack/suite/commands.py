@@ -173,13 +173,15 @@ def _run_revisions(plan: Plan, given: str, output: Path, progress: str) -> None:
         for name, each in of_each.items():
             if who.first:
                 note(progress, Console(stderr=True), name)
-            runs[name] = evaluate(each, output=output / name, progress=progress)
+            revision = str(each.model_args.get("revision", name))  # as it is on the hub
+            runs[revision] = evaluate(each, output=output / name, progress=progress)
     found = {name: result for name, result in runs.items() if result is not None}
     if not who.first:
         return
     frame = revisions.along(found)
     revisions.save(frame, output)
-    Console().print(revisions.cells(frame).rich(f"{plan.model}: its revisions under attack"))
+    cells = revisions.cells(frame, revisions.equal(found))
+    Console().print(cells.rich(f"{plan.model}: its revisions under attack"))
     if progress != "quiet":
         Console().print(f"written: {output}: revisions.csv, revisions.png, a folder of each")
 

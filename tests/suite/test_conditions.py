@@ -323,4 +323,5 @@ def test_numbers_differ_where_conditions_do(attack, exact, build):
     for setting, value in OTHERWISE.items():
         others, there = answers(first | {setting: value})
         same = bool(np.abs(others - numbers).max() < 1e-9)
-        assert same == (there == here), (setting, np.abs(others - numbers).max())
+        if there == here or not ATTACKS[attack].minimal:  # whose nearest point may be the same
+            assert same == (there == here), (setting, np.abs(others - numbers).max())
