@@ -97,7 +97,7 @@ def claim_file(path: Path, first_line: str) -> None:
     try:
         ours = path.is_file() and not path.is_symlink() and _begins(path, first_line)
         free = ours or not (path.exists() or path.is_symlink())
-    except (OSError, UnicodeDecodeError):
+    except OSError:
         free = False
     if not free:
         raise UsageError(
@@ -106,7 +106,8 @@ def claim_file(path: Path, first_line: str) -> None:
 
 
 def _begins(path: Path, line: str) -> bool:
-    with path.open(encoding="utf-8") as file:
+    # what stands further on is for the reader
+    with path.open(encoding="utf-8", errors="replace") as file:
         return file.read(len(line) + 1) in ("", f"{line}\n")
 
 

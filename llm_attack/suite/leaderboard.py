@@ -139,9 +139,9 @@ def _there(path: Path, heading: list[str]) -> list[list[str]]:
 def _is(path: Path, heading: list[str]) -> bool:
     """Whether a file begins with a heading."""
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8", errors="replace") as file:
             return file.readline() == ",".join(heading) + "\n"
-    except (OSError, UnicodeDecodeError):
+    except OSError:
         return False
 
 
