@@ -194,7 +194,7 @@ def claim_file(path: Path, first_line: str, argument: str = "output") -> None:
     try:
         ours = path.is_file() and not path.is_symlink() and _begins(path, first_line)
         free = ours or not (path.exists() or path.is_symlink())
-    except (OSError, UnicodeDecodeError):
+    except OSError:
         free = False
     if not free:
         raise UsageError(
@@ -203,7 +203,8 @@ def claim_file(path: Path, first_line: str, argument: str = "output") -> None:
 
 
 def _begins(path: Path, line: str) -> bool:
-    with path.open(encoding="utf-8") as file:
+    # what stands further on is for the reader
+    with path.open(encoding="utf-8", errors="replace") as file:
         return file.read(len(line) + 1) in ("", f"{line}\n")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -46,6 +47,20 @@ class Kind:
             return ("target_losses", "loss") if self.adaptive else ("target_loss",)
         return ("loss",) if self.gradient or self.search else ()
 
+    def uses(self, setting: str) -> bool:
+        """Whether the attack depends on a setting of `StepSettings`."""
+        used = _USED_BY.get(setting)
+        return used is None or used(self)
+
+
+# A setting of steps that not every attack uses: which do.
+_USED_BY: dict[str, Callable[[Kind], bool]] = {
+    **dict.fromkeys(("steps", "step_size"), lambda kind: kind.iterative),
+    "decay": lambda kind: kind.momentum,
+    "restarts": lambda kind: kind.adaptive,
+    **dict.fromkeys(("rounds", "first_epsilon"), lambda kind: kind.adaptive and kind.minimal),
+    "queries": lambda kind: kind.search,
+}
 
 ATTACKS: dict[str, Kind] = {
     "none": Kind(),
@@ -184,12 +199,17 @@ class Attack(StepSettings):
     def condition(self) -> str:
         """The condition's name in tables: `fgsm@0.01`, `fgsm@0.7rms`; the clean run is `none`."""
         label = f"{self.epsilon:g}" if self.label is None else self.label
-        return "none" if self.name == "none" else f"{self.name}@{label}"
+        return condition_name(self.name, label)
 
     def scaled(self, factor: float) -> Attack:
         """The same attack in other units: all lengths times `factor`, the same label."""
         given = {name: getattr(self, name) for name in ("epsilon", "step_size", "first_epsilon")}
         return replace(self, **{k: v * factor for k, v in given.items() if v is not None})
+
+
+def condition_name(attack: str, label: str) -> str:
+    """The name of a condition; `label`: its amplitude and whatever else tells it from others."""
+    return attack if attack == "none" else f"{attack}@{label}"
 
 
 def step_settings(settings: StepSettings) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Guards lm-eval's `--use_cache`: its keys are the requests alone, not the settings.
 
-A file written under one attack would answer for another. The first run marks the file with its
-settings, and any run with other settings refuses it.
+A file written under one attack, or by a model that was trained on since, would answer for another.
+The first run marks the file with its settings and with hashes of the model, and any run with others
+refuses it.
 """
 
 from __future__ import annotations
@@ -17,10 +18,16 @@ from llm_attack.lm.questions import Question
 from llm_attack.redact import without_secrets
 
 MARK = "llm_attack settings"
+_UNKNOWN = "not recorded"
 
 
 def guard(cache: MutableMapping[str, Any], settings: dict[str, Any], filename: str) -> None:
     """Marks an empty `cache` with `settings`, secrets aside; else compares them with the mark.
+
+    Args:
+        cache: of lm-eval.
+        settings: all that answers depend on: arguments, and hashes of the model as it was loaded.
+        filename: of the cache.
 
     Raises:
         UsageError: the file holds answers from other settings, or from a model without a mark.
@@ -38,14 +45,14 @@ def guard(cache: MutableMapping[str, Any], settings: dict[str, Any], filename: s
         )
     written = json.loads(mark)
     differing = [
-        f"{k}={written.get(k)} there, {k}={settings.get(k)} now"
+        f"{k}={written.get(k, _UNKNOWN)} there, {k}={settings.get(k, _UNKNOWN)} now"
         for k in sorted(written.keys() | settings.keys())
         if written.get(k) != settings.get(k)
     ]
     if differing:
         raise UsageError(
-            f"use_cache={filename}: this file was written under other settings"
-            f" ({'; '.join(differing)}); must be a new file or one of the same settings"
+            f"use_cache={filename}: this file was written under other settings, or by"
+            f" another model ({'; '.join(differing)}); must be a new file or one of the same"
         )
 
 

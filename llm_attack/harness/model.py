@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from llm_attack.demo import MODEL_PATH
 from llm_attack.errors import UsageError, invalid, report_usage_errors
-from llm_attack.harness import cache, loading
+from llm_attack.harness import cache, hashes, loading
 from llm_attack.harness.names import check_names, check_values, trusted
 from llm_attack.harness.requests import (
     TokenRequest,
@@ -32,6 +32,7 @@ from llm_attack.harness.requests import (
     truncated,
     with_siblings,
 )
+from llm_attack.harness.revision import check_revision
 from llm_attack.lm import gguf
 from llm_attack.lm.batches import Batch
 from llm_attack.lm.device import check_device
@@ -95,6 +96,7 @@ class AttackedHFLM(HFLM):
         source, gguf_file = gguf.located(source, arguments.get("gguf_file"))
         if gguf_file is not None:
             arguments["gguf_file"] = gguf_file
+        check_revision(pretrained, source, arguments)
         if arguments.get("tp_plan") is not None and "RANK" not in os.environ:
             raise UsageError(
                 f"tp_plan={arguments['tp_plan']}: must be started by torchrun, with a process for"
@@ -442,6 +444,8 @@ class AttackedHFLM(HFLM):
             ignored = {"device", "batch_size", "max_batch_size", "parallelize"}
             settings = {k: v for k, v in self._arguments.items() if k not in ignored}
             settings |= {"pretrained": self.pretrained, **self.settings.arguments()}
+            # whatever lies in a folder by now, and however a loaded model came about
+            settings |= hashes.of_model(self) | {"generation": hashes.generation(self.model)}
             cache.guard(cache_hook.dbdict, settings, cache_hook.dbdict.filename)
         super().set_cache_hook(cache_hook)
 

@@ -13,17 +13,19 @@ import pandas as pd
 from scipy.stats import norm
 
 from llm_attack.inference import ALPHA, Mean, auc, detectable, equivalence_test, mean_of
+from llm_attack.suite.conditions import Conditions, by_name
 from llm_attack.suite.outcomes import LOWER, chances, gold_margin, right, sources, with_scores
 from llm_attack.suite.pairs import paired
+from llm_attack.suite.plan import WORST
 from llm_attack.suite.summary import MEAN
 from llm_attack.suite.tables import Cells
-from llm_attack.suite.worst import WORST
 
 HOLDS, NOT, UNSHOWN = "holds", "does not hold", "not shown"
 TITLE = "the paper's claims"
 WITHIN = 2.0  # points of a percent: differences that are called none
 
 _NOISE = ("random", "uniform", "gaussian")
+_CONTROL = ("random", "uniform")  # noise of the same amplitude, the best first
 _CONTROLS = (*_NOISE, "reversed", "none", WORST)
 
 
@@ -43,14 +45,21 @@ class Claim(NamedTuple):
     figure: str
 
 
-def claims(samples: pd.DataFrame, questions: pd.DataFrame, within: float = WITHIN) -> list[Claim]:
+def claims(
+    samples: pd.DataFrame,
+    questions: pd.DataFrame,
+    within: float = WITHIN,
+    known: Conditions | None = None,
+) -> list[Claim]:
     """Every claim about every attack of a run, in the run's order.
 
     Args:
         samples: a row per question and condition, as in `samples.parquet`; of one hookpoint.
         questions: as in `questions.parquet`.
         within: points of a percent; smaller differences are called none.
+        known: the conditions of the run; as their names tell unless given.
     """
+    known = by_name(samples) if known is None else known
     rows = with_scores(samples).assign(margin=gold_margin(samples), chance=chances(samples))
     rows = rows.assign(source=sources(rows), right=right(rows))
     by = {str(name): of for name, of in rows.groupby("condition", sort=False)}
@@ -65,8 +74,7 @@ def claims(samples: pd.DataFrame, questions: pd.DataFrame, within: float = WITHI
         if attack in _CONTROLS:
             continue
         found.append(_costs("the attack costs accuracy", by["none"], of, questions, within))
-        label = name.partition("@")[2]
-        noise = by.get(f"random@{label}", by.get(f"uniform@{label}"))
+        noise = next((by[n] for n in map(known[name].named, _CONTROL) if n in by), None)
         if noise is not None:
             text = "it costs more than noise of the same amplitude"
             found.append(_costs(text, noise, of, questions, within))

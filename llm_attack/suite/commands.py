@@ -36,7 +36,6 @@ from llm_attack.suite import (
     critical,
     estimate,
     fingerprint,
-    frames,
     layers,
     models,
     on_ray,
@@ -45,9 +44,9 @@ from llm_attack.suite import (
     survival,
     tables,
 )
+from llm_attack.suite import leaderboard as board
 from llm_attack.suite.equivalence import with_equivalence
 from llm_attack.suite.layout import print_style
-from llm_attack.suite.leaderboard import with_entries
 from llm_attack.suite.pairs import paired, unshared
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.progress import MODES, note
@@ -180,7 +179,7 @@ def run(
             for name, (cells, _) in survival.tables(samples, score).items():
                 console.print(cells.rich(name))
         with attempts("the table of hookpoints"):
-            of_layers = layers.cells(result.table)
+            of_layers = layers.cells(result.table, result.conditions)
             if of_layers is not None:
                 console.print(of_layers.rich(layers.TITLE))
         _warn(attempts.lines, progress)
@@ -200,13 +199,15 @@ def _run_revisions(plan: Plan, given: str, typed: str, progress: str) -> None:
         for name, each in of_each.items():
             if who.first:
                 note(progress, Console(stderr=True), name)
-            runs[name] = evaluate(each, output=output / name, progress=progress)
+            revision = str(each.model_args.get("revision", name))  # as it is on the hub
+            runs[revision] = evaluate(each, output=output / name, progress=progress)
     found = {name: result for name, result in runs.items() if result is not None}
     if not who.first:
         return
     frame = revisions.along(found)
     _warn(revisions.save(frame, output), progress)
-    Console().print(revisions.cells(frame).rich(f"{plan.model}: its revisions under attack"))
+    cells = revisions.cells(frame, revisions.equal(found))
+    Console().print(cells.rich(f"{plan.model}: its revisions under attack"))
     if progress != "quiet":
         _written(f"{output}: revisions.csv, revisions.png, a folder of each")
 
@@ -227,26 +228,25 @@ def compare(
     equivalence: float | None,
 ) -> None:
     """The command `llm-attack compare`: runs on the questions that all of them asked."""
-    table, board = _file("output", output), _file("leaderboard", leaderboard)
+    table, path = _file("output", output), _file("leaderboard", leaderboard)
     if len(folders) < 2 and leaderboard is None:
         raise UsageError(f"compare: must have two folders or more, not {len(folders)}")
     if equivalence is not None and len(folders) != 2:
         raise UsageError(f"equivalence={equivalence:g}: must go with two folders")
     pictures = [table.with_suffix(f".{form}") for form in ("png", "svg")] if table else []
-    if board is not None and board in (table, *pictures):
+    if path is not None and path in (table, *pictures):
         raise UsageError(f"leaderboard={leaderboard}: must be another file than output's")
-    if len(folders) == 2 and board is None:
-        return _compare_two(folders, table, equivalence)
     found = [results.load(folder) for folder in folders]
     runs = dict(zip(models.names(folders, found), found, strict=True))
-    text = None if board is None else with_entries(board, runs)
+    if path is not None:
+        board.check(path, runs)
     if len(folders) == 2:
-        _compare_two(folders, table, equivalence)
+        _compare_two(folders, found, table, equivalence)
     if len(folders) > 2:
         _compare_many(runs, table)
-    if board is not None and text is not None:
-        write_text(board, text)
-        _written(board)
+    if path is not None:
+        board.add(path, runs)
+        _written(path)
 
 
 def _file(argument: str, given: str | None) -> Path | None:
@@ -258,14 +258,22 @@ def _file(argument: str, given: str | None) -> Path | None:
     return path
 
 
-def _compare_two(folders: Sequence[Path], output: Path | None, equivalence: float | None) -> None:
-    found = [frames.load(folder) for folder in folders]
-    content = [of for run in found for of in (with_worst(run["samples"]), run["questions"])]
-    frame = with_equivalence(paired(*content), equivalence)
+def _compare_two(
+    folders: Sequence[Path],
+    found: Sequence[Result],
+    output: Path | None,
+    equivalence: float | None,
+) -> None:
+    a, b = found
+    samples = [with_worst(run.samples, run.run) for run in found]
+    content = samples[0], a.questions, samples[1], b.questions
+    known = a.conditions, b.conditions
+    frame = with_equivalence(paired(*content, conditions=known), equivalence)
     text = tables.csv(frame)
     if output is not None:
         claim_file(output, text.splitlines()[0])
-    cells = tables.comparison(frame, (str(folders[0]), str(folders[1])), unshared(*content))
+    notes = unshared(*content, conditions=known)
+    cells = tables.comparison(frame, (str(folders[0]), str(folders[1])), notes)
     Console().print(cells.rich("b against a, accuracy"))
     if output is not None:
         write_text(output, text)
@@ -283,7 +291,7 @@ def _compare_many(runs: dict[str, Result], output: Path | None) -> None:
                 f"output={output}: the figure beside it would replace {(strange or pictures)[0]};"
                 " must be another name, such as models.csv"
             )
-    Console().print(models.cells(frame).rich("models, accuracy and drop"))
+    Console().print(models.cells(frame, models.unshared(runs)).rich("models, accuracy and drop"))
     if output is not None:
         write_text(output, text)
         attempts = Attempts()

@@ -23,6 +23,7 @@ from llm_attack.suite.commands import silence
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.run import Prepared, Processes, Result, execute, prepare
 from llm_attack.suite.sanity import FAILS, PASSES, Check
+from llm_attack.suite.worst import knows_gold
 
 # In units of the RMS: little, more, and as much as there is signal.
 LITTLE, MORE, ALL = "0.02rms", "0.1rms", "1rms"
@@ -63,7 +64,7 @@ def doctor(plan: Plan, progress: str) -> list[Check]:
     listed = sanity.checks(found.samples, found.run)
     lm.use(*(replace(c, steps=2 * c.steps) for c in some if c.attack in ("none", "bim")))
     longer = _carried_out(prepared, progress, console)
-    listed.append(still_rising(found.samples, longer.samples, sanity.knows_gold(found.run)))
+    listed.append(still_rising(found.samples, longer.samples, knows_gold(found.run)))
     return [nothing_changes(prepared), *listed, own, finite_differences(prepared)]
 
 

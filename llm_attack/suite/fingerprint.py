@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock
-from transformers import PreTrainedModel
 
 from llm_attack.errors import UsageError
 from llm_attack.folder import check_same, strangers
+from llm_attack.harness import hashes
+from llm_attack.harness.hashes import DIGITS, digest
 from llm_attack.harness.model import AttackedHFLM
 from llm_attack.harness.requests import Instance
 from llm_attack.record import versions, write_json
 from llm_attack.redact import redacted, without_secrets
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.store import MARK, STORE
-
-_DIGITS = 16  # of a SHA-256, in hexadecimal
 
 
 def of_run(
@@ -50,54 +48,15 @@ def of_run(
     return {
         **settings,
         **of_model(lm),
-        "tasks": {name: digest.hexdigest()[:_DIGITS] for name, digest in tasks.items()},
-        "tokens": _digest(map(json.dumps, tokens)),
-        "batches": _digest([json.dumps(batches)]),
+        "tasks": {name: content.hexdigest()[:DIGITS] for name, content in tasks.items()},
+        "tokens": digest(map(json.dumps, tokens)),
+        "batches": digest([json.dumps(batches)]),
     }
 
 
 def of_model(lm: AttackedHFLM) -> dict[str, Any]:
     """The part of the model, and of what computes it."""
-    return {
-        "weights": weights(lm.model),
-        "config": _digest([_config(lm.model)]),
-        "dtype": str(lm.model.dtype),
-        "device": lm.device.type,
-        "versions": versions(),
-    }
-
-
-def weights(model: torch.nn.Module) -> str:
-    """Hash of what was loaded: names, types, shapes and bytes of parameters and buffers.
-
-    Not of files: which of a folder's, or of a GGUF file's, are read is for the loader to decide. A
-    tensor without data (on the device `meta`) counts by its name, type and shape. Takes 2.5 s
-    of one core for 1.07e9 parameters in float32, 1.4 s in bfloat16.
-    """
-    return _digest(part for item in model.state_dict().items() for part in _parts(*item))
-
-
-def _config(model: PreTrainedModel) -> str:
-    """What the model makes of its weights: all of its configuration that is not a name."""
-    known = model.config.to_dict()
-    names = ("_name_or_path", "transformers_version", "architectures")
-    rest = {key: value for key, value in known.items() if key not in names}
-    return json.dumps(rest, default=str, sort_keys=True)
-
-
-def _parts(name: str, tensor: torch.Tensor) -> Iterator[Any]:
-    yield f"{name} {tensor.dtype} {tuple(tensor.shape)}"
-    if hasattr(tensor, "full_tensor"):  # a part of it is here: the processes put it together
-        tensor = tensor.full_tensor()
-    if not tensor.is_meta:
-        yield tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _digest(parts: Iterable[Any]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part.encode() if isinstance(part, str) else part)
-    return digest.hexdigest()[:_DIGITS]
+    return {**hashes.of_model(lm), "device": lm.device.type, "versions": versions()}
 
 
 def kept(folder: Path) -> dict[str, Any] | None:

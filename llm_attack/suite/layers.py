@@ -11,11 +11,12 @@ import pandas as pd
 
 from llm_attack.lm.sweep import EMBED
 from llm_attack.record import write_text
+from llm_attack.suite.conditions import Conditions, by_name
 from llm_attack.suite.figures import look
 from llm_attack.suite.layout import handles, legend, panels, print_style
+from llm_attack.suite.plan import WORST
 from llm_attack.suite.summary import MEAN
 from llm_attack.suite.tables import Cells, score_of
-from llm_attack.suite.worst import WORST
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,11 +45,12 @@ def shown_of(run: dict[str, Any], table: pd.DataFrame) -> dict[str, Any]:
     return {**run, "attacks": attacks, "warnings": [*kept, *more]}
 
 
-def by_hookpoint(table: pd.DataFrame) -> pd.DataFrame:
+def by_hookpoint(table: pd.DataFrame, known: Conditions | None = None) -> pd.DataFrame:
     """Of each attack and hookpoint the mean over tasks; empty where there is but one hookpoint.
 
     Args:
         table: of `summarise`.
+        known: the conditions of the run; as their names tell unless given.
 
     Returns:
         The rows of the table, with the columns `attacked`: the condition without its hookpoint,
@@ -57,18 +59,18 @@ def by_hookpoint(table: pd.DataFrame) -> pd.DataFrame:
     attacked = table[(table["task"] == MEAN) & ~table["attack"].isin(["none", WORST])]
     if attacked["acc"].isna().all() or attacked["hookpoint"].nunique() < 2:
         return attacked.iloc[:0]
-    names = zip(attacked["condition"], attacked["hookpoint"], strict=True)
+    known = by_name(attacked) if known is None else known
     numbers = attacked["hookpoint"].str.extract(r"\.(\d+)(?:\.|$)", expand=False)
     return attacked.assign(
-        attacked=[condition.removesuffix(f"@{hookpoint}") for condition, hookpoint in names],
+        attacked=[known[name].elsewhere().name for name in attacked["condition"]],
         kind=[re.sub(r"\.\d+(?=\.|$)", ".*", name, count=1) for name in attacked["hookpoint"]],
         depth=numbers.astype(float).add(1).fillna(0).astype(int),
     )
 
 
-def cells(table: pd.DataFrame) -> Cells | None:
+def cells(table: pd.DataFrame, known: Conditions | None = None) -> Cells | None:
     """A row for each hookpoint, a column for each attack; None where there is but one hookpoint."""
-    found = by_hookpoint(table)
+    found = by_hookpoint(table, known)
     if found.empty:
         return None
     columns = list(found["attacked"].unique())
@@ -94,14 +96,14 @@ def _accuracy(row: Any) -> str:
     return f"{row['acc']:.3f} ({row['acc_low']:.3f}–{row['acc_high']:.3f})"
 
 
-def figure(table: pd.DataFrame) -> Figure | None:
+def figure(table: pd.DataFrame, known: Conditions | None = None) -> Figure | None:
     """Mean accuracy against depth, a panel for each kind of hookpoint; None where there is but one.
 
     A line for each attack and amplitude, paler the smaller that is, with its 95 % interval as a
     band; the dashed lines are the accuracies without an attack and of random guesses. The input
     embedding has depth 0. Modules that stand in no block are in the table alone, unless all do.
     """
-    found = by_hookpoint(table)
+    found = by_hookpoint(table, known)
     if found.empty:
         return None
     names = (
@@ -152,13 +154,13 @@ def _titles(kinds: list[str]) -> list[str]:
     return [".".join(of[shared:]) for of in parts]
 
 
-def save(table: pd.DataFrame, folder: Path) -> dict[str, Cells]:
+def save(table: pd.DataFrame, folder: Path, known: Conditions | None = None) -> dict[str, Cells]:
     """Writes `layers.md` into `folder`.
 
     Returns:
         The table by its title; nothing, and nothing is written, of one hookpoint.
     """
-    found = cells(table)
+    found = cells(table, known)
     if found is None:
         return {}
     write_text(folder / "layers.md", found.markdown())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +50,8 @@ def across(runs: Mapping[str, Result]) -> pd.DataFrame:
         runs: by the names of the models.
 
     Returns:
-        Conditions that all runs have beside `none`, in the order of the first. Columns:
+        Conditions that all runs have beside `none`, in the order of the first: the same attack with
+        the same settings (`conditions.Condition`). Columns:
         `condition`, `model`, `n` questions, `epsilon_relative`: in units of the RMS of the model's
         embeddings (or activations, at another hookpoint), `clean`, `clean_low`, `clean_high`:
         accuracy under `none`, and of the mean over tasks what `summarise` says of the condition:
@@ -59,6 +60,7 @@ def across(runs: Mapping[str, Result]) -> pd.DataFrame:
     Raises:
         UsageError: the runs share no question, or no condition beside `none`.
     """
+    names, differing = _shared(runs)
     asked = [of.questions[_QUESTION].astype({"doc_id": str}) for of in runs.values()]
     shared = asked[0]
     for questions in asked[1:]:
@@ -71,8 +73,10 @@ def across(runs: Mapping[str, Result]) -> pd.DataFrame:
         samples = of.samples
         places = zip(samples["task"], samples["doc_id"].astype(str), strict=True)
         some = samples[[place in kept for place in places]]
-        table = summarise(with_worst(some), of.run.get("attacks"))
-        tables[name] = table[table["task"] == MEAN].set_index("condition")
+        table = summarise(with_worst(some, of.run), of.run.get("attacks"))
+        renamed = {of_runs[name]: known for known, of_runs in names.items()}
+        table = table[(table["task"] == MEAN) & table["condition"].isin(renamed)]
+        tables[name] = table.set_index(table["condition"].map(renamed))
         if tables[name]["acc"].isna().all():
             raise UsageError(f"compare: the scores of the tasks of {name} have no mean")
         scores[name] = dict(zip(some["task"], with_scores(some)["score"], strict=True))
@@ -81,14 +85,10 @@ def across(runs: Mapping[str, Result]) -> pd.DataFrame:
                 f"compare: {name} has other scores of the tasks than {next(iter(scores))}; must be"
                 " the same"
             )
-    first = next(iter(tables.values()))
-    conditions = [
-        name
-        for name in first.index
-        if name != "none" and all({name, "none"} <= set(table.index) for table in tables.values())
-    ]
-    if not conditions:
-        raise UsageError("compare: the runs share no condition beside none")
+    conditions = [name for name in names if name != "none"]
+    if not conditions or "none" not in names:
+        why = "".join(f"; {sentence}" for sentence in differing)
+        raise UsageError(f"compare: the runs share no condition beside none{why}")
     rows = []
     for condition, (name, table) in itertools.product(conditions, tables.items()):
         clean, here = table.loc["none"], table.loc[condition]
@@ -103,6 +103,36 @@ def across(runs: Mapping[str, Result]) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def _shared(runs: Mapping[str, Result]) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """The conditions that all runs have, and a sentence for each name that means several.
+
+    Returns:
+        Name in the first run -> model -> name in its run; and the sentences.
+    """
+    (first, here), *others = ((name, of.conditions) for name, of in runs.items())
+    shared, sentences = {}, []
+    for name, condition in here.items():
+        of_runs = {first: name}
+        for model, there in others:
+            same = next((other for other, of in there.items() if of == condition), None)
+            if same is not None:
+                of_runs[model] = same
+            elif name in there:
+                differing = ", ".join(
+                    f"{setting}={x} in {first} and {setting}={y} in {model}"
+                    for setting, x, y in condition.differences(there[name])
+                )
+                sentences.append(f"{name} is not the same in all runs: {differing}")
+        if len(of_runs) == len(runs):
+            shared[name] = of_runs
+    return shared, sentences
+
+
+def unshared(runs: Mapping[str, Result]) -> list[str]:
+    """A sentence for each condition that `across` leaves out, as it differs between the runs."""
+    return _shared(runs)[1]
 
 
 def _rms(attacks: Mapping[str, Any], hookpoint: str) -> float:
@@ -140,8 +170,13 @@ def trends(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def cells(frame: pd.DataFrame) -> Cells:
-    """The table: a row per condition and model, and the trend of each condition in the notes."""
+def cells(frame: pd.DataFrame, more: Iterable[str] = ()) -> Cells:
+    """The table: a row per condition and model, and the trend of each condition in the notes.
+
+    Args:
+        frame: of `across`.
+        more: further notes, such as those of `unshared`.
+    """
     rows = [
         [
             *(row["condition"], row["model"], f"{row['n']}", f"{row['epsilon_relative']:.3g}"),
@@ -169,7 +204,7 @@ def cells(frame: pd.DataFrame) -> Cells:
             )
         notes.append(f"{row['condition']}: {said}{fair}")
     heading = ["condition", "model", "n", "epsilon", "clean", "attacked", "drop"]
-    return Cells(heading, rows, notes)
+    return Cells(heading, rows, [*notes, *more])
 
 
 def figure(frame: pd.DataFrame) -> Figure:

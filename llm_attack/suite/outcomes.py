@@ -58,6 +58,18 @@ def right(samples: pd.DataFrame) -> pd.Series:
     return (samples["acc"] > 0).where(counts, chosen).astype(bool)
 
 
+def measured(samples: pd.DataFrame) -> dict[str, pd.Series]:
+    """What log-likelihoods come to, per row and by name: `gold_probability`, `log_likelihood` (mean
+    of the choices, in nats) and `margin` (`gold_margin`); those of `with_worst` as they stand.
+    """
+    found = {
+        "gold_probability": gold_probability,
+        "log_likelihood": lambda of: of["log_likelihoods"].map(np.mean),
+        "margin": gold_margin,
+    }
+    return {name: samples[name] if name in samples else of(samples) for name, of in found.items()}
+
+
 def chances(samples: pd.DataFrame) -> pd.Series:
     """The probability that a guess is right, per row: number of gold choices / of choices.
 

@@ -1,4 +1,4 @@
-"""Two runs compared on the questions that both asked. Imports neither torch nor lm-eval."""
+"""Two runs compared on the questions that both asked."""
 
 from __future__ import annotations
 
@@ -6,15 +6,8 @@ import pandas as pd
 
 from llm_attack.errors import UsageError
 from llm_attack.suite.changes import compared
-from llm_attack.suite.outcomes import (
-    ACC,
-    CHOICE,
-    HIGHER,
-    gold_probability,
-    kind_of,
-    sources,
-    with_scores,
-)
+from llm_attack.suite.conditions import Conditions, aligned
+from llm_attack.suite.outcomes import ACC, CHOICE, HIGHER, kind_of, measured, sources, with_scores
 from llm_attack.suite.summary import KEYS, SCORE, holm_over_tasks, with_means
 
 _OUTCOMES = ("acc", "gold_probability")
@@ -25,8 +18,12 @@ def paired(
     questions_a: pd.DataFrame,
     samples_b: pd.DataFrame,
     questions_b: pd.DataFrame,
+    conditions: tuple[Conditions, Conditions] | None = None,
 ) -> pd.DataFrame:
     """Compares run b with run a on the questions that both asked in the same words.
+
+    A pair of conditions that have the same name and differ is shown under a name that says in what
+    (`conditions.aligned`).
 
     Args:
         samples_a: a row per question and condition, as in `samples.parquet`.
@@ -34,6 +31,7 @@ def paired(
             `task`, `doc_id` and `doc_hash` agree.
         samples_b: of the other run.
         questions_b: of the other run.
+        conditions: of the runs; None: conditions of the same name are the same.
 
     Returns:
         A row per task and condition that both runs have, in the order of run a, then for every
@@ -50,6 +48,7 @@ def paired(
     Raises:
         UsageError: the runs share no task, no condition or no question.
     """
+    samples_a, samples_b, _ = _aligned(samples_a, samples_b, conditions)
     for key in KEYS:
         ours, theirs = samples_a[key].unique(), samples_b[key].unique()
         if not set(ours) & set(theirs):
@@ -64,7 +63,7 @@ def paired(
     asked_of_task = asked.value_counts()
     columns = [*place, "condition", *_OUTCOMES]
     a, b = (
-        with_scores(run).assign(gold_probability=gold_probability(run), source=sources(run))
+        with_scores(run).assign(**measured(run), source=sources(run))
         for run in (samples_a, samples_b)
     )
     _check_scores(a, b)
@@ -112,9 +111,12 @@ def unshared(
     questions_a: pd.DataFrame,
     samples_b: pd.DataFrame,
     questions_b: pd.DataFrame,
+    conditions: tuple[Conditions, Conditions] | None = None,
 ) -> list[str]:
-    """Sentences on what `paired` leaves out besides single questions, one for each kind."""
-    sentences = []
+    """Sentences on conditions that differ, and on what `paired` leaves out besides single
+    questions, one for each kind.
+    """
+    samples_a, samples_b, sentences = _aligned(samples_a, samples_b, conditions)
     for key in KEYS:
         for run, ours, theirs in (("a", samples_a, samples_b), ("b", samples_b, samples_a)):
             alone = [x for x in ours[key].unique() if x not in set(theirs[key])]
@@ -126,3 +128,19 @@ def unshared(
     if foreign:
         sentences.append(f"no question is the same in both runs: {', '.join(foreign)}")
     return sentences
+
+
+def _aligned(
+    samples_a: pd.DataFrame,
+    samples_b: pd.DataFrame,
+    conditions: tuple[Conditions, Conditions] | None,
+) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
+    """The samples under names of conditions that both runs mean alike; see `aligned`."""
+    if conditions is None:
+        return samples_a, samples_b, []
+    *names, sentences = aligned(*conditions)
+    a, b = (
+        run.assign(condition=run["condition"].map(of))
+        for run, of in zip((samples_a, samples_b), names, strict=True)
+    )
+    return a, b, sentences

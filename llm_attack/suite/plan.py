@@ -24,6 +24,12 @@ from llm_attack.lm.settings import (
 # Settings that say how a plan is carried out or told; answers do not depend on them.
 _HOW = ("device", "equivalence", "shard", "ray", "ray_workers")
 
+# Asks for the worst case over the attacks (`suite.worst`) also where the loss knows no gold.
+WORST = "worst"
+# What is no part of it, as it is no attack of one amplitude: the clean answers, the control, noise
+# that may be larger, the searches for the smallest.
+NO_PART = ("none", "reversed", "gaussian", "fmn", "critical")
+
 # What `critical=True` adds to the attacks.
 _CRITICAL = ("critical", "fmn")
 
@@ -55,7 +61,9 @@ class Plan(ThreatSettings, EngineSettings):
     )
     attacks: Sequence[str] = setting(
         ("none", "random", "fgsm", "bim"),
-        f"Attacks to compare, with commas between them, out of {', '.join(ATTACKS)}",
+        f"Attacks to compare, with commas between them, out of {', '.join(ATTACKS)}. worst is what"
+        " is left after all of them at each amplitude; it is always there if the loss knows the"
+        " gold, and else below guessing by construction, so that it has to be named",
         allowed=_NAMES,
     )
     epsilons: Sequence[float | str] = setting(
@@ -172,6 +180,12 @@ class Plan(ThreatSettings, EngineSettings):
             name = sorted(taken)[0]
             proper = "model" if name == "pretrained" else name
             raise UsageError(f"model_args={name}=...: must be given as {proper} of its own")
+        counted = [c for c in self.conditions if c.attack not in NO_PART]
+        if WORST in self.attacks and len(counted) < 2:
+            raise UsageError(
+                f"attacks={','.join(self.attacks)}: {WORST} must go with two attacks, or two"
+                f" epsilons of one; {', '.join(NO_PART)} do not count"
+            )
         given = [c.attack_in_units.condition for c in self.conditions]
         twice = next((name for name in given if given.count(name) > 1), None)
         if twice:
@@ -237,7 +251,8 @@ class Plan(ThreatSettings, EngineSettings):
         """
         common = {name: getattr(self, name) for name in names(ThreatSettings)}
         more = [name for name in _CRITICAL if self.critical and name not in self.attacks]
-        attacks = sorted([*self.attacks, *more], key=lambda name: name != "none")
+        asked = [name for name in self.attacks if name != WORST]
+        attacks = sorted([*asked, *more], key=lambda name: name != "none")
         pairs = []
         for attack in attacks:
             kind = ATTACKS.get(attack)

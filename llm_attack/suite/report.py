@@ -22,6 +22,7 @@ import pandas as pd
 
 from llm_attack.inference import ALPHA
 from llm_attack.record import write_text
+from llm_attack.suite.conditions import of_run
 from llm_attack.suite.outcomes import ACC, BINARY, CHOICE, with_scores
 from llm_attack.suite.summary import ABOVE, MEAN
 from llm_attack.suite.tables import OF_SCORES, WARNED, Cells, means, score_of, warned
@@ -58,7 +59,7 @@ _CHANGES = [
 ]
 
 # Entries of run.json that have places of their own in the page, or none.
-_PLACED = ("command", "attacks", "warnings", "fingerprint", "of_tasks")
+_PLACED = ("command", "attacks", "conditions", "warnings", "fingerprint", "of_tasks")
 
 
 class Picture(NamedTuple):
@@ -116,7 +117,7 @@ def write_report(
         warnings=run.get("warnings") or (),
         warned=warned(run.get("warnings") or ()),
         mark=WARNED,
-        words=in_words(table),
+        words=in_words(table, of_run(run, table)),
         accuracies=_accuracies(table),
         means=means(table),
         tables=tables or {},

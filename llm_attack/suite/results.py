@@ -17,6 +17,7 @@ from llm_attack.harness.judge import as_json
 from llm_attack.record import write_json, write_text
 from llm_attack.redact import redacted
 from llm_attack.suite import claims, critical, figures, frames, layers, sanity, survival, tables
+from llm_attack.suite.conditions import CONDITIONS
 from llm_attack.suite.equivalence import with_equivalence
 from llm_attack.suite.layout import panels, print_style, unit_of
 from llm_attack.suite.report import Picture, page_template, write_report
@@ -92,7 +93,9 @@ def save(result: Result, folder: Path, command: list[str]) -> list[str]:
         What could not be made of what `render` writes, and of lm-eval's results: a line for each.
         The others, and the numbers, are there.
     """
-    frames.save(folder, samples=result.samples, questions=result.questions)
+    samples = result.samples.copy(deep=False)
+    samples.attrs[CONDITIONS] = result.run.get(CONDITIONS, {})
+    frames.save(folder, samples=samples, questions=result.questions)
     attempts = Attempts()
     for name, found in result.lm_eval.items():
         with attempts(f"{LM_EVAL}/results_{name}.json"):
@@ -113,9 +116,10 @@ def render(result: Result, folder: Path, run: dict[str, Any]) -> list[str]:
     run = layers.shown_of(run, result.table)
     with attempts("table.csv and table.md"):
         tables.save(result.table, folder, run.get("warnings") or ())
+    known = result.conditions
     samples, table = map(layers.at_first, (result.samples, result.table))
     with attempts("worst, what is left after all attacks"):
-        samples = layers.at_first(with_worst(result.samples))
+        samples = layers.at_first(with_worst(result.samples, result.run))
     more: dict[str, Cells] = {}
     with attempts("the table of changes"):
         changed = tables.changes(table)
@@ -124,7 +128,7 @@ def render(result: Result, folder: Path, run: dict[str, Any]) -> list[str]:
         whole = tables.of_whole_tasks(table)
         more |= {} if whole is None else {"scores of whole tasks": whole}
     with attempts(claims.TITLE):
-        told = claims.claims(samples, result.questions)
+        told = claims.claims(samples, result.questions, known=known)
         more |= {claims.TITLE: claims.cells(told)} if told else {}
     with attempts(sanity.TITLE):
         more[sanity.TITLE] = sanity.cells(sanity.checks(samples, run))
@@ -133,13 +137,13 @@ def render(result: Result, folder: Path, run: dict[str, Any]) -> list[str]:
         searched = critical.of_score(samples, result.questions, score)
         more |= survival.save(searched, folder, score)
     with attempts("layers.md"):
-        more |= layers.save(result.table, folder)
+        more |= layers.save(result.table, folder, known)
 
     unit = unit_of(run)
     drawn = figures.draw_all(samples, table, folder, unit, attempts)
     others = {
         "survival": lambda: survival.figure(searched, unit, score),
-        "layers": lambda: layers.figure(result.table),
+        "layers": lambda: layers.figure(result.table, known),
     }
     with print_style():
         drawn += [name for name, make in others.items() if draw(folder, name, make, attempts)]
@@ -197,7 +201,9 @@ def load(folder: Path, equivalence: float | None = None) -> Result:
                 " finished run"
             )
     found = frames.load(folder)
-    table = summarise(with_worst(found["samples"]), run.get("attacks"), run.get("of_tasks"))
+    run = {"conditions": found["samples"].attrs.pop(CONDITIONS, {}), **run}
+    samples = with_worst(found["samples"], run)
+    table = summarise(samples, run.get("attacks"), run.get("of_tasks"))
     within = run.get("equivalence") if equivalence is None else equivalence
     table, run = with_equivalence(table, within), run | {"equivalence": within}
     return Result(table, found["samples"], found["questions"], run, {})

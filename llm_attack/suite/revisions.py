@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
@@ -34,8 +35,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NAME = "revisions"  # of the table and the figure
+_FILES = tuple(f"{NAME}.{form}" for form in ("csv", "png", "svg"))
 # What is drawn besides accuracy: the columns that begin with it, and what stands at its axis.
 _PANELS = {"critical": "median critical\nepsilon, RMS", "cosine": "cosine"}
+
+
+# What git takes for the name of a branch or a tag, part by part (git check-ref-format); a hash is
+# one, too.
+_PART = re.compile(
+    r"(?![.@]$|\.|.*\.\.|.*@\{|.*\.lock$|.*\.$)[^\x00-\x20\x7f~^:?*\[\\/\ud800-\udfff]+"
+)
+_LONGEST = 255  # bytes of a file's name
 
 
 def plans(plan: Plan, revisions: str) -> dict[str, Plan]:
@@ -44,14 +54,15 @@ def plans(plan: Plan, revisions: str) -> dict[str, Plan]:
     Args:
         plan: of all.
         revisions: names with commas between them: of subfolders, where the model is a local folder
-            that has them (as a trainer writes checkpoints), else of revisions on the hub.
+            that has them (as a trainer writes checkpoints), else of revisions on the hub. What a
+            folder's name cannot hold, such as the slash of a branch, is percent-encoded in it.
 
     Raises:
-        UsageError: one is named twice, or is no subfolder.
+        UsageError: one is named twice, is no subfolder, or no name of a revision; or the model is
+            neither a folder nor on a hub.
     """
     given = [name.strip() for name in revisions.split(",") if name.strip()]
-    folders = [name.replace("/", "-") for name in given]
-    twice = next((name for name in folders if folders.count(name) > 1), None)
+    twice = next((name for name in given if given.count(name) > 1), None)
     if twice is not None or not given:
         raise UsageError(
             f"revisions={revisions}: must name checkpoints, each once, such as step1000,step2000"
@@ -62,28 +73,70 @@ def plans(plan: Plan, revisions: str) -> dict[str, Plan]:
             f"{plan.model_args['revision']}"
         )
     local = Path(plan.model)
-    if not local.is_dir():
-        arguments = [{**plan.model_args, "revision": name} for name in given]
-        return {
-            folder: replace(plan, model_args=of)
-            for folder, of in zip(folders, arguments, strict=True)
+    if local.is_dir():
+        _check_subfolders(given, local)
+        found = {name: replace(plan, model=str(local / name)) for name in given}
+    else:
+        if plan.model == "demo" or local.exists():
+            raise UsageError(
+                f"revisions={revisions}: must go with a model on a hub, or with a local folder that"
+                f" has these subfolders; {plan.model} is neither"
+            )
+        for name in given:
+            if not all(map(_PART.fullmatch, name.split("/"))):
+                raise UsageError(
+                    f"revisions={name!r}: must be the name of a branch or a tag, or a hash"
+                )
+        found = {
+            quote(name, safe=""): replace(plan, model_args={**plan.model_args, "revision": name})
+            for name in given
         }
+    for folder in found:
+        if folder in _FILES or len(folder.encode()) > _LONGEST:
+            raise UsageError(
+                f"revisions={folder}: must be a name that a folder can have in the output, of at"
+                f" most {_LONGEST} bytes and none of {', '.join(_FILES)}"
+            )
+    return found
+
+
+def _check_subfolders(given: Iterable[str], local: Path) -> None:
     there = sorted(path.name for path in local.iterdir() if path.is_dir())
     for name in given:
         if name not in there:
             meant = closest(name, there)
             hint = f"; did you mean {meant!r}?" if meant else ""
-            raise UsageError(f"revisions={name}: must be a folder in {local}{hint}")
-    return {name: replace(plan, model=str(local / name)) for name in given}
+            shown = name if name.isprintable() else ascii(name)
+            raise UsageError(f"revisions={shown}: must be a folder in {local}{hint}")
+
+
+def equal(runs: Mapping[str, Result]) -> list[str]:
+    """A sentence for each revision that has the weights of one before it.
+
+    Args:
+        runs: by the names of the revisions.
+    """
+    before: dict[Any, str] = {}
+    sentences = []
+    for name, run in runs.items():
+        mark = run.run["fingerprint"]
+        weights = mark.get("weights")
+        first = before.setdefault((weights, mark.get("config")), name)
+        if weights and first != name:
+            sentences.append(
+                f"{name} has the same weights as {first} ({weights}): they are one checkpoint"
+            )
+    return sentences
 
 
 def along(runs: Mapping[str, Result]) -> pd.DataFrame:
     """What `models.across` says of the revisions, and of each besides:
 
-    `step`: the last number in its name, or which one it is where not all have one; `critical`,
-    `critical_low`, `critical_high`: the epsilon, in RMS of the embeddings, at which half of its
-    clean accuracy is left, for conditions that look for it (`critical.robustness`); `cosine`,
-    `cosine_low`, `cosine_high`: of embeddings and gradient, mean over tasks.
+    `attack`; `step`: the last number in its name, or which one it is where not all have one;
+    `critical`, `critical_low`, `critical_high`: the epsilon, in RMS of the embeddings, at which
+    half of its clean accuracy is left, for conditions that look for it (`critical.robustness`);
+    `cosine`, `cosine_low`, `cosine_high`: of embeddings and gradient, mean over tasks; `weights`:
+    their hash.
 
     Args:
         runs: by the names of the revisions.
@@ -97,6 +150,7 @@ def along(runs: Mapping[str, Result]) -> pd.DataFrame:
     step = dict(zip(runs, steps, strict=True))
     cosine = {name: _cosine(run.samples) for name, run in runs.items()}
     halves = {name: _halves(run.samples) for name, run in runs.items()}
+    attacks = next(iter(runs.values())).conditions
     rows = []
     for row in frame.to_dict("records"):
         name = row["model"]
@@ -104,7 +158,9 @@ def along(runs: Mapping[str, Result]) -> pd.DataFrame:
         in_rms = row["epsilon_relative"] / half[0]
         values = [value * in_rms for value in half[1:]]
         found = _named("critical", values) | _named("cosine", cosine[name])
-        rows.append({**row, "step": step[name], **found})
+        known = {"attack": attacks[row["condition"]].attack, "step": step[name]}
+        weights = runs[name].run["fingerprint"].get("weights", "")
+        rows.append({**row, **known, **found, "weights": weights})
     return pd.DataFrame(rows)
 
 
@@ -144,8 +200,8 @@ def figure(frame: pd.DataFrame) -> Figure:
         ratios = {"height_ratios": [2, *[1] * len(below)]}
         grid = drawn.subplots(1 + len(below), 1, squeeze=False, sharex=True, gridspec_kw=ratios)
         top, *others = grid[:, 0]
-        clean = frame.drop_duplicates("model")
-        _line(top, clean, "clean", "none", "none")
+        clean = frame.drop_duplicates("model").assign(attack="none")
+        _line(top, clean, "clean", "none")
         for condition, rows in frame.groupby("condition", sort=False):
             _line(top, rows, "acc", str(condition))
         top.set(ylim=(0, 1.03), ylabel="accuracy")
@@ -163,19 +219,24 @@ def figure(frame: pd.DataFrame) -> Figure:
     return drawn
 
 
-def _line(axes: Axes, rows: pd.DataFrame, name: str, condition: str, attack: str = "") -> None:
+def _line(axes: Axes, rows: pd.DataFrame, name: str, condition: str) -> None:
     """A curve with its band."""
     rows = rows.sort_values("step")
-    like = look(attack or condition.partition("@")[0])
+    like = look(str(rows["attack"].iloc[0]))
     form: Any = {"color": like.colour, "marker": like.marker, "ls": like.line, "ms": 2, "lw": 1}
     axes.plot(rows["step"], rows[name], label=condition, **form)
     ends = (rows[f"{name}_{end}"].to_numpy(float) for end in ("low", "high"))
     axes.fill_between(rows["step"], *ends, color=like.colour, alpha=0.2, lw=0)
 
 
-def cells(frame: pd.DataFrame) -> Cells:
-    """The table of `models.cells`."""
-    found = models.cells(frame)
+def cells(frame: pd.DataFrame, more: Iterable[str] = ()) -> Cells:
+    """The table of `models.cells`.
+
+    Args:
+        frame: of `along`.
+        more: further notes, such as those of `equal`.
+    """
+    found = models.cells(frame, more)
     heading = ["condition", "revision", *found.heading[2:]]
     note = (
         "revisions of one training are no independent models: the intervals of rank correlations"
@@ -199,5 +260,5 @@ def save(frame: pd.DataFrame, folder: Path) -> list[str]:
 
 def check(folder: Path, revisions: Iterable[str]) -> None:
     """Raises `UsageError` where `folder` holds what neither `save` wrote nor a revision's run."""
-    ours = {*revisions, *(f"{NAME}.{form}" for form in ("csv", "png", "svg"))}
+    ours = {*revisions, *_FILES}
     claim(folder, lambda names: ours >= set(names))

@@ -32,6 +32,7 @@ from llm_attack.lm.sweep import EMBED, expand
 from llm_attack.record import hardware, versions
 from llm_attack.redact import redacted
 from llm_attack.suite import critical, fingerprint, frames, on_ray
+from llm_attack.suite.conditions import Condition, of_plan
 from llm_attack.suite.equivalence import with_equivalence
 from llm_attack.suite.load import load
 from llm_attack.suite.plan import Plan
@@ -39,6 +40,7 @@ from llm_attack.suite.progress import RunProgress, note, status
 from llm_attack.suite.store import Follower, Store, all_here
 from llm_attack.suite.summary import summarise
 from llm_attack.suite.work import RunningAccuracy, Work, gather, work_of
+from llm_attack.suite.worst import conditions as conditions_of
 from llm_attack.suite.worst import hidden_gradients, with_worst
 
 # The subfolder of lm-eval's own results in that of a run.
@@ -106,7 +108,8 @@ class Result:
         samples: a row per question and condition; see `frames.samples_of`.
         questions: a row per question; see `frames.questions_of`.
         run: what is needed to repeat it: settings, versions, hardware, timings, and for each
-            condition its settings as resolved and its diagnostics.
+            condition its settings as resolved and its diagnostics (`attacks`), and what it is
+            (`conditions.Condition`).
         lm_eval: for each condition, lm-eval's own results; empty when read from a folder.
     """
 
@@ -115,6 +118,11 @@ class Result:
     questions: pd.DataFrame
     run: dict[str, Any]
     lm_eval: dict[str, dict[str, Any]]
+
+    @property
+    def conditions(self) -> dict[str, Condition]:
+        """What the conditions are, by name, the worst cases of `with_worst` included."""
+        return conditions_of(self.samples, self.run)
 
 
 class Prepared(NamedTuple):
@@ -226,25 +234,25 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         samples = frames.samples_of(questions, requests, scores, attacks, places, results, found)
         samples = critical.judged(samples, critical.score_of({"settings": plan.settings()}))
         infos = {attack.condition: lm.attack_info(i) for i, attack in enumerate(attacks)}
-        of_tasks = frames.whole_tasks(requests, list(infos), results)
-        table = summarise(with_worst(samples), infos, of_tasks)
+        known = of_plan(plan, lm.conditions, attacks)
+        run: dict[str, Any] = {"settings": plan.settings(), "attacks": infos}
+        run["conditions"] = {name: condition.settings() for name, condition in known.items()}
+        run["of_tasks"] = frames.whole_tasks(requests, list(infos), results)
+        table = summarise(with_worst(samples, run), infos, run["of_tasks"])
         table = with_equivalence(table, plan.equivalence)
     clock.stop("judgement")
     # where all was finished before, those of this process
     of_threads = {"threads": threads if len(threads) > 1 else threads[0]} if threads else {}
-    run = {
+    run |= {
         "model": plan.model,
         "model_name": plan.model_name,
-        "settings": plan.settings(),
         "equivalence": plan.equivalence,
         "warnings": [
             *lm.all_warnings(),
-            *hidden_gradients(samples),
+            *hidden_gradients(samples, known),
             *(f"{name}: {text}" for name, text in critical.stalled(samples).items()),
             *_critical_of_others(attacks, scores),
         ],
-        "attacks": infos,
-        "of_tasks": of_tasks,
         "fingerprint": fingerprint.plain(mark),
         "versions": versions(),
         "hardware": hardware() | {"device": str(lm.device)} | of_threads,

@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 
 from llm_attack.inference import ALPHA, Mean, mean_of, wilson
-from llm_attack.lm.losses import LOSSES
+from llm_attack.suite.conditions import Conditions, of_run
 from llm_attack.suite.outcomes import gold_margin, right, sources
 from llm_attack.suite.tables import Cells
-from llm_attack.suite.worst import SEARCH, balls, hidden_gradients
+from llm_attack.suite.worst import SEARCH, balls, hidden_gradients, knows_gold
 
 PASSES, FAILS, NOT_APPLICABLE = "passes", "fails", "not applicable"
 TITLE = "sanity checks"
@@ -55,22 +55,18 @@ def checks(samples: pd.DataFrame, run: Mapping[str, Any]) -> list[Check]:
         run: what `run.json` holds: of each condition in `attacks` the shares and amplitudes; of
             `settings` the loss.
     """
-    knows = knows_gold(run)
+    knows, known = knows_gold(run), of_run(run, samples)
     some = samples.assign(outcome=outcome(samples, knows), source=sources(samples))
     return [
-        _compared("random is weaker than the gradient", _noise_and_gradient(some), strictly=True),
-        _compared("steps are not weaker than one", _one_and_many(some)),
-        _compared("a larger epsilon does not help the model", _small_and_large(some)),
+        _compared(
+            "random is weaker than the gradient", _noise_and_gradient(some, known), strictly=True
+        ),
+        _compared("steps are not weaker than one", _one_and_many(some, known)),
+        _compared("a larger epsilon does not help the model", _small_and_large(some, known)),
         _floor(some, run.get("attacks", {}), knows),
         _zeros(run.get("attacks", {})),
-        _search(some),
+        _search(some, known),
     ]
-
-
-def knows_gold(run: Mapping[str, Any]) -> bool:
-    """Whether the loss of a run knows which choices are right."""
-    loss = run.get("settings", {}).get("loss")
-    return loss in LOSSES and LOSSES[loss].gold
 
 
 def outcome(samples: pd.DataFrame, knows: bool) -> pd.Series:
@@ -130,8 +126,8 @@ def _compared(name: str, pairs: Iterable[_Pair], strictly: bool = False) -> Chec
     return Check(name, FAILS if wrong else PASSES, figure + more)
 
 
-def _noise_and_gradient(samples: pd.DataFrame) -> Iterator[_Pair]:
-    for label, epsilon, rows in balls(samples):
+def _noise_and_gradient(samples: pd.DataFrame, known: Conditions) -> Iterator[_Pair]:
+    for label, epsilon, rows in balls(samples, known):
         here = rows[rows["epsilon"] == epsilon]
         by = {str(attack): of for attack, of in here.groupby("attack", sort=False)}
         noise = next((name for name in _NOISE if name in by), None)
@@ -140,8 +136,8 @@ def _noise_and_gradient(samples: pd.DataFrame) -> Iterator[_Pair]:
                 yield f"{name}@{label} below {noise}", by[noise], by[name]
 
 
-def _one_and_many(samples: pd.DataFrame) -> Iterator[_Pair]:
-    for label, epsilon, rows in balls(samples):
+def _one_and_many(samples: pd.DataFrame, known: Conditions) -> Iterator[_Pair]:
+    for label, epsilon, rows in balls(samples, known):
         here = rows[rows["epsilon"] == epsilon]
         by = {str(attack): of for attack, of in here.groupby("attack", sort=False)}
         for name in _STEPWISE:
@@ -149,9 +145,9 @@ def _one_and_many(samples: pd.DataFrame) -> Iterator[_Pair]:
                 yield f"{name}@{label} below fgsm", by["fgsm"], by[name]
 
 
-def _small_and_large(samples: pd.DataFrame) -> Iterator[_Pair]:
+def _small_and_large(samples: pd.DataFrame, known: Conditions) -> Iterator[_Pair]:
     """Neighbouring epsilons of attacks in steps: one step may overshoot."""
-    for label, epsilon, rows in balls(samples):
+    for label, epsilon, rows in balls(samples, known):
         for attack, of_attack in rows.groupby("attack", sort=False):
             smaller = of_attack.loc[of_attack["epsilon"] < epsilon, "epsilon"]
             here = of_attack[of_attack["epsilon"] == epsilon]
@@ -195,12 +191,12 @@ def _zeros(attacks: Mapping[str, Any]) -> Check:
     return Check(name, verdict, f"zero in {shares[condition]:.2%} of coordinates ({condition})")
 
 
-def _search(samples: pd.DataFrame) -> Check:
+def _search(samples: pd.DataFrame, known: Conditions) -> Check:
     name = "a search without gradients finds no more"
-    sentences = hidden_gradients(samples)
+    sentences = hidden_gradients(samples, known)
     if sentences:
         return Check(name, FAILS, sentences[0])
-    for label, epsilon, rows in balls(samples):
+    for label, epsilon, rows in balls(samples, known):
         here = rows[rows["epsilon"] == epsilon]
         wrong = (~right(here)).groupby(here["attack"], sort=False).sum()
         followed = [attack for attack in ("fgsm", *_STEPWISE) if attack in wrong]

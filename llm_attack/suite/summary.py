@@ -31,8 +31,7 @@ from llm_attack.suite.outcomes import (
     SHARE,
     chances,
     counted,
-    gold_margin,
-    gold_probability,
+    measured,
     sources,
     with_scores,
 )
@@ -118,9 +117,7 @@ def summarise(
         hookpoint=samples.get("hookpoint", "embed"),
         source=sources(samples),
         chance=chances(samples),
-        gold_probability=gold_probability(samples),
-        log_likelihood=samples["log_likelihoods"].map(np.mean),
-        margin=gold_margin(samples),
+        **measured(samples),
     )
     place, is_none = ["task", "doc_id"], samples["condition"] == "none"
     of_none = samples.loc[is_none, [*place, *_CHANGING]]

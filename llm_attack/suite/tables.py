@@ -5,6 +5,7 @@ The numbers come from `llm_attack.suite.summary`; here they become text.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from llm_attack.attacks.settings import condition_name
 from llm_attack.inference import ALPHA
 from llm_attack.record import without_formulas, write_text
 from llm_attack.suite.outcomes import ACC, CHOICE, LOWER
@@ -86,7 +88,7 @@ class Cells:
         table = Table(title=title and Text(title), caption=caption, box=HORIZONTALS, **form)
         table.add_column(self.heading[0], overflow="fold")
         for heading in self.heading[1:]:
-            broken = heading.replace("@", "\n@").replace(" ", "\n")
+            broken = re.sub(" |(?=@)", "\n", heading)
             table.add_column(Text(broken), justify="right", no_wrap=True)
         for before, row in zip([self.heading, *self.rows], self.rows, strict=False):
             if row[0] == MEAN and before[0] != MEAN:
@@ -212,7 +214,7 @@ def means(table: pd.DataFrame, intervals: bool = True) -> dict[str, dict[str, st
             shown[name][condition] += ends
     some = {name: mean[column].notna().any() for name, column, _ in _MEANS}
     attacked = mean[mean["attack"] != "none"]
-    in_names = map("{}@{:g}".format, attacked["attack"], attacked["epsilon"])
+    in_names = map(condition_name, attacked["attack"], map("{:g}".format, attacked["epsilon"]))
     some["epsilon"] = list(in_names) != list(attacked.index)
     return {name: of for name, of in shown.items() if some[name]}
 

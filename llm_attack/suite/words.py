@@ -8,6 +8,8 @@ from typing import Any
 import pandas as pd
 
 from llm_attack.inference import ALPHA
+from llm_attack.lm.units import ABSOLUTE
+from llm_attack.suite.conditions import Condition, Conditions, by_name
 from llm_attack.suite.summary import ABOVE, BELOW, INDISTINGUISHABLE, MEAN
 from llm_attack.suite.tables import score_of
 
@@ -26,10 +28,11 @@ _NAMES = {
 }
 
 
+# Of an amplitude: what stands behind the number.
 _UNITS = {"rms": " RMS", "token_norm": " token norms", "neftune": " of NEFTune"}
 
 
-def in_words(table: pd.DataFrame) -> list[str]:
+def in_words(table: pd.DataFrame, known: Conditions | None = None) -> list[str]:
     """One paragraph for the clean model, then one for each attack, in the table's order.
 
     Args:
@@ -37,7 +40,9 @@ def in_words(table: pd.DataFrame) -> list[str]:
             `task, condition, attack, epsilon, n, acc, baseline, drop, p_mcnemar_holm, verdict`.
             Accuracies are shares of one, `drop` is in points of a percent (null, like
             `p_mcnemar_holm`, in a run without the condition `none`).
+        known: the conditions of the run; as their names tell unless given.
     """
+    known = by_name(table) if known is None else known
     mean, tasks = table[table["task"] == MEAN], table[table["task"] != MEAN]
     if mean["acc"].isna().all():
         return [
@@ -64,7 +69,10 @@ def in_words(table: pd.DataFrame) -> list[str]:
     attacks = mean[mean["attack"] != "none"].groupby("attack", sort=False)
     return [
         f"{start}{guessing}.{verdicts}",
-        *(_attack(name, rows, tasks[tasks["attack"] == name], shown) for name, rows in attacks),
+        *(
+            _attack(name, rows, tasks[tasks["attack"] == name], shown, known)
+            for name, rows in attacks
+        ),
     ]
 
 
@@ -79,13 +87,17 @@ def number(n: int) -> str:
 
 
 def _attack(
-    attack: str, mean: pd.DataFrame, tasks: pd.DataFrame, shown: Callable[[float], str]
+    attack: str,
+    mean: pd.DataFrame,
+    tasks: pd.DataFrame,
+    shown: Callable[[float], str],
+    known: Conditions,
 ) -> str:
     """One attack at all its amplitudes: what it costs, then where guessing is as good."""
     effects: list[str] = []
     verb_before = ""
     for row in mean.itertuples():
-        at = f"at {'' if effects else 'amplitude '}{_amplitude(row.condition, row.epsilon)}"
+        at = f"at {'' if effects else 'amplitude '}{_amplitude(known[row.condition], row.epsilon)}"
         if pd.isna(row.drop):
             verb, effect = "leaves", f"{shown(row.acc)} {at}"
         else:
@@ -104,12 +116,13 @@ def _attack(
     return f"{name} {_listed(effects)}.{verdicts}"
 
 
-def _amplitude(condition: str, epsilon: float) -> str:
+def _amplitude(condition: Condition, epsilon: float) -> str:
     """As the condition's name has it; in the units of the point beside it if those are others."""
-    _, _, label = condition.partition("@")
+    unit = str(condition.get("epsilon_unit"))
+    number = f"{condition.get('epsilon'):g}"
+    rest = condition.label.removeprefix(number + ("" if unit == ABSOLUTE else unit))
+    label = f"{number}{_UNITS.get(unit, '')}{rest}"
     plain = f"{epsilon:g}"
-    for unit, words in _UNITS.items():
-        label = label.replace(unit, words)
     return plain if label == plain else f"{label} ({epsilon:.3g})"
 
 

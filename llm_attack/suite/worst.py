@@ -2,69 +2,110 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pandas as pd
 from scipy.stats import binomtest
 
 from llm_attack.inference import ALPHA
-from llm_attack.suite.outcomes import goodness, right
+from llm_attack.lm.losses import LOSSES
+from llm_attack.suite.conditions import Condition, Conditions, of_run
+from llm_attack.suite.outcomes import goodness, measured, right
+from llm_attack.suite.plan import NO_PART, WORST
 
-WORST = "worst"
-
-# What is no attack of one amplitude: the clean answers, the control, noise that may be larger, the
-# searches for the smallest.
-_LEFT_OUT = ("none", WORST, "reversed", "gaussian", "fmn", "critical")
 _NOISE = ("random", "uniform")
 SEARCH = "blocks"
 _PLACE = ["task", "doc_id"]
 
 
-def with_worst(samples: pd.DataFrame) -> pd.DataFrame:
-    """The samples of a run and, for each amplitude, what is left after all of its attacks.
+def knows_gold(run: Mapping[str, Any]) -> bool:
+    """Whether the loss of a run knows which choices are right."""
+    loss = run.get("settings", {}).get("loss")
+    return loss in LOSSES and LOSSES[loss].gold
 
-    A question counts as right under `worst@E` if it does under every attack of the run whose
-    epsilon is E or smaller (of the same norm and at the same hookpoint: what they did is in the
-    ball of E). A score that is not 0 or 1 is the worst of these. `acc_norm` likewise. The other
-    columns are those of the attack that made it wrong, the smallest first; of the largest where
-    none did. Only for amplitudes at which the run has an attack, and at or below which it has two;
-    without the controls and the searches for the smallest amplitude.
+
+def wanted(run: Mapping[str, Any]) -> bool:
+    """Whether a run has worst cases: its loss knows the gold, or its attacks name `worst`.
+
+    Attacks that do not know the gold each leave chance behind, but are right by chance on different
+    questions: what is right under all of them is below guessing by construction.
+    """
+    return knows_gold(run) or WORST in (run.get("settings", {}).get("attacks") or ())
+
+
+def with_worst(samples: pd.DataFrame, run: Mapping[str, Any]) -> pd.DataFrame:
+    """The samples of a run and, for each amplitude, the worst case over its attacks.
+
+    A row under `worst@E` is over every attack of the run whose epsilon is E or smaller (of the same
+    norm and at the same hookpoint: what they did is in the ball of E). A question counts as right
+    if it does under all of them: `acc`, and so `acc_norm` and the outcomes of `measured`, is the
+    worst of each. The other columns are those of the attack that left the smallest margin. Only
+    for amplitudes at which the run has an attack, and at or below which it has two; without the
+    controls and the searches for the smallest amplitude.
 
     Args:
         samples: a row per question and condition, as in `samples.parquet`.
+        run: what `run.json` holds. Where it is not `wanted`, the samples are returned as they are.
     """
-    samples = samples if WORST not in set(samples["attack"]) else _without(samples)
-    parts = [samples]
-    for label, epsilon, rows in balls(samples):
-        tried = rows[rows["epsilon"] <= epsilon]
-        if tried["condition"].nunique() < 2:
-            continue
-        order = tried.assign(_wrong=~right(tried), _far=tried["epsilon"])
-        order["_far"] = order["_far"].where(order["_wrong"], -order["_far"])
-        order = order.sort_values(["_wrong", "_far"], ascending=[False, True], kind="stable")
-        first = tried[_PLACE].drop_duplicates().merge(order.drop_duplicates(_PLACE), on=_PLACE)
-        good = tried.assign(acc=goodness(tried))  # the worst of scores that are better when lower
-        least = good.groupby(_PLACE)[["acc", "acc_norm"]].agg(lambda of: of.min(skipna=False))
-        first = first.drop(columns=["acc", "acc_norm"]).join(least, on=_PLACE)
+    if WORST in set(samples["attack"]):
+        samples = samples[samples["attack"] != WORST].reset_index(drop=True)
+    if not wanted(run):
+        return samples
+    outcomes = measured(samples)
+    lowest = ["acc", "acc_norm", *outcomes]
+    with_outcomes = samples.assign(**outcomes, acc_norm=samples["acc_norm"].astype(float))
+    parts = [with_outcomes]
+    for condition, epsilon, tried in _worst_cases(with_outcomes, of_run(run, samples)):
+        good = tried.assign(acc=goodness(tried))
+        order = good.sort_values(["acc", "margin"], kind="stable").drop_duplicates(_PLACE)
+        first = tried[_PLACE].drop_duplicates().merge(order, on=_PLACE).drop(columns=lowest)
+        first = first.join(good.groupby(_PLACE)[lowest].min(), on=_PLACE)
         first = first.assign(acc=goodness(first))
-        named = first.assign(condition=f"{WORST}@{label}", attack=WORST, epsilon=epsilon)
-        parts.append(named[list(samples.columns)])
+        named = first.assign(condition=condition.name, attack=WORST, epsilon=epsilon)
+        parts.append(named[list(with_outcomes.columns)])
     return samples if len(parts) == 1 else pd.concat(parts, ignore_index=True)
 
 
-def _without(samples: pd.DataFrame) -> pd.DataFrame:
-    return samples[samples["attack"] != WORST].reset_index(drop=True)
+def conditions(samples: pd.DataFrame, run: Mapping[str, Any]) -> dict[str, Condition]:
+    """The conditions of `with_worst`, by name. A worst case is what was tried, and how."""
+    found = of_run(run, samples)
+    if wanted(run):
+        found |= {case.name: case for case, _, _ in _worst_cases(samples, found)}
+    return found
 
 
-def hidden_gradients(samples: pd.DataFrame) -> list[str]:
+def _worst_cases(
+    samples: pd.DataFrame, known: Conditions
+) -> Iterator[tuple[Condition, float, pd.DataFrame]]:
+    """Each worst case: its condition, its epsilon, and the rows that it is the worst of."""
+    for label, epsilon, rows in balls(samples, known):
+        tried = rows[rows["epsilon"] <= epsilon]
+        over = [known[name] for name in tried["condition"].unique()]
+        if len(over) < 2:
+            continue
+        (largest,) = [c for c in over if c.label == label][:1]
+        amplitudes = {name: largest.get(name) for name in ("epsilon", "epsilon_unit")}
+        settings = {name: value for c in over for name, value in c.values}
+        attacks = ", ".join(sorted(c.name for c in over))
+        values = {**settings, **amplitudes, "attacks": attacks}
+        name = largest.named(WORST)
+        yield Condition(name, WORST, tuple(sorted(values.items()))), epsilon, tried
+
+
+def hidden_gradients(samples: pd.DataFrame, known: Conditions) -> list[str]:
     """A sentence for each amplitude at which `blocks` is stronger than every attack by gradient.
 
     It takes no gradient, so that a model where it finds more hides its own. Compared are the
     questions that one of the two made wrong and the other did not (McNemar's exact test, one-sided:
     that it loses by chance is no news), with the strongest of the attacks that follow it.
+
+    Args:
+        samples: a row per question and condition.
+        known: the conditions of the run.
     """
     found = []
-    for label, epsilon, rows in balls(samples):
+    for label, epsilon, rows in balls(samples, known):
         here = rows[rows["epsilon"] == epsilon]
         answers = here.assign(right=right(here).astype(float))
         kept = answers.pivot_table(index=_PLACE, columns="attack", values="right", sort=False)
@@ -83,14 +124,15 @@ def hidden_gradients(samples: pd.DataFrame) -> list[str]:
     return found
 
 
-def balls(samples: pd.DataFrame) -> Iterator[tuple[str, float, pd.DataFrame]]:
-    """Each amplitude of a norm at a hookpoint: its label, epsilon, and all attacks of that kind."""
-    attacks = samples[~samples["attack"].isin(_LEFT_OUT) & (samples["epsilon"] > 0)]
-    labels = attacks["condition"].str.split("@", n=1).str[1]
-    # 0.7rms-l2@model.layers.3: what stands before the norm is the amplitude, which can be compared
-    # whatever its unit, but in that of NEFTune
-    kinds = labels.str.replace(r"^[^@]*?(?=neftune|-l2|@|$)", "", regex=True)
+def balls(frame: pd.DataFrame, known: Conditions) -> Iterator[tuple[str, float, pd.DataFrame]]:
+    """Each amplitude of a ball (`Condition.ball`): its label, epsilon, and all attacks in the ball.
+
+    Args:
+        frame: with the columns `condition`, `attack` and `epsilon`.
+        known: the conditions of the run.
+    """
+    attacks = frame[~frame["attack"].isin([WORST, *NO_PART]) & (frame["epsilon"] > 0)]
+    kinds = attacks["condition"].map({name: str(of.ball) for name, of in known.items()})
     for _, rows in attacks.groupby(kinds, sort=False):
-        seen = rows.assign(label=labels[rows.index]).drop_duplicates("epsilon")
-        for label, epsilon in zip(seen["label"], seen["epsilon"], strict=True):
-            yield str(label), float(epsilon), rows
+        for row in rows.drop_duplicates("epsilon").itertuples():
+            yield known[str(row.condition)].label, float(row.epsilon), rows

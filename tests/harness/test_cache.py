@@ -1,8 +1,13 @@
 """lm-eval's response cache never answers for other settings than those it was written under."""
 
+import json
+import shutil
+
 import pytest
+import torch
 from lm_eval.api.model import CachingLM
 from lm_eval.models.huggingface import HFLM
+from transformers import AutoModelForCausalLM
 
 from llm_attack.demo import MODEL_PATH
 from llm_attack.errors import UsageError
@@ -37,6 +42,97 @@ def test_other_settings_are_refused(make, build, tmp_path, other):
     (changed,) = set(other) - {"attack"} or {"attack"}
     with pytest.raises(UsageError, match=rf"use_cache=.*cache\.db.*{changed}="):
         CachingLM(make(**other), str(file))
+
+
+def edited(path, change):
+    """A JSON file with something changed."""
+    content = json.loads(path.read_text("utf-8"))
+    change(content)
+    path.write_text(json.dumps(content), "utf-8")
+
+
+def retrained(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.layers[-1].mlp.down_proj.weight[0, 0] += 0.01
+    model.save_pretrained(folder)
+
+
+def reconfigured(folder):
+    edited(folder / "config.json", lambda content: content.update(rms_norm_eps=1e-3))
+
+
+def of_other_words(folder):
+    """Two words of the tokenizer change places."""
+
+    def swap(content):
+        vocabulary = content["model"]["vocab"]
+        a, b = list(vocabulary)[-2:]
+        vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+
+    edited(folder / "tokenizer.json", swap)
+
+
+def generating_otherwise(folder):
+    edited(folder / "generation_config.json", lambda content: content.update(do_sample=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (retrained, "weights"),
+        (reconfigured, "config"),
+        (of_other_words, "tokenizer"),
+        (generating_otherwise, "generation"),
+    ],
+)
+def test_a_folder_that_changed_is_another_model(make, build, tmp_path, change, named):
+    """Its name is the same: answers of what was there before are not those of what is there now."""
+    folder, file = shutil.copytree(MODEL_PATH, tmp_path / "model"), str(tmp_path / "cache.db")
+    arguments = {"pretrained": str(folder), "attack": "fgsm"}
+    ask(CachingLM(make(**arguments), file), build("demo_piqa", 1))
+    CachingLM(make(**arguments), file)
+    change(folder)
+    with pytest.raises(UsageError, match=rf"use_cache=.*[(; ]{named}=\w+ there, {named}=\w+ now"):
+        CachingLM(make(**arguments), file)
+
+
+def test_a_loaded_model_is_known_by_its_weights(make, build, tmp_path):
+    """It has no name at all."""
+    file, model = str(tmp_path / "cache.db"), make().model
+    tokenizer = str(MODEL_PATH)
+    ask(CachingLM(make(pretrained=model, tokenizer=tokenizer), file), build("demo_piqa", 1))
+    CachingLM(make(pretrained=model, tokenizer=tokenizer), file)
+    with torch.no_grad():
+        model.model.norm.weight[0] += 0.01
+    with pytest.raises(UsageError, match=r"use_cache=.*weights="):
+        CachingLM(make(pretrained=model, tokenizer=tokenizer), file)
+    with torch.no_grad():
+        model.model.norm.weight[0] -= 0.01
+    with pytest.raises(UsageError, match=r"use_cache=.*dtype=torch.float32 there"):
+        CachingLM(make(pretrained=model.double(), tokenizer=tokenizer), file)
+
+
+@pytest.mark.parametrize("changed", ["weights", "config"])
+def test_an_adapter_that_changed(make, build, tmp_path, changed):
+    """Trained on, or with another scale, which is in its configuration alone."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    folder, file = tmp_path / "adapter", str(tmp_path / "cache.db")
+    settings = {"target_modules": ["v_proj", "q_proj"], "init_lora_weights": False}
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(make().model, peft.LoraConfig(**settings))
+    adapted.save_pretrained(folder)
+    arguments = {"attack": "fgsm", "peft": str(folder)}
+    ask(CachingLM(make(**arguments), file), build("demo_piqa", 1))
+    CachingLM(make(**arguments), file)
+    if changed == "config":
+        edited(folder / "adapter_config.json", lambda content: content.update(lora_alpha=3))
+    else:
+        with torch.no_grad():
+            next(p for name, p in adapted.named_parameters() if "lora_B" in name).add_(0.1)
+        adapted.save_pretrained(folder)
+    with pytest.raises(UsageError, match=rf"use_cache=.*\W{changed}="):
+        CachingLM(make(**arguments), file)
 
 
 def test_a_file_of_stock_hf_is_refused(make, build, tmp_path):

@@ -1,6 +1,9 @@
 """Checkpoints of one training: which they are, and what is drawn of them."""
 
+import re
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +23,7 @@ def test_plans(tmp_path):
     hub = revisions.plans(Plan(model="hub/name"), "step1, refs/pr/2")
     assert {name: of.model_args for name, of in hub.items()} == {
         "step1": {"revision": "step1"},
-        "refs-pr-2": {"revision": "refs/pr/2"},
+        "refs%2Fpr%2F2": {"revision": "refs/pr/2"},
     }
     assert {of.model for of in hub.values()} == {"hub/name"}
     (tmp_path / "step100").mkdir()
@@ -28,11 +31,71 @@ def test_plans(tmp_path):
     assert (local.model, local.model_args) == (str(tmp_path / "step100"), {})
     with pytest.raises(UsageError, match=r"revisions=step10: .*did you mean 'step100'"):
         revisions.plans(Plan(model=str(tmp_path)), "step10")
-    for wrong in ("a,a", " , ", "a/b,a-b"):
+    for wrong in ("a,a", " , "):
         with pytest.raises(UsageError, match="must name checkpoints, each once"):
             revisions.plans(Plan(model="hub/name"), wrong)
     with pytest.raises(UsageError, match="must not be given with model_args=revision=main"):
         revisions.plans(Plan(model="hub/name", model_args={"revision": "main"}), "a,b")
+
+
+# What a hub could have, and what no folder of that name may be made of.
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("..", ".", "a/../../b", "/etc", "a/", "/a", "a//b", "../x", "a/..", ".git", "a..b"),
+        *("a\\b", "a\nb", "a\x00b", "a\x1b[31mb", "a b", "a:b", "a*", "a?", "x.lock", "a.", "@"),
+        *("a@{1}", "~a", "\udcff", "revisions.csv", "revisions.png", "é" * 60, "x" * 256),
+    ],
+)
+def test_names_that_no_revision_has(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="revisions=") as error:
+        revisions.plans(Plan(model="hub/name"), f"main,{name}")
+    assert "\n" not in str(error.value)
+    (tmp_path / "local" / "main").mkdir(parents=True)
+    with pytest.raises(UsageError, match="revisions="):
+        revisions.plans(Plan(model="local"), f"main,{name}")
+
+
+def test_folders_of_revisions_are_safe_and_no_two_the_same():
+    given = [
+        *("a/b", "a-b", "a%2Fb", "a%252Fb", "a/b/c", "v1.0", "1f2e3d", "refs/pr/1", "Ünï", "Unï"),
+        *("a_b", "a+b", "a=b", "--", "100%", "%2e%2e", "CON", "a'b", 'a"b', "$(x)"),
+    ]
+    found = revisions.plans(Plan(model="hub/name"), ",".join(given))
+    assert [of.model_args["revision"] for of in found.values()] == given
+    assert len(found) == len(given)
+    for folder in found:
+        assert re.fullmatch(r"[\w.%-]+", folder, re.ASCII) and folder.strip(".")
+        assert (Path("out") / folder).resolve().parent == Path("out").resolve()
+
+
+def test_revisions_of_what_has_none(tmp_path):
+    """The bundled model, and a file: the same weights would be evaluated twice."""
+    (tmp_path / "model.gguf").touch()
+    for model in ("demo", str(tmp_path / "model.gguf")):
+        with pytest.raises(UsageError, match=f"revisions=step1,step2: .*{model} is neither"):
+            revisions.plans(Plan(model=model), "step1,step2")
+    done = CliRunner().invoke(
+        main, f"run --model demo --revisions step1,step2 -o {tmp_path / 'out'}".split()
+    )
+    assert done.exit_code == 2 and "must go with a model on a hub" in done.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_equal_weights_are_told():
+    runs = {name: run_of(name, 1.0, 0.5) for name in ("step1", "step2", "step3")}
+    assert revisions.equal(runs) == []
+    runs["main"] = replace(runs["step2"])
+    (told,) = revisions.equal(runs)
+    assert told == "main has the same weights as step2 (hash of step2): they are one checkpoint"
+    frame = revisions.along(runs)
+    assert told in revisions.cells(frame, revisions.equal(runs)).notes
+    assert frame["weights"].nunique() == 3
+    # of other weights that have the same hash of none there is nothing to say
+    for run in runs.values():
+        run.run["fingerprint"] = {}
+    assert revisions.equal(runs) == []
 
 
 def test_along():
@@ -73,6 +136,8 @@ def test_as_its_user_runs_it(tmp_path):
         *("step1", "step2", "revisions.csv", "revisions.png", "revisions.svg")
     }
     assert len(frames.load(out / "step1")["samples"]) == 6
+    # they are copies of one model
+    assert "step1 has the same weights as step2" in " ".join(done.output.split())
     table = (out / "revisions.csv").read_text().splitlines()
     assert len(table) == 1 + 2
     (out / "mine.txt").touch()

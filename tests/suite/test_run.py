@@ -128,7 +128,7 @@ def test_default_tasks(real_data, tmp_path):
     table = pd.read_csv(tmp_path / "run" / "table.csv")
     assert sorted(set(table["task"])) == sorted([*STOCK, "mean"])
     attacks = {"random@0.01", "fgsm@0.01", "bim@0.01"}
-    assert set(table["condition"]) == {"none", *attacks, "worst@0.01"}
+    assert set(table["condition"]) == {"none", *attacks}
 
 
 def test_group_of_include_path(real_data, tmp_path):

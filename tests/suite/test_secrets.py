@@ -100,7 +100,7 @@ def plan(token, password):
     given = {
         "token": token,
         "proxies": {"https": f"https://me:{password}@proxy"},
-        "revision": TOKEN,
+        "code_revision": TOKEN,
     }
     return Plan("demo", "demo_piqa", attacks="none", limit=2, device="cpu", model_args=given)
 
@@ -127,7 +127,11 @@ def test_no_file_of_a_run_has_a_secret(folder):
     }
     assert not [path for path in files if seen(path.read_bytes().decode("latin-1"))]
     run = json.loads((folder / "run.json").read_text())
-    shown = {"token": HIDDEN, "proxies": {"https": f"https://{HIDDEN}@proxy"}, "revision": HIDDEN}
+    shown = {
+        "token": HIDDEN,
+        "proxies": {"https": f"https://{HIDDEN}@proxy"},
+        "code_revision": HIDDEN,
+    }
     assert run["settings"]["model_args"] == shown
     assert f"token={HIDDEN}" in run["command"]
 

@@ -1,0 +1,102 @@
+"""Hashes of what a model's numbers depend on, however it was loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from transformers import PreTrainedModel
+
+DIGITS = 16  # of a SHA-256, in hexadecimal
+
+# Of a configuration: where a model is from, not what it computes.
+_NAMES = ("_name_or_path", "transformers_version", "architectures")
+_OF_ADAPTERS = ("base_model_name_or_path", "revision", "peft_version", "inference_mode")
+# What a call leaves behind in a tokenizer.
+_STATE = ("truncation", "padding")
+
+
+def of_model(lm: HFLM) -> dict[str, str]:
+    """What the numbers of a model depend on: weights, configuration, tokenizer and dtype."""
+    return {
+        "weights": weights(lm.model),
+        "config": digest([_config(lm.model), *_adapters(lm.model)]),
+        "tokenizer": digest(_tokenizer(lm.tokenizer)),
+        "dtype": str(lm.model.dtype),
+    }
+
+
+def weights(model: torch.nn.Module) -> str:
+    """Hash of what was loaded: names, types, shapes and bytes of parameters and buffers.
+
+    Not of files: which of a folder's, or of a GGUF file's, are read is for the loader to decide. A
+    tensor without data (on the device `meta`) counts by its name, type and shape. Takes 2.5 s
+    of one core for 1.07e9 parameters in float32, 1.4 s in bfloat16.
+    """
+    return digest(part for item in model.state_dict().items() for part in _parts(*item))
+
+
+def generation(model: Any) -> str:
+    """Hash of the defaults by which a model generates text."""
+    config = getattr(model, "generation_config", None)
+    known = {} if config is None else config.to_dict()
+    return digest([_plain({k: v for k, v in known.items() if k not in _NAMES})])
+
+
+def _config(model: PreTrainedModel) -> str:
+    """What the model makes of its weights: all of its configuration that is not a name."""
+    known = model.config.to_dict()
+    rest = {key: value for key, value in known.items() if key not in _NAMES}
+    return json.dumps(rest, default=str, sort_keys=True)
+
+
+def _adapters(model: Any) -> Iterator[str]:
+    """What adapters make of their weights, such as the scale of LoRA, if the model has some."""
+    for name, config in sorted(getattr(model, "peft_config", {}).items()):
+        known = config.to_dict()
+        yield _plain([name, {k: v for k, v in known.items() if k not in _OF_ADAPTERS}])
+
+
+def _tokenizer(tokenizer: Any) -> Iterator[str | bytes]:
+    """What turns text into tokens; a tokenizer in Python by the files that it writes."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        known = json.loads(backend.to_str())
+        yield _plain({key: value for key, value in known.items() if key not in _STATE})
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_vocabulary(folder)
+            yield from (path.read_bytes() for path in sorted(Path(folder).iterdir()))
+    own = ("special_tokens_map", "add_bos_token", "add_eos_token", "model_max_length")
+    yield _plain({name: getattr(tokenizer, name, None) for name in own})
+
+
+def _plain(value: Any) -> str:
+    """JSON; sets in order, and what has none in JSON as text."""
+    return json.dumps(
+        value,
+        default=lambda of: sorted(map(str, of)) if isinstance(of, (set, frozenset)) else str(of),
+        sort_keys=True,
+    )
+
+
+def _parts(name: str, tensor: torch.Tensor) -> Iterator[Any]:
+    yield f"{name} {tensor.dtype} {tuple(tensor.shape)}"
+    if hasattr(tensor, "full_tensor"):  # a part of it is here: the processes put it together
+        tensor = tensor.full_tensor()
+    if not tensor.is_meta:
+        yield tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def digest(parts: Iterable[Any]) -> str:
+    """Hash of texts and bytes, one after the other."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part.encode() if isinstance(part, str) else part)
+    return found.hexdigest()[:DIGITS]

@@ -1,0 +1,41 @@
+"""A revision means something on a hub alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llm_attack.errors import UsageError
+
+DEFAULT = "main"
+
+
+def check_revision(pretrained: Any, source: Any, arguments: Mapping[str, Any]) -> None:
+    """Refuses a revision of what is on this machine: `from_pretrained` would pass over it.
+
+    Args:
+        pretrained: as it was given, for the message.
+        source: where the model is loaded from.
+        arguments: those of `hf`. An adapter, delta weights and a tokenizer are loaded from the same
+            revision as the model.
+
+    Raises:
+        UsageError: another revision than the default is given, and nothing is loaded from a hub.
+    """
+    revision = arguments.get("revision")
+    sources = [source, *(arguments.get(name) for name in ("tokenizer", "peft", "delta"))]
+    if revision in (None, DEFAULT) or any(map(_on_hub, sources)):
+        return
+    raise UsageError(
+        f"revision={revision}: must be left out with pretrained={_name(pretrained)}, which is not"
+        " loaded from a hub and has no revisions"
+    )
+
+
+def _on_hub(source: Any) -> bool:
+    return isinstance(source, str) and source != "" and not Path(source).exists()
+
+
+def _name(pretrained: Any) -> str:
+    return str(pretrained) if isinstance(pretrained, (str, Path)) else type(pretrained).__name__
