@@ -12,6 +12,8 @@ from typing import Any
 
 from llm_attack.redact import redacted
 
+_LONGEST = 200  # characters of a value in a message
+
 
 class UsageError(ValueError):
     """Bad input. Command lines print its one line, without secrets, and exit with code 2."""
@@ -35,13 +37,20 @@ def invalid(argument: str, value: object, allowed: str | Iterable[str]) -> Usage
         allowed: what is allowed, in words, or the list of allowed values; from a list, the
             closest one is suggested.
     """
-    shown = repr(value) if isinstance(value, str) and isinstance(allowed, str) else value
+    quoted = isinstance(value, str) and isinstance(allowed, str)
+    shown = repr(value) if quoted else _shortened(value)
     if isinstance(allowed, str):
         return UsageError(f"{argument}={shown}: must be {allowed}")
     allowed = list(allowed)
     meant = closest(value, allowed)
     hint = f"; did you mean {meant!r}?" if meant else ""
     return UsageError(f"{argument}={shown}: must be one of {', '.join(allowed)}{hint}")
+
+
+def _shortened(value: object) -> str:
+    """A value in one line: a tensor or a model can have many."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def report_usage_errors() -> None:

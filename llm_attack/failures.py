@@ -70,7 +70,7 @@ def failure(error: BaseException) -> Failure:
     """
     import click
 
-    text = one_line(error)
+    text = _text(error)
     if isinstance(error, UsageError):
         return Failure(2, f"error: {text}")
     if isinstance(error, click.UsageError):
@@ -92,8 +92,14 @@ def failure(error: BaseException) -> Failure:
 
 
 def one_line(error: BaseException) -> str:
-    """The text of an exception, without secrets, in one line; its type, where it has none."""
-    return redacted(" ".join(str(error).split())) or type(error).__name__
+    """The class of an exception and the first line of its text, without secrets.
+
+    A first line that ends with a colon is a heading: the next one is taken.
+    """
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    if lines[1:] and lines[0].endswith(":"):
+        del lines[0]
+    return redacted(": ".join([type(error).__name__, *lines[:1]]))
 
 
 def show(error: BaseException) -> None:
@@ -109,6 +115,11 @@ def leave(code: int, line: str | None) -> None:
     if line is not None:
         print(line, file=sys.stderr, flush=True)
     os._exit(code)
+
+
+def _text(error: BaseException) -> str:
+    """All of the text of an exception in one line; its class, where it has none."""
+    return redacted(" ".join(str(error).split())) or type(error).__name__
 
 
 def _reader(error: BaseException) -> str:

@@ -19,6 +19,7 @@ import click
 
 from llm_attack.declare import DIALECT, declared
 from llm_attack.errors import UsageError, invalid
+from llm_attack.failures import one_line
 from llm_attack.folder import check_same, claim, clear_drafts, strangers
 from llm_attack.record import hardware, versions, write_json
 from llm_attack.redact import redacted
@@ -176,10 +177,11 @@ def _is_same(folder: Path, name: str, head: dict[str, Any], names: list[str]) ->
         try:
             record = json.loads((folder / mark).read_text(encoding="utf-8"))
             of, there = record["command"].split()[:3], {**record["settings"]}
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UsageError(
-                f"output={folder}: {mark} there is not of an experiment; must be another folder"
-            ) from None
+                f"output={folder}: {mark} there cannot be read as that of an experiment"
+                f" ({one_line(error)}); must be another folder"
+            ) from error
         if names == [_STARTED]:
             break  # it was stopped before it had anything
         check_same(folder, {"command": " ".join(of)}, {"command": f"{_COMMAND} {name}"})
@@ -201,6 +203,7 @@ def pick_device(name: str | None) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, dtype=torch.float64, device=name).cpu()  # from "meta" nothing comes back
-    except (RuntimeError, AssertionError, TypeError, NotImplementedError):
-        raise invalid("device", name, "cpu, cuda, or another that torch finds here") from None
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        allowed = f"cpu, cuda, or another that torch can use here ({one_line(error)})"
+        raise invalid("device", name, allowed) from error
     return name

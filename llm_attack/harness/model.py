@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torch.nn.utils.rnn import pad_sequence
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 from llm_attack.demo import MODEL_PATH
 from llm_attack.errors import UsageError, invalid, report_usage_errors
+from llm_attack.failures import one_line
 from llm_attack.harness import cache, loading
 from llm_attack.harness.names import check_names, check_values, trusted
 from llm_attack.harness.requests import (
@@ -83,16 +85,20 @@ class AttackedHFLM(HFLM):
         self._arguments = arguments
         if arguments.get("device") is None:
             arguments["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-        device = arguments["device"]
+        device = arguments["device"] = str(arguments["device"])
         # lm-eval's command line says cuda:0 if the user says nothing
         if device != "cuda:0" or not _lm_eval_runs() or any(device in word for word in sys.argv):
             check_device(device)
         if "trust_remote_code" in arguments:  # a text such as "no" is true
             arguments["trust_remote_code"] = trusted(arguments["trust_remote_code"])
+        pretrained = _source(pretrained)
         source = str(MODEL_PATH) if pretrained == "demo" else pretrained
         source, gguf_file = gguf.located(source, arguments.get("gguf_file"))
         if gguf_file is not None:
             arguments["gguf_file"] = gguf_file
+        loading.check_arguments(source, arguments)
+        passed = dict(arguments)
+        self._quantization = loading.quantization(passed)
         if arguments.get("tp_plan") is not None and "RANK" not in os.environ:
             raise UsageError(
                 f"tp_plan={arguments['tp_plan']}: must be started by torchrun, with a process for"
@@ -102,12 +108,12 @@ class AttackedHFLM(HFLM):
         """What a reader of the results should know of the model, a sentence each."""
         try:
             with gguf.without_progress():
-                super().__init__(source, **arguments)
+                super().__init__(source, **passed)
         except (UsageError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # a broken file can make its reader raise anything
             given = {"pretrained": pretrained, **arguments}
-            raise gguf.not_loaded(given, gguf_file, error) from error
+            raise loading.not_loaded(given, hasattr(self, "_config"), error) from error
         if self.backend != "causal":
             raise UsageError(
                 f"pretrained={pretrained}: is an encoder-decoder model; must be a causal one"
@@ -139,8 +145,15 @@ class AttackedHFLM(HFLM):
                 raise UsageError("conditions of one run must have the same loss, context, seed")
         names = list(dict.fromkeys(condition.hookpoint for condition in conditions))
         text = torch.tensor([self.tok_encode(CALIBRATION_TEXT)[: self.max_length]])
-        with reproducible(self.engine_settings.deterministic):
-            signals = signals_at(self.model, names, text.to(self.device))
+        try:
+            with reproducible(self.engine_settings.deterministic):
+                signals = signals_at(self.model, names, text.to(self.device))
+        except RuntimeError as error:
+            if should_reduce_batch_size(error):
+                raise
+            raise UsageError(
+                f"pretrained={self.pretrained}: a first forward fails ({one_line(error)})"
+            ) from error
         self.settings, self.conditions = settings, conditions
         self.signals = [signals[condition.hookpoint] for condition in conditions]
         several = len(names) > 1
@@ -195,6 +208,8 @@ class AttackedHFLM(HFLM):
         check_names(self._arguments, self._config)
 
     def _create_model(self, pretrained: Any, *args: Any, **kwargs: Any) -> None:
+        if self._quantization is not None:
+            kwargs["quantization_config"] = self._quantization
         with loading.noting(self) as unfit:
             super()._create_model(pretrained, *args, **kwargs)
         self.warnings += unfit.sentences()
@@ -383,6 +398,24 @@ class AttackedHFLM(HFLM):
             settings |= {"pretrained": self.pretrained, **self.settings.arguments()}
             cache.guard(cache_hook.dbdict, settings, cache_hook.dbdict.filename)
         super().set_cache_hook(cache_hook)
+
+
+def _source(pretrained: Any) -> Any:
+    """`pretrained` as a text or a model.
+
+    Raises:
+        UsageError: it is neither, nor a path; or no gradient can go through its weights.
+    """
+    if isinstance(pretrained, (str, os.PathLike)):
+        return os.fspath(pretrained)
+    if not isinstance(pretrained, torch.nn.Module) or not hasattr(pretrained, "config"):
+        raise invalid("pretrained", pretrained, "a model id, a path or a model of transformers")
+    if any(weight.is_inference() for weight in pretrained.parameters()):
+        raise UsageError(
+            "pretrained: the model was made under torch.inference_mode, and gradients cannot go"
+            " through such weights; must be made outside of it"
+        )
+    return pretrained
 
 
 def _report_if_lm_eval_runs() -> None:

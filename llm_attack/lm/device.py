@@ -20,6 +20,7 @@ def check_device(device: Any) -> None:
         there += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     if torch.backends.mps.is_available():
         there += ["mps", "mps:0"]
+    device = str(device)  # torch.device
     others = ("hpu", "npu", "xpu")  # which torch knows only with libraries of their own
-    if device not in there and str(device).partition(":")[0] not in others:
+    if device not in there and device.partition(":")[0] not in others:
         raise invalid("device", device, there)

@@ -13,6 +13,7 @@ from filelock import FileLock
 from transformers import PreTrainedModel
 
 from llm_attack.errors import UsageError
+from llm_attack.failures import one_line
 from llm_attack.folder import check_same, strangers
 from llm_attack.harness.model import AttackedHFLM
 from llm_attack.harness.requests import Instance
@@ -111,11 +112,11 @@ def kept(folder: Path) -> dict[str, Any] | None:
             return {**json.loads(path.read_text(encoding="utf-8"))["fingerprint"]}
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(
-                f"output={folder}: {path.relative_to(folder)} there is not of a run of this"
-                " version; must be another folder"
-            ) from None
+                f"output={folder}: {path.relative_to(folder)} there cannot be read as that of a run"
+                f" ({one_line(error)}); must be another folder"
+            ) from error
     return None
 
 

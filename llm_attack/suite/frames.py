@@ -12,6 +12,7 @@ from pandas.api.types import is_integer_dtype, is_numeric_dtype, is_string_dtype
 
 from llm_attack.attacks import Attack
 from llm_attack.errors import UsageError
+from llm_attack.failures import one_line
 from llm_attack.harness import gold
 from llm_attack.harness.requests import Instance, by_question
 from llm_attack.harness.sources import clusters
@@ -251,8 +252,7 @@ def load(folder: Path) -> dict[str, pd.DataFrame]:
                 f"{folder}: has no {path.name}; must be the folder of a finished run"
             ) from None
         except (OSError, TypeError, ValueError) as error:  # TypeError: of a damaged dtype
-            reason = str(error).splitlines()[0]
-            raise UsageError(f"{path}: cannot be read ({reason})") from None
+            raise UsageError(f"{path}: cannot be read ({one_line(error)})") from error
         found[name] = found[name].assign(
             **{column: of for column, of in _SINCE[name].items() if column not in found[name]}
         )

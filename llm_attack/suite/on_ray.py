@@ -84,7 +84,7 @@ def cluster(plan: Plan) -> Iterator[None]:
     except ImportError as error:
         raise UsageError(
             f"ray={plan.ray}: needs Ray ({one_line(error)}); pip install llm-attack[ray]"
-        ) from None
+        ) from error
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     terminated = signal.getsignal(signal.SIGTERM)
@@ -95,7 +95,7 @@ def cluster(plan: Plan) -> Iterator[None]:
         ray.init(plan.ray, logging_level="ERROR", log_to_driver=False)
     except (RuntimeError, ValueError, OSError) as error:
         allowed = f"a cluster that can be reached ({one_line(error)})"
-        raise invalid("ray", plan.ray, allowed) from None
+        raise invalid("ray", plan.ray, allowed) from error
     try:
         if signal.getsignal(signal.SIGTERM) is not terminated:  # ray.init takes it for itself
             signal.signal(signal.SIGTERM, terminated)

@@ -13,6 +13,7 @@ from typing import Any
 from llm_attack.attacks import ATTACKS
 from llm_attack.declare import About, check_names, declared, names, setting, underscored
 from llm_attack.errors import UsageError, invalid
+from llm_attack.failures import one_line
 from llm_attack.lm.settings import (
     EPSILON,
     AttackSettings,
@@ -315,8 +316,8 @@ def from_yaml(path: Path) -> dict[str, Any]:
     try:
         content = _read_yaml(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"config={path}: cannot be read ({reason}); must be a YAML file") from None
+        text = f"cannot be read ({one_line(error)}); must be a YAML file"
+        raise UsageError(f"config={path}: {text}") from error
     if not isinstance(content, dict):
         raise UsageError(f"config={path}: must be a mapping, such as attacks: [none, fgsm]")
     content = {underscored(str(key)): value for key, value in content.items()}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_attack.errors import UsageError
+from llm_attack.failures import one_line
 from llm_attack.harness.judge import as_json
 from llm_attack.record import write_json, write_text
 from llm_attack.redact import redacted
@@ -126,7 +127,9 @@ def load(folder: Path, equivalence: float | None = None) -> Result:
             f"{folder}: has no run.json; must be the folder of a finished run"
         ) from None
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read ({error}); must be of a finished run") from None
+        raise UsageError(
+            f"{path}: cannot be read ({one_line(error)}); must be of a finished run"
+        ) from error
     for name, kind in _RECORD.items():
         part = run.get(name) if isinstance(run, dict) else None
         if not isinstance(part, kind) and (part is not None or name not in _SINCE):
