@@ -78,6 +78,12 @@ class ThreatSettings(StepSettings):
         allowed="the dotted path of a module",
     )
     seed: int = setting(0, "Seed of the random draws")
+    encode_separately: bool = setting(
+        False,
+        "Encode each answer apart from its prompt, as lm-eval does for encoder-decoder models."
+        " Unless given both are encoded together, as lm-eval does for causal models, and a token"
+        " may reach across the place where they meet",
+    )
 
     def __post_init__(self) -> None:
         check(self)
