@@ -76,6 +76,7 @@ class AttackedHFLM(HFLM):
     tokens_per_batch: int | None = None
     """Of a batch at most, padding included; None: as many as are good for the device."""
 
+    @torch.inference_mode(False)
     def __init__(self, pretrained: Any = DEFAULT_MODEL, **arguments: Any) -> None:
         _report_if_lm_eval_runs()
         self.settings, arguments = split_arguments(arguments, AttackSettings)
@@ -128,6 +129,7 @@ class AttackedHFLM(HFLM):
         prepare(self.model, self.engine_settings, hookpoint)
         self.use(self.settings)
 
+    @torch.inference_mode(False)
     def use(self, *conditions: AttackSettings) -> None:
         """Attacks with other settings from now on; diagnostics start anew.
 
@@ -139,6 +141,10 @@ class AttackedHFLM(HFLM):
         Raises:
             UsageError: the hookpoint is none of the model's, or conditions differ in more.
         """
+        with frozen(self.model):
+            self._use(*conditions)
+
+    def _use(self, *conditions: AttackSettings) -> None:
         settings = conditions[0]
         for other in conditions[1:]:
             if other.threat != settings.threat:
@@ -232,6 +238,7 @@ class AttackedHFLM(HFLM):
 
     # -- answering ---------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)
     def loglikelihood(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[Answer]:
@@ -250,6 +257,7 @@ class AttackedHFLM(HFLM):
         self._pool()
         return answers[: len(requests)]
 
+    @torch.inference_mode(False)
     def loglikelihood_rolling(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[float]:
@@ -294,15 +302,18 @@ class AttackedHFLM(HFLM):
                 progress.update(len(found))
         return answers
 
+    @torch.inference_mode(False)
     def batches(self, questions: Iterable[Question], rows: int | None = None) -> list[Batch]:
         """The questions that go through the model together; `rows`: in place of `batch_size`."""
         limit = rows or self.batch_size
         if str(limit).startswith("auto"):
             limit = self._arguments.get("max_batch_size", sys.maxsize)
         questions = list(questions)
-        self.engine.probe(questions)
-        return self.engine.batches(questions, int(limit), self.tokens_per_batch)
+        with frozen(self.model):
+            self.engine.probe(questions)
+            return self.engine.batches(questions, int(limit), self.tokens_per_batch)
 
+    @torch.inference_mode(False)
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations of the prompts, which are attacked at prefill."""
         self._refuse_questions(requests)
@@ -322,10 +333,10 @@ class AttackedHFLM(HFLM):
         alone = self.engine.deterministic or rotary.scale(shortest) != rotary.scale(max_length)
         if len(context) > 1 and alone:
             return self._generate_alone(context, max_length, stop, **options)
-        with rotary.fresh(), reproducible(self.engine.deterministic):
+        with frozen(self.model), rotary.fresh(), reproducible(self.engine.deterministic):
             if self.attack.identity:
                 return super()._model_generate(context, max_length, stop, **options)
-            with frozen(self.model), attacked_prompts(self.engine, context, mask):
+            with attacked_prompts(self.engine, context, mask):
                 return super()._model_generate(context, max_length, stop, **options)
 
     def _generate_alone(

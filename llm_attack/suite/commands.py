@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from llm_attack.declare import names
@@ -46,6 +47,7 @@ from llm_attack.suite.store import STORE, discard
 from llm_attack.suite.worst import with_worst
 
 
+@torch.inference_mode(False)
 def evaluate(
     plan: Plan, *, output: str | Path | None = None, progress: str = "bar"
 ) -> Result | None:
