@@ -49,7 +49,8 @@ def invalid(argument: str, value: object, allowed: str | Iterable[str]) -> Usage
 
 def _shortened(value: object) -> str:
     """A value in one line: a tensor or a model can have many."""
-    text = " ".join(str(value).split())
+    text = str(value)
+    text = " ".join(text.split()) if "\n" in text else text
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from llm_attack.declare import DIALECT, declared
+from llm_attack.declare import DIALECT, declared, is_plain, option_type
 from llm_attack.errors import UsageError, invalid
 from llm_attack.failures import one_line
 from llm_attack.folder import check_same, claim, clear_drafts, strangers
@@ -42,10 +42,12 @@ class Numbers(click.ParamType):
         if isinstance(value, tuple):
             return value
         try:
-            return tuple(self.kind(part) for part in value.split(","))
+            if all(map(is_plain, value.split(","))):
+                return tuple(self.kind(part) for part in value.split(","))
         except ValueError:
-            what = "integers" if self.kind is int else "numbers"
-            self.fail(f"{value!r}: must be {what} separated by commas", param, ctx)
+            pass
+        what = "integers" if self.kind is int else "numbers"
+        self.fail(f"{value!r}: must be {what} separated by commas", param, ctx)
 
 
 class Figure(click.Command):
@@ -115,8 +117,7 @@ def figure_command(
         if len(set(shown.values())) == 1:
             values = f"default: {shown['quick']}"
         text = about.sentence() + (f"  [{values}]" if shown["quick"] else "")
-        kind = about.option or about.kind
-        options.append(click.Option([f"--{entry.name}"], type=kind, help=text))
+        options.append(click.Option([f"--{entry.name}"], type=option_type(about), help=text))
     command = Figure(
         name,
         callback=callback,

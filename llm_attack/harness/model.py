@@ -25,7 +25,7 @@ from llm_attack.demo import MODEL_PATH
 from llm_attack.errors import UsageError, invalid, report_usage_errors
 from llm_attack.failures import one_line
 from llm_attack.harness import cache, loading
-from llm_attack.harness.names import check_names, check_values, trusted
+from llm_attack.harness.names import check_names, check_numbers, check_values, trusted
 from llm_attack.harness.requests import (
     TokenRequest,
     encode,
@@ -49,7 +49,7 @@ from llm_attack.lm.reproducible import reproducible
 from llm_attack.lm.scale import CALIBRATION_TEXT, signals_at
 from llm_attack.lm.scatter import by_index
 from llm_attack.lm.scoring import Scorer
-from llm_attack.lm.settings import AttackSettings, EngineSettings, split_arguments
+from llm_attack.lm.settings import AttackSettings, EngineSettings, split_arguments, unread
 from llm_attack.lm.sweep import scorers
 from llm_attack.lm.units import Signal
 
@@ -201,6 +201,12 @@ class AttackedHFLM(HFLM):
     def signal(self) -> Signal:
         """The scale of what the first condition perturbs."""
         return self.signals[0]
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: Any = None) -> AttackedHFLM:
+        """As lm-eval's; numbers must be written plainly."""
+        check_numbers(arg_string)
+        return super().create_from_arg_string(arg_string, additional_config)
 
     # -- loading -----------------------------------------------------------------------------------
 
@@ -365,7 +371,12 @@ class AttackedHFLM(HFLM):
         """What a reader of the results should know: of the model, then of each condition."""
         of_conditions = zip(self.engine.attacks, self.diagnostics, strict=True)
         found = (f"{attack.condition}: {w}" for attack, d in of_conditions for w in d.warnings())
-        return [*self.warnings, *found]
+        attacks = {condition.attack for condition in self.conditions}
+        useless = [
+            f"{name}={value}: has no effect, as no attack of this run reads it"
+            for name, value, _ in unread(self.settings, attacks)
+        ]
+        return [*self.warnings, *useless, *found]
 
     def _refuse_questions(self, requests: Sequence[Instance]) -> None:
         if self.settings.needs_gold:

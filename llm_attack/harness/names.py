@@ -132,6 +132,21 @@ def check_values(arguments: dict[str, Any]) -> None:
             raise invalid(name, value, ("True", "False"))
 
 
+def check_numbers(arguments: str) -> None:
+    """Refuses numbers in a string of arguments that only Python reads as such, as `steps=1_0`.
+
+    Raises:
+        UsageError: naming the argument.
+    """
+    kinds = {n.name: a for of in (AttackSettings, EngineSettings) for n, a in declare.declared(of)}
+    for part in arguments.split(","):
+        name, _, value = part.partition("=")
+        about = kinds.get(declare.underscored(name.strip()))
+        if about is None or about.kind not in (int, float) or declare.is_plain(value):
+            continue
+        raise invalid(name.strip(), value, about.words())
+
+
 def trusted(value: Any) -> bool:
     """Whether a value of `trust_remote_code`, which may be a text, is a yes."""
     return str(value).lower() in ("true", "1")

@@ -14,6 +14,7 @@ from llm_attack._shim import register
 from llm_attack.errors import UsageError, closest
 from llm_attack.failures import one_line
 from llm_attack.harness import patches
+from llm_attack.harness.names import check_numbers
 from llm_attack.lm.device import check_device
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -99,7 +100,10 @@ def _check(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("--device", "--include_path", "--output_path"):
         parser.add_argument(name, nargs="?")  # a missing value is lm-eval's to refuse
+    parser.add_argument("--model_args", "-a", nargs="*", action="extend", default=[])
     found, _ = parser.parse_known_args(list(arguments))
+    for text in found.model_args:
+        check_numbers(text)
     if found.device is not None:
         check_device(found.device)
     if found.include_path is not None and not Path(found.include_path).is_dir():

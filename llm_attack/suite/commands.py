@@ -64,8 +64,13 @@ def evaluate(
         of a parallel run but the first.
 
     Raises:
+        TypeError: an argument is of another type.
         UsageError: an argument is not allowed, or the folder holds something else.
     """
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan: must be a Plan, not {type(plan).__name__}")
+    if not isinstance(output, (str, Path, type(None))):
+        raise TypeError(f"output: must be a path or None, not {type(output).__name__}")
     if progress not in MODES:
         raise invalid("progress", progress, MODES)
     who = Processes.of(plan)

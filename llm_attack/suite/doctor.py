@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from rich.console import Console
 
-from llm_attack.errors import UsageError
+from llm_attack.errors import UsageError, invalid
 from llm_attack.harness.patches import without_bars
 from llm_attack.lm.hook import frozen
 from llm_attack.lm.settings import amplitude
@@ -20,6 +20,7 @@ from llm_attack.lm.surface import Surface
 from llm_attack.suite import sanity
 from llm_attack.suite.commands import silence
 from llm_attack.suite.plan import Plan
+from llm_attack.suite.progress import MODES
 from llm_attack.suite.run import Prepared, Processes, Result, execute, prepare
 from llm_attack.suite.sanity import FAILS, PASSES, Check
 
@@ -30,6 +31,7 @@ CONDITIONS = [
     *[("none", LITTLE), ("random", MORE), ("fgsm", MORE), ("blocks", MORE)],
     *[("bim", epsilon) for epsilon in (LITTLE, MORE, ALL)],
 ]
+ATTACKS, EPSILONS = (tuple(dict.fromkeys(of)) for of in zip(*CONDITIONS, strict=True))
 _RISING = 0.2  # share of what the steps have reached that as many again may add
 _STEP = 1e-5  # of the finite differences, in units of the RMS of the point
 _ROUNDING = 1e-3  # of the log-likelihoods, that of bfloat16 too
@@ -47,12 +49,13 @@ def doctor(plan: Plan, progress: str) -> list[Check]:
     Raises:
         UsageError: an argument is not allowed, or the clean model gives no numbers.
     """
+    if progress not in MODES:
+        raise invalid("progress", progress, MODES)
     world = Processes.of(plan).world
     if world > 1:
         raise UsageError(f"WORLD_SIZE={world}: must be 1, or not set, for doctor")
     console = Console(stderr=True)
-    attacks, epsilons = (tuple(dict.fromkeys(of)) for of in zip(*CONDITIONS, strict=True))
-    plan = replace(plan, attacks=attacks, epsilons=epsilons)
+    plan = replace(plan, attacks=ATTACKS, epsilons=EPSILONS)
     prepared = prepare(plan, progress, console)
     lm, known = prepared.lm, {(c.attack, c.epsilon): c for c in plan.conditions}
     some = [known[attack, amplitude(epsilon)[0]] for attack, epsilon in CONDITIONS]

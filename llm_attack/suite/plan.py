@@ -10,6 +10,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llm_attack.attacks import ATTACKS
 from llm_attack.declare import About, check_names, declared, names, setting, underscored
 from llm_attack.errors import UsageError, invalid
@@ -20,6 +22,7 @@ from llm_attack.lm.settings import (
     EngineSettings,
     ThreatSettings,
     amplitude,
+    unread,
 )
 
 # Settings that say how a plan is carried out or told; answers do not depend on them.
@@ -27,6 +30,9 @@ _HOW = ("device", "equivalence", "shard", "ray", "ray_workers")
 
 # What `critical=True` adds to the attacks.
 _CRITICAL = ("critical", "fmn")
+
+# Settings that most attacks read, so that a file of settings may have them for any run.
+_OF_MANY = ("steps", "step_size")
 
 # What is allowed, in words.
 _NAMES = "names with commas between them"
@@ -136,6 +142,8 @@ class Plan(ThreatSettings, EngineSettings):
     )
 
     def __post_init__(self) -> None:
+        if isinstance(self.device, torch.device):
+            object.__setattr__(self, "device", str(self.device))
         super().__post_init__()
         for name, kind in (("tasks", str), ("attacks", str), ("epsilons", _epsilon)):
             object.__setattr__(self, name, _listed(name, getattr(self, name), kind))
@@ -174,13 +182,36 @@ class Plan(ThreatSettings, EngineSettings):
             proper = "model" if name == "pretrained" else name
             raise UsageError(f"model_args={name}=...: must be given as {proper} of its own")
         given = [c.attack_in_units.condition for c in self.conditions]
+        self._check_used()
         twice = next((name for name in given if given.count(name) > 1), None)
         if twice:
             raise UsageError(f"attacks, epsilons: the condition {twice} must occur only once")
 
+    def _check_used(self) -> None:
+        """Refuses settings that no attack of the plan reads: nothing would come of them.
+
+        Of those that most attacks read there is a warning in the results instead.
+
+        Raises:
+            UsageError: naming the first of them, and the attacks that read it.
+        """
+        run = {condition.attack for condition in self.conditions}
+        others = {
+            "epsilon_max": [attack for attack, kind in ATTACKS.items() if kind.minimal],
+            "epsilons": [attack for attack in ATTACKS if attack != "none"],
+        }
+        for name, value, readers in unread(self, run, others):
+            if name in _OF_MANY:
+                continue
+            shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            raise UsageError(
+                f"{name}={shown}: no attack of this run reads it; must be left out, or given with"
+                f" one that does ({', '.join(readers)})"
+            )
+
     def _batch_size(self) -> int | str:
         size = str(self.batch_size)
-        if size != "auto" and (not size.isdecimal() or int(size) < 1):
+        if not re.fullmatch("auto|[1-9][0-9]*", size):
             raise invalid("batch_size", self.batch_size, _ROWS)
         return size if size == "auto" else int(size)
 
@@ -193,8 +224,9 @@ class Plan(ThreatSettings, EngineSettings):
     def _model_args(self) -> dict[str, Any]:
         given = self.model_args
         if isinstance(given, str) and all("=" in part for part in given.split(",") if part):
-            from llm_attack.harness.names import simple_parse_args_string
+            from llm_attack.harness.names import check_numbers, simple_parse_args_string
 
+            check_numbers(given)
             return simple_parse_args_string(given)
         if not isinstance(given, dict):
             raise invalid("model_args", given, _PAIRS)
@@ -203,9 +235,10 @@ class Plan(ThreatSettings, EngineSettings):
     @property
     def share(self) -> tuple[int, int] | None:
         """`shard` as (number from 0, of how many); None: not given, or not of that form."""
-        part, slash, whole = str(self.shard).partition("/")
-        if not (slash and part.isdecimal() and whole.isdecimal()):
+        found = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", str(self.shard))
+        if found is None:
             return None
+        part, whole = found.groups()
         return (int(part) - 1, int(whole)) if 1 <= int(part) <= int(whole) else None
 
     @property
@@ -332,12 +365,29 @@ def from_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
+def _number(text: str) -> int | float:
+    try:
+        return int(text)
+    except ValueError:
+        return float(text.replace(".inf", "inf").replace(".nan", "nan"))
+
+
 def _read_yaml(text: str) -> Any:
     """The content of a YAML text; of a key that is there twice, YAML itself would take the last."""
     import yaml
 
     class Loader(yaml.SafeLoader):
-        pass
+        """Numbers as JSON has them: YAML 1.1 reads 1_0, 010 and 1:30 as 10, 8 and 90."""
+
+        yaml_implicit_resolvers = {  # noqa: RUF012
+            first: [pair for pair in of if not pair[0].endswith((":int", ":float"))]
+            for first, of in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+    digits = r"((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?"
+    of_number = rf"[-+]?({digits}|\.inf|\.nan)$"
+    Loader.add_implicit_resolver("!number", re.compile(of_number), list("-+.0123456789"))
+    Loader.add_constructor("!number", lambda loader, node: _number(node.value))
 
     def mapping(loader: Any, node: Any) -> dict[Any, Any]:
         keys = [loader.construct_object(key, deep=True) for key, _ in node.value]

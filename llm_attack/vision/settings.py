@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import click
 
-from llm_attack.declare import check, setting
+from llm_attack.declare import check, is_plain, setting
 from llm_attack.errors import invalid
 from llm_attack.reproduce import DEVICE
 
@@ -19,10 +18,15 @@ class Amplitude(click.ParamType):
     name = "number"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        if not isinstance(value, str):
+            return float(value)
+        top, slash, bottom = value.partition("/")
         try:
-            return float(Fraction(value))
-        except (ValueError, ZeroDivisionError):
-            self.fail(f"{value!r}: must be a number or a fraction, such as 8/255", param, ctx)
+            if is_plain(top) and is_plain(bottom):
+                return int(top) / int(bottom) if slash else float(top)
+        except (ValueError, ArithmeticError):
+            pass
+        self.fail(f"{value!r}: must be a number or a fraction, such as 8/255", param, ctx)
 
 
 class Amplitudes(click.ParamType):
