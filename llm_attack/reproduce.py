@@ -28,6 +28,7 @@ PRESET_NAMES = ("quick", "paper")
 # Says whose an unfinished folder is; subfolders of results.
 _STARTED, _PARTS = "started.json", ("checkpoints",)
 _COMMAND = "llm-attack reproduce"
+_SEEDS = 2**62  # torch's generators take integers of 64 bits
 DEVICE = "Where to compute: cpu, cuda, cuda:1, ...; unless given, cuda where there is one"
 
 
@@ -73,6 +74,10 @@ def figure_command(
         """Settings and the head of the record; `UsageError` if they or the folder will not do."""
         overrides = {key: value for key, value in given.items() if value is not None}
         settings = replace(presets[preset], **overrides)
+        if hasattr(settings, "check_used"):
+            settings.check_used()
+        if abs(settings.seed) >= _SEEDS:
+            raise invalid("seed", settings.seed, f"an integer below {_SEEDS}")
         settings = replace(settings, device=pick_device(settings.device))
         words = [_COMMAND, name, "--preset", preset]
         for key, value in overrides.items():

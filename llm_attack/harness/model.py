@@ -25,7 +25,7 @@ from llm_attack.demo import MODEL_PATH
 from llm_attack.errors import UsageError, invalid, report_usage_errors
 from llm_attack.failures import one_line
 from llm_attack.harness import cache, loading
-from llm_attack.harness.names import check_names, check_numbers, check_values, trusted
+from llm_attack.harness.names import check_names, check_string, check_values, trusted
 from llm_attack.harness.requests import (
     TokenRequest,
     encode,
@@ -123,7 +123,7 @@ class AttackedHFLM(HFLM):
         loading.check_finite(pretrained, self.model)
         size = self.model.get_input_embeddings().weight.shape[0]
         prefix = arguments.get("prefix_token_id")
-        if prefix is not None and prefix not in range(size):
+        if prefix is not None and (isinstance(prefix, bool) or prefix not in range(size)):
             raise invalid("prefix_token_id", prefix, f"the id of a token, from 0 to {size - 1}")
         hookpoint = resolve(self.model, self.settings.hookpoint)
         prepare(self.model, self.engine_settings, hookpoint)
@@ -205,7 +205,7 @@ class AttackedHFLM(HFLM):
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: Any = None) -> AttackedHFLM:
         """As lm-eval's; numbers must be written plainly."""
-        check_numbers(arg_string)
+        check_string(arg_string)
         return super().create_from_arg_string(arg_string, additional_config)
 
     # -- loading -----------------------------------------------------------------------------------

@@ -132,21 +132,37 @@ def check_values(arguments: dict[str, Any]) -> None:
             raise invalid(name, value, ("True", "False"))
 
 
-def check_numbers(arguments: str) -> None:
-    """Refuses numbers in a string of arguments that only Python reads as such, as `steps=1_0`.
+def check_string(arguments: str) -> None:
+    """Refuses what lm-eval reads differently from a person in a string of arguments.
+
+    Numbers that only Python reads as such, like `steps=1_0`, and names that are there twice.
 
     Raises:
         UsageError: naming the argument.
     """
-    kinds = {n.name: a for of in (AttackSettings, EngineSettings) for n, a in declare.declared(of)}
-    for part in arguments.split(","):
-        name, _, value = part.partition("=")
-        about = kinds.get(declare.underscored(name.strip()))
-        if about is None or about.kind not in (int, float) or declare.is_plain(value):
-            continue
-        raise invalid(name.strip(), value, about.words())
+    pairs = [part.partition("=") for part in arguments.split(",") if part.strip()]
+    given = [declare.underscored(name.strip()) for name, _, _ in pairs]
+    for name, (_, _, value) in zip(given, pairs, strict=True):
+        if given.count(name) > 1:
+            raise UsageError(f"{name}={value}: must be given once")
+        if not declare.is_plain(value.strip()) and _is_number(value):
+            raise invalid(name, value, "a number in plain digits, such as 10")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return bool(text.isnumeric() or [float(text)])
+    except ValueError:
+        return False
 
 
 def trusted(value: Any) -> bool:
-    """Whether a value of `trust_remote_code`, which may be a text, is a yes."""
-    return str(value).lower() in ("true", "1")
+    """Whether a value of `trust_remote_code`, which may be a text, is a yes.
+
+    Raises:
+        UsageError: it is neither a yes nor a no.
+    """
+    text = str(value).lower()
+    if text not in ("true", "1", "yes", "false", "0", "no", "none"):
+        raise invalid("trust_remote_code", value, ("True", "False"))
+    return text in ("true", "1", "yes")

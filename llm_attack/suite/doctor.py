@@ -51,6 +51,9 @@ def doctor(plan: Plan, progress: str) -> list[Check]:
     """
     if progress not in MODES:
         raise invalid("progress", progress, MODES)
+    for name in ("shard", "ray"):
+        if getattr(plan, name) is not None:
+            raise UsageError(f"{name}={getattr(plan, name)}: must not be given for doctor")
     world = Processes.of(plan).world
     if world > 1:
         raise UsageError(f"WORLD_SIZE={world}: must be 1, or not set, for doctor")

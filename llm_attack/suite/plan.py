@@ -149,6 +149,8 @@ class Plan(ThreatSettings, EngineSettings):
             object.__setattr__(self, name, _listed(name, getattr(self, name), kind))
         if self.epsilon_max is not None:
             number, unit = amplitude(self.epsilon_max, "epsilon_max")
+            if not About("", float, least=0.0).allows(number):
+                raise invalid("epsilon_max", number, EPSILON)
             object.__setattr__(self, "epsilon_max", f"{number:g}{unit}" if unit else number)
         places = _listed("hookpoints", self.hookpoints, str) if self.hookpoints else ()
         object.__setattr__(self, "hookpoints", places)
@@ -224,9 +226,9 @@ class Plan(ThreatSettings, EngineSettings):
     def _model_args(self) -> dict[str, Any]:
         given = self.model_args
         if isinstance(given, str) and all("=" in part for part in given.split(",") if part):
-            from llm_attack.harness.names import check_numbers, simple_parse_args_string
+            from llm_attack.harness.names import check_string, simple_parse_args_string
 
-            check_numbers(given)
+            check_string(given)
             return simple_parse_args_string(given)
         if not isinstance(given, dict):
             raise invalid("model_args", given, _PAIRS)

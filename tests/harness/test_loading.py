@@ -22,8 +22,6 @@ from llm_attack.harness import loading
         ({"bnb_4bit_quant_type": "nf4"}, "bnb_4bit_quant_type=nf4: must go with load_in_4bit"),
         ({"peft": "a", "delta": "b"}, "delta=b: must not be given with peft=a"),
         ({"peft": 5}, "peft=5: must be a text"),
-        ({"autogptq": True}, "autogptq=True: needs the package auto_gptq, which is not installed"),
-        ({"gptqmodel": True}, "gptqmodel=True: needs the package gptqmodel, which is not"),
         ({"enable_thinking": True}, "enable_thinking=True: must go with think_end_token"),
         ({"peft": "nowhere"}, r"peft=nowhere: cannot be loaded \(\w*Error: "),
         ({"hidden_size": 7}, r"hidden_size=7: cannot be loaded \(\w*Error: "),
