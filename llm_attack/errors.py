@@ -6,8 +6,10 @@ Every other module may import this one.
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from llm_attack.redact import redacted
@@ -39,7 +41,7 @@ def invalid(argument: str, value: object, allowed: str | Iterable[str]) -> Usage
             closest one is suggested.
     """
     quoted = isinstance(value, str) and isinstance(allowed, str)
-    shown = repr(value) if quoted else _shortened(value)
+    shown = repr(value) if quoted else shortened(value)
     if isinstance(allowed, str):
         return UsageError(f"{argument}={shown}: must be {allowed}")
     allowed = list(allowed)
@@ -48,7 +50,18 @@ def invalid(argument: str, value: object, allowed: str | Iterable[str]) -> Usage
     return UsageError(f"{argument}={shown}: must be one of {', '.join(allowed)}{hint}")
 
 
-def _shortened(value: object) -> str:
+def as_path(argument: str, value: Any) -> Path:
+    """A path that a caller gave.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{argument}: must be a path, not {type(value).__name__}")
+    return Path(value)
+
+
+def shortened(value: object) -> str:
     """A value in one line: a tensor or a model can have many."""
     text = str(value)
     text = " ".join(text.split()) if "\n" in text else text

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llm_attack.attacks.norms import Groups
 from llm_attack.attacks.settings import Attack
+from llm_attack.errors import shortened
 
 
 def leaf(x: Tensor) -> Tensor:
@@ -49,6 +51,29 @@ def check_point(
             )
 
 
+def check_groups(x: Tensor, groups: Mapping[str, Groups | None]) -> None:
+    """Raises `TypeError` or `ValueError` unless they are groups of the elements of `x`."""
+    for name, of in groups.items():
+        if of is None:
+            continue
+        if not isinstance(of, Groups):
+            raise TypeError(f"{name}: must be Groups, not {type(of).__name__}")
+        if of.index.shape != x.shape[: of.index.dim()]:
+            shapes = f"{tuple(of.index.shape)} does not fit that of x, {tuple(x.shape)}"
+            raise ValueError(f"{name}: the shape of its index {shapes}")
+
+
+def check_functions(given: Mapping[str, Any], target_losses: Any) -> None:
+    """Raises `TypeError` unless those that are not None can be called, and all `target_losses`."""
+    if not isinstance(target_losses, Sequence) or isinstance(target_losses, (str, bytes)):
+        got = type(target_losses).__name__
+        raise TypeError(f"target_losses: must be a list of functions, not {got}")
+    several = [("target_losses", closure) for closure in target_losses]
+    for name, closure in [*((n, c) for n, c in given.items() if c is not None), *several]:
+        if not callable(closure):
+            raise TypeError(f"{name}: must be a function, not {type(closure).__name__}")
+
+
 def check_floats(x: Tensor) -> None:
     """Raises `TypeError` unless `x` is a tensor of floats with a dimension for the examples."""
     if not isinstance(x, Tensor):
@@ -68,18 +93,18 @@ def check_bounds(x: Tensor, bounds: Any, moves: bool = True) -> None:
     try:
         low, high = (torch.as_tensor(end, dtype=x.dtype, device=x.device) for end in bounds)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"bounds: must be two numbers, not {bounds!r}") from error
+        raise TypeError(f"bounds: must be two numbers, not {shortened(bounds)}") from error
     if not (low <= high).all():
-        raise ValueError(f"bounds: must be two numbers, the lower one first, not {bounds!r}")
+        raise ValueError(
+            f"bounds: must be two numbers, the lower one first, not {shortened(bounds)}"
+        )
     if moves and not ((low <= x) & (x <= high)).all():
         reach = f"from {x.min().item():g} to {x.max().item():g}"
-        raise ValueError(f"x: must lie within bounds={bounds!r}; it goes {reach}")
+        raise ValueError(f"x: must lie within bounds={shortened(bounds)}; it goes {reach}")
 
 
 def checked(name: str, closure: Callable[[Tensor], Tensor], n: int) -> Callable[[Tensor], Tensor]:
     """The closure, which raises `TypeError` or `ValueError` unless it returns (n,) values."""
-    if not callable(closure):
-        raise TypeError(f"{name}: must be a function of x, not {type(closure).__name__}")
 
     def values_of(x: Tensor) -> Tensor:
         values = closure(x)

@@ -16,7 +16,13 @@ from torch import Tensor
 
 from llm_attack.attacks import blocks
 from llm_attack.attacks.apgd import ascend, best_of
-from llm_attack.attacks.closures import check_point, checked, leaf
+from llm_attack.attacks.closures import (
+    check_functions,
+    check_groups,
+    check_point,
+    checked,
+    leaf,
+)
 from llm_attack.attacks.draws import rehashed
 from llm_attack.attacks.minimal import bisect, fmn
 from llm_attack.attacks.norms import Ball, Groups
@@ -105,6 +111,9 @@ def perturb(
     dropout draws anew at every step, and batch norm counts every forward in its statistics.
     """
     check_point(attack, x, bounds, {"mask": mask, "keys": keys, "gradient": gradient})
+    check_groups(x, {"examples": examples, "balls": balls})
+    functions = {"loss": loss, "target_loss": target_loss, "gap": gap, "on_gradient": on_gradient}
+    check_functions(functions, target_losses)
     x = x.detach()
     if attack.identity:
         return x
@@ -115,7 +124,7 @@ def perturb(
             raise ValueError(f"attack {attack.name!r} needs {name}")
     n = len(x) if examples is None else examples.n
     loss, target_loss, gap = (
-        closure and checked(name, closure, n)
+        None if closure is None else checked(name, closure, n)
         for name, closure in (("loss", loss), ("target_loss", target_loss), ("gap", gap))
     )
     target_losses = [checked("target_losses", closure, n) for closure in target_losses]

@@ -34,7 +34,8 @@ def check_arguments(source: Any, arguments: dict[str, Any]) -> None:
     Raises:
         UsageError: naming the argument.
     """
-    given = {name: value for name, value in arguments.items() if value not in (None, False, "")}
+    nothing = (type(None), bool, str)
+    given = {k: v for k, v in arguments.items() if not isinstance(v, nothing) or v}
     if not isinstance(source, str):
         same = ("auto", str(source.dtype), str(source.dtype).removeprefix("torch."))
         for name in _OF_LOADING:

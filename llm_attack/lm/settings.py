@@ -67,6 +67,12 @@ class ThreatSettings(StepSettings):
         " the loss knows the gold",
         choices=CONTEXTS,
     )
+    encode_separately: bool = setting(
+        False,
+        "Encode each answer apart from its prompt, as lm-eval does for encoder-decoder models."
+        " Unless given both are encoded together, as lm-eval does for causal models, and a token"
+        " may reach across the place where they meet",
+    )
     positions: str = setting(
         ALL,
         f"Tokens that are perturbed, {', '.join(NAMED)} or a slice such as 2:-1 of those that the"
@@ -80,12 +86,6 @@ class ThreatSettings(StepSettings):
         allowed="the dotted path of a module",
     )
     seed: int = setting(0, "Seed of the random draws")
-    encode_separately: bool = setting(
-        False,
-        "Encode each answer apart from its prompt, as lm-eval does for encoder-decoder models."
-        " Unless given both are encoded together, as lm-eval does for causal models, and a token"
-        " may reach across the place where they meet",
-    )
 
     def __post_init__(self) -> None:
         check(self)

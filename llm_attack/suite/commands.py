@@ -18,7 +18,7 @@ from rich.console import Console
 
 from llm_attack.declare import names
 from llm_attack.drawing import save_figure
-from llm_attack.errors import UsageError, invalid
+from llm_attack.errors import UsageError, as_path, invalid
 from llm_attack.failures import ProcessDied, Stopped, failure, leave
 from llm_attack.folder import claim, claim_file
 from llm_attack.harness.patches import without_bars
@@ -69,14 +69,12 @@ def evaluate(
     """
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: must be a Plan, not {type(plan).__name__}")
-    if not isinstance(output, (str, Path, type(None))):
-        raise TypeError(f"output: must be a path or None, not {type(output).__name__}")
     if progress not in MODES:
         raise invalid("progress", progress, MODES)
     who = Processes.of(plan)
     shown = progress if who.first else "quiet"
     console = Console(stderr=True)
-    folder = None if output is None else Path(output)
+    folder = None if output is None else as_path("output", output)
     if folder is None and who.world > 1:
         raise UsageError("output=None: must be a folder, which the processes share")
     if folder is not None:  # before a model is loaded
@@ -206,6 +204,7 @@ def compare(
     equivalence: float | None,
 ) -> None:
     """The command `llm-attack compare`: runs on the questions that all of them asked."""
+    folders = [as_path("folders", folder) for folder in folders]
     if len(folders) < 2 and leaderboard is None:
         raise UsageError(f"compare: must have two folders or more, not {len(folders)}")
     if equivalence is not None and len(folders) != 2:

@@ -11,7 +11,7 @@ import pandas as pd
 from pandas.api.types import is_integer_dtype, is_numeric_dtype, is_string_dtype
 
 from llm_attack.attacks import Attack
-from llm_attack.errors import UsageError
+from llm_attack.errors import UsageError, as_path
 from llm_attack.failures import one_line
 from llm_attack.harness import gold
 from llm_attack.harness.requests import Instance, by_question
@@ -242,6 +242,7 @@ def load(folder: Path) -> dict[str, pd.DataFrame]:
     Raises:
         UsageError: there is none in `folder`, or a file of it cannot be read or is not of a run.
     """
+    folder = as_path("folder", folder)
     found = {}
     for name in FRAMES:
         path = folder / f"{name}.parquet"

@@ -333,7 +333,7 @@ def _listed(name: str, value: Any, kind: Callable[[Any], Any]) -> tuple[Any, ...
         value = [part.strip() for part in value.split(",") if part.strip()]
     try:
         values = tuple(map(kind, value if isinstance(value, Iterable) else [value]))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise invalid(name, value, _NUMBERS) from None
     if not values:
         raise UsageError(f"{name}=: must name at least one")

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from llm_attack.errors import UsageError
+from llm_attack.errors import UsageError, as_path
 from llm_attack.failures import one_line
 from llm_attack.harness.judge import as_json
 from llm_attack.record import write_json, write_text
@@ -119,7 +119,7 @@ def load(folder: Path, equivalence: float | None = None) -> Result:
     Raises:
         UsageError: there is none in `folder`, or a file of it cannot be read.
     """
-    path = folder / "run.json"
+    path = as_path("folder", folder) / "run.json"
     try:
         run = redacted(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from llm_attack.attacks import Attack, deepfool, loss_gradient, perturb, sparsefool
+from llm_attack.attacks import Attack, Groups, deepfool, loss_gradient, perturb, sparsefool
 
 from .helpers import ALL_ATTACKS, closures, keys, linear, rng
 
@@ -21,7 +21,7 @@ LOSS = linear(W)
         ({"x": [[0.5]]}, TypeError, "x: must be a tensor, not list"),
         ({"x": torch.ones(3, 4, dtype=torch.uint8)}, TypeError, "x: must be of floats, not"),
         ({"x": torch.tensor(0.5)}, ValueError, "x: must have a dimension"),
-        ({"loss": 5}, TypeError, "loss: must be a function of x, not int"),
+        ({"loss": 5}, TypeError, "loss: must be a function, not int"),
         ({"loss": lambda x: 1.0}, TypeError, "loss: must return a tensor, not float"),
         ({"loss": lambda x: x.sum()}, ValueError, r"loss: .* 3 examples, \(3,\), not \(\)"),
         ({"loss": lambda x: x}, ValueError, r"loss: .* not \(3, 4\)"),
@@ -37,6 +37,12 @@ LOSS = linear(W)
         ({"mask": [True]}, TypeError, "mask: must be a tensor of torch.bool, not list"),
         ({"keys": torch.ones(3)}, TypeError, "keys: must be a tensor of torch.int64"),
         ({"keys": keys(2)}, ValueError, r"keys: its shape \(2,\)"),
+        ({"examples": 5}, TypeError, "examples: must be Groups, not int"),
+        ({"balls": Groups.rows(X[:2])}, ValueError, r"balls: the shape of its index \(2,\)"),
+        ({"on_gradient": 5}, TypeError, "on_gradient: must be a function, not int"),
+        ({"target_losses": 5}, TypeError, "target_losses: must be a list of functions, not int"),
+        ({"target_losses": [5]}, TypeError, "target_losses: must be a function, not int"),
+        ({"gap": 5}, TypeError, "gap: must be a function, not int"),
         ({"gradient": X.double()}, TypeError, "gradient: must be a tensor of torch.float32"),
         ({"gradient": X[:, :2]}, ValueError, r"gradient: its shape \(3, 2\)"),
         ({"gradient": X[0]}, ValueError, r"gradient: its shape \(4,\)"),
