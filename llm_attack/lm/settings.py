@@ -262,7 +262,7 @@ def unread(
     defaults = {entry.name: entry.default for entry in fields(settings)}
     for name, of in {**readers, **others}.items():
         value = getattr(settings, name)
-        if value != defaults[name] and not set(attacks).intersection(of):
+        if of and value != defaults[name] and not set(attacks).intersection(of):
             yield name, value, list(of)
 
 

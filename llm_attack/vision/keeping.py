@@ -144,7 +144,7 @@ def fill(network: nn.Module, argument: str, path: str) -> None:
 def reason(error: BaseException) -> str:
     """The class of the error, and the line that says what is wrong."""
     if isinstance(error, pickle.UnpicklingError):  # whose text is how to run the file's code
-        return "it is not a file of weights alone"
+        return f"{type(error).__name__}: it is not a file of weights alone"
     return one_line(error)
 
 

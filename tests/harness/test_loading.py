@@ -5,6 +5,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from llm_attack import Plan, evaluate
 from llm_attack.demo import MODEL_PATH
 from llm_attack.errors import UsageError
 from llm_attack.harness import loading
@@ -115,3 +116,15 @@ def test_a_model_whose_forward_fails(make, loaded, monkeypatch):
     monkeypatch.setattr(loaded["pretrained"].model, "forward", broken)
     with pytest.raises(UsageError, match=r"a first forward fails \(RuntimeError: of its own\)$"):
         make(**loaded, hookpoint="model.layers.0")
+
+
+def test_settings_that_no_attack_reads(make):
+    """A warning of those that most attacks read; a plan refuses the others."""
+    sentence = "steps=5: has no effect, as no attack of this run reads it"
+    assert make(attack="fgsm", steps=5).all_warnings() == [sentence]
+    assert make(attack="bim", steps=5).all_warnings() == []
+    plan = Plan("demo", "demo_piqa", attacks=["none", "fgsm"], steps=5, limit=2, device="cpu")
+    assert evaluate(plan, progress="quiet").run["warnings"] == [sentence]
+    with pytest.raises(UsageError, match=r"queries=5: no attack of this run reads it.*\(blocks\)"):
+        Plan("demo", "demo_piqa", attacks=["none", "fgsm"], queries=5)
+    assert Plan("demo", "demo_piqa", attacks=["none", "blocks"], queries=5).queries == 5
