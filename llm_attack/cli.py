@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import click
 
 from llm_attack import __version__, failures
-from llm_attack.declare import DIALECT, options
+from llm_attack.declare import DIALECT, number, options
 from llm_attack.folder import resolved
 from llm_attack.reproduce import DEVICE, preset_option
 from llm_attack.theory import fig4, fig6, relation
@@ -147,16 +147,16 @@ def doctor(progress: str, **settings: Any) -> int:
 
     Ends with exit code 1 where a check fails: attacks on such a model say nothing.
     """
-    from llm_attack.suite.doctor import command
+    from llm_attack.suite.doctor import ATTACKS, EPSILONS, command
     from llm_attack.suite.plan import Plan
 
-    return command(Plan(**settings), progress)
+    return command(Plan(attacks=ATTACKS, epsilons=EPSILONS, **settings), progress)
 
 
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 _equivalence = click.option(
     "--equivalence",
-    type=float,
+    type=number(float),
     metavar="POINTS",
     help="Test as well whether accuracies are equal within so many points of a percent.",
 )
@@ -221,7 +221,7 @@ for _command in FIGURES:
     help="Folder for a folder of each figure.",
 )
 @click.option("--device", help=DEVICE)
-@click.option("--seed", type=int, help="First seed of every experiment.")
+@click.option("--seed", type=number(int), help="First seed of every experiment.")
 @click.pass_context
 def all_(ctx: click.Context, output: str, **options: Any) -> None:
     """Every figure in turn."""

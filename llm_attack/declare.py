@@ -135,6 +135,26 @@ def check_names(given: Iterable[Any], known: Sequence[str]) -> None:
             raise UsageError(f"{name}: must be one of {', '.join(known)}{hint}")
 
 
+def is_plain(text: str) -> bool:
+    """Whether a number is written plainly: Python also reads `1_0`, ` 1 ` and other digits."""
+    return text.isascii() and "_" not in text and text == text.strip()
+
+
+def number(kind: type) -> Any:
+    """The type of an option that is an int or a float, written plainly."""
+    import click
+
+    base = {int: click.INT, float: click.FLOAT}[kind]
+
+    class Plain(type(base)):  # type: ignore[misc]
+        def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+            if isinstance(value, str) and not is_plain(value):
+                self.fail(f"{value!r} is not a valid {self.name}.", param, ctx)
+            return super().convert(value, param, ctx)
+
+    return Plain()
+
+
 def underscored(name: str) -> str:
     """The name of a setting, which may be typed with hyphens."""
     return name.replace("-", "_")
@@ -142,6 +162,17 @@ def underscored(name: str) -> str:
 
 # Lets options be typed with hyphens or underscores.
 DIALECT = {"token_normalize_func": underscored}
+
+
+def option_type(about: About) -> Any:
+    """What click turns the text of an option into."""
+    import click
+
+    if about.option is not None:
+        return about.option
+    if about.kind in (int, float):
+        return number(about.kind)
+    return click.UNPROCESSED if about.kind is tuple else about.kind  # YAML has lists
 
 
 def options(kind: Any) -> list[click.Option]:
@@ -152,13 +183,12 @@ def options(kind: Any) -> list[click.Option]:
     for entry, about in declared(kind):
         default = entry.default
         default = _typed(default) if isinstance(default, tuple) else default
-        kinds: dict[Any, Any] = {bool: None, tuple: click.UNPROCESSED}  # YAML has lists
         made.append(
             click.Option(
                 [f"--{entry.name}"],
                 default=default,
                 help=about.sentence(),
-                type=about.option or kinds.get(about.kind, about.kind),
+                type=option_type(about),
                 is_flag=about.kind is bool,
                 show_default=None if default != "" else False,
             )

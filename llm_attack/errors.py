@@ -6,11 +6,15 @@ Every other module may import this one.
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from llm_attack.redact import redacted
+
+_LONGEST = 200  # characters of a value in a message
 
 
 class UsageError(ValueError):
@@ -21,9 +25,10 @@ class UsageError(ValueError):
 
 
 def closest(word: object, allowed: Iterable[str]) -> str | None:
-    """The member of `allowed` that `word` was most likely meant to be, or None."""
-    found = difflib.get_close_matches(str(word), list(allowed), n=1, cutoff=0.6)
-    return found[0] if found else None
+    """The member of `allowed` that `word` was most likely meant to be, or None; in any case."""
+    lower = {name.lower(): name for name in allowed}
+    found = difflib.get_close_matches(str(word).lower(), lower, n=1, cutoff=0.6)
+    return lower[found[0]] if found else None
 
 
 def invalid(argument: str, value: object, allowed: str | Iterable[str]) -> UsageError:
@@ -35,13 +40,32 @@ def invalid(argument: str, value: object, allowed: str | Iterable[str]) -> Usage
         allowed: what is allowed, in words, or the list of allowed values; from a list, the
             closest one is suggested.
     """
-    shown = repr(value) if isinstance(value, str) and isinstance(allowed, str) else value
+    quoted = isinstance(value, str) and isinstance(allowed, str)
+    shown = repr(value) if quoted else shortened(value)
     if isinstance(allowed, str):
         return UsageError(f"{argument}={shown}: must be {allowed}")
     allowed = list(allowed)
     meant = closest(value, allowed)
     hint = f"; did you mean {meant!r}?" if meant else ""
     return UsageError(f"{argument}={shown}: must be one of {', '.join(allowed)}{hint}")
+
+
+def as_path(argument: str, value: Any) -> Path:
+    """A path that a caller gave.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{argument}: must be a path, not {type(value).__name__}")
+    return Path(value)
+
+
+def shortened(value: object) -> str:
+    """A value in one line: a tensor or a model can have many."""
+    text = str(value)
+    text = " ".join(text.split()) if "\n" in text else text
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def report_usage_errors() -> None:

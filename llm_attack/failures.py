@@ -144,7 +144,7 @@ def failure(error: BaseException) -> Failure:
     """
     import click
 
-    text = one_line(error)
+    text = _text(error)
     error = stop_in(error) or error
     if isinstance(error, UsageError):
         return Failure(2, f"error: {text}")
@@ -160,7 +160,7 @@ def failure(error: BaseException) -> Failure:
         return Failure(1, f"error: out of memory ({text})")
     reader = _reader(error)
     if reader and isinstance(error, _COMPLAINTS) and getattr(error, "errno", None) is None:
-        return Failure(2, f"error: {reader} refuses this: {text}")
+        return Failure(2, f"error: {reader} refuses this: {type(error).__name__}: {text}")
     if isinstance(error, (ProcessDied, OSError)):
         return Failure(1, f"error: {text}")
     return Failure(70, f"error: unexpected {type(error).__name__}: {text}; see {_log(error)}")
@@ -173,14 +173,14 @@ def stop_in(error: BaseException) -> BaseException | None:
 
 
 def one_line(error: BaseException) -> str:
-    """The text of an exception, without secrets, in one line; its type, where it has none."""
-    return redacted(" ".join(str(error).split())) or type(error).__name__
+    """The class of an exception and the first line of its text, without secrets.
 
-
-def described(error: BaseException) -> str:
-    """The class of an exception and the first line of its text, without secrets."""
-    first = redacted(next(iter(str(error).strip().splitlines()), ""))
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+    A first line that ends with a colon is a heading: the next one is taken.
+    """
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    if lines[1:] and lines[0].endswith(":"):
+        del lines[0]
+    return redacted(": ".join([type(error).__name__, *lines[:1]]))
 
 
 class Attempts:
@@ -208,7 +208,7 @@ class Attempts:
             of_machine = isinstance(error, OSError) and error.errno not in {None, *_PATHS}
             if of_machine or isinstance(error, MemoryError):
                 raise
-            self.lines.append(f"{what} could not be made: {described(error)}")
+            self.lines.append(f"{what} could not be made: {one_line(error)}")
 
 
 def show(error: BaseException) -> None:
@@ -224,6 +224,11 @@ def leave(code: int, line: str | None) -> None:
     if line is not None:
         print(line, file=sys.stderr, flush=True)
     os._exit(code)
+
+
+def _text(error: BaseException) -> str:
+    """All of the text of an exception in one line; its class, where it has none."""
+    return redacted(" ".join(str(error).split())) or type(error).__name__
 
 
 def _reader(error: BaseException) -> str:

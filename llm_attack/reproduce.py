@@ -17,8 +17,9 @@ from typing import Any
 
 import click
 
-from llm_attack.declare import DIALECT, declared
+from llm_attack.declare import DIALECT, declared, is_plain, option_type
 from llm_attack.errors import UsageError, invalid
+from llm_attack.failures import one_line
 from llm_attack.folder import check_same, check_writable, claim, clear_drafts, resolved, strangers
 from llm_attack.record import hardware, versions, write_json
 from llm_attack.redact import redacted
@@ -27,6 +28,7 @@ PRESET_NAMES = ("quick", "paper")
 # Says whose an unfinished folder is; subfolders of results.
 _STARTED, _PARTS = "started.json", ("checkpoints",)
 _COMMAND = "llm-attack reproduce"
+_SEEDS = 2**62  # torch's generators take integers of 64 bits
 DEVICE = "Where to compute: cpu, cuda, cuda:1, ...; unless given, cuda where there is one"
 
 
@@ -41,10 +43,12 @@ class Numbers(click.ParamType):
         if isinstance(value, tuple):
             return value
         try:
-            return tuple(self.kind(part) for part in value.split(","))
+            if all(map(is_plain, value.split(","))):
+                return tuple(self.kind(part) for part in value.split(","))
         except ValueError:
-            what = "integers" if self.kind is int else "numbers"
-            self.fail(f"{value!r}: must be {what} separated by commas", param, ctx)
+            pass
+        what = "integers" if self.kind is int else "numbers"
+        self.fail(f"{value!r}: must be {what} separated by commas", param, ctx)
 
 
 class Figure(click.Command):
@@ -74,6 +78,10 @@ def figure_command(
         """Settings, head of the record, folder; `UsageError` if they or the folder will not do."""
         overrides = {key: value for key, value in given.items() if value is not None}
         settings = replace(presets[preset], **overrides)
+        if hasattr(settings, "check_used"):
+            settings.check_used()
+        if abs(settings.seed) >= _SEEDS:
+            raise invalid("seed", settings.seed, f"an integer below {_SEEDS}")
         settings = effective(replace(settings, device=pick_device(settings.device)))
         words = [_COMMAND, name, "--preset", preset]
         for key, value in overrides.items():
@@ -121,8 +129,7 @@ def figure_command(
         if len(set(shown.values())) == 1:
             values = f"default: {shown['quick']}"
         text = about.sentence() + (f"  [{values}]" if shown["quick"] else "")
-        kind = about.option or about.kind
-        options.append(click.Option([f"--{entry.name}"], type=kind, help=text))
+        options.append(click.Option([f"--{entry.name}"], type=option_type(about), help=text))
     command = Figure(
         name,
         callback=callback,
@@ -183,10 +190,11 @@ def _is_same(folder: Path, name: str, head: dict[str, Any], names: list[str]) ->
         try:
             record = json.loads((folder / mark).read_text(encoding="utf-8"))
             of, there = record["command"].split()[:3], {**record["settings"]}
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UsageError(
-                f"output={folder}: {mark} there is not of an experiment; must be another folder"
-            ) from None
+                f"output={folder}: {mark} there cannot be read as that of an experiment"
+                f" ({one_line(error)}); must be another folder"
+            ) from error
         if names == [_STARTED]:
             break  # it was stopped before it had anything
         check_same(folder, {"command": " ".join(of)}, {"command": f"{_COMMAND} {name}"})
@@ -208,6 +216,7 @@ def pick_device(name: str | None) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, dtype=torch.float64, device=name).cpu()  # from "meta" nothing comes back
-    except (RuntimeError, AssertionError, TypeError, NotImplementedError):
-        raise invalid("device", name, "cpu, cuda, or another that torch finds here") from None
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        allowed = f"cpu, cuda, or another that torch can use here ({one_line(error)})"
+        raise invalid("device", name, allowed) from error
     return name

@@ -75,6 +75,22 @@ YAMLS = {
     "perhaps": b"fewshot_as_multiturn: perhaps\n",
     "hyphen": b"step_size: 2\nstep-sise: 3\n",
     "numbers": b"epsilons: {a: 1}\n",
+    "octal": b"steps: 010\n",
+    "underscore": b"steps: 1_0\n",
+    "sexagesimal": b"seed: 1:30\n",
+    "hexadecimal": b"limit: 0x2\n",
+    "a_list": b"steps: [1]\n",
+    "model_number": b"model: 5\n",
+    "device_number": b"device: 5\n",
+    "arguments_number": b"model_args: 5\n",
+    "batch_true": b"batch_size: true\n",
+    "critical_number": b"critical: 1\n",
+    "output_number": b"output: 5\n",
+    "shard_number": b"shard: 1\n",
+    "positions_number": b"positions: 1\n",
+    "not_a_number": b"epsilons: [.nan]\n",
+    "null_attacks": b"attacks: null\n",
+    "date": b"tasks: 2026-01-01\n",
 }
 
 
@@ -198,7 +214,7 @@ def test_wrong_input(case, world, untouched, monkeypatch):
 
 
 def test_there_are_many():
-    assert len({json.dumps(case) for case in CASES}) == len(CASES) >= 150
+    assert len({json.dumps(case) for case in CASES}) == len(CASES) >= 550
 
 
 def test_traceback_is_shown_when_asked_for(world):

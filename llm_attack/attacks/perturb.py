@@ -16,6 +16,13 @@ from torch import Tensor
 
 from llm_attack.attacks import blocks
 from llm_attack.attacks.apgd import ascend, best_of
+from llm_attack.attacks.closures import (
+    check_functions,
+    check_groups,
+    check_point,
+    checked,
+    leaf,
+)
 from llm_attack.attacks.draws import rehashed
 from llm_attack.attacks.minimal import bisect, fmn
 from llm_attack.attacks.norms import Ball, Groups
@@ -30,9 +37,9 @@ def loss_gradient(loss: Loss, x: Tensor) -> Tensor:
 
 
 def _with_gradient(loss: Loss, x: Tensor) -> tuple[Tensor, Tensor]:
-    """`loss(x)`, detached, and the gradient of its sum."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_(True)
+    """`loss(x)`, detached, and the gradient of its sum; under torch.inference_mode, too."""
+    with torch.inference_mode(False), torch.enable_grad():
+        x = leaf(x)
         values = loss(x)
         (gradient,) = torch.autograd.grad(values.sum(), x)
     return values.detach(), gradient
@@ -96,8 +103,17 @@ def perturb(
         gradient that is zero or NaN does not move the point.
 
     Raises:
-        ValueError: the attack needs a closure that was not given.
+        TypeError: an argument is of another type.
+        ValueError: the attack needs a closure that was not given, a closure does not return (N,),
+            the bounds are no interval, `x` is not within them, or a shape does not fit that of `x`.
+
+    Networks in the closures should be in evaluation mode (`network.eval()`): in training mode
+    dropout draws anew at every step, and batch norm counts every forward in its statistics.
     """
+    check_point(attack, x, bounds, {"mask": mask, "keys": keys, "gradient": gradient})
+    check_groups(x, {"examples": examples, "balls": balls})
+    functions = {"loss": loss, "target_loss": target_loss, "gap": gap, "on_gradient": on_gradient}
+    check_functions(functions, target_losses)
     x = x.detach()
     if attack.identity:
         return x
@@ -106,6 +122,12 @@ def perturb(
     for name in kind.closures:
         if not given[name]:
             raise ValueError(f"attack {attack.name!r} needs {name}")
+    n = len(x) if examples is None else examples.n
+    loss, target_loss, gap = (
+        None if closure is None else checked(name, closure, n)
+        for name, closure in (("loss", loss), ("target_loss", target_loss), ("gap", gap))
+    )
+    target_losses = [checked("target_losses", closure, n) for closure in target_losses]
     ball = Ball.of(attack, x, bounds=bounds, mask=mask, examples=examples, balls=balls)
     if attack.draws and keys is None:
         keys = torch.randint(-(2**63), 2**63 - 1, (len(x),), device=x.device)

@@ -41,6 +41,20 @@ class Kind:
     minimal: bool = False
 
     @property
+    def settings(self) -> tuple[str, ...]:
+        """The names of the `StepSettings` that it reads."""
+        reads = {
+            "steps": self.iterative,
+            "step_size": self.iterative,
+            "decay": self.momentum,
+            "restarts": self.adaptive,
+            "rounds": self.adaptive and self.minimal,
+            "first_epsilon": self.adaptive and self.minimal,
+            "queries": self.search,
+        }
+        return tuple(name for name, read in reads.items() if read)
+
+    @property
     def closures(self) -> tuple[str, ...]:
         """The losses that `perturb` needs, by the names of its arguments."""
         if self.targeted:
@@ -162,6 +176,9 @@ class Attack(StepSettings):
         if not _EPSILON.allows(self.epsilon):
             raise invalid("epsilon", self.epsilon, _EPSILON.words())
         check(self)
+        first = self.first_epsilon
+        if first is not None and "first_epsilon" in self.kind.settings and first > self.epsilon:
+            raise invalid("first_epsilon", first, f"at most the largest epsilon, {self.epsilon:g}")
 
     @property
     def kind(self) -> Kind:

@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from llm_attack.attacks.closures import check_bounds, check_floats, leaf
+
 Scores = Callable[[Tensor], Tensor]
 OnGradient = Callable[[Tensor], None]
 Bounds = tuple[float | Tensor, float | Tensor]
@@ -49,7 +51,14 @@ def deepfool(
 
     Returns:
         Tensor like `x`, detached. Where no boundary was found, where the search ended.
+
+    Raises:
+        TypeError: `x` is no tensor of floats.
+        ValueError: the bounds are no interval, or `x` is not within them.
     """
+    check_floats(x)
+    if bounds is not None:
+        check_bounds(x, bounds)
     x = x.detach()
     found = x.clone()
     active, _ = _to_fool(scores, x, labels)
@@ -95,7 +104,14 @@ def sparsefool(
 
     Returns:
         Tensor like `x`, detached. Where no boundary was found, where the search ended.
+
+    Raises:
+        TypeError: `x` is no tensor of floats.
+        ValueError: the bounds are no interval, or `x` is not within them.
     """
+    check_floats(x)
+    if bounds is not None:
+        check_bounds(x, bounds)
     x = x.detach()
     found, point = x.clone(), x.clone()
     active, predicted = _to_fool(scores, x, labels)
@@ -165,8 +181,8 @@ def _slopes(scores: Scores, x: Tensor, candidates: Tensor) -> tuple[Tensor, Tens
     """The lead of each candidate (n, k) but the first over the first, (n, k - 1), and how that
     grows: the gradients (n, k - 1, ...).
     """
-    with torch.enable_grad():
-        x = x.detach().requires_grad_(True)
+    with torch.inference_mode(False), torch.enable_grad():
+        x, candidates = leaf(x), candidates.clone()
         chosen = scores(x).gather(1, candidates)
         gaps = chosen[:, 1:] - chosen[:, :1]
         slopes = [

@@ -16,7 +16,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask, Task
 
 from llm_attack.errors import UsageError
-from llm_attack.failures import described
+from llm_attack.failures import one_line
 from llm_attack.harness.patches import Noted, noted
 
 # The made-up log-likelihood of the choices that are not preferred; far enough to decide every
@@ -109,7 +109,7 @@ def judged(request: Instance, results: Sequence[tuple[float, bool]]) -> dict[str
         return task_of(request).process_results(request.doc, list(results))
     except Exception as error:  # a user's own Python
         raise Unjudged(
-            f"cannot be judged, as process_results of the task raises {described(error)}"
+            f"cannot be judged, as process_results of the task raises {one_line(error)}"
         ) from error
 
 

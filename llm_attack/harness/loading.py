@@ -1,16 +1,131 @@
-"""What a checkpoint lacks, or has that no number can come of, is an error or a warning."""
+"""What speaks against loading a model: arguments, missing packages, weights that are no numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from transformers import BitsAndBytesConfig
 
-from llm_attack.errors import UsageError
+from llm_attack.errors import UsageError, closest, invalid
+from llm_attack.failures import one_line
+from llm_attack.lm.gguf import names_in
 
 _SHOWN = 3  # names of weights in a message
+
+# Arguments of `hf`, and the package that it imports for each.
+_PACKAGES = {"peft": "peft", "autogptq": "auto_gptq", "gptqmodel": "gptqmodel"}
+_EXCLUSIVE = [("peft", "delta"), ("autogptq", "gptqmodel"), ("tp_plan", "parallelize")]
+_BITS = ("load_in_4bit", "load_in_8bit")
+_OF_BITS = ("bnb_4bit_", "llm_int8_")  # begin the arguments that go with them
+
+# What `hf` passes over in silence where the model is loaded already.
+_OF_LOADING = ("delta", "dtype", "gguf_file", "peft", "quantization_config", "subfolder", *_BITS)
+
+
+def check_arguments(source: Any, arguments: dict[str, Any]) -> None:
+    """Refuses what `hf` could not do, or would pass over, before anything is loaded.
+
+    Raises:
+        UsageError: naming the argument.
+    """
+    nothing = (type(None), bool, str)
+    given = {k: v for k, v in arguments.items() if not isinstance(v, nothing) or v}
+    if not isinstance(source, str):
+        same = ("auto", str(source.dtype), str(source.dtype).removeprefix("torch."))
+        for name in _OF_LOADING:
+            if name in given and not (name == "dtype" and str(given[name]) in same):
+                raise UsageError(
+                    f"{name}={given[name]}: must be left out where pretrained is a loaded model"
+                )
+    for one, other in _EXCLUSIVE:
+        if one in given and other in given:
+            raise UsageError(f"{other}={given[other]}: must not be given with {one}={given[one]}")
+    for name, package in _PACKAGES.items():
+        if name in given:
+            _check_package(f"{name}={given[name]}", package)
+    if arguments.get("enable_thinking") and arguments.get("think_end_token") is None:
+        raise UsageError(
+            "enable_thinking=True: must go with think_end_token, the token that ends the thinking"
+        )
+
+
+def quantization(arguments: dict[str, Any]) -> Any:
+    """Takes what says how weights are quantised out of `arguments`; returns one config of it.
+
+    From release 5 on, transformers takes `quantization_config` alone. Here `load_in_4bit=True` and
+    `load_in_8bit=True`, with the options that belong to them, mean the same as ever.
+
+    Returns:
+        `quantization_config`, or None.
+
+    Raises:
+        UsageError: two of them are given, an option without them, or bitsandbytes is not installed.
+    """
+    given = arguments.pop("quantization_config", None)
+    bits = {name: arguments.pop(name) for name in _BITS if name in arguments}
+    for name, value in bits.items():
+        if not isinstance(value, bool):
+            raise invalid(name, value, ("True", "False"))
+    wanted = [f"{name}=True" for name, value in bits.items() if value]
+    options = {name: arguments.pop(name) for name in [*arguments] if name.startswith(_OF_BITS)}
+    if options and not wanted:
+        name, value = next(iter(options.items()))
+        raise UsageError(f"{name}={value}: must go with load_in_4bit=True or load_in_8bit=True")
+    if not wanted:
+        return given
+    if len(wanted) > 1 or given is not None:
+        other = wanted[1] if wanted[1:] else "quantization_config"
+        raise UsageError(f"{other}: must not be given with {wanted[0]}")
+    _check_package(wanted[0], "bitsandbytes")
+    return BitsAndBytesConfig(**bits, **options)
+
+
+def _check_package(argument: str, package: str) -> None:
+    if find_spec(package) is None:
+        raise UsageError(f"{argument}: needs the package {package}, which is not installed")
+
+
+def not_loaded(given: dict[str, Any], found: bool, error: Exception) -> UsageError:
+    """The error for a model that cannot be loaded. It names the exception, and no cause of it
+    that was not looked for.
+
+    Args:
+        given: the arguments, `pretrained` first.
+        found: whether the model's configuration could be read, so that it is there.
+        error: what was raised.
+    """
+    pretrained, gguf_file = given["pretrained"], given.get("gguf_file")
+    shown = {k: v for k, v in given.items() if k not in ("device", "batch_size") and v is not None}
+    plain = (str, int, float, dict)  # of a model or a tokenizer its class
+    text = ", ".join(
+        f"{name}={value if isinstance(value, plain) else type(value).__name__}"
+        for name, value in shown.items()
+    )
+    text += f": cannot be loaded ({one_line(error)})"
+    there = names_in(pretrained)
+    path = Path(str(pretrained))
+    if gguf_file is not None:
+        if shown.keys() <= {"pretrained", "gguf_file"}:
+            text += (
+                "; must be a whole GGUF file of an architecture and quantisation that transformers"
+                " reads"
+            )
+    elif there and not found:
+        text += f"; the folder has GGUF files: gguf_file={there[0]}"
+    elif not path.is_dir() and not found and isinstance(error, (OSError, HFValidationError)):
+        text += (
+            "; must be a model id on a hub that can be reached, a local folder, or demo, the"
+            " bundled model (pretrained=demo)"
+        )
+        meant = closest(path.name, names_in(path.parent))
+        text += f"; did you mean {path.with_name(meant)}?" if meant else ""
+    return UsageError(text)
 
 
 class Unfit:

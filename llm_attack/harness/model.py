@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torch.nn.utils.rnn import pad_sequence
@@ -22,8 +23,9 @@ from tqdm import tqdm
 
 from llm_attack.demo import MODEL_PATH
 from llm_attack.errors import UsageError, invalid, report_usage_errors
+from llm_attack.failures import one_line
 from llm_attack.harness import cache, hashes, loading
-from llm_attack.harness.names import check_names, check_values, trusted
+from llm_attack.harness.names import check_names, check_string, check_values, trusted
 from llm_attack.harness.requests import (
     TokenRequest,
     check_score,
@@ -50,7 +52,7 @@ from llm_attack.lm.reproducible import reproducible
 from llm_attack.lm.scale import CALIBRATION_TEXT, signals_at
 from llm_attack.lm.scatter import by_index
 from llm_attack.lm.scoring import Scorer
-from llm_attack.lm.settings import AttackSettings, EngineSettings, split_arguments
+from llm_attack.lm.settings import AttackSettings, EngineSettings, split_arguments, unread
 from llm_attack.lm.sweep import scorers
 from llm_attack.lm.units import Signal
 
@@ -77,6 +79,7 @@ class AttackedHFLM(HFLM):
     tokens_per_batch: int | None = None
     """Of a batch at most, padding included; None: as many as are good for the device."""
 
+    @torch.inference_mode(False)
     def __init__(self, pretrained: Any = DEFAULT_MODEL, **arguments: Any) -> None:
         _report_if_lm_eval_runs()
         self.settings, arguments = split_arguments(arguments, AttackSettings)
@@ -86,17 +89,21 @@ class AttackedHFLM(HFLM):
         self._arguments = arguments
         if arguments.get("device") is None:
             arguments["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-        device = arguments["device"]
+        device = arguments["device"] = str(arguments["device"])
         # lm-eval's command line says cuda:0 if the user says nothing
         if device != "cuda:0" or not _lm_eval_runs() or any(device in word for word in sys.argv):
             check_device(device)
         if "trust_remote_code" in arguments:  # a text such as "no" is true
             arguments["trust_remote_code"] = trusted(arguments["trust_remote_code"])
+        pretrained = _source(pretrained)
         source = str(MODEL_PATH) if pretrained == "demo" else pretrained
         source, gguf_file = gguf.located(source, arguments.get("gguf_file"))
         if gguf_file is not None:
             arguments["gguf_file"] = gguf_file
         check_revision(pretrained, source, arguments)
+        loading.check_arguments(source, arguments)
+        passed = dict(arguments)
+        self._quantization = loading.quantization(passed)
         if arguments.get("tp_plan") is not None and "RANK" not in os.environ:
             raise UsageError(
                 f"tp_plan={arguments['tp_plan']}: must be started by torchrun, with a process for"
@@ -106,12 +113,12 @@ class AttackedHFLM(HFLM):
         """What a reader of the results should know of the model, a sentence each."""
         try:
             with gguf.without_progress():
-                super().__init__(source, **arguments)
+                super().__init__(source, **passed)
         except (UsageError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # a broken file can make its reader raise anything
             given = {"pretrained": pretrained, **arguments}
-            raise gguf.not_loaded(given, gguf_file, error) from error
+            raise loading.not_loaded(given, hasattr(self, "_config"), error) from error
         if self.backend != "causal":
             raise UsageError(
                 f"pretrained={pretrained}: is an encoder-decoder model; must be a causal one"
@@ -120,13 +127,14 @@ class AttackedHFLM(HFLM):
         loading.check_finite(pretrained, self.model)
         size = vocabulary_of(self.model)
         prefix = arguments.get("prefix_token_id")
-        if prefix is not None and prefix not in range(size):
+        if prefix is not None and (isinstance(prefix, bool) or prefix not in range(size)):
             raise invalid("prefix_token_id", prefix, f"the id of a token, from 0 to {size - 1}")
         hookpoint = resolve(self.model, self.settings.hookpoint)
         prepare(self.model, self.engine_settings, hookpoint)
         self.use(self.settings)
         self.check_gradient()
 
+    @torch.inference_mode(False)
     def use(self, *conditions: AttackSettings) -> None:
         """Attacks with other settings from now on; diagnostics start anew.
 
@@ -138,6 +146,10 @@ class AttackedHFLM(HFLM):
         Raises:
             UsageError: the hookpoint is none of the model's, or conditions differ in more.
         """
+        with frozen(self.model):
+            self._use(*conditions)
+
+    def _use(self, *conditions: AttackSettings) -> None:
         settings = conditions[0]
         for other in conditions[1:]:
             if other.threat != settings.threat:
@@ -145,8 +157,15 @@ class AttackedHFLM(HFLM):
         names = list(dict.fromkeys(condition.hookpoint for condition in conditions))
         self._text = self._known(self.tok_encode(CALIBRATION_TEXT))[: self.max_length]
         text = torch.tensor([self._text])
-        with reproducible(self.engine_settings.deterministic):
-            signals = signals_at(self.model, names, text.to(self.device))
+        try:
+            with reproducible(self.engine_settings.deterministic):
+                signals = signals_at(self.model, names, text.to(self.device))
+        except RuntimeError as error:
+            if should_reduce_batch_size(error):
+                raise
+            raise UsageError(
+                f"pretrained={self.pretrained}: a first forward fails ({one_line(error)})"
+            ) from error
         self.settings, self.conditions = settings, conditions
         self.signals = [signals[condition.hookpoint] for condition in conditions]
         several = len(names) > 1
@@ -220,6 +239,12 @@ class AttackedHFLM(HFLM):
         """The scale of what the first condition perturbs."""
         return self.signals[0]
 
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: Any = None) -> AttackedHFLM:
+        """As lm-eval's; numbers must be written plainly."""
+        check_string(arg_string)
+        return super().create_from_arg_string(arg_string, additional_config)
+
     def _known(self, tokens: Iterable[int]) -> list[int]:
         """Those that have an embedding; 0 where none has."""
         size = vocabulary_of(self.model)
@@ -249,6 +274,8 @@ class AttackedHFLM(HFLM):
         check_names(self._arguments, self._config)
 
     def _create_model(self, pretrained: Any, *args: Any, **kwargs: Any) -> None:
+        if self._quantization is not None:
+            kwargs["quantization_config"] = self._quantization
         with loading.noting(self) as unfit:
             super()._create_model(pretrained, *args, **kwargs)
         self.warnings += unfit.sentences()
@@ -271,6 +298,7 @@ class AttackedHFLM(HFLM):
 
     # -- answering ---------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)
     def loglikelihood(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[Answer]:
@@ -290,6 +318,7 @@ class AttackedHFLM(HFLM):
         self._pool()
         return answers[: len(requests)]
 
+    @torch.inference_mode(False)
     def loglikelihood_rolling(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[float]:
@@ -334,6 +363,7 @@ class AttackedHFLM(HFLM):
                 progress.update(len(found))
         return answers
 
+    @torch.inference_mode(False)
     def batches(self, questions: Iterable[Question], rows: int | None = None) -> list[Batch]:
         """The questions that go through the model together; `rows`: in place of `batch_size`."""
         limit = rows or self.batch_size
@@ -341,9 +371,11 @@ class AttackedHFLM(HFLM):
             limit = self._arguments.get("max_batch_size", sys.maxsize)
         questions = list(questions)
         self._check_known({t for q in questions for r in q.requests for t in r.tokens})
-        self.engine.probe(questions)
-        return self.engine.batches(questions, int(limit), self.tokens_per_batch)
+        with frozen(self.model):
+            self.engine.probe(questions)
+            return self.engine.batches(questions, int(limit), self.tokens_per_batch)
 
+    @torch.inference_mode(False)
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations of the prompts, which are attacked at prefill."""
         self._refuse_questions(requests)
@@ -364,10 +396,10 @@ class AttackedHFLM(HFLM):
         alone = self.engine.deterministic or rotary.scale(shortest) != rotary.scale(max_length)
         if len(context) > 1 and alone:
             return self._generate_alone(context, max_length, stop, **options)
-        with rotary.fresh(), reproducible(self.engine.deterministic):
+        with frozen(self.model), rotary.fresh(), reproducible(self.engine.deterministic):
             if self.attack.identity:
                 return super()._model_generate(context, max_length, stop, **options)
-            with frozen(self.model), attacked_prompts(self.engine, context, mask):
+            with attacked_prompts(self.engine, context, mask):
                 return super()._model_generate(context, max_length, stop, **options)
 
     def _generate_alone(
@@ -395,6 +427,11 @@ class AttackedHFLM(HFLM):
     def all_warnings(self) -> list[str]:
         """What a reader of the results should know: of the model, then of each condition."""
         found = [*self.warnings]
+        attacks = {condition.attack for condition in self.conditions}
+        found += [
+            f"{name}={value}: has no effect, as no attack of this run reads it"
+            for name, value, _ in unread(self.settings, attacks)
+        ]
         of_conditions = zip(self.conditions, self.engine.attacks, self.diagnostics, strict=True)
         for asked, attack, diagnostics in of_conditions:
             sentences = diagnostics.warnings()
@@ -448,6 +485,24 @@ class AttackedHFLM(HFLM):
             settings |= hashes.of_model(self) | {"generation": hashes.generation(self.model)}
             cache.guard(cache_hook.dbdict, settings, cache_hook.dbdict.filename)
         super().set_cache_hook(cache_hook)
+
+
+def _source(pretrained: Any) -> Any:
+    """`pretrained` as a text or a model.
+
+    Raises:
+        UsageError: it is neither, nor a path; or no gradient can go through its weights.
+    """
+    if isinstance(pretrained, (str, os.PathLike)):
+        return os.fspath(pretrained)
+    if not isinstance(pretrained, torch.nn.Module) or not hasattr(pretrained, "config"):
+        raise invalid("pretrained", pretrained, "a model id, a path or a model of transformers")
+    if any(weight.is_inference() for weight in pretrained.parameters()):
+        raise UsageError(
+            "pretrained: the model was made under torch.inference_mode, and gradients cannot go"
+            " through such weights; must be made outside of it"
+        )
+    return pretrained
 
 
 def _report_if_lm_eval_runs() -> None:

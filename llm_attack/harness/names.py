@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import simple_parse_args_string
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_attack import declare
 from llm_attack.declare import About
@@ -56,6 +57,9 @@ _FROM_PRETRAINED = [
 
 _DTYPES = ("bfloat16", "float16", "float32", "float64", "half", "float", "double")
 _COUNTS = ("max_length", "max_batch_size")
+_TEXTS = ("delta", "gguf_file", "offload_folder", "peft", "subfolder")
+_BATCH_SIZE = re.compile(r"[1-9][0-9]*|auto(:[0-9]+(\.[0-9]+)?)?")
+_ROWS = "an integer, 1 or more, or auto"
 _BACKENDS = ("default", "causal")
 
 
@@ -102,9 +106,21 @@ def check_values(arguments: dict[str, Any]) -> None:
     """
     for name, parameter in inspect.signature(HFLM.__init__).parameters.items():
         value, kind = arguments.get(name), str(parameter.annotation)
+        if name == "batch_size" and name in arguments and value is None:
+            raise invalid(name, value, _ROWS)
         if value is None or name == "trust_remote_code":  # for which see `trusted`
             continue
-        if name.endswith("dtype"):
+        if name == "batch_size":
+            if not isinstance(value, (int, str)) or not _BATCH_SIZE.fullmatch(str(value)):
+                raise invalid(name, value, _ROWS)
+        elif name == "tokenizer":
+            if not isinstance(value, (str, PreTrainedTokenizerBase)):
+                raise invalid(name, value, "a name, a folder or a tokenizer of transformers")
+        elif name in _TEXTS and not isinstance(value, str):
+            raise invalid(name, value, "a text")
+        elif name == "chat_template_args" and not isinstance(value, dict):
+            raise invalid(name, value, "a dictionary")
+        elif name.endswith("dtype"):
             allowed = [*_DTYPES, *["auto"] * (name == "dtype")]
             if str(value).removeprefix("torch.") not in allowed:
                 raise invalid(name, value, allowed)
@@ -116,6 +132,37 @@ def check_values(arguments: dict[str, Any]) -> None:
             raise invalid(name, value, ("True", "False"))
 
 
+def check_string(arguments: str) -> None:
+    """Refuses what lm-eval reads differently from a person in a string of arguments.
+
+    Numbers that only Python reads as such, like `steps=1_0`, and names that are there twice.
+
+    Raises:
+        UsageError: naming the argument.
+    """
+    pairs = [part.partition("=") for part in arguments.split(",") if part.strip()]
+    given = [declare.underscored(name.strip()) for name, _, _ in pairs]
+    for name, (_, _, value) in zip(given, pairs, strict=True):
+        if given.count(name) > 1:
+            raise UsageError(f"{name}={value}: must be given once")
+        if not declare.is_plain(value.strip()) and _is_number(value):
+            raise invalid(name, value, "a number in plain digits, such as 10")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return bool(text.isnumeric() or [float(text)])
+    except ValueError:
+        return False
+
+
 def trusted(value: Any) -> bool:
-    """Whether a value of `trust_remote_code`, which may be a text, is a yes."""
-    return str(value).lower() in ("true", "1")
+    """Whether a value of `trust_remote_code`, which may be a text, is a yes.
+
+    Raises:
+        UsageError: it is neither a yes nor a no.
+    """
+    text = str(value).lower()
+    if text not in ("true", "1", "yes", "false", "0", "no", "none"):
+        raise invalid("trust_remote_code", value, ("True", "False"))
+    return text in ("true", "1", "yes")

@@ -65,11 +65,24 @@ def with_siblings(requests: Sequence[Instance]) -> list[Instance]:
 
 
 def encode(lm: AttackedHFLM, requests: Sequence[Instance]) -> list[Request]:
-    """The requests in tokens, made by lm-eval's own code."""
+    """The requests in tokens, made by lm-eval's own code.
+
+    What lm-eval would only log goes into the model's warnings: prompts that are cut, and tokens
+    that reach across the place where a prompt and its answer meet.
+
+    Raises:
+        UsageError: an answer has no token, or more than the model's length; or thinking is on.
+    """
+    _refuse_thinking(lm, requests)
     pairs = [r.args for r in requests]
     texts = [text for a, b in pairs for text in (a.rstrip(), a + b)]
     with encoded_together(lm.tokenizer, texts):
+        for request in requests:
+            _refuse_empty(lm, request)
         found = TemplateLM.loglikelihood(_Encoder(lm), requests, disable_tqdm=True)
+        for request, tokens in zip(requests, found, strict=True):
+            _refuse_unfit(lm, request, tokens)
+        _warn(lm, requests, found)
     own = [0] * len(requests)
     if lm.settings.positions == QUESTION:
         before = functools.cache(lambda text: len(lm.tok_encode(text)))
@@ -103,17 +116,8 @@ def examples_of(request: Instance) -> str:
 
 
 def truncated(request: TokenRequest, longest: int, n_question: int = 0) -> Request:
-    """A request as the model gets it: at most `longest` tokens to read.
-
-    Raises:
-        UsageError: the continuation has no token, or more than that.
-    """
+    """A request as the model gets it: at most `longest` tokens to read."""
     _, context, continuation = request
-    if not 0 < len(continuation) <= longest:
-        raise UsageError(
-            f"max_length={longest}: a continuation has {len(continuation)} tokens; must have from 1"
-            " to max_length"
-        )
     tokens = tuple((context + continuation)[-(longest + 1) :])
     return Request(tokens, len(continuation), n_question)
 
@@ -179,6 +183,64 @@ def _refused(request: Instance, settings: AttackSettings) -> Iterator[None]:
         ) from error
 
 
+def _place(request: Instance) -> str:
+    return f"task {request.task_name}, question {request.doc_id}, choice {request.idx}"
+
+
+def _refuse_thinking(lm: AttackedHFLM, requests: Sequence[Instance]) -> None:
+    if lm.enable_thinking and requests:
+        raise UsageError(
+            f"enable_thinking=True: must be False for task {requests[0].task_name}, which compares"
+            " log-likelihoods; lm-eval's hf refuses it too"
+        )
+
+
+def _refuse_empty(lm: AttackedHFLM, request: Instance) -> None:
+    """lm-eval looks at the first token of an answer to an empty prompt."""
+    context, continuation = request.args
+    if not continuation or not (context or lm.tok_encode(continuation, add_special_tokens=False)):
+        raise UsageError(f"{_place(request)}: the answer {continuation!r} has no token")
+
+
+def _refuse_unfit(lm: AttackedHFLM, request: Instance, tokens: TokenRequest) -> None:
+    _, context, continuation = tokens
+    if len(continuation) > lm.max_length:
+        raise UsageError(
+            f"max_length={lm.max_length}: must be at least {len(continuation)}, the tokens of the"
+            f" answer of {_place(request)}"
+        )
+    if continuation:
+        return
+    whole = lm.tok_encode("".join(request.args))
+    alone, together = ([lm.tok_decode([t]) for t in of[-3:]] for of in (context, whole))
+    hint = "" if lm.settings.encode_separately else "; encode_separately=True encodes it alone"
+    raise UsageError(
+        f"{_place(request)}: the answer {request.args[1]!r} has no token of its own. With it the"
+        f" prompt has {len(whole)} tokens, the last of which are {together}; without it"
+        f" {len(context)}, the last of which are {alone}{hint}"
+    )
+
+
+def _warn(lm: AttackedHFLM, requests: Sequence[Instance], found: Sequence[TokenRequest]) -> None:
+    """Adds to the model's warnings what speaks against the requests of each task."""
+    counts: dict[str, list[int]] = {}
+    for request, (_, context, continuation) in zip(requests, found, strict=True):
+        of_task = counts.setdefault(str(request.task_name), [0, 0, 0])
+        of_task[0] += 1
+        of_task[1] += len(context) + len(continuation) > lm.max_length + 1
+        if request.args[0].strip() and not lm.settings.encode_separately:
+            of_task[2] += lm.tok_encode("".join(request.args))[: len(context)] != context
+    for task, (n, cut, across) in counts.items():
+        sentences = {
+            f"task {task}: {cut} of {n} requests are longer than max_length={lm.max_length} and"
+            " lose tokens at their start": cut,
+            f"task {task}: in {across} of {n} requests a token reaches across the end of the"
+            " prompt, so the model reads other text than the task has; encode_separately=True"
+            " avoids it": across,
+        }
+        lm.warnings += [s for s, wrong in sentences.items() if wrong and s not in lm.warnings]
+
+
 class _Encoder:
     """A model for lm-eval that turns requests into tokens and stops there."""
 
@@ -187,6 +249,21 @@ class _Encoder:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._lm, name)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """As lm-eval's, but a prompt of blanks begins as an empty one does."""
+        lm = self._lm
+        if lm.settings.encode_separately:
+            end = len(context.rstrip())
+            continuation = context[end:] + continuation  # as lm-eval moves blanks
+            before = lm.tok_encode(context[:end]) if end else []
+            own = lm.tok_encode(continuation, add_special_tokens=False)
+        else:
+            before, own = lm._encode_pair(context, continuation)
+        if before or not own:
+            return before, own
+        prefix = lm.prefix_token_id
+        return (own[:1], own[1:]) if own[0] == prefix else ([prefix], own)
 
     def _loglikelihood_tokens(
         self, requests: list[TokenRequest], **options: Any

@@ -17,7 +17,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import brier_score, mean
 
 from llm_attack.errors import UsageError, closest
-from llm_attack.failures import described
+from llm_attack.failures import one_line
 from llm_attack.harness.gold import (
     Unjudged,
     Unlabelled,
@@ -190,7 +190,7 @@ def check(name: str, questions: Sequence[Sequence[Instance]], score: Score) -> N
     metric, reason = failures[0]
     raise UsageError(
         f"tasks={name}: lm-eval cannot aggregate {metric} over {len(questions)} questions"
-        f" ({described(reason)}); must be a task that lm-eval can judge"
+        f" ({one_line(reason)}); must be a task that lm-eval can judge"
     ) from reason
 
 

@@ -15,6 +15,7 @@ from llm_attack.errors import UsageError, closest
 from llm_attack.failures import one_line
 from llm_attack.folder import check_writable, resolved
 from llm_attack.harness import patches
+from llm_attack.harness.names import check_string
 from llm_attack.lm.device import check_device
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -46,7 +47,7 @@ def look_up(tasks: Sequence[str], include_path: str | None = None) -> tuple[Any,
     ]
     paths = [str(ours)]
     if include_path is not None:
-        if not Path(include_path).is_dir():
+        if not include_path or not Path(include_path).is_dir():
             raise _no_folder(include_path)
         paths.append(include_path)
         kinds.clear()  # a task there may have any name, and build on any of lm-eval's
@@ -100,7 +101,14 @@ def _check(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for names in (["--device"], ["--include_path"], ["--output_path", "-o"]):
         parser.add_argument(*names, nargs="?")  # a missing value is lm-eval's to refuse
+    parser.add_argument("--model_args", "-a", nargs="*", action="extend", default=[])
     found, _ = parser.parse_known_args(list(arguments))
+    for text in found.model_args:
+        check_string(text)
+        for part in text.split(","):
+            name = part.partition("=")[0].strip()
+            if name in ("batch_size", "max_batch_size", "device"):
+                raise UsageError(f"model_args={part}: must be given as --{name}")
     if found.device is not None:
         check_device(found.device)
     if found.include_path is not None and not Path(found.include_path).is_dir():

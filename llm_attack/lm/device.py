@@ -20,6 +20,9 @@ def check_device(device: Any) -> None:
         there += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     if torch.backends.mps.is_available():
         there += ["mps", "mps:0"]
-    others = ("hpu", "npu", "xpu")  # which torch knows only with libraries of their own
-    if device not in there and str(device).partition(":")[0] not in others:
+    device = str(device)  # torch.device
+    kind = device.partition(":")[0]
+    # torch knows some of them only with libraries of their own
+    known = getattr(torch, kind, None) if kind in ("hpu", "npu", "xpu") else None
+    if device not in there and not (known and known.is_available()):
         raise invalid("device", device, there)

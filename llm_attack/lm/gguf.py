@@ -63,32 +63,3 @@ def without_progress() -> Iterator[None]:
         yield
     finally:
         reading.tqdm = bar
-
-
-def not_loaded(given: dict[str, Any], gguf_file: str | None, error: Exception) -> UsageError:
-    """The error for a model that is not there or cannot be read.
-
-    Args:
-        given: the arguments, `pretrained` first.
-        gguf_file: the file read, if it is one.
-        error: what says so.
-    """
-    pretrained = given["pretrained"]
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    shown = {k: v for k, v in given.items() if k not in ("device", "batch_size") and v is not None}
-    shown |= {"gguf_file": gguf_file} if gguf_file is not None else {}
-    shown_in_words = ", ".join(f"{name}={value}" for name, value in shown.items())
-    if gguf_file is not None:
-        return UsageError(
-            f"{shown_in_words}: cannot be loaded ({reason}); must be"
-            " a whole GGUF file of an architecture and quantisation that transformers reads"
-        )
-    there = names_in(pretrained)
-    hint = f"; the folder has GGUF files: gguf_file={there[0]}" if there else ""
-    path = Path(str(pretrained))
-    meant = closest(path.name, names_in(path.parent))
-    hint = f"; did you mean {path.with_name(meant)}?" if meant else hint
-    return UsageError(
-        f"{shown_in_words}: cannot be loaded ({reason}); must be a model id on a hub that"
-        f" can be reached, a local folder, or demo, the bundled model (pretrained=demo){hint}"
-    )

@@ -171,12 +171,20 @@ def capture(module: nn.Module, forward: Callable[[], object]) -> Tensor:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter of `model` requires a gradient while it lasts; flags are restored after."""
+    """While it lasts, `model` is in evaluation mode and no parameter requires a gradient.
+
+    Modes and flags are restored after.
+    """
     trainable = [p for p in model.parameters() if p.requires_grad]
+    training = [module for module in model.modules() if module.training]
     for p in trainable:
         p.requires_grad_(False)
+    for module in training:
+        module.training = False
     try:
         yield
     finally:
         for p in trainable:
             p.requires_grad_(True)
+        for module in training:
+            module.training = True

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from llm_attack.declare import is_plain
 from llm_attack.errors import invalid
 from llm_attack.lm.questions import Question, Request
 
@@ -35,11 +36,11 @@ def check_positions(positions: str) -> None:
 def _slice(positions: str) -> slice:
     parts = positions.split(":")
     try:
-        found = slice(*(int(part) if part.strip() else None for part in parts))
+        found = slice(*(int(part) if part else None for part in parts))
         found.indices(1)  # a step of 0 is refused
     except (TypeError, ValueError):
         parts = []
-    if len(parts) < 2:
+    if len(parts) < 2 or not all(map(is_plain, parts)):
         raise invalid("positions", positions, [*NAMED, "a slice such as 2:-1"])
     return found
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from llm_attack.attacks import ATTACKS, Attack
 from llm_attack.attacks.settings import Kind, StepSettings, step_settings
-from llm_attack.declare import check, names, setting, underscored
+from llm_attack.declare import check, is_plain, names, setting, underscored
 from llm_attack.errors import UsageError, invalid
 from llm_attack.lm.losses import LOSSES, ThreatModel
 from llm_attack.lm.positions import ALL, NAMED, check_positions
@@ -66,6 +68,12 @@ class ThreatSettings(StepSettings):
         " itself (own) or once for all of them (shared). Unless given it is own, but shared where"
         " the loss knows the gold",
         choices=CONTEXTS,
+    )
+    encode_separately: bool = setting(
+        False,
+        "Encode each answer apart from its prompt, as lm-eval does for encoder-decoder models."
+        " Unless given both are encoded together, as lm-eval does for causal models, and a token"
+        " may reach across the place where they meet",
     )
     positions: str = setting(
         ALL,
@@ -227,10 +235,37 @@ def amplitude(epsilon: Any, name: str = "epsilon") -> tuple[Any, str | None]:
     if not isinstance(epsilon, str):
         return epsilon, None
     unit = next((unit for unit in UNITS if epsilon.endswith(unit)), None)
+    number = epsilon.removesuffix(unit or "")
     try:
-        return float(epsilon.removesuffix(unit or "")), unit
+        if is_plain(number):
+            return float(number), unit
     except ValueError:
-        raise invalid(name, epsilon, EPSILON) from None
+        pass
+    raise invalid(name, epsilon, EPSILON)
+
+
+def unread(
+    settings: StepSettings,
+    attacks: Collection[str],
+    others: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> Iterator[tuple[str, Any, list[str]]]:
+    """(name, value, attacks that read it) of each setting that was given and none of `attacks`
+    reads: nothing comes of it.
+
+    Args:
+        settings: whose values they are; those that are the default were not given.
+        attacks: names of those that are run.
+        others: further settings by the attacks that read them, besides `StepSettings`.
+    """
+    readers = {
+        name: [attack for attack, kind in ATTACKS.items() if name in kind.settings]
+        for name in names(StepSettings)
+    }
+    defaults = {entry.name: entry.default for entry in fields(settings)}
+    for name, of in {**readers, **others}.items():
+        value = getattr(settings, name)
+        if of and value != defaults[name] and not set(attacks).intersection(of):
+            yield name, value, list(of)
 
 
 Settings = TypeVar("Settings", AttackSettings, EngineSettings)

@@ -68,7 +68,11 @@ def expand(model: PreTrainedModel, hookpoints: Sequence[str]) -> list[str | None
                 )
             resolve(model, given)
             found.append(given)
-    return list(dict.fromkeys(found))
+    found = list(dict.fromkeys(found))
+    embedding = names.get(model.get_input_embeddings())
+    if None in found and embedding in found:
+        raise UsageError(f"hookpoints={EMBED},{embedding}: must name each module once")
+    return found
 
 
 def _layers(model: PreTrainedModel, names: Mapping[nn.Module, str]) -> list[str]:

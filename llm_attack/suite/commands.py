@@ -14,11 +14,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from llm_attack.declare import names
 from llm_attack.drawing import draw
-from llm_attack.errors import UsageError, invalid
+from llm_attack.errors import UsageError, as_path, invalid
 from llm_attack.failures import (
     Attempts,
     ProcessDied,
@@ -55,6 +56,7 @@ from llm_attack.suite.store import STORE, begun, discard
 from llm_attack.suite.worst import with_worst
 
 
+@torch.inference_mode(False)
 def evaluate(
     plan: Plan, *, output: str | os.PathLike[str] | None = None, progress: str = "bar"
 ) -> Result | None:
@@ -71,8 +73,11 @@ def evaluate(
         of a parallel run but the first.
 
     Raises:
+        TypeError: an argument is of another type.
         UsageError: an argument is not allowed, or the folder holds something else.
     """
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan: must be a Plan, not {type(plan).__name__}")
     if progress not in MODES:
         raise invalid("progress", progress, MODES)
     who = Processes.of(plan)
@@ -229,6 +234,7 @@ def compare(
 ) -> None:
     """The command `llm-attack compare`: runs on the questions that all of them asked."""
     table, path = _file("output", output), _file("leaderboard", leaderboard)
+    folders = [as_path("folders", folder) for folder in folders]
     if len(folders) < 2 and leaderboard is None:
         raise UsageError(f"compare: must have two folders or more, not {len(folders)}")
     if equivalence is not None and len(folders) != 2:

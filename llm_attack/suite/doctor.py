@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from rich.console import Console
 
-from llm_attack.errors import UsageError
+from llm_attack.errors import UsageError, invalid
 from llm_attack.failures import one_line
 from llm_attack.harness.patches import without_bars
 from llm_attack.lm.hook import frozen
@@ -21,6 +21,7 @@ from llm_attack.lm.surface import Surface
 from llm_attack.suite import sanity
 from llm_attack.suite.commands import silence
 from llm_attack.suite.plan import Plan
+from llm_attack.suite.progress import MODES
 from llm_attack.suite.run import Prepared, Processes, Result, execute, prepare
 from llm_attack.suite.sanity import FAILS, PASSES, Check
 from llm_attack.suite.worst import knows_gold
@@ -32,6 +33,7 @@ CONDITIONS = [
     *[("none", LITTLE), ("random", MORE), ("fgsm", MORE), ("blocks", MORE)],
     *[("bim", epsilon) for epsilon in (LITTLE, MORE, ALL)],
 ]
+ATTACKS, EPSILONS = (tuple(dict.fromkeys(of)) for of in zip(*CONDITIONS, strict=True))
 _RISING = 0.2  # share of what the steps have reached that as many again may add
 _STEP = 1e-5  # of the finite differences, in units of the RMS of the point
 _ROUNDING = 1e-3  # of the log-likelihoods, that of bfloat16 too
@@ -49,6 +51,11 @@ def doctor(plan: Plan, progress: str) -> list[Check]:
     Raises:
         UsageError: an argument is not allowed, or the clean model gives no numbers.
     """
+    if progress not in MODES:
+        raise invalid("progress", progress, MODES)
+    for name in ("shard", "ray"):
+        if getattr(plan, name) is not None:
+            raise UsageError(f"{name}={getattr(plan, name)}: must not be given for doctor")
     world = Processes.of(plan).world
     if world > 1:
         raise UsageError(f"WORLD_SIZE={world}: must be 1, or not set, for doctor")

@@ -11,6 +11,7 @@ from typing import Any
 from filelock import FileLock
 
 from llm_attack.errors import UsageError
+from llm_attack.failures import one_line
 from llm_attack.folder import check_same, strangers
 from llm_attack.harness import hashes
 from llm_attack.harness.hashes import DIGITS, digest
@@ -70,11 +71,11 @@ def kept(folder: Path) -> dict[str, Any] | None:
             return {**json.loads(path.read_text(encoding="utf-8"))["fingerprint"]}
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(
-                f"output={folder}: {path.relative_to(folder)} there is not of a run of this"
-                " version; must be another folder"
-            ) from None
+                f"output={folder}: {path.relative_to(folder)} there cannot be read as that of a run"
+                f" ({one_line(error)}); must be another folder"
+            ) from error
     return None
 
 

@@ -11,7 +11,8 @@ import pandas as pd
 from pandas.api.types import is_integer_dtype, is_numeric_dtype, is_string_dtype
 
 from llm_attack.attacks import Attack
-from llm_attack.errors import UsageError
+from llm_attack.errors import UsageError, as_path
+from llm_attack.failures import one_line
 from llm_attack.harness import gold, scores
 from llm_attack.harness.requests import Instance, by_question, distinct
 from llm_attack.harness.scores import Score
@@ -305,6 +306,7 @@ def load(folder: Path) -> dict[str, pd.DataFrame]:
     Raises:
         UsageError: there is none in `folder`, or a file of it cannot be read or is not of a run.
     """
+    folder = as_path("folder", folder)
     found = {}
     for name in FRAMES:
         path = folder / f"{name}.parquet"
@@ -316,8 +318,7 @@ def load(folder: Path) -> dict[str, pd.DataFrame]:
                 f"{folder}: has no {path.name}; must be the folder of a finished run"
             ) from None
         except (OSError, TypeError, ValueError) as error:  # TypeError: of a damaged dtype
-            reason = str(error).splitlines()[0]
-            raise UsageError(f"{path}: cannot be read ({reason})") from None
+            raise UsageError(f"{path}: cannot be read ({one_line(error)})") from error
         if name == "samples" and {"task", "acc"} <= {*found[name]}:
             found[name] = with_scores(found[name])
         found[name] = found[name].assign(

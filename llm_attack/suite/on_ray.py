@@ -92,7 +92,7 @@ def cluster(plan: Plan) -> Iterator[None]:
     except ImportError as error:
         raise UsageError(
             f"ray={plan.ray}: needs Ray ({one_line(error)}); pip install llm-attack[ray]"
-        ) from None
+        ) from error
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:

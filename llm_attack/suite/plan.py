@@ -10,15 +10,19 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llm_attack.attacks import ATTACKS
 from llm_attack.declare import About, check_names, declared, names, setting, underscored
 from llm_attack.errors import UsageError, invalid
+from llm_attack.failures import one_line
 from llm_attack.lm.settings import (
     EPSILON,
     AttackSettings,
     EngineSettings,
     ThreatSettings,
     amplitude,
+    unread,
 )
 
 # Settings that say how a plan is carried out or told; answers do not depend on them.
@@ -32,6 +36,9 @@ NO_PART = ("none", "reversed", "gaussian", "fmn", "critical")
 
 # What `critical=True` adds to the attacks.
 _CRITICAL = ("critical", "fmn")
+
+# Settings that most attacks read, so that a file of settings may have them for any run.
+_OF_MANY = ("steps", "step_size")
 
 # What is allowed, in words.
 _NAMES = "names with commas between them"
@@ -143,11 +150,15 @@ class Plan(ThreatSettings, EngineSettings):
     )
 
     def __post_init__(self) -> None:
+        if isinstance(self.device, torch.device):
+            object.__setattr__(self, "device", str(self.device))
         super().__post_init__()
         for name, kind in (("tasks", str), ("attacks", str), ("epsilons", _epsilon)):
             object.__setattr__(self, name, _listed(name, getattr(self, name), kind))
         if self.epsilon_max is not None:
             number, unit = amplitude(self.epsilon_max, "epsilon_max")
+            if not About("", float, least=0.0).allows(number):
+                raise invalid("epsilon_max", number, EPSILON)
             object.__setattr__(self, "epsilon_max", f"{number:g}{unit}" if unit else number)
         places = _listed("hookpoints", self.hookpoints, str) if self.hookpoints else ()
         object.__setattr__(self, "hookpoints", places)
@@ -187,13 +198,36 @@ class Plan(ThreatSettings, EngineSettings):
                 f" epsilons of one; {', '.join(NO_PART)} do not count"
             )
         given = [c.attack_in_units.condition for c in self.conditions]
+        self._check_used()
         twice = next((name for name in given if given.count(name) > 1), None)
         if twice:
             raise UsageError(f"attacks, epsilons: the condition {twice} must occur only once")
 
+    def _check_used(self) -> None:
+        """Refuses settings that no attack of the plan reads: nothing would come of them.
+
+        Of those that most attacks read there is a warning in the results instead.
+
+        Raises:
+            UsageError: naming the first of them, and the attacks that read it.
+        """
+        run = {condition.attack for condition in self.conditions}
+        others = {
+            "epsilon_max": [attack for attack, kind in ATTACKS.items() if kind.minimal],
+            "epsilons": [attack for attack in ATTACKS if attack != "none"],
+        }
+        for name, value, readers in unread(self, run, others):
+            if name in _OF_MANY:
+                continue
+            shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            raise UsageError(
+                f"{name}={shown}: no attack of this run reads it; must be left out, or given with"
+                f" one that does ({', '.join(readers)})"
+            )
+
     def _batch_size(self) -> int | str:
         size = str(self.batch_size)
-        if size != "auto" and (not size.isdecimal() or int(size) < 1):
+        if not re.fullmatch("auto|[1-9][0-9]*", size):
             raise invalid("batch_size", self.batch_size, _ROWS)
         return size if size == "auto" else int(size)
 
@@ -206,8 +240,9 @@ class Plan(ThreatSettings, EngineSettings):
     def _model_args(self) -> dict[str, Any]:
         given = self.model_args
         if isinstance(given, str) and all("=" in part for part in given.split(",") if part):
-            from llm_attack.harness.names import simple_parse_args_string
+            from llm_attack.harness.names import check_string, simple_parse_args_string
 
+            check_string(given)
             return simple_parse_args_string(given)
         if not isinstance(given, dict):
             raise invalid("model_args", given, _PAIRS)
@@ -216,9 +251,10 @@ class Plan(ThreatSettings, EngineSettings):
     @property
     def share(self) -> tuple[int, int] | None:
         """`shard` as (number from 0, of how many); None: not given, or not of that form."""
-        part, slash, whole = str(self.shard).partition("/")
-        if not (slash and part.isdecimal() and whole.isdecimal()):
+        found = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", str(self.shard))
+        if found is None:
             return None
+        part, whole = found.groups()
         return (int(part) - 1, int(whole)) if 1 <= int(part) <= int(whole) else None
 
     @property
@@ -312,7 +348,7 @@ def _listed(name: str, value: Any, kind: Callable[[Any], Any]) -> tuple[Any, ...
         value = [part.strip() for part in value.split(",") if part.strip()]
     try:
         values = tuple(map(kind, value if isinstance(value, Iterable) else [value]))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise invalid(name, value, _NUMBERS) from None
     if not values:
         raise UsageError(f"{name}=: must name at least one")
@@ -330,8 +366,8 @@ def from_yaml(path: Path) -> dict[str, Any]:
     try:
         content = _read_yaml(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"config={path}: cannot be read ({reason}); must be a YAML file") from None
+        text = f"cannot be read ({one_line(error)}); must be a YAML file"
+        raise UsageError(f"config={path}: {text}") from error
     if not isinstance(content, dict):
         raise UsageError(f"config={path}: must be a mapping, such as attacks: [none, fgsm]")
     content = {underscored(str(key)): value for key, value in content.items()}
@@ -346,12 +382,29 @@ def from_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
+def _number(text: str) -> int | float:
+    try:
+        return int(text)
+    except ValueError:
+        return float(text.replace(".inf", "inf").replace(".nan", "nan"))
+
+
 def _read_yaml(text: str) -> Any:
     """The content of a YAML text; of a key that is there twice, YAML itself would take the last."""
     import yaml
 
     class Loader(yaml.SafeLoader):
-        pass
+        """Numbers as JSON has them: YAML 1.1 reads 1_0, 010 and 1:30 as 10, 8 and 90."""
+
+        yaml_implicit_resolvers = {  # noqa: RUF012
+            first: [pair for pair in of if not pair[0].endswith((":int", ":float"))]
+            for first, of in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+    digits = r"((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?"
+    of_number = rf"[-+]?({digits}|\.inf|\.nan)$"
+    Loader.add_implicit_resolver("!number", re.compile(of_number), list("-+.0123456789"))
+    Loader.add_constructor("!number", lambda loader, node: _number(node.value))
 
     def mapping(loader: Any, node: Any) -> dict[Any, Any]:
         keys = [loader.construct_object(key, deep=True) for key, _ in node.value]

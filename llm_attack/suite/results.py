@@ -11,8 +11,8 @@ from typing import Any
 import pandas as pd
 
 from llm_attack.drawing import draw
-from llm_attack.errors import UsageError
-from llm_attack.failures import Attempts
+from llm_attack.errors import UsageError, as_path
+from llm_attack.failures import Attempts, one_line
 from llm_attack.harness.judge import as_json
 from llm_attack.record import write_json, write_text
 from llm_attack.redact import redacted
@@ -184,7 +184,7 @@ def load(folder: Path, equivalence: float | None = None) -> Result:
     Raises:
         UsageError: there is none in `folder`, or a file of it cannot be read.
     """
-    path = folder / "run.json"
+    path = as_path("folder", folder) / "run.json"
     try:
         run = redacted(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -192,7 +192,9 @@ def load(folder: Path, equivalence: float | None = None) -> Result:
             f"{folder}: has no run.json; must be the folder of a finished run"
         ) from None
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read ({error}); must be of a finished run") from None
+        raise UsageError(
+            f"{path}: cannot be read ({one_line(error)}); must be of a finished run"
+        ) from error
     for name, kind in _RECORD.items():
         part = run.get(name) if isinstance(run, dict) else None
         if not isinstance(part, kind) and (part is not None or name not in _SINCE):

@@ -7,6 +7,7 @@ waits for the others, judges, and writes.
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ class Processes(NamedTuple):
         found = {"RANK": "0", "WORLD_SIZE": "1"}
         for name in found:
             found[name] = os.environ.get(name, found[name])
-            if not found[name].isdecimal():
+            if not re.fullmatch("[0-9]{1,9}", found[name]):
                 raise invalid(name, found[name], "an integer, as torchrun sets it")
         rank, world = map(int, found.values())
         others = {"WORLD_SIZE": world if world > 1 else None, "shard": plan.shard}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llm_attack.errors import UsageError, closest, invalid
+from llm_attack.failures import one_line
 
 COLUMNS = ("word", "language", "label")
 LABELS = ("negative", "neutral", "positive")
@@ -35,8 +36,8 @@ def load_words(path: str | None = None) -> pd.DataFrame:
         # as text: "null" and "nan" are words
         table = pd.read_csv(shown, dtype=str, keep_default_na=False, encoding="utf-8")
     except (OSError, ValueError) as error:  # of pandas: empty, not UTF-8, not CSV
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"words={shown}: must be a CSV file in UTF-8 ({reason})") from error
+        text = f"must be a CSV file in UTF-8 ({one_line(error)})"
+        raise UsageError(f"words={shown}: {text}") from error
     for column in COLUMNS:
         if column not in table:
             near = closest(column, map(str, table.columns))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from llm_attack.errors import UsageError, closest, invalid
+from llm_attack.failures import one_line
 from llm_attack.vision.settings import ImageSettings
 
 log = logging.getLogger(__name__)
@@ -157,21 +158,21 @@ def _open(name: str, train_split: str, test_split: str) -> list[Any]:
         hint = f"did you mean {meant!r}?" if meant and meant != path else "digits needs no network"
         raise UsageError(
             f"dataset={name}: must be digits, {', '.join(NAMES)}, imagefolder:PATH or another that "
-            f"`datasets` loads; {hint} ({str(error).splitlines()[0]})"
+            f"`datasets` loads; {hint} ({one_line(error)})"
         ) from error
     splits = []
     for argument, split in (("train-split", train_split), ("test-split", test_split)):
         base = re.split(r"\W", split)[0]
         if base not in whole:
             raise invalid(argument, split, list(whole))
+        wanted = "a split with images, as `datasets` writes it: train[:90%]"
         try:
             parts = whole[base]
             if split != base:
                 parts = datasets.load_dataset(path, split=split, **options)
-        except ValueError:
-            parts = ()
+        except ValueError as error:
+            raise invalid(argument, split, f"{wanted} ({one_line(error)})") from error
         if not len(parts):
-            wanted = "a split with images, as `datasets` writes it: train[:90%]"
             raise invalid(argument, split, wanted)
         splits.append(parts)
     return splits
@@ -233,7 +234,9 @@ def _decoded(tables: list[Any], column: str) -> list[Tensor]:
         try:
             return reader.decode_example(row)
         except OSError as error:
-            raise UsageError(f"image-column={column}: an image cannot be read: {error}") from error
+            raise UsageError(
+                f"image-column={column}: an image cannot be read: {one_line(error)}"
+            ) from error
 
     first = read(encoded[0][0])
     mode = _MODES.get(first.mode, "RGB")

@@ -21,6 +21,7 @@ from torch import nn
 
 from llm_attack import __version__
 from llm_attack.errors import UsageError
+from llm_attack.failures import one_line
 from llm_attack.folder import check_writable
 from llm_attack.record import whole_or_not
 from llm_attack.redact import redacted
@@ -178,11 +179,10 @@ def fill(network: nn.Module, argument: str, path: str) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """The line of the error that says what is wrong; torch's have a heading."""
+    """The class of the error, and the line that says what is wrong."""
     if isinstance(error, pickle.UnpicklingError):  # whose text is how to run the file's code
-        return "it is not a file of weights alone"
-    lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
-    return lines[min(1, len(lines) - 1) if lines[0].startswith("Error(s)") else 0]
+        return f"{type(error).__name__}: it is not a file of weights alone"
+    return one_line(error)
 
 
 def imported(name: str) -> nn.Module:
@@ -198,10 +198,9 @@ def imported(name: str) -> nn.Module:
         try:
             network = getattr(importlib.import_module(module), function)()
         except Exception as error:  # of code that is not ours, whatever it raises
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise UsageError(
                 f"network={name}: must be package.module:function, of a function without arguments "
-                f"({reason})"
+                f"({one_line(error)})"
             ) from error
     if not isinstance(network, nn.Module):
         returned = type(network).__name__

@@ -69,7 +69,7 @@ def build(
     if name not in NETWORKS:
         raise invalid("network", name, NETWORKS)
     if not 0 < width <= WIDEST:
-        raise invalid("width", width, f"a number greater than 0 and at most {WIDEST:g}")
+        raise invalid("width", width, f"a number greater than 0, at most {WIDEST:g}")
 
     def wide(n: int) -> int:
         return max(1, round(n * width))
@@ -221,6 +221,8 @@ def _head(before: int, classes: int) -> Blocks:
 
 Wide = Callable[[int], int]
 Blocks = dict[str, nn.Module]
+WIDEST = 1000.0  # factor on the channels
+
 NETWORKS: dict[str, Callable[[Wide, int, int, int], Blocks]] = {
     "cnn": _cnn,
     "resnet18": _resnet18,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from fractions import Fraction
+from dataclasses import dataclass, fields
 from typing import Any
 
 import click
 
-from llm_attack.declare import check, setting
-from llm_attack.errors import invalid
+from llm_attack.declare import check, is_plain, setting
+from llm_attack.errors import UsageError, invalid
 from llm_attack.reproduce import DEVICE
 
 
@@ -19,10 +18,15 @@ class Amplitude(click.ParamType):
     name = "number"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        if not isinstance(value, str):
+            return float(value)
+        top, slash, bottom = value.partition("/")
         try:
-            return float(Fraction(value))
-        except (ValueError, ZeroDivisionError):
-            self.fail(f"{value!r}: must be a number or a fraction, such as 8/255", param, ctx)
+            if is_plain(top) and is_plain(bottom):
+                return int(top) / int(bottom) if slash else float(top)
+        except (ValueError, ArithmeticError):
+            pass
+        self.fail(f"{value!r}: must be a number or a fraction, such as 8/255", param, ctx)
 
 
 class Amplitudes(click.ParamType):
@@ -160,6 +164,42 @@ class ImageSettings:
         for name in ("momentum", "label_smoothing"):
             if getattr(self, name) >= 1:
                 raise invalid(name, getattr(self, name), "at least 0 and below 1")
+
+    def check_used(self) -> None:
+        """Refuses settings that were given and that nothing reads.
+
+        Raises:
+            UsageError: naming the setting and what would read it.
+        """
+        defaults = {entry.name: entry.default for entry in fields(self)}
+        for argument, (choices, own) in _READERS.items():
+            used = {name.strip() for name in getattr(self, argument).split(",")}
+            for name, readers in own.items():
+                value = getattr(self, name)
+                if value != defaults[name] and used.isdisjoint(readers) and used <= choices:
+                    wanted = " or ".join(readers) if readers else "another data set"
+                    given = f"{argument}={','.join(sorted(used))}"
+                    raise UsageError(
+                        f"{name}={value}: must be left out with {given}, which does not read it;"
+                        f" {wanted} does"
+                    )
+
+
+# Of a setting, values with which some others are not read, and those others, by the values with
+# which they are.
+_READERS: dict[str, tuple[frozenset[str], dict[str, tuple[str, ...]]]] = {
+    "train_attack": (
+        frozenset(TRAININGS),
+        {
+            **dict.fromkeys(("train_epsilon", "train_steps", "train_step_size"), TRAININGS[1:]),
+            "trades_beta": ("trades",),
+        },
+    ),
+    "dataset": (
+        frozenset({"digits"}),
+        dict.fromkeys(("train_split", "test_split", "image_column", "label_column"), ()),
+    ),
+}
 
 
 def resolved(settings: ImageSettings) -> ImageSettings:

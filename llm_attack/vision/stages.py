@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from llm_attack.attacks import Attack
 from llm_attack.errors import UsageError, invalid
+from llm_attack.failures import one_line
 from llm_attack.folder import resolved
 from llm_attack.record import Stopwatch
 from llm_attack.vision.adversarial import usual_epsilon
@@ -91,8 +92,9 @@ def _check_scores(network: nn.Module, dataset: Dataset, name: str) -> None:
             scores = network(dataset.test[:2].scaled())
         shape, right = tuple(scores.shape), bool(scores.isfinite().all())
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(f"network={name}: fails on images of {dataset.name}: {reason}") from error
+        raise UsageError(
+            f"network={name}: fails on images of {dataset.name}: {one_line(error)}"
+        ) from error
     if shape != wanted:
         raise UsageError(
             f"network={name}: must give scores of shape {wanted} for two images of {dataset.name}, "

@@ -1,14 +1,16 @@
 """Settings of an attack: what is refused, with which message, and what follows from the values."""
 
+from dataclasses import fields
 from fractions import Fraction
 
 import pytest
+import torch
 
 from llm_attack.attacks import ATTACKS, Attack
-from llm_attack.attacks.settings import step_settings
+from llm_attack.attacks.settings import StepSettings, step_settings
 from llm_attack.errors import UsageError
 
-from .helpers import ADAPTIVE, ALL_ATTACKS, ITERATIVE, MINIMAL
+from .helpers import ADAPTIVE, ALL_ATTACKS, ITERATIVE, MINIMAL, attacked, rng
 
 NAN, INF = float("nan"), float("inf")
 
@@ -135,3 +137,34 @@ def test_step_settings():
         **{"steps": 3, "step_size": 0.5, "decay": 0.9, "restarts": 1},
         **{"rounds": 12, "first_epsilon": None, "queries": 100},
     }
+
+
+OTHER = {
+    "steps": 2,
+    "step_size": 0.013,
+    "decay": 0.1,
+    "restarts": 4,
+    "rounds": 2,
+    "first_epsilon": 0.19,
+    "queries": 3,
+}
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_a_kind_names_the_settings_that_it_reads(name):
+    """Another value leads to other points where the attack reads the setting, and only there."""
+    x = torch.randn(6, 8, generator=rng(0), dtype=torch.float64)
+    w = torch.randn(8, 8, generator=rng(1), dtype=torch.float64)
+
+    def loss(point):
+        return (3 * point @ w).sin().sum(1) - 0.5 + point.square().sum(1) - x.square().sum(1)
+
+    def found(**settings):
+        return attacked(Attack(name, 0.2, **settings), x, loss)
+
+    assert OTHER.keys() == {entry.name for entry in fields(StepSettings)}
+    plain = found()
+    read = {
+        setting for setting in OTHER if not torch.equal(found(**{setting: OTHER[setting]}), plain)
+    }
+    assert read == set(ATTACKS[name].settings)

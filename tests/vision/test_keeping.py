@@ -196,7 +196,7 @@ def test_what_cannot_be_used(theirs, settings, message):
 def test_weights_of_another_network(kept):
     _, file, _ = kept
     with pytest.raises(
-        UsageError, match=r"weights=.*: must be weights of this network.*\(Missing"
+        UsageError, match=r"weights=.*: must be weights of this network.*\(RuntimeError: Missing"
     ) as x:
         stages.untrained(load("digits", fig1.Settings()), "cnn", fig1.Settings(weights=str(file)))
     assert "\n" not in str(x.value)
