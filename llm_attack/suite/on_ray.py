@@ -130,7 +130,7 @@ def _handlers_kept() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
         signal.raise_signal(signal.SIGTERM)
     finally:
-        if signal.getsignal(signal.SIGTERM) is not before:
+        if before is not None and signal.getsignal(signal.SIGTERM) is not before:
             signal.signal(signal.SIGTERM, before)
 
 
@@ -192,14 +192,14 @@ def answers(
     alive = _Alive(ray)
     while waiting or any(batch for _, batch in busy.values()):
         look()
-        if not alive.is_known():
-            time.sleep(PAUSE)
-            continue
-        room = plan.ray_workers or int(ray.cluster_resources().get("GPU" if gpu else "CPU", 0))
-        for _ in range(workers, room):
-            start()
-        workers = max(workers, room)
         try:
+            if not alive.is_known():
+                time.sleep(PAUSE)
+                continue
+            room = plan.ray_workers or int(ray.cluster_resources().get("GPU" if gpu else "CPU", 0))
+            for _ in range(workers, room):
+                start()
+            workers = max(workers, room)
             finished, _ = ray.wait([*busy], timeout=PAUSE)
         except RayError as error:
             raise ProcessDied(f"Ray: {one_line(error)}") from error
