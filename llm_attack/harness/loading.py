@@ -74,12 +74,21 @@ def check_finite(pretrained: Any, model: torch.nn.Module) -> None:
     for name, weight in model.named_parameters():
         # of one byte and less (quantised) there is no isfinite
         if weight.is_floating_point() and not weight.is_meta and weight.itemsize > 1:
-            bad = int((~weight.isfinite()).sum())
+            bad = int((~_isfinite(weight)).sum())
             if bad:
                 raise UsageError(
                     f"pretrained={pretrained}: {bad} values of the weight {name} are not finite;"
                     " must be a model whose weights are numbers"
                 )
+
+
+def _isfinite(weight: torch.Tensor) -> torch.Tensor:
+    """Also of tensors that libraries of quantisation make, which know few of torch's functions."""
+    try:
+        return weight.isfinite()
+    except NotImplementedError:
+        values: Any = getattr(weight, "dequantize", None)
+        return torch.ones(1, dtype=torch.bool) if values is None else values().isfinite()
 
 
 def _some(names: Iterable[str]) -> str:
