@@ -90,7 +90,10 @@ def _parts(name: str, tensor: torch.Tensor) -> Iterator[Any]:
     yield f"{name} {tensor.dtype} {tuple(tensor.shape)}"
     if hasattr(tensor, "full_tensor"):  # a part of it is here: the processes put it together
         tensor = tensor.full_tensor()
-    if not tensor.is_meta:
+    if hasattr(tensor, "__tensor_flatten__"):  # of a library of quantisation: tensors inside of it
+        for inner in tensor.__tensor_flatten__()[0]:
+            yield from _parts(f"{name}.{inner}", getattr(tensor, inner))
+    elif not tensor.is_meta:
         yield tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 

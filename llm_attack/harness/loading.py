@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from huggingface_hub.errors import HFValidationError
 from transformers import BitsAndBytesConfig
 
@@ -189,12 +190,52 @@ def check_finite(pretrained: Any, model: torch.nn.Module) -> None:
     for name, weight in model.named_parameters():
         # of one byte and less (quantised) there is no isfinite
         if weight.is_floating_point() and not weight.is_meta and weight.itemsize > 1:
-            bad = int((~weight.isfinite()).sum())
+            bad = int((~_isfinite(weight)).sum())
             if bad:
                 raise UsageError(
                     f"pretrained={pretrained}: {bad} values of the weight {name} are not finite;"
                     " must be a model whose weights are numbers"
                 )
+
+
+def _isfinite(weight: torch.Tensor) -> torch.Tensor:
+    """Also of tensors that libraries of quantisation make, which know few of torch's functions."""
+    try:
+        return weight.isfinite()
+    except NotImplementedError:
+        values: Any = getattr(weight, "dequantize", None)
+        return torch.ones(1, dtype=torch.bool) if values is None else values().isfinite()
+
+
+def check_float64(model: Any, tokens: torch.Tensor) -> None:
+    """Refuses float64 where the model's kernels do; of experts there are some that do not.
+
+    Raises:
+        UsageError: naming what was raised, and `experts_implementation=eager` if that mends it.
+    """
+    if model.dtype != torch.float64:
+        return
+    error = _refusal(model, tokens)
+    if error is None:
+        return
+    before, hint = getattr(model.config, "_experts_implementation", None), ""
+    if before not in (None, "eager"):
+        model.set_experts_implementation("eager")
+        if _refusal(model, tokens) is None:
+            hint = "; must go with experts_implementation=eager"
+        model.set_experts_implementation(before)
+    raise UsageError(f"dtype=float64: the model refuses it ({one_line(error)}){hint}") from error
+
+
+def _refusal(model: Any, tokens: torch.Tensor) -> RuntimeError | None:
+    try:
+        with torch.no_grad():
+            model(input_ids=tokens)
+    except RuntimeError as error:
+        if should_reduce_batch_size(error):
+            raise
+        return error
+    return None
 
 
 def _some(names: Iterable[str]) -> str:

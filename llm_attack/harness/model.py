@@ -129,6 +129,7 @@ class AttackedHFLM(HFLM):
         prefix = arguments.get("prefix_token_id")
         if prefix is not None and (isinstance(prefix, bool) or prefix not in range(size)):
             raise invalid("prefix_token_id", prefix, f"the id of a token, from 0 to {size - 1}")
+        loading.check_float64(self.model, torch.zeros(1, 2, dtype=torch.int64, device=self.device))
         hookpoint = resolve(self.model, self.settings.hookpoint)
         prepare(self.model, self.engine_settings, hookpoint)
         self.use(self.settings)

@@ -30,7 +30,7 @@ def test_attacks_that_do_what_they_should(make, build, attack, norm):
     assert info["lost_to_rounding"] == 0
     assert info["not_perturbed"] == (None if kind.minimal else 0)
     known = float(not (kind.minimal or kind.adaptive or kind.search))
-    assert (info["amplitude_reached"] or 0) == pytest.approx(known, abs=0.02)
+    assert (info["amplitude_reached"] or 0) == pytest.approx(known, abs=0.05)
 
 
 @pytest.mark.parametrize("attack", ["random", "fgsm", "apgd", "blocks"])

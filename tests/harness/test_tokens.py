@@ -96,3 +96,29 @@ def test_a_trial_says_what_was_raised(caplog):
         AttackedHFLM(broken, tokenizer=tokenizer(eos_token="end"), device="cpu", attack="none")
     (text,) = [text for text in caplog.messages if "packing: off" in text]
     assert "as a trial of trees raises " in text and "positions of two rows" in text
+
+
+def test_experts_in_float64():
+    """Their fast kernels refuse it. The line names what mends it, and it does."""
+    kind = pytest.importorskip("transformers").Qwen3MoeForCausalLM
+    torch.manual_seed(0)
+    options = {name: 16 for name in ("hidden_size", "intermediate_size", "moe_intermediate_size")}
+    options |= {name: 2 for name in ("num_hidden_layers", "num_attention_heads", "num_experts")}
+    config = kind.config_class(
+        vocab_size=40, num_key_value_heads=2, num_experts_per_tok=1, head_dim=8, **options
+    )
+    made = kind(config).double().eval()
+    if not hasattr(made, "set_experts_implementation"):
+        pytest.skip("this transformers has one kind of kernel for experts")
+    made.set_experts_implementation("grouped_mm")
+    try:
+        made(input_ids=torch.tensor([[1, 2]]))
+        pytest.skip("this torch has such kernels in float64")
+    except RuntimeError:
+        pass
+    given = {"tokenizer": tokenizer(eos_token="end"), "device": "cpu", "attack": "none"}
+    line = r"dtype=float64: the model refuses it \(.*\); must go with experts_implementation=eager"
+    with pytest.raises(UsageError, match=line):
+        AttackedHFLM(made, **given)
+    made.set_experts_implementation("eager")
+    AttackedHFLM(made, **given)
