@@ -75,6 +75,7 @@ def made_up(hookpoints=("embed", "h.0", "h.1")):
     names = samples["condition"].unique()
     infos = {name: {"attack": name.partition("@")[0], "epsilon": 0.1} for name in names}
     run = {"settings": {"loss": "margin"}, "attacks": infos, "model_name": "m", "fingerprint": {}}
+    run |= {"equivalence": None, "warnings": []}
     table = summarise(with_worst(samples), infos)
     return Result(table, samples, questions, run, {"none": {"results": {}}})
 
