@@ -49,7 +49,6 @@ FAULTS = {
     "save": (survival, "critical.md", {"critical.md", "critical.csv", "foretold.csv"}),
     "save of layers": (layers, "layers.md", {"layers.md"}),
     "save of tables": (tables, "table.csv", {"table.csv", "table.md"}),
-    "changes": (tables, "the table of changes", set()),
     "claims": (claims, claims.TITLE, set()),
     "checks": (sanity, sanity.TITLE, set()),
     "with_worst": (results, "worst", set()),
