@@ -120,7 +120,8 @@ class ChoiceScores:
         best = [scores.masked_fill(~these, -torch.inf).amax(-1) for these in (others, self.gold)]
         gap = torch.where(others.any(-1), best[0] - best[1], 0.0)
         wrong = ~self.gold.gather(-1, scores.argmax(-1, keepdim=True))[..., 0]
-        return gap + ((gap == 0) & wrong) * torch.finfo(gap.dtype).tiny
+        least = torch.full_like(gap, torch.finfo(gap.dtype).tiny)
+        return gap + least.where((gap == 0) & wrong, 0)  # added, so that the gradient stays
 
 
 LOSSES = {

@@ -104,7 +104,7 @@ def tables(
         return {}
     text = _curves(curves, critical.against_fixed(samples), critical.stalled(samples), score)
     found = {CURVES: (text, curves.rename(columns={critical.ACC: score}))}
-    if not foretold.empty:
+    if not foretold.empty and foretold["value"].notna().any():
         found[FORETOLD] = _foretold(foretold, score), foretold
     return found
 

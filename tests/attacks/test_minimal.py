@@ -1,6 +1,7 @@
 """The nearest wrong answer: closed forms, adv-lib's FMN step by step, and what must always hold."""
 
 import sys
+from functools import partial
 from importlib.util import find_spec
 from unittest.mock import MagicMock
 
@@ -137,7 +138,8 @@ def test_of_linear_margins_adv_lib_finds_fewer_and_none_nearer(norm, monkeypatch
     at = Linear(400, torch.float32)
     labels = torch.zeros(400, dtype=torch.int64)
     # theirs knows no ball but has a box, which ours has not: it is far away
-    theirs = library.fmn(lambda p: at(p * 200 - 100), (at.x + 100) / 200, labels, ORDER[norm], 30)
+    scaled = partial(library.fmn, lambda p: at(p * 200 - 100), (at.x + 100) / 200, labels)
+    theirs = scaled(norm=ORDER[norm], steps=30)
     theirs = theirs * 200 - 100
     got = perturb(Attack("fmn", 100.0, steps=30, norm=norm), at.x, at.gap)
     lengths = [(point - at.x).norm(ORDER[norm], dim=1) for point in (got, theirs)]

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -90,3 +91,23 @@ def test_the_table_of_losses():
         False,
         0,
     )
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 300.0])
+def test_gap_is_above_0_where_the_first_of_the_best_is_not_gold(scale):
+    """As lm-eval judges `acc` and `acc_norm`: numpy's argmax, and any of several golds."""
+    rng = np.random.default_rng(0)
+    asked, values, expected = [], [], []
+    for _ in range(300):
+        n = int(rng.integers(1, 5))
+        gold = rng.random(n) < 0.5
+        gold[rng.integers(n)] = True
+        lengths = rng.integers(1, 3, n).astype(float)
+        # few values, so that many are equal
+        scores = -scale * rng.integers(1, 3, n) * lengths
+        asked.append(question(gold.tolist(), lengths.tolist()))
+        values.append(scores)
+        expected.append(not gold[int(np.argmax(scores / lengths))])
+    gap = ChoiceScores(asked).gap(torch.tensor(np.concatenate(values)))
+    assert (gap > 0).tolist() == expected
+    assert 0 < sum(expected) < 300 and (gap == torch.finfo(torch.float64).tiny).any()

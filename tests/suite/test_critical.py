@@ -142,3 +142,171 @@ def test_of_a_run(tmp_path):
     ]
     assert len(apgd) == 2 and ((apgd["curve"] - apgd["acc"]).abs() <= 1 / 12 + 1e-9).all()
     assert "Critical epsilon" in (tmp_path / "run" / "report.html").read_text()
+
+
+def of_answers(rows):
+    """Samples from (doc_id, condition, critical epsilon, log-likelihoods, gold, lengths)."""
+    samples, questions = [], {}
+    for doc_id, condition, found, values, gold, lengths in rows:
+        attack, _, epsilon = condition.partition("@")
+        samples.append(
+            {
+                **{"task": "t", "doc_id": doc_id, "condition": condition, "attack": attack},
+                **{"epsilon": float(epsilon or 0), "gold": gold, "critical_epsilon": found},
+                # as lm-eval judges
+                "prediction": int(np.argmax(values)),
+                "prediction_norm": int(np.argmax(np.array(values) / lengths)),
+                "acc": float(np.argmax(values) in gold),
+                "acc_norm": float(np.argmax(np.array(values) / lengths) in gold),
+                **{"log_likelihoods": values, "cosine": 0.1, "first_order": 0.1},
+            }
+        )
+        questions[doc_id] = {"task": "t", "doc_id": doc_id, "lengths": lengths}
+    return pd.DataFrame(samples), pd.DataFrame(list(questions.values()))
+
+
+ONES = [1.0, 1.0, 1.0]
+EQUAL = [-2.0, -2.0, -3.0]
+
+
+@pytest.mark.parametrize(
+    "clean, gold, found, after, expected",
+    [
+        (EQUAL, [1], INF, EQUAL, 0.0),  # the first of equal scores is the answer, and it is wrong
+        (EQUAL, [0], INF, EQUAL, INF),
+        (EQUAL, [0, 1], INF, EQUAL, INF),
+        (EQUAL, [2, 0], 0.3, [-2.0, -1.0, -3.0], 0.3),
+        (
+            [-1.0, -2.0, -3.0],
+            [0],
+            INF,
+            [-2.0, -2.0, -1.0],
+            0.5,
+        ),  # within epsilon, no one knows where
+        ([-1.0, -2.0, -3.0], [0], 0.3, [-1.0, -1.0, -3.0], INF),  # in float32 the answer is right
+        ([-1.0, -2.0, -3.0], [0], INF, [np.nan, -2.0, -3.0], INF),  # numpy takes the first of these
+        ([-1.0, -2.0, -3.0], [1], 0.2, [-1.0, -2.0, -3.0], 0.0),
+    ],
+)
+def test_critical_epsilons_agree_with_the_answers(clean, gold, found, after, expected):
+    rows = [(0, "none", np.nan, clean, gold, ONES), (0, "critical@0.5", found, after, gold, ONES)]
+    samples, _ = of_answers(rows)
+    judged = critical.judged(samples, "acc")
+    assert judged["critical_epsilon"].tolist()[1] == expected
+    assert np.isnan(judged["critical_epsilon"][0])
+    if expected > 0:
+        assert np.isinf(expected) == (judged["acc"][1] == 1)
+    shown = critical.robustness(judged).iloc[0]
+    assert shown["acc"] == judged["acc"][0]
+
+
+def by_length():
+    """Of each question what acc says is the reverse of what acc_norm says."""
+    rng = np.random.default_rng(5)
+    rows = []
+    for doc_id in range(40):
+        lengths = [4.0, 2.0, 1.0]
+        per_letter = rng.normal(-3, 1, 3)
+        gold = [int(per_letter.argmax())] if doc_id % 3 else [0]
+        far = 0.4 * rng.random()
+        rows.append((doc_id, "none", np.nan, (per_letter * lengths).tolist(), gold, lengths))
+        for condition, found in (("fgsm@0.2", np.nan), ("critical@0.5", far), ("apgd@0.2", np.nan)):
+            after = per_letter.copy()
+            if condition != "fgsm@0.2" or far < 0.2:
+                after[gold] -= 9
+            rows.append((doc_id, condition, found, (after * lengths).tolist(), gold, lengths))
+    return of_answers(rows)
+
+
+def test_one_score_throughout(tmp_path):
+    """With acc_norm the curve, the accuracies beside it, and what foretells are of acc_norm."""
+    samples, questions = by_length()
+    samples = critical.judged(samples, "acc_norm")
+    told = critical.of_score(samples, questions, "acc_norm")
+    clean = samples[samples["condition"] == "none"]
+    assert clean["acc"].mean() != clean["acc_norm"].mean()
+    curves = critical.robustness(told)
+    assert curves["acc"].iloc[0] == pytest.approx(clean["acc_norm"].mean())
+    beside = critical.against_fixed(told).set_index("attack")
+    for attack in ("fgsm@0.2", "apgd@0.2"):
+        here = samples[samples["condition"] == attack]
+        assert beside.loc[attack, "acc"] == pytest.approx(here["acc_norm"].mean())
+    right = clean[clean["acc_norm"] == 1]
+    found = critical.foretold(told).set_index(["condition", "task", "predictor"])
+    assert set(found["n"]) == {len(right)}
+    margins = []
+    for values, gold in zip(right["log_likelihoods"], right["gold"], strict=True):
+        of = np.divide(values, [4.0, 2.0, 1.0])
+        margins.append(of[gold[0]] - np.delete(of, gold[0]).max())
+    needed = samples[samples["condition"] == "critical@0.5"].set_index("doc_id")["critical_epsilon"]
+    needed = needed[right["doc_id"]]
+    expected = spearmanr(margins, needed).statistic
+    assert found.loc[("critical@0.5", "all", "margin"), "value"] == pytest.approx(expected)
+    stands = samples[samples["condition"] == "fgsm@0.2"].set_index("doc_id")["acc_norm"]
+    expected = roc_auc_score(stands[right["doc_id"]], margins)
+    assert found.loc[("fgsm@0.2", "all", "margin"), "value"] == pytest.approx(expected)
+    texts = survival.save(told, tmp_path, "acc_norm")
+    assert texts[survival.CURVES].heading[3] == "clean acc_norm"
+    assert any("acc_norm" in note for note in texts[survival.FORETOLD].notes)
+    assert list(pd.read_csv(tmp_path / "critical.csv"))[4] == "acc_norm"
+    drawn = survival.figure(told, score="acc_norm")
+    assert drawn.get_supylabel() == "share of questions still right (acc_norm)"
+    (marks,) = (line for line in drawn.axes[0].get_lines() if line.get_label() == "apgd")
+    assert marks.get_ydata()[0] == pytest.approx(beside.loc["apgd@0.2", "acc"])
+
+
+def test_acc_is_as_it_is_stored():
+    samples, questions = by_length()
+    told = critical.of_score(critical.judged(samples, "acc"), questions, "acc")
+    assert told["acc"].tolist() == samples["acc"].tolist()
+    assert told["log_likelihoods"].tolist() == samples["log_likelihoods"].tolist()
+    assert critical.score_of({"settings": {"score": "acc_norm"}}) == "acc_norm"
+    assert critical.score_of({"settings": {}}) == critical.score_of({}) == "acc"
+
+
+def test_what_fmn_did_not_find_is_marked(tmp_path):
+    low, high = [-1.0, -2.0, -3.0], [-3.0, -2.0, -1.0]
+    rows = []
+    for doc_id in range(5):
+        rows.append((doc_id, "none", np.nan, low, [0], ONES))
+        stalls = doc_id < 3
+        rows.append((doc_id, "fmn@0.5", INF if stalls else 0.1, low if stalls else high, [0], ONES))
+        ends = doc_id < 1
+        rows.append(
+            (doc_id, "critical@0.5", INF if ends else 0.1, low if ends else high, [0], ONES)
+        )
+    samples, _ = of_answers(rows)
+    (text,) = critical.stalled(samples).values()
+    assert text.startswith("fmn found no wrong answer for 3 of 5 questions.")
+    assert text.endswith("; critical found one for 2 of them")
+    cells = survival.tables(samples)[survival.CURVES][0]
+    beyond = {(row[0], row[1]): row[-1] for row in cells.rows}
+    assert beyond["t", "fmn@0.5"] == "3¶" and beyond["t", "critical@0.5"] == "1"
+    assert any(note == f"¶ fmn@0.5: {text}" for note in cells.notes)
+    found = samples[samples["attack"] != "critical"].assign(
+        critical_epsilon=lambda of: of["critical_epsilon"].replace(INF, 0.4)
+    )
+    assert critical.stalled(found) == {}
+
+
+@pytest.mark.parametrize("largest", ["0", "0.5", "1e+30", "1e-30"])
+@pytest.mark.parametrize("known", [0.3, INF, np.nan])
+@pytest.mark.parametrize("right", [True, False])
+def test_tables_of_runs_that_say_little(largest, known, right, tmp_path):
+    """One value of first_order, no question right at first, an epsilon_max of 0."""
+    values = [0.0, INF] if largest == "0" else [0.0, 0.5 * float(largest), INF]
+    samples = with_critical(values, f"critical@{largest}", first_order=[known] * len(values))
+    if not right:
+        samples = samples.assign(
+            acc=0.0,
+            critical_epsilon=0
+            * samples["critical_epsilon"].mask(samples["critical_epsilon"] == INF, 0),
+        )
+    texts = survival.save(samples, tmp_path)
+    row = critical.robustness(samples).iloc[0]
+    assert row["acc"] == pytest.approx((len(values) - 1) / len(values) if right else 0)
+    if largest == "0":
+        assert row["area"] == row["acc"]
+        assert survival.figure(samples) is None
+    if not right or np.isnan(known):
+        assert list(texts) == [survival.CURVES]

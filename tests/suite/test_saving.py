@@ -49,7 +49,6 @@ FAULTS = {
     "save": (survival, "critical.md", {"critical.md", "critical.csv", "foretold.csv"}),
     "save of layers": (layers, "layers.md", {"layers.md"}),
     "save of tables": (tables, "table.csv", {"table.csv", "table.md"}),
-    "changes": (tables, "the table of changes", set()),
     "claims": (claims, claims.TITLE, set()),
     "checks": (sanity, sanity.TITLE, set()),
     "with_worst": (results, "worst", set()),
@@ -75,6 +74,7 @@ def made_up(hookpoints=("embed", "h.0", "h.1")):
     names = samples["condition"].unique()
     infos = {name: {"attack": name.partition("@")[0], "epsilon": 0.1} for name in names}
     run = {"settings": {"loss": "margin"}, "attacks": infos, "model_name": "m", "fingerprint": {}}
+    run |= {"equivalence": None, "warnings": []}
     table = summarise(with_worst(samples), infos)
     return Result(table, samples, questions, run, {"none": {"results": {}}})
 
