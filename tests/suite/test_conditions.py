@@ -41,7 +41,8 @@ USERS = {
     "loss": ["fgsm", "reversed", "bim", "pgd", "mifgsm", "apgd", "critical", "blocks"],
     "score": [name for name in ATTACKS if name not in ("none", "random", "uniform", "gaussian")],
 }
-PROMPTS = ("num_fewshot", "apply_chat_template", "fewshot_as_multiturn", "system_instruction")
+# Those of a plan alone are of its prompts, which the answers without an attack depend on, too.
+PROMPTS = {*names(Plan)} - {*names(AttackSettings)} - {*OF_THE_RUN}
 
 
 def users(setting):
@@ -101,7 +102,10 @@ def test_settings_of_a_run_are_named():
     assert set(OF_THE_RUN) <= everything
     assert {*names(EngineSettings)} <= set(OF_THE_RUN)
     assert set(SETTINGS) == everything - set(OF_THE_RUN)
-    assert {*PROMPTS, "steps", "loss", "seed", "norm", "hookpoint", "positions"} <= set(SETTINGS)
+    assert {"steps", "loss", "seed", "norm", "hookpoint", "positions"} <= set(SETTINGS)
+    assert {
+        *("num_fewshot", "apply_chat_template", "fewshot_as_multiturn", "system_instruction")
+    } == PROMPTS
 
 
 NAME = "the attack@0.01"
