@@ -110,13 +110,17 @@ class Condition:
         return {"attack": self.attack, **dict(self.values)}
 
     def differences(self, other: Condition) -> list[tuple[str, Any, Any]]:
-        """(setting, value here, value there) of each setting in which two conditions differ."""
+        """(setting, value here, value there) of each setting in which two conditions differ.
+
+        Settings that one of the two does not use follow from others that differ, and are left out.
+        """
         here, there = self.settings(), other.settings()
-        return [
+        found = [
             (name, here.get(name), there.get(name))
             for name in {**here, **there}
-            if here.get(name) != there.get(name)
+            if name not in here or name not in there or here[name] != there[name]
         ]
+        return [of for of in found if of[0] in here and of[0] in there] or found
 
 
 Conditions = Mapping[str, Condition]

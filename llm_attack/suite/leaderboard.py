@@ -111,14 +111,14 @@ def _with(path: Path, new: pd.DataFrame) -> str:
     text = tables.csv(new)
     heading, *rows = _rows(text)
     there = _there(path, heading)
-    replaced = {row[-1] for row in rows}
-    kept = [row for row in there if row[-1] not in replaced]
+    replacing = {row[-1]: row for row in rows}  # of two runs of the same kind the last
+    kept = [row for row in there if row[-1] not in replacing]
     if kept:  # also what others wrote there
         frame = pd.DataFrame(kept, columns=heading)
         texts = [*_FIRST, "versions", *_NEW]
         kept = frame.assign(**without_formulas(frame[texts])).to_numpy().tolist()
     file = io.StringIO(newline="")
-    csv.writer(file, lineterminator="\n").writerows([heading, *kept, *rows])
+    csv.writer(file, lineterminator="\n").writerows([heading, *kept, *replacing.values()])
     return file.getvalue()
 
 

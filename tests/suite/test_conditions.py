@@ -41,7 +41,8 @@ USERS = {
     "loss": ["fgsm", "reversed", "bim", "pgd", "mifgsm", "apgd", "critical", "blocks"],
     "score": [name for name in ATTACKS if name not in ("none", "random", "uniform", "gaussian")],
 }
-PROMPTS = ("num_fewshot", "apply_chat_template", "fewshot_as_multiturn", "system_instruction")
+# Those of a plan alone are of its prompts, which the answers without an attack depend on, too.
+PROMPTS = {*names(Plan)} - {*names(AttackSettings)} - {*OF_THE_RUN}
 
 
 def users(setting):
@@ -87,9 +88,9 @@ def test_a_setting_counts_where_it_is_used(setting, attack):
     there = Condition.of("x", base(attack) | alternatives(setting))
     assert (here != there) == (attack in users(setting))
     differing = [name for name, _, _ in here.differences(there)]
-    # what follows from it as well: the length of a step, or that restarts draw with the seed
+    # lengths of steps follow from epsilon; that restarts draw with the seed is not said
     assert (setting in differing) == bool(differing) == (here != there)
-    assert set(differing) <= {setting, "step_size", "first_epsilon", "seed"}
+    assert set(differing) <= {setting, *(("step_size", "first_epsilon") * (setting == "epsilon"))}
     # what was stored is read as it was written
     for condition in (here, there):
         stored = json.loads(json.dumps(condition.settings()))
@@ -101,7 +102,10 @@ def test_settings_of_a_run_are_named():
     assert set(OF_THE_RUN) <= everything
     assert {*names(EngineSettings)} <= set(OF_THE_RUN)
     assert set(SETTINGS) == everything - set(OF_THE_RUN)
-    assert {*PROMPTS, "steps", "loss", "seed", "norm", "hookpoint", "positions"} <= set(SETTINGS)
+    assert {"steps", "loss", "seed", "norm", "hookpoint", "positions"} <= set(SETTINGS)
+    assert {
+        *("num_fewshot", "apply_chat_template", "fewshot_as_multiturn", "system_instruction")
+    } == PROMPTS
 
 
 NAME = "the attack@0.01"

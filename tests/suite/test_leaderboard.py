@@ -45,6 +45,12 @@ def test_a_row_says_all_that_it_depends_on(five, tmp_path):
         assert len(pd.read_csv(board)) == before + 1
 
 
+def test_two_runs_of_the_same_kind_are_one_row(five, tmp_path):
+    """Given at once, as one after the other."""
+    leaderboard.add(tmp_path / "board.csv", {"first": five["m0"], "second": five["m0"]})
+    assert pd.read_csv(tmp_path / "board.csv")["model"].tolist() == ["second"]
+
+
 def test_models_without_a_hash_are_known_by_their_names(five, tmp_path):
     run = replace(five["m0"], run=five["m0"].run | {"fingerprint": {}})
     for name in ("a", "b", "a"):
