@@ -390,3 +390,17 @@ def test_one_choice_is_scored_as_lm_eval_does(tmp_path):
         samples = evaluate(plan, progress="quiet").samples
         one = samples[samples["doc_id"] == 3]
         assert (one["acc"] == 1).all() and (one["n_choices"] == 1).all()
+
+
+def test_critical_epsilons_of_other_scores_are_warned_about(folder):
+    plan = Plan(
+        tasks="kind_mass,kind_acc",
+        include_path=str(folder),
+        **{**HOW, "attacks": "none,critical", "loss": "choice"},
+        rounds=1,
+        steps=1,
+    )
+    warnings = evaluate(plan, progress="quiet").run["warnings"]
+    assert [of for of in warnings if of.startswith("critical epsilons")] == [
+        "critical epsilons are of the likeliest choice, not of the score of kind_mass (acc)"
+    ]
