@@ -206,7 +206,7 @@ class Attempts:
             yield
         except Exception as error:
             of_machine = isinstance(error, OSError) and error.errno not in {None, *_PATHS}
-            if of_machine or isinstance(error, MemoryError):
+            if of_machine or isinstance(error, (MemoryError, NotWritten)):
                 raise
             self.lines.append(f"{what} could not be made: {one_line(error)}")
 

@@ -58,7 +58,7 @@ def test_settings_of_other_types(value, monkeypatch):
     assert refused >= 10
 
 
-@pytest.mark.parametrize("value", [5, None, [], object()], ids=repr)
+@pytest.mark.parametrize("value", [5, None, [], object()], ids=lambda value: type(value).__name__)
 def test_paths_and_plans_of_other_types(value):
     plan = Plan("demo", "demo_piqa", device="cpu")
     with pytest.raises(TypeError, match="plan: must be a Plan, not"):

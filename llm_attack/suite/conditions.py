@@ -41,7 +41,11 @@ _DEFAULTS: dict[str, Any] = {
     if entry.name not in OF_THE_RUN
 }
 # The settings of prompts. The answers without an attack depend on these alone.
-PROMPT = tuple(name for name in names(Plan) if name in _DEFAULTS.keys() - {*names(AttackSettings)})
+PROMPT = tuple(
+    name
+    for name in names(Plan)
+    if name in _DEFAULTS.keys() - {*names(AttackSettings)} or name == "score"
+)
 
 _LABEL = re.compile(
     rf"(?P<epsilon>[\d.]+(?:e[+-]?\d+)?)(?P<epsilon_unit>{'|'.join(UNITS)})?"
@@ -153,7 +157,6 @@ def _used(attack: str, values: Mapping[str, Any]) -> dict[str, Any]:
     unused = {
         # the targeted ones and `fmn` follow scores of choices, whatever the loss makes of them
         "loss": not kind.search and (not kind.gradient or kind.targeted or attack == "fmn"),
-        "score": not (gold and (kind.gradient or kind.search)),
         "seed": not of.draws,
     }
     return {name: value for name, value in found.items() if not unused.get(name)}

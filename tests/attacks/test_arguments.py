@@ -47,7 +47,7 @@ LOSS = linear(W)
         ({"gradient": X[:, :2]}, ValueError, r"gradient: its shape \(3, 2\)"),
         ({"gradient": X[0]}, ValueError, r"gradient: its shape \(4,\)"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else getattr(value, "__name__", "given"),
 )
 def test_wrong_arguments(options, kind, message):
     given = {"attack": Attack("fgsm", 0.1), "x": X, "loss": LOSS, **options}

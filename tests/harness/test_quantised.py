@@ -5,7 +5,7 @@ import torch
 
 from llm_attack.errors import UsageError
 from llm_attack.harness.loading import check_finite
-from llm_attack.suite.fingerprint import weights
+from llm_attack.harness.hashes import weights
 
 
 class Packed(torch.Tensor):

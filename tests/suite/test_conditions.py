@@ -39,7 +39,7 @@ USERS = {
     "queries": ["blocks"],
     "seed": ["random", "uniform", "gaussian", "pgd", "blocks"],
     "loss": ["fgsm", "reversed", "bim", "pgd", "mifgsm", "apgd", "critical", "blocks"],
-    "score": [name for name in ATTACKS if name not in ("none", "random", "uniform", "gaussian")],
+    "score": [*ATTACKS],
 }
 # Those of a plan alone are of its prompts, which the answers without an attack depend on, too.
 PROMPTS = {*names(Plan)} - {*names(AttackSettings)} - {*OF_THE_RUN}
