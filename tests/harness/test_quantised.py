@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from llm_attack.errors import UsageError
-from llm_attack.harness.loading import check_finite
 from llm_attack.harness.hashes import weights
+from llm_attack.harness.loading import check_finite
 
 
 class Packed(torch.Tensor):
