@@ -21,8 +21,8 @@ from scipy.stats import binomtest
 from torch import nn
 
 from llm_attack.attacks import keys_for
-from llm_attack.declare import DIALECT
-from llm_attack.record import hardware, versions, write_json
+from llm_attack.base.declare import DIALECT
+from llm_attack.base.record import hardware, versions, write_json
 from llm_attack.vision.data import load
 from llm_attack.vision.keeping import settled, told
 from llm_attack.vision.measure import attacked, frozen

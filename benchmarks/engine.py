@@ -35,13 +35,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from llm_attack.declare import DIALECT
+from llm_attack.base.declare import DIALECT
+from llm_attack.base.record import hardware, versions, write_json
 from llm_attack.harness import patches
 from llm_attack.harness.model import AttackedHFLM
 from llm_attack.harness.requests import encode, questions_of
+from llm_attack.lm.packing.trie import build
 from llm_attack.lm.settings import AttackSettings
-from llm_attack.lm.trie import build
-from llm_attack.record import hardware, versions, write_json
 
 # Per task: choices; mean Llama tokens of what they share, and of what each has for itself.
 SYNTHETIC = {

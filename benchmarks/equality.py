@@ -18,8 +18,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from llm_attack.base.record import hardware, versions, write_json
 from llm_attack.harness.tasks import look_up
-from llm_attack.record import hardware, versions, write_json
 
 SIDES: dict[str, tuple[str, str, int | str]] = {
     "stock, batches of 16": ("hf", "", 16),

@@ -16,13 +16,13 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from llm_attack.base.record import hardware, versions, write_json
 from llm_attack.harness.patches import without_bars
-from llm_attack.lm.hook import frozen
-from llm_attack.lm.sweep import expand
-from llm_attack.record import hardware, versions, write_json
+from llm_attack.lm.engine.hookpoints import expand
+from llm_attack.lm.network.hook import frozen
 from llm_attack.suite.commands import silence
 from llm_attack.suite.plan import Plan
-from llm_attack.suite.run import Prepared, prepare
+from llm_attack.suite.run.execute import Prepared, prepare
 
 
 def seconds(prepared: Prepared) -> float:

@@ -26,10 +26,10 @@ from engine import real_requests, synthetic_requests
 from rich.console import Console
 from rich.table import Table
 
+from llm_attack.base.record import hardware, versions, write_json
 from llm_attack.harness.model import AttackedHFLM
-from llm_attack.lm import scoring
+from llm_attack.lm.engine import scoring
 from llm_attack.lm.settings import AttackSettings
-from llm_attack.record import hardware, versions, write_json
 
 KINDS: dict[str, dict[str, Any]] = {
     "float32": {},

@@ -27,8 +27,8 @@ import torchattacks
 from torch import Tensor, nn
 
 from llm_attack.attacks import sparsefool
-from llm_attack.declare import DIALECT
-from llm_attack.record import hardware, versions, write_json
+from llm_attack.base.declare import DIALECT
+from llm_attack.base.record import hardware, versions, write_json
 from llm_attack.vision.data import load
 from llm_attack.vision.measure import frozen
 from llm_attack.vision.settings import ImageSettings

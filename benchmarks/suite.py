@@ -18,13 +18,13 @@ from typing import Any
 import click
 from rich.console import Console
 
+from llm_attack.base.record import hardware, versions, write_json
 from llm_attack.harness.patches import without_bars
-from llm_attack.lm.hook import frozen
-from llm_attack.record import hardware, versions, write_json
+from llm_attack.lm.network.hook import frozen
 from llm_attack.suite import results
 from llm_attack.suite.commands import silence
 from llm_attack.suite.plan import Plan
-from llm_attack.suite.run import Prepared, execute, prepare
+from llm_attack.suite.run.execute import Prepared, execute, prepare
 
 
 def bare(prepared: Prepared) -> dict[str, float]:

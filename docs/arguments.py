@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from llm_attack.declare import names, table
+from llm_attack.base.declare import names, table
 from llm_attack.lm.settings import AttackSettings, EngineSettings
 from llm_attack.suite.plan import Plan
 

@@ -18,12 +18,13 @@ import numpy as np
 import pandas as pd
 from scipy.stats import mannwhitneyu
 
-from llm_attack.inference import ALPHA, chance_test, holm, wilson
-from llm_attack.suite import claims, results
-from llm_attack.suite.outcomes import chances, gold_margin
-from llm_attack.suite.pairs import paired
-from llm_attack.suite.run import Result
-from llm_attack.suite.tables import Cells
+from llm_attack.stats import ALPHA, chance_test, holm, wilson
+from llm_attack.suite import results
+from llm_attack.suite.analysis.outcomes import chances, gold_margin
+from llm_attack.suite.analysis.pairs import paired
+from llm_attack.suite.report.tables import Cells
+from llm_attack.suite.run.execute import Result
+from llm_attack.suite.studies import claims
 
 QUARTERS = ("smallest", "second", "third", "largest")
 

@@ -15,11 +15,11 @@ import pandas as pd
 from rich.console import Console
 
 from llm_attack import Plan, evaluate
-from llm_attack.lm.positions import NAMED
-from llm_attack.record import write_text
+from llm_attack.base.record import write_text
+from llm_attack.lm.packing.positions import NAMED
+from llm_attack.suite.analysis.summary import MEAN
 from llm_attack.suite.plan import WORST
-from llm_attack.suite.summary import MEAN
-from llm_attack.suite.tables import Cells, csv
+from llm_attack.suite.report.tables import Cells, csv
 
 
 def cells(frame: pd.DataFrame) -> Cells:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llm_attack.suite.tables import Cells
+from llm_attack.suite.report.tables import Cells
 
 PEAK, SHARE = 989e12, 0.4  # FLOP/s of an H100 in bfloat16, and the part of it that products reach
 BYTES = 2  # of a number in bfloat16

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from llm_attack.harness.model import AttackedHFLM
     from llm_attack.suite.commands import evaluate
     from llm_attack.suite.plan import Plan
-    from llm_attack.suite.run import Result
+    from llm_attack.suite.run.execute import Result
 
 __all__ = ["Attack", "AttackedHFLM", "Plan", "Result", "evaluate", "perturb"]
 
@@ -21,7 +21,7 @@ _HOME = {
     "Attack": "llm_attack.attacks",
     "AttackedHFLM": "llm_attack.harness.model",
     "Plan": "llm_attack.suite.plan",
-    "Result": "llm_attack.suite.run",
+    "Result": "llm_attack.suite.run.execute",
     "evaluate": "llm_attack.suite.commands",
     "perturb": "llm_attack.attacks",
 }

@@ -11,9 +11,10 @@ from typing import Any, NoReturn
 
 import click
 
-from llm_attack import __version__, failures
-from llm_attack.declare import DIALECT, number, options
-from llm_attack.folder import resolved
+from llm_attack import __version__
+from llm_attack.base import failures
+from llm_attack.base.declare import DIALECT, number, options
+from llm_attack.base.folder import resolved
 from llm_attack.reproduce import DEVICE, preset_option
 from llm_attack.theory import fig4, fig6, relation
 from llm_attack.vision import fig1, fig2, fig5, tradeoff

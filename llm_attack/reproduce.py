@@ -17,12 +17,19 @@ from typing import Any
 
 import click
 
-from llm_attack.declare import DIALECT, declared, is_plain, option_type
-from llm_attack.errors import UsageError, invalid
-from llm_attack.failures import one_line
-from llm_attack.folder import check_same, check_writable, claim, clear_drafts, resolved, strangers
-from llm_attack.record import hardware, versions, write_json
-from llm_attack.redact import redacted
+from llm_attack.base.declare import DIALECT, declared, is_plain, option_type
+from llm_attack.base.errors import UsageError, invalid
+from llm_attack.base.failures import one_line
+from llm_attack.base.folder import (
+    check_same,
+    check_writable,
+    claim,
+    clear_drafts,
+    resolved,
+    strangers,
+)
+from llm_attack.base.record import hardware, versions, write_json
+from llm_attack.base.redact import redacted
 
 PRESET_NAMES = ("quick", "paper")
 # Says whose an unfinished folder is; subfolders of results.

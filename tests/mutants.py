@@ -43,18 +43,21 @@ ROOT = Path(__file__).parents[1]
 TESTS = {
     "attacks.norms": ["attacks/test_norms.py", "attacks/test_closed_form.py"],
     "attacks.apgd": ["attacks/test_apgd.py"],
-    "attacks.perturb": [
-        f"attacks/test_{name}.py" for name in ("closed_form", "properties", "apgd")
-    ],
+    "attacks.loop": [f"attacks/test_{name}.py" for name in ("closed_form", "properties", "apgd")],
     "attacks.draws": ["attacks/test_draws.py", "attacks/test_norms.py"],
     "attacks.settings": ["attacks/test_settings.py", "attacks/test_closed_form.py"],
-    "lm.pack": ["lm/test_pack.py"],
-    "lm.trie": ["lm/test_pack.py"],
-    "lm.scoring": ["lm/test_scoring.py", "lm/test_definitions.py", "-k", "scoring or look_up"],
+    "lm.packing.pack": ["lm/test_pack.py"],
+    "lm.packing.trie": ["lm/test_pack.py"],
+    "lm.engine.scoring": [
+        "lm/test_scoring.py",
+        "lm/test_definitions.py",
+        "-k",
+        "scoring or look_up",
+    ],
     "lm.losses": ["lm/test_losses.py"],
     "inference": ["suite/test_inference.py"],
-    "suite.summary": ["suite/test_summary.py", "-k", "not imports_neither"],
-    "suite.store": ["suite/test_store.py"],
+    "suite.analysis.summary": ["suite/test_summary.py", "-k", "not imports_neither"],
+    "suite.run.store": ["suite/test_store.py"],
 }
 
 # What all of them import, but for the package itself.

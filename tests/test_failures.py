@@ -8,10 +8,10 @@ import time
 import pytest
 from click.testing import CliRunner
 
-from llm_attack import failures
+from llm_attack.base import failures
+from llm_attack.base.failures import Stopped, failure, held, look
+from llm_attack.base.record import write_text
 from llm_attack.cli import main
-from llm_attack.failures import Stopped, failure, held, look
-from llm_attack.record import write_text
 from llm_attack.suite import commands
 
 BOTH = [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Stopped)]

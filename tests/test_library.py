@@ -9,10 +9,11 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from llm_attack import Attack, AttackedHFLM, Plan, evaluate
-from llm_attack.declare import names
-from llm_attack.errors import UsageError
+from llm_attack.base.declare import names
+from llm_attack.base.errors import UsageError
 from llm_attack.lm.settings import AttackSettings, EngineSettings
-from llm_attack.suite import frames, results
+from llm_attack.suite import results
+from llm_attack.suite.run import rows as frames
 
 VALUES = [
     *(5, 1.5, True, None, [], [5], [None], {}, {"a": 1}, object, object(), b"x", "", -1, [[1]]),

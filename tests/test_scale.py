@@ -11,9 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llm_attack import Plan
 from llm_attack.attacks import Attack
-from llm_attack.suite import estimate
-from llm_attack.suite.cost import passes
-from llm_attack.suite.run import prepare
+from llm_attack.suite.run import estimate
+from llm_attack.suite.run.cost import passes
+from llm_attack.suite.run.execute import prepare
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from scipy.special import expit
 from scipy.stats import binomtest
 from shown import ROOT
 
-from llm_attack import inference
-from llm_attack.suite import critical
+from llm_attack import stats as inference
+from llm_attack.suite.analysis import critical
 from llm_attack.theory import fig6
 from llm_attack.theory.fig4 import PACKETS
 from llm_attack.vision.trends import trend, verdict

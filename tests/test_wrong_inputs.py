@@ -23,12 +23,12 @@ from lm_eval.models.huggingface import HFLM
 from packaging.version import Version
 
 from llm_attack.__main__ import main as program
+from llm_attack.base.errors import UsageError
 from llm_attack.cli import main
 from llm_attack.demo import MODEL_PATH
-from llm_attack.errors import UsageError
 from llm_attack.harness.model import AttackedHFLM
-from llm_attack.suite import frames
 from llm_attack.suite.plan import Plan, from_yaml
+from llm_attack.suite.run import rows as frames
 
 SMALL = "--epochs 1 --device cpu -o out"
 COMMANDS = {

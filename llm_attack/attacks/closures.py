@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llm_attack.attacks.norms import Groups
 from llm_attack.attacks.settings import Attack
-from llm_attack.errors import shortened
+from llm_attack.base.errors import shortened
 
 
 def leaf(x: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from typing import Any
 
 from llm_attack.attacks.apgd import FIRST_STEP
 from llm_attack.attacks.norms import NORMS
-from llm_attack.declare import About, check, setting
-from llm_attack.errors import invalid
+from llm_attack.base.declare import About, check, setting
+from llm_attack.base.errors import invalid
 
 
 @dataclass(frozen=True)

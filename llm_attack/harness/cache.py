@@ -13,9 +13,9 @@ from typing import Any
 
 from lm_eval.api.instance import Instance
 
-from llm_attack.errors import UsageError
-from llm_attack.lm.questions import Question
-from llm_attack.redact import without_secrets
+from llm_attack.base.errors import UsageError
+from llm_attack.base.redact import without_secrets
+from llm_attack.lm.packing.questions import Question
 
 MARK = "llm_attack settings"
 _UNKNOWN = "not recorded"

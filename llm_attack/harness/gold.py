@@ -15,8 +15,8 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask, Task
 
-from llm_attack.errors import UsageError
-from llm_attack.failures import one_line
+from llm_attack.base.errors import UsageError
+from llm_attack.base.failures import one_line
 from llm_attack.harness.patches import Noted, noted
 
 # The made-up log-likelihood of the choices that are not preferred; far enough to decide every

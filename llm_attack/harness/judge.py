@@ -13,15 +13,15 @@ from lm_eval.api.model import LM
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.utils import handle_non_serializable
 
-from llm_attack.errors import UsageError
-from llm_attack.failures import one_line
+from llm_attack.base.errors import UsageError
+from llm_attack.base.failures import one_line
+from llm_attack.base.record import finite
+from llm_attack.base.redact import redacted
 from llm_attack.harness import patches
 from llm_attack.harness.gold import task_of
 from llm_attack.harness.model import AttackedHFLM
 from llm_attack.harness.paths import portable
-from llm_attack.lm.engine import Answer
-from llm_attack.record import finite
-from llm_attack.redact import redacted
+from llm_attack.lm.engine.engine import Answer
 
 
 class _Collected(Exception):

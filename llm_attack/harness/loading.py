@@ -13,9 +13,9 @@ from accelerate.utils.memory import should_reduce_batch_size
 from huggingface_hub.errors import HFValidationError
 from transformers import BitsAndBytesConfig
 
-from llm_attack.errors import UsageError, closest, invalid
-from llm_attack.failures import one_line
-from llm_attack.lm.gguf import names_in
+from llm_attack.base.errors import UsageError, closest, invalid
+from llm_attack.base.failures import one_line
+from llm_attack.harness.gguf import names_in
 
 _SHOWN = 3  # names of weights in a message
 

@@ -21,11 +21,12 @@ from lm_eval.models.huggingface import HFLM
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from llm_attack.base.device import check_device
+from llm_attack.base.errors import UsageError, invalid, report_usage_errors
+from llm_attack.base.failures import one_line
 from llm_attack.demo import MODEL_PATH
-from llm_attack.errors import UsageError, invalid, report_usage_errors
-from llm_attack.failures import one_line
-from llm_attack.harness import cache, hashes, loading
-from llm_attack.harness.names import check_names, check_string, check_values, trusted
+from llm_attack.harness import cache, gguf, hashes, loading
+from llm_attack.harness.arguments import check_names, check_string, check_values, trusted
 from llm_attack.harness.requests import (
     TokenRequest,
     check_score,
@@ -35,25 +36,23 @@ from llm_attack.harness.requests import (
     with_siblings,
 )
 from llm_attack.harness.revision import check_revision
-from llm_attack.lm import gguf
-from llm_attack.lm.batches import Batch
-from llm_attack.lm.device import check_device
-from llm_attack.lm.diagnostics import Diagnostics
-from llm_attack.lm.engine import Answer, Engine
-from llm_attack.lm.generate import attacked_prompts
-from llm_attack.lm.gradient import Finding, examine, refusal
-from llm_attack.lm.hook import frozen, resolve, vocabulary_of
-from llm_attack.lm.layers import prepare
+from llm_attack.lm.engine.diagnostics import Diagnostics
+from llm_attack.lm.engine.engine import Answer, Engine
+from llm_attack.lm.engine.generate import attacked_prompts
+from llm_attack.lm.engine.gradient import Finding, examine, refusal
+from llm_attack.lm.engine.hookpoints import scorers
+from llm_attack.lm.engine.probe import longest_tree
+from llm_attack.lm.engine.scatter import by_index
+from llm_attack.lm.engine.scoring import Scorer
 from llm_attack.lm.losses import LOSSES
-from llm_attack.lm.positions import QUESTION
-from llm_attack.lm.probe import longest_tree
-from llm_attack.lm.questions import Question
-from llm_attack.lm.reproducible import reproducible
-from llm_attack.lm.scale import CALIBRATION_TEXT, signals_at
-from llm_attack.lm.scatter import by_index
-from llm_attack.lm.scoring import Scorer
+from llm_attack.lm.network.blocks import prepare
+from llm_attack.lm.network.hook import frozen, resolve, vocabulary_of
+from llm_attack.lm.network.reproducible import reproducible
+from llm_attack.lm.network.scale import CALIBRATION_TEXT, signals_at
+from llm_attack.lm.packing.batches import Batch
+from llm_attack.lm.packing.positions import QUESTION
+from llm_attack.lm.packing.questions import Question
 from llm_attack.lm.settings import AttackSettings, EngineSettings, split_arguments, unread
-from llm_attack.lm.sweep import scorers
 from llm_attack.lm.units import Signal
 
 log = logging.getLogger(__name__)

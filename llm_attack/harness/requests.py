@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
-from llm_attack.errors import UsageError
+from llm_attack.base.errors import UsageError
 from llm_attack.harness import gold, patches, scores
-from llm_attack.lm.encode import encoded_together
-from llm_attack.lm.positions import QUESTION
-from llm_attack.lm.questions import Question, Request
+from llm_attack.harness.encode import encoded_together
+from llm_attack.lm.packing.positions import QUESTION
+from llm_attack.lm.packing.questions import Question, Request
 from llm_attack.lm.settings import AttackSettings
 
 __all__ = [

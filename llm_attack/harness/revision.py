@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llm_attack.errors import UsageError
+from llm_attack.base.errors import UsageError
 
 DEFAULT = "main"
 

@@ -16,8 +16,8 @@ import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import brier_score, mean
 
-from llm_attack.errors import UsageError, closest
-from llm_attack.failures import one_line
+from llm_attack.base.errors import UsageError, closest
+from llm_attack.base.failures import one_line
 from llm_attack.harness.gold import (
     Unjudged,
     Unlabelled,

@@ -11,12 +11,12 @@ from typing import Any
 from lm_eval.tasks import TaskManager
 
 from llm_attack._shim import register
-from llm_attack.errors import UsageError, closest
-from llm_attack.failures import one_line
-from llm_attack.folder import check_writable, resolved
+from llm_attack.base.device import check_device
+from llm_attack.base.errors import UsageError, closest
+from llm_attack.base.failures import one_line
+from llm_attack.base.folder import check_writable, resolved
 from llm_attack.harness import patches
-from llm_attack.harness.names import check_string
-from llm_attack.lm.device import check_device
+from llm_attack.harness.arguments import check_string
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llm_attack.attacks import widest
-from llm_attack.lm.questions import Question
+from llm_attack.lm.packing.questions import Question
 
 # Relative to the likeliest choice: beyond the digits of float64, far above where float32 ends.
 _LEAST_WEIGHT = 1e-20
@@ -142,7 +142,7 @@ class ThreatModel:
             perturbation per request.
         per_token: every token has a ball of its own, instead of one for the whole perturbation.
         seed: of the random draws.
-        positions: the tokens that may move; see `lm.positions`.
+        positions: the tokens that may move; see `lm.packing.positions`.
     """
 
     loss: str = "sequence"

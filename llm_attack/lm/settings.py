@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 
 from llm_attack.attacks import ATTACKS, Attack
 from llm_attack.attacks.settings import Kind, StepSettings, step_settings
-from llm_attack.declare import check, is_plain, names, setting, underscored
-from llm_attack.errors import UsageError, invalid
+from llm_attack.base.declare import check, is_plain, names, setting, underscored
+from llm_attack.base.errors import UsageError, invalid
 from llm_attack.lm.losses import LOSSES, ThreatModel
-from llm_attack.lm.positions import ALL, NAMED, check_positions
+from llm_attack.lm.packing.positions import ALL, NAMED, check_positions
 from llm_attack.lm.units import ABSOLUTE, NEFTUNE, UNITS, Signal, size_of
 
 CONTEXTS = ("own", "shared")

@@ -17,43 +17,29 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from llm_attack.declare import names
-from llm_attack.drawing import draw
-from llm_attack.errors import UsageError, as_path, invalid
-from llm_attack.failures import (
-    Attempts,
-    ProcessDied,
-    Stopped,
-    failure,
-    held,
-    leave,
-    stop_in,
-)
-from llm_attack.folder import check_writable, claim, claim_file, resolved, resolved_file
+from llm_attack.base.declare import names
+from llm_attack.base.drawing import draw
+from llm_attack.base.errors import UsageError, as_path, invalid
+from llm_attack.base.failures import Attempts, ProcessDied, Stopped, failure, held, leave, stop_in
+from llm_attack.base.folder import check_writable, claim, claim_file, resolved, resolved_file
+from llm_attack.base.record import write_text
+from llm_attack.base.redact import redacted
 from llm_attack.harness.patches import without_bars
-from llm_attack.record import write_text
-from llm_attack.redact import redacted
-from llm_attack.suite import (
-    critical,
-    estimate,
-    fingerprint,
-    layers,
-    models,
-    on_ray,
-    results,
-    revisions,
-    survival,
-    tables,
-)
-from llm_attack.suite import leaderboard as board
-from llm_attack.suite.equivalence import with_equivalence
-from llm_attack.suite.layout import print_style
-from llm_attack.suite.pairs import paired, unshared
+from llm_attack.suite import results
+from llm_attack.suite.analysis import critical
+from llm_attack.suite.analysis.equivalence import with_equivalence
+from llm_attack.suite.analysis.pairs import paired, unshared
+from llm_attack.suite.analysis.worst import with_worst
 from llm_attack.suite.plan import Plan
-from llm_attack.suite.progress import MODES, note
-from llm_attack.suite.run import LM_EVAL, Processes, Result, execute, prepare
-from llm_attack.suite.store import STORE, begun, discard
-from llm_attack.suite.worst import with_worst
+from llm_attack.suite.report import tables
+from llm_attack.suite.report.layout import print_style
+from llm_attack.suite.run import estimate, fingerprint, on_ray
+from llm_attack.suite.run.execute import LM_EVAL, Processes, Result, execute, prepare
+from llm_attack.suite.run.progress import MODES, note
+from llm_attack.suite.run.store import STORE, begun, discard
+from llm_attack.suite.studies import hookpoints as layers
+from llm_attack.suite.studies import leaderboard as board
+from llm_attack.suite.studies import models, revisions, survival
 
 
 @torch.inference_mode(False)

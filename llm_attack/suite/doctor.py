@@ -12,19 +12,19 @@ import pandas as pd
 import torch
 from rich.console import Console
 
-from llm_attack.errors import UsageError, invalid
-from llm_attack.failures import one_line
+from llm_attack.base.errors import UsageError, invalid
+from llm_attack.base.failures import one_line
 from llm_attack.harness.patches import without_bars
-from llm_attack.lm.hook import frozen
+from llm_attack.lm.engine.surface import Surface
+from llm_attack.lm.network.hook import frozen
 from llm_attack.lm.settings import amplitude
-from llm_attack.lm.surface import Surface
-from llm_attack.suite import sanity
+from llm_attack.suite.analysis.worst import knows_gold
 from llm_attack.suite.commands import silence
 from llm_attack.suite.plan import Plan
-from llm_attack.suite.progress import MODES
-from llm_attack.suite.run import Prepared, Processes, Result, execute, prepare
-from llm_attack.suite.sanity import FAILS, PASSES, Check
-from llm_attack.suite.worst import knows_gold
+from llm_attack.suite.run.execute import Prepared, Processes, Result, execute, prepare
+from llm_attack.suite.run.progress import MODES
+from llm_attack.suite.studies import sanity
+from llm_attack.suite.studies.sanity import FAILS, PASSES, Check
 
 # In units of the RMS: little, more, and as much as there is signal.
 LITTLE, MORE, ALL = "0.02rms", "0.1rms", "1rms"
@@ -118,7 +118,7 @@ def nothing_changes(prepared: Prepared) -> Check:
 
 
 def own_gradient(prepared: Prepared) -> Check:
-    """What a run tries at its start (`lm.gradient`), in the model's own dtype and kernels."""
+    """What a run tries at its start (`lm.engine.gradient`), in the model's own dtype and kernels."""
     name, found = "the gradient is that of the model as it runs", prepared.lm.gradient()
     if found is None:
         return sanity.not_applicable(name, "no condition follows a gradient")

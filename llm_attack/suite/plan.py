@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from llm_attack.attacks import ATTACKS
-from llm_attack.declare import About, check_names, declared, names, setting, underscored
-from llm_attack.errors import UsageError, invalid
-from llm_attack.failures import one_line
+from llm_attack.base.declare import About, check_names, declared, names, setting, underscored
+from llm_attack.base.errors import UsageError, invalid
+from llm_attack.base.failures import one_line
 from llm_attack.lm.settings import (
     EPSILON,
     AttackSettings,
@@ -28,7 +28,7 @@ from llm_attack.lm.settings import (
 # Settings that say how a plan is carried out or told; answers do not depend on them.
 _HOW = ("device", "equivalence", "shard", "ray", "ray_workers")
 
-# Asks for the worst case over the attacks (`suite.worst`) also where the loss knows no gold.
+# Asks for the worst case over the attacks (`suite.analysis.worst`) also where the loss knows no gold.
 WORST = "worst"
 # What is no part of it, as it is no attack of one amplitude: the clean answers, the control, noise
 # that may be larger, the searches for the smallest.
@@ -240,7 +240,7 @@ class Plan(ThreatSettings, EngineSettings):
     def _model_args(self) -> dict[str, Any]:
         given = self.model_args
         if isinstance(given, str) and all("=" in part for part in given.split(",") if part):
-            from llm_attack.harness.names import check_string, simple_parse_args_string
+            from llm_attack.harness.arguments import check_string, simple_parse_args_string
 
             check_string(given)
             return simple_parse_args_string(given)

@@ -10,21 +10,25 @@ from typing import Any
 
 import pandas as pd
 
-from llm_attack.drawing import draw
-from llm_attack.errors import UsageError, as_path
-from llm_attack.failures import Attempts, one_line
+from llm_attack.base.drawing import draw
+from llm_attack.base.errors import UsageError, as_path
+from llm_attack.base.failures import Attempts, one_line
+from llm_attack.base.record import write_json, write_text
+from llm_attack.base.redact import redacted
 from llm_attack.harness.judge import as_json
-from llm_attack.record import write_json, write_text
-from llm_attack.redact import redacted
-from llm_attack.suite import claims, critical, figures, frames, layers, sanity, survival, tables
-from llm_attack.suite.conditions import CONDITIONS
-from llm_attack.suite.equivalence import with_equivalence
-from llm_attack.suite.layout import panels, print_style, unit_of
-from llm_attack.suite.report import Picture, page_template, write_report
-from llm_attack.suite.run import LM_EVAL, Result
-from llm_attack.suite.summary import summarise
-from llm_attack.suite.tables import Cells
-from llm_attack.suite.worst import with_worst
+from llm_attack.suite.analysis import critical
+from llm_attack.suite.analysis.conditions import CONDITIONS
+from llm_attack.suite.analysis.equivalence import with_equivalence
+from llm_attack.suite.analysis.summary import summarise
+from llm_attack.suite.analysis.worst import with_worst
+from llm_attack.suite.report import figures, tables
+from llm_attack.suite.report.layout import panels, print_style, unit_of
+from llm_attack.suite.report.page import Picture, page_template, write_report
+from llm_attack.suite.report.tables import Cells
+from llm_attack.suite.run import rows as frames
+from llm_attack.suite.run.execute import LM_EVAL, Result
+from llm_attack.suite.studies import claims, sanity, survival
+from llm_attack.suite.studies import hookpoints as layers
 
 # What draw_all draws, and what a reader who cannot see it should know.
 _PICTURES = {

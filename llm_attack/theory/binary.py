@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llm_attack.attacks import ATTACKS, Attack, Groups, keys_for, perturb
-from llm_attack.errors import invalid
+from llm_attack.base.errors import invalid
 from llm_attack.theory.fig4 import PACKETS, STEP, Settings
 from llm_attack.theory.packet import Uncertainty, uncertainty_on_nodes
 from llm_attack.theory.stacked import StackedMLP, cross_entropy, generators, pick, stack

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from llm_attack.declare import check, setting
-from llm_attack.drawing import COLOURS, new_figure
-from llm_attack.errors import invalid
-from llm_attack.record import Stopwatch, as_csv, write_text
+from llm_attack.base.declare import check, setting
+from llm_attack.base.drawing import COLOURS, new_figure
+from llm_attack.base.errors import invalid
+from llm_attack.base.record import Stopwatch, as_csv, write_text
 from llm_attack.reproduce import DEVICE, figure_command
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm import tqdm
 
-from llm_attack.declare import check, setting
-from llm_attack.drawing import COLOURS, new_figure
-from llm_attack.errors import invalid
-from llm_attack.record import Stopwatch, as_csv, write_text
+from llm_attack.base.declare import check, setting
+from llm_attack.base.drawing import COLOURS, new_figure
+from llm_attack.base.errors import invalid
+from llm_attack.base.record import Stopwatch, as_csv, write_text
 from llm_attack.reproduce import DEVICE, Numbers, figure_command
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def trends(last: pd.DataFrame) -> dict[str, dict[str, float | int | None]]:
     Args:
         last: the rows of the last epoch.
     """
-    from llm_attack.inference import rank_correlation
+    from llm_attack.stats import rank_correlation
 
     new = scaled(last[last.split == "test"])
     means = new.groupby(list(Kind._fields))[list(MEASURED)].mean()

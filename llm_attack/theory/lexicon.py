@@ -9,8 +9,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from llm_attack.errors import UsageError, closest, invalid
-from llm_attack.failures import one_line
+from llm_attack.base.errors import UsageError, closest, invalid
+from llm_attack.base.failures import one_line
 
 COLUMNS = ("word", "language", "label")
 LABELS = ("negative", "neutral", "positive")

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_attack.declare import setting
-from llm_attack.drawing import COLOURS, new_figure
-from llm_attack.errors import invalid
-from llm_attack.record import Stopwatch, as_csv, write_text
+from llm_attack.base.declare import setting
+from llm_attack.base.drawing import COLOURS, new_figure
+from llm_attack.base.errors import invalid
+from llm_attack.base.record import Stopwatch, as_csv, write_text
 from llm_attack.reproduce import figure_command
 from llm_attack.vision.settings import QUICK, ImageSettings
 
@@ -176,7 +176,7 @@ def means(table: pd.DataFrame) -> pd.DataFrame:
     import numpy as np
     import pandas as pd
 
-    from llm_attack.inference import mean_of
+    from llm_attack.stats import mean_of
 
     keys = ["epoch", "block", "direction", "right"]
     of_images = table.groupby([*keys, "image"], sort=False)[list(MEASURED)].mean().reset_index()

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm_attack.errors import UsageError, closest, invalid
-from llm_attack.failures import one_line
+from llm_attack.base.errors import UsageError, closest, invalid
+from llm_attack.base.failures import one_line
 from llm_attack.vision.settings import ImageSettings
 
 log = logging.getLogger(__name__)

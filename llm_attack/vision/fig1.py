@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_attack.declare import setting
-from llm_attack.drawing import COLOURS, new_figure
-from llm_attack.errors import UsageError, invalid
-from llm_attack.record import Stopwatch, as_csv, write_text
+from llm_attack.base.declare import setting
+from llm_attack.base.drawing import COLOURS, new_figure
+from llm_attack.base.errors import UsageError, invalid
+from llm_attack.base.record import Stopwatch, as_csv, write_text
 from llm_attack.reproduce import figure_command
 from llm_attack.vision.settings import QUICK, ImageSettings, resolved, shown
 

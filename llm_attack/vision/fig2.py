@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_attack.declare import setting
-from llm_attack.drawing import COLOURS, nested, new_figure
-from llm_attack.record import Stopwatch, as_csv, write_text
+from llm_attack.base.declare import setting
+from llm_attack.base.drawing import COLOURS, nested, new_figure
+from llm_attack.base.record import Stopwatch, as_csv, write_text
 from llm_attack.reproduce import figure_command
 from llm_attack.vision.settings import QUICK, UNBOUNDED, ImageSettings, resolved, shown, titled
 

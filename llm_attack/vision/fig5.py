@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_attack.declare import setting
-from llm_attack.drawing import COLOURS, nested, new_figure
-from llm_attack.record import as_csv, write_text
+from llm_attack.base.declare import setting
+from llm_attack.base.drawing import COLOURS, nested, new_figure
+from llm_attack.base.record import as_csv, write_text
 from llm_attack.reproduce import figure_command
 from llm_attack.vision import fig2
 from llm_attack.vision.settings import QUICK, Amplitudes, resolved, shown, titled

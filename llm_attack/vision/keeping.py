@@ -20,11 +20,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from llm_attack import __version__
-from llm_attack.errors import UsageError
-from llm_attack.failures import one_line
-from llm_attack.folder import check_writable
-from llm_attack.record import whole_or_not
-from llm_attack.redact import redacted
+from llm_attack.base.errors import UsageError
+from llm_attack.base.failures import one_line
+from llm_attack.base.folder import check_writable
+from llm_attack.base.record import whole_or_not
+from llm_attack.base.redact import redacted
 from llm_attack.vision.networks import NETWORKS, WIDEST
 from llm_attack.vision.settings import ImageSettings
 

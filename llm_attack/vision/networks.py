@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from llm_attack.errors import UsageError, invalid
+from llm_attack.base.errors import UsageError, invalid
 
 # Channels that fill a register of AVX2.
 _LANES = 8

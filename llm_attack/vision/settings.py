@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from llm_attack.declare import check, is_plain, setting
-from llm_attack.errors import UsageError, invalid
+from llm_attack.base.declare import check, is_plain, setting
+from llm_attack.base.errors import UsageError, invalid
 from llm_attack.reproduce import DEVICE
 
 

@@ -12,10 +12,10 @@ from torch import nn
 from tqdm import tqdm
 
 from llm_attack.attacks import Attack
-from llm_attack.errors import UsageError, invalid
-from llm_attack.failures import one_line
-from llm_attack.folder import resolved
-from llm_attack.record import Stopwatch
+from llm_attack.base.errors import UsageError, invalid
+from llm_attack.base.failures import one_line
+from llm_attack.base.folder import resolved
+from llm_attack.base.record import Stopwatch
 from llm_attack.vision.adversarial import usual_epsilon
 from llm_attack.vision.data import Dataset
 from llm_attack.vision.keeping import fill, imported, place, save, told

@@ -14,10 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_attack.declare import setting
-from llm_attack.drawing import COLOURS, new_figure
-from llm_attack.errors import invalid
-from llm_attack.record import Stopwatch, as_csv, write_text
+from llm_attack.base.declare import setting
+from llm_attack.base.drawing import COLOURS, new_figure
+from llm_attack.base.errors import invalid
+from llm_attack.base.record import Stopwatch, as_csv, write_text
 from llm_attack.reproduce import figure_command
 from llm_attack.vision import fig2
 from llm_attack.vision.settings import QUICK, TRAININGS, Amplitudes, shown
@@ -151,7 +151,7 @@ def correlations(table: pd.DataFrame) -> pd.DataFrame:
     """
     import pandas as pd
 
-    from llm_attack.inference import rank_interval
+    from llm_attack.stats import rank_interval
 
     rows = []
     for (dataset, attack), group in points(table).groupby(["dataset", "attack"], sort=False):

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from llm_attack.errors import UsageError
-from llm_attack.record import whole_or_not
+from llm_attack.base.errors import UsageError
+from llm_attack.base.record import whole_or_not
 from llm_attack.vision.adversarial import adversarial_examples, objective
 from llm_attack.vision.data import Images, augment
 from llm_attack.vision.keeping import reason

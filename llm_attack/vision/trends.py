@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import norm, t
 
-from llm_attack.inference import ALPHA
+from llm_attack.stats import ALPHA
 
 
 def trend(curves: ArrayLike) -> tuple[float, float, float]:

@@ -8,7 +8,7 @@ import torch
 
 from llm_attack.attacks import ATTACKS, Attack
 from llm_attack.attacks.settings import StepSettings, step_settings
-from llm_attack.errors import UsageError
+from llm_attack.base.errors import UsageError
 
 from .helpers import ADAPTIVE, ALL_ATTACKS, ITERATIVE, MINIMAL, attacked, rng
 

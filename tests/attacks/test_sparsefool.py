@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from llm_attack.attacks import deepfool, sparsefool
-from llm_attack.attacks.sparsefool import _box, _sparsest
+from llm_attack.attacks.boundary import _box, _sparsest
 
 from . import reference_sparsefool as reference
 from .helpers import rng, same_bits

@@ -10,8 +10,8 @@ from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from llm_attack.base.errors import UsageError
 from llm_attack.demo import MODEL_PATH
-from llm_attack.errors import UsageError
 from llm_attack.harness.model import AttackedHFLM
 from llm_attack.harness.tasks import tasks_path
 

@@ -8,10 +8,10 @@ from click.testing import CliRunner
 from evaluation import evaluated
 from lm_eval.models.huggingface import HFLM
 
+from llm_attack.base.errors import UsageError
 from llm_attack.cli import main
-from llm_attack.errors import UsageError
+from llm_attack.harness import gguf as ours
 from llm_attack.harness.tasks import look_up
-from llm_attack.lm import gguf as ours
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
 from transformers.convert_slow_tokenizer import bytes_to_unicode  # noqa: E402

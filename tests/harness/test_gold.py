@@ -4,7 +4,7 @@ import datasets
 import pytest
 from lm_eval.api.task import ConfigurableTask
 
-from llm_attack.errors import UsageError
+from llm_attack.base.errors import UsageError
 from llm_attack.harness import gold
 
 DOCS = {

@@ -6,8 +6,8 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from llm_attack import Plan, evaluate
+from llm_attack.base.errors import UsageError
 from llm_attack.demo import MODEL_PATH
-from llm_attack.errors import UsageError
 from llm_attack.harness import loading
 
 

@@ -16,7 +16,7 @@ from lm_eval import utils
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 
-from llm_attack.errors import UsageError
+from llm_attack.base.errors import UsageError
 from llm_attack.harness import gold, patches
 from llm_attack.harness.tasks import tasks_path
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llm_attack.errors import UsageError
+from llm_attack.base.errors import UsageError
 from llm_attack.harness.hashes import weights
 from llm_attack.harness.loading import check_finite
 

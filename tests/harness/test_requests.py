@@ -7,8 +7,8 @@ from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from llm_attack.base.errors import UsageError
 from llm_attack.demo import MODEL_PATH
-from llm_attack.errors import UsageError
 from llm_attack.harness.requests import encode
 
 WORDS = ["Is it a dog? Answer: a dog", "The cat sat on the mat.", "El niño comió piñas."] * 20

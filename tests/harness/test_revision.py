@@ -5,9 +5,9 @@ import shutil
 import pytest
 from click.testing import CliRunner
 
+from llm_attack.base.errors import UsageError
 from llm_attack.cli import main
 from llm_attack.demo import MODEL_PATH
-from llm_attack.errors import UsageError
 from llm_attack.harness.revision import check_revision
 
 

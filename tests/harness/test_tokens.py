@@ -9,7 +9,7 @@ from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llm_attack.errors import UsageError
+from llm_attack.base.errors import UsageError
 from llm_attack.harness.model import AttackedHFLM
 
 WORDS = ["end", *(f"w{i}" for i in range(1, 40))]

@@ -8,10 +8,10 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
+from llm_attack.base.errors import UsageError
+from llm_attack.base.record import write_json
 from llm_attack.cli import main
 from llm_attack.demo import MODEL_PATH
-from llm_attack.errors import UsageError
-from llm_attack.record import write_json
 
 UP = "model.layers.0.mlp.up_proj.weight"
 
@@ -132,7 +132,7 @@ def test_attacked_answers_that_are_not_finite(make, build, caplog):
 
 def test_not_finite_answers_in_a_run(tmp_path, monkeypatch):
     """They are counted, and JSON has no NaN."""
-    from llm_attack.lm.surface import Surface
+    from llm_attack.lm.engine.surface import Surface
 
     answers = Surface.answers
 

@@ -11,11 +11,11 @@ import sys
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from llm_attack.lm.engine.scoring import Scorer
+from llm_attack.lm.engine.surface import Surface
 from llm_attack.lm.losses import ThreatModel
-from llm_attack.lm.pack import pack_rows
-from llm_attack.lm.questions import Question, Request
-from llm_attack.lm.scoring import Scorer
-from llm_attack.lm.surface import Surface
+from llm_attack.lm.packing.pack import pack_rows
+from llm_attack.lm.packing.questions import Question, Request
 
 CHOICES, LENGTH = 64, 2000
 

@@ -26,16 +26,16 @@ from transformers import (
 )
 from versions import GPT2_TAKES_TREES, TRANSFORMERS, dtype_of
 
-from llm_attack.errors import UsageError
+from llm_attack.base.errors import UsageError
 from llm_attack.harness.model import AttackedHFLM
-from llm_attack.lm.hook import capture, frozen, resolve
-from llm_attack.lm.layers import blocks
+from llm_attack.lm.engine.probe import longest_tree
+from llm_attack.lm.engine.scoring import Scorer
+from llm_attack.lm.engine.surface import Surface
 from llm_attack.lm.losses import LOSSES, ThreatModel
-from llm_attack.lm.pack import pack_rows
-from llm_attack.lm.probe import longest_tree
-from llm_attack.lm.questions import Question, Request
-from llm_attack.lm.scoring import Scorer
-from llm_attack.lm.surface import Surface
+from llm_attack.lm.network.blocks import blocks
+from llm_attack.lm.network.hook import capture, frozen, resolve
+from llm_attack.lm.packing.pack import pack_rows
+from llm_attack.lm.packing.questions import Question, Request
 
 CPU = torch.device("cpu")
 VOCABULARY = 64

@@ -27,13 +27,13 @@ from unchanged import unchanged
 from versions import TRANSFORMERS
 
 from llm_attack.attacks import Attack
-from llm_attack.lm.engine import Engine
-from llm_attack.lm.hook import frozen, try_out
-from llm_attack.lm.layers import blocks
+from llm_attack.lm.engine.engine import Engine
+from llm_attack.lm.engine.probe import longest_tree
+from llm_attack.lm.engine.surface import Surface
 from llm_attack.lm.losses import LOSSES, ThreatModel
-from llm_attack.lm.pack import pack_rows, pack_trees
-from llm_attack.lm.probe import longest_tree
-from llm_attack.lm.surface import Surface
+from llm_attack.lm.network.blocks import blocks
+from llm_attack.lm.network.hook import frozen, try_out
+from llm_attack.lm.packing.pack import pack_rows, pack_trees
 
 every = pytest.mark.parametrize("name", ARCHITECTURES)
 

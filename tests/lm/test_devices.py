@@ -13,10 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 from llm_attack.attacks import Attack
-from llm_attack.lm.engine import Engine
-from llm_attack.lm.hook import frozen, resolve
+from llm_attack.lm.engine.engine import Engine
+from llm_attack.lm.engine.scoring import Scorer
 from llm_attack.lm.losses import ThreatModel
-from llm_attack.lm.scoring import Scorer
+from llm_attack.lm.network.hook import frozen, resolve
 
 META = torch.device("meta")
 QUESTIONS = asked()

@@ -4,8 +4,8 @@ import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
 
+from llm_attack.base.errors import UsageError
 from llm_attack.demo import MODEL_PATH
-from llm_attack.errors import UsageError
 
 
 def prompts(build, n=5):

@@ -12,13 +12,13 @@ from click.testing import CliRunner
 from networks import ARCHITECTURES, CPU, network, scorer_of, single
 from torch import nn
 
+from llm_attack.base.errors import UsageError
 from llm_attack.cli import main
-from llm_attack.errors import UsageError
 from llm_attack.harness.model import AttackedHFLM
-from llm_attack.lm.gradient import examine
-from llm_attack.lm.hook import frozen
+from llm_attack.lm.engine.gradient import examine
+from llm_attack.lm.network.hook import frozen
 from llm_attack.suite import doctor
-from llm_attack.suite.sanity import NOT_APPLICABLE
+from llm_attack.suite.studies.sanity import NOT_APPLICABLE
 
 TEXT = torch.randint(3, 64, (30,), generator=torch.Generator().manual_seed(0)).tolist()
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from unchanged import unchanged
 
-from llm_attack.errors import UsageError
-from llm_attack.lm.hook import capture, edit_input, edit_output, frozen, resolve
+from llm_attack.base.errors import UsageError
+from llm_attack.lm.network.hook import capture, edit_input, edit_output, frozen, resolve
 
 
 @pytest.mark.parametrize("attack", ["fgsm", "bim", "pgd", "random", "none"])

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3Config
 
-from llm_attack.errors import UsageError
-from llm_attack.lm.hook import try_out
+from llm_attack.base.errors import UsageError
+from llm_attack.lm.network.hook import try_out
 
 IDS = torch.arange(12)[None]
 SIZES = {

@@ -6,7 +6,7 @@ import weakref
 import pytest
 from lm_eval.api.instance import Instance
 
-from llm_attack.lm import engine
+from llm_attack.lm.engine import engine
 
 CASES = [
     {"attack": "random"},

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llm_attack.lm.losses import LOSSES, ChoiceScores, ThreatModel, sum_by
-from llm_attack.lm.questions import Question, Request
+from llm_attack.lm.packing.questions import Question, Request
 
 REQUEST = Request((1, 2), 1)
 

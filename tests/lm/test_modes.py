@@ -6,9 +6,9 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from llm_attack import Plan, evaluate
+from llm_attack.base.errors import UsageError
 from llm_attack.demo import MODEL_PATH
-from llm_attack.errors import UsageError
-from llm_attack.lm.hook import frozen
+from llm_attack.lm.network.hook import frozen
 
 DROPOUT = {"attention_dropout": 0.5}
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from llm_attack.lm.nearest import Nearest
+from llm_attack.lm.engine.nearest import Nearest
 
 
 def brute_force(x, own, matrix, ids, p):

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_attack.attacks import keys_for
-from llm_attack.lm.batches import batched, of_rows, of_tree
-from llm_attack.lm.pack import pack_rows, pack_trees
-from llm_attack.lm.questions import Question, Request
-from llm_attack.lm.trie import build
+from llm_attack.lm.packing.batches import batched, of_rows, of_tree
+from llm_attack.lm.packing.pack import pack_rows, pack_trees
+from llm_attack.lm.packing.questions import Question, Request
+from llm_attack.lm.packing.trie import build
 
 TOKEN = st.integers(0, 3)  # few, so that prefixes are shared by chance
 SEQUENCES = st.lists(st.lists(TOKEN, min_size=1, max_size=7), min_size=1, max_size=6)

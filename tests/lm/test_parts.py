@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llm_attack.harness.requests import encode, questions_of
-from llm_attack.lm.surface import Surface
+from llm_attack.lm.engine.surface import Surface
 
 LIMIT = "400000000"  # bytes
 

@@ -5,11 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_attack.errors import UsageError
+from llm_attack.base.errors import UsageError
 from llm_attack.harness.requests import encode, examples_of, questions_of
-from llm_attack.lm.positions import check_positions, of_question, of_request
-from llm_attack.lm.questions import Question, Request
-from llm_attack.lm.surface import Surface
+from llm_attack.lm.engine.surface import Surface
+from llm_attack.lm.packing.positions import check_positions, of_question, of_request
+from llm_attack.lm.packing.questions import Question, Request
 
 SPECS = ["context", "continuation", "question", "not_first", "2:-1", "::3", "90:"]
 

@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 from networks import ARCHITECTURES, CPU, exact, longest_tree_of, network, scorer_of
 
 from llm_attack.attacks import Attack
-from llm_attack.lm.engine import BUDGET, Engine
-from llm_attack.lm.hook import frozen
+from llm_attack.lm.engine.engine import BUDGET, Engine
+from llm_attack.lm.engine.hookpoints import scorers
 from llm_attack.lm.losses import ThreatModel
-from llm_attack.lm.prefix import groups, space, start
-from llm_attack.lm.questions import Question, Request
-from llm_attack.lm.sweep import scorers
+from llm_attack.lm.network.hook import frozen
+from llm_attack.lm.packing.prefix import groups, space, start
+from llm_attack.lm.packing.questions import Question, Request
 
 EXAMPLES = tuple(range(2, 22))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from evaluation import evaluated
 
-from llm_attack.lm.reproducible import reproducible
+from llm_attack.lm.network.reproducible import reproducible
 
 CASES = [
     {"attack": "none"},

@@ -14,12 +14,12 @@ from peft import PromptTuningConfig, get_peft_model
 
 from llm_attack.attacks import Attack
 from llm_attack.demo import MODEL_PATH
-from llm_attack.lm.engine import Engine
-from llm_attack.lm.hook import frozen
+from llm_attack.lm.engine.engine import Engine
+from llm_attack.lm.engine.surface import Surface
 from llm_attack.lm.losses import ThreatModel
-from llm_attack.lm.pack import pack_rows
-from llm_attack.lm.questions import Question, Request
-from llm_attack.lm.surface import Surface
+from llm_attack.lm.network.hook import frozen
+from llm_attack.lm.packing.pack import pack_rows
+from llm_attack.lm.packing.questions import Question, Request
 
 
 def copied(kind, vocabulary=48):

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from llm_attack.lm.pack import pack_rows, pack_trees
-from llm_attack.lm.questions import Question, Request
-from llm_attack.lm.scoring import Scorer, _slices
+from llm_attack.lm.engine.scoring import Scorer, _slices
+from llm_attack.lm.packing.pack import pack_rows, pack_trees
+from llm_attack.lm.packing.questions import Question, Request
 
 ASKED = [
     Question([Request((1, 2, 3), 1), Request((1, 2, 4, 5), 2)], [[0], [1]]),

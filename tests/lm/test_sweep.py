@@ -10,18 +10,18 @@ from networks import ARCHITECTURES, CPU, network, path_of, scorer_of
 from versions import GPT2_TAKES_TREES, TRANSFORMERS
 
 from llm_attack.attacks import Attack
-from llm_attack.errors import UsageError
-from llm_attack.lm.engine import Engine
-from llm_attack.lm.hook import capture, frozen, try_out
-from llm_attack.lm.layers import known_blocks, recompute
+from llm_attack.base.errors import UsageError
+from llm_attack.lm.engine.engine import Engine
+from llm_attack.lm.engine.hookpoints import expand, scorers, share
+from llm_attack.lm.engine.scatter import by_index
+from llm_attack.lm.engine.surface import Surface
 from llm_attack.lm.losses import ThreatModel
-from llm_attack.lm.pack import pack_rows, pack_trees
-from llm_attack.lm.questions import Question, Request
-from llm_attack.lm.scale import signals_at
-from llm_attack.lm.scatter import by_index
+from llm_attack.lm.network.blocks import known_blocks, recompute
+from llm_attack.lm.network.hook import capture, frozen, try_out
+from llm_attack.lm.network.scale import signals_at
+from llm_attack.lm.packing.pack import pack_rows, pack_trees
+from llm_attack.lm.packing.questions import Question, Request
 from llm_attack.lm.settings import AttackSettings
-from llm_attack.lm.surface import Surface
-from llm_attack.lm.sweep import expand, scorers, share
 
 MADE = [
     Question(

@@ -13,16 +13,16 @@ from unchanged import unchanged
 from versions import GPT2_TAKES_TREES
 
 from llm_attack.attacks import ATTACKS, Attack
-from llm_attack.lm import engine as engines
-from llm_attack.lm.batches import layouts
-from llm_attack.lm.engine import Engine
-from llm_attack.lm.hook import frozen
-from llm_attack.lm.layers import blocks, compiled, recompute
+from llm_attack.lm.engine import engine as engines
+from llm_attack.lm.engine.engine import Engine
+from llm_attack.lm.engine.probe import longest_tree, trees_fault
+from llm_attack.lm.engine.surface import Surface
 from llm_attack.lm.losses import ThreatModel
-from llm_attack.lm.pack import pack_trees
-from llm_attack.lm.probe import longest_tree, trees_fault
-from llm_attack.lm.questions import Question, Request
-from llm_attack.lm.surface import Surface
+from llm_attack.lm.network.blocks import blocks, compiled, recompute
+from llm_attack.lm.network.hook import frozen
+from llm_attack.lm.packing.batches import layouts
+from llm_attack.lm.packing.pack import pack_trees
+from llm_attack.lm.packing.questions import Question, Request
 
 
 def question(requests, **content):

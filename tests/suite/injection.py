@@ -77,8 +77,9 @@ def _serve(jobs: Any) -> None:
     from rich.console import Console
 
     from llm_attack.cli import main
-    from llm_attack.suite import commands, store
+    from llm_attack.suite import commands
     from llm_attack.suite.plan import Plan
+    from llm_attack.suite.run import store
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # whose threads would not survive the forks
     context = main.commands["run"].make_context("run", WORDS[1:])
@@ -123,7 +124,8 @@ def _child(folder: Path, fault: Fault | None, environment: dict[str, str]) -> No
 
 
 def _drawn_from_now_on_as_in(folder: Path) -> None:
-    from llm_attack.suite import figures, results
+    from llm_attack.suite import results
+    from llm_attack.suite.report import figures
 
     # once here, so that no fork pays for what is slow at its first use
     result = results.load(folder)

@@ -18,7 +18,7 @@ server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(
     [
         "llm_attack.suite.commands",
-        "llm_attack.suite.figures",
+        "llm_attack.suite.report.figures",
         "matplotlib.backends.backend_agg",
         "matplotlib.backends.backend_svg",
         "matplotlib.figure",
@@ -114,7 +114,7 @@ def enter(
 
 def count_batches(folder: Path, hold: int | None) -> None:
     """From now on, in this process; it waits for `go` after `hold` batches."""
-    from llm_attack.lm.engine import Engine
+    from llm_attack.lm.engine.engine import Engine
 
     compute, left = Engine.compute, hold
 

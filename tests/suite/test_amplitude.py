@@ -2,7 +2,7 @@
 
 import pytest
 
-from llm_attack.errors import UsageError
+from llm_attack.base.errors import UsageError
 from llm_attack.lm.settings import AttackSettings
 from llm_attack.lm.units import Signal
 from llm_attack.suite.commands import command

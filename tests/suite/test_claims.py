@@ -6,8 +6,8 @@ import pytest
 import scipy.stats
 from invented import build
 
-from llm_attack import inference
-from llm_attack.suite.claims import HOLDS, NOT, UNSHOWN, cells, claims
+from llm_attack import stats as inference
+from llm_attack.suite.studies.claims import HOLDS, NOT, UNSHOWN, cells, claims
 
 COSTS, MORE = "the attack costs accuracy", "it costs more than noise of the same amplitude"
 GUESSES, SMALL = "its accuracy is that of guessing", "questions of small margin fall first"

@@ -12,14 +12,16 @@ from shown import ROOT
 from test_models import run_of
 
 from llm_attack.attacks import ATTACKS
-from llm_attack.declare import declared, names
-from llm_attack.errors import UsageError
+from llm_attack.base.declare import declared, names
+from llm_attack.base.errors import UsageError
 from llm_attack.lm.settings import AttackSettings, EngineSettings
-from llm_attack.suite import frames, leaderboard, models, results
-from llm_attack.suite.conditions import OF_THE_RUN, Condition, by_name, of_plan, of_run
-from llm_attack.suite.pairs import paired, unshared
+from llm_attack.suite import results
+from llm_attack.suite.analysis.conditions import OF_THE_RUN, Condition, by_name, of_plan, of_run
+from llm_attack.suite.analysis.pairs import paired, unshared
+from llm_attack.suite.analysis.summary import summarise
 from llm_attack.suite.plan import Plan
-from llm_attack.suite.summary import summarise
+from llm_attack.suite.run import rows as frames
+from llm_attack.suite.studies import leaderboard, models
 
 # All settings there are but those that say which conditions, questions and model a run has; a new
 # setting is tested without a word here.

@@ -9,7 +9,8 @@ from invented import build
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
-from llm_attack.suite import critical, survival
+from llm_attack.suite.analysis import critical
+from llm_attack.suite.studies import survival
 
 INF = np.inf
 

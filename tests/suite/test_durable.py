@@ -9,7 +9,7 @@ import pytest
 from injection import GROWING, Fault, Forks, operations
 from processes import computed, contents, timeless
 
-from llm_attack.suite.store import STORE
+from llm_attack.suite.run.store import STORE
 
 KILLED = -9
 GOES_ON = "; what is finished is kept; to go on: llm-attack run "

@@ -10,12 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from llm_attack.attacks import Attack
 from llm_attack.cli import main
 from llm_attack.harness.requests import by_question, encode, questions_of
-from llm_attack.lm.batches import Batch
-from llm_attack.lm.prefix import start
+from llm_attack.lm.engine.surface import Surface
+from llm_attack.lm.packing.batches import Batch
+from llm_attack.lm.packing.prefix import start
 from llm_attack.lm.settings import AttackSettings
-from llm_attack.lm.surface import Surface
-from llm_attack.suite.cost import Passes, Sizes, passes
-from llm_attack.suite.estimate import Counts
+from llm_attack.suite.run.cost import Passes, Sizes, passes
+from llm_attack.suite.run.estimate import Counts
 
 ATTACKS = [
     *[("none", {}), ("random", {}), ("fgsm", {}), ("bim", {"steps": 3}), ("pgd", {"steps": 2})],
@@ -114,7 +114,7 @@ def test_flop_of_what_is_behind_a_prefix(make, asked):
 
 def test_dry_run_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("llm_attack.suite.estimate.SECONDS", 0.0)
+    monkeypatch.setattr("llm_attack.suite.run.estimate.SECONDS", 0.0)
     command = "run --model demo --tasks demo_piqa --limit 3 --device cpu -o out --dry-run"
     done = CliRunner().invoke(main, [*command.split(), "--attacks", "none,fgsm"])
     assert done.exit_code == 0, done.output

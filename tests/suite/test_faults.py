@@ -14,14 +14,14 @@ from processes import RUN, Command, computed, contents, until
 from rich.console import Console
 
 from llm_attack import evaluate
+from llm_attack.base.errors import UsageError
+from llm_attack.base.record import write_text
 from llm_attack.cli import main
-from llm_attack.errors import UsageError
-from llm_attack.record import write_text
-from llm_attack.suite import fingerprint
 from llm_attack.suite.plan import Plan
-from llm_attack.suite.progress import RunProgress
-from llm_attack.suite.run import execute, prepare
-from llm_attack.suite.store import STORE, Store
+from llm_attack.suite.run import fingerprint
+from llm_attack.suite.run.execute import execute, prepare
+from llm_attack.suite.run.progress import RunProgress
+from llm_attack.suite.run.store import STORE, Store
 
 DEMO = ["run", "--model", "demo", "--tasks", "demo_piqa", "--limit", "4", "--device", "cpu"]
 
@@ -305,7 +305,7 @@ def test_disk_full(tmp_path, whole):
 def test_killed_while_writing(tmp_path):
     """What it leaves behind goes when the file is written again."""
     code = (
-        "import os, pathlib; from llm_attack.record import write_text;"
+        "import os, pathlib; from llm_attack.base.record import write_text;"
         "os.fsync = lambda file: os.kill(os.getpid(), 9); write_text(pathlib.Path('file'), 'half')"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False).returncode == -9

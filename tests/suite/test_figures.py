@@ -9,9 +9,10 @@ from invented import SHIFTS, SIX, build
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 
-from llm_attack.drawing import COLOURS
-from llm_attack.suite import figures, summary
-from llm_attack.suite.layout import panels, wrapped
+from llm_attack.base.drawing import COLOURS
+from llm_attack.suite.analysis import summary
+from llm_attack.suite.report import figures
+from llm_attack.suite.report.layout import panels, wrapped
 
 LADDER = {"none": 3.0} | {
     f"{attack}@{epsilon}": 2.9 - (1 + i) * 40 * epsilon - i

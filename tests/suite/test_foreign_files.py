@@ -8,14 +8,14 @@ import pytest
 from click.testing import CliRunner
 
 from llm_attack import Plan, evaluate
+from llm_attack.base.drawing import new_figure
+from llm_attack.base.errors import UsageError
+from llm_attack.base.folder import claim
+from llm_attack.base.record import DRAFT, write_text
 from llm_attack.cli import FIGURES, main
-from llm_attack.drawing import new_figure
-from llm_attack.errors import UsageError
-from llm_attack.folder import claim
-from llm_attack.record import DRAFT, write_text
-from llm_attack.suite import fingerprint
-from llm_attack.suite.run import execute
-from llm_attack.suite.store import MARK, STORE, Store, discard
+from llm_attack.suite.run import fingerprint
+from llm_attack.suite.run.execute import execute
+from llm_attack.suite.run.store import MARK, STORE, Store, discard
 from llm_attack.theory import fig4
 
 PLAN = Plan("demo", "demo_piqa", attacks="none,random", limit=3, device="cpu", batch_size=2)
@@ -55,7 +55,7 @@ def elsewhere(tmp_path, monkeypatch):
 def undrawn():
     """Figures take longer than all the rest."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llm_attack.suite.figures.draw_all", lambda *_: [])
+        patch.setattr("llm_attack.suite.report.figures.draw_all", lambda *_: [])
         patch.setattr(fig4, "draw", lambda *_: None)
         yield
 

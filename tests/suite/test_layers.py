@@ -8,10 +8,11 @@ import pytest
 from invented import build
 
 from llm_attack.cli import main
-from llm_attack.suite import layers, results
+from llm_attack.suite import results
+from llm_attack.suite.analysis.summary import MEAN, summarise
 from llm_attack.suite.commands import evaluate
 from llm_attack.suite.plan import Plan
-from llm_attack.suite.summary import MEAN, summarise
+from llm_attack.suite.studies import hookpoints as layers
 
 EXACT = "dtype=float64,softmax_dtype=float64"  # no sign is a matter of rounding
 SETTINGS = {

@@ -12,8 +12,8 @@ from shown import ROOT
 from test_models import five as five
 from test_models import folders, invoke  # noqa: F401 (a fixture)
 
-from llm_attack.errors import UsageError
-from llm_attack.suite import leaderboard, models
+from llm_attack.base.errors import UsageError
+from llm_attack.suite.studies import leaderboard, models
 
 
 def test_a_row_says_all_that_it_depends_on(five, tmp_path):

@@ -11,13 +11,14 @@ import scipy.stats
 from click.testing import CliRunner
 from invented import build
 
-from llm_attack import inference
+from llm_attack import stats as inference
+from llm_attack.base.errors import UsageError
+from llm_attack.base.record import write_json
 from llm_attack.cli import main
-from llm_attack.errors import UsageError
-from llm_attack.record import write_json
-from llm_attack.suite import frames, models
-from llm_attack.suite.run import Result
-from llm_attack.suite.summary import MEAN, summarise
+from llm_attack.suite.analysis.summary import MEAN, summarise
+from llm_attack.suite.run import rows as frames
+from llm_attack.suite.run.execute import Result
+from llm_attack.suite.studies import models
 
 TASKS = {"a": (60, 4), "b": (40, 2)}
 

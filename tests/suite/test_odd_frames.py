@@ -10,10 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llm_attack.attacks import ATTACKS
-from llm_attack.suite import critical, results
-from llm_attack.suite.equivalence import with_equivalence
-from llm_attack.suite.run import Result
-from llm_attack.suite.summary import summarise
+from llm_attack.suite import results
+from llm_attack.suite.analysis import critical
+from llm_attack.suite.analysis.equivalence import with_equivalence
+from llm_attack.suite.analysis.summary import summarise
+from llm_attack.suite.run.execute import Result
 
 AMPLITUDES = ("0.01", "0.1", "1e-30", "1e+30", "0")
 NAMES = ("a", "b_c", "$x^{$_\\frac", " ", "_", "任务", "x" * 70, "a\x00b", "=1+1", "ta|sk")
@@ -106,7 +107,7 @@ def told(of):
     """Every figure is made, though not drawn: most of what fails does so before."""
     with pytest.MonkeyPatch.context() as patch, TemporaryDirectory() as folder:
         patch.setattr(critical, "RESAMPLES", 20)
-        patch.setattr("llm_attack.drawing.save_figure", empty_figure)
+        patch.setattr("llm_attack.base.drawing.save_figure", empty_figure)
         return rendered(of, Path(folder))
 
 

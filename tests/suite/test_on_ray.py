@@ -16,10 +16,10 @@ import torch
 from processes import RUN, Command, contents, until
 
 from llm_attack import Plan
-from llm_attack.errors import UsageError
-from llm_attack.failures import ProcessDied, Stopped, held
-from llm_attack.suite import on_ray
-from llm_attack.suite.store import STORE
+from llm_attack.base.errors import UsageError
+from llm_attack.base.failures import ProcessDied, Stopped, held
+from llm_attack.suite.run import on_ray
+from llm_attack.suite.run.store import STORE
 
 PLAN = Plan("demo", "demo_piqa", ray="local", device="cpu")
 BATCHES = [[number] for number in range(6)]
@@ -95,7 +95,7 @@ class Ray(types.ModuleType):
 @pytest.fixture
 def answers(monkeypatch):
     """All that `on_ray.answers` yields on a cluster, and what it says."""
-    monkeypatch.setattr("llm_attack.suite.fingerprint.of_model", lambda _: {"weights": "same"})
+    monkeypatch.setattr("llm_attack.suite.run.fingerprint.of_model", lambda _: {"weights": "same"})
     scorer = types.SimpleNamespace(limit=768)
     engine = types.SimpleNamespace(scorer=scorer)
     lm = types.SimpleNamespace(

@@ -5,9 +5,9 @@ import pytest
 from invented import SHIFTS
 from scipy.stats import binomtest
 
-from llm_attack import inference
-from llm_attack.errors import UsageError
-from llm_attack.suite.pairs import paired, unshared
+from llm_attack import stats as inference
+from llm_attack.base.errors import UsageError
+from llm_attack.suite.analysis.pairs import paired, unshared
 
 
 def test_paired_with_itself(frames):

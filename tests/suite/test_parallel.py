@@ -14,8 +14,8 @@ from processes import RUN, Command, contents
 
 from llm_attack import Plan, evaluate
 from llm_attack.attacks import ATTACKS
-from llm_attack.errors import UsageError
-from llm_attack.suite.run import Processes
+from llm_attack.base.errors import UsageError
+from llm_attack.suite.run.execute import Processes
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,15 +12,16 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from llm_attack import Plan, evaluate, folder
+from llm_attack import Plan, evaluate
+from llm_attack.base import folder
+from llm_attack.base.errors import UsageError
+from llm_attack.base.failures import NotWritten, ProcessDied, failure
+from llm_attack.base.folder import check_writable, resolved, resolved_file
+from llm_attack.base.record import DRAFT, write_text
 from llm_attack.cli import main
-from llm_attack.errors import UsageError
-from llm_attack.failures import NotWritten, ProcessDied, failure
-from llm_attack.folder import check_writable, resolved, resolved_file
-from llm_attack.lm.engine import Engine
-from llm_attack.record import DRAFT, write_text
-from llm_attack.suite.fingerprint import keep
-from llm_attack.suite.store import STORE, Store, begun
+from llm_attack.lm.engine.engine import Engine
+from llm_attack.suite.run.fingerprint import keep
+from llm_attack.suite.run.store import STORE, Store, begun
 from llm_attack.theory import fig4
 
 PLAN = Plan("demo", "demo_piqa", attacks="none,random", limit=2, device="cpu", batch_size=2)
@@ -51,7 +52,7 @@ def tree():
 def once(tmp_path_factory):
     """A finished run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llm_attack.suite.figures.draw_all", lambda *_: [])
+        patch.setattr("llm_attack.suite.report.figures.draw_all", lambda *_: [])
         place = tmp_path_factory.mktemp("once") / "run"
         evaluate(PLAN, output=place, progress="quiet")
     return place
@@ -62,7 +63,7 @@ def there(tmp_path, monkeypatch, once):
     """A working folder with a run, folders and files of the user's, and all kinds of links."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setattr("llm_attack.suite.figures.draw_all", lambda *_: [])
+    monkeypatch.setattr("llm_attack.suite.report.figures.draw_all", lambda *_: [])
     monkeypatch.setattr(fig4, "draw", lambda *_: None)
     shutil.copytree(once, "run")
     for name in ("T/below", "mine", "home/mine"):
@@ -263,7 +264,7 @@ def test_a_run_that_has_nothing_leaves_nothing(monkeypatch, error, place):
     def compute(*_):
         raise error
 
-    monkeypatch.setattr("llm_attack.lm.engine.Engine.compute", compute)
+    monkeypatch.setattr("llm_attack.lm.engine.engine.Engine.compute", compute)
     shutil.rmtree("T")
     Path("T").mkdir()
     before = {*Path().rglob("*")}
@@ -329,7 +330,7 @@ def test_an_experiments_folder_that_is_removed(monkeypatch):
 
 
 def test_the_threads_that_computed_are_recorded(monkeypatch):
-    monkeypatch.setattr("llm_attack.suite.on_ray.threads_of", lambda _: 7)
+    monkeypatch.setattr("llm_attack.suite.run.on_ray.threads_of", lambda _: 7)
     run = evaluate(PLAN, output="out", progress="quiet").run
     assert run["hardware"]["threads"] == 7
 

@@ -12,7 +12,7 @@ import time
 import pytest
 from processes import RUN, Command, computed, contents, until
 
-from llm_attack.suite.store import STORE
+from llm_attack.suite.run.store import STORE
 
 OUTPUTS = {
     *(f"{name}.{kind}" for name in ("figure", "margin", "cosine") for kind in ("png", "svg")),

@@ -10,12 +10,14 @@ import pytest
 from click.testing import CliRunner
 from test_models import run_of
 
+from llm_attack.base.errors import UsageError
 from llm_attack.cli import main
 from llm_attack.demo import MODEL_PATH
-from llm_attack.errors import UsageError
-from llm_attack.suite import critical, frames, revisions
+from llm_attack.suite.analysis import critical
+from llm_attack.suite.analysis.summary import MEAN
 from llm_attack.suite.plan import Plan
-from llm_attack.suite.summary import MEAN
+from llm_attack.suite.run import rows as frames
+from llm_attack.suite.studies import revisions
 
 
 def test_plans(tmp_path):

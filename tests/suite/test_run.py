@@ -19,7 +19,8 @@ from llm_attack.harness import gold
 from llm_attack.harness.judge import Judge
 from llm_attack.harness.model import AttackedHFLM
 from llm_attack.harness.tasks import look_up, tasks_path
-from llm_attack.suite import frames, results
+from llm_attack.suite import results
+from llm_attack.suite.run import rows as frames
 
 DEMO = [f"demo_{name}" for name in ("arc_challenge", "arc_easy", "hellaswag", "openbookqa")]
 DEMO += ["demo_piqa", "demo_winogrande"]

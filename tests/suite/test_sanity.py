@@ -6,8 +6,10 @@ from click.testing import CliRunner
 from invented import build
 
 from llm_attack import cli
-from llm_attack.suite import doctor, run, sanity
-from llm_attack.suite.sanity import FAILS, NOT_APPLICABLE, PASSES
+from llm_attack.suite import doctor
+from llm_attack.suite.run import execute as run
+from llm_attack.suite.studies import sanity
+from llm_attack.suite.studies.sanity import FAILS, NOT_APPLICABLE, PASSES
 
 WELL = {
     "none": 3.0,

@@ -15,26 +15,19 @@ from fontTools.pens.ttGlyphPen import TTGlyphPen
 from invented import build
 from matplotlib.text import Text
 
-from llm_attack import drawing
+from llm_attack.base import drawing
+from llm_attack.base.errors import UsageError
+from llm_attack.base.failures import Attempts
 from llm_attack.cli import main
-from llm_attack.errors import UsageError
-from llm_attack.failures import Attempts
-from llm_attack.suite import (
-    claims,
-    critical,
-    figures,
-    layers,
-    models,
-    results,
-    revisions,
-    sanity,
-    survival,
-    tables,
-)
-from llm_attack.suite.layout import Unit, legible, print_style, unit_of, wrapped
-from llm_attack.suite.run import Result
-from llm_attack.suite.summary import summarise
-from llm_attack.suite.worst import with_worst
+from llm_attack.suite import results
+from llm_attack.suite.analysis import critical
+from llm_attack.suite.analysis.summary import summarise
+from llm_attack.suite.analysis.worst import with_worst
+from llm_attack.suite.report import figures, tables
+from llm_attack.suite.report.layout import Unit, legible, print_style, unit_of, wrapped
+from llm_attack.suite.run.execute import Result
+from llm_attack.suite.studies import claims, models, revisions, sanity, survival
+from llm_attack.suite.studies import hookpoints as layers
 
 CONDITIONS = {"none": 3.0, "fgsm@0.1": 1.0, "fgsm@0.2": 0.5, "critical@0.2": 0.0}
 

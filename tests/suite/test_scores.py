@@ -12,18 +12,18 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from llm_attack import inference
+from llm_attack import stats as inference
+from llm_attack.base.errors import UsageError
 from llm_attack.demo import MODEL_PATH
-from llm_attack.errors import UsageError
 from llm_attack.suite import results
+from llm_attack.suite.analysis.equivalence import with_equivalence
+from llm_attack.suite.analysis.outcomes import BINARY, CHOICE, NUMBER, SHARE, kind_of
+from llm_attack.suite.analysis.pairs import paired
+from llm_attack.suite.analysis.summary import summarise
+from llm_attack.suite.analysis.worst import with_worst
 from llm_attack.suite.commands import evaluate
-from llm_attack.suite.equivalence import with_equivalence
-from llm_attack.suite.outcomes import BINARY, CHOICE, NUMBER, SHARE, kind_of
-from llm_attack.suite.pairs import paired
 from llm_attack.suite.plan import Plan
-from llm_attack.suite.summary import summarise
-from llm_attack.suite.tables import accuracies, markdown_of_run, of_whole_tasks
-from llm_attack.suite.worst import with_worst
+from llm_attack.suite.report.tables import accuracies, markdown_of_run, of_whole_tasks
 
 # name -> (score, kind, direction that is better, scores of the whole task)
 EXPECTED = {

@@ -18,17 +18,19 @@ from lm_eval.tasks import TaskManager
 
 import llm_attack
 from llm_attack import Plan, evaluate
+from llm_attack.base.declare import setting
+from llm_attack.base.errors import UsageError
+from llm_attack.base.record import as_csv, without_formulas, write_json
+from llm_attack.base.redact import HIDDEN, is_secret, redacted
 from llm_attack.cli import main
-from llm_attack.declare import setting
-from llm_attack.errors import UsageError
 from llm_attack.harness.cache import guard
 from llm_attack.harness.judge import as_json
 from llm_attack.harness.paths import portable
-from llm_attack.record import as_csv, without_formulas, write_json
-from llm_attack.redact import HIDDEN, is_secret, redacted
 from llm_attack.reproduce import PRESET_NAMES, figure_command
-from llm_attack.suite import results, summary, tables
+from llm_attack.suite import results
+from llm_attack.suite.analysis import summary
 from llm_attack.suite.commands import command
+from llm_attack.suite.report import tables
 
 SHAPES = [
     "hf_" + "aB3" * 11,
@@ -45,7 +47,7 @@ SHAPES = [
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("llm_attack.suite.figures.draw_all", lambda *_: [])
+    monkeypatch.setattr("llm_attack.suite.report.figures.draw_all", lambda *_: [])
 
 
 # -- secrets ---------------------------------------------------------------------------------------
@@ -110,7 +112,7 @@ def folder(tmp_path_factory):
     """Of a run whose model was given secrets."""
     folder = tmp_path_factory.mktemp("run") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llm_attack.suite.figures.draw_all", lambda *_: [])
+        patch.setattr("llm_attack.suite.report.figures.draw_all", lambda *_: [])
         patch.setattr("llm_attack.suite.commands.discard", lambda _: None)
         evaluate(plan(SECRET, SECRET), output=folder, progress="quiet")
     return folder

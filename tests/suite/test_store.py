@@ -7,11 +7,11 @@ import time
 import pytest
 from filelock import FileLock
 
-from llm_attack.errors import UsageError
-from llm_attack.failures import ProcessDied
-from llm_attack.record import write_json
-from llm_attack.suite import store as stores
-from llm_attack.suite.store import MARK, STORE, Store, discard
+from llm_attack.base.errors import UsageError
+from llm_attack.base.failures import ProcessDied
+from llm_attack.base.record import write_json
+from llm_attack.suite.run import store as stores
+from llm_attack.suite.run.store import MARK, STORE, Store, discard
 
 PLANNED = [("a", 0), ("a", 1), ("b", 0)]
 

@@ -9,12 +9,12 @@ import pytest
 from invented import by_enumeration
 from scipy.stats import binomtest
 
-from llm_attack import inference
-from llm_attack.errors import UsageError
-from llm_attack.inference import detectable, mean_of, sign_test
-from llm_attack.suite import summary as s
-from llm_attack.suite.equivalence import with_equivalence
-from llm_attack.suite.outcomes import gold_margin, gold_probability
+from llm_attack import stats as inference
+from llm_attack.base.errors import UsageError
+from llm_attack.stats import detectable, mean_of, sign_test
+from llm_attack.suite.analysis import summary as s
+from llm_attack.suite.analysis.equivalence import with_equivalence
+from llm_attack.suite.analysis.outcomes import gold_margin, gold_probability
 
 
 def test_gold_margin():
@@ -278,6 +278,6 @@ def test_gold_probability_as_an_outcome(frames):
 
 
 def test_imports_neither_torch_nor_lm_eval():
-    code = "import sys, llm_attack.suite.summary; print({'torch', 'lm_eval'} & set(sys.modules))"
+    code = "import sys, llm_attack.suite.analysis.summary; print({'torch', 'lm_eval'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from llm_attack.suite import equivalence, pairs, summary, tables
-from llm_attack.suite.words import in_words
+from llm_attack.suite.analysis import equivalence, pairs, summary
+from llm_attack.suite.report import tables
+from llm_attack.suite.report.words import in_words
 
 CONDITIONS = {
     "none": 3.0,

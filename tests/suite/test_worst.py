@@ -4,12 +4,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from llm_attack.errors import UsageError
-from llm_attack.suite.conditions import by_name
-from llm_attack.suite.outcomes import gold_margin, gold_probability, measured
+from llm_attack.base.errors import UsageError
+from llm_attack.suite.analysis.conditions import by_name
+from llm_attack.suite.analysis.outcomes import gold_margin, gold_probability, measured
+from llm_attack.suite.analysis.worst import conditions, hidden_gradients, with_worst
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.results import summarise
-from llm_attack.suite.worst import conditions, hidden_gradients, with_worst
 
 KNOWS = {"settings": {"loss": "choice"}}
 GUESSES = {"settings": {"loss": "sequence", "attacks": ["none", "random", "fgsm"]}}

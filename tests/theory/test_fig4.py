@@ -11,7 +11,7 @@ from scipy.integrate import trapezoid
 from scipy.optimize import brentq
 from scipy.special import expit
 
-from llm_attack.errors import UsageError
+from llm_attack.base.errors import UsageError
 from llm_attack.theory.binary import GRID, Toy, labels_of
 from llm_attack.theory.fig4 import PACKETS, Settings, draw, run, train
 from llm_attack.theory.packet import Uncertainty, uncertainty

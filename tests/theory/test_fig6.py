@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llm_attack.errors import UsageError
+from llm_attack.base.errors import UsageError
 from llm_attack.theory import sentiment
 from llm_attack.theory.bands import MANY
 from llm_attack.theory.fig6 import MEASURED, Kind, Settings, draw, run, run_kind, trends

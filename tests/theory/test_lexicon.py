@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_attack.errors import UsageError
+from llm_attack.base.errors import UsageError
 from llm_attack.theory.lexicon import COLUMNS, LABELS, LEAST, OWN, encode, load_words
 
 

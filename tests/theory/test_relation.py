@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from llm_attack.errors import UsageError
+from llm_attack.base.errors import UsageError
 from llm_attack.theory import relation
 from llm_attack.theory.packet import uncertainty
 from llm_attack.theory.relation import DIRECTIONS, Settings, means, relations, run

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from llm_attack.errors import UsageError
+from llm_attack.base.errors import UsageError
 from llm_attack.vision import data
 from llm_attack.vision.data import Images, augment
 from llm_attack.vision.settings import ImageSettings

@@ -13,9 +13,9 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
+from llm_attack.base.drawing import new_figure
+from llm_attack.base.errors import UsageError
 from llm_attack.cli import main
-from llm_attack.drawing import new_figure
-from llm_attack.errors import UsageError
 from llm_attack.vision import data, fig1, fig2, fig5, stages
 from llm_attack.vision.settings import Amplitude
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from llm_attack.base.errors import UsageError
 from llm_attack.cli import main
-from llm_attack.errors import UsageError
 from llm_attack.vision import fig1, fig2, keeping, stages
 from llm_attack.vision.data import load
 from llm_attack.vision.settings import shown

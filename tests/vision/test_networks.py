@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from llm_attack.errors import UsageError
+from llm_attack.base.errors import UsageError
 from llm_attack.vision.networks import NETWORKS, build, split
 
 GREY, COLOUR = torch.tensor([0.1]), torch.tensor([0.5, 0.4, 0.3])

@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 
+from llm_attack.base.errors import UsageError
 from llm_attack.cli import main
-from llm_attack.errors import UsageError
-from llm_attack.inference import rank_correlation
+from llm_attack.stats import rank_correlation
 from llm_attack.vision import fig2, stages, tradeoff
 from llm_attack.vision.data import load
 from llm_attack.vision.momentum import momentum_spread

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from llm_attack.errors import UsageError
+from llm_attack.base.errors import UsageError
 from llm_attack.vision import fig2, stages
 from llm_attack.vision.data import load
 from llm_attack.vision.networks import build

@@ -6,7 +6,7 @@ from report_input import CONDITIONS, table_of
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-from llm_attack.suite.report import write_report
+from llm_attack.suite.report.page import write_report
 
 CHANGES = {
     "lost": "right → wrong",

@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 from report_input import HOSTILE, build, table, table_of
 
-from llm_attack.suite.report import columns, write_report
-from llm_attack.suite.words import in_words
+from llm_attack.suite.report.page import columns, write_report
+from llm_attack.suite.report.words import in_words
 
 ABOVE, GUESSES, BELOW = "above guessing", "indistinguishable from guessing", "below guessing"
 RUN = {

@@ -1,0 +1,1 @@
+"""What every part may use: errors, declared settings, files, the look of figures."""

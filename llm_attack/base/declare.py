@@ -1,0 +1,222 @@
+"""Settings, declared once: the fields of a dataclass say what they mean and what they may be.
+
+Validation, command-line options, tables of the documentation and names in results follow from the
+declaration: a new argument is one line. Imports the standard library alone until it is used.
+"""
+
+from __future__ import annotations
+
+import builtins
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import Field, dataclass, field, fields
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any
+
+from llm_attack.base.errors import UsageError, closest, invalid
+
+if TYPE_CHECKING:
+    import click
+
+
+@dataclass(frozen=True)
+class About:
+    """The declaration of a setting.
+
+    Attributes:
+        text: what it means, without a full stop.
+        kind: bool, int, float, str, or tuple for what may be a list.
+        also: another type allowed.
+        option: of click, what the option's text is turned into; `kind` unless given.
+        choices: the values allowed, if they can be listed.
+        least: the lowest number allowed.
+        above: whether `least` itself is too low.
+        allowed: what is allowed, in words, where that cannot be told from the others.
+    """
+
+    text: str
+    kind: type = str
+    also: type | None = None
+    option: Any = None
+    choices: tuple[str, ...] = ()
+    least: float | None = None
+    above: bool = False
+    allowed: str | None = None
+
+    def sentence(self) -> str:
+        """The meaning, and the values allowed if they can be listed."""
+        return f"{self.text}." + f" One of {', '.join(self.choices)}." * bool(self.choices)
+
+    def words(self) -> str:
+        """The values allowed, in words."""
+        if self.allowed is not None:
+            return self.allowed
+        if self.kind is int:
+            return "an integer" if self.least is None else f"an integer, {self.least:g} or more"
+        if self.kind is float:
+            bound = "greater than" if self.above else "at least"
+            return "a finite number" + ("" if self.least is None else f", {bound} {self.least:g}")
+        least = "" if self.least is None else f", {self.least:g} or more"
+        several = f"values with commas between them{least}"
+        return {bool: "True or False", str: "a text"}.get(self.kind, several)
+
+    def allows(self, value: Any) -> bool:
+        """Whether a value is one of those allowed; a number is not a text, True no number."""
+        if self.also is not None and isinstance(value, self.also):
+            return True
+        if self.choices:
+            return isinstance(value, str) and value in self.choices
+        if self.kind is tuple and self.least is not None:
+            least = self.least
+            return bool(value) and all(self._in_range(part, least) for part in value)
+        if self.kind in (int, float):
+            number = Integral if self.kind is int else Real
+            return (
+                isinstance(value, number)
+                and not isinstance(value, bool)
+                and self._in_range(value, -sys.float_info.max if self.least is None else self.least)
+            )
+        if self.kind is tuple:
+            parts = value if isinstance(value, (list, tuple)) else (value,)
+            return all(isinstance(part, (str, Real)) for part in parts)
+        return isinstance(value, self.kind)
+
+    def _in_range(self, value: Any, least: float) -> bool:
+        # not isfinite(), which raises for integers beyond the floats; comparisons with NaN are
+        # false
+        return least <= value <= sys.float_info.max and not (self.above and value == least)
+
+
+def setting(default: Any, text: str, **about: Any) -> Any:
+    """A field with its meaning; None is allowed where it is the default.
+
+    Args:
+        default: its value.
+        text: what it means.
+        **about: more of `About`; the kind is the first type of the annotation unless given.
+    """
+    return field(default=default, metadata={"about": (text, about)})
+
+
+def declared(kind: Any) -> Iterator[tuple[Field[Any], About]]:
+    """The settings of a dataclass, or of an instance; those that may be positional come first."""
+    for entry in sorted(fields(kind), key=lambda entry: entry.kw_only is True):
+        if "about" in entry.metadata:
+            text, about = entry.metadata["about"]
+            kind = getattr(builtins, str(entry.type).split(" | ")[0], tuple)
+            yield entry, About(text, **{"kind": kind, **about})
+
+
+def names(kind: Any) -> list[str]:
+    """The names of the settings of a dataclass."""
+    return [entry.name for entry, _ in declared(kind)]
+
+
+def check(settings: Any) -> None:
+    """Compares all settings with their declarations; for __post_init__.
+
+    Raises:
+        UsageError: a value is not allowed.
+    """
+    for entry, about in declared(settings):
+        value = getattr(settings, entry.name)
+        if (value is None and entry.default is None) or about.allows(value):
+            continue
+        choices = ("True", "False") if about.kind is bool else about.choices
+        raise invalid(entry.name, value, choices or about.words())
+
+
+def check_names(given: Iterable[Any], known: Sequence[str]) -> None:
+    """Raises `UsageError` unless all names are known, with the closest one."""
+    for name in given:
+        if name not in known:
+            meant = closest(name, known)
+            hint = f"; did you mean {meant!r}?" if meant else ""
+            raise UsageError(f"{name}: must be one of {', '.join(known)}{hint}")
+
+
+def is_plain(text: str) -> bool:
+    """Whether a number is written plainly: Python also reads `1_0`, ` 1 ` and other digits."""
+    return text.isascii() and "_" not in text and text == text.strip()
+
+
+def number(kind: type) -> Any:
+    """The type of an option that is an int or a float, written plainly."""
+    import click
+
+    base = {int: click.INT, float: click.FLOAT}[kind]
+
+    class Plain(type(base)):  # type: ignore[misc]
+        def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+            if isinstance(value, str) and not is_plain(value):
+                self.fail(f"{value!r} is not a valid {self.name}.", param, ctx)
+            return super().convert(value, param, ctx)
+
+    return Plain()
+
+
+def underscored(name: str) -> str:
+    """The name of a setting, which may be typed with hyphens."""
+    return name.replace("-", "_")
+
+
+# Lets options be typed with hyphens or underscores.
+DIALECT = {"token_normalize_func": underscored}
+
+
+def option_type(about: About) -> Any:
+    """What click turns the text of an option into."""
+    import click
+
+    if about.option is not None:
+        return about.option
+    if about.kind in (int, float):
+        return number(about.kind)
+    return click.UNPROCESSED if about.kind is tuple else about.kind  # YAML has lists
+
+
+def options(kind: Any) -> list[click.Option]:
+    """A command-line option for each setting of a dataclass, with the same name and default."""
+    import click
+
+    made = []
+    for entry, about in declared(kind):
+        default = entry.default
+        default = _typed(default) if isinstance(default, tuple) else default
+        made.append(
+            click.Option(
+                [f"--{entry.name}"],
+                default=default,
+                help=about.sentence(),
+                type=option_type(about),
+                is_flag=about.kind is bool,
+                show_default=None if default != "" else False,
+            )
+        )
+    return made
+
+
+def table(*kinds: Any, without: Iterable[str] = ()) -> str:
+    """Markdown: name, allowed values, default and meaning of the settings of dataclasses.
+
+    Args:
+        *kinds: the dataclasses.
+        without: names of settings to leave out.
+    """
+    rows = ["| argument | values | default | meaning |", "|---|---|---|---|"]
+    left_out = set(without)
+    for entry, about in (pair for kind in kinds for pair in declared(kind)):
+        if entry.name in left_out:
+            continue
+        values = " ".join(f"`{choice}`" for choice in about.choices) or about.words()
+        default = _typed(entry.default)
+        default = f"`{default}`" if default else "–"
+        rows.append(f"| `{entry.name}` | {values} | {default} | {about.text}. |")
+    return "\n".join(rows) + "\n"
+
+
+def _typed(value: Any) -> str:
+    """A value as it is typed on a command line; nothing for None."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return "" if value is None else str(value)

@@ -1,0 +1,160 @@
+"""How figures look and how they are saved; matplotlib is imported by what needs it."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llm_attack.base.failures import Attempts
+from llm_attack.base.record import whole_or_not
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette without its yellow, which is too light for lines on white: readable by the
+# colour-blind, and of distinct lightness in grey print. https://jfly.uni-koeln.de/color/
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
+
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+_STYLE: Any = {
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "figure.constrained_layout.use": True,
+    "font.size": 9,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "savefig.dpi": 200,
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "llm_attack",  # the same figure is the same file
+}
+
+_FORMS: dict[str, Any] = {"png": {"Software": None}, "svg": {"Date": None}}
+
+# What matplotlib says of letters that it cannot show in a PNG file; in an SVG file they are text.
+_UNREADABLE = ("Glyph .* missing from", "Matplotlib currently does not support")
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Matplotlib's settings for all figures of this project, while the context lasts.
+
+    Figures are made as `matplotlib.figure.Figure`, without pyplot, which would need a screen
+    in some programs, and would keep every figure alive.
+    """
+    import matplotlib
+    from cycler import cycler
+
+    with matplotlib.rc_context({**_STYLE, "axes.prop_cycle": cycler(color=COLOURS)}):
+        yield
+
+
+def nested(i: int, n: int) -> dict[str, Any]:
+    """Line width and marker of curve `i` of `n`, which are drawn one over the other.
+
+    Each is thinner than those beneath it, and so are its markers, which are hollow and of another
+    form: curves that coincide are all seen.
+    """
+    beneath = n - 1 - i
+    return {
+        "linewidth": 0.8 + 0.5 * beneath,
+        "marker": _MARKERS[i % len(_MARKERS)],
+        "markersize": 3 + beneath,
+        "markerfacecolor": "none",
+        "markeredgewidth": 0.9,
+    }
+
+
+def save_figure(figure: Figure, folder: Path, name: str = "figure") -> None:
+    """Writes `name`.png and `name`.svg into `folder`; equal figures give equal files.
+
+    Letters that the usual font does not have are taken from others that are installed, if any do.
+    """
+    from matplotlib.text import Text
+
+    texts: list[Any] = figure.findobj(Text)
+    more = _fonts_for(frozenset("".join(text.get_text() for text in texts)))
+    for text in texts if more else ():
+        text.set_fontfamily([*text.get_fontfamily(), *more])
+    with warnings.catch_warnings():
+        for message in _UNREADABLE:
+            warnings.filterwarnings("ignore", message)
+        for form, metadata in _FORMS.items():
+            with whole_or_not(folder / f"{name}.{form}") as draft:
+                figure.savefig(draft, format=form, metadata=metadata)
+
+
+def draw(
+    folder: Path,
+    name: str,
+    make: Callable[[], Figure | None],
+    attempts: Attempts | None = None,
+) -> bool:
+    """Writes what `make` draws as `name`.png and `name`.svg into `folder`; whether there are these.
+
+    Where it returns None, as there is nothing to draw, earlier files of that name are removed.
+
+    Args:
+        folder: where to.
+        name: of the files.
+        make: draws the figure.
+        attempts: what a failure becomes a line of; None: it is raised.
+    """
+    with nullcontext() if attempts is None else attempts(f"figure {name}"):
+        figure = make()
+        if figure is not None:
+            save_figure(figure, folder, name)
+            return True
+        for form in _FORMS:
+            (folder / f"{name}.{form}").unlink(missing_ok=True)
+    return False
+
+
+@contextmanager
+def new_figure(folder: Path, size: tuple[float, float], name: str = "figure") -> Iterator[Figure]:
+    """A figure in our style, to be drawn in the context, at whose end it is saved into `folder`.
+
+    If drawing or saving fails, the context says so in one line on stderr and does not raise.
+    """
+    from matplotlib.figure import Figure
+
+    attempts = Attempts()
+    with style(), attempts(f"{folder}: figure {name}"):
+        figure = Figure(figsize=size)
+        yield figure
+        save_figure(figure, folder, name)
+    for line in attempts.lines:
+        print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+@cache
+def _fonts_for(letters: frozenset[str]) -> list[str]:
+    """Installed fonts, by name, for letters that the usual font does not have; as few as do."""
+    from matplotlib.font_manager import FontProperties, findfont, findSystemFonts, fontManager
+    from matplotlib.ft2font import FT2Font
+
+    usual = FT2Font(findfont(FontProperties())).get_charmap()
+    missing = {letter for letter in letters if ord(letter) not in usual and letter.isprintable()}
+    has: dict[str, set[str]] = {}
+    for path in sorted(findSystemFonts()) if missing else ():
+        try:
+            font = FT2Font(path)
+            some = missing & set(map(chr, font.get_charmap()))
+        except (OSError, RuntimeError, ValueError):  # not a font that matplotlib can read
+            continue
+        if some and font.scalable and font.family_name not in has:
+            fontManager.addfont(path)
+            has[font.family_name] = some
+    found = []
+    while has and (best := max(has, key=lambda name: len(has[name] & missing))):
+        if not has[best] & missing:
+            break
+        found.append(best)
+        missing -= has.pop(best)
+    return found

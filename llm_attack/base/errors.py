@@ -1,0 +1,81 @@
+"""Errors that a user can mend: one line that names the argument, the value, what is allowed.
+
+Every other module may import this one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from llm_attack.base.redact import redacted
+
+_LONGEST = 200  # characters of a value in a message
+
+
+class UsageError(ValueError):
+    """Bad input. Command lines print its one line, without secrets, and exit with code 2."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(redacted(text))
+
+
+def closest(word: object, allowed: Iterable[str]) -> str | None:
+    """The member of `allowed` that `word` was most likely meant to be, or None; in any case."""
+    lower = {name.lower(): name for name in allowed}
+    found = difflib.get_close_matches(str(word).lower(), lower, n=1, cutoff=0.6)
+    return lower[found[0]] if found else None
+
+
+def invalid(argument: str, value: object, allowed: str | Iterable[str]) -> UsageError:
+    """`UsageError` for `argument=value`.
+
+    Args:
+        argument: name of the argument as the user typed it.
+        value: the value got.
+        allowed: what is allowed, in words, or the list of allowed values; from a list, the
+            closest one is suggested.
+    """
+    quoted = isinstance(value, str) and isinstance(allowed, str)
+    shown = repr(value) if quoted else shortened(value)
+    if isinstance(allowed, str):
+        return UsageError(f"{argument}={shown}: must be {allowed}")
+    allowed = list(allowed)
+    meant = closest(value, allowed)
+    hint = f"; did you mean {meant!r}?" if meant else ""
+    return UsageError(f"{argument}={shown}: must be one of {', '.join(allowed)}{hint}")
+
+
+def as_path(argument: str, value: Any) -> Path:
+    """A path that a caller gave.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{argument}: must be a path, not {type(value).__name__}")
+    return Path(value)
+
+
+def shortened(value: object) -> str:
+    """A value in one line: a tensor or a model can have many."""
+    text = str(value)
+    text = " ".join(text.split()) if "\n" in text else text
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def report_usage_errors() -> None:
+    """From now on, an uncaught `UsageError` ends the process with its one line and exit code 2."""
+    previous = sys.excepthook
+
+    def hook(kind: Any, error: BaseException, traceback: Any) -> None:
+        if isinstance(error, UsageError):
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2)
+        previous(kind, error, traceback)
+
+    sys.excepthook = hook

@@ -1,0 +1,174 @@
+"""Files written whole, and what a run's record says of versions, hardware and time."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import re
+import time
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llm_attack import __version__
+from llm_attack.base.failures import NotWritten, look
+from llm_attack.base.redact import redacted
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# Ends the name of a file that is being written.
+DRAFT = ".llm-attack"
+
+# What a formula begins with, once in its plain form (NFKC); the last one is the minus sign U+2212.
+# https://owasp.org/www-community/attacks/CSV_Injection
+_FORMULA = "=+-@\u2212"
+# What may end a cell, for a spreadsheet that was told so or guesses, besides csv's own comma.
+_CELLS = re.compile("([;|\t\n])")
+# Ends of lines for one reader or another, which csv leaves unquoted.
+_LINES = re.compile("\r\n|[\r\v\f\x1c-\x1e\x85\u2028\u2029]")
+
+
+class Stopwatch(dict[str, float]):
+    """Seconds by what they went into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> float:
+        """Adds the time since the last lap to `name`, and returns it."""
+        now = time.perf_counter()
+        since, self._last = now - self._last, now
+        self[name] = self.get(name, 0.0) + since
+        return since
+
+
+def draft_of(path: Path) -> Path:
+    """What a file is called while it is being written."""
+    return path.with_name(f".{path.name}{DRAFT}")
+
+
+@contextmanager
+def whole_or_not(path: Path) -> Iterator[Path]:
+    """A draft beside `path`, which takes its place at the end unless the context raises.
+
+    It is on disk by then, so that what has its name is whole also when the process is killed or
+    the power goes. Where `path` is a link, the link is replaced, not what it leads to.
+
+    Raises:
+        NotWritten: the system refuses.
+    """
+    look()  # a signal that waits stops here, where nothing is half done
+    draft = draft_of(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.unlink(missing_ok=True)  # of a process that died
+        yield draft
+        with draft.open("rb+") as file:
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except OSError as error:
+        raise NotWritten(error.errno, error.strerror or str(error), str(path)) from error
+    finally:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all, also when the process is killed or the disk is full."""
+    with whole_or_not(path) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes `content` as indented JSON, without secrets, whole or not at all.
+
+    What is not finite, for which JSON has no number, is null.
+    """
+    text = json.dumps(
+        finite(redacted(content)),
+        indent=2,
+        default=lambda value: redacted(str(value)),
+        allow_nan=False,
+    )
+    write_text(path, text + "\n")
+
+
+def finite(value: Any) -> Any:
+    """`value` with None in place of the numbers in it that are NaN or infinite."""
+    if isinstance(value, dict):
+        return {key: finite(of) for key, of in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(of) for of in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def without_formulas(frame: pd.DataFrame) -> pd.DataFrame:
+    """For CSV: texts that a spreadsheet would compute have an apostrophe before them.
+
+    So has every part of a text that begins behind a tab, a semicolon, a bar or a new line, where a
+    spreadsheet may split it. What cannot be seen before a formula does not hide it.
+    """
+    texts = frame.select_dtypes(exclude="number")
+    return frame.assign(**{name: list(map(_without_formula, texts[name])) for name in texts})
+
+
+def as_csv(frame: pd.DataFrame, float_format: str) -> str:
+    """A frame as CSV, `without_formulas`; equal frames give equal text."""
+    text = without_formulas(frame).to_csv(
+        index=False, float_format=float_format, lineterminator="\n"
+    )
+    return str(text)
+
+
+def _without_formula(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    parts = _CELLS.split(_LINES.sub("\n", value))
+    text = "".join(f"'{part}" if _is_formula(part) else part for part in parts)
+    return f"'{text}" if len(parts) > 1 and not _seen(parts[0]) else text
+
+
+def _is_formula(part: str) -> bool:
+    return unicodedata.normalize("NFKC", _seen(part)[:1]) in {*_FORMULA}
+
+
+def _seen(part: str) -> str:
+    """From the first character on that is not a blank, a control, a format or a quote."""
+    skipped = (i for i, c in enumerate(part) if c != '"' and unicodedata.category(c)[0] not in "ZC")
+    return part[next(skipped, len(part)) :]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    names = ("torch", "transformers", "lm-eval", "accelerate", "datasets", "numpy")
+    python = platform.python_version()
+    return {"llm-attack": __version__, "python": python, **{n: version(n) for n in names}}
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores, torch's threads and accelerators of this machine."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+    }
+
+
+def _processor() -> str:
+    """The processor's name where the system tells it, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(x.split(":", 1)[1].strip() for x in lines if x.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,168 @@
+"""Which arguments exist, and some of their values: what is wrong must not vanish in `hf`."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any
+
+from lm_eval.models.huggingface import HFLM
+from lm_eval.utils import simple_parse_args_string
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from llm_attack.base import declare
+from llm_attack.base.declare import About
+from llm_attack.base.errors import UsageError, invalid
+from llm_attack.lm.settings import AttackSettings, EngineSettings
+
+__all__ = ["check_names", "simple_parse_args_string"]
+
+# What `from_pretrained` reads from its keyword arguments without naming it in its signature.
+_FROM_PRETRAINED = [
+    "adapter_kwargs",
+    "adapter_name",
+    "attn_implementation",
+    "bnb_4bit_compute_dtype",
+    "bnb_4bit_quant_storage",
+    "bnb_4bit_quant_type",
+    "bnb_4bit_use_double_quant",
+    "code_revision",
+    "device_map",
+    "device_mesh",
+    "experts_implementation",
+    "key_mapping",
+    "llm_int8_enable_fp32_cpu_offload",
+    "llm_int8_has_fp16_weight",
+    "llm_int8_skip_modules",
+    "llm_int8_threshold",
+    "load_in_4bit",
+    "load_in_8bit",
+    "low_cpu_mem_usage",
+    "max_memory",
+    "offload_buffers",
+    "offload_state_dict",
+    "proxies",
+    "quantization_config",
+    "resume_download",
+    "state_dict",
+    "torch_dtype",
+    "tp_size",
+    "use_auth_token",
+    "use_flash_attention_2",
+    "use_kernels",
+    "variant",
+]
+
+_DTYPES = ("bfloat16", "float16", "float32", "float64", "half", "float", "double")
+_COUNTS = ("max_length", "max_batch_size")
+_TEXTS = ("delta", "gguf_file", "offload_folder", "peft", "subfolder")
+_BATCH_SIZE = re.compile(r"[1-9][0-9]*|auto(:[0-9]+(\.[0-9]+)?)?")
+_ROWS = "an integer, 1 or more, or auto"
+_BACKENDS = ("default", "causal")
+
+
+def known_names() -> list[str]:
+    """All arguments of `attacked-hf` but the attributes of the model's own config."""
+    names = [*declare.names(AttackSettings), *declare.names(EngineSettings)]
+    for function in (HFLM.__init__, PreTrainedModel.from_pretrained):
+        for name, parameter in inspect.signature(function).parameters.items():
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                names.append(name)
+    return [n for n in dict.fromkeys([*names, *_FROM_PRETRAINED]) if n not in ("self", "cls")]
+
+
+def check_names(names: Iterable[str], config: PretrainedConfig | None = None) -> None:
+    """Refuses unknown argument names.
+
+    Args:
+        names: of the arguments got.
+        config: of the model; its attributes may be overridden too. Without it (not loaded yet), a
+            name is refused only if it looks like a known one.
+
+    Raises:
+        UsageError: naming the argument and the closest known one.
+    """
+    known = known_names()
+    for name in names:
+        if name in known or (config is not None and hasattr(config, name)):
+            continue
+        meant = get_close_matches(name, known, n=1, cutoff=0.75)
+        if not meant and config is None:
+            continue
+        hint = f"; did you mean {meant[0]!r}?" if meant else ""
+        raise UsageError(
+            f"{name}: attacked-hf has no such argument, and nor have hf, from_pretrained or the"
+            f" model's config{hint}"
+        )
+
+
+def check_values(arguments: dict[str, Any]) -> None:
+    """Refuses values that lm-eval's `hf` would take for others, or fail at only later.
+
+    Raises:
+        UsageError: naming the argument and what is allowed.
+    """
+    for name, parameter in inspect.signature(HFLM.__init__).parameters.items():
+        value, kind = arguments.get(name), str(parameter.annotation)
+        if name == "batch_size" and name in arguments and value is None:
+            raise invalid(name, value, _ROWS)
+        if value is None or name == "trust_remote_code":  # for which see `trusted`
+            continue
+        if name == "batch_size":
+            if not isinstance(value, (int, str)) or not _BATCH_SIZE.fullmatch(str(value)):
+                raise invalid(name, value, _ROWS)
+        elif name == "tokenizer":
+            if not isinstance(value, (str, PreTrainedTokenizerBase)):
+                raise invalid(name, value, "a name, a folder or a tokenizer of transformers")
+        elif name in _TEXTS and not isinstance(value, str):
+            raise invalid(name, value, "a text")
+        elif name == "chat_template_args" and not isinstance(value, dict):
+            raise invalid(name, value, "a dictionary")
+        elif name.endswith("dtype"):
+            allowed = [*_DTYPES, *["auto"] * (name == "dtype")]
+            if str(value).removeprefix("torch.") not in allowed:
+                raise invalid(name, value, allowed)
+        elif name in _COUNTS and not About("", int, least=1).allows(value):
+            raise invalid(name, value, "an integer, 1 or more")
+        elif name == "backend" and value not in _BACKENDS:
+            raise invalid(name, value, _BACKENDS)
+        elif "bool" in kind and "str" not in kind and not isinstance(value, bool):
+            raise invalid(name, value, ("True", "False"))
+
+
+def check_string(arguments: str) -> None:
+    """Refuses what lm-eval reads differently from a person in a string of arguments.
+
+    Numbers that only Python reads as such, like `steps=1_0`, and names that are there twice.
+
+    Raises:
+        UsageError: naming the argument.
+    """
+    pairs = [part.partition("=") for part in arguments.split(",") if part.strip()]
+    given = [declare.underscored(name.strip()) for name, _, _ in pairs]
+    for name, (_, _, value) in zip(given, pairs, strict=True):
+        if given.count(name) > 1:
+            raise UsageError(f"{name}={value}: must be given once")
+        if not declare.is_plain(value.strip()) and _is_number(value):
+            raise invalid(name, value, "a number in plain digits, such as 10")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return bool(text.isnumeric() or [float(text)])
+    except ValueError:
+        return False
+
+
+def trusted(value: Any) -> bool:
+    """Whether a value of `trust_remote_code`, which may be a text, is a yes.
+
+    Raises:
+        UsageError: it is neither a yes nor a no.
+    """
+    text = str(value).lower()
+    if text not in ("true", "1", "yes", "false", "0", "no", "none"):
+        raise invalid("trust_remote_code", value, ("True", "False"))
+    return text in ("true", "1", "yes")

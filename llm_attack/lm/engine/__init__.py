@@ -1,0 +1,1 @@
+"""Batches of questions through the clean model and through every condition."""

@@ -1,0 +1,53 @@
+"""Generation from attacked prompts: the perturbation is put in place at prefill, once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from llm_attack.lm.engine.engine import Engine
+from llm_attack.lm.engine.surface import Surface
+from llm_attack.lm.network.hook import edit_output
+from llm_attack.lm.packing.pack import pack_rows
+from llm_attack.lm.packing.questions import Question, Request
+
+
+@contextmanager
+def attacked_prompts(engine: Engine, context: Tensor, mask: Tensor) -> Iterator[None]:
+    """While it lasts, the first forward over `context` reads attacked prompts.
+
+    The loss is the negative log-likelihood of each prompt (`sequence`); each is attacked alone.
+
+    Args:
+        engine: with one attack; its diagnostics are added to.
+        context: (B, L) token ids, padded on the left.
+        mask: (B, L), 0 on padding.
+    """
+    rows, length = context.shape
+    prompts = [row[keep.bool()].tolist() for row, keep in zip(context, mask, strict=True)]
+    questions = [Question([Request(tuple(prompt), 0)], [[0]]) for prompt in prompts]
+    how: dict[str, Any] = {"whole": True, "positions": engine.threat.positions}
+    pack = pack_rows(questions, engine.pad, **how).to(engine.device)
+    surface = Surface(engine.scorer, pack, replace(engine.threat, shared=False))
+    adversarial, sums = surface.attack(engine.attacks[0])
+    engine.diagnostics[0].add({name: float(value) for name, value in sums.items()})
+    prefilled = False
+
+    def put(output: Tensor) -> Tensor:
+        nonlocal prefilled
+        if prefilled or output.shape[1] < length:
+            return output
+        prefilled = True
+        output = output.clone()
+        beams = output.shape[0] // rows
+        for i, prompt in enumerate(prompts):
+            attacked = adversarial[i, : len(prompt)].to(output)
+            output[i * beams : (i + 1) * beams, -len(prompt) :] = attacked
+        return output
+
+    with edit_output(engine.scorer.hookpoint, put):
+        yield

@@ -1,0 +1,278 @@
+"""Several hookpoints: which they are, one clean pass for all, and forwards that start at each."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llm_attack.base.errors import UsageError, closest
+from llm_attack.base.failures import one_line
+from llm_attack.lm.engine.probe import equal_logits, made_up
+from llm_attack.lm.engine.scoring import Scorer
+from llm_attack.lm.engine.surface import Surface
+from llm_attack.lm.network.blocks import known_blocks
+from llm_attack.lm.network.hook import edit_output, faults, resolve
+from llm_attack.lm.packing.pack import Pack, pack_rows
+
+EMBED, LAYERS = "embed", "layers"
+
+log = logging.getLogger(__name__)
+
+
+def expand(model: PreTrainedModel, hookpoints: Sequence[str]) -> list[str | None]:
+    """The modules that are meant, by name, each once; None: the input embedding.
+
+    Args:
+        model: whose modules they are.
+        hookpoints: `EMBED`; `LAYERS`, the outputs of all blocks; dotted paths, in which * stands
+            for any one name, such as `model.layers.*.mlp`.
+
+    Raises:
+        UsageError: one of them is no module's.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    found: list[str | None] = []
+    for given in hookpoints:
+        if given == EMBED:
+            found.append(None)
+        elif given == LAYERS:
+            found += _layers(model, names)
+        elif "*" in given:
+            pattern = re.escape(given).replace(r"\*", "[^.]+")
+            matching = [name for name in names.values() if re.fullmatch(pattern, name)]
+            if not matching:
+                shapes = {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names.values()}
+                meant = closest(given, shapes)
+                hint = f"; did you mean {meant!r}?" if meant else ""
+                raise UsageError(
+                    f"hookpoints={given}: must match modules of the model, such as"
+                    f" 'model.layers.*.mlp'{hint}"
+                )
+            found += matching
+        else:
+            meant = closest(given, (EMBED, LAYERS))
+            if meant and "." not in given:
+                raise UsageError(
+                    f"hookpoints={given}: must be {EMBED}, {LAYERS} or dotted paths of modules; did"
+                    f" you mean {meant!r}?"
+                )
+            resolve(model, given)
+            found.append(given)
+    found = list(dict.fromkeys(found))
+    embedding = names.get(model.get_input_embeddings())
+    if None in found and embedding in found:
+        raise UsageError(f"hookpoints={EMBED},{embedding}: must name each module once")
+    return found
+
+
+def _layers(model: PreTrainedModel, names: Mapping[nn.Module, str]) -> list[str]:
+    """The names of the blocks that text goes through; those of a vision tower are none of them."""
+    blocks = {names[block]: block for block in known_blocks(model)}
+    text = torch.arange(6).repeat(2, 1).to(next(model.get_input_embeddings().parameters()).device)
+    found = [*faults(model, blocks, text)] if blocks else []
+    if not found:
+        raise UsageError(
+            f"hookpoints={LAYERS}: must be modules by name for {type(model).__name__}, whose blocks"
+            " transformers does not name"
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Skip:
+    """The blocks before a hookpoint, which need not run once its clean activations are known.
+
+    Attributes:
+        blocks: those that are left out; below is the output of the last of them.
+        rest: of each block, what its output has besides the hidden states; None: it is no tuple.
+    """
+
+    blocks: tuple[nn.Module, ...]
+    rest: tuple[tuple[Any, ...] | None, ...]
+
+    @contextmanager
+    def over(self, below: Tensor) -> Iterator[None]:
+        """While it lasts, the blocks return `below`, (B, L, H), and compute nothing."""
+        before = [vars(block).get("forward") for block in self.blocks]
+        try:
+            for block, rest in zip(self.blocks, self.rest, strict=True):
+                block.forward = _returns(below if rest is None else (below, *rest))
+            yield
+        finally:
+            for block, forward in zip(self.blocks, before, strict=True):
+                if forward is None:
+                    vars(block).pop("forward", None)
+                else:
+                    block.forward = forward
+
+
+def _returns(output: Any) -> Callable[..., Any]:
+    return lambda *args, **kwargs: output
+
+
+def scorers(base: Scorer, hookpoints: Sequence[str | None], device: torch.device) -> list[Scorer]:
+    """A scorer for each hookpoint, which starts there where a trial shows that it can.
+
+    Args:
+        base: the scorer of the first.
+        hookpoints: as of `expand`.
+        device: where the trial is made.
+    """
+    found = [base]
+    for name in hookpoints[1:]:
+        scorer = copy.copy(base)
+        scorer.hookpoint, scorer.nearest = resolve(base.model, name), None
+        if name is None:
+            scorer = Scorer(base.model, scorer.hookpoint, base.autocast, base.softmax_dtype)
+        found.append(scorer)
+    rest = _rest(base, device)
+    for scorer in found:
+        scorer.skip = _skip(scorer.hookpoint, rest)
+    refused = _refused([scorer for scorer in found if scorer.skip is not None], device)
+    for scorer in refused:
+        scorer.skip = None
+    if refused:
+        names = (str(name) for name, s in zip(hookpoints, found, strict=True) if s in refused)
+        log.warning(
+            "hookpoints: whole forwards, as the others change or fail at %s", ", ".join(names)
+        )
+    return found
+
+
+def _rest(base: Scorer, device: torch.device) -> dict[nn.Module, tuple[Any, ...] | None]:
+    """What blocks return besides hidden states (see `Skip`): of those run once, as they are run."""
+    outputs: dict[nn.Module, list[Any]] = {}
+
+    def keep(block: nn.Module, args: tuple, output: Any) -> None:
+        outputs.setdefault(block, []).append(output)
+
+    handles = [block.register_forward_hook(keep) for block in known_blocks(base.model)]
+    try:
+        with torch.no_grad():
+            base.logits(*_trial(base, device, 0))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {
+        block: tuple(found[0][1:]) if isinstance(found[0], tuple) else None
+        for block, found in outputs.items()
+        if len(found) == 1
+    }
+
+
+def _skip(hookpoint: nn.Module, rest: Mapping[nn.Module, tuple[Any, ...] | None]) -> Skip | None:
+    """The blocks before a hookpoint, the block itself included if it is one."""
+    running = list(rest)
+    for i, block in enumerate(running):
+        if hookpoint in block.modules():
+            left = running[: i + (hookpoint is block)]
+            return Skip(tuple(left), tuple(rest[b] for b in left)) if left else None
+    return None
+
+
+def _trial(scorer: Scorer, device: torch.device, which: int) -> tuple[Pack, Tensor]:
+    pack = pack_rows([made_up(scorer)[which]]).to(device)
+    return pack, pack.scored.positions
+
+
+def _refused(scorers: Sequence[Scorer], device: torch.device) -> list[Scorer]:
+    """Those whose logits are others when forwards start there, with the clean activations below.
+
+    Of another question than the one of `_rest`, which is asked again before they start there: in
+    case that what blocks return besides the hidden states, or keep for later ones, depends on it.
+    For the same reason the last blocks are tried first.
+    """
+    if not scorers:
+        return []
+    base, *_ = scorers
+    pack, positions = _trial(base, device, 1)
+    below = {scorer: scorer.skip.blocks[-1] for scorer in scorers if scorer.skip is not None}
+    refused = []
+    with torch.no_grad():
+        with _captured(list(below.values())) as seen:
+            whole = base.logits(pack, positions)
+        base.logits(*_trial(base, device, 0))
+        for scorer in sorted(scorers, key=lambda s: -len(s.skip.blocks) if s.skip else 0):
+            try:
+                part = scorer.logits(pack, positions, below=seen.get(below[scorer]))
+            except Exception as error:
+                if should_reduce_batch_size(error):
+                    raise
+                log.warning("hookpoints: a forward that starts there raises %s", one_line(error))
+                refused.append(scorer)
+                continue
+            if below[scorer] not in seen or not equal_logits(scorer, part, whole):
+                refused.append(scorer)
+    return refused
+
+
+@contextmanager
+def _captured(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]:
+    """The first outputs of modules while it lasts, as they stand in the graph.
+
+    At its end those are left out that have been written to since.
+    """
+    seen: dict[nn.Module, Tensor] = {}
+    versions: dict[nn.Module, int] = {}
+
+    def keep(module: nn.Module, args: tuple, output: Any) -> None:
+        seen.setdefault(module, output[0] if isinstance(output, tuple) else output)
+        versions.setdefault(module, seen[module]._version)
+
+    handles = [module.register_forward_hook(keep) for module in dict.fromkeys(modules)]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, version in versions.items():
+            if seen[module]._version != version:
+                del seen[module]
+
+
+def share(surfaces: Sequence[Surface], gradient: bool) -> None:
+    """Gives the surfaces of one pack their clean points, answers and gradients from one pass.
+
+    Args:
+        surfaces: which differ in their hookpoints.
+        gradient: whether gradients are needed.
+    """
+    first = surfaces[0]
+    pack, scorer = first.pack, first.scorer
+    if not scorer.together(pack):
+        return  # rows of different frequencies, each by itself
+    embedding = scorer.model.get_input_embeddings()
+    modules = [s.scorer.hookpoint for s in surfaces]
+    modules += [s.scorer.skip.blocks[-1] for s in surfaces if s.scorer.skip is not None]
+    with ExitStack() as stack:
+        stack.enter_context(torch.set_grad_enabled(gradient))
+        if gradient:  # so that there is a graph: parameters have no gradients
+            leaf = edit_output(embedding, lambda x: x.detach().requires_grad_(True))
+            stack.enter_context(leaf)
+        with _captured(modules) as seen:
+            scores = scorer(pack, pack.watched)
+        found = [surface for surface in surfaces if surface.scorer.hookpoint in seen]
+        if gradient:
+            values = first.loss_of(scores)
+            points = [seen[surface.scorer.hookpoint] for surface in found]
+            slopes = torch.autograd.grad(values.sum(), points)
+    clean = type(scores)(*(s.detach()[pack.kept] for s in scores))
+    for i, surface in enumerate(found):
+        surface.clean = clean
+        surface.x = surface.of_nodes(scorer.whole(pack, seen[surface.scorer.hookpoint].detach()))
+        skip = surface.scorer.skip
+        if skip is not None and skip.blocks[-1] in seen:
+            surface.below = scorer.whole(pack, seen[skip.blocks[-1]].detach())
+        if gradient:
+            surface.clean_loss = values.detach()
+            surface.gradient = surface.of_nodes(scorer.whole(pack, slopes[i]), total=True)

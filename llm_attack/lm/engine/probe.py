@@ -1,0 +1,102 @@
+"""Does a model honour the mask and the positions of a tree? Found out by trying."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from itertools import chain
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor
+
+from llm_attack.base.failures import one_line
+from llm_attack.lm.engine.scoring import Scorer
+from llm_attack.lm.network.hook import vocabulary_of
+from llm_attack.lm.packing.pack import Pack, pack_rows, pack_trees
+from llm_attack.lm.packing.questions import Question, Request
+
+# A layer that looks back no further counts rows, not a tree's positions, or loses its window to the
+# tree's mask: trees no longer than the window are safe either way.
+WINDOWS = (
+    "attention_chunk_size",
+    "attention_window",
+    "local_attention",
+    "sliding_window",
+    "window_size",
+)
+
+log = logging.getLogger(__name__)
+
+
+def longest_tree(scorer: Scorer, device: torch.device, pad: int = 0) -> int:
+    """The length up to which the model takes questions as trees; 0: it does not.
+
+    A model does not whose attention ignores the mask (some flash kernels), or whose positions are
+    not given to it (ALiBi, recurrent models); the log says so.
+    """
+    wrong = trees_fault(scorer, made_up(scorer), device, pad)
+    if wrong:
+        log.warning("packing: off, as a trial of trees %s; every request gets a row", wrong)
+        return 0
+    config = scorer.model.config
+    configs = (config, getattr(config, "get_text_config", lambda: config)())
+    sizes = [getattr(c, name, None) for c in configs for name in WINDOWS]
+    windows = chain.from_iterable(s if isinstance(s, (list, tuple)) else [s] for s in sizes)
+    return min([w for w in windows if isinstance(w, int) and w > 0], default=sys.maxsize)
+
+
+def trees_fault(
+    scorer: Scorer, questions: Sequence[Question], device: torch.device, pad: int = 0
+) -> str:
+    """Whether the logits of `questions` as trees are those of a row per request; as of `fault`.
+
+    Wrong positions, or a mask that is not honoured, change the first digits.
+    """
+    packs = [make(questions, pad).to(device) for make in (pack_trees, pack_rows)]
+    return fault(scorer, *packs)
+
+
+def fault(scorer: Scorer, some: Pack, others: Pack) -> str:
+    """What is wrong with the first of two layouts of the same questions; empty: nothing.
+
+    Their logits are equal as of `equal_logits`.
+    """
+    logits = []
+    for pack in (some, others):
+        try:
+            with torch.no_grad():
+                found = scorer.logits(pack, pack.scored.positions)
+        except Exception as error:
+            if should_reduce_batch_size(error):
+                raise
+            return f"raises {one_line(error)}"
+        logits.append(found[pack.scored.slot.to(found.device)].float())
+    return "" if equal_logits(scorer, *logits) else "gives other logits"
+
+
+def equal_logits(scorer: Scorer, some: Tensor, others: Tensor) -> bool:
+    """Whether half of the digits agree of the dtype that the model computes in.
+
+    That is of the root mean square of the difference, relative to the spread of the others.
+    """
+    difference = (some - others).float().square().mean().sqrt()
+    # models compute some things in float32 also when they are in float64
+    eps = max(torch.finfo(t).eps for t in (scorer.autocast or scorer.model.dtype, torch.float32))
+    return bool(difference <= eps**0.5 * others.float().std())
+
+
+def made_up(scorer: Scorer) -> list[Question]:
+    """Two questions of different size, whose requests share more and less of their contexts."""
+    vocabulary = vocabulary_of(scorer.model)
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(vocabulary, (40,), generator=generator).tolist()
+    context, rest = tuple(words[:12]), words[12:]
+    first = [context + tuple(rest[i : i + n]) for i, n in ((0, 5), (5, 3), (8, 6))]
+    first.append(first[0][:14] + tuple(rest[14:18]))
+    second = [(*rest[20:24], word) for word in rest[24:26]]
+    return [
+        Question([Request(tokens, 4) for tokens in requests], [[i] for i in range(len(requests))])
+        for requests in (first, second)
+    ]

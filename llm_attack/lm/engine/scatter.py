@@ -1,0 +1,26 @@
+"""From the engine's answers back to the requests that were asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from llm_attack.lm.engine.engine import Answer, Answered
+
+
+class OfRequest(NamedTuple):
+    """An answer for each attack, and what is known of the question; see `Answered`."""
+
+    answers: list[Answer]
+    alignment: tuple[float, ...] | None
+    needed: list[float | None]
+
+
+def by_index(answered: Iterable[Answered]) -> dict[int, OfRequest]:
+    """What was found, by the indices in `Question.answers`."""
+    return {
+        index: OfRequest([of_attack[i] for of_attack in answers], alignment, needed)
+        for question, answers, alignment, needed in answered
+        for i, indices in enumerate(question.answers)
+        for index in indices
+    }

@@ -1,0 +1,349 @@
+"""One forward of the model: logits at the positions asked for, with the point put at the hook."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from llm_attack.lm.engine.nearest import Nearest
+from llm_attack.lm.network.hook import capture, edit_input, edit_output
+from llm_attack.lm.network.rotary import Rotary
+from llm_attack.lm.packing.pack import Entries, Inputs, Pack
+from llm_attack.lm.packing.prefix import Prefixes, space
+
+if TYPE_CHECKING:
+    from llm_attack.lm.engine.hookpoints import Skip
+
+
+class Scores(NamedTuple):
+    """The model's scores of E predictions, each (E,).
+
+    Attributes:
+        log_prob: log-probability.
+        greedy: whether the token is the likeliest.
+    """
+
+    log_prob: Tensor
+    greedy: Tensor
+
+
+class Forward(NamedTuple):
+    """A part of a pack that goes through the model at once.
+
+    Attributes:
+        rows: which; None: all.
+        inputs: what the model reads of them.
+    """
+
+    rows: list[int] | None
+    inputs: Inputs
+
+    @property
+    def place(self) -> tuple[list[int] | slice, slice]:
+        """Index of its tokens into (B, L, ...)."""
+        start = self.inputs.prefix
+        columns = slice(start, start + self.inputs.tokens.shape[1])
+        return slice(None) if self.rows is None else self.rows, columns
+
+    def among(self, positions: Tensor, pack: Pack) -> tuple[Tensor, Tensor]:
+        """Which of `positions`, flat indices into the pack's B x L, it has, and where it has them.
+
+        Both are (P,): booleans, and flat indices into its own tokens.
+        """
+        rows, length = pack.input_ids.shape
+        row, column = positions // length, positions % length - self.inputs.prefix
+        place = row.new_full((rows,), -1)
+        place[self.place[0]] = torch.arange(len(self.inputs.tokens), device=row.device)
+        return place[row] >= 0, place[row] * self.inputs.tokens.shape[1] + column
+
+
+class Scorer:
+    """Runs a causal language model on packs.
+
+    Args:
+        model: a transformers causal LM (or a PEFT model round one).
+        hookpoint: the module whose output is the point.
+        autocast: dtype of mixed precision, or None.
+        softmax_dtype: dtype of log-probabilities; float32 unless told.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        hookpoint: nn.Module,
+        autocast: torch.dtype | None = None,
+        softmax_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.model = model
+        self.hookpoint = hookpoint
+        self.autocast = autocast
+        self.softmax_dtype = softmax_dtype or torch.float32
+        self.head = model.get_output_embeddings()
+        self.rotary = Rotary(model)
+        self.prefixes = Prefixes()
+        self.skip: Skip | None = None
+        self.limit = sys.maxsize
+        """Tokens of a forward at most, unless a row has more."""
+        self.nearest = None
+        if isinstance(hookpoint, nn.Embedding) and hookpoint is model.get_input_embeddings():
+            self.nearest = Nearest(hookpoint, hookpoint.num_embeddings)
+        base = getattr(model, "get_base_model", lambda: model)()  # inside a PEFT model
+        takes_cache = "use_cache" in inspect.signature(base.forward).parameters
+        self.options = {"use_cache": False} if takes_cache else {}
+
+    def point(self, pack: Pack) -> Tensor:
+        """The clean point of `pack`, (B, L, H); 0 at its prefix."""
+        forwards = self._forwards(pack)
+        found = [capture(self.hookpoint, partial(self._forward, f.inputs)) for f in forwards]
+        return self.whole(pack, *found)
+
+    def whole(self, pack: Pack, *parts: Tensor) -> Tensor:
+        """(B, L, H) from the parts that the forwards of `pack` have; 0 at its prefix.
+
+        It is on the pack's device, wherever that part of the model is.
+        """
+        forwards, device = self._forwards(pack), pack.input_ids.device
+        if len(forwards) == 1 and not pack.prefix:
+            return parts[0].to(device)
+        x = parts[0].new_zeros(*pack.input_ids.shape, parts[0].shape[-1], device=device)
+        for forward, part in zip(forwards, parts, strict=True):
+            x[forward.place] = part
+        return x
+
+    def __call__(
+        self,
+        pack: Pack,
+        entries: Entries,
+        point: Tensor | None = None,
+        below: Tensor | None = None,
+    ) -> Scores:
+        """Scores of `entries`; with `point`, (B, L, H), in place of the hookpoint's output.
+
+        With `below`, (B, L, H), in place of what the blocks of `skip` return, which do not run.
+        """
+        forwards = self._forwards(pack)
+        if len(forwards) == 1 or not self._divides(pack):
+            logits = self.logits(pack, entries.positions, point, below)
+            return self._look_up(pack, entries, logits)
+        of_entries = entries.positions[entries.slot]
+        found, order = [], []
+        for forward in forwards:
+            has, _ = forward.among(of_entries, pack)
+            (here,) = has.nonzero(as_tuple=True)
+            positions, slot = of_entries[here].unique(return_inverse=True)
+            part = replace(entries, positions=positions, slot=slot, target=entries.target[here])
+            of_part = partial(self._part, pack, forward, part)
+            # what a part keeps for the backward is computed anew there, a part at a time
+            found.append(checkpoint(of_part, point, below, use_reentrant=False))
+            order.append(here)
+        back = torch.cat(order).argsort()
+        return Scores(*(torch.cat(of)[back] for of in zip(*found, strict=True)))
+
+    def _look_up(self, pack: Pack, entries: Entries, logits: Tensor) -> Scores:
+        slot, target = entries.slot.to(logits.device), entries.target.to(logits.device)
+        scores = look_up(logits, slot, target, self.softmax_dtype)
+        # a model split over devices answers on its last one
+        return Scores(*(s.to(pack.input_ids.device) for s in scores))
+
+    def _divides(self, pack: Pack) -> bool:
+        """Whether the pack is too large for one forward."""
+        return pack.space > self.limit and len(pack.input_ids) > 1
+
+    def _part(
+        self, pack: Pack, forward: Forward, entries: Entries, point: Tensor | None, below: Any
+    ) -> Scores:
+        """Scores of `entries`, which are in these rows."""
+        logits = self._logits(pack, forward, entries.positions, point, below)
+        return self._look_up(pack, entries, logits)
+
+    def together(self, pack: Pack) -> bool:
+        """Whether all rows of `pack` go through the model in one forward."""
+        return len(self._forwards(pack)) == 1
+
+    def logits(
+        self,
+        pack: Pack,
+        positions: Tensor,
+        point: Tensor | None = None,
+        below: Tensor | None = None,
+    ) -> Tensor:
+        """(P, V) logits at `positions`, flat indices into the pack's B x L.
+
+        Hidden states are gathered before the head, so that the (B, L, V) tensor never exists; what
+        an architecture does behind its head (scaling, soft-capping) is still its own.
+        """
+        forwards = self._forwards(pack)
+        if len(forwards) == 1:
+            return self._logits(pack, forwards[0], positions, point, below)
+        found, order = [], []
+        for forward in forwards:
+            (here,) = forward.among(positions, pack)[0].nonzero(as_tuple=True)
+            found.append(self._logits(pack, forward, positions[here], point, below))
+            order.append(here)
+        logits = torch.cat(found)
+        return logits[torch.cat(order).argsort().to(logits.device)]
+
+    def _forwards(self, pack: Pack) -> list[Forward]:
+        """The rows that may share a forward, and what it reads: all at once for most models."""
+        if pack.prefix:
+            self.prefixes.remember(pack.prefix, partial(self._cache, pack))
+        longest: dict[tuple[int, ...], int] = {}
+        rows: dict[tuple[int, ...], list[int]] = {}
+        for row, length in enumerate(pack.longest):
+            scale = self.rotary.scale(length)
+            rows.setdefault(scale, []).append(row)
+            longest[scale] = max(length, longest.get(scale, 0))
+        if len(rows) == 1 and not self._divides(pack):
+            return [Forward(None, pack.inputs)]
+        # a tree's positions are given, those of a row are counted, padding included
+        whole = None if pack.end is None else pack.input_ids.shape[1]
+        found, before = [], len(pack.prefix)
+        for scale, of in rows.items():
+            length = whole or longest[scale]
+            step = max(1, self.limit // space(length, before))
+            parts = [of[i : i + step] for i in range(0, len(of), step)]
+            found += [Forward(part, pack.inputs.part(part, length - before)) for part in parts]
+        return found
+
+    @torch.no_grad()
+    def _cache(self, pack: Pack) -> Any:
+        """Keys and values of the pack's prefix, for one row."""
+        tokens = pack.input_ids[:1, : len(pack.prefix)]
+        with ExitStack() as stack:
+            if self.head is not None:  # whose logits nobody needs
+                stack.enter_context(edit_input(self.head, lambda hidden: hidden[:, -1:]))
+            stack.enter_context(self._set_up(tokens))
+            return self.model(input_ids=tokens, use_cache=True).past_key_values
+
+    def _logits(
+        self,
+        pack: Pack,
+        forward: Forward,
+        positions: Tensor,
+        point: Tensor | None,
+        below: Tensor | None,
+    ) -> Tensor:
+        """The same of one forward, which has all `positions`."""
+        inputs = forward.inputs
+        rows, columns = inputs.tokens.shape
+        if rows * columns != pack.input_ids.numel():
+            _, positions = forward.among(positions, pack)
+            point, below = (None if x is None else x[forward.place] for x in (point, below))
+        gathered = False
+
+        def gather(hidden: Tensor) -> Tensor:
+            nonlocal gathered
+            gathered = True
+            hidden = hidden[:, hidden.shape[1] - columns :]  # virtual tokens of prompt tuning
+            return hidden.reshape(rows * columns, -1)[positions.to(hidden.device)].unsqueeze(0)
+
+        with ExitStack() as stack:
+            if below is not None and self.skip is not None:
+                stack.enter_context(self.skip.over(below))
+            if point is not None:
+                # a copy, as some models write to what a module returns
+                put = partial(_copied, point)
+                stack.enter_context(edit_output(self.hookpoint, put))
+            if self.head is not None:
+                stack.enter_context(edit_input(self.head, gather))
+            logits = self._forward(inputs).logits
+        if gathered:
+            return logits[0]
+        logits = logits[:, logits.shape[1] - columns :]
+        return logits.reshape(rows * columns, -1)[positions.to(logits.device)]
+
+    def _forward(self, inputs: Inputs):
+        options: dict[str, Any] = dict(self.options)
+        mask = inputs.attention(self.model.dtype)
+        if mask is not None:
+            options |= {"attention_mask": mask, "position_ids": inputs.depth}
+        if inputs.prefix:
+            past = self.prefixes.rows(len(inputs.tokens))
+            options |= {"past_key_values": past, "use_cache": True}
+        with self._set_up(inputs.tokens):
+            return self.model(input_ids=inputs.tokens, **options)
+
+    @contextmanager
+    def _set_up(self, tokens: Tensor) -> Iterator[None]:
+        """What a forward over `tokens` runs in."""
+        mixed = self.autocast is not None
+        with (
+            self.rotary.fresh(),
+            torch.autocast(tokens.device.type, dtype=self.autocast, enabled=mixed),
+        ):
+            yield
+
+
+def _copied(point: Tensor, output: Tensor) -> Tensor:
+    """A copy of `point` where `output` is."""
+    return point.to(output.device, copy=True)
+
+
+def look_up(logits: Tensor, slot: Tensor, target: Tensor, dtype: torch.dtype) -> Scores:
+    """Scores, computed in `dtype`, of the tokens `target` (E,) at the rows `slot` (E,) of `logits`.
+
+    `logits` are (P, V). Log-probability and gradient keep their precision where a model is sure of
+    a token: there the gradient of log-softmax, p - 1, is nothing but rounding error, and an attack
+    that follows its sign follows noise. Here the probability of the rest is summed without the
+    likeliest token.
+    """
+    log_prob, greedy = _LogSoftmaxAt.apply(logits, slot, target, dtype)
+    return Scores(log_prob, greedy)
+
+
+class _LogSoftmaxAt(torch.autograd.Function):
+    """Log-softmax at a few places, in passes over slices that stay in the cache.
+
+    Besides the logits themselves, nothing of their size is ever kept, and one tensor is made: their
+    gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, slot: Tensor, target: Tensor, dtype: torch.dtype):
+        best = logits.argmax(-1)
+        top = logits.gather(-1, best[:, None]).to(dtype)
+        rest = torch.empty_like(top)  # odds against the likeliest token
+        for part in _slices(logits):
+            odds = (logits[part].to(dtype) - top[part]).exp_()
+            odds.scatter_(-1, best[part, None], 0)
+            torch.sum(odds, -1, keepdim=True, out=rest[part])
+        ctx.save_for_backward(logits, best, top, rest, slot, target)
+        ctx.dtype = dtype
+        greedy = target == best[slot]
+        ctx.mark_non_differentiable(greedy)
+        relative = logits[slot, target].to(dtype) - top[slot, 0]
+        return relative - rest.log1p()[slot, 0], greedy
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor, _: None):
+        logits, best, top, rest, slot, target = ctx.saved_tensors
+        total = upstream.new_zeros(len(logits)).index_add(0, slot, upstream)
+        sure = target == best[slot]
+        of_best = upstream.new_zeros(len(logits)).index_add(0, slot, upstream * sure)
+        scale = total[:, None] / (1 + rest)
+        gradient = torch.empty_like(logits)
+        for part in _slices(logits):
+            odds = (logits[part].to(ctx.dtype) - top[part]).exp_()
+            gradient[part] = odds.mul_(-scale[part])
+        # the likeliest token's own, without the difference 1 - p
+        own = (of_best * rest[:, 0] - (total - of_best)) / (1 + rest[:, 0])
+        gradient.scatter_(-1, best[:, None], own[:, None].to(gradient))
+        others = (upstream * ~sure).to(gradient)
+        return gradient.index_put_((slot, target), others, accumulate=True), None, None, None
+
+
+def _slices(logits: Tensor) -> list[slice]:
+    """Of the rows of `logits`, such that one is about 4 MB on a CPU, 256 MB elsewhere."""
+    elements = 2**20 if logits.device.type == "cpu" else 2**26
+    step = max(1, elements // max(1, logits.shape[1]))
+    return [slice(i, i + step) for i in range(0, len(logits), step)]

@@ -1,0 +1,115 @@
+"""The model's blocks: recomputed in the backward pass, or compiled, one by one.
+
+Not the model as a whole: hooks come and go at the embedding and at the head, and a compiled graph
+does not notice.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from llm_attack.base.errors import UsageError
+from llm_attack.lm.settings import EngineSettings
+
+
+def prepare(model: PreTrainedModel, settings: EngineSettings, hookpoint: nn.Module) -> None:
+    """Makes the blocks recomputed or compiled, as `settings` say.
+
+    Raises:
+        UsageError: as of `blocks`.
+    """
+    if settings.gradient_checkpointing:
+        for block in blocks(model, "gradient_checkpointing"):
+            recompute(block)
+    if settings.compile:
+        for block in blocks(model, "compile"):
+            if hookpoint not in block.modules():  # whose hook would not be seen
+                compiled(block)
+
+
+def blocks(model: PreTrainedModel, argument: str) -> list[nn.Module]:
+    """The model's blocks.
+
+    Raises:
+        UsageError: none are known of this model; `argument` is what asked for them.
+    """
+    found = known_blocks(model)
+    if not found:
+        raise UsageError(
+            f"{argument}=True: must be False for {type(model).__name__}, whose blocks transformers"
+            " does not name"
+        )
+    return found
+
+
+def known_blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules that transformers never splits over devices: the transformer's blocks, if any.
+
+    Of those that are inside of others (Mamba's mixers) the outermost.
+    """
+    found = [
+        block
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel)
+        for names in [getattr(module, "_no_split_modules", None) or ()]
+        for block in module.modules()
+        if type(block).__name__ in names
+    ]
+    inside = {module for block in found for module in block.modules() if module is not block}
+    return [block for block in dict.fromkeys(found) if block not in inside]
+
+
+def recompute(block: nn.Module) -> None:
+    """From now on only `block`'s input is kept for the backward pass.
+
+    Unlike transformers' own gradient checkpointing it works in evaluation mode, without dropout,
+    and what hooks of modules inside the block did in the forward they do again in the backward
+    pass, though they are gone by then.
+    """
+    forward = block.forward
+
+    @functools.wraps(forward)
+    def checkpointed(*args, **kwargs):
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        inside = [m for m in block.modules() if m is not block and m._forward_hooks]
+        hooks = [(module, dict(module._forward_hooks)) for module in inside]
+        return checkpoint(
+            forward,
+            *args,
+            use_reentrant=False,
+            context_fn=lambda: (nullcontext(), _again(hooks)),
+            **kwargs,
+        )
+
+    block.forward = checkpointed
+
+
+@contextmanager
+def _again(hooks: Sequence[tuple[nn.Module, dict[int, Callable]]]) -> Iterator[None]:
+    """While it lasts, the modules have these forward hooks and no others."""
+    now = [dict(module._forward_hooks) for module, _ in hooks]
+    try:
+        for module, then in hooks:
+            _set_hooks(module, then)
+        yield
+    finally:
+        for (module, _), of in zip(hooks, now, strict=True):
+            _set_hooks(module, of)
+
+
+def _set_hooks(module: nn.Module, hooks: dict[int, Callable]) -> None:
+    module._forward_hooks.clear()
+    module._forward_hooks.update(hooks)
+
+
+def compiled(block: nn.Module) -> None:
+    """From now on `block` runs compiled, for any batch size and length."""
+    block.forward = torch.compile(block.forward, dynamic=True)

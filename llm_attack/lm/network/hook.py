@@ -1,0 +1,190 @@
+"""The hookpoint: find a module by name, read its output, put another tensor in its place.
+
+Every function removes its own handles and no others, also when the forward raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llm_attack.base.errors import UsageError, closest
+
+
+def resolve(model: PreTrainedModel, hookpoint: str | None) -> nn.Module:
+    """The module at `hookpoint`, a dotted path of `model.named_modules()`; None: input embedding.
+
+    Raises:
+        UsageError: no module has that name.
+    """
+    if hookpoint is None:
+        return model.get_input_embeddings()
+    modules = dict(model.named_modules())
+    if hookpoint and hookpoint in modules:
+        return modules[hookpoint]
+    ends = [name for name in modules if name.endswith(f".{hookpoint}")]
+    meant = ends[0] if len(ends) == 1 else closest(hookpoint, modules)
+    raise _refused(hookpoint, modules, meant)
+
+
+def vocabulary_of(model: PreTrainedModel) -> int:
+    """How many tokens have an embedding."""
+    embedding: Any = model.get_input_embeddings()
+    return int(getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0])
+
+
+def try_out(model: PreTrainedModel, hookpoints: Iterable[str], input_ids: Tensor) -> None:
+    """Looks in a forward over some of `input_ids`, (1, L), whether perturbations there are some.
+
+    Raises:
+        UsageError: the module at one of `hookpoints` is not run once before the head, where the
+            hidden states are gathered that are scored, or its output is not of shape (batch,
+            sequence, hidden). Named is the module next to it of which all that is true.
+    """
+    rows = input_ids[:, :6].repeat(2, 1)  # two: some modules have one output for all rows
+    given = {name: resolve(model, name) for name in hookpoints}
+    found = faults(model, given, rows)
+    hookpoint = next((name for name in given if found.get(name, "is not run")), None)
+    if hookpoint is None:
+        return
+    modules = dict(model.named_modules())
+    good = [
+        name for name, of in faults(model, modules, rows).items() if not of or name == hookpoint
+    ]
+    before = good[: good.index(hookpoint)] if hookpoint in good else []
+    meant = before[-1] if before else closest(hookpoint, {*good} - {hookpoint})
+    fault = found.get(hookpoint, "is not run")
+    raise _refused(hookpoint, modules, meant, f"; this one {fault}")
+
+
+def faults(
+    model: PreTrainedModel, modules: dict[str, nn.Module], input_ids: Tensor
+) -> dict[str, str]:
+    """Tells what speaks against each module as a hookpoint, if anything, in the order of outputs.
+
+    Found in a forward over `input_ids`, (B, L); those that are not run are missing.
+    """
+    found: dict[str, str] = {}
+    runs = dict.fromkeys(modules, 0)
+    gathered = False
+
+    def gather(*_: object) -> None:
+        nonlocal gathered
+        gathered = True
+
+    def hook_of(name: str) -> Callable[..., None]:
+        def look(module: nn.Module, args: tuple, output: object) -> None:
+            runs[name] += 1
+            first = output[0] if isinstance(output, tuple) and output else output
+            if runs[name] > 1:
+                found[name] = f"is run {runs[name]} times"
+            elif gathered:
+                found[name] = "is at or behind the head"
+            elif not isinstance(first, Tensor):
+                found[name] = f"gives a {type(first).__name__}"
+            elif first.dim() != 3 or first.shape[:2] != input_ids.shape:
+                found[name] = f"gives {tuple(first.shape)} for {tuple(input_ids.shape)} tokens"
+            else:
+                found[name] = ""
+
+        return look
+
+    head = model.get_output_embeddings()
+    handles = [] if head is None else [head.register_forward_pre_hook(gather)]
+    handles += [module.register_forward_hook(hook_of(name)) for name, module in modules.items()]
+    try:
+        with torch.no_grad():
+            model(input_ids=input_ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _refused(
+    hookpoint: str, modules: dict[str, nn.Module], meant: str | None, reason: str = ""
+) -> UsageError:
+    hint = f"; did you mean {meant!r}?" if meant else ""
+    # a transformer block's path: the first name that ends in a number
+    ends = (name for name in modules if name.rsplit(".", 1)[-1].isdigit())
+    return UsageError(
+        f"hookpoint={hookpoint}: must be the dotted path of a module of the model that is run once,"
+        " before the head, and gives a tensor of shape (batch, sequence, hidden), such as"
+        f" {next(ends, 'model.layers.0')!r}{reason}{hint}"
+    )
+
+
+@contextmanager
+def edit_output(module: nn.Module, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While it lasts, `module` returns edit(output); of a tuple, its first element is edited."""
+
+    def hook(module: nn.Module, args: tuple, output):
+        if isinstance(output, tuple):
+            return (edit(output[0]), *output[1:])
+        return edit(output)
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def edit_input(module: nn.Module, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While it lasts, `module` gets edit(x) for its first positional argument x."""
+
+    def hook(module: nn.Module, args: tuple):
+        return (edit(args[0]), *args[1:])
+
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class _Stop(Exception):
+    """Ends a forward once the hookpoint's output is known."""
+
+
+def capture(module: nn.Module, forward: Callable[[], object]) -> Tensor:
+    """The output of `module` in `forward()`, detached; the forward stops right after it."""
+    seen: list[Tensor] = []
+
+    def keep(output: Tensor) -> Tensor:
+        seen.append(output.detach())
+        raise _Stop
+
+    with torch.no_grad(), edit_output(module, keep):
+        try:
+            forward()
+        except _Stop:
+            return seen[0]
+    raise RuntimeError(f"the model's forward never called the module at the hookpoint: {module}")
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """While it lasts, `model` is in evaluation mode and no parameter requires a gradient.
+
+    Modes and flags are restored after.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    training = [module for module in model.modules() if module.training]
+    for p in trainable:
+        p.requires_grad_(False)
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for p in trainable:
+            p.requires_grad_(True)
+        for module in training:
+            module.training = True

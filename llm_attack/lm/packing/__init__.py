@@ -1,0 +1,1 @@
+"""Questions as tensors: tries, positions, prefixes, batches, packs."""

@@ -1,0 +1,111 @@
+"""Which questions go through the model together, and in which layout: pure functions of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from llm_attack.lm.packing.prefix import space
+from llm_attack.lm.packing.questions import Question, Request
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The space that a batch of questions takes up.
+
+    Attributes:
+        rows: of the model's input.
+        length: of each row, padding included.
+    """
+
+    rows: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+    def __add__(self, other: Shape) -> Shape:
+        return Shape(self.rows + other.rows, max(self.length, other.length))
+
+
+def of_rows(question: Question, prefix: int = 0) -> Shape:
+    """The shape with a row per request, behind so many tokens that are computed once."""
+    return Shape(len(question.requests), space(question.longest, prefix))
+
+
+def of_tree(question: Question, prefix: int = 0) -> Shape:
+    """The shape as a tree, likewise."""
+    return Shape(1, space(len(question.trie), prefix))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Questions that go through the model together, as trees or with a row per request.
+
+    The first `prefix` tokens of all rows are the same, and computed once.
+    """
+
+    questions: list[Question]
+    trees: bool
+    prefix: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Of the model's input, padding included."""
+        shape = of_tree if self.trees else of_rows
+        return sum((shape(q, self.prefix) for q in self.questions), Shape(0, 0)).tokens
+
+    def halves(self) -> list[Batch]:
+        """Two batches, the last first."""
+        middle = len(self.questions) // 2
+        parts = self.questions[middle:], self.questions[:middle]
+        return [Batch(part, self.trees, self.prefix) for part in parts]
+
+
+def layouts(
+    questions: Iterable[Question], takes_tree: Callable[[Question], bool], shared: bool
+) -> tuple[list[Question], list[Question]]:
+    """The questions that become trees, and the others, which get a row per request.
+
+    Args:
+        questions: what is asked.
+        takes_tree: whether a question of several requests may be a tree.
+        shared: whether requests of a question are attacked together; where they are not, the
+            others are single requests, equal ones once.
+    """
+    alone: dict[Request, Question] = {}
+    trees, others = [], []
+    for q in questions:
+        if len(q.requests) > 1 and takes_tree(q):
+            trees.append(q)
+        elif shared:
+            others.append(q)
+        else:
+            for request, answers in zip(q.requests, q.answers, strict=True):
+                alone.setdefault(request, Question([request], [[]])).answers[0].extend(answers)
+    return trees, others + list(alone.values())
+
+
+def batched(
+    questions: Sequence[Question], shape: Callable[[Question], Shape], rows: int, tokens: int
+) -> list[list[Question]]:
+    """Questions in batches, longest first, of at most `rows` rows and `tokens` tokens with padding.
+
+    A question is never split, and has a batch of its own where it is larger than that. Which
+    questions share a batch depends on nothing but their tokens.
+    """
+    shapes = {id(q): shape(q) for q in questions}
+    order = sorted(
+        questions,
+        key=lambda q: (-shapes[id(q)].length, [(r.tokens, r.n_continuation) for r in q.requests]),
+    )
+    result: list[list[Question]] = []
+    filled = Shape(0, 0)
+    for question in order:
+        filled += shapes[id(question)]
+        if not result or filled.rows > rows or filled.tokens > tokens:
+            result.append([])
+            filled = shapes[id(question)]
+        result[-1].append(question)
+    return result

@@ -1,0 +1,282 @@
+"""Packs: a batch of questions as tensors, and which of the model's logits are looked at.
+
+Three layouts: a row per request; the same with perturbations that the choices share; a row per
+question, which is a tree: what its requests share as a prefix stands there once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from llm_attack.attacks import keys_for
+from llm_attack.lm.packing.positions import ALL, of_question, of_request
+from llm_attack.lm.packing.prefix import space
+from llm_attack.lm.packing.questions import Question, Request
+from llm_attack.lm.packing.trie import Trie, build
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Predictions to look up: E (position, token) pairs, at P distinct positions.
+
+    Attributes:
+        positions: (P,) flat indices into batch x sequence, where logits are needed, ascending.
+        slot: (E,) index into `positions`.
+        target: (E,) the token that is predicted there.
+        request: (E,) the request that the prediction belongs to, ascending.
+        continuation: (E,) whether the token is one of the request's continuation.
+    """
+
+    positions: Tensor
+    slot: Tensor
+    target: Tensor
+    request: Tensor
+    continuation: Tensor
+
+    def to(self, device: torch.device) -> Entries:
+        """The same entries with their tensors on `device`."""
+        return Entries(**{k: _send(v, device) for k, v in vars(self).items()})
+
+
+class Inputs(NamedTuple):
+    """What a forward of the model reads: rows of tokens, B of them, of length L.
+
+    Attributes:
+        tokens: (B, L) int64.
+        depth, end: (B, L) of the trees (see `Trie`); None with a row per request.
+        prefix: number of tokens before each row, whose keys and values are there already.
+    """
+
+    tokens: Tensor
+    depth: Tensor | None
+    end: Tensor | None
+    prefix: int = 0
+
+    def attention(self, dtype: torch.dtype) -> Tensor | None:
+        """(B, 1, L, prefix + L) added to the attention's scores; None: the model's own causal mask
+        will do.
+
+        A token sees itself and what is before it in some request of its own; padding sees itself.
+        With a row per request padding is behind all that is looked at, out of a causal model's
+        sight.
+        """
+        if self.end is None:
+            return None
+        at = torch.arange(self.end.shape[1], device=self.end.device)
+        seen = (at <= at[:, None]) & (at[:, None] < self.end[:, None, :])
+        seen = nn.functional.pad(seen, (self.prefix, 0), value=True)
+        scores = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+        return scores.masked_fill_(~seen, torch.finfo(dtype).min).unsqueeze(1)
+
+    def part(self, rows: Sequence[int], length: int) -> Inputs:
+        """The first `length` tokens of some rows."""
+        depth, end = (None if x is None else x[list(rows), :length] for x in self[1:3])
+        return Inputs(self.tokens[list(rows), :length], depth, end, self.prefix)
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Rows of tokens, padded on the right: B of them, of length L.
+
+    Attributes:
+        questions: what was packed.
+        input_ids: (B, L) int64.
+        mask: (B, L) booleans, False on padding.
+        scored: a prediction for each token of the continuations, in order of requests.
+        watched: what a loss may need: all tokens of the requests but their first, or the same as
+            `scored`.
+        kept: indices of `scored` among `watched`.
+        depth, end: (B, L) of the trees (see `Trie`); None with a row per request.
+        node: (B, L) with a row per request, where the point is shared: index of each token's node
+            among U (tokens of a question behind equal prefixes are one); padding is node 0.
+        first: (U,) flat index into B x L of a token of each node.
+        moves: (B, L), or (U,) where there are nodes, booleans: whether a token may be perturbed;
+            None: all but padding.
+        prefix: the first tokens of every row, which are computed once: none of them moves, and no
+            prediction is looked at before the last of them.
+    """
+
+    questions: Sequence[Question]
+    input_ids: Tensor
+    mask: Tensor
+    scored: Entries
+    watched: Entries
+    kept: Tensor
+    depth: Tensor | None = None
+    end: Tensor | None = None
+    node: Tensor | None = None
+    first: Tensor | None = None
+    moves: Tensor | None = None
+    prefix: tuple[int, ...] = ()
+
+    @cached_property
+    def requests(self) -> list[Request]:
+        return [r for q in self.questions for r in q.requests]
+
+    def to(self, device: torch.device) -> Pack:
+        """The same pack with its tensors on `device`."""
+        content = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {
+            name: value.to(device) if isinstance(value, Entries) else _send(value, device)
+            for name, value in content.items()
+            if isinstance(value, (Entries, Tensor))
+        }
+        return replace(self, **moved)
+
+    @property
+    def inputs(self) -> Inputs:
+        """All rows, behind the prefix."""
+        n = len(self.prefix)
+        depth, end = (None if x is None else x[:, n:] for x in (self.depth, self.end))
+        return Inputs(self.input_ids[:, n:], depth, None if end is None else end - n, n)
+
+    @property
+    def space(self) -> int:
+        """Tokens that it counts for, padding included."""
+        rows, length = self.input_ids.shape
+        return rows * space(length, len(self.prefix))
+
+    @property
+    def longest(self) -> list[int]:
+        """For each row, how many tokens the model reads for the longest request in it."""
+        if self.end is None:
+            return [len(r.inputs) for r in self.requests]
+        return [q.longest for q in self.questions]
+
+    def keys(self, seed: int) -> Tensor:
+        """Keys of random draws: (B,) hashes of the requests' own tokens; (B, L) or (U,) of the
+        tokens up to and including the node's, where the point is shared.
+        """
+        if self.end is None and self.node is None:
+            return torch.tensor([keys_for(seed, r.tokens) for r in self.requests])
+        tries = [q.trie.keys(seed) for q in self.questions]
+        if self.node is not None:
+            return torch.tensor([key for of_tree in tries for key in of_tree])
+        keys = torch.zeros(self.input_ids.shape, dtype=torch.int64)
+        for row, of_tree in zip(keys, tries, strict=True):
+            row[: len(of_tree)] = torch.tensor(of_tree)
+        return keys
+
+
+def pack_rows(
+    questions: Sequence[Question],
+    pad: int = 0,
+    *,
+    shared: bool = False,
+    whole: bool = False,
+    positions: str = ALL,
+    prefix: int = 0,
+) -> Pack:
+    """A row per request.
+
+    Args:
+        questions: what is packed.
+        pad: token id of padding.
+        shared: with the nodes of the questions' tries.
+        whole: the predictions of all tokens are watched, not only the continuations'.
+        positions: the tokens that may be perturbed; see `lm.packing.positions`.
+        prefix: how many tokens at the start of all requests are computed once.
+    """
+    rows = [build([r.inputs]) for q in questions for r in q.requests]
+    pack = _pack(questions, rows, pad, whole, prefix)
+    if not shared:
+        return _with_moves(pack, [of_request(r, positions) for r in pack.requests], positions)
+    node = np.zeros(pack.input_ids.shape, np.int64)
+    first = np.empty(sum(len(q.trie) for q in questions), np.int64)
+    row, base = 0, 0
+    for question in questions:
+        for path in question.trie.paths:
+            node[row, : len(path)] = base + path
+            first[base + path] = row * node.shape[1] + np.arange(len(path))
+            row += 1
+        base += len(question.trie)
+    moves = None
+    if positions != ALL:
+        moves = torch.from_numpy(np.concatenate([of_question(q, positions) for q in questions]))
+    return replace(pack, node=torch.from_numpy(node), first=torch.from_numpy(first), moves=moves)
+
+
+def pack_trees(
+    questions: Sequence[Question],
+    pad: int = 0,
+    *,
+    whole: bool = False,
+    positions: str = ALL,
+    prefix: int = 0,
+) -> Pack:
+    """A row per question, whose requests are a tree; arguments as of `pack_rows`."""
+    tries = [q.trie for q in questions]
+    pack = _pack(questions, tries, pad, whole, prefix)
+    length = pack.input_ids.shape[1]
+    depth = np.zeros((len(tries), length), np.int64)
+    end = np.tile(np.arange(1, length + 1), (len(tries), 1))
+    for row, trie in enumerate(tries):
+        depth[row, : len(trie)] = trie.depth
+        end[row, : len(trie)] = trie.end
+    pack = _with_moves(pack, [of_question(q, positions) for q in questions], positions)
+    return replace(pack, depth=torch.from_numpy(depth), end=torch.from_numpy(end))
+
+
+def _with_moves(pack: Pack, rows: Sequence[NDArray[np.bool_]], positions: str) -> Pack:
+    """The pack, whose rows' tokens may be perturbed where `rows` says so."""
+    if positions == ALL:
+        return pack
+    moves = np.zeros(pack.input_ids.shape, np.bool_)
+    for row, of_row in zip(moves, rows, strict=True):
+        row[: len(of_row)] = of_row
+    return replace(pack, moves=torch.from_numpy(moves))
+
+
+def _pack(
+    questions: Sequence[Question], tries: Sequence[Trie], pad: int, whole: bool, prefix: int
+) -> Pack:
+    """Rows with the tokens of `tries`, whose paths are the requests of `questions` in order."""
+    lengths = np.array([len(t) for t in tries])
+    length = int(lengths.max())
+    input_ids = np.full((len(tries), length), pad, np.int64)
+    for row, trie in enumerate(tries):
+        input_ids[row, : len(trie)] = trie.tokens
+    paths = [row * length + path for row, trie in enumerate(tries) for path in trie.paths]
+    requests = [r for q in questions for r in q.requests]
+    predicted = np.array([len(r.tokens) - 1 for r in requests])
+    request = np.repeat(np.arange(len(requests)), predicted)
+    at = np.concatenate([path[:n] for path, n in zip(paths, predicted, strict=True)])
+    target = np.concatenate([r.tokens[1:] for r in requests]).astype(np.int64)
+    left = np.arange(len(at)) - np.repeat(
+        predicted.cumsum(), predicted
+    )  # counted from the end: < 0
+    continuation = left >= -np.repeat([r.n_continuation for r in requests], predicted)
+    scored_of = continuation.nonzero()[0]
+    # what the prefix predicts of itself adds a constant to a loss
+    watched_of = (at % length >= prefix).nonzero()[0] if whole else scored_of
+
+    def entries(some: NDArray) -> Entries:
+        positions, slot = np.unique(at[some], return_inverse=True)
+        arrays = positions, slot, target[some], request[some], continuation[some]
+        return Entries(*map(torch.from_numpy, arrays))
+
+    scored = entries(scored_of)
+    return Pack(
+        questions,
+        input_ids=torch.from_numpy(input_ids),
+        mask=torch.arange(length) < torch.from_numpy(lengths)[:, None],
+        scored=scored,
+        watched=entries(watched_of) if whole else scored,
+        kept=torch.from_numpy(np.searchsorted(watched_of, scored_of)),
+        prefix=requests[0].tokens[:prefix],
+    )
+
+
+def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`, without waiting for the device."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

@@ -1,0 +1,1 @@
+"""From rows to numbers: accuracies, tests, pairs, the worst case."""

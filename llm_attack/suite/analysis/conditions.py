@@ -1,0 +1,248 @@
+"""What a condition is: one value that holds all that its numbers depend on.
+
+Names are for people: `bim@0.003` does not say how many steps there were. Whatever pairs, merges or
+ranks conditions of different runs compares `Condition`s. This module alone reads names, for the
+runs of earlier versions that recorded nothing else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from llm_attack.attacks import ATTACKS, Attack
+from llm_attack.attacks.settings import condition_name
+from llm_attack.base.declare import declared, names
+from llm_attack.base.errors import UsageError
+from llm_attack.lm.engine.hookpoints import EMBED
+from llm_attack.lm.losses import LOSSES
+from llm_attack.lm.settings import AttackSettings, EngineSettings
+from llm_attack.lm.units import ABSOLUTE, NEFTUNE, UNITS
+from llm_attack.suite.plan import Plan
+
+CONDITIONS = "conditions"  # where run.json and samples.parquet have them
+
+# Settings of a plan that are no part of a condition: they choose the model, the questions (which
+# are paired by the hash of their prompts) and the conditions, or say how a run is carried out.
+OF_THE_RUN = (
+    *("model", "model_args", "tasks", "limit", "include_path"),
+    *("attacks", "epsilons", "critical", "epsilon_max", "hookpoints"),
+    *("batch_size", "device", "equivalence", "shard", "ray", "ray_workers"),
+    *names(EngineSettings),
+)
+_DEFAULTS: dict[str, Any] = {
+    entry.name: entry.default
+    for kind in (Plan, AttackSettings)
+    for entry, _ in declared(kind)
+    if entry.name not in OF_THE_RUN
+}
+# The settings of prompts. The answers without an attack depend on these alone.
+PROMPT = tuple(
+    name
+    for name in names(Plan)
+    if name in _DEFAULTS.keys() - {*names(AttackSettings)} or name == "score"
+)
+
+_LABEL = re.compile(
+    rf"(?P<epsilon>[\d.]+(?:e[+-]?\d+)?)(?P<epsilon_unit>{'|'.join(UNITS)})?"
+    r"(?:-(?P<norm>l2_token|l2))?(?:@(?P<hookpoint>.+))?"
+)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """An attack and the settings that its numbers depend on; two that are equal may be paired.
+
+    Attributes:
+        name: for people, such as `bim@0.003`; not compared.
+        attack: a key of `ATTACKS`, or `worst`.
+        values: (setting, value) of each setting that the attack uses, by name.
+    """
+
+    name: str = field(compare=False)
+    attack: str
+    values: tuple[tuple[str, Any], ...]
+
+    @classmethod
+    def of(cls, name: str, values: Mapping[str, Any]) -> Condition:
+        """The condition with these settings; those that its attack does not use are left out.
+
+        Args:
+            name: of the condition.
+            values: settings by name, `attack` among them; one that is not there has its default.
+        """
+        known = {**_DEFAULTS, **values}
+        attack = str(known.pop("attack"))
+        used = _used(attack, known)
+        return cls(name, attack, tuple(sorted(used.items())))
+
+    def get(self, setting: str) -> Any:
+        """The value of a setting; None where the attack does not use it."""
+        return dict(self.values).get(setting)
+
+    @property
+    def label(self) -> str:
+        """The name without the attack: what conditions of other attacks in the same ball share."""
+        return self.name.removeprefix(condition_name(self.attack, ""))
+
+    @property
+    def ball(self) -> tuple[Any, ...]:
+        """What amplitudes of one run have in common if they can be compared with each other.
+
+        Amplitudes in any unit but that of NEFTune can, as the samples have them in the units of the
+        point; one of NEFTune is divided by the root of each question's tokens.
+        """
+        unit = self.get("epsilon_unit") == NEFTUNE
+        return (*(self.get(name) for name in ("norm", "hookpoint", "positions", "context")), unit)
+
+    def elsewhere(self) -> Condition:
+        """The same at the input embedding: what a sweep over hookpoints repeats at each."""
+        place = self.get("hookpoint")
+        values = tuple(pair for pair in self.values if pair[0] != "hookpoint")
+        return Condition(self.name.removesuffix(f"@{place}"), self.attack, values)
+
+    def named(self, attack: str) -> str:
+        """The name of another attack with this amplitude in this ball."""
+        return condition_name(attack, self.label)
+
+    def settings(self) -> dict[str, Any]:
+        """All of it by the names of settings, as it is stored."""
+        return {"attack": self.attack, **dict(self.values)}
+
+    def differences(self, other: Condition) -> list[tuple[str, Any, Any]]:
+        """(setting, value here, value there) of each setting in which two conditions differ.
+
+        Settings that one of the two does not use follow from others that differ, and are left out.
+        """
+        here, there = self.settings(), other.settings()
+        found = [
+            (name, here.get(name), there.get(name))
+            for name in {**here, **there}
+            if name not in here or name not in there or here[name] != there[name]
+        ]
+        return [of for of in found if of[0] in here and of[0] in there] or found
+
+
+Conditions = Mapping[str, Condition]
+
+
+def _used(attack: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of all settings, those that the numbers of an attack depend on, as they are resolved."""
+    kind = ATTACKS.get(attack)
+    if kind is None:  # of another version
+        return dict(values)
+    found = {name: value for name, value in values.items() if kind.uses(name)}
+    if attack == "none" or not found["epsilon"]:
+        still = PROMPT if attack == "none" else (*PROMPT, "epsilon")
+        return {name: value for name, value in found.items() if name in still}
+    loss = LOSSES.get(str(found["loss"]))
+    gold = kind.targeted or kind.minimal or (loss is not None and loss.gold)
+    if found["context"] is None:
+        found["context"] = "shared" if gold else "own"
+    if found["hookpoint"] is None:
+        found["hookpoint"] = EMBED
+    try:
+        steps = {name: found[name] for name in ("step_size", "restarts") if name in found}
+        of = Attack(attack, found["epsilon"], **steps)
+    except UsageError:  # of a damaged record
+        return found
+    if kind.iterative and (kind.adaptive or not kind.minimal):  # `fmn` has none unless given
+        found["step_size"] = of.step
+    if found.get("first_epsilon", 0) is None:
+        found["first_epsilon"] = of.epsilon / 16
+    unused = {
+        # the targeted ones and `fmn` follow scores of choices, whatever the loss makes of them
+        "loss": not kind.search and (not kind.gradient or kind.targeted or attack == "fmn"),
+        "seed": not of.draws,
+    }
+    return {name: value for name, value in found.items() if not unused.get(name)}
+
+
+def of_plan(
+    plan: Plan, conditions: Iterable[AttackSettings], attacks: Iterable[Attack]
+) -> dict[str, Condition]:
+    """The conditions of a run, by name.
+
+    Args:
+        plan: of the run.
+        conditions: their settings.
+        attacks: the same, resolved, which have the names.
+    """
+    prompt = {name: getattr(plan, name) for name in PROMPT}
+    return {
+        attack.condition: Condition.of(attack.condition, {**prompt, **settings.arguments()})
+        for settings, attack in zip(conditions, attacks, strict=True)
+    }
+
+
+def of_run(run: Mapping[str, Any], frame: pd.DataFrame) -> dict[str, Condition]:
+    """The conditions in a frame, by name.
+
+    Args:
+        run: what `run.json` holds. Runs of earlier versions have no `conditions` there: theirs are
+            put together from `settings`, `attacks` and the names.
+        frame: with the columns `condition` and `attack`.
+    """
+    stored, attacks = (_mapping(run.get(part)) for part in (CONDITIONS, "attacks"))
+    settings = {k: v for k, v in _mapping(run.get("settings")).items() if k in _DEFAULTS}
+    found = {}
+    for name, told in _told_by_names(frame).items():
+        values = _mapping(stored.get(name))
+        if "attack" not in values:
+            of = _mapping(attacks.get(name))
+            own = ("epsilon", "epsilon_unit", "norm", "context", "hookpoint")
+            values = settings | told | {k: of[k] for k in own if k in of}
+        found[name] = Condition.of(name, values)
+    return found
+
+
+def by_name(frame: pd.DataFrame) -> dict[str, Condition]:
+    """The conditions in a frame as their names tell them, for want of a record."""
+    return {name: Condition.of(name, told) for name, told in _told_by_names(frame).items()}
+
+
+def _told_by_names(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    columns = [name for name in ("condition", "attack", "epsilon", "hookpoint") if name in frame]
+    found = {}
+    for row in frame[columns].drop_duplicates("condition").to_dict("records"):
+        name, attack = str(row["condition"]), str(row["attack"])
+        values = {"attack": attack, "epsilon": row.get("epsilon", 0.0), "epsilon_unit": ABSOLUTE}
+        place = row.get("hookpoint", EMBED)
+        values["hookpoint"] = None if place == EMBED else place
+        parts = _LABEL.fullmatch(Condition(name, attack, ()).label)
+        values |= {k: v for k, v in parts.groupdict().items() if v} if parts else {}
+        found[name] = values | {"epsilon": float(values["epsilon"])}
+    return found
+
+
+def aligned(a: Conditions, b: Conditions) -> tuple[dict[str, str], dict[str, str], list[str]]:
+    """Names under which the conditions of two runs may be paired, and what differs in the others.
+
+    Equal conditions get the name that the first run has. Those that differ, but have the same name,
+    get one that says in what, such as `bim@0.003 (steps=2 vs steps=20)`.
+
+    Returns:
+        The new names of run a, those of run b, by the old ones, and a sentence for each name that
+        means two conditions.
+    """
+    of_a, of_b = {name: name for name in a}, {name: name for name in b}
+    sentences = []
+    for name, there in b.items():
+        same = next((known for known, here in a.items() if here == there), None)
+        if same is not None:
+            of_b[name] = same
+        elif name in a:
+            differing = a[name].differences(there)
+            pairs = "; ".join(f"{k}={x} vs {k}={y}" for k, x, y in differing)
+            of_a[name] = of_b[name] = f"{name} ({pairs})"
+            words = ", ".join(f"{k}={x} in a and {k}={y} in b" for k, x, y in differing)
+            sentences.append(f"{name} is not the same in both runs: {words}")
+    return of_a, of_b, sentences
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}

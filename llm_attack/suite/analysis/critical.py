@@ -1,0 +1,307 @@
+"""How far a question is from its nearest wrong answer: the robustness curve, and what foretells it.
+
+The critical epsilon of a question is the smallest amplitude that was found to change the answer: 0
+where the clean answer is wrong, infinite (censored) where none was found up to the largest tried.
+The share of questions whose critical epsilon is above epsilon is the robustness curve. Pure
+functions over the frame of `samples.parquet`.
+
+An answer is the first of the choices with the best score, as lm-eval takes it. The score is the
+run's (`score=`): the log-likelihood (`acc`), or that per character (`acc_norm`). What is compared
+with critical epsilons must be of the same score: `of_score` makes the frames for this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+
+from llm_attack.stats import ALPHA
+from llm_attack.suite.analysis.outcomes import gold_margin, right
+from llm_attack.suite.analysis.summary import MEAN
+
+ACC, ACC_NORM = "acc", "acc_norm"
+
+# The columns of answers by each score.
+_PREDICTIONS = {ACC: "prediction", ACC_NORM: "prediction_norm"}
+
+Numbers = NDArray[np.float64]
+
+RESAMPLES = 1000
+ALL = "all"  # stands in the column `task` of rows on the questions of all tasks
+
+# Of an attack on a question, what might foretell when it falls; the larger, the later.
+_FORETELL: dict[str, Callable[[pd.DataFrame], Any]] = {
+    "first_order": lambda clean: clean["first_order"],
+    "margin": gold_margin,
+    "cosine": lambda clean: -clean["cosine"].abs(),
+}
+_PROBE, _BASELINE = "first_order", "margin"
+_PLACE = ["task", "doc_id"]
+
+
+def score_of(run: Mapping[str, Any]) -> str:
+    """The score that the critical epsilons of a run are of; `run`: what `run.json` holds."""
+    return ACC_NORM if run.get("settings", {}).get("score") == ACC_NORM else ACC
+
+
+def judged(samples: pd.DataFrame, score: str) -> pd.DataFrame:
+    """The samples with critical epsilons that agree with the answers, as lm-eval judges those.
+
+    An attack judges on its way by sums in float64. Where lm-eval's, in float32, are the other way
+    round, its answers count: 0 where the clean one is wrong, infinite where the one at the point
+    that was found is right, the largest epsilon at most where it is wrong.
+
+    Args:
+        samples: as in `samples.parquet`.
+        score: of `score_of`.
+    """
+    if not looked_for(samples):
+        return samples
+    wrong = _right(samples, score) == 0
+    clean = samples.loc[wrong & (samples["condition"] == "none"), _PLACE]
+    at_first = pd.MultiIndex.from_frame(samples[_PLACE]).isin(pd.MultiIndex.from_frame(clean))
+    found = samples["critical_epsilon"].clip(upper=samples["epsilon"]).where(wrong, np.inf)
+    found = found.mask(at_first, 0.0).where(samples["critical_epsilon"].notna())
+    return samples.assign(critical_epsilon=found)
+
+
+def of_score(samples: pd.DataFrame, questions: pd.DataFrame, score: str) -> pd.DataFrame:
+    """The samples with `acc` and `log_likelihoods` in terms of one score.
+
+    Args:
+        samples: as in `samples.parquet`.
+        questions: as in `questions.parquet`.
+        score: of `score_of`; `acc_norm` wants the lengths of all choices.
+    """
+    if not looked_for(samples):
+        return samples
+    samples = samples.assign(acc=_right(samples, score))
+    if score == ACC:
+        return samples
+    lengths = samples[_PLACE].merge(questions[[*_PLACE, "lengths"]], how="left")["lengths"]
+    pairs = zip(samples["log_likelihoods"], lengths, strict=True)
+    return samples.assign(log_likelihoods=[np.divide(values, of) for values, of in pairs])
+
+
+def _right(samples: pd.DataFrame, score: str) -> pd.Series:
+    """1 where the answer is a right choice, else 0."""
+    pairs = zip(samples[_PREDICTIONS[score]], samples["gold"], strict=True)
+    return pd.Series([float(answer in gold) for answer, gold in pairs], samples.index, dtype=float)
+
+
+def stalled(samples: pd.DataFrame) -> dict[str, str]:
+    """For each condition of `fmn` with censored questions what has to be said of them."""
+    found = {}
+    others = samples[(samples["attack"] == "critical") & np.isfinite(samples["critical_epsilon"])]
+    for condition in looked_for(samples):
+        rows = samples[samples["condition"] == condition]
+        censored = rows[np.isinf(rows["critical_epsilon"])]
+        if rows["attack"].iloc[0] != "fmn" or censored.empty:
+            continue
+        text = (
+            f"fmn found no wrong answer for {len(censored)} of {len(rows)} questions. This does not"
+            " show that there is none: its steps can stall in front of the boundary"
+        )
+        if "critical" in set(samples["attack"]):
+            known = len(censored[_PLACE].merge(others[_PLACE].drop_duplicates()))
+            text += f"; critical found one for {known} of them"
+        found[condition] = text
+    return found
+
+
+def looked_for(samples: pd.DataFrame) -> list[str]:
+    """The conditions that looked for critical epsilons."""
+    if "critical_epsilon" not in samples:
+        return []
+    return list(samples.loc[samples["critical_epsilon"].notna(), "condition"].unique())
+
+
+def curve(values: Sequence[Numbers], epsilons: Numbers) -> Numbers:
+    """(epsilons,) mean over tasks of the share of critical epsilons above each epsilon."""
+    shares = [1 - np.searchsorted(np.sort(of), epsilons, "right") / len(of) for of in values]
+    return np.mean(shares, axis=0)
+
+
+def half_life(values: Sequence[Numbers]) -> float:
+    """The epsilon at which half of the clean accuracy is left (every task has the same weight).
+
+    Of one task the median critical epsilon of the questions that are right at first; infinite where
+    fewer fell, NaN where none was right.
+    """
+    all_values = np.concatenate(values)
+    weights = np.concatenate([np.full(len(of), 1 / len(of)) for of in values])
+    right = all_values > 0
+    order = np.argsort(all_values[right])
+    fallen = weights[right][order].cumsum()
+    if not len(fallen):
+        return np.nan
+    # half of the weight up to rounding
+    at = np.searchsorted(fallen, fallen[-1] / 2 * (1 - 1e-12))
+    return float(all_values[right][order][at])
+
+
+def area(values: Sequence[Numbers], largest: float) -> float:
+    """Area under the curve from 0 to `largest`, over `largest`: the mean accuracy up to there."""
+    if largest == 0:
+        return float(curve(values, np.zeros(1))[0])
+    return float(np.mean([np.minimum(of, largest).mean() / largest for of in values]))
+
+
+def robustness(samples: pd.DataFrame) -> pd.DataFrame:
+    """The frame of `critical.csv`: a row per task and condition that looked for critical epsilons.
+
+    Returns:
+        Columns: `task`, `condition`, `epsilon_max`, `n` questions, `acc` clean accuracy, `censored`
+        questions, `median`: the epsilon at which half of the clean accuracy is left, `area`: mean
+        accuracy over all epsilons up to the largest; `..._low` and `..._high`: their 95 % bootstrap
+        intervals (percentiles, `RESAMPLES` of the questions of each task). The last row of a
+        condition is of the mean over tasks.
+    """
+    rows: list[dict[str, Any]] = []
+    for condition in looked_for(samples):
+        of_condition = samples[samples["condition"] == condition]
+        largest = float(of_condition["epsilon"].iloc[0])
+        tasks = of_tasks(of_condition)
+        groups = {**{task: [values] for task, values in tasks.items()}, MEAN: list(tasks.values())}
+        for task, values in groups.items():
+            drawn = list(_redrawn(values))
+            row = {
+                "task": task,
+                "condition": condition,
+                "epsilon_max": largest,
+                "n": sum(map(len, values)),
+                "acc": float(curve(values, np.zeros(1))[0]),
+                "censored": int(sum(np.isinf(of).sum() for of in values)),
+            }
+            statistics: dict[str, Callable[[Sequence[Numbers]], float]] = {
+                "median": half_life,
+                "area": partial(area, largest=largest),
+            }
+            for name, of in statistics.items():
+                low, high = _interval([of(again) for again in drawn])
+                row |= {name: of(values), f"{name}_low": low, f"{name}_high": high}
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def against_fixed(samples: pd.DataFrame) -> pd.DataFrame:
+    """The curves beside the attacks of the run at one epsilon: a row for each pair.
+
+    Returns:
+        Columns: `condition` that looked for critical epsilons, `attack`: the condition compared
+        with, `epsilon`, `curve`: the curve's accuracy there, `acc`: the attack's, both means over
+        tasks.
+    """
+    rows = []
+    fixed = samples[samples["critical_epsilon"].isna() & (samples["epsilon"] > 0)]
+    for condition in looked_for(samples):
+        values = list(of_tasks(samples[samples["condition"] == condition]).values())
+        for attack, group in fixed.groupby("condition", sort=False):
+            epsilon = float(group["epsilon"].iloc[0])
+            row = {"condition": condition, "attack": attack, "epsilon": epsilon}
+            row["curve"] = float(curve(values, np.array([epsilon]))[0])
+            row["acc"] = float(right(group).groupby(group["task"]).mean().mean())
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def foretold(samples: pd.DataFrame) -> pd.DataFrame:
+    """The frame of `foretold.csv`: what is known at the clean point against what attacks find.
+
+    Of the questions that are right without an attack. `first_order` is the estimate of the critical
+    epsilon from one gradient, `margin` the gold's log-likelihood minus the best of the others',
+    `cosine` minus the absolute cosine of embeddings and gradient (arXiv 2603.19562).
+
+    Returns:
+        A row per task, `ALL` together last, and predictor. Columns: `task`, `condition` that is
+        foretold, `measure`: `spearman`, the rank correlation with critical epsilons (censored ones
+        are equal and the largest), or `auroc`, the probability that of a question that falls and
+        one that does not the first has the smaller value; `predictor`, `n` questions, `value`,
+        `low`, `high`: its 95 % bootstrap interval (percentiles, `RESAMPLES` of the questions of
+        each task). The predictor "first_order - margin" is their difference on the same questions.
+    """
+    clean = samples[samples["condition"] == "none"]
+    if clean.empty or not looked_for(samples) or clean["first_order"].isna().all():
+        return pd.DataFrame()
+    known = pd.DataFrame({name: of(clean) for name, of in _FORETELL.items()})
+    known = pd.concat([clean[_PLACE], known], axis=1)[right(clean)].dropna()
+    rows = []
+    for condition, group in samples.groupby("condition", sort=False):
+        searched = group["critical_epsilon"].notna().all()
+        if condition == "none" or (not searched and group["attack"].iloc[0] != "fgsm"):
+            continue
+        measure = "spearman" if searched else "auroc"
+        outcome = group["critical_epsilon"] if searched else right(group).astype(float)
+        pairs = known.merge(group[_PLACE].assign(outcome=outcome), on=_PLACE)
+        if pairs.empty:
+            continue
+        for task, of_task in [*pairs.groupby("task", sort=False), (ALL, pairs)]:
+            place = {"task": task, "condition": condition, "measure": measure}
+            rows += [{**place, **row} for row in _measured(of_task, measure)]
+    return pd.DataFrame(rows)
+
+
+def _measured(pairs: pd.DataFrame, measure: str) -> Iterator[dict[str, Any]]:
+    of = _MEASURES[measure]
+    outcome = pairs["outcome"].to_numpy(float)
+    groups = [index for _, index in sorted(pairs.groupby("task", sort=False).indices.items())]
+    again = np.array([np.concatenate(draw) for draw in _redrawn(groups)])
+    found, drawn = {}, {}
+    for name in _FORETELL:
+        known = pairs[name].to_numpy(float)
+        found[name] = of(known[None], outcome[None])[0]
+        drawn[name] = of(known[again], outcome[again])
+    name = f"{_PROBE} - {_BASELINE}"
+    for of_all in (found, drawn):
+        of_all[name] = of_all[_PROBE] - of_all[_BASELINE]
+    for name, value in found.items():
+        low, high = _interval(drawn[name])
+        yield {"predictor": name, "n": len(pairs), "value": value, "low": low, "high": high}
+
+
+def _spearman(known: Numbers, outcome: Numbers) -> Numbers:
+    """(R,) rank correlations of the rows of two (R, n); NaN where one is constant."""
+    ranks = [rankdata(of, axis=1) for of in (known, outcome)]
+    a, b = (of - of.mean(1, keepdims=True) for of in ranks)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (a * b).sum(1) / np.sqrt((a * a).sum(1) * (b * b).sum(1))
+
+
+def _auroc(known: Numbers, stands: Numbers) -> Numbers:
+    """(R,) areas under the ROC curve, from the rank sums of Mann and Whitney."""
+    upper, n = stands.sum(1), stands.shape[1]
+    ranks = (rankdata(known, axis=1) * stands).sum(1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (ranks - upper * (upper + 1) / 2) / (upper * (n - upper))
+
+
+_MEASURES = {"spearman": _spearman, "auroc": _auroc}
+
+
+def of_tasks(rows: pd.DataFrame) -> dict[str, Numbers]:
+    """The critical epsilons of each task's questions."""
+    groups = rows.groupby("task", sort=False)["critical_epsilon"]
+    return {str(task): values.to_numpy(float) for task, values in groups}
+
+
+def _redrawn(values: Sequence[NDArray[Any]]) -> Iterator[list[NDArray[Any]]]:
+    """Each task's values drawn again with replacement, `RESAMPLES` times; always the same draws."""
+    generator = np.random.default_rng(0)
+    for _ in range(RESAMPLES):
+        yield [of[generator.integers(len(of), size=len(of))] for of in values]
+
+
+def _interval(values: Sequence[float] | Numbers) -> tuple[float, float]:
+    """Percentiles of what resamples gave; those that are infinite included, undefined ones not."""
+    defined = np.asarray(values)[~np.isnan(values)]
+    if not len(defined):
+        return np.nan, np.nan
+    ends = [100 * ALPHA / 2, 100 * (1 - ALPHA / 2)]
+    low, high = np.percentile(defined, ends, method="inverted_cdf")
+    return float(low), float(high)

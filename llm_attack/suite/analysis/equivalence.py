@@ -1,0 +1,43 @@
+"""Whether differences are shown to be small. Imports neither torch nor lm-eval."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from llm_attack.base.errors import UsageError
+from llm_attack.stats import detectable, equivalence_test
+from llm_attack.suite import plan
+from llm_attack.suite.analysis.summary import MEAN, holm_over_tasks
+
+
+def with_equivalence(table: pd.DataFrame, within: float | None) -> pd.DataFrame:
+    """A table and, where `within` is given, whether its differences are that small at most.
+
+    Args:
+        table: of `summarise`, or of `pairs.paired`.
+        within: points of a percent, stated before the numbers were seen.
+
+    Returns:
+        The table, with three columns more: `within`, `p_equivalence` (`equivalence_test`: small
+        where the difference from `none`, or between the runs, is shown to be no larger), and
+        `p_equivalence_holm`, adjusted over the tasks of a condition; of a mean there is one.
+
+    Raises:
+        UsageError: `within` is not above 0 and at most 100, or nothing is compared.
+    """
+    if within is None:
+        return table
+    within = plan.within(within)
+    measured = "drop" if "drop" in table else "difference"
+    compared = table[measured].notna()
+    if not compared.any():
+        raise UsageError(f"equivalence={within:g}: must go with conditions beside none, and none")
+    table, tasks = table.assign(within=within, p_equivalence=np.nan), table["task"] != MEAN
+    errors = table.loc[compared, "detectable"] / detectable([1])
+    table.loc[compared, "p_equivalence"] = equivalence_test(
+        table.loc[compared, measured], errors, within
+    )
+    table["p_equivalence_holm"] = table["p_equivalence"]
+    table.loc[tasks, "p_equivalence_holm"] = holm_over_tasks(table[tasks], "p_equivalence")
+    return table

@@ -1,0 +1,154 @@
+"""Two runs compared on the questions that both asked."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from llm_attack.base.errors import UsageError
+from llm_attack.suite.analysis.changes import compared
+from llm_attack.suite.analysis.conditions import Conditions, aligned
+from llm_attack.suite.analysis.outcomes import (
+    ACC,
+    CHOICE,
+    HIGHER,
+    kind_of,
+    measured,
+    sources,
+    with_scores,
+)
+from llm_attack.suite.analysis.summary import KEYS, SCORE, holm_over_tasks, with_means
+
+_OUTCOMES = ("acc", "gold_probability")
+
+
+def paired(
+    samples_a: pd.DataFrame,
+    questions_a: pd.DataFrame,
+    samples_b: pd.DataFrame,
+    questions_b: pd.DataFrame,
+    conditions: tuple[Conditions, Conditions] | None = None,
+) -> pd.DataFrame:
+    """Compares run b with run a on the questions that both asked in the same words.
+
+    A pair of conditions that have the same name and differ is shown under a name that says in what
+    (`conditions.aligned`).
+
+    Args:
+        samples_a: a row per question and condition, as in `samples.parquet`.
+        questions_a: a row per question, as in `questions.parquet`. Questions are paired where
+            `task`, `doc_id` and `doc_hash` agree.
+        samples_b: of the other run.
+        questions_b: of the other run.
+        conditions: of the runs; None: conditions of the same name are the same.
+
+    Returns:
+        A row per task and condition that both runs have, in the order of run a, then for every
+        condition the mean over tasks. Columns: `task`, `condition`, `n` questions paired,
+        `left_out`: questions of either run that found no partner, `acc_a`, `acc_b`, `difference`:
+        accuracy in b minus accuracy in a, in points of a percent, `difference_low`,
+        `difference_high`: its 95 % interval (`paired_interval`; of a mean: `mean_interval`),
+        `detectable`: the smallest difference that so many questions show with power 0.8, `lost`:
+        questions right in a and wrong in b, `gained`: the reverse, `p_mcnemar`: exact test
+        (`sign_test`), `p_mcnemar_holm`: adjusted over the tasks of a condition; `clusters`,
+        `design_effect` and, of the second outcome, `gold_difference...` and `p_gold_probability`
+        as in `summarise`.
+
+    Raises:
+        UsageError: the runs share no task, no condition or no question.
+    """
+    samples_a, samples_b, _ = _aligned(samples_a, samples_b, conditions)
+    for key in KEYS:
+        ours, theirs = samples_a[key].unique(), samples_b[key].unique()
+        if not set(ours) & set(theirs):
+            raise UsageError(
+                f"compare: the runs share no {key}: {', '.join(ours)} against {', '.join(theirs)}"
+            )
+    question, place = ["task", "doc_id", "doc_hash"], ["task", "doc_id"]
+    same = questions_a[question].merge(questions_b[question])[place]
+    if same.empty:
+        raise UsageError("compare: the runs share no question: their prompts differ")
+    asked = pd.concat([questions_a[place], questions_b[place]]).drop_duplicates()["task"]
+    asked_of_task = asked.value_counts()
+    columns = [*place, "condition", *_OUTCOMES]
+    a, b = (
+        with_scores(run).assign(**measured(run), source=sources(run))
+        for run in (samples_a, samples_b)
+    )
+    _check_scores(a, b)
+    pairs = a[[*columns, "source", *SCORE]].merge(
+        b[columns], on=columns[:3], suffixes=("_a", "_b"), validate="one_to_one"
+    )
+    pairs = pairs.merge(same, on=place)
+    of_a, of_b = ({key: f"{key}_{run}" for key in _OUTCOMES} for run in "ab")
+    rows = []
+    for _, group in pairs.groupby("task", sort=False):  # of either run, what its values need
+        values = [*group["acc_a"], *group["acc_b"]]
+        pairs.loc[group.index, "kind"] = kind_of(values, group["kind"].iloc[0])
+    for (task, condition), group in pairs.groupby(KEYS, sort=False):
+        n, found = len(group), compared(group, of_a, of_b)
+        rows.append(
+            {
+                **{"task": task, "condition": condition, "n": n},
+                **{key: group[key].iloc[0] for key in SCORE},
+                **{"left_out": asked_of_task[task] - n, "clusters": group["source"].nunique()},
+                **{key: group[key].mean() for key in ("acc_a", "acc_b")},
+                **found,
+            }
+        )
+    frame = pd.DataFrame(rows)
+    frame["p_mcnemar_holm"] = holm_over_tasks(frame, "p_mcnemar")
+    plain = (frame[SCORE] == [ACC, CHOICE, HIGHER]).all(axis=None)
+    hidden = ["_change", *(SCORE if plain else [])]
+    columns = [name for name in frame if name not in hidden]
+    return with_means(frame, columns, ("difference",), ("acc_a", "acc_b"))
+
+
+def _check_scores(a: pd.DataFrame, b: pd.DataFrame) -> None:
+    """Raises `UsageError` where a task has another score in one run than in the other."""
+    of_a, of_b = (dict(zip(of["task"], of["score"], strict=True)) for of in (a, b))
+    for task in of_a.keys() & of_b.keys():
+        if of_a[task] != of_b[task]:
+            raise UsageError(
+                f"compare: the score of {task} is {of_a[task]} in one run and {of_b[task]} in the"
+                " other; must be the same"
+            )
+
+
+def unshared(
+    samples_a: pd.DataFrame,
+    questions_a: pd.DataFrame,
+    samples_b: pd.DataFrame,
+    questions_b: pd.DataFrame,
+    conditions: tuple[Conditions, Conditions] | None = None,
+) -> list[str]:
+    """Sentences on conditions that differ, and on what `paired` leaves out besides single
+    questions, one for each kind.
+    """
+    samples_a, samples_b, sentences = _aligned(samples_a, samples_b, conditions)
+    for key in KEYS:
+        for run, ours, theirs in (("a", samples_a, samples_b), ("b", samples_b, samples_a)):
+            alone = [x for x in ours[key].unique() if x not in set(theirs[key])]
+            if alone:
+                sentences.append(f"{key}s of run {run} alone: {', '.join(alone)}")
+    same = set(questions_a.merge(questions_b, on=["task", "doc_id", "doc_hash"])["task"])
+    both = set(questions_b["task"])
+    foreign = [x for x in questions_a["task"].unique() if x in both and x not in same]
+    if foreign:
+        sentences.append(f"no question is the same in both runs: {', '.join(foreign)}")
+    return sentences
+
+
+def _aligned(
+    samples_a: pd.DataFrame,
+    samples_b: pd.DataFrame,
+    conditions: tuple[Conditions, Conditions] | None,
+) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
+    """The samples under names of conditions that both runs mean alike; see `aligned`."""
+    if conditions is None:
+        return samples_a, samples_b, []
+    *names, sentences = aligned(*conditions)
+    a, b = (
+        run.assign(condition=run["condition"].map(of))
+        for run, of in zip((samples_a, samples_b), names, strict=True)
+    )
+    return a, b, sentences

@@ -1,0 +1,240 @@
+"""A run's samples summarised: accuracies with intervals and tests.
+
+Pure functions over pandas frames: `summarise` makes the frame of `table.csv`. Imports neither torch
+nor lm-eval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from llm_attack.base.errors import UsageError
+from llm_attack.stats import ALPHA, chance_test, design_effect, holm, mean_interval, mean_of, wilson
+from llm_attack.suite.analysis.changes import DROPS, as_drops, compared, pooled
+from llm_attack.suite.analysis.outcomes import (
+    ACC,
+    CHOICE,
+    HIGHER,
+    NUMBER,
+    SHARE,
+    chances,
+    counted,
+    measured,
+    sources,
+    with_scores,
+)
+
+ABOVE, BELOW = "above guessing", "below guessing"
+INDISTINGUISHABLE = "indistinguishable from guessing"
+MEAN = "mean"  # stands in the column `task` of rows with the mean over tasks
+
+# columns of the frame of `table.csv`, in order
+_TABLE = [
+    *("task", "condition", "attack", "hookpoint", "epsilon", "snr_db"),
+    *("n", "clusters", "n_choices_min", "n_choices_max"),
+    *("score", "kind", "better"),
+    *("acc", "acc_low", "acc_high", "acc_norm", "acc_norm_low", "acc_norm_high", "baseline"),
+    *("p_chance", "p_chance_holm", "verdict", "p_mcnemar", "p_mcnemar_holm"),
+    *("drop", "drop_low", "drop_high", "detectable", "design_effect", "lost", "gained"),
+    *("gold_probability", "gold_probability_drop", "gold_probability_drop_low"),
+    *("gold_probability_drop_high", "p_gold_probability"),
+    *("log_likelihood_change", "margin_change"),
+]
+KEYS = ["task", "condition"]
+SCORE = ["score", "kind", "better"]
+SEVERAL = "several"  # stands in their place where tasks have different ones
+OF_TASK = "task_"  # what the columns of scores over a whole task begin with
+_OF_CONDITION = ("attack", "hookpoint", "epsilon")
+# of a question, from `none` to another condition
+_CHANGING = ["acc", "gold_probability", "log_likelihood", "margin"]
+_COUNTS = ["n", "clusters", "n_choices_min", "n_choices_max", "lost", "gained", "left_out"]
+
+
+def summarise(
+    samples: pd.DataFrame,
+    attacks: Mapping[str, Mapping[str, Any]] | None = None,
+    of_tasks: Mapping[str, Mapping[str, Mapping[str, float]]] | None = None,
+) -> pd.DataFrame:
+    """The frame of `table.csv`: a row per task and condition, then the means over tasks.
+
+    Args:
+        samples: a row per question and condition, as in `samples.parquet`.
+        attacks: what `run.json` says of each condition; of it `snr_db` is taken.
+        of_tasks: for each condition and task, lm-eval's scores that are computed over the whole
+            task and have no value for one question, such as `mcc`.
+
+    Returns:
+        Rows in the order of the run, then for every condition one whose `task` is "mean": the
+        unweighted mean over tasks, with the total of the counts. Columns:
+
+        - `task`, `condition`, `attack`, `hookpoint`, `epsilon` in the units of the point,
+          `snr_db`: signal to noise of the condition over all tasks, `n` questions, `clusters`:
+          sources of questions, as many as questions where none is shared; all intervals, and the
+          tests against `none`, allow for those that are; `n_choices_min`, `n_choices_max`
+        - `acc`, `acc_low`, `acc_high`: accuracy and Wilson's 95 % interval (of a mean:
+          `mean_interval`); `acc_norm...`: the same, where every question has it
+        - `score`, `kind`, `better`: name of the score of which `acc` is the mean, what it is, and
+          whether higher or lower is better. These columns are there where some task has another
+          score than `acc` that is 0 or 1. A score that is neither 0 nor 1 has intervals of means
+          (`mean_of`), no baseline, no test against guesses, no `lost` and no `gained`; its
+          `p_mcnemar` is Fisher's randomization test (`sign_test`). `task_mcc`, ...: of `of_tasks`.
+          Scores that cannot be averaged (of other kinds or directions) have no mean over tasks.
+        - `baseline`: accuracy of random guesses; `p_chance`: exact test against it, and
+          `p_chance_holm`: adjusted over the tasks of a condition; `verdict`: in words, at 0.05
+        - `p_mcnemar`: exact test against `none` (`sign_test`; McNemar's where no question shares a
+          source), `p_mcnemar_holm`: adjusted over tasks; `drop`: how much worse the
+          score is here than under `none`, in points of a percent, `drop_low`, `drop_high`: its
+          paired 95 % interval (`paired_interval`; of a mean: `mean_interval`); `detectable`: the
+          smallest drop that so many questions show with power 0.8; `design_effect` of shared
+          sources on the drop; `lost`: questions right under `none` and wrong here, or worse where
+          lower is better; `gained`: the reverse. Of a mean,
+          `p_mcnemar` is of one hypothesis, which Holm leaves as it is
+        - `gold_probability` and `gold_probability_drop...`: the same of the second outcome
+          (`gold_probability`, `mean_of`), a share and points; `p_gold_probability`: t-test
+        - `log_likelihood_change`, `margin_change`: of a choice, and of the gold against the best
+          other choice, from `none` to here, mean over questions in nats. These, like the tests
+          against `none`, are null for `none` itself, and everywhere when it was not run.
+
+    Raises:
+        UsageError: there are no samples.
+    """
+    if samples.empty:
+        raise UsageError("samples: must hold at least one question")
+    samples = with_scores(samples.reset_index(drop=True))
+    samples = samples.assign(
+        hookpoint=samples.get("hookpoint", "embed"),
+        source=sources(samples),
+        chance=chances(samples),
+        **measured(samples),
+    )
+    place, is_none = ["task", "doc_id"], samples["condition"] == "none"
+    of_none = samples.loc[is_none, [*place, *_CHANGING]]
+    clean = samples[place].merge(of_none, how="left", validate="many_to_one")[_CHANGING]
+    clean = clean.mask(is_none).add_prefix("clean_")
+    groups = samples.join(clean).groupby(KEYS, sort=False)
+    table = pd.DataFrame([{**dict(zip(KEYS, k, strict=True)), **_row(g)} for k, g in groups])
+    table["p_chance_holm"] = holm_over_tasks(table, "p_chance")
+    table["p_mcnemar_holm"] = holm_over_tasks(table, "p_mcnemar")
+    differs = table["p_chance_holm"] <= ALPHA
+    side = np.where(table["acc"] > table["baseline"], ABOVE, BELOW)
+    verdict = np.where(differs, side, INDISTINGUISHABLE)
+    table["verdict"] = pd.Series(verdict, dtype=object).where(table["p_chance"].notna())
+    ratio = {name: of.get("snr_db") for name, of in (attacks or {}).items()}
+    table["snr_db"] = table["condition"].map(ratio).astype(float)
+    plain = ("baseline", "snr_db", "gold_probability", "log_likelihood_change", "margin_change")
+    table, columns = _with_scores_of_tasks(table, of_tasks or {})
+    return with_means(table, columns, ("acc", "acc_norm", "drop"), plain)
+
+
+def _with_scores_of_tasks(
+    table: pd.DataFrame, of_tasks: Mapping[str, Mapping[str, Mapping[str, float]]]
+) -> tuple[pd.DataFrame, list[str]]:
+    """The table with a column for each score of a whole task; and the columns of the result."""
+    places = zip(table["condition"], table["task"], strict=True)
+    found = [of_tasks.get(condition, {}).get(task, {}) for condition, task in places]
+    names = list(dict.fromkeys(name for of in found for name in of))
+    more = {f"{OF_TASK}{name}": [of.get(name, np.nan) for of in found] for name in names}
+    columns = [*_TABLE, *more]
+    plain = (table[SCORE] == [ACC, CHOICE, HIGHER]).all(axis=None)
+    if plain and not more:
+        columns = [name for name in columns if name not in SCORE]
+    return table.assign(**more), columns
+
+
+_CLEAN = {"acc": "clean_acc", "gold_probability": "clean_gold_probability"}
+_HERE = {"acc": "acc", "gold_probability": "gold_probability"}
+_COMPARED = ("detectable", "design_effect", "p_mcnemar", "p_gold_probability")
+
+
+def _row(group: pd.DataFrame) -> dict[str, Any]:
+    """Summarises one task's questions under one condition, without Holm's adjustment."""
+    n_choices = group["n_choices"]
+    row = {
+        "attack": group["attack"].iloc[0],
+        "hookpoint": group["hookpoint"].iloc[0],
+        "epsilon": group["epsilon"].iloc[0],
+        "n": len(group),
+        "clusters": group["source"].nunique(),
+        "n_choices_min": n_choices.min(),
+        "n_choices_max": n_choices.max(),
+        **{key: group[key].iloc[0] for key in SCORE},
+        "baseline": group["chance"].mean(),
+        "p_chance": np.nan,
+        "gold_probability": group["gold_probability"].mean(),
+        **_accuracy(group, "acc"),
+        **_accuracy(group, "acc_norm"),
+    }
+    if row["kind"] == CHOICE:
+        row["p_chance"] = chance_test(int(group["acc"].sum()), group["chance"])
+    for name in ("log_likelihood", "margin"):
+        row[f"{name}_change"] = (group[name] - group[f"clean_{name}"]).mean()
+    pairs = group[group["clean_acc"].notna()]
+    if pairs.empty:
+        drops = [f"{name}{end}" for name in DROPS.values() for end in ("", "_low", "_high")]
+        missing = {**dict.fromkeys((*drops, *_COMPARED), np.nan), "_change": None}
+        return {**row, **missing, **dict.fromkeys(("lost", "gained"), pd.NA)}
+    return row | as_drops(compared(pairs, _CLEAN, _HERE), row["better"])
+
+
+def _accuracy(group: pd.DataFrame, metric: str) -> dict[str, float]:
+    values = pd.to_numeric(group[metric])
+    low = high = np.nan
+    if values.notna().all():
+        if metric != "acc" or counted(group):
+            effect = design_effect(values, group["source"])
+            low, high = wilson(values.sum() / effect, len(values) / effect)
+        elif values.nunique() > 1:
+            _, low, high, _ = mean_of([(values, group["source"])])
+            ends = (0, 1) if group["kind"].iloc[0] == SHARE else (-np.inf, np.inf)
+            low, high = (float(np.clip(end, *ends)) for end in (low, high))
+    return {metric: values.mean(skipna=False), f"{metric}_low": low, f"{metric}_high": high}
+
+
+def holm_over_tasks(table: pd.DataFrame, column: str) -> pd.Series:
+    """The p-values of a column, adjusted over the tasks of each condition."""
+    return table.groupby("condition", sort=False)[column].transform(holm)
+
+
+def averaged(tasks: pd.DataFrame) -> bool:
+    """Whether the scores of these tasks have a mean: one score, or all from 0 to 1 and alike."""
+    if (tasks[SCORE].nunique() == 1).all():
+        return True
+    return tasks["better"].nunique() == 1 and not (tasks["kind"] == NUMBER).any()
+
+
+def with_means(
+    table: pd.DataFrame, columns: list[str], measured: Iterable[str], plain: Iterable[str]
+) -> pd.DataFrame:
+    """Appends the mean over tasks of every condition, and puts `columns` in order.
+
+    Args:
+        table: a row per task and condition, with the `_change` of `compared`.
+        columns: of the result; those without a mean or a total are null in its rows.
+        measured: columns that have an interval in `..._low` and `..._high`.
+        plain: other columns whose mean is taken.
+    """
+    means = []
+    for condition, group in table.groupby("condition", sort=False):
+        mean: dict[str, Any] = {"task": MEAN, "condition": condition}
+        if not averaged(group):
+            mean |= {key: group[key].iloc[0] for key in _OF_CONDITION if key in columns}
+            means.append(mean | {"n": group["n"].sum(), "score": SEVERAL})
+            continue
+        mean |= {key: group[key].iloc[0] for key in _OF_CONDITION if key in columns}
+        mean |= {key: group[key].mean(skipna=False) for key in (*measured, *plain)}
+        for key in measured:
+            ends = mean_interval(group[key], group[f"{key}_low"], group[f"{key}_high"])
+            mean[f"{key}_low"], mean[f"{key}_high"] = ends
+        for key in (key for key in SCORE if key in columns):
+            mean[key] = group[key].iloc[0] if group[key].nunique() == 1 else SEVERAL
+        for key in (key for key in _COUNTS if key in columns):
+            total = {"n_choices_min": "min", "n_choices_max": "max"}.get(key, "sum")
+            mean[key] = group[key].agg(total) if group[key].notna().all() else pd.NA
+        means.append(mean | pooled(group))
+    both = [*table.to_dict("records"), *means]
+    types = {key: "Int64" for key in _COUNTS if key in columns}
+    return pd.DataFrame(both, columns=columns).astype(types)

@@ -1,0 +1,138 @@
+"""The worst case over a run's attacks, and whether a search without gradients finds more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pandas as pd
+from scipy.stats import binomtest
+
+from llm_attack.lm.losses import LOSSES
+from llm_attack.stats import ALPHA
+from llm_attack.suite.analysis.conditions import Condition, Conditions, of_run
+from llm_attack.suite.analysis.outcomes import goodness, measured, right
+from llm_attack.suite.plan import NO_PART, WORST
+
+_NOISE = ("random", "uniform")
+SEARCH = "blocks"
+_PLACE = ["task", "doc_id"]
+
+
+def knows_gold(run: Mapping[str, Any]) -> bool:
+    """Whether the loss of a run knows which choices are right."""
+    loss = run.get("settings", {}).get("loss")
+    return loss in LOSSES and LOSSES[loss].gold
+
+
+def wanted(run: Mapping[str, Any]) -> bool:
+    """Whether a run has worst cases: its loss knows the gold, or its attacks name `worst`.
+
+    Attacks that do not know the gold each leave chance behind, but are right by chance on different
+    questions: what is right under all of them is below guessing by construction.
+    """
+    return knows_gold(run) or WORST in (run.get("settings", {}).get("attacks") or ())
+
+
+def with_worst(samples: pd.DataFrame, run: Mapping[str, Any]) -> pd.DataFrame:
+    """The samples of a run and, for each amplitude, the worst case over its attacks.
+
+    A row under `worst@E` is over every attack of the run whose epsilon is E or smaller (of the same
+    norm and at the same hookpoint: what they did is in the ball of E). A question counts as right
+    if it does under all of them: `acc`, and so `acc_norm` and the outcomes of `measured`, is the
+    worst of each. The other columns are those of the attack that left the smallest margin. Only
+    for amplitudes at which the run has an attack, and at or below which it has two; without the
+    controls and the searches for the smallest amplitude.
+
+    Args:
+        samples: a row per question and condition, as in `samples.parquet`.
+        run: what `run.json` holds. Where it is not `wanted`, the samples are returned as they are.
+    """
+    if WORST in set(samples["attack"]):
+        samples = samples[samples["attack"] != WORST].reset_index(drop=True)
+    if not wanted(run):
+        return samples
+    outcomes = measured(samples)
+    lowest = ["acc", "acc_norm", *outcomes]
+    with_outcomes = samples.assign(**outcomes, acc_norm=samples["acc_norm"].astype(float))
+    parts = [with_outcomes]
+    for condition, epsilon, tried in _worst_cases(with_outcomes, of_run(run, samples)):
+        good = tried.assign(acc=goodness(tried))
+        order = good.sort_values(["acc", "margin"], kind="stable").drop_duplicates(_PLACE)
+        first = tried[_PLACE].drop_duplicates().merge(order, on=_PLACE).drop(columns=lowest)
+        first = first.join(good.groupby(_PLACE)[lowest].min(), on=_PLACE)
+        first = first.assign(acc=goodness(first))
+        named = first.assign(condition=condition.name, attack=WORST, epsilon=epsilon)
+        parts.append(named[list(with_outcomes.columns)])
+    return samples if len(parts) == 1 else pd.concat(parts, ignore_index=True)
+
+
+def conditions(samples: pd.DataFrame, run: Mapping[str, Any]) -> dict[str, Condition]:
+    """The conditions of `with_worst`, by name. A worst case is what was tried, and how."""
+    found = of_run(run, samples)
+    if wanted(run):
+        found |= {case.name: case for case, _, _ in _worst_cases(samples, found)}
+    return found
+
+
+def _worst_cases(
+    samples: pd.DataFrame, known: Conditions
+) -> Iterator[tuple[Condition, float, pd.DataFrame]]:
+    """Each worst case: its condition, its epsilon, and the rows that it is the worst of."""
+    for label, epsilon, rows in balls(samples, known):
+        tried = rows[rows["epsilon"] <= epsilon]
+        over = [known[name] for name in tried["condition"].unique()]
+        if len(over) < 2:
+            continue
+        (largest,) = [c for c in over if c.label == label][:1]
+        amplitudes = {name: largest.get(name) for name in ("epsilon", "epsilon_unit")}
+        settings = {name: value for c in over for name, value in c.values}
+        attacks = ", ".join(sorted(c.name for c in over))
+        values = {**settings, **amplitudes, "attacks": attacks}
+        name = largest.named(WORST)
+        yield Condition(name, WORST, tuple(sorted(values.items()))), epsilon, tried
+
+
+def hidden_gradients(samples: pd.DataFrame, known: Conditions) -> list[str]:
+    """A sentence for each amplitude at which `blocks` is stronger than every attack by gradient.
+
+    It takes no gradient, so that a model where it finds more hides its own. Compared are the
+    questions that one of the two made wrong and the other did not (McNemar's exact test, one-sided:
+    that it loses by chance is no news), with the strongest of the attacks that follow it.
+
+    Args:
+        samples: a row per question and condition.
+        known: the conditions of the run.
+    """
+    found = []
+    for label, epsilon, rows in balls(samples, known):
+        here = rows[rows["epsilon"] == epsilon]
+        answers = here.assign(right=right(here).astype(float))
+        kept = answers.pivot_table(index=_PLACE, columns="attack", values="right", sort=False)
+        others = [name for name in kept if name not in (SEARCH, *_NOISE)]
+        if SEARCH not in kept or not others:
+            continue
+        best = min(others, key=lambda name: kept[name].mean())
+        searched, followed = kept[SEARCH] <= 0, kept[best] <= 0
+        more, less = int((searched & ~followed).sum()), int((followed & ~searched).sum())
+        if more > less and binomtest(more, more + less, alternative="greater").pvalue <= ALPHA:
+            found.append(
+                f"{SEARCH}@{label} takes no gradient and made {more} questions wrong that {best}"
+                f" did not, {less} the other way round: the model hides its gradient, and attacks"
+                " that follow it are too weak"
+            )
+    return found
+
+
+def balls(frame: pd.DataFrame, known: Conditions) -> Iterator[tuple[str, float, pd.DataFrame]]:
+    """Each amplitude of a ball (`Condition.ball`): its label, epsilon, and all attacks in the ball.
+
+    Args:
+        frame: with the columns `condition`, `attack` and `epsilon`.
+        known: the conditions of the run.
+    """
+    attacks = frame[~frame["attack"].isin([WORST, *NO_PART]) & (frame["epsilon"] > 0)]
+    kinds = attacks["condition"].map({name: str(of.ball) for name, of in known.items()})
+    for _, rows in attacks.groupby(kinds, sort=False):
+        for row in rows.drop_duplicates("epsilon").itertuples():
+            yield known[str(row.condition)].label, float(row.epsilon), rows

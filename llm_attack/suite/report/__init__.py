@@ -1,0 +1,1 @@
+"""From numbers to what people read: tables, figures, words and the page."""

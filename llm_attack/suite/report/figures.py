@@ -1,0 +1,297 @@
+"""Figures of a run: accuracies as bars and against epsilon, gold margins, cosines of gradients.
+
+Each takes a frame of a run and returns a matplotlib figure of its size in print: one column of a
+paper (3.5 inches) where that is enough, at most the width of a page. Attacks differ in colour,
+lightness, hatch and marker, so that neither grey print nor colour-blindness hides which is which.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from llm_attack.attacks import ATTACKS
+from llm_attack.base.drawing import COLOURS, draw
+from llm_attack.base.failures import Attempts
+from llm_attack.suite.analysis.outcomes import gold_margin, right
+from llm_attack.suite.analysis.summary import MEAN
+from llm_attack.suite.report.layout import (
+    OF_POINT,
+    Unit,
+    above,
+    epsilon_axis,
+    handles,
+    legend,
+    panels,
+    print_style,
+    rows_of_tasks,
+    shade_options,
+    upright,
+)
+from llm_attack.suite.report.tables import named_by_score
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class _Look(NamedTuple):
+    colour: str
+    hatch: str
+    marker: str
+    line: Any
+
+
+_LOOKS = {
+    "none": _Look("#BBBBBB", "", "o", "-"),
+    "random": _Look(COLOURS[5], "\\\\\\\\", "s", ":"),
+    "fgsm": _Look(COLOURS[3], "////", "^", "-"),
+    "bim": _Look(COLOURS[0], "xxxx", "D", "--"),
+    "pgd": _Look(COLOURS[4], "++++", "v", "-."),
+    "ost": _Look(COLOURS[2], "----", "<", (0, (4, 1, 1, 1, 1, 1))),
+    "illc": _Look(COLOURS[1], "||||", ">", (0, (6, 2))),
+    "reversed": _Look("#999933", "oo", "X", (0, (3, 1))),
+    "uniform": _Look("#88CCEE", "\\\\", "1", (0, (1, 2))),
+    "gaussian": _Look("#44AA99", "..", "2", (0, (1, 3))),
+    "mifgsm": _Look("#882255", "xx", "d", (0, (5, 1))),
+    "apgd": _Look("#332288", "++", "P", (0, (4, 1, 1, 1))),
+    "apgdt": _Look("#AA4499", "**", "*", (0, (2, 1))),
+    "blocks": _Look("#117733", "--", "p", (0, (3, 1, 1, 1))),
+    "critical": _Look("#000000", "", "h", "-"),
+    "fmn": _Look("#DDAA33", "||", "H", "--"),
+    "worst": _Look("#000000", "///", "o", (0, (1, 1))),
+}
+
+_FAR = 1e300  # nats; differences of larger margins are no numbers
+
+
+def bars(table: pd.DataFrame) -> Figure:
+    """Accuracy per task and condition, as in Fig. 3 of arXiv 2205.01493.
+
+    Error bars are the 95 % intervals; the dashed lines are the accuracies of random guesses; the
+    background is darker where a question has more options; the values of `none` and FGSM are
+    written on their bars. Many bars are set in several rows of tasks.
+
+    Args:
+        table: of `summarise`.
+    """
+    table = named_by_score(table[table["task"] != MEAN])
+    conditions = _conditions(table)
+    scored = "score" in table
+    bottom, top = (0.0, 1.0) if not scored else _range(table)
+    with print_style():
+        needed = 0.11 * len(conditions) + 0.1
+        figure, parts, inches = rows_of_tasks(list(table["task"].unique()), needed, height=1.75)
+        step = min(0.86 / len(conditions), 0.3 / inches)
+        for axes, tasks in parts:
+            of_tasks = table.drop_duplicates("task").set_index("task").loc[tasks]
+            greys = shade_options(axes, of_tasks, inches)
+            for i, (condition, face) in enumerate(conditions.items()):
+                rows = table[table["condition"] == condition].set_index("task").loc[tasks]
+                x = np.arange(len(tasks)) + step * (i - (len(conditions) - 1) / 2)
+                acc, low, high = (rows[k].to_numpy(float) for k in ("acc", "acc_low", "acc_high"))
+                axes.bar(x, acc, 0.92 * step, label=condition, edgecolor="white", lw=0, **face)
+                ends = [acc - low, high - acc]
+                axes.errorbar(x, acc, ends, fmt="none", ecolor="k", lw=0.6, capsize=1.3)
+                if rows["attack"].iloc[0] in ("none", "fgsm"):
+                    ends = np.fmax(high, acc)  # NaN where there is no interval
+                    for at, end, value, grey in zip(x, ends, acc, greys, strict=True):
+                        upright(axes, at, end + 0.025 * (top - bottom), f"{value:.3f}", grey)
+            left = np.arange(len(tasks)) - 0.5
+            guess = axes.hlines(of_tasks["baseline"], left, left + 1, "k", "--", lw=0.9, zorder=3)
+            axes.set(ylim=(bottom, bottom + 1.27 * (top - bottom)))
+            axes.set_ylabel("score" if scored else "accuracy")
+            if (bottom, top) == (0, 1):
+                axes.set_yticks(np.arange(0, 1.01, 0.2))
+            axes.grid(False, axis="x")
+        columns: dict[str, list[tuple[Any, str]]] = {"none": []}
+        for attack, bar in zip(_attacks(table), axes.containers[::2], strict=True):
+            columns.setdefault(attack, []).append((bar, str(bar.get_label())))
+        columns["none"].append((guess, "random guess"))
+        legend(figure, list(columns.values()))
+    return figure
+
+
+def curves(table: pd.DataFrame, unit: Unit = OF_POINT) -> Figure | None:
+    """Accuracy against epsilon, a panel per task and one for their mean; None without such a curve.
+
+    A curve starts at the accuracy without an attack. The bands are the 95 % intervals, the dashed
+    lines the accuracies of random guesses. The searches for the smallest epsilon are left out: they
+    have an accuracy at one epsilon alone, and their curves are in `survival.figure`.
+
+    Args:
+        table: of `summarise`.
+        unit: that epsilons are shown in.
+    """
+    searches = [name for name, kind in ATTACKS.items() if kind.minimal]
+    table = table[~table["attack"].isin(searches)]
+    table = table.assign(epsilon=table["epsilon"] / unit.size)
+    of_attacks = table[table["attack"] != "none"]
+    if not of_attacks.groupby("attack")["epsilon"].nunique().max() > 1:
+        return None
+    epsilons = of_attacks.loc[of_attacks["epsilon"] > 0, "epsilon"]
+    table = named_by_score(table[table["acc"].notna()])
+    scored = "score" in table
+    bottom, top = (0.0, 1.0) if not scored else _range(table)
+    with print_style():
+        figure, grid = panels(list(table["task"].unique()))
+        for task, axes in grid.items():
+            rows = table[table["task"] == task]
+            for attack, curve in rows[rows["attack"] != "none"].groupby("attack", sort=False):
+                if 0 not in set(curve["epsilon"]):
+                    curve = pd.concat([rows[rows["attack"] == "none"], curve])
+                curve = curve.sort_values("epsilon")
+                like = look(str(attack))
+                line: Any = {"color": like.colour, "marker": like.marker, "ls": like.line}
+                axes.plot(curve["epsilon"], curve["acc"], ms=3, lw=1, label=attack, **line)
+                ends = curve["acc_low"].to_numpy(float), curve["acc_high"].to_numpy(float)
+                axes.fill_between(curve["epsilon"], *ends, color=like.colour, alpha=0.2, lw=0)
+            axes.axhline(rows["baseline"].iloc[0], color="k", ls="--", lw=0.9, label="random guess")
+            epsilon_axis(axes, epsilons, epsilons.min(), 0.5)
+            axes.set(ylim=(bottom, bottom + 1.03 * (top - bottom)))
+            if (bottom, top) == (0, 1):
+                axes.set_yticks(np.arange(0, 1.01, 0.25))
+        figure.supxlabel(f"epsilon{unit.name}", size=7)
+        figure.supylabel("score" if scored else "accuracy", size=7)
+        legend(figure, handles(axes))
+    return figure
+
+
+def margins(samples: pd.DataFrame) -> Figure | None:
+    """Histogram of the gold margin before (grey) and after each attack, a panel per condition.
+
+    The margin is the log-likelihood of the gold minus the best of the other choices: above 0 the
+    answer is right. Every task has the same weight. The outermost bins hold all that is beyond.
+    None where no question has a margin.
+
+    Args:
+        samples: as in `samples.parquet`.
+    """
+    frame = samples[["task", "condition", "attack"]].assign(margin=gold_margin(samples)).dropna()
+    frame["margin"] = frame["margin"].clip(-_FAR, _FAR)
+    if frame.empty:
+        return None
+    frame["weight"] = 1 / frame.groupby(["condition", "task"])["margin"].transform("size")
+    frame["weight"] /= frame.groupby("condition")["weight"].transform("sum")
+    ends = frame.groupby("condition")["margin"].quantile([0.01, 0.99])
+    low, high = ends.min(), ends.max()
+    width = (high - low) / 40 or 1.0
+    edges = width * np.arange(np.floor(low / width), np.ceil(high / width) + 1.5)
+    inside = frame["margin"].clip(edges[0], (edges[-2] + edges[-1]) / 2)
+    shares = {
+        condition: np.histogram(inside[rows.index], edges, weights=rows["weight"])[0]
+        for condition, rows in frame.groupby("condition", sort=False)
+    }
+    attacked = [condition for condition in shares if condition != "none"]
+    with print_style():
+        figure, grid = panels(attacked or ["none"])
+        for condition, axes in grid.items():
+            if "none" in shares:
+                axes.stairs(shares["none"], edges, fill=True, color="#BBBBBB", label="none")
+            if condition != "none":
+                axes.stairs(shares[condition], edges, color=COLOURS[0], lw=1, label="under attack")
+            axes.axvline(0, color="k", ls="--", lw=0.9)
+        figure.supxlabel("gold margin (nats)", size=7)
+        figure.supylabel("share of questions", size=7)
+        legend(figure, handles(axes))
+    return figure
+
+
+def cosines(samples: pd.DataFrame) -> Figure | None:
+    """Cosine of embeddings and gradient, of questions answered rightly and wrongly under `none`.
+
+    Boxes hold the middle half, whiskers the middle 90 %, of a task's questions, whose number stands
+    above; the line is the median. None where no gradient was taken or `none` was not run.
+
+    Args:
+        samples: as in `samples.parquet`.
+    """
+    clean = samples[samples["condition"] == "none"].dropna(subset="cosine")
+    if clean.empty:
+        return None
+    clean = clean.assign(right=right(clean))
+    kinds = (("right", True, "white", ""), ("wrong", False, COLOURS[5], "////"))
+    with print_style():
+        figure, parts, _ = rows_of_tasks(list(clean["task"].unique()), 0.5, height=1.6)
+        for axes, tasks in parts:
+            for (kind, is_right, colour, hatch), shift in zip(kinds, (-0.2, 0.2), strict=True):
+                rows = clean[clean["right"] == is_right]
+                values = [rows.loc[rows["task"] == t, "cosine"].astype(float) for t in tasks]
+                x = np.arange(len(tasks)) + shift
+                boxes = axes.boxplot(
+                    values,
+                    positions=x,
+                    widths=0.32,
+                    whis=(5, 95),
+                    showfliers=False,
+                    patch_artist=True,
+                    boxprops={"facecolor": colour, "hatch": hatch, "lw": 0.7},
+                    medianprops={"color": "k", "lw": 1.2},
+                    whiskerprops={"lw": 0.7},
+                    capprops={"lw": 0.7},
+                    manage_ticks=False,
+                )
+                boxes["boxes"][0].set_label(kind)
+                for at, part in zip(x, values, strict=True):
+                    above(axes, at, f"{len(part)}")
+            above(axes, -0.5, "n")
+            axes.axhline(0, color="k", lw=0.5)
+            axes.set_ylabel("cosine of embeddings and gradient")
+            axes.grid(False, axis="x")
+        legend(figure, handles(axes))
+    return figure
+
+
+def draw_all(
+    samples: pd.DataFrame,
+    table: pd.DataFrame,
+    folder: Path,
+    unit: Unit = OF_POINT,
+    attempts: Attempts | None = None,
+) -> list[str]:
+    """Writes the figures that the data allow, each as .png and .svg; returns their names.
+
+    `figure`: `bars`; `epsilon`: `curves`; `margin`: `margins`; `cosine`: `cosines`. `unit` is what
+    epsilons are shown in; `attempts` is that of `drawing.draw`.
+    """
+    figures = {
+        "figure": lambda: bars(table),
+        "epsilon": lambda: curves(table, unit),
+        "margin": lambda: margins(samples),
+        "cosine": lambda: cosines(samples),
+    }
+    with print_style():
+        return [name for name, make in figures.items() if draw(folder, name, make, attempts)]
+
+
+def look(attack: str) -> _Look:
+    """How an attack is drawn."""
+    return _LOOKS.get(attack, _Look("#000000", "..", "P", "-"))
+
+
+def _range(table: pd.DataFrame) -> tuple[float, float]:
+    """What an axis of scores shows: from 0 to 1, and more where scores are beyond."""
+    values = table[["acc", "acc_low", "acc_high"]].to_numpy(float)
+    return min(0.0, float(np.nanmin(values))), max(1.0, float(np.nanmax(values)))
+
+
+def _attacks(table: pd.DataFrame) -> list[str]:
+    """The attack of each condition, in order."""
+    return list(table.drop_duplicates("condition")["attack"])
+
+
+def _conditions(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """Face of the bars of each condition: the smaller an attack's epsilon, the paler its colour."""
+    from matplotlib.colors import to_rgb
+
+    rows = table.drop_duplicates("condition")
+    attacks, faces = _attacks(table), {}
+    for condition, attack, epsilon in zip(rows["condition"], attacks, rows["epsilon"], strict=True):
+        ladder = sorted(rows.loc[rows["attack"] == attack, "epsilon"])
+        strength = 1 - 0.6 * (len(ladder) - 1 - ladder.index(epsilon)) / len(ladder)
+        like = look(attack)
+        colour = tuple(1 - strength * (1 - part) for part in to_rgb(like.colour))
+        faces[condition] = {"color": colour, "hatch": like.hatch}
+    return faces

@@ -1,0 +1,269 @@
+"""`report.html`: a run as one page that needs no network, for a browser and for print.
+
+The page is `page.html.j2`, its looks `page.css`, its table of questions `page.js`; this
+module gathers what goes in. Nothing from outside can run in the page: text goes in escaped, the
+questions go in as compressed data, and a content security policy allows the two files and images
+that are part of the page, and no connections.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import json
+import math
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from llm_attack.base.record import write_text
+from llm_attack.stats import ALPHA
+from llm_attack.suite.analysis.conditions import of_run
+from llm_attack.suite.analysis.outcomes import ACC, BINARY, CHOICE, with_scores
+from llm_attack.suite.analysis.summary import ABOVE, MEAN
+from llm_attack.suite.report.tables import OF_SCORES, WARNED, Cells, means, score_of, warned
+from llm_attack.suite.report.words import in_words
+
+_HERE = Path(__file__).parent
+_KEY = ["task", "doc_id"]
+_TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
+
+# Columns of the table of questions: key (of page.js and of a link to a view), heading, whether it
+# holds numbers, and whether it compares with the clean model.
+_COLUMNS = [
+    ("task", "Task", False, False),
+    ("id", "Id", True, False),
+    ("question", "Question", False, False),
+    ("gold", "Gold", False, False),
+    ("before", "Prediction before", False, True),
+    ("after", "Prediction after", False, False),
+    ("change", "Flipped", False, True),
+    ("value_before", "Score before", True, True),
+    ("value_after", "Score after", True, False),
+    ("margin_before", "Margin before", True, True),
+    ("margin_after", "Margin after", True, False),
+    ("margin_change", "Margin change", True, True),
+]
+
+# How an answer can change from before to after, in the order of sorting; keys as in page.js.
+_CHANGES = [
+    ("lost", "right → wrong"),
+    ("gained", "wrong → right"),
+    ("moved", "wrong → other wrong"),
+    ("swapped", "right → other right"),  # of questions with several right choices
+    ("same", "no"),
+]
+
+# Entries of run.json that have places of their own in the page, or none.
+_PLACED = ("command", "attacks", "conditions", "warnings", "fingerprint", "of_tasks")
+
+
+class Picture(NamedTuple):
+    """A figure of the report.
+
+    Attributes:
+        title: its caption.
+        description: what a reader who cannot see it should know.
+        path: an SVG or PNG file, which is copied into the page.
+    """
+
+    title: str
+    description: str
+    path: Path
+
+
+def write_report(
+    folder: Path,
+    samples: pd.DataFrame,
+    questions: pd.DataFrame,
+    table: pd.DataFrame,
+    figures: Sequence[tuple[str, str, Path]],
+    run: dict[str, Any],
+    tables: Mapping[str, Cells] | None = None,
+) -> Path:
+    """Writes `report.html` into `folder`, whole or not at all; equal input gives equal bytes.
+
+    Args:
+        folder: of the run.
+        samples: a row per question and condition: `task, doc_id, condition, prediction,
+            log_likelihoods, cosine`; the questions stand in the page in its order.
+        questions: a row per question: `task, doc_id, question, choices, gold`.
+        table: the accuracies, see `in_words`, with `acc_low` and `acc_high`.
+        figures: `Picture`s, or tuples of the same.
+        run: what `run.json` holds. `command` (a string, or a list of arguments), `model_name` (or
+            `model`), `warnings` (sentences) and `attacks` (for each condition, its settings and
+            diagnostics) have places of their own; of `fingerprint` the hash of the weights is
+            shown, and whatever else is there as it stands.
+        tables: more of them, by their titles.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        ValueError: `questions` lacks a question of `samples`, or a figure is no SVG or PNG file.
+    """
+    from markupsafe import Markup
+
+    data = columns(samples, questions)
+    attacks = run.get("attacks", {})
+    command = run.get("command")
+    style, script = ((_HERE / name).read_text("utf-8") for name in ("page.css", "page.js"))
+    page = page_template().render(
+        model=run.get("model_name") or run.get("model"),
+        warnings=run.get("warnings") or (),
+        warned=warned(run.get("warnings") or ()),
+        mark=WARNED,
+        words=in_words(table, of_run(run, table)),
+        accuracies=_accuracies(table),
+        means=means(table),
+        tables=tables or {},
+        statistics={"level": ALPHA, "mean": MEAN, "expected": ABOVE},
+        figures=[{"title": t, "alt": d, "source": _data_uri(path)} for t, d, path in figures],
+        tasks=data["tasks"],
+        conditions=[c for c in data["conditions"] if c != "none"] or data["conditions"],
+        clean="none" in data["conditions"],
+        changes=_CHANGES,
+        columns=[of for of in _COLUMNS if "value" in data or not of[0].startswith("value_")],
+        scored="score" in table,
+        score_notes=OF_SCORES if "score" in table else [],
+        count=len(data["id"]),
+        data=_packed(data),
+        command=command if isinstance(command, (str, type(None))) else shlex.join(command),
+        attacks=attacks,
+        settings=list(dict.fromkeys(key for settings in attacks.values() for key in settings)),
+        run={**{k: v for k, v in run.items() if k not in _PLACED}, **_hash_of_weights(run)},
+        style=Markup(style),
+        script=Markup(script),
+        style_hash=_hash(style),
+        script_hash=_hash(script),
+    )
+    path = folder / "report.html"
+    # half of a surrogate pair is no character, but text from models and command lines may hold one
+    write_text(path, page.encode("utf-8", "replace").decode("utf-8"))
+    return path
+
+
+def page_template() -> Any:
+    """The page, a template of jinja2."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(_HERE),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters.update(value=_value, label=lambda key: str(key).replace("_", " "))
+    return environment.get_template("page.html.j2")
+
+
+def _hash_of_weights(run: dict[str, Any]) -> dict[str, str]:
+    known = (run.get("fingerprint") or {}).get("weights")
+    return {"hash of weights": known} if known else {}
+
+
+def columns(samples: pd.DataFrame, questions: pd.DataFrame) -> dict[str, Any]:
+    """The questions and their answers, column by column, as page.js reads them.
+
+    Returns:
+        `tasks` and `conditions`: names, in the order of `samples`. One value per question: `task`
+        (index into `tasks`), `id`, `question`, `choices`, `gold` (list), `cosine`. One list per
+        condition, with a value per question: `prediction`, `log_likelihoods` (list, rounded to
+        four decimals), and `value`, the score, where it is not plain accuracy. None stands for what
+        is missing or not finite.
+
+    Raises:
+        ValueError: `questions` lacks a question of `samples`.
+    """
+    keys = samples[_KEY].drop_duplicates()
+    texts = keys.merge(questions, on=_KEY, validate="one_to_one")
+    if len(texts) < len(keys):
+        missing = len(keys) - len(texts)
+        raise ValueError(f"questions: {missing} of {len(keys)} questions of the samples lack here")
+    of_conditions = {
+        str(condition): keys.merge(rows, on=_KEY, how="left", validate="one_to_one")
+        for condition, rows in samples.groupby("condition", sort=False)
+    }
+    scored = with_scores(samples)
+    plain = ((scored["score"] == ACC) & (scored["kind"] == CHOICE)).all()
+    values = [] if plain else [_finite(rows["acc"]) for rows in of_conditions.values()]
+    tasks = list(dict.fromkeys(texts["task"]))
+    number = {task: i for i, task in enumerate(tasks)}
+    cosine = samples.groupby(_KEY, sort=False)["cosine"].first().astype(float)
+    return {
+        "tasks": tasks,
+        "conditions": list(of_conditions),
+        "task": [number[task] for task in texts["task"]],
+        "id": texts["doc_id"].tolist(),
+        "question": ["" if pd.isna(text) else str(text) for text in texts["question"]],
+        "choices": [[str(choice) for choice in choices] for choices in texts["choices"]],
+        "gold": [[int(g) for g in gold] for gold in texts["gold"]],
+        "cosine": _finite(cosine),
+        "prediction": [
+            [None if pd.isna(p) else int(p) for p in rows["prediction"]]
+            for rows in of_conditions.values()
+        ],
+        "log_likelihoods": [
+            [_finite(values) if hasattr(values, "__len__") else None for values in column]
+            for column in (rows["log_likelihoods"] for rows in of_conditions.values())
+        ],
+        **({"value": values} if values else {}),
+    }
+
+
+def _finite(values: Iterable[float]) -> list[float | None]:
+    """Rounded to four decimals, which is what float32 log-likelihoods of whole texts carry."""
+    return [round(x, 4) if math.isfinite(x) else None for x in map(float, values)]
+
+
+def _packed(data: dict[str, Any]) -> str:
+    """JSON, compressed, in base64: half of its plain size, and no character that HTML minds."""
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    return base64.b64encode(gzip.compress(text.encode("ascii"), compresslevel=6, mtime=0)).decode(
+        "ascii"
+    )
+
+
+def _accuracies(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The table of accuracies: a row for each task and the mean, a cell for each condition."""
+    return [
+        {
+            "task": task,
+            "score": score_of(rows) if "score" in rows else "",
+            "counts": "kind" not in rows or rows["kind"].isin([CHOICE, BINARY]).all(),
+            "cells": rows.to_dict("records"),
+            "baseline": rows["baseline"].iloc[0],
+        }
+        for task, rows in table.groupby("task", sort=False)
+    ]
+
+
+def _data_uri(path: Path) -> str:
+    suffix = Path(path).suffix
+    if suffix not in _TYPES:
+        raise ValueError(f"figures: {path}: must be a file of type {' or '.join(_TYPES)}")
+    content = base64.b64encode(Path(path).read_bytes()).decode("ascii")
+    return f"data:{_TYPES[suffix]};base64,{content}"
+
+
+def _hash(text: str) -> str:
+    """The source expression that allows `text` in a content security policy."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode('ascii')}'"
+
+
+def _value(value: Any) -> str:
+    """A setting or a measured number as text."""
+    if value is None or value == "":
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_value(of)}" for key, of in value.items()) or "–"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_value, value)) or "–"
+    return str(value)

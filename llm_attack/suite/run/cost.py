@@ -1,0 +1,129 @@
+"""What a batch costs: passes of each attack, and the FLOP of a pass; formulas in docs/scale.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llm_attack.attacks import Attack, perturb
+from llm_attack.lm.network.blocks import known_blocks
+from llm_attack.lm.packing.pack import Pack
+
+
+class Passes(NamedTuple):
+    """Passes through the model, by kind.
+
+    Attributes:
+        gradients: forward and backward of the loss.
+        losses: forwards of the loss alone.
+        answers: forwards for the answers under a perturbation.
+        clean: forwards for the answers without one.
+    """
+
+    gradients: int = 0
+    losses: int = 0
+    answers: int = 0
+    clean: int = 0
+
+    def plus(self, other: Passes) -> Passes:
+        """Of both."""
+        return Passes(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+def passes(attacks: Sequence[Attack], others: int) -> Passes:
+    """What `Engine.compute` does under all attacks.
+
+    Args:
+        attacks: the conditions.
+        others: choices that are not gold, of the question that has the most.
+    """
+    shared = any(a.uses_clean_gradient or a.kind.minimal for a in attacks)
+    total = Passes(gradients=1) if shared else Passes(clean=1)
+    for attack in attacks:
+        if not attack.identity:
+            total = total.plus(_of_attack(attack, others)).plus(Passes(answers=1))
+    return total
+
+
+def _of_attack(attack: Attack, others: int) -> Passes:
+    """Counted, not known by name: the attack runs on a point of four numbers and a linear loss,
+    which crosses 0 inside of the ball, so that the searches for the smallest amplitude go on.
+    """
+    x = torch.zeros(1, 2, 2, dtype=torch.float64)
+    counts = {True: 0, False: 0}
+
+    def loss(point: Tensor) -> Tensor:
+        counts[torch.is_grad_enabled()] += 1
+        return point.flatten(1).sum(-1) - attack.epsilon / 3
+
+    known = torch.ones_like(x) if attack.uses_clean_gradient else None
+    keys = torch.zeros(1, dtype=torch.int64)
+    many = [loss] * max(1, others)
+    perturb(attack, x, loss, target_loss=loss, target_losses=many, keys=keys, gradient=known)
+    return Passes(gradients=counts[True], losses=counts[False])
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the FLOP of a pass depend on.
+
+    Attributes:
+        blocks: weights that every token is multiplied with.
+        head: weights that every position looked at is multiplied with.
+        attention: summed over layers, width of all queries of a token.
+        vocabulary: outputs of the head.
+        widest: the greatest width within a block.
+        recomputed: whether the backward pass repeats the forward one: all of it but each block's
+            last product, which is counted here as well.
+    """
+
+    blocks: int
+    head: int
+    attention: int
+    vocabulary: int
+    widest: int
+    recomputed: bool = False
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, recomputed: bool = False) -> Sizes:
+        """Those of a model."""
+        matrices = [p for b in known_blocks(model) for p in b.parameters() if p.dim() > 1]
+        config = model.config.get_text_config()
+        heads = getattr(config, "num_attention_heads", 0)
+        usual = getattr(config, "hidden_size", 0) // max(1, heads)
+        width = heads * (getattr(config, "head_dim", None) or usual)
+        head = model.get_output_embeddings()
+        rows, columns = (0, 0) if head is None else head.weight.shape
+        return cls(
+            sum(p.numel() for p in {id(p): p for p in matrices}.values()),
+            rows * columns,
+            getattr(config, "num_hidden_layers", 0) * width,
+            rows,
+            max((max(p.shape) for p in matrices), default=0),
+            recomputed,
+        )
+
+    def forward(self, pack: Pack, positions: int) -> int:
+        """FLOP of a forward of `pack` that looks at so many positions."""
+        products = self.blocks * pack.inputs.tokens.numel() + self.head * positions
+        return 2 * products + 4 * _pairs(pack) * self.attention
+
+    def prefix(self, pack: Pack) -> int:
+        """FLOP of computing what `pack` has as a prefix."""
+        n = len(pack.prefix)
+        return 2 * self.blocks * n + 4 * n**2 * self.attention
+
+    def backward(self, pack: Pack, positions: int) -> int:
+        """FLOP of the gradient with respect to the point alone: weights have none."""
+        again = self.forward(pack, 0) if self.recomputed else 0
+        return self.forward(pack, positions) + 4 * _pairs(pack) * self.attention + again
+
+
+def _pairs(pack: Pack) -> int:
+    """Pairs of tokens of which one looks at the other; kernels compute masked ones too."""
+    return pack.inputs.tokens.numel() * pack.input_ids.shape[1]

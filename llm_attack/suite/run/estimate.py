@@ -1,0 +1,248 @@
+"""`llm-attack run --dry-run`: what a run would take, from its batches and a short calibration."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from llm_attack.attacks import Attack
+from llm_attack.base.errors import UsageError, invalid
+from llm_attack.harness.requests import by_question
+from llm_attack.lm.engine.engine import Engine
+from llm_attack.lm.engine.surface import Surface
+from llm_attack.lm.network.hook import frozen
+from llm_attack.lm.packing.pack import Pack
+from llm_attack.lm.packing.questions import Request
+from llm_attack.suite.plan import Plan
+from llm_attack.suite.run.cost import Passes, Sizes, passes
+from llm_attack.suite.run.execute import Prepared, Processes, prepare
+from llm_attack.suite.run.progress import MODES
+
+_LIVE = 4  # activations of a block's greatest width that exist at once, besides those kept
+SECONDS = 2.0  # of calibration
+
+
+@dataclass
+class Counts:
+    """What is counted of the batches, before any of them is computed.
+
+    Attributes:
+        questions, requests: asked.
+        tokens_asked: that requests have, each by itself.
+        tokens_packed: of the batches, padding included.
+        gradients, forwards: FLOP of passes with a backward, and of those without.
+        largest: tokens of the largest batch.
+        positions: looked at in the batch that has the most.
+        prefix: of the last batch.
+    """
+
+    questions: int = 0
+    requests: int = 0
+    tokens_asked: int = 0
+    tokens_packed: int = 0
+    gradients: int = 0
+    forwards: int = 0
+    largest: int = 0
+    positions: int = 0
+    prefix: tuple[int, ...] = ()
+
+    @property
+    def flop(self) -> int:
+        """Of all passes."""
+        return self.gradients + self.forwards
+
+    def add(self, pack: Pack, sizes: Sizes, todo: Passes) -> None:
+        """Counts a batch."""
+        scored, watched = len(pack.scored.positions), len(pack.watched.positions)
+        if pack.prefix != self.prefix:
+            self.prefix = pack.prefix
+            self.tokens_packed += len(pack.prefix)
+            self.forwards += sizes.prefix(pack)
+        self.tokens_packed += pack.inputs.tokens.numel()
+        self.tokens_asked += sum(len(r.inputs) * len(a) for r, a in _answered(pack))
+        gradient = sizes.forward(pack, watched) + sizes.backward(pack, watched)
+        self.gradients += todo.gradients * gradient
+        self.forwards += todo.losses * sizes.forward(pack, watched)
+        self.forwards += (todo.answers + todo.clean) * sizes.forward(pack, scored)
+        self.largest = max(self.largest, pack.space)
+        self.positions = max(self.positions, watched if todo.gradients else scored)
+
+
+@dataclass
+class Rates:
+    """What the device does, as measured on some of the batches.
+
+    Attributes:
+        gradient, forward: seconds per FLOP, of passes with a backward and without; 0: not needed.
+        kept: bytes that a token has kept for the backward, logits included.
+        seconds: that the measurement took.
+    """
+
+    gradient: float = 0.0
+    forward: float = 0.0
+    kept: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass
+class Estimate:
+    """The estimate of a run.
+
+    Attributes:
+        counts: of the batches.
+        rates: of the device.
+        seconds: of computing; neither loading the model nor tables and figures.
+        weights: bytes of parameters and buffers.
+        activations: bytes of the largest batch.
+    """
+
+    counts: Counts
+    rates: Rates
+    weights: int
+    activations: int
+    seconds: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        of = self.counts, self.rates
+        self.seconds = of[0].gradients * of[1].gradient + of[0].forwards * of[1].forward
+
+    def lines(self) -> dict[str, str]:
+        """As it is shown."""
+        n, rates = self.counts, self.rates
+        share = n.tokens_packed / max(1, n.tokens_asked)
+        rate = n.flop / self.seconds if self.seconds else 0.0
+        return {
+            "questions": f"{n.questions:,}",
+            "requests": f"{n.requests:,}",
+            "tokens": f"{n.tokens_asked:,}",
+            "tokens packed, with padding": f"{n.tokens_packed:,} ({share:.0%})",
+            "FLOP": f"{n.flop:.3g} ({n.gradients / max(1, n.flop):.0%} of them with gradients)",
+            "time": f"{timedelta(seconds=round(self.seconds))} ({self.seconds:.3g} s) at"
+            f" {rate:.3g} FLOP/s, measured for {rates.seconds:.1f} s",
+            "memory": f"{_size(self.weights + self.activations)}: weights {_size(self.weights)},"
+            f" activations of the largest batch about {_size(self.activations)}",
+        }
+
+
+def dry_run(plan: Plan, progress: str) -> Estimate:
+    """Estimates a run; writes nothing.
+
+    Raises:
+        UsageError: an argument is not allowed, or there are several processes.
+    """
+    if progress not in MODES:
+        raise invalid("progress", progress, MODES)
+    if Processes.of(plan).world > 1 or "tp_plan" in plan.model_args:
+        raise UsageError("dry_run=True: must be one process, without shard and tp_plan")
+    return estimate(prepare(plan, progress, Console(stderr=True)))
+
+
+def estimate(prepared: Prepared, seconds: float = SECONDS) -> Estimate:
+    """The estimate of what was prepared, from a calibration of about so many seconds."""
+    lm = prepared.lm
+    engine, model = lm.engine, lm.model
+    sizes = Sizes.of(model, lm.engine_settings.gradient_checkpointing)
+    batches = [work.batch for work in prepared.work]
+    others = max((len(q.gold) - 1 for b in batches for q in b.questions), default=0)
+    todo = passes(engine.attacks, others)
+    counts = Counts(len(by_question(prepared.requests)), len(prepared.requests))
+    for batch in batches:
+        counts.add(engine.pack(batch), sizes, todo)
+    order = random.Random(0).sample(range(len(batches)), len(batches))
+    calibration = Calibration(engine, sizes, bool(todo.gradients))
+    with frozen(model):
+        calibration.measure(engine.pack(batches[order[0]]))
+        calibration = Calibration(engine, sizes, bool(todo.gradients))  # that was to warm up
+        for i in order:
+            calibration.measure(engine.pack(batches[i]))
+            if calibration.seconds > seconds:
+                break
+    rates = calibration.rates()
+    tensors = {t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}
+    itemsize = model.dtype.itemsize
+    logits = counts.positions * sizes.vocabulary * itemsize
+    passing = _LIVE * counts.largest * sizes.widest * itemsize
+    kept = round(rates.kept * counts.largest)
+    return Estimate(counts, rates, sum(tensors.values()), kept + passing + logits)
+
+
+class Calibration:
+    """Runs batches, each once with a gradient and once with noise, and keeps the time.
+
+    Args:
+        engine: with the conditions.
+        sizes: of its model.
+        gradients: whether a gradient is needed.
+    """
+
+    def __init__(self, engine: Engine, sizes: Sizes, gradients: bool) -> None:
+        self.engine, self.sizes, self.gradients = engine, sizes, gradients
+        self.flop, self.spent = [0, 0], [0.0, 0.0]
+        self.bytes = self.tokens = 0
+
+    @property
+    def seconds(self) -> float:
+        """So far."""
+        return sum(self.spent)
+
+    def measure(self, pack: Pack) -> None:
+        """Runs a batch."""
+        attack = self.engine.attacks[-1]
+        noise = Attack("random", attack.epsilon, norm=attack.norm)
+        surface = Surface(self.engine.scorers[-1], pack.to(self.engine.device), self.engine.threat)
+        watched, scored = len(pack.watched.positions), len(pack.scored.positions)
+        if self.gradients:
+            both = self.sizes.forward(pack, watched) + self.sizes.backward(pack, watched)
+            with saved_tensors_hooks(self._keep, lambda tensor: tensor):
+                self._timed(0, lambda: surface.gradient.sum(), both)
+            self.tokens += pack.space
+
+        def forward() -> Tensor:
+            x = None if attack.identity else surface.attack(noise)[0]
+            return surface.answers(x).log_prob.sum()
+
+        self._timed(1, forward, self.sizes.forward(pack, scored))
+
+    def _timed(self, kind: int, run: Callable[[], Tensor], flop: int) -> None:
+        start = time.perf_counter()
+        run().item()  # waits for the device
+        self.spent[kind] += time.perf_counter() - start
+        self.flop[kind] += flop
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter) and not tensor.is_leaf:
+            self.bytes += tensor.nbytes
+        return tensor
+
+    def rates(self) -> Rates:
+        """What was measured."""
+        gradient, forward = (
+            s / f if f else 0.0 for s, f in zip(self.spent, self.flop, strict=True)
+        )
+        return Rates(gradient, forward, self.bytes / max(1, self.tokens), self.seconds)
+
+
+def show(found: Estimate, name: str) -> Table:
+    """The table of an estimate."""
+    table = Table(title=f"{name}: what the run would take", show_header=False)
+    for label, value in found.lines().items():
+        table.add_row(label, value)
+    return table
+
+
+def _answered(pack: Pack) -> Iterator[tuple[Request, list[int]]]:
+    """The requests of a pack, and which of the run's they answer."""
+    for question in pack.questions:
+        yield from zip(question.requests, question.answers, strict=True)
+
+
+def _size(n: int) -> str:
+    return f"{n / 1e9:.3g} GB" if n >= 1e9 else f"{n / 1e6:.3g} MB"

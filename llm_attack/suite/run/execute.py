@@ -1,0 +1,322 @@
+"""The way of a run: tasks -> requests -> batches, each kept when finished -> judgement -> outputs.
+
+Processes share no memory and send no messages. Every one takes each `world`-th batch; the first
+waits for the others, judges, and writes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+from rich.console import Console
+
+from llm_attack.attacks import Attack
+from llm_attack.base.errors import UsageError, invalid
+from llm_attack.base.failures import look
+from llm_attack.base.folder import clear_drafts
+from llm_attack.base.record import hardware, versions
+from llm_attack.base.redact import redacted
+from llm_attack.harness.judge import Judge
+from llm_attack.harness.model import AttackedHFLM
+from llm_attack.harness.patches import templates_compiled_once
+from llm_attack.harness.requests import Instance
+from llm_attack.harness.scores import Score
+from llm_attack.harness.tasks import look_up
+from llm_attack.lm.engine.hookpoints import EMBED, expand
+from llm_attack.lm.network.hook import frozen
+from llm_attack.suite.analysis import critical
+from llm_attack.suite.analysis.conditions import Condition, of_plan
+from llm_attack.suite.analysis.equivalence import with_equivalence
+from llm_attack.suite.analysis.summary import summarise
+from llm_attack.suite.analysis.worst import conditions as conditions_of
+from llm_attack.suite.analysis.worst import hidden_gradients, with_worst
+from llm_attack.suite.plan import Plan
+from llm_attack.suite.run import fingerprint, on_ray
+from llm_attack.suite.run import rows as frames
+from llm_attack.suite.run.load import load
+from llm_attack.suite.run.progress import RunProgress, note, status
+from llm_attack.suite.run.store import Follower, Store, all_here
+from llm_attack.suite.run.work import RunningAccuracy, Work, gather, work_of
+
+# The subfolder of lm-eval's own results in that of a run.
+LM_EVAL = "lm_eval"
+
+
+class Processes(NamedTuple):
+    """Which of how many processes this is.
+
+    Attributes:
+        rank, world: which share of the batches it answers, of how many.
+        member: which process it is of those that hold a part of the model each and answer the same
+            batches (tensor parallelism); the first of them keeps what is finished.
+    """
+
+    rank: int
+    world: int
+    member: int = 0
+
+    @property
+    def first(self) -> bool:
+        """Whether it judges and writes."""
+        return self.rank == 0 and self.member == 0
+
+    @classmethod
+    def of(cls, plan: Plan) -> Processes:
+        """As RANK and WORLD_SIZE say, which torchrun and accelerate launch set, or `shard`.
+
+        With `tp_plan` all processes of a launch are one worker, and `shard` alone tells workers
+        from each other.
+
+        Raises:
+            UsageError: they make no sense.
+        """
+        found = {"RANK": "0", "WORLD_SIZE": "1"}
+        for name in found:
+            found[name] = os.environ.get(name, found[name])
+            if not re.fullmatch("[0-9]{1,9}", found[name]):
+                raise invalid(name, found[name], "an integer, as torchrun sets it")
+        rank, world = map(int, found.values())
+        others = {"WORLD_SIZE": world if world > 1 else None, "shard": plan.shard}
+        others["tp_plan"] = plan.model_args.get("tp_plan")
+        for name, value in others.items():
+            if plan.ray is not None and value is not None:
+                text = f"must not be given with {name}={value}, which divides the work already"
+                raise UsageError(f"ray={plan.ray}: {text}")
+        if rank >= world:
+            raise invalid("RANK", rank, f"below WORLD_SIZE, {world}")
+        if plan.model_args.get("tp_plan") is not None:
+            return cls(*(plan.share or (0, 1)), rank)
+        if plan.share is not None and world > 1:
+            raise UsageError(
+                f"shard={plan.shard}: must not be given with WORLD_SIZE={world}, which divides the"
+                " work already"
+            )
+        return cls(*(plan.share or (rank, world)))
+
+
+@dataclass(frozen=True)
+class Result:
+    """The outcome of a run.
+
+    Attributes:
+        table: accuracies and tests, a row per task and condition; see `summary.summarise`.
+        samples: a row per question and condition; see `frames.samples_of`.
+        questions: a row per question; see `frames.questions_of`.
+        run: what is needed to repeat it: settings, versions, hardware, timings, and for each
+            condition its settings as resolved and its diagnostics (`attacks`), and what it is
+            (`conditions.Condition`).
+        lm_eval: for each condition, lm-eval's own results; empty when read from a folder.
+    """
+
+    table: pd.DataFrame
+    samples: pd.DataFrame
+    questions: pd.DataFrame
+    run: dict[str, Any]
+    lm_eval: dict[str, dict[str, Any]]
+
+    @property
+    def conditions(self) -> dict[str, Condition]:
+        """What the conditions are, by name, the worst cases of `with_worst` included."""
+        return conditions_of(self.samples, self.run)
+
+
+class Prepared(NamedTuple):
+    """All that is known before anything is computed or written.
+
+    Attributes:
+        plan: the plan.
+        lm: the model with the plan's conditions.
+        judge: the tasks.
+        requests: all of them.
+        gold: of `frames.gold_of`.
+        scores: of `frames.scores_of`.
+        work: the batches.
+        mark: the fingerprint.
+        timings: seconds, by what they were spent on.
+    """
+
+    plan: Plan
+    lm: AttackedHFLM
+    judge: Judge
+    requests: list[Instance]
+    gold: dict[tuple[str, Any], list[bool]]
+    scores: dict[str, Score]
+    work: list[Work]
+    mark: dict[str, Any]
+    timings: dict[str, float]
+
+
+@templates_compiled_once()
+def prepare(plan: Plan, progress: str, console: Console, checked: bool = True) -> Prepared:
+    """Loads the model and builds the tasks.
+
+    Args:
+        plan: the plan.
+        progress: of `progress.MODES`.
+        console: where it is shown.
+        checked: whether a model is refused whose gradient is wrong.
+
+    Raises:
+        UsageError: an argument is not allowed, or the gradient is not that of the model.
+    """
+    clock = _Clock()
+    with status(progress, console, "looking up the tasks"):
+        manager, tasks = look_up(plan.tasks, plan.include_path)
+    clock.stop("tasks")
+    with status(progress, console, redacted(f"loading {plan.model}")):
+        lm = load(plan)
+        conditions = plan.conditions
+        if plan.hookpoints:
+            conditions = plan.conditions_at(expand(lm.model, plan.hookpoints))
+        lm.use(*conditions)
+        if checked:
+            lm.check_gradient()
+    clock.stop("model")
+    with status(progress, console, "building the requests"):
+        judge = Judge(lm, manager, tasks, **plan.evaluation)
+        requests = judge.requests()
+        gold = frames.gold_of(requests)
+        scores = frames.scores_of(requests, plan.score)
+        work = list(work_of(lm, requests))
+        batches = [(w.key, w.asked()) for w in work]
+        asked = (r for w in work for q in w.batch.questions for r in q.requests)
+        read = ((r.tokens, r.n_continuation) for r in asked)
+        mark = fingerprint.of_run(plan, lm, requests, read, batches)
+    clock.stop("requests")
+    return Prepared(plan, lm, judge, requests, gold, scores, work, mark, clock.timings)
+
+
+@templates_compiled_once()
+def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -> Result | None:
+    """Carries out what is left of a run; None on all processes but the first.
+
+    Args:
+        prepared: of `prepare`.
+        folder: where finished batches are kept (`Store`) until the run is complete.
+        progress: of `progress.MODES`.
+        console: where it is shown.
+
+    Raises:
+        UsageError: another process is writing there, or the clean model gives no numbers.
+        ProcessDied: another process of this run is gone; what is finished is kept.
+    """
+    plan, lm, judge, requests, gold, scores, work, mark, _ = prepared
+    clock = _Clock(prepared.timings)
+    who = Processes.of(plan)
+    planned = [w.key for w in work]
+    kind = Follower if who.member else Store
+    with kind(folder, planned, who.rank, who.world) as store, frozen(lm.model):
+        if who.member == 0:
+            fingerprint.keep(folder, mark)
+        if who.first:
+            clear_drafts(folder, (LM_EVAL,))
+        for path in store.check():
+            text = f"{path.with_suffix('.sqlite')}: cannot be read; moved aside, computed again"
+            note(progress, console, f"{text}: {path}")
+        threads = sorted(_answer(prepared, store, progress, console))
+        if not who.first:
+            return None
+        with status(progress, console, "waiting for the other processes"):
+            store.wait()
+        found = gather(store.contents(), work, len(requests))
+        lm.diagnostics = found.diagnostics
+    clock.stop("answers")
+    with status(progress, console, "judging"):
+        results = [judge.results(answers, i) for i, answers in enumerate(found.answers)]
+        questions = frames.questions_of(requests, gold, results[0])
+        attacks = lm.engine.attacks
+        places = [condition.hookpoint or EMBED for condition in lm.conditions]
+        samples = frames.samples_of(questions, requests, scores, attacks, places, results, found)
+        samples = critical.judged(samples, critical.score_of({"settings": plan.settings()}))
+        infos = {attack.condition: lm.attack_info(i) for i, attack in enumerate(attacks)}
+        known = of_plan(plan, lm.conditions, attacks)
+        run: dict[str, Any] = {"settings": plan.settings(), "attacks": infos}
+        run["conditions"] = {name: condition.settings() for name, condition in known.items()}
+        run["of_tasks"] = frames.whole_tasks(requests, list(infos), results)
+        table = summarise(with_worst(samples, run), infos, run["of_tasks"])
+        table = with_equivalence(table, plan.equivalence)
+    clock.stop("judgement")
+    # where all was finished before, those of this process
+    of_threads = {"threads": threads if len(threads) > 1 else threads[0]} if threads else {}
+    run |= {
+        "model": plan.model,
+        "model_name": plan.model_name,
+        "equivalence": plan.equivalence,
+        "warnings": [
+            *lm.all_warnings(),
+            *hidden_gradients(samples, known),
+            *(f"{name}: {text}" for name, text in critical.stalled(samples).items()),
+            *_critical_of_others(attacks, scores),
+        ],
+        "fingerprint": fingerprint.plain(mark),
+        "versions": versions(),
+        "hardware": hardware() | {"device": str(lm.device)} | of_threads,
+        "timings": {"processes": who.world, "seconds": clock.timings},
+    }
+    return Result(table, samples, questions, redacted(run), dict(zip(infos, results, strict=True)))
+
+
+def _critical_of_others(attacks: Sequence[Attack], scores: Mapping[str, Score]) -> list[str]:
+    """A sentence where critical epsilons are not of the scores that are reported."""
+    of_choices = ("acc", "acc_norm", "acc_bytes")
+    others = [task for task, of in scores.items() if not (of.choice and of.name in of_choices)]
+    if not others or not any(attack.kind.minimal for attack in attacks):
+        return []
+    listed = ", ".join(f"{task} ({scores[task].name})" for task in others)
+    return [f"critical epsilons are of the likeliest choice, not of the score of {listed}"]
+
+
+class _Clock:
+    """Seconds between calls of `stop`."""
+
+    def __init__(self, timings: dict[str, float] | None = None) -> None:
+        self.timings = dict(timings or {})
+        self._last = time.perf_counter()
+
+    def stop(self, name: str) -> None:
+        now = time.perf_counter()
+        self.timings[name] = round(now - self._last, 2)
+        self._last = now
+
+
+def _answer(prepared: Prepared, store: Store, progress: str, console: Console) -> set[int]:
+    """Answers this process's share of the batches that no attempt has finished; returns the numbers
+    of threads of what computed them.
+    """
+    lm = prepared.lm
+    conditions = [attack.condition for attack in lm.engine.attacks]
+    all_here()  # what cannot be read has been moved aside
+    finished = store.keys()
+    all_here()  # nothing is added before all have looked
+    own = set(store.share(store.rank))
+    share = [w for w in prepared.work if w.key in own]
+    todo = {id(w.batch): w for w in share if w.key not in finished}
+    total = sum(map(len, share))
+    done = total - sum(map(len, todo.values()))
+    running = RunningAccuracy(prepared.requests, prepared.scores, prepared.gold)
+    batches = (w.batch for w in todo.values())
+    threads: set[int] = set()
+    if prepared.plan.ray is None:
+        threads.add(on_ray.threads_of(lm))
+        answers = lm.engine.answers(batches)
+    else:
+        say = partial(note, progress, console)
+        answers = on_ray.answers(prepared.plan, lm, batches, say, threads)
+    with RunProgress(progress, console, conditions, total, done) as bar:
+        for batch, found in answers:
+            store.watch()
+            fingerprint.check(store.folder.parent, prepared.mark)
+            of_batch = todo[id(batch)]
+            content = of_batch.content(found)
+            store.add(of_batch.key, content)
+            bar.add(len(of_batch), running.add(content["answers"]))
+            look()
+    return threads

@@ -1,0 +1,122 @@
+"""Fingerprints of runs: the same fingerprint, the same numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from llm_attack.base.errors import UsageError
+from llm_attack.base.failures import one_line
+from llm_attack.base.folder import check_same, strangers
+from llm_attack.base.record import versions, write_json
+from llm_attack.base.redact import redacted, without_secrets
+from llm_attack.harness import hashes
+from llm_attack.harness.hashes import DIGITS, digest
+from llm_attack.harness.model import AttackedHFLM
+from llm_attack.harness.requests import Instance
+from llm_attack.suite.plan import Plan
+from llm_attack.suite.run.store import MARK, STORE
+
+
+def of_run(
+    plan: Plan,
+    lm: AttackedHFLM,
+    requests: Sequence[Instance],
+    tokens: Iterable[Any],
+    batches: Sequence[Any],
+) -> dict[str, Any]:
+    """All that results depend on; secrets are no part of it.
+
+    Args:
+        plan: with the settings of attacks and tasks.
+        lm: the model.
+        requests: of all tasks.
+        tokens: what the model reads for them.
+        batches: which of them are computed together.
+    """
+    tasks: dict[str, Any] = {}
+    for request in requests:
+        content = json.dumps([request.doc_id, request.idx, *request.args]).encode()
+        name = str(request.task_name)
+        tasks.setdefault(name, hashlib.sha256()).update(content)
+    settings = plan.settings() | {"model_args": without_secrets(plan.model_args)}
+    settings = redacted({k: v for k, v in settings.items() if k not in ("tasks", "include_path")})
+    return {
+        **settings,
+        **of_model(lm),
+        "tasks": {name: content.hexdigest()[:DIGITS] for name, content in tasks.items()},
+        "tokens": digest(map(json.dumps, tokens)),
+        "batches": digest([json.dumps(batches)]),
+    }
+
+
+def of_model(lm: AttackedHFLM) -> dict[str, Any]:
+    """The part of the model, and of what computes it."""
+    return {**hashes.of_model(lm), "device": lm.device.type, "versions": versions()}
+
+
+def kept(folder: Path) -> dict[str, Any] | None:
+    """The fingerprint of the run in `folder`, finished or not; None: there is none.
+
+    Raises:
+        UsageError: there is something else.
+    """
+    for path in (folder / STORE / MARK, folder / "run.json"):
+        try:
+            return {**json.loads(path.read_text(encoding="utf-8"))["fingerprint"]}
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(
+                f"output={folder}: {path.relative_to(folder)} there cannot be read as that of a run"
+                f" ({one_line(error)}); must be another folder"
+            ) from error
+    return None
+
+
+def check(folder: Path, mark: dict[str, Any]) -> None:
+    """Compares `mark` with that of the run in `folder`, if there is one.
+
+    Raises:
+        UsageError: it is another run, and the message says what differs; or batches have no mark.
+    """
+    found = kept(folder)
+    if found is None:
+        _check_batches(folder)
+    else:
+        check_same(folder, found, plain(mark))
+
+
+def keep(folder: Path, mark: dict[str, Any]) -> None:
+    """Marks the unfinished run in `folder`, unless it has this mark already.
+
+    Of two runs that start there at once one writes, and the other is refused.
+
+    Raises:
+        UsageError: as of `check`.
+    """
+    _check_batches(folder)
+    (folder / STORE).mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / STORE / "fingerprint.lock"):
+        check(folder, mark)
+        if not (folder / STORE / MARK).exists():
+            write_json(folder / STORE / MARK, {"fingerprint": mark})
+
+
+def _check_batches(folder: Path) -> None:
+    # in this order: a process writes the mark before anything else
+    if strangers(folder / STORE) and not (folder / STORE / MARK).exists():
+        raise UsageError(
+            f"output={folder}: {STORE} there has no {MARK}, so that nobody knows whose it is; must"
+            " be another folder, or be removed by hand"
+        )
+
+
+def plain(mark: dict[str, Any]) -> dict[str, Any]:
+    """`mark` as it comes back from a file."""
+    return json.loads(json.dumps(mark, default=str))

@@ -1,0 +1,47 @@
+"""The model of a plan, on the device of its process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+from llm_attack.base.declare import names
+from llm_attack.base.device import check_device
+from llm_attack.harness.model import AttackedHFLM
+from llm_attack.lm.settings import EngineSettings
+from llm_attack.suite.plan import Plan
+
+
+def load(plan: Plan) -> AttackedHFLM:
+    """The model, under the plan's first condition.
+
+    Raises:
+        UsageError: an argument is not allowed, or there is no such model.
+    """
+    engine = {name: getattr(plan, name) for name in names(EngineSettings)}
+    arguments = {"batch_size": plan.batch_size, **engine, **plan.model_args}
+    device = plan.device
+    if device is not None:
+        check_device(device)
+    if device is None and "LOCAL_RANK" in os.environ:
+        import torch
+
+        if torch.cuda.is_available():
+            device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
+    if device is not None:
+        arguments["device"] = device
+    first = plan.conditions[0].arguments()
+    with nullcontext() if plan.model_args.get("tp_plan") is not None else _alone():
+        return AttackedHFLM(pretrained=plan.model, **arguments, **first)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Hides the other processes from accelerate, which would connect them and wait for all."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)

@@ -1,0 +1,263 @@
+"""A run's batches on the workers of a Ray cluster; this process alone judges and writes.
+
+A worker is an actor: the model, and nothing of tasks, folder or files. Ray places the actors, tells
+when one has died, and carries batches and answers, so that nothing is shared but the network.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+
+from llm_attack.base.errors import UsageError, invalid
+from llm_attack.base.failures import ProcessDied, held, look, one_line
+from llm_attack.base.folder import differences
+from llm_attack.harness.model import AttackedHFLM
+from llm_attack.lm.engine.engine import Found
+from llm_attack.lm.network.hook import frozen
+from llm_attack.lm.packing.batches import Batch
+from llm_attack.lm.settings import AttackSettings
+from llm_attack.suite.plan import Plan
+from llm_attack.suite.run import fingerprint
+from llm_attack.suite.run.load import load
+
+PAUSE = 1.0  # seconds, at most, between two looks at how large the cluster is
+LONGEST = 30.0  # seconds for which the head of a cluster may be gone, and an answer be on its way
+DEATHS = 3  # for each worker, in a row and without a finished batch in between, that are borne
+_SHARE = 0.9  # of a GPU, for a worker: one on each, and some is left for a driver that is a job
+
+
+def threads_of(lm: AttackedHFLM) -> int:
+    """Of torch, for the batches of a model in this process."""
+    return 1 if lm.engine.deterministic else torch.get_num_threads()
+
+
+class Worker:
+    """The model of a run on one device.
+
+    Args:
+        plan: with the device.
+        conditions: of the run.
+        tokens: of a batch at most, by which larger questions are cut into parts.
+    """
+
+    def __init__(self, plan: Plan, conditions: list[AttackSettings], tokens: int) -> None:
+        self.plan, self.conditions, self.tokens = plan, conditions, tokens
+
+    @cached_property
+    def lm(self) -> AttackedHFLM:
+        """Loaded by the first call, whose errors are those of loading."""
+        lm = load(self.plan)
+        lm.use(*self.conditions)
+        lm.check_gradient()  # of the kernels of this device
+        for scorer in (lm.engine.scorer, *lm.engine.scorers):
+            scorer.limit = self.tokens
+        return lm
+
+    def ready(self) -> tuple[dict[str, Any], int]:
+        """Which model it has, as its part of the fingerprint, and its number of threads."""
+        return fingerprint.of_model(self.lm), threads_of(self.lm)
+
+    def answer(self, batch: Batch) -> Found:
+        """The answers to a batch."""
+        with frozen(self.lm.model):
+            ((_, found),) = self.lm.engine.answers([batch])
+        return found
+
+
+@contextmanager
+def cluster(plan: Plan) -> Iterator[None]:
+    """Connects with the cluster that the plan names, or starts one here; nothing without a name.
+
+    Raises:
+        UsageError: Ray is not installed, there is no such cluster, or its devices are not those of
+            this machine.
+    """
+    if plan.ray is None:
+        yield
+        return
+    try:
+        import ray
+    except ImportError as error:
+        raise UsageError(
+            f"ray={plan.ray}: needs Ray ({one_line(error)}); pip install llm-attack[ray]"
+        ) from error
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        at = urlsplit(f"//{plan.ray}")
+        if at.port:  # Ray itself would try for minutes
+            socket.create_connection((str(at.hostname), at.port), timeout=10).close()
+    except (ValueError, OSError) as error:
+        raise _no_cluster(plan, error) from None
+    try:
+        try:
+            with held(), _handlers_kept():
+                ray.init(plan.ray, logging_level="ERROR", log_to_driver=False)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise _no_cluster(plan, error) from None
+        _check_devices(plan, bool(ray.cluster_resources().get("GPU")))
+        yield
+    finally:
+        with held():
+            ray.shutdown()
+
+
+def _no_cluster(plan: Plan, error: Exception) -> UsageError:
+    return invalid("ray", plan.ray, f"a cluster that can be reached ({one_line(error)})")
+
+
+@contextmanager
+def _handlers_kept() -> Iterator[None]:
+    """`ray.init` makes SIGTERM a SystemExit, in the main thread; afterwards it is as before."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit as error:
+        if error.code != signal.SIGTERM:
+            raise
+        signal.signal(signal.SIGTERM, before)
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        if before is not None and signal.getsignal(signal.SIGTERM) is not before:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _check_devices(plan: Plan, there: bool) -> None:
+    here = torch.cuda.is_available() if plan.device is None else plan.device.startswith("cuda")
+    if here and not there:
+        raise UsageError(f"ray={plan.ray}: has no GPU; must be a cluster with some, or device=cpu")
+    if there and not here and plan.device is None:
+        raise UsageError(
+            f"ray={plan.ray}: has GPUs, and this machine, where the run is planned, has none; must"
+            " be started where there is one, or with device=cpu"
+        )
+
+
+def answers(
+    plan: Plan,
+    lm: AttackedHFLM,
+    todo: Iterable[Batch],
+    say: Callable[[str], None],
+    threads: set[int],
+) -> Iterator[tuple[Batch, Found]]:
+    """As of `Engine.answers`, by the workers of `cluster`, in the order in which they finish.
+
+    There is a worker for every GPU (on CPUs, for every core) of the cluster as it is and as it
+    grows, or `ray_workers`. One that dies is replaced as soon as there is room, and its batch goes
+    to whichever is free: Ray's own restarts would keep it waiting for that room.
+
+    Args:
+        plan: of the run.
+        lm: its model, whose weights are let go of here.
+        todo: the batches.
+        say: told what the user should know.
+        threads: gets the numbers of threads that workers have.
+
+    Raises:
+        UsageError: a worker has another model, or says so of its own.
+        ProcessDied: workers die and nothing is finished, or Ray itself is gone.
+    """
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    waiting = deque(todo)
+    if not waiting:
+        return
+    model, gpu = fingerprint.of_model(lm), lm.device.type == "cuda"
+    torch.nn.Module.to(lm.model, "meta")
+    if gpu:
+        torch.cuda.empty_cache()
+    actor = ray.remote(num_cpus=1, num_gpus=_SHARE if gpu else 0)(Worker)
+    given = replace(plan, ray=None, ray_workers=None, device=lm.device.type)
+    idle: list[Any] = []
+    busy: dict[Any, tuple[Any, Batch | None]] = {}  # without a batch: it loads the model
+    workers = deaths = 0
+
+    def start() -> None:
+        worker = actor.remote(given, lm.conditions, lm.engine.scorer.limit)
+        busy[worker.ready.remote()] = worker, None
+
+    alive = _Alive(ray)
+    while waiting or any(batch for _, batch in busy.values()):
+        look()
+        try:
+            if not alive.is_known():
+                time.sleep(PAUSE)
+                continue
+            room = plan.ray_workers or int(ray.cluster_resources().get("GPU" if gpu else "CPU", 0))
+            for _ in range(workers, room):
+                start()
+            workers = max(workers, room)
+            finished, _ = ray.wait([*busy], timeout=PAUSE)
+        except RayError as error:
+            raise ProcessDied(f"Ray: {one_line(error)}") from error
+        for done in finished:
+            worker, batch = busy.pop(done)
+            try:
+                found = ray.get(done, timeout=LONGEST)
+            except RayTaskError as error:
+                raise error.cause from error
+            except RayError as error:
+                deaths += 1
+                if deaths > DEATHS * workers:
+                    text = f"{deaths} workers died, one after another: {one_line(error)}"
+                    raise ProcessDied(text) from error
+                say("a worker died: another one is started, and its batch is repeated")
+                waiting.extend([] if batch is None else [batch])
+                start()
+                continue
+            idle.append(worker)
+            if batch is not None:
+                deaths = 0
+                yield batch, found
+                continue
+            of_worker, n = found
+            threads.add(n)
+            if other := differences(of_worker, model):
+                raise UsageError(
+                    f"ray={plan.ray}: a worker has another model than this machine"
+                    f" ({'; '.join(other)}); must be the same files and versions everywhere"
+                )
+        while idle and waiting:
+            worker, batch = idle.pop(), waiting.popleft()
+            busy[worker.answer.remote(batch)] = worker, batch
+
+
+class _Alive:
+    """Whether the parts of Ray that a run cannot do without are there.
+
+    Ray waits for ever where the raylet of this machine has died; where the head of the cluster is
+    gone, its calls wait for a minute and then end this process.
+    """
+
+    def __init__(self, ray: Any) -> None:
+        context = ray.get_runtime_context()
+        self.ray, self.own, self.head = ray, context.get_node_id(), context.gcs_address
+        self._seen = time.monotonic()
+
+    def is_known(self) -> bool:
+        """Whether the head can be asked; raises `ProcessDied` where something is gone for good."""
+        host, _, port = self.head.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=PAUSE).close()
+        except OSError as error:
+            if time.monotonic() - self._seen > LONGEST:
+                text = f"Ray's head, {self.head}, cannot be reached ({one_line(error)})"
+                raise ProcessDied(text) from error
+            return False
+        self._seen = time.monotonic()
+        if not any(node["Alive"] for node in self.ray.nodes() if node["NodeID"] == self.own):
+            raise ProcessDied("Ray on this machine, its raylet, died")
+        return True

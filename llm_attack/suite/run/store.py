@@ -1,0 +1,260 @@
+"""Finished batches on disk: durable one by one, written by any number of processes.
+
+Every process writes a database of its own, so that no two ever wait for each other, and holds a
+lock for as long as it lives, which the system lets go of however it dies.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from llm_attack.base.errors import UsageError
+from llm_attack.base.failures import ProcessDied, look
+from llm_attack.base.folder import strangers
+from llm_attack.base.record import DRAFT
+
+Key = tuple[str, int]
+
+# The store's folder in that of the run; its file that says whose it is; names of all files in it.
+STORE = "batches"
+MARK = "fingerprint.json"
+_LOCKS = ("process-*.lock", "fingerprint.lock", "watch.lock")
+_FILES = ("part-*.sqlite*", "part-*.corrupt", *_LOCKS, f".*{DRAFT}")
+
+# Seconds after which a process that was never seen alive counts as dead.
+LONGEST_START = 600.0
+
+
+class Store:
+    """The batches of one run.
+
+    Args:
+        folder: of the run; the store is a subfolder of it.
+        planned: all batches; every process takes each `world`-th.
+        rank: of this process.
+        world: number of processes.
+
+    Raises:
+        UsageError: another run is writing there.
+    """
+
+    def __init__(self, folder: Path, planned: Sequence[Key], rank: int = 0, world: int = 1) -> None:
+        self.folder = folder / STORE
+        self.planned, self.rank, self.world = planned, rank, world
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in _files(self.folder):
+            if path.is_symlink():
+                path.unlink()
+        self._lock = self._lock_of(rank)
+        try:
+            self._lock.acquire(timeout=2)  # longer than another process tries it in `watch`
+        except Timeout:
+            raise UsageError(
+                f"output={folder}: another run is writing there; must be a folder of its own, or"
+                " wait until that run has ended"
+            ) from None
+        self._seen: set[int] = set()  # processes that have been alive
+        self._began = time.monotonic()
+        self._part: sqlite3.Connection | None = None
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._part is not None:
+            self._part.close()
+        self._lock.release()
+
+    def share(self, rank: int) -> Sequence[Key]:
+        """The batches that are up to a process."""
+        return self.planned[rank :: self.world]
+
+    def add(self, key: Key, content: Any) -> None:
+        """Keeps a finished batch; once this returns, it outlasts a kill or a loss of power."""
+        path = self._path(self.rank)
+        text = json.dumps(content, separators=(",", ":"))
+        try:
+            if self._part is None:
+                self._part = sqlite3.connect(path)
+                self._part.execute("PRAGMA synchronous = FULL")
+                self._part.execute(
+                    "CREATE TABLE IF NOT EXISTS batches (task TEXT, number INTEGER, content TEXT,"
+                    " checksum INTEGER, PRIMARY KEY (task, number))"
+                )
+            with self._part:
+                row = (*key, text, zlib.crc32(text.encode()))
+                self._part.execute("INSERT OR REPLACE INTO batches VALUES (?, ?, ?, ?)", row)
+        except sqlite3.Error as error:
+            raise OSError(f"{path}: {error}") from error
+
+    def keys(self) -> set[Key]:
+        """Batches that are finished, by whichever process of whichever attempt."""
+        return {row[:2] for row in self._rows("task, number")}
+
+    def contents(self) -> dict[Key, Any]:
+        """All that was kept, in order of the keys."""
+        found = {(task, n): content for task, n, content in self._rows("task, number, content")}
+        return {key: json.loads(found[key]) for key in sorted(found)}
+
+    def check(self) -> list[Path]:
+        """Moves parts that cannot be read aside, and returns where they are now.
+
+        A process looks at its own; the first also at those that no process of this attempt writes.
+        """
+        set_aside = []
+        for path in self._parts():
+            rank = int(path.stem.removeprefix("part-"))
+            if rank != self.rank and (self.rank != 0 or rank < self.world):
+                continue
+            try:
+                with closing(sqlite3.connect(path)) as part:
+                    (answer,) = part.execute("PRAGMA integrity_check").fetchone()
+                    rows = part.execute("SELECT content, checksum FROM batches").fetchall()
+                intact = all(zlib.crc32(content.encode()) == known for content, known in rows)
+                readable = answer == "ok" and intact
+            except sqlite3.OperationalError as error:
+                if "no such table" not in str(error):
+                    raise OSError(f"{path}: {error}") from error
+                readable = True
+            except (sqlite3.DatabaseError, AttributeError):
+                readable = False
+            if not readable:
+                aside = path.with_suffix(".corrupt")
+                path.replace(aside)
+                set_aside.append(aside)
+        return set_aside
+
+    def watch(self) -> None:
+        """Raises ProcessDied when another process of this run has ended without finishing."""
+        for rank in set(range(self.world)) - {self.rank}:
+            lock = self._lock_of(rank)
+            # one at a time: a lock that another one tries is not held by whom it belongs to
+            with FileLock(self.folder / "watch.lock"):
+                try:
+                    lock.acquire(timeout=0)
+                except Timeout:
+                    self._seen.add(rank)
+                    continue
+                lock.release()
+            started = rank in self._seen or time.monotonic() - self._began > LONGEST_START
+            # looked for after the lock: a process keeps its last batch before it lets go
+            if started and not self.keys().issuperset(self.share(rank)):
+                raise ProcessDied(f"process {rank} of {self.world} died")
+
+    def wait(self, pause: float = 0.2) -> None:
+        """Returns when the batches of all processes are finished; ProcessDied as of `watch`."""
+        while missing := set(self.planned) - self.keys():
+            if not missing.isdisjoint(self.share(self.rank)):
+                text = "finished batches are gone: they were removed, or could not be read"
+                raise ProcessDied(f"{self.folder}: {text}")
+            self.watch()
+            time.sleep(pause)
+            look()
+
+    def _path(self, rank: int) -> Path:
+        return self.folder / f"part-{rank}.sqlite"
+
+    def _parts(self) -> list[Path]:
+        return sorted(self.folder.glob("part-*.sqlite"))
+
+    def _lock_of(self, rank: int) -> Any:
+        return FileLock(self.folder / f"process-{rank}.lock")
+
+    def _rows(self, columns: str) -> Iterator[tuple]:
+        """Of all parts; of one that cannot be read, which its own process will find, none."""
+        for path in self._parts():
+            try:
+                with closing(sqlite3.connect(path)) as part:
+                    yield from part.execute(f"SELECT {columns} FROM batches").fetchall()
+            except sqlite3.OperationalError as error:
+                if "no such table" not in str(error):
+                    raise OSError(f"{path}: {error}") from error
+            except sqlite3.DatabaseError:
+                continue
+
+
+class Follower(Store):
+    """Sees the batches of a store and keeps none: of processes that answer what another one keeps.
+
+    Args:
+        folder: of the run.
+        planned: all batches.
+        rank: of the process that keeps them.
+        world: number of those.
+    """
+
+    def __init__(self, folder: Path, planned: Sequence[Key], rank: int = 0, world: int = 1) -> None:
+        self.folder = folder / STORE
+        self.planned, self.rank, self.world = planned, rank, world
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing was taken."""
+
+    def add(self, key: Key, content: Any) -> None:
+        """Nothing is kept."""
+
+    def check(self) -> list[Path]:
+        """Nothing is moved."""
+        return []
+
+    def watch(self) -> None:
+        """The collectives of the model fail where another process has."""
+
+
+def all_here() -> None:
+    """Waits for the other processes that hold a part of the same model, if there are any."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+
+
+@contextmanager
+def begun(folder: Path) -> Iterator[None]:
+    """Takes the store of a run back, and the folders that were made for it, if the context raises
+    before any process has kept a batch there.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        if strangers(folder) == [STORE] and not _kept(folder / STORE):
+            discard(folder)
+            with suppress(OSError):
+                for path in made:
+                    path.rmdir()
+        raise
+
+
+def _kept(store: Path) -> bool:
+    """Whether there are batches in a store, or processes that may have some soon."""
+    for lock in map(FileLock, store.glob("process-*.lock")):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return True
+        lock.release()
+    return any(path.stat().st_size for path in store.glob("part-*"))
+
+
+def discard(folder: Path) -> None:
+    """Deletes the store of the run in `folder`, which is complete; no file of anyone else's."""
+    store = folder / STORE
+    with suppress(OSError):
+        if (store / MARK).exists():
+            for path in (*_files(store), store / MARK):  # the mark last: without it nobody's
+                path.unlink()
+        store.rmdir()
+
+
+def _files(store: Path) -> list[Path]:
+    return sorted(path for pattern in _FILES for path in store.glob(pattern))

@@ -1,0 +1,1 @@
+"""Questions about one run or many: models, revisions, claims, hookpoints."""

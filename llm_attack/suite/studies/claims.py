@@ -1,0 +1,187 @@
+"""The claims of arXiv 2205.01493 about language models, each put to a test on a run's samples.
+
+A claim holds, does not hold, or is not shown: a test that finds nothing is no evidence, so that
+"does not hold" needs one of its own, and so does "is that of guessing".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pandas as pd
+from scipy.stats import norm
+
+from llm_attack.stats import ALPHA, Mean, auc, detectable, equivalence_test, mean_of
+from llm_attack.suite.analysis.conditions import Conditions, by_name
+from llm_attack.suite.analysis.outcomes import (
+    LOWER,
+    chances,
+    gold_margin,
+    right,
+    sources,
+    with_scores,
+)
+from llm_attack.suite.analysis.pairs import paired
+from llm_attack.suite.analysis.summary import MEAN
+from llm_attack.suite.plan import WORST
+from llm_attack.suite.report.tables import Cells
+
+HOLDS, NOT, UNSHOWN = "holds", "does not hold", "not shown"
+TITLE = "the paper's claims"
+WITHIN = 2.0  # points of a percent: differences that are called none
+
+_NOISE = ("random", "uniform", "gaussian")
+_CONTROL = ("random", "uniform")  # noise of the same amplitude, the best first
+_CONTROLS = (*_NOISE, "reversed", "none", WORST)
+
+
+class Claim(NamedTuple):
+    """A line of the list.
+
+    Attributes:
+        text: what is claimed.
+        of: the condition.
+        verdict: HOLDS, NOT or UNSHOWN.
+        figure: on which that rests, with its 95 % interval.
+    """
+
+    text: str
+    of: str
+    verdict: str
+    figure: str
+
+
+def claims(
+    samples: pd.DataFrame,
+    questions: pd.DataFrame,
+    within: float = WITHIN,
+    known: Conditions | None = None,
+) -> list[Claim]:
+    """Every claim about every attack of a run, in the run's order.
+
+    Args:
+        samples: a row per question and condition, as in `samples.parquet`; of one hookpoint.
+        questions: as in `questions.parquet`.
+        within: points of a percent; smaller differences are called none.
+        known: the conditions of the run; as their names tell unless given.
+    """
+    known = by_name(samples) if known is None else known
+    rows = with_scores(samples).assign(margin=gold_margin(samples), chance=chances(samples))
+    rows = rows.assign(source=sources(rows), right=right(rows))
+    by = {str(name): of for name, of in rows.groupby("condition", sort=False)}
+    if "none" not in by:
+        return []
+    found = []
+    for name, of in by.items():
+        attack = str(of["attack"].iloc[0])
+        if attack in _NOISE:
+            text = f"{attack} noise costs accuracy"
+            found.append(_costs(text, by["none"], of, questions, within))
+        if attack in _CONTROLS:
+            continue
+        found.append(_costs("the attack costs accuracy", by["none"], of, questions, within))
+        noise = next((by[n] for n in map(known[name].named, _CONTROL) if n in by), None)
+        if noise is not None:
+            text = "it costs more than noise of the same amplitude"
+            found.append(_costs(text, noise, of, questions, within))
+        found += _guesses(of, within)
+        found += _falls_first(by["none"], of)
+    return [*found, *_cosines(by["none"])]
+
+
+def cells(found: list[Claim]) -> Cells:
+    """The list as a table."""
+    notes = [
+        f"{HOLDS}, {NOT}: shown, at {ALPHA:g}; {UNSHOWN}: the data say neither. Points: of"
+        f" accuracy, mean over tasks; those within ±{WITHIN:g} count as none (equivalence: two"
+        " one-sided tests)",
+        "AUC: probability that of two questions the one that the claim names has the smaller value,"
+        " by ranks within tasks",
+    ]
+    return Cells(["claim", "condition", "verdict", "figure"], [list(c) for c in found], notes)
+
+
+def _costs(
+    text: str, before: pd.DataFrame, after: pd.DataFrame, questions: pd.DataFrame, within: float
+) -> Claim:
+    """Whether accuracy falls from one condition to another: the test of the mean over tasks."""
+    name = str(after["condition"].iloc[0])
+    frame = paired(before.assign(condition=name), questions, after, questions)
+    mean = frame[frame["task"] == MEAN].iloc[0]
+    if pd.isna(mean["difference"]):
+        return Claim(text, name, UNSHOWN, "the scores of the tasks have no mean")
+    error = mean["detectable"] / 100 / detectable([1])
+    none = float(equivalence_test(mean["difference"] / 100, error, within / 100))
+    drop, ends = -mean["difference"], (-mean["difference_high"], -mean["difference_low"])
+    if mean.get("better") == LOWER:
+        drop, ends = -drop, (-ends[1], -ends[0])
+    verdict = UNSHOWN
+    if mean["p_mcnemar"] <= ALPHA:
+        verdict = HOLDS if drop > 0 else NOT
+    elif none <= ALPHA:
+        verdict = NOT
+    return Claim(
+        text,
+        name,
+        verdict,
+        f"{drop:.1f} points ({ends[0]:.1f} to {ends[1]:.1f}), p ="
+        f" {mean['p_mcnemar']:.2g}; equivalence p = {none:.2g}",
+    )
+
+
+def _guesses(after: pd.DataFrame, within: float) -> Iterator[Claim]:
+    """Whether the mean accuracy is that of guesses: equivalence, not absence of significance.
+
+    Of the tasks whose score can be guessed.
+    """
+    over = after.assign(over=100 * (after["acc"] - after["chance"]))
+    over = over[over["chance"].notna()]
+    if over.empty:
+        return
+    found = mean_of([(of["over"], of["source"]) for _, of in over.groupby("task", sort=False)])
+    error = (found.high - found.value) / norm.ppf(1 - ALPHA / 2)
+    equal = float(norm.sf((within - abs(found.value)) / error)) if error > 0 else 1.0
+    differs = float(norm.sf((abs(found.value) - within) / error)) if error > 0 else 1.0
+    verdict = HOLDS if equal <= ALPHA else NOT if differs <= ALPHA else UNSHOWN
+    yield Claim(
+        "its accuracy is that of guessing",
+        str(after["condition"].iloc[0]),
+        verdict,
+        f"{found.value:+.1f} points from guessing ({found.low:+.1f} to {found.high:+.1f});"
+        f" equivalence p = {equal:.2g}",
+    )
+
+
+def _falls_first(clean: pd.DataFrame, after: pd.DataFrame) -> Iterator[Claim]:
+    """Whether of the questions right without an attack those of small margin are lost."""
+    place = ["task", "doc_id"]
+    first = clean[clean["right"] & clean["margin"].notna()]
+    first = first.assign(margin=_ranks(first, "margin"))
+    both = first[[*place, "margin"]].merge(after[[*place, "right"]], on=place)
+    lost = ~both["right"]
+    name = str(after["condition"].iloc[0])
+    if lost.any() and not lost.all():
+        found = auc(both.loc[lost, "margin"], both.loc[~lost, "margin"])
+        yield _by_order("questions of small margin fall first", name, found)
+
+
+def _cosines(clean: pd.DataFrame) -> Iterator[Claim]:
+    """The paper's Fig. 6 on a language model: right questions have the lower cosine."""
+    known = clean[clean["cosine"].notna()]
+    known = known.assign(cosine=_ranks(known, "cosine"))
+    of_right, of_wrong = (known.loc[known["right"] == is_right, "cosine"] for is_right in (1, 0))
+    if len(of_right) and len(of_wrong):
+        text = "right answers have lower cosines of embeddings and gradient"
+        yield _by_order(text, "none", auc(of_right, of_wrong))
+
+
+def _ranks(rows: pd.DataFrame, column: str) -> pd.Series:
+    """Ranks within tasks as shares: tasks whose values differ are no evidence about questions."""
+    return rows[column].astype(float).groupby(rows["task"]).rank(pct=True)
+
+
+def _by_order(text: str, name: str, found: Mean) -> Claim:
+    verdict = HOLDS if found.low > 0.5 else NOT if found.high < 0.5 else UNSHOWN
+    figure = f"AUC {found.value:.2f} ({found.low:.2f} to {found.high:.2f})"
+    return Claim(text, name, verdict, figure)

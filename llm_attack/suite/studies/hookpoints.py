@@ -1,0 +1,167 @@
+"""Accuracy by hookpoint, as figure and table: Fig. 5 of arXiv 2205.01493 for language models."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from llm_attack.base.record import write_text
+from llm_attack.lm.engine.hookpoints import EMBED
+from llm_attack.suite.analysis.conditions import Conditions, by_name
+from llm_attack.suite.analysis.summary import MEAN
+from llm_attack.suite.plan import WORST
+from llm_attack.suite.report.figures import look
+from llm_attack.suite.report.layout import handles, legend, panels, print_style
+from llm_attack.suite.report.tables import Cells, score_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TITLE = "accuracy by what is perturbed"
+
+
+def at_first(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the first hookpoint, of samples or of a table; all where there is but one."""
+    if "hookpoint" not in frame:
+        return frame
+    return frame[frame["hookpoint"] == frame["hookpoint"].iloc[0]].reset_index(drop=True)
+
+
+def shown_of(run: dict[str, Any], table: pd.DataFrame) -> dict[str, Any]:
+    """What `run.json` holds, of its conditions those of `at_first` alone: with few of hundreds."""
+    conditions = set(at_first(table)["condition"])
+    others = {name for name in run["attacks"] if name not in conditions}
+    if not others:
+        return run
+    warnings = run.get("warnings") or []
+    kept = [text for text in warnings if text.partition(": ")[0] not in others]
+    left_out = len(warnings) - len(kept)
+    more = [f"{left_out} of conditions at other hookpoints are in run.json"] if left_out else []
+    attacks = {name: of for name, of in run["attacks"].items() if name not in others}
+    return {**run, "attacks": attacks, "warnings": [*kept, *more]}
+
+
+def by_hookpoint(table: pd.DataFrame, known: Conditions | None = None) -> pd.DataFrame:
+    """Of each attack and hookpoint the mean over tasks; empty where there is but one hookpoint.
+
+    Args:
+        table: of `summarise`.
+        known: the conditions of the run; as their names tell unless given.
+
+    Returns:
+        The rows of the table, with the columns `attacked`: the condition without its hookpoint,
+        `kind`: the hookpoint with * for its number, `depth`: blocks that have run, itself included.
+    """
+    attacked = table[(table["task"] == MEAN) & ~table["attack"].isin(["none", WORST])]
+    if attacked["acc"].isna().all() or attacked["hookpoint"].nunique() < 2:
+        return attacked.iloc[:0]
+    known = by_name(attacked) if known is None else known
+    numbers = attacked["hookpoint"].str.extract(r"\.(\d+)(?:\.|$)", expand=False)
+    return attacked.assign(
+        attacked=[known[name].elsewhere().name for name in attacked["condition"]],
+        kind=[re.sub(r"\.\d+(?=\.|$)", ".*", name, count=1) for name in attacked["hookpoint"]],
+        depth=numbers.astype(float).add(1).fillna(0).astype(int),
+    )
+
+
+def cells(table: pd.DataFrame, known: Conditions | None = None) -> Cells | None:
+    """A row for each hookpoint, a column for each attack; None where there is but one hookpoint."""
+    found = by_hookpoint(table, known)
+    if found.empty:
+        return None
+    columns = list(found["attacked"].unique())
+    rows = []
+    for hookpoint, of in found.groupby("hookpoint", sort=False):
+        row = {entry["attacked"]: entry for entry in of.to_dict("records")}
+        rows.append([str(hookpoint), *(_accuracy(row[name]) for name in columns)])
+    score = score_of(table[table["task"] == MEAN]) if "score" in table else "acc"
+    notes = [
+        f"{score} (95 % interval), mean over tasks; epsilons in a unit are in that of each"
+        " hookpoint",
+        f"the other tables and figures are of {rows[0][0]} alone; table.csv has all",
+    ]
+    clean = table[(table["task"] == MEAN) & (table["attack"] == "none")]
+    if len(clean):
+        notes.append(f"none: {_accuracy(clean.iloc[0])}")
+        if pd.notna(clean["baseline"].iloc[0]):
+            notes[-1] += f"; guessing: {clean['baseline'].iloc[0]:.3f}"
+    return Cells(["hookpoint", *columns], rows, notes)
+
+
+def _accuracy(row: Any) -> str:
+    return f"{row['acc']:.3f} ({row['acc_low']:.3f}–{row['acc_high']:.3f})"
+
+
+def figure(table: pd.DataFrame, known: Conditions | None = None) -> Figure | None:
+    """Mean accuracy against depth, a panel for each kind of hookpoint; None where there is but one.
+
+    A line for each attack and amplitude, paler the smaller that is, with its 95 % interval as a
+    band; the dashed lines are the accuracies without an attack and of random guesses. The input
+    embedding has depth 0. Modules that stand in no block are in the table alone, unless all do.
+    """
+    found = by_hookpoint(table, known)
+    if found.empty:
+        return None
+    names = (
+        [] if found["kind"].str.contains("*", regex=False).any() else found["hookpoint"].unique()
+    )
+    if len(names):  # beside each other, as none stands in a block
+        order = {name: i for i, name in enumerate(names)}
+        found = found.assign(kind="hookpoints", depth=found["hookpoint"].map(order))
+    kinds = [kind for kind in found["kind"].unique() if "*" in kind or len(names)]
+    mean = table[table["task"] == MEAN]
+    with print_style():
+        drawn, grid = panels(kinds if len(names) else _titles(kinds), height=1.6)
+        for kind, axes in zip(kinds, grid.values(), strict=True):
+            some = found[found["kind"].isin([kind, EMBED])]
+            for attack, of_attack in some.groupby("attack", sort=False):
+                labels = list(of_attack["attacked"].unique())
+                for i, label in enumerate(labels):
+                    line = of_attack[of_attack["attacked"] == label].sort_values("depth")
+                    like, strength = look(str(attack)), (i + 1) / len(labels)
+                    form: Any = {"color": like.colour, "ls": like.line, "marker": like.marker}
+                    form |= {"label": label, "alpha": strength, "ms": 2, "lw": 1}
+                    axes.plot(line["depth"], line["acc"], **form)
+                    ends = line["acc_low"].to_numpy(float), line["acc_high"].to_numpy(float)
+                    axes.fill_between(line["depth"], *ends, color=like.colour, alpha=0.2, lw=0)
+            for value, colour, label in (
+                (mean.loc[mean["attack"] == "none", "acc"].mean(), "#888888", "none"),
+                (mean["baseline"].iloc[0], "k", "random guess"),
+            ):
+                if np.isfinite(value):
+                    axes.axhline(value, color=colour, ls="--", lw=0.9, label=label)
+            if len(names):
+                axes.set_xticks(range(len(names)), names, rotation=90)
+            else:
+                axes.locator_params("x", integer=True)
+            axes.set(ylim=(0, 1.03), yticks=np.arange(0, 1.01, 0.25))
+        drawn.supxlabel("" if len(names) else "block (0: the input embedding)", size=7)
+        drawn.supylabel("accuracy", size=7)
+        legend(drawn, handles(next(iter(grid.values()))))
+    return drawn
+
+
+def _titles(kinds: list[str]) -> list[str]:
+    """The kinds without what all of them begin with, but for the name before the *."""
+    parts = [kind.split(".") for kind in kinds]
+    shared = 0
+    while len({of[shared] for of in parts}) == 1 and "*" not in parts[0][shared : shared + 2]:
+        shared += 1
+    return [".".join(of[shared:]) for of in parts]
+
+
+def save(table: pd.DataFrame, folder: Path, known: Conditions | None = None) -> dict[str, Cells]:
+    """Writes `layers.md` into `folder`.
+
+    Returns:
+        The table by its title; nothing, and nothing is written, of one hookpoint.
+    """
+    found = cells(table, known)
+    if found is None:
+        return {}
+    write_text(folder / "layers.md", found.markdown())
+    return {TITLE: found}

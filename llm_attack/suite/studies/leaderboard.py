@@ -1,0 +1,155 @@
+"""A CSV file to which every run adds a row for each of its conditions."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from filelock import FileLock, Timeout
+
+from llm_attack.base.errors import UsageError
+from llm_attack.base.folder import claim_file
+from llm_attack.base.record import without_formulas, write_text
+from llm_attack.suite.analysis.conditions import Condition
+from llm_attack.suite.analysis.summary import MEAN
+from llm_attack.suite.report import tables
+from llm_attack.suite.run.execute import Result
+from llm_attack.suite.studies.models import across
+
+_FIRST = ["model", "weights", "tasks", "n", "loss", "positions", "hookpoint", "condition"]
+_USED = ("llm-attack", "torch", "transformers", "lm-eval")
+# What a row is known by, at its end; those of earlier versions have neither.
+_KEY = "identity"
+_NEW = ["settings", _KEY]
+# Of a run's fingerprint, what decides numbers besides the conditions: the model and the questions.
+_OF_MODEL = ("weights", "config", "tokenizer", "dtype", "model_args", "tasks")
+_PATIENCE = 60.0  # seconds to wait for another process that writes
+
+
+def entries(runs: Mapping[str, Result]) -> pd.DataFrame:
+    """Rows of a leaderboard: of each model and condition the mean over all tasks of its own run.
+
+    Columns: `model`, `weights` (their hash), `tasks`, `n`, `loss`, `positions`, `hookpoint`,
+    `condition`, `epsilon_relative`, clean and attacked accuracy, drop and p-values with their
+    intervals, as in `across`, `versions`: of this package, torch, transformers and lm-eval,
+    `settings`: all that the condition's numbers depend on, and `identity`: a hash of these and of
+    the model and the questions.
+    """
+    parts = []
+    for name, of in runs.items():
+        known, plan, mark = of.conditions, of.run["settings"], of.run["fingerprint"]
+        named = tables.named_by_score(of.table[of.table["task"] != MEAN])
+        found = across({name: of})
+        conditions = [known[condition] for condition in found["condition"]]
+        versions = of.run.get("versions", {})
+        parts.append(
+            found.assign(
+                weights=mark.get("weights", ""),
+                tasks=",".join(named["task"].unique()),
+                loss=plan.get("loss"),
+                positions=plan.get("positions", "all"),
+                hookpoint=[condition.get("hookpoint") for condition in conditions],
+                versions=" ".join(f"{name}={versions.get(name, '')}" for name in _USED),
+                settings=[" ".join(f"{k}={v}" for k, v in of.values) for of in conditions],
+                identity=[_identity(name, mark, condition) for condition in conditions],
+            )
+        )
+    frame = pd.concat(parts, ignore_index=True)
+    # the score stands behind the names of the tasks: all leaderboards have the same columns
+    rest = [name for name in frame if name not in (*_FIRST, "versions", "score", *_NEW)]
+    return frame[[*_FIRST, *rest, "versions", *_NEW]]
+
+
+def _identity(model: str, mark: Mapping[str, Any], condition: Condition) -> str:
+    of_model = {name: mark.get(name) for name in _OF_MODEL}
+    whole = ["" if mark.get("weights") else model, of_model, condition.settings()]
+    text = json.dumps(whole, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def check(path: Path, runs: Mapping[str, Result]) -> None:
+    """Raises `UsageError` where `add` would; nothing is written."""
+    _with(path, entries(runs))
+
+
+def add(path: Path, runs: Mapping[str, Result]) -> None:
+    """Appends the rows of `runs`; a row of the same model, questions and condition is replaced.
+
+    Processes that do so at once wait for each other.
+
+    Args:
+        path: of the file; it need not exist.
+        runs: by the names of the models.
+
+    Raises:
+        UsageError: there is a file that is no leaderboard, or another process keeps it locked.
+    """
+    new = entries(runs)
+    _with(path, new)  # before anything is written, a lock included
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_name(f".{path.name}.lock")
+    if lock.is_symlink() or (lock.exists() and (not lock.is_file() or lock.stat().st_size)):
+        raise UsageError(f"leaderboard={path}: {lock} is no lock of ours; must be moved away")
+    try:
+        with FileLock(lock, timeout=_PATIENCE):
+            write_text(path, _with(path, new))
+    except Timeout:
+        raise UsageError(
+            f"leaderboard={path}: another process has kept {lock} for {_PATIENCE:g} s; must be"
+            " tried again when it is done"
+        ) from None
+
+
+def _with(path: Path, new: pd.DataFrame) -> str:
+    """What the file at `path` holds, and at its end the new rows."""
+    text = tables.csv(new)
+    heading, *rows = _rows(text)
+    there = _there(path, heading)
+    replacing = {row[-1]: row for row in rows}  # of two runs of the same kind the last
+    kept = [row for row in there if row[-1] not in replacing]
+    if kept:  # also what others wrote there
+        frame = pd.DataFrame(kept, columns=heading)
+        texts = [*_FIRST, "versions", *_NEW]
+        kept = frame.assign(**without_formulas(frame[texts])).to_numpy().tolist()
+    file = io.StringIO(newline="")
+    csv.writer(file, lineterminator="\n").writerows([heading, *kept, *replacing.values()])
+    return file.getvalue()
+
+
+def _there(path: Path, heading: list[str]) -> list[list[str]]:
+    """The rows of the file at `path`; those of earlier versions without an identity."""
+    earlier = heading[: -len(_NEW)]
+    claim_file(path, ",".join(heading if not _is(path, earlier) else earlier), "leaderboard")
+    if not path.exists():
+        return []
+    try:
+        found = _rows(path.read_text("utf-8"))
+        fault = next((i for i, row in enumerate(found, 1) if len(row) != len(found[0])), None)
+        if fault is not None:
+            raise ValueError(f"row {fault} has {len(found[fault - 1])} cells, not {len(found[0])}")
+    except (ValueError, csv.Error) as error:  # ValueError: also what is no UTF-8
+        raise UsageError(
+            f"leaderboard={path}: cannot be read ({error}); must be a CSV file that"
+            " `compare --leaderboard` wrote"
+        ) from None
+    missing = [""] * (len(heading) - len(earlier) if found and found[0] == earlier else 0)
+    return [[*row, *missing] for row in found[1:]]
+
+
+def _is(path: Path, heading: list[str]) -> bool:
+    """Whether a file begins with a heading."""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            return file.readline() == ",".join(heading) + "\n"
+    except OSError:
+        return False
+
+
+def _rows(text: str) -> list[list[str]]:
+    return list(csv.reader(io.StringIO(text, newline=""), strict=True))

@@ -1,0 +1,246 @@
+"""Many models under the same attacks: is the more accurate one the more vulnerable?"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from llm_attack.base.errors import UsageError
+from llm_attack.lm.engine.hookpoints import EMBED
+from llm_attack.stats import Mean, rank_correlation
+from llm_attack.suite.analysis.outcomes import with_scores
+from llm_attack.suite.analysis.summary import MEAN, summarise
+from llm_attack.suite.analysis.worst import with_worst
+from llm_attack.suite.report.figures import look
+from llm_attack.suite.report.layout import handles, legend, legible, panels, print_style
+from llm_attack.suite.report.tables import Cells, score_of
+from llm_attack.suite.run.execute import Result
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_QUESTION = ["task", "doc_id", "doc_hash"]
+# Of a row of `summarise`, what a model is compared by.
+_MEASURED = [
+    *("acc", "acc_low", "acc_high", "drop", "drop_low", "drop_high", "detectable"),
+    *("p_mcnemar", "lost", "gained", "gold_probability_drop", "gold_probability_drop_low"),
+    "gold_probability_drop_high",
+]
+_EVEN = 0.02  # relative epsilons that differ by less count as equal
+# Whose looks tell models apart.
+_LOOKS = ("fgsm", "bim", "random", "pgd", "ost", "illc", "apgd", "mifgsm", "blocks", "gaussian")
+FEWEST = 4  # models, for an interval of their rank correlation
+
+
+def names(folders: Sequence[Path], runs: Sequence[Result]) -> list[str]:
+    """Names of the models; where two have the same, those of their folders."""
+    found = [str(of.run["model_name"] or of.run["model"]) for of in runs]
+    return found if len(set(found)) == len(found) else [str(folder) for folder in folders]
+
+
+def across(runs: Mapping[str, Result]) -> pd.DataFrame:
+    """A row per condition and model, on the questions that all models were asked.
+
+    Args:
+        runs: by the names of the models.
+
+    Returns:
+        Conditions that all runs have beside `none`, in the order of the first: the same attack with
+        the same settings (`conditions.Condition`). Columns:
+        `condition`, `model`, `n` questions, `epsilon_relative`: in units of the RMS of the model's
+        embeddings (or activations, at another hookpoint), `clean`, `clean_low`, `clean_high`:
+        accuracy under `none`, and of the mean over tasks what `summarise` says of the condition:
+        `acc`, `drop`, ...
+
+    Raises:
+        UsageError: the runs share no question, or no condition beside `none`.
+    """
+    names, differing = _shared(runs)
+    asked = [of.questions[_QUESTION].astype({"doc_id": str}) for of in runs.values()]
+    shared = asked[0]
+    for questions in asked[1:]:
+        shared = shared.merge(questions)
+    if shared.empty:
+        raise UsageError("compare: the runs share no question: tasks or prompts differ")
+    kept = set(map(tuple, shared[["task", "doc_id"]].to_numpy().tolist()))
+    tables, scores = {}, {}
+    for name, of in runs.items():
+        samples = of.samples
+        places = zip(samples["task"], samples["doc_id"].astype(str), strict=True)
+        some = samples[[place in kept for place in places]]
+        table = summarise(with_worst(some, of.run), of.run.get("attacks"))
+        renamed = {of_runs[name]: known for known, of_runs in names.items()}
+        table = table[(table["task"] == MEAN) & table["condition"].isin(renamed)]
+        tables[name] = table.set_index(table["condition"].map(renamed))
+        if tables[name]["acc"].isna().all():
+            raise UsageError(f"compare: the scores of the tasks of {name} have no mean")
+        scores[name] = dict(zip(some["task"], with_scores(some)["score"], strict=True))
+        if scores[name] != next(iter(scores.values())):
+            raise UsageError(
+                f"compare: {name} has other scores of the tasks than {next(iter(scores))}; must be"
+                " the same"
+            )
+    conditions = [name for name in names if name != "none"]
+    if not conditions or "none" not in names:
+        why = "".join(f"; {sentence}" for sentence in differing)
+        raise UsageError(f"compare: the runs share no condition beside none{why}")
+    rows = []
+    for condition, (name, table) in itertools.product(conditions, tables.items()):
+        clean, here = table.loc["none"], table.loc[condition]
+        rms = _rms(runs[name].run["attacks"], here["hookpoint"])
+        rows.append(
+            {
+                **{"condition": condition, "model": name, "n": here["n"]},
+                "epsilon_relative": here["epsilon"] / rms,
+                **({"score": score_of(here.to_frame().T)} if "score" in table else {}),
+                **{f"clean{end}": clean[f"acc{end}"] for end in ("", "_low", "_high")},
+                **{key: here[key] for key in _MEASURED},
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _shared(runs: Mapping[str, Result]) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """The conditions that all runs have, and a sentence for each name that means several.
+
+    Returns:
+        Name in the first run -> model -> name in its run; and the sentences.
+    """
+    (first, here), *others = ((name, of.conditions) for name, of in runs.items())
+    shared, sentences = {}, []
+    for name, condition in here.items():
+        of_runs = {first: name}
+        for model, there in others:
+            same = next((other for other, of in there.items() if of == condition), None)
+            if same is not None:
+                of_runs[model] = same
+            elif name in there:
+                differing = ", ".join(
+                    f"{setting}={x} in {first} and {setting}={y} in {model}"
+                    for setting, x, y in condition.differences(there[name])
+                )
+                sentences.append(f"{name} is not the same in all runs: {differing}")
+        if len(of_runs) == len(runs):
+            shared[name] = of_runs
+    return shared, sentences
+
+
+def unshared(runs: Mapping[str, Result]) -> list[str]:
+    """A sentence for each condition that `across` leaves out, as it differs between the runs."""
+    return _shared(runs)[1]
+
+
+def _rms(attacks: Mapping[str, Any], hookpoint: str) -> float:
+    """Of what is perturbed there, as the conditions of a run say it; NaN where none does."""
+    for of in attacks.values():
+        if (of.get("hookpoint") or EMBED) == hookpoint:
+            return of.get("embedding_rms") or of.get("hookpoint_rms") or np.nan
+    return np.nan
+
+
+def trends(frame: pd.DataFrame) -> pd.DataFrame:
+    """Of each condition, the rank correlation over models of clean accuracy and drop.
+
+    Args:
+        frame: of `across`.
+
+    Returns:
+        Columns `condition`, `models`, `even`: whether the epsilon relative to the RMS is the same
+        for all, `correlation`, `low`, `high`, `p`: of `rank_correlation`, with as many models as
+        `FEWEST` or more.
+    """
+    rows = []
+    for condition, rows_of in frame.groupby("condition", sort=False):
+        relative = rows_of["epsilon_relative"]
+        even = relative.notna().all() and np.ptp(relative) <= _EVEN * relative.mean()
+        found = Mean(*4 * (np.nan,))
+        if len(rows_of) >= FEWEST:
+            found = rank_correlation(rows_of["clean"], rows_of["drop"])
+        rows.append(
+            {
+                **{"condition": condition, "models": len(rows_of), "even": bool(even)},
+                **dict(zip(("correlation", "low", "high", "p"), found, strict=True)),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def cells(frame: pd.DataFrame, more: Iterable[str] = ()) -> Cells:
+    """The table: a row per condition and model, and the trend of each condition in the notes.
+
+    Args:
+        frame: of `across`.
+        more: further notes, such as those of `unshared`.
+    """
+    rows = [
+        [
+            *(row["condition"], row["model"], f"{row['n']}", f"{row['epsilon_relative']:.3g}"),
+            f"{row['clean']:.3f} ({row['clean_low']:.3f}–{row['clean_high']:.3f})",
+            f"{row['acc']:.3f} ({row['acc_low']:.3f}–{row['acc_high']:.3f})",
+            f"{row['drop']:.1f} ({row['drop_low']:.1f} to {row['drop_high']:.1f})",
+        ]
+        for row in frame.to_dict("records")
+    ]
+    notes = [
+        "mean over tasks, on the questions that all models were asked; epsilon in RMS of the"
+        " embeddings; drop in points; 95 % intervals"
+    ]
+    if "score" in frame:
+        named = ", ".join(frame["score"].unique())
+        notes.append(f"score, in place of accuracy: {named}; drop: how much worse, in hundredths")
+    for row in trends(frame).to_dict("records"):
+        fair = "" if row["even"] else "; epsilons differ relative to the RMS"
+        if np.isnan(row["correlation"]):
+            said = f"no rank correlation of {row['models']} models, or of equal numbers"
+        else:
+            said = (
+                f"rank correlation of clean accuracy and drop {row['correlation']:+.2f}"
+                f" ({row['low']:+.2f} to {row['high']:+.2f}), p = {row['p']:.2g}"
+            )
+        notes.append(f"{row['condition']}: {said}{fair}")
+    heading = ["condition", "model", "n", "epsilon", "clean", "attacked", "drop"]
+    return Cells(heading, rows, [*notes, *more])
+
+
+def figure(frame: pd.DataFrame) -> Figure:
+    """Drop against clean accuracy, a panel per condition, a point per model, with intervals.
+
+    Args:
+        frame: of `across`.
+    """
+    with print_style():
+        drawn, grid = panels(list(frame["condition"].unique()))
+        of_trend = trends(frame).set_index("condition")
+        models = list(frame["model"].unique())
+        looks = [look(name) for name in _LOOKS]
+        for condition, axes in grid.items():
+            rows = frame[frame["condition"] == condition].set_index("model")
+            for model, like in zip(models, itertools.cycle(looks), strict=False):
+                row = rows.loc[model]
+                ends = [[row[key] - row[f"{key}_low"]] for key in ("clean", "drop")]
+                tops = [[row[f"{key}_high"] - row[key]] for key in ("clean", "drop")]
+                form: Any = {"color": like.colour, "marker": like.marker, "ms": 3, "lw": 0.6}
+                axes.errorbar(
+                    [row["clean"]],
+                    [row["drop"]],
+                    xerr=[ends[0], tops[0]],
+                    yerr=[ends[1], tops[1]],
+                    label=legible(model),
+                    ls="",
+                    **form,
+                )
+            axes.axhline(0, color="k", lw=0.5)
+            trend = of_trend.loc[condition]
+            if np.isfinite(trend["correlation"]):
+                text = f"ρ = {trend['correlation']:+.2f}"
+                axes.text(0.04, 0.95, text, transform=axes.transAxes, va="top", size=6)
+        drawn.supxlabel("accuracy without an attack", size=7)
+        drawn.supylabel("drop, points", size=7)
+        entries = handles(next(iter(grid.values())))
+        legend(drawn, entries)
+    return drawn

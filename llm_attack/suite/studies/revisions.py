@@ -1,0 +1,266 @@
+"""`llm-attack run --revisions`: checkpoints of one training under the same attacks.
+
+Does robustness fall while accuracy rises? Each checkpoint is a run in a folder of its own; one
+table and one figure show all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import numpy as np
+import pandas as pd
+
+from llm_attack.base.drawing import draw
+from llm_attack.base.errors import UsageError, closest
+from llm_attack.base.failures import Attempts
+from llm_attack.base.folder import claim
+from llm_attack.base.record import write_text
+from llm_attack.stats import mean_of
+from llm_attack.suite.analysis import critical
+from llm_attack.suite.analysis.summary import MEAN
+from llm_attack.suite.plan import Plan
+from llm_attack.suite.report import tables
+from llm_attack.suite.report.figures import look
+from llm_attack.suite.report.layout import handles, legend, print_style
+from llm_attack.suite.report.tables import Cells
+from llm_attack.suite.run.execute import Result
+from llm_attack.suite.studies import models
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+NAME = "revisions"  # of the table and the figure
+_FILES = tuple(f"{NAME}.{form}" for form in ("csv", "png", "svg"))
+# What is drawn besides accuracy: the columns that begin with it, and what stands at its axis.
+_PANELS = {"critical": "median critical\nepsilon, RMS", "cosine": "cosine"}
+
+
+# What git takes for the name of a branch or a tag, part by part (git check-ref-format); a hash is
+# one, too.
+_PART = re.compile(
+    r"(?![.@]$|\.|.*\.\.|.*@\{|.*\.lock$|.*\.$)[^\x00-\x20\x7f~^:?*\[\\/\ud800-\udfff]+"
+)
+_LONGEST = 255  # bytes of a file's name
+
+
+def plans(plan: Plan, revisions: str) -> dict[str, Plan]:
+    """A plan for each revision, by the name of its folder.
+
+    Args:
+        plan: of all.
+        revisions: names with commas between them: of subfolders, where the model is a local folder
+            that has them (as a trainer writes checkpoints), else of revisions on the hub. What a
+            folder's name cannot hold, such as the slash of a branch, is percent-encoded in it.
+
+    Raises:
+        UsageError: one is named twice, is no subfolder, or no name of a revision; or the model is
+            neither a folder nor on a hub.
+    """
+    given = [name.strip() for name in revisions.split(",") if name.strip()]
+    twice = next((name for name in given if given.count(name) > 1), None)
+    if twice is not None or not given:
+        raise UsageError(
+            f"revisions={revisions}: must name checkpoints, each once, such as step1000,step2000"
+        )
+    if "revision" in plan.model_args:
+        raise UsageError(
+            f"revisions={revisions}: must not be given with model_args=revision="
+            f"{plan.model_args['revision']}"
+        )
+    local = Path(plan.model)
+    if local.is_dir():
+        _check_subfolders(given, local)
+        found = {name: replace(plan, model=str(local / name)) for name in given}
+    else:
+        if plan.model == "demo" or local.exists():
+            raise UsageError(
+                f"revisions={revisions}: must go with a model on a hub, or with a local folder that"
+                f" has these subfolders; {plan.model} is neither"
+            )
+        for name in given:
+            if not all(map(_PART.fullmatch, name.split("/"))):
+                raise UsageError(
+                    f"revisions={name!r}: must be the name of a branch or a tag, or a hash"
+                )
+        found = {
+            quote(name, safe=""): replace(plan, model_args={**plan.model_args, "revision": name})
+            for name in given
+        }
+    for folder in found:
+        if folder in _FILES or len(folder.encode()) > _LONGEST:
+            raise UsageError(
+                f"revisions={folder}: must be a name that a folder can have in the output, of at"
+                f" most {_LONGEST} bytes and none of {', '.join(_FILES)}"
+            )
+    return found
+
+
+def _check_subfolders(given: Iterable[str], local: Path) -> None:
+    there = sorted(path.name for path in local.iterdir() if path.is_dir())
+    for name in given:
+        if name not in there:
+            meant = closest(name, there)
+            hint = f"; did you mean {meant!r}?" if meant else ""
+            shown = name if name.isprintable() else ascii(name)
+            raise UsageError(f"revisions={shown}: must be a folder in {local}{hint}")
+
+
+def equal(runs: Mapping[str, Result]) -> list[str]:
+    """A sentence for each revision that has the weights of one before it.
+
+    Args:
+        runs: by the names of the revisions.
+    """
+    before: dict[Any, str] = {}
+    sentences = []
+    for name, run in runs.items():
+        mark = run.run["fingerprint"]
+        weights = mark.get("weights")
+        first = before.setdefault((weights, mark.get("config")), name)
+        if weights and first != name:
+            sentences.append(
+                f"{name} has the same weights as {first} ({weights}): they are one checkpoint"
+            )
+    return sentences
+
+
+def along(runs: Mapping[str, Result]) -> pd.DataFrame:
+    """What `models.across` says of the revisions, and of each besides:
+
+    `attack`; `step`: the last number in its name, or which one it is where not all have one;
+    `critical`, `critical_low`, `critical_high`: the epsilon, in RMS of the embeddings, at which
+    half of its clean accuracy is left, for conditions that look for it (`critical.robustness`);
+    `cosine`, `cosine_low`, `cosine_high`: of embeddings and gradient, mean over tasks; `weights`:
+    their hash.
+
+    Args:
+        runs: by the names of the revisions.
+
+    Raises:
+        UsageError: as of `models.across`.
+    """
+    frame = models.across(runs)
+    numbers = [re.findall(r"\d+", name) for name in runs]
+    steps = [int(of[-1]) if all(numbers) else i for i, of in enumerate(numbers)]
+    step = dict(zip(runs, steps, strict=True))
+    cosine = {name: _cosine(run.samples) for name, run in runs.items()}
+    halves = {name: _halves(run.samples) for name, run in runs.items()}
+    attacks = next(iter(runs.values())).conditions
+    rows = []
+    for row in frame.to_dict("records"):
+        name = row["model"]
+        half = halves[name].get(row["condition"], (np.nan,) * 4)
+        in_rms = row["epsilon_relative"] / half[0]
+        values = [value * in_rms for value in half[1:]]
+        found = _named("critical", values) | _named("cosine", cosine[name])
+        known = {"attack": attacks[row["condition"]].attack, "step": step[name]}
+        weights = runs[name].run["fingerprint"].get("weights", "")
+        rows.append({**row, **known, **found, "weights": weights})
+    return pd.DataFrame(rows)
+
+
+def _named(name: str, values: Sequence[float]) -> dict[str, float]:
+    return dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
+
+
+def _halves(samples: pd.DataFrame) -> dict[str, tuple[float, ...]]:
+    """Of conditions that look for it: the largest epsilon, and where half of accuracy is left."""
+    found = critical.robustness(samples)
+    if found.empty:
+        return {}
+    mean = found[found["task"] == MEAN]
+    columns = mean[["epsilon_max", "median", "median_low", "median_high"]].to_numpy(float)
+    return {name: tuple(of) for name, of in zip(mean["condition"], columns, strict=True)}
+
+
+def _cosine(samples: pd.DataFrame) -> tuple[float, ...]:
+    """Mean over tasks of questions' cosines, and its interval; NaN where there are none."""
+    once = samples.drop_duplicates(["task", "doc_id"]).dropna(subset="cosine")
+    tasks = [(of["cosine"], np.arange(len(of))) for _, of in once.groupby("task")]
+    return tuple(mean_of(tasks)[:3]) if tasks else (np.nan,) * 3
+
+
+def figure(frame: pd.DataFrame) -> Figure:
+    """Accuracy against the step, clean and attacked, with 95 % intervals as bands; below it what of
+    critical epsilon and cosine there is.
+
+    Args:
+        frame: of `along`.
+    """
+    from matplotlib.figure import Figure
+
+    below = [name for name in _PANELS if frame[name].notna().any()]
+    with print_style():
+        drawn = Figure(figsize=(3.5, 2.2 + 1.1 * len(below)))
+        ratios = {"height_ratios": [2, *[1] * len(below)]}
+        grid = drawn.subplots(1 + len(below), 1, squeeze=False, sharex=True, gridspec_kw=ratios)
+        top, *others = grid[:, 0]
+        clean = frame.drop_duplicates("model").assign(attack="none")
+        _line(top, clean, "clean", "none")
+        for condition, rows in frame.groupby("condition", sort=False):
+            _line(top, rows, "acc", str(condition))
+        top.set(ylim=(0, 1.03), ylabel="accuracy")
+        for name, axes in zip(below, others, strict=True):
+            if name == "cosine":
+                _line(axes, clean, name, "none")
+                axes.axhline(0, color="k", lw=0.5)
+            else:
+                for condition, rows in frame[frame[name].notna()].groupby("condition", sort=False):
+                    _line(axes, rows, name, str(condition))
+                axes.set_ylim(bottom=0)
+            axes.set_ylabel(_PANELS[name])
+        grid[-1, 0].set_xlabel("step")
+        legend(drawn, handles(top))
+    return drawn
+
+
+def _line(axes: Axes, rows: pd.DataFrame, name: str, condition: str) -> None:
+    """A curve with its band."""
+    rows = rows.sort_values("step")
+    like = look(str(rows["attack"].iloc[0]))
+    form: Any = {"color": like.colour, "marker": like.marker, "ls": like.line, "ms": 2, "lw": 1}
+    axes.plot(rows["step"], rows[name], label=condition, **form)
+    ends = (rows[f"{name}_{end}"].to_numpy(float) for end in ("low", "high"))
+    axes.fill_between(rows["step"], *ends, color=like.colour, alpha=0.2, lw=0)
+
+
+def cells(frame: pd.DataFrame, more: Iterable[str] = ()) -> Cells:
+    """The table of `models.cells`.
+
+    Args:
+        frame: of `along`.
+        more: further notes, such as those of `equal`.
+    """
+    found = models.cells(frame, more)
+    heading = ["condition", "revision", *found.heading[2:]]
+    note = (
+        "revisions of one training are no independent models: the intervals of rank correlations"
+        " are those of as many that are"
+    )
+    return Cells(heading, found.rows, [*found.notes, note])
+
+
+def save(frame: pd.DataFrame, folder: Path) -> list[str]:
+    """Writes `revisions.csv` and the figure `revisions` into `folder`.
+
+    Returns:
+        A line if the figure cannot be drawn.
+    """
+    write_text(folder / f"{NAME}.csv", tables.csv(frame))
+    attempts = Attempts()
+    with print_style():
+        draw(folder, NAME, lambda: figure(frame), attempts)
+    return attempts.lines
+
+
+def check(folder: Path, revisions: Iterable[str]) -> None:
+    """Raises `UsageError` where `folder` holds what neither `save` wrote nor a revision's run."""
+    ours = {*revisions, *_FILES}
+    claim(folder, lambda names: ours >= set(names))

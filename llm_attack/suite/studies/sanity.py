@@ -1,0 +1,206 @@
+"""Whether attacks did what attacks must: a run's checklist against gradients that hide.
+
+After Carlini et al. 2019 (arXiv 1902.06705, section 5) and Pintor et al. 2022 (arXiv 2106.09947):
+what speaks for an evaluation that is too weak rather than for a model that is robust. From the
+samples of a run alone; `doctor` adds what takes more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from llm_attack.stats import ALPHA, Mean, mean_of, wilson
+from llm_attack.suite.analysis.conditions import Conditions, of_run
+from llm_attack.suite.analysis.outcomes import gold_margin, right, sources
+from llm_attack.suite.analysis.worst import SEARCH, balls, hidden_gradients, knows_gold
+from llm_attack.suite.report.tables import Cells
+
+PASSES, FAILS, NOT_APPLICABLE = "passes", "fails", "not applicable"
+TITLE = "sanity checks"
+
+# Share of coordinates without a gradient above which it is hidden.
+_ZEROS = 0.1
+# Accuracy that is left at most where the amplitude is as large as the signal, if the gold is known.
+_FLOOR = 0.1
+LARGE = 0.5  # of the RMS: amplitudes at which nothing should be left
+_FEW = 10  # questions of which no test says anything
+
+_STEPWISE = ("apgdt", "apgd", "pgd", "bim", "mifgsm")  # the strongest first
+_NOISE = ("random", "uniform")
+
+
+class Check(NamedTuple):
+    """A line of the list.
+
+    Attributes:
+        name: what should be so.
+        verdict: PASSES, FAILS or NOT_APPLICABLE.
+        figure: on which that rests, or why there is none.
+    """
+
+    name: str
+    verdict: str
+    figure: str
+
+
+def checks(samples: pd.DataFrame, run: Mapping[str, Any]) -> list[Check]:
+    """All checks that the samples of a run allow; those that they don't are not applicable.
+
+    Args:
+        samples: a row per question and condition, as in `samples.parquet`.
+        run: what `run.json` holds: of each condition in `attacks` the shares and amplitudes; of
+            `settings` the loss.
+    """
+    knows, known = knows_gold(run), of_run(run, samples)
+    some = samples.assign(outcome=outcome(samples, knows), source=sources(samples))
+    return [
+        _compared(
+            "random is weaker than the gradient", _noise_and_gradient(some, known), strictly=True
+        ),
+        _compared("steps are not weaker than one", _one_and_many(some, known)),
+        _compared("a larger epsilon does not help the model", _small_and_large(some, known)),
+        _floor(some, run.get("attacks", {}), knows),
+        _zeros(run.get("attacks", {})),
+        _search(some, known),
+    ]
+
+
+def outcome(samples: pd.DataFrame, knows: bool) -> pd.Series:
+    """What the attacks lower: the gold's margin, or the choices' mean log-likelihood, in nats."""
+    return gold_margin(samples) if knows else samples["log_likelihoods"].map(np.mean)
+
+
+def cells(found: Iterable[Check]) -> Cells:
+    """The list as a table."""
+    notes = [
+        "after Carlini et al. 2019 and Pintor et al. 2022; what fails says that attacks were too"
+        " weak, or that the model hides its gradient, not that it is robust",
+        "nats: fall of the gold's margin where the loss knows the gold, else of the choices'"
+        " log-likelihood; over questions, paired, 95 % interval",
+    ]
+    return Cells(["check", "verdict", "figure"], [list(check) for check in found], notes)
+
+
+def not_applicable(name: str, why: str) -> Check:
+    """A check that says nothing, and why."""
+    return Check(name, NOT_APPLICABLE, why)
+
+
+def _difference(before: pd.DataFrame, after: pd.DataFrame) -> Mean | None:
+    """How far the outcome falls from one condition to another, over questions of all tasks."""
+    place = ["task", "doc_id"]
+    pairs = before[[*place, "outcome", "source"]].merge(after[[*place, "outcome"]], on=place)
+    step = pairs["outcome_x"] - pairs["outcome_y"]
+    kept = np.isfinite(step)
+    if kept.sum() < _FEW:
+        return None
+    return mean_of([(step[kept], pairs["source"][kept])])
+
+
+_Pair = tuple[str, pd.DataFrame, pd.DataFrame]
+
+
+def _compared(name: str, pairs: Iterable[_Pair], strictly: bool = False) -> Check:
+    """Whether outcomes fall in each pair: strictly, or do not rise, as far as a test can tell."""
+    found: list[tuple[str, Mean]] = []
+    for label, before, after in pairs:
+        difference = _difference(before, after)
+        if difference is not None:
+            found.append((label, difference))
+    if not found:
+        return not_applicable(name, "the run has no such pair of conditions, or few questions")
+    sign: Callable[[Mean], bool] = (
+        (lambda of: of.value > 0 and of.p_value <= ALPHA)
+        if strictly
+        else (lambda of: of.value >= 0 or of.p_value > ALPHA)
+    )
+    wrong = [pair for pair in found if not sign(pair[1])]
+    # the worst of those that fail, or the least clear of those that pass
+    label, worst = min(wrong or found, key=lambda pair: pair[1].value)
+    figure = f"{label}: {worst.value:+.3g} nats ({worst.low:+.3g} to {worst.high:+.3g})"
+    more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+    return Check(name, FAILS if wrong else PASSES, figure + more)
+
+
+def _noise_and_gradient(samples: pd.DataFrame, known: Conditions) -> Iterator[_Pair]:
+    for label, epsilon, rows in balls(samples, known):
+        here = rows[rows["epsilon"] == epsilon]
+        by = {str(attack): of for attack, of in here.groupby("attack", sort=False)}
+        noise = next((name for name in _NOISE if name in by), None)
+        for name in ("fgsm", *_STEPWISE):
+            if noise is not None and name in by:
+                yield f"{name}@{label} below {noise}", by[noise], by[name]
+
+
+def _one_and_many(samples: pd.DataFrame, known: Conditions) -> Iterator[_Pair]:
+    for label, epsilon, rows in balls(samples, known):
+        here = rows[rows["epsilon"] == epsilon]
+        by = {str(attack): of for attack, of in here.groupby("attack", sort=False)}
+        for name in _STEPWISE:
+            if "fgsm" in by and name in by:
+                yield f"{name}@{label} below fgsm", by["fgsm"], by[name]
+
+
+def _small_and_large(samples: pd.DataFrame, known: Conditions) -> Iterator[_Pair]:
+    """Neighbouring epsilons of attacks in steps: one step may overshoot."""
+    for label, epsilon, rows in balls(samples, known):
+        for attack, of_attack in rows.groupby("attack", sort=False):
+            smaller = of_attack.loc[of_attack["epsilon"] < epsilon, "epsilon"]
+            here = of_attack[of_attack["epsilon"] == epsilon]
+            if attack in _STEPWISE and len(here) and len(smaller):
+                before = of_attack[of_attack["epsilon"] == smaller.max()]
+                yield f"{attack}@{label} below {before['condition'].iloc[0]}", before, here
+
+
+def _floor(samples: pd.DataFrame, attacks: Mapping[str, Any], knows: bool) -> Check:
+    name = "nothing is left at a large epsilon"
+    if not knows:
+        return not_applicable(name, "the loss does not know the gold, so guesses are left")
+    best: list[tuple[float, int, str, float]] = []
+    for condition, rows in samples.groupby("condition", sort=False):
+        of = attacks.get(condition, {})
+        rms = of.get("embedding_rms", of.get("hookpoint_rms"))
+        absolute = of.get("epsilon_absolute")
+        if rows["attack"].iloc[0] not in _STEPWISE or not rms or absolute is None:
+            continue
+        if absolute / rms >= LARGE:
+            best.append((right(rows).mean(), len(rows), str(condition), absolute / rms))
+    if not best:
+        return not_applicable(name, f"the run has no attack in steps at {LARGE:g} RMS or more")
+    accuracy, n, condition, ratio = min(best)
+    low, _ = wilson(round(accuracy * n), n)
+    verdict = PASSES if low <= _FLOOR else FAILS
+    return Check(name, verdict, f"accuracy {accuracy:.3f} under {condition}, {ratio:.2g} RMS")
+
+
+def _zeros(attacks: Mapping[str, Any]) -> Check:
+    name = "the gradient is not zero"
+    shares = {
+        condition: of["zero_gradient_fraction"]
+        for condition, of in attacks.items()
+        if of.get("zero_gradient_fraction") is not None
+    }
+    if not shares:
+        return not_applicable(name, "the run has no attack that follows a gradient")
+    condition = max(shares, key=lambda name: shares[name])
+    verdict = PASSES if shares[condition] <= _ZEROS else FAILS
+    return Check(name, verdict, f"zero in {shares[condition]:.2%} of coordinates ({condition})")
+
+
+def _search(samples: pd.DataFrame, known: Conditions) -> Check:
+    name = "a search without gradients finds no more"
+    sentences = hidden_gradients(samples, known)
+    if sentences:
+        return Check(name, FAILS, sentences[0])
+    for label, epsilon, rows in balls(samples, known):
+        here = rows[rows["epsilon"] == epsilon]
+        wrong = (~right(here)).groupby(here["attack"], sort=False).sum()
+        followed = [attack for attack in ("fgsm", *_STEPWISE) if attack in wrong]
+        if SEARCH in wrong and followed:
+            counts = ", ".join(f"{attack} {wrong[attack]}" for attack in (SEARCH, *followed))
+            return Check(name, PASSES, f"wrong answers at {label}: {counts}")
+    return not_applicable(name, f"the run has no {SEARCH} beside an attack by gradient")
