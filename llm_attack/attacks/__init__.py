@@ -1,10 +1,18 @@
-"""Attacks: pure functions of a point and of a loss closure. Imports torch alone."""
+"""Attacks: pure functions of a point and of a loss closure. They import torch alone.
 
-from llm_attack.attacks.boundary import deepfool, sparsefool
-from llm_attack.attacks.draws import keys_for, signs, uniform
-from llm_attack.attacks.loop import least_likely, loss_gradient, perturb, sweep
-from llm_attack.attacks.norms import NORMS, Ball, Groups, widest
-from llm_attack.attacks.settings import ATTACKS, Attack, Kind
+Importing the package imports no torch: names and settings of attacks (`settings`) need none, and
+the rest is imported when it is asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llm_attack.attacks.boundary import deepfool, sparsefool
+    from llm_attack.attacks.draws import keys_for, signs, uniform
+    from llm_attack.attacks.loop import least_likely, loss_gradient, perturb, sweep
+    from llm_attack.attacks.norms import NORMS, Ball, Groups, widest
+    from llm_attack.attacks.settings import ATTACKS, Attack, Kind
 
 __all__ = [
     "ATTACKS",
@@ -24,3 +32,21 @@ __all__ = [
     "uniform",
     "widest",
 ]
+
+_HOME = {
+    **dict.fromkeys(("deepfool", "sparsefool"), "boundary"),
+    **dict.fromkeys(("keys_for", "signs", "uniform"), "draws"),
+    **dict.fromkeys(("least_likely", "loss_gradient", "perturb", "sweep"), "loop"),
+    **dict.fromkeys(("NORMS", "Ball", "Groups", "widest"), "norms"),
+    **dict.fromkeys(("ATTACKS", "Attack", "Kind"), "settings"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

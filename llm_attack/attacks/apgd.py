@@ -15,7 +15,6 @@ from torch import Tensor
 
 from llm_attack.attacks.norms import Ball
 
-FIRST_STEP = 2.0  # in units of epsilon
 _MOMENTUM = 0.75  # share of the new step; the rest is of the step before
 _RISES = 0.75  # of the steps between checkpoints: with fewer the step is halved
 # The first checkpoint, by how much the intervals shrink, and the shortest: in shares of all steps.

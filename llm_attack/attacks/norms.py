@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llm_attack.attacks.draws import normal, signs, uniform, words
-
-if TYPE_CHECKING:
-    from llm_attack.attacks.settings import Attack
+from llm_attack.attacks.settings import Attack
 
 
 def widest(device: torch.device) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""The table of attacks and the settings of one: names, defaults, validation."""
+"""The table of attacks and the settings of one: names, defaults, validation. Needs no torch."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from llm_attack.attacks.apgd import FIRST_STEP
-from llm_attack.attacks.norms import NORMS
 from llm_attack.base.declare import About, check, setting
 from llm_attack.base.errors import invalid
 
@@ -97,6 +95,12 @@ ATTACKS: dict[str, Kind] = {
 
 ITERATIVE = ", ".join(name for name, kind in ATTACKS.items() if kind.iterative)
 
+NORM_NAMES = ("linf", "l2")
+"""The keys of `norms.NORMS`."""
+
+FIRST_STEP = 2.0
+"""Length of the first step of Auto-PGD, in units of epsilon (Croce and Hein 2020)."""
+
 _EPSILON = About("radius of the ball", float, least=0.0)
 
 
@@ -154,7 +158,7 @@ class Attack(StepSettings):
         rounds: of `critical`; >= 1.
         first_epsilon: of `critical`, in the units of the point; None means epsilon / 16.
         queries: of `blocks`; >= 1.
-        norm: of the ball, a key of `NORMS`; with `l2` a step follows the gradient itself.
+        norm: of the ball, one of `NORM_NAMES`; with `l2` a step follows the gradient itself.
         by_size: all lengths are divided by the square root of how many entries of the point's
             dimensions but the last, such as tokens, are of the example, as the noise of NEFTune is
             (Jain et al. 2023).
@@ -166,7 +170,7 @@ class Attack(StepSettings):
 
     name: str = "fgsm"
     epsilon: float = 0.01
-    norm: str = setting("linf", "Norm of the ball", choices=tuple(NORMS))
+    norm: str = setting("linf", "Norm of the ball", choices=NORM_NAMES)
     by_size: bool = False
     label: str | None = None
 

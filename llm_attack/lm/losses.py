@@ -1,23 +1,17 @@
 """Threat models: what an attack on a language model ascends (docs/attacks.md, "Threat models").
 
 A loss is a row of `LOSSES`: which predictions it reads, whose they are, and the value that it makes
-of their summed log-probabilities. Nothing else asks for a loss by its name.
+of their summed log-probabilities. Nothing else asks for a loss by its name. Needs no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from llm_attack.attacks import widest
-from llm_attack.lm.packing.questions import Question
-
-# Relative to the likeliest choice: beyond the digits of float64, far above where float32 ends.
-_LEAST_WEIGHT = 1e-20
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -36,92 +30,6 @@ class LossKind:
     value: Callable[[Tensor, Any], Tensor]
     whole: bool = False
     gold: bool = False
-
-
-def sum_by(values: Tensor, index: Tensor, n: int) -> Tensor:
-    """(n,) sums of `values` (E,) that have the same `index` (E,), in float64.
-
-    A log-likelihood of -1000 has a resolution of 6e-5 in float32; its terms have a better one.
-    """
-    wide = widest(values.device)
-    return torch.zeros(n, dtype=wide, device=values.device).index_add(0, index, values.to(wide))
-
-
-class ChoiceScores:
-    """The choices' scores of a batch of questions as a (questions, choices) matrix.
-
-    Questions may have different numbers of choices; `exists` is False where there is none.
-    """
-
-    def __init__(self, questions: Sequence[Question], device: torch.device | str = "cpu") -> None:
-        most = max(len(q.gold) for q in questions)
-        rows, row = [], 0
-        for q in questions:
-            rows.append([row + i if i < len(q.gold) else -1 for i in range(most)])
-            row += len(q.requests)
-        padded = [list(q.gold) + [False] * (most - len(q.gold)) for q in questions]
-        lengths = [list(q.lengths or [1.0] * len(q.gold)) for q in questions]
-        self.row = torch.tensor(rows, device=device)
-        self.exists = self.row >= 0
-        self.gold = torch.tensor(padded, device=device)
-        self.length = torch.tensor([x + [1.0] * (most - len(x)) for x in lengths], device=device)
-
-    def matrix(self, log_likelihoods: Tensor) -> Tensor:
-        """(questions, choices) scores from the log-likelihoods of all requests; -inf: no choice."""
-        scores = log_likelihoods[self.row.clamp(min=0)] / self.length
-        return scores.masked_fill(~self.exists, -torch.inf)
-
-    def margin(self, log_likelihoods: Tensor, target: Tensor) -> Tensor:
-        """(questions,) log odds of the other choices against those in `target` (booleans).
-
-        The cross-entropy of `target` is softplus of this: attacks that follow the sign of the
-        gradient do the same with either. But where the model is sure of `target`, the gradient of
-        the cross-entropy underflows to zero, and is slow to compute before it does. For the same
-        reason no choice has a weight below `_LEAST_WEIGHT` in the gradient here: where its tokens
-        are shared that is lost in rounding, where they are not the sign is kept. Zero where there
-        are no others.
-        """
-        scores = self.matrix(log_likelihoods)
-        others = self.exists & ~target
-        some = others.any(-1)
-        value, slope = torch.zeros_like(scores[:, 0]), torch.zeros_like(scores[:, 0])
-        for sign, these in ((1, others), (-1, target)):
-            part = scores.masked_fill(~these, -torch.inf)
-            value = value + sign * part.detach().logsumexp(-1)
-            weights = part.detach().softmax(-1).clamp(min=_LEAST_WEIGHT)
-            slope = slope + sign * (weights * scores.masked_fill(~these, 0)).sum(-1)
-        # the value of the first, the gradient of the second
-        return torch.where(some, value + (slope - slope.detach()), 0.0)
-
-    @property
-    def most_others(self) -> int:
-        """The number of choices that are not gold, of the question that has the most."""
-        return int((self.exists & ~self.gold).sum(-1).max())
-
-    def lead(self, log_likelihoods: Tensor, other: int) -> Tensor:
-        """(questions,) the gold's best score minus that of a choice that is not gold, by number.
-
-        Zero where there are not that many.
-        """
-        scores = self.matrix(log_likelihoods)
-        others = self.exists & ~self.gold
-        this = others & (others.cumsum(-1) == other + 1)
-        best = scores.masked_fill(~self.gold, -torch.inf).amax(-1)
-        return torch.where(this.any(-1), best - scores.masked_fill(~this, 0).sum(-1), 0.0)
-
-    def gap(self, log_likelihoods: Tensor) -> Tensor:
-        """(questions,) best score of the other choices minus the gold's best; above 0 it is wrong.
-
-        Of equal scores the first choice is the answer, as for lm-eval: where that is not gold, the
-        gap is the smallest number above 0. Zero where there are no others.
-        """
-        scores = self.matrix(log_likelihoods)
-        others = self.exists & ~self.gold
-        best = [scores.masked_fill(~these, -torch.inf).amax(-1) for these in (others, self.gold)]
-        gap = torch.where(others.any(-1), best[0] - best[1], 0.0)
-        wrong = ~self.gold.gather(-1, scores.argmax(-1, keepdim=True))[..., 0]
-        least = torch.full_like(gap, torch.finfo(gap.dtype).tiny)
-        return gap + least.where((gap == 0) & wrong, 0)  # added, so that the gradient stays
 
 
 LOSSES = {

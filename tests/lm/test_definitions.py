@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch.nn.functional import softplus
 
 from llm_attack.lm.engine import scoring
+from llm_attack.lm.engine.choices import ChoiceScores
 from llm_attack.lm.engine.scoring import look_up
-from llm_attack.lm.losses import ChoiceScores
 from llm_attack.lm.packing.questions import Question, Request
 
 TASKS = ["demo_arc_challenge", "demo_piqa", "demo_winogrande"]

@@ -7,8 +7,8 @@ import torch
 
 from llm_attack.attacks import perturb
 from llm_attack.harness.requests import encode, questions_of
+from llm_attack.lm.engine.choices import ChoiceScores
 from llm_attack.lm.engine.surface import Surface
-from llm_attack.lm.losses import ChoiceScores
 from llm_attack.lm.packing.questions import Question, Request
 
 TASKS = ["demo_arc_challenge", "demo_winogrande"]

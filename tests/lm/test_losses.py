@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from llm_attack.lm.losses import LOSSES, ChoiceScores, ThreatModel, sum_by
+from llm_attack.lm.engine.choices import ChoiceScores, sum_by
+from llm_attack.lm.losses import LOSSES, ThreatModel
 from llm_attack.lm.packing.questions import Question, Request
 
 REQUEST = Request((1, 2), 1)

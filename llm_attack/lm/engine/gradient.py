@@ -17,8 +17,8 @@ from torch import Tensor
 
 from llm_attack.attacks import ATTACKS, widest
 from llm_attack.base.failures import one_line
+from llm_attack.lm.engine.choices import sum_by
 from llm_attack.lm.engine.scoring import Scorer, look_up
-from llm_attack.lm.losses import sum_by
 from llm_attack.lm.packing.pack import Pack, pack_rows
 from llm_attack.lm.packing.questions import Question, Request
 

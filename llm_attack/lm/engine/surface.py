@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from llm_attack.attacks import NORMS, Attack, Ball, Groups, least_likely, perturb, widest
+from llm_attack.lm.engine.choices import ChoiceScores, sum_by
 from llm_attack.lm.engine.scoring import Scorer, Scores
-from llm_attack.lm.losses import LOSSES, ChoiceScores, ThreatModel, sum_by
+from llm_attack.lm.losses import LOSSES, ThreatModel
 from llm_attack.lm.packing.pack import Pack
 
 _ROUNDING = 4.0  # of a sum of log-probabilities, in units of its last place
