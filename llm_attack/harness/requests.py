@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
+from lm_eval.models.huggingface import HFLM
 
 from llm_attack.base.errors import UsageError
 from llm_attack.harness import gold, patches, scores
@@ -28,9 +29,6 @@ __all__ = [
     "truncated",
     "with_siblings",
 ]
-
-if TYPE_CHECKING:
-    from llm_attack.harness.model import AttackedHFLM
 
 # An lm-eval request in tokens: ((context, continuation) or None, context, continuation).
 TokenRequest = tuple[Any, list[int], list[int]]
@@ -64,7 +62,7 @@ def with_siblings(requests: Sequence[Instance]) -> list[Instance]:
     return [*requests, *(s for key, s in siblings.items() if key not in known)]
 
 
-def encode(lm: AttackedHFLM, requests: Sequence[Instance]) -> list[Request]:
+def encode(lm: HFLM, requests: Sequence[Instance]) -> list[Request]:
     """The requests in tokens, made by lm-eval's own code.
 
     What lm-eval would only log goes into the model's warnings: prompts that are cut, and tokens
@@ -187,7 +185,7 @@ def _place(request: Instance) -> str:
     return f"task {request.task_name}, question {request.doc_id}, choice {request.idx}"
 
 
-def _refuse_thinking(lm: AttackedHFLM, requests: Sequence[Instance]) -> None:
+def _refuse_thinking(lm: HFLM, requests: Sequence[Instance]) -> None:
     if lm.enable_thinking and requests:
         raise UsageError(
             f"enable_thinking=True: must be False for task {requests[0].task_name}, which compares"
@@ -195,14 +193,14 @@ def _refuse_thinking(lm: AttackedHFLM, requests: Sequence[Instance]) -> None:
         )
 
 
-def _refuse_empty(lm: AttackedHFLM, request: Instance) -> None:
+def _refuse_empty(lm: HFLM, request: Instance) -> None:
     """lm-eval looks at the first token of an answer to an empty prompt."""
     context, continuation = request.args
     if not continuation or not (context or lm.tok_encode(continuation, add_special_tokens=False)):
         raise UsageError(f"{_place(request)}: the answer {continuation!r} has no token")
 
 
-def _refuse_unfit(lm: AttackedHFLM, request: Instance, tokens: TokenRequest) -> None:
+def _refuse_unfit(lm: HFLM, request: Instance, tokens: TokenRequest) -> None:
     _, context, continuation = tokens
     if len(continuation) > lm.max_length:
         raise UsageError(
@@ -221,7 +219,7 @@ def _refuse_unfit(lm: AttackedHFLM, request: Instance, tokens: TokenRequest) -> 
     )
 
 
-def _warn(lm: AttackedHFLM, requests: Sequence[Instance], found: Sequence[TokenRequest]) -> None:
+def _warn(lm: HFLM, requests: Sequence[Instance], found: Sequence[TokenRequest]) -> None:
     """Adds to the model's warnings what speaks against the requests of each task."""
     counts: dict[str, list[int]] = {}
     for request, (_, context, continuation) in zip(requests, found, strict=True):
@@ -244,7 +242,7 @@ def _warn(lm: AttackedHFLM, requests: Sequence[Instance], found: Sequence[TokenR
 class _Encoder:
     """A model for lm-eval that turns requests into tokens and stops there."""
 
-    def __init__(self, lm: AttackedHFLM) -> None:
+    def __init__(self, lm: HFLM) -> None:
         self._lm = lm
 
     def __getattr__(self, name: str) -> Any:

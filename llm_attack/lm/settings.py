@@ -15,6 +15,9 @@ from llm_attack.lm.losses import LOSSES, ThreatModel
 from llm_attack.lm.packing.positions import ALL, NAMED, check_positions
 from llm_attack.lm.units import ABSOLUTE, NEFTUNE, UNITS, Signal, size_of
 
+EMBED, LAYERS = "embed", "layers"
+"""Hookpoints with names of their own: the input embedding, and the output of every block."""
+
 CONTEXTS = ("own", "shared")
 PER_TOKEN = "_token"
 NORMS = ("linf", "l2", f"l2{PER_TOKEN}")

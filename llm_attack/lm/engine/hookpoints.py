@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,11 +19,10 @@ from llm_attack.base.failures import one_line
 from llm_attack.lm.engine.probe import equal_logits, made_up
 from llm_attack.lm.engine.scoring import Scorer
 from llm_attack.lm.engine.surface import Surface
-from llm_attack.lm.network.blocks import known_blocks
+from llm_attack.lm.network.blocks import Skip, known_blocks
 from llm_attack.lm.network.hook import edit_output, faults, resolve
 from llm_attack.lm.packing.pack import Pack, pack_rows
-
-EMBED, LAYERS = "embed", "layers"
+from llm_attack.lm.settings import EMBED, LAYERS
 
 log = logging.getLogger(__name__)
 
@@ -86,38 +84,6 @@ def _layers(model: PreTrainedModel, names: Mapping[nn.Module, str]) -> list[str]
             " transformers does not name"
         )
     return found
-
-
-@dataclass(frozen=True)
-class Skip:
-    """The blocks before a hookpoint, which need not run once its clean activations are known.
-
-    Attributes:
-        blocks: those that are left out; below is the output of the last of them.
-        rest: of each block, what its output has besides the hidden states; None: it is no tuple.
-    """
-
-    blocks: tuple[nn.Module, ...]
-    rest: tuple[tuple[Any, ...] | None, ...]
-
-    @contextmanager
-    def over(self, below: Tensor) -> Iterator[None]:
-        """While it lasts, the blocks return `below`, (B, L, H), and compute nothing."""
-        before = [vars(block).get("forward") for block in self.blocks]
-        try:
-            for block, rest in zip(self.blocks, self.rest, strict=True):
-                block.forward = _returns(below if rest is None else (below, *rest))
-            yield
-        finally:
-            for block, forward in zip(self.blocks, before, strict=True):
-                if forward is None:
-                    vars(block).pop("forward", None)
-                else:
-                    block.forward = forward
-
-
-def _returns(output: Any) -> Callable[..., Any]:
-    return lambda *args, **kwargs: output
 
 
 def scorers(base: Scorer, hookpoints: Sequence[str | None], device: torch.device) -> list[Scorer]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from llm_attack.lm.engine.nearest import Nearest
+from llm_attack.lm.network.blocks import Skip
 from llm_attack.lm.network.hook import capture, edit_input, edit_output
 from llm_attack.lm.network.rotary import Rotary
 from llm_attack.lm.packing.pack import Entries, Inputs, Pack
 from llm_attack.lm.packing.prefix import Prefixes, space
-
-if TYPE_CHECKING:
-    from llm_attack.lm.engine.hookpoints import Skip
 
 
 class Scores(NamedTuple):

@@ -1,4 +1,4 @@
-"""The model's blocks: recomputed in the backward pass, or compiled, one by one.
+"""The model's blocks: recomputed in the backward pass, compiled, or left out, one by one.
 
 Not the model as a whole: hooks come and go at the embedding and at the head, and a compiled graph
 does not notice.
@@ -9,9 +9,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -113,3 +115,35 @@ def _set_hooks(module: nn.Module, hooks: dict[int, Callable]) -> None:
 def compiled(block: nn.Module) -> None:
     """From now on `block` runs compiled, for any batch size and length."""
     block.forward = torch.compile(block.forward, dynamic=True)
+
+
+@dataclass(frozen=True)
+class Skip:
+    """The blocks before a hookpoint, which need not run once its clean activations are known.
+
+    Attributes:
+        blocks: those that are left out; below is the output of the last of them.
+        rest: of each block, what its output has besides the hidden states; None: it is no tuple.
+    """
+
+    blocks: tuple[nn.Module, ...]
+    rest: tuple[tuple[Any, ...] | None, ...]
+
+    @contextmanager
+    def over(self, below: Tensor) -> Iterator[None]:
+        """While it lasts, the blocks return `below`, (B, L, H), and compute nothing."""
+        before = [vars(block).get("forward") for block in self.blocks]
+        try:
+            for block, rest in zip(self.blocks, self.rest, strict=True):
+                block.forward = _returns(below if rest is None else (below, *rest))
+            yield
+        finally:
+            for block, forward in zip(self.blocks, before, strict=True):
+                if forward is None:
+                    vars(block).pop("forward", None)
+                else:
+                    block.forward = forward
+
+
+def _returns(output: Any) -> Callable[..., Any]:
+    return lambda *args, **kwargs: output

@@ -18,9 +18,8 @@ from llm_attack.attacks import ATTACKS, Attack
 from llm_attack.attacks.settings import condition_name
 from llm_attack.base.declare import declared, names
 from llm_attack.base.errors import UsageError
-from llm_attack.lm.engine.hookpoints import EMBED
 from llm_attack.lm.losses import LOSSES
-from llm_attack.lm.settings import AttackSettings, EngineSettings
+from llm_attack.lm.settings import EMBED, AttackSettings, EngineSettings
 from llm_attack.lm.units import ABSOLUTE, NEFTUNE, UNITS
 from llm_attack.suite.plan import Plan
 

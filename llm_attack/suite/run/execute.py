@@ -30,8 +30,9 @@ from llm_attack.harness.patches import templates_compiled_once
 from llm_attack.harness.requests import Instance
 from llm_attack.harness.scores import Score
 from llm_attack.harness.tasks import look_up
-from llm_attack.lm.engine.hookpoints import EMBED, expand
+from llm_attack.lm.engine.hookpoints import expand
 from llm_attack.lm.network.hook import frozen
+from llm_attack.lm.settings import EMBED
 from llm_attack.suite.analysis import critical
 from llm_attack.suite.analysis.conditions import Condition, of_plan
 from llm_attack.suite.analysis.equivalence import with_equivalence

@@ -18,7 +18,7 @@ from llm_attack.harness import gold, scores
 from llm_attack.harness.requests import Instance, by_question, distinct
 from llm_attack.harness.scores import Score
 from llm_attack.harness.sources import clusters
-from llm_attack.lm.engine.hookpoints import EMBED
+from llm_attack.lm.settings import EMBED
 from llm_attack.suite.analysis.outcomes import (
     BINARY,
     CHOICE,

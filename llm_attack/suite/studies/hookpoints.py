@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from llm_attack.base.record import write_text
-from llm_attack.lm.engine.hookpoints import EMBED
+from llm_attack.lm.settings import EMBED
 from llm_attack.suite.analysis.conditions import Conditions, by_name
 from llm_attack.suite.analysis.summary import MEAN
 from llm_attack.suite.plan import WORST

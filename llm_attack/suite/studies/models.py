@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from llm_attack.base.errors import UsageError
-from llm_attack.lm.engine.hookpoints import EMBED
+from llm_attack.lm.settings import EMBED
 from llm_attack.stats import Mean, rank_correlation
 from llm_attack.suite.analysis.outcomes import with_scores
 from llm_attack.suite.analysis.summary import MEAN, summarise
