@@ -13,10 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llm_attack.attacks import ATTACKS, Attack, Groups, keys_for, perturb
-from llm_attack.base.errors import invalid
-from llm_attack.theory.fig4 import PACKETS, STEP, Settings
+from llm_attack.attacks import Attack, Groups, keys_for, perturb
 from llm_attack.theory.packet import Uncertainty, uncertainty_on_nodes
+from llm_attack.theory.settings import PACKETS, STEP, ToySettings
 from llm_attack.theory.stacked import StackedMLP, cross_entropy, generators, pick, stack
 
 GRID = 51  # points along each side of a landscape
@@ -33,11 +32,8 @@ class Toy:
         test: points for the accuracies, (seeds, test_points, 2).
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: ToySettings) -> None:
         self.settings = settings
-        in_ball = [name for name, kind in ATTACKS.items() if not kind.minimal]
-        if settings.attack not in in_ball:
-            raise invalid("attack", settings.attack, in_ball)
         self.attack = Attack(settings.attack, epsilon=settings.epsilon)
         self.generators = generators(settings.seed, settings.seeds)
         sizes = (2, settings.width, settings.width, 2)

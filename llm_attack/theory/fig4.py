@@ -6,63 +6,25 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from llm_attack.base.declare import check, setting
 from llm_attack.base.drawing import COLOURS, new_figure
-from llm_attack.base.errors import invalid
 from llm_attack.base.record import Stopwatch, as_csv, write_text
-from llm_attack.reproduce import DEVICE, figure_command
+from llm_attack.reproduce import figure_command
+from llm_attack.theory.settings import PACKETS, STEP, ToySettings
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The binary toy: points in the square [-1, 1]², told apart by the sign of x1.
-
-    Raises:
-        UsageError: a value is out of range; the message names it.
-    """
-
-    seeds: int = setting(5, "Number of networks, each with points of its own", least=1)
-    epochs: int = setting(500, "Number of passes over the points", least=1)
-    points: int = setting(1000, "Number of training points of each network", least=1)
-    test_points: int = setting(1000, "Number of points that the accuracies are of", least=1)
-    width: int = setting(32, "Number of units in each of the two hidden layers", least=1)
-    learning_rate: float = setting(1e-3, "Learning rate of Adam", least=0)
-    batch_size: int = setting(1000, "Number of points per step", least=1)
-    attack: str = setting(
-        "fgsm",
-        "Attack for the robust accuracy: none, random, uniform, gaussian, fgsm, ost, bim, illc,"
-        " pgd, mifgsm, apgd, apgdt, blocks or reversed",
-    )
-    epsilon: float = setting(0.1, "L-infinity amplitude of the attack", least=0)
-    label: int = setting(1, "Class whose loss is the fixed packet: 1, that of x1 above 0, or 0")
-    seed: int = setting(0, "The first seed; the others follow")
-    device: str | None = setting(None, DEVICE)
-
-    def __post_init__(self) -> None:
-        check(self)
-        if self.label not in (0, 1):
-            raise invalid("label", self.label, "0 or 1")
-
-
-STEP = 0.3  # of the plain step x + STEP · ∇loss(x), our reading of the paper's Fig. 4 D
-
-# Whose label: always the same, or the class that the network predicts where the packet is.
-PACKETS = ("fixed", "predicted")
-
 # It takes seconds: it is never cut down.
-PRESETS = {"quick": Settings(), "paper": Settings()}
+PRESETS = {"quick": ToySettings(), "paper": ToySettings()}
 
 
-def run(settings: Settings, folder: Path) -> dict[str, Any]:
+def run(settings: ToySettings, folder: Path) -> dict[str, Any]:
     """Binary toy: loss landscapes, accuracies, and the uncertainty relation at every epoch."""
     clock = Stopwatch()
     curves, landscapes = train(settings)
@@ -81,7 +43,7 @@ def run(settings: Settings, folder: Path) -> dict[str, Any]:
     }
 
 
-def train(settings: Settings) -> tuple[pd.DataFrame, pd.DataFrame]:
+def train(settings: ToySettings) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Trains all seeds; measures before the first epoch and after each.
 
     Returns:
@@ -121,7 +83,7 @@ def train(settings: Settings) -> tuple[pd.DataFrame, pd.DataFrame]:
     return pd.concat(curves, ignore_index=True), pd.concat(landscapes, ignore_index=True)
 
 
-def draw(folder: Path, settings: Settings) -> None:
+def draw(folder: Path, settings: ToySettings) -> None:
     """Draws, from curves.csv and landscapes.csv, the landscapes and the curves of all seeds."""
     import pandas as pd
 

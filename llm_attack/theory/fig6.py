@@ -5,108 +5,26 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from llm_attack.base.declare import check, setting
 from llm_attack.base.drawing import COLOURS, new_figure
-from llm_attack.base.errors import invalid
 from llm_attack.base.record import Stopwatch, as_csv, write_text
-from llm_attack.reproduce import DEVICE, Numbers, figure_command
+from llm_attack.reproduce import figure_command
+from llm_attack.theory.settings import MEASURED, SPLITS, Kind, SentimentSettings
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-class Kind(NamedTuple):
-    """What networks have in common but for their seed; the names of the settings, in the singular.
-
-    The accuracy on new words depends on all but the size.
-    """
-
-    size: int
-    ngram: int = 1
-    train_share: float = 1.0
-    noise: float = 0.0
+PRESETS = {"quick": replace(SentimentSettings(), seeds=5, epochs=200), "paper": SentimentSettings()}
 
 
-SPLITS = ("test", "train")
-MEASURED = ("accuracy", "cosine_right", "cosine_wrong")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Word sentiment: characters, their embedding, and a classifier of three classes.
-
-    Raises:
-        UsageError: a value is out of range; the message names it.
-    """
-
-    words: str | None = setting(
-        None,
-        "CSV file with the columns word, language and label, which is negative, neutral or "
-        "positive; unless given, the package's own",
-    )
-    embedding_sizes: tuple[int, ...] = setting(
-        (8, 16, 32),
-        "How many numbers the embedding of a character has, separated by commas",
-        least=1,
-        option=Numbers(int),
-    )
-    ngrams: tuple[int, ...] = setting(
-        (1,),
-        "How many characters stand side by side in each of a word's overlapping pieces, which are"
-        " what is embedded, separated by commas",
-        least=1,
-        option=Numbers(int),
-    )
-    train_shares: tuple[float, ...] = setting(
-        (1.0,),
-        "Shares of the training words that are learnt from, separated by commas",
-        least=0,
-        option=Numbers(float),
-    )
-    label_noise: tuple[float, ...] = setting(
-        (0.0,),
-        "Shares of the words learnt from that get one of the other labels, separated by commas",
-        least=0,
-        option=Numbers(float),
-    )
-    seeds: int = setting(10, "Number of networks of each size, each with its own split", least=1)
-    epochs: int = setting(1000, "Number of passes over the words", least=1)
-    width: int = setting(64, "Number of units in the hidden layer", least=1)
-    learning_rate: float = setting(1e-3, "Learning rate of Adam", least=0)
-    test_share: float = setting(0.2, "Share of the words held out, between 0 and 1", least=0)
-    seed: int = setting(0, "The first seed; the others follow")
-    device: str | None = setting(None, DEVICE)
-
-    def __post_init__(self) -> None:
-        check(self)
-        if not 0 < self.test_share < 1:
-            raise invalid("test_share", self.test_share, "between 0 and 1")
-        for share in self.train_shares:
-            if not 0 < share <= 1:
-                raise invalid("train_shares", share, "above 0 and at most 1")
-        for share in self.label_noise:
-            if share > 1:
-                raise invalid("label_noise", share, "from 0 to 1")
-
-    @property
-    def kinds(self) -> list[Kind]:
-        """The networks of which there is one for each seed."""
-        parts = (self.embedding_sizes, self.ngrams, self.train_shares, self.label_noise)
-        return [Kind(*of) for of in itertools.product(*parts)]
-
-
-PRESETS = {"quick": replace(Settings(), seeds=5, epochs=200), "paper": Settings()}
-
-
-def run(settings: Settings, folder: Path) -> dict[str, Any]:
+def run(settings: SentimentSettings, folder: Path) -> dict[str, Any]:
     """Word sentiment: cosine of embedding and gradient, for words classified rightly or wrongly."""
     import pandas as pd
 
@@ -138,7 +56,7 @@ def _name(kind: Kind) -> str:
     return ", ".join([f"size {kind.size}", *others])
 
 
-def run_kind(words: pd.DataFrame, kind: Kind, settings: Settings) -> pd.DataFrame:
+def run_kind(words: pd.DataFrame, kind: Kind, settings: SentimentSettings) -> pd.DataFrame:
     """Trains all seeds of one kind; measures before the first epoch and after each.
 
     Returns:

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm_attack.attacks import loss_gradient
-from llm_attack.theory.fig6 import MEASURED, SPLITS, Kind, Settings
 from llm_attack.theory.lexicon import LABELS, encode
+from llm_attack.theory.settings import MEASURED, SPLITS, Kind, SentimentSettings
 from llm_attack.theory.stacked import StackedMLP, cross_entropy, generators, stack
 
 
@@ -90,7 +90,7 @@ def summary(right: Tensor, cosine: Tensor) -> dict[str, list[float]]:
 
 
 def measured_epochs(
-    words: pd.DataFrame, kind: Kind, settings: Settings
+    words: pd.DataFrame, kind: Kind, settings: SentimentSettings
 ) -> Iterator[tuple[int, dict[str, dict[str, list[float]]]]]:
     """Trains all seeds of one kind; measures before the first epoch and after each.
 

@@ -278,6 +278,7 @@ def test_gold_probability_as_an_outcome(frames):
 
 
 def test_imports_neither_torch_nor_lm_eval():
-    code = "import sys, llm_attack.suite.analysis.summary; print({'torch', 'lm_eval'} & set(sys.modules))"
+    code = "import sys, llm_attack.suite.analysis.summary\n"
+    code += "print({'torch', 'lm_eval'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -13,15 +13,16 @@ from scipy.special import expit
 
 from llm_attack.base.errors import UsageError
 from llm_attack.theory.binary import GRID, Toy, labels_of
-from llm_attack.theory.fig4 import PACKETS, Settings, draw, run, train
+from llm_attack.theory.fig4 import draw, run, train
 from llm_attack.theory.packet import Uncertainty, uncertainty
+from llm_attack.theory.settings import PACKETS, ToySettings
 
 SMALL = {"points": 40, "test_points": 200, "width": 8, "epochs": 5, "device": "cpu"}
 
 
 def toy_with(steepness, shift=0.0, **settings):
     """A toy whose network is a known one: the boundary is at x1 = shift, for every seed."""
-    toy = Toy(Settings(**{**SMALL, **settings}))
+    toy = Toy(ToySettings(**{**SMALL, **settings}))
     toy.network = lambda x: torch.stack(
         [torch.zeros_like(x[..., 0]), steepness * (x[..., 0] - shift)], -1
     )
@@ -29,7 +30,7 @@ def toy_with(steepness, shift=0.0, **settings):
 
 
 def test_points_and_labels():
-    toy = Toy(Settings(**{**SMALL, "points": 3000}))
+    toy = Toy(ToySettings(**{**SMALL, "points": 3000}))
     assert toy.x.shape == (5, 3000, 2)
     assert toy.x.dtype == torch.float64
     assert toy.x.abs().max() <= 1
@@ -154,7 +155,7 @@ def test_the_packet_lies_on_the_line_x2_0():
 
 @pytest.fixture(scope="module")
 def small():
-    return train(Settings(**SMALL, seeds=3))
+    return train(ToySettings(**SMALL, seeds=3))
 
 
 def test_every_epoch_and_seed_has_a_row(small):
@@ -170,7 +171,7 @@ def test_every_epoch_and_seed_has_a_row(small):
 
 def test_a_seed_in_company_is_that_seed_alone(small):
     curves, _ = small
-    alone, _ = train(Settings(**SMALL, seeds=1, seed=2))
+    alone, _ = train(ToySettings(**SMALL, seeds=1, seed=2))
     ours = curves[curves.seed == 2].reset_index(drop=True)
     pd.testing.assert_frame_equal(ours, alone, rtol=1e-9, atol=1e-9)
     assert ours.dx_fixed.nunique() == 6  # it learns
@@ -180,7 +181,7 @@ def test_landscapes(small):
     """After a fifth, two fifths and all epochs; of the first seed; x1 and x2 in their places."""
     _, landscapes = small
     assert landscapes.groupby("epoch").size().to_dict() == dict.fromkeys((1, 2, 5), GRID**2)
-    toy = Toy(Settings(**SMALL, seeds=3))
+    toy = Toy(ToySettings(**SMALL, seeds=3))
     for _ in range(5):
         toy.epoch()
     last = landscapes[landscapes.epoch == 5]
@@ -200,7 +201,7 @@ def test_landscapes(small):
 
 def test_batches():
     """An epoch passes over each point once, whatever the batch size."""
-    toy = Toy(Settings(**SMALL, batch_size=16))
+    toy = Toy(ToySettings(**SMALL, batch_size=16))
     seen = []
     network = toy.network
     toy.network = lambda x: seen.append(x.detach()) or network(x)
@@ -213,7 +214,7 @@ def test_batches():
 
 
 def test_it_learns():
-    toy = Toy(Settings(**{**SMALL, "learning_rate": 0.01}, seeds=2))
+    toy = Toy(ToySettings(**{**SMALL, "learning_rate": 0.01}, seeds=2))
     assert (toy.accuracies()[0] < 0.95).all()
     for _ in range(150):
         toy.epoch()
@@ -231,12 +232,12 @@ def test_a_broken_relation_ends_the_run(monkeypatch, tmp_path):
 
     monkeypatch.setattr(Toy, "relation", relation)
     with pytest.raises(ArithmeticError, match=r"epoch 2, predicted packet: .* below its bound"):
-        run(Settings(**SMALL), tmp_path / "out")
+        run(ToySettings(**SMALL), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_what_is_written(tmp_path):
-    results = run(Settings(**SMALL, seeds=2), tmp_path)
+    results = run(ToySettings(**SMALL, seeds=2), tmp_path)
     names = ("curves.csv", "figure.png", "figure.svg", "landscapes.csv")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
     curves = pd.read_csv(tmp_path / "curves.csv")
@@ -251,7 +252,7 @@ def test_what_is_written(tmp_path):
 
 def test_the_same_command_gives_the_same_files(tmp_path):
     """And so does drawing anew from the CSV files."""
-    settings = Settings(**SMALL, seeds=1)
+    settings = ToySettings(**SMALL, seeds=1)
     run(settings, tmp_path / "a")
     (tmp_path / "b").mkdir()
     for name, table in zip(("curves", "landscapes"), train(settings), strict=True):
@@ -274,9 +275,9 @@ def test_the_same_command_gives_the_same_files(tmp_path):
 )
 def test_bad_settings(settings, message):
     with pytest.raises(UsageError, match=message):
-        Settings(**settings)
+        ToySettings(**settings)
 
 
 def test_an_unknown_attack():
     with pytest.raises(UsageError, match=r"attack=fgms: .* did you mean 'fgsm'"):
-        train(Settings(**SMALL, attack="fgms"))
+        train(ToySettings(**SMALL, attack="fgms"))

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from llm_attack.base.errors import UsageError
 from llm_attack.theory import sentiment
 from llm_attack.theory.bands import MANY
-from llm_attack.theory.fig6 import MEASURED, Kind, Settings, draw, run, run_kind, trends
+from llm_attack.theory.fig6 import draw, run, run_kind, trends
 from llm_attack.theory.lexicon import LABELS, encode
 from llm_attack.theory.sentiment import SentimentModel, cosines, summary
+from llm_attack.theory.settings import MEASURED, Kind, SentimentSettings
 from llm_attack.theory.stacked import StackedMLP, generators
 
 SMALL = {"embedding_sizes": (2, 3), "seeds": 2, "epochs": 3, "width": 5, "device": "cpu"}
@@ -106,8 +107,8 @@ def exact(monkeypatch):
 
 
 def test_a_seed_in_company_is_that_seed_alone(exact):
-    both = run_kind(table(60), Kind(3), Settings(**SMALL))
-    alone = run_kind(table(60), Kind(3), Settings(**{**SMALL, "seeds": 1}, seed=1))
+    both = run_kind(table(60), Kind(3), SentimentSettings(**SMALL))
+    alone = run_kind(table(60), Kind(3), SentimentSettings(**{**SMALL, "seeds": 1}, seed=1))
     ours = both[both.seed == 1].reset_index(drop=True)
     pd.testing.assert_frame_equal(ours, alone, rtol=1e-9, atol=1e-9)
     assert both.groupby(["epoch", "split"]).size().to_dict() == {
@@ -118,7 +119,9 @@ def test_a_seed_in_company_is_that_seed_alone(exact):
 
 def test_words_held_out_are_not_learnt():
     """Labels are random: what was seen is learnt by heart, the rest is guessed."""
-    settings = Settings(seeds=3, epochs=60, learning_rate=0.05, test_share=0.5, device="cpu")
+    settings = SentimentSettings(
+        seeds=3, epochs=60, learning_rate=0.05, test_share=0.5, device="cpu"
+    )
     found = run_kind(table(120), Kind(4), settings)
     last = found[found.epoch == 60].groupby("split").accuracy
     assert last.min()["train"] == 1
@@ -127,7 +130,7 @@ def test_words_held_out_are_not_learnt():
 
 def test_the_share_held_out():
     """Accuracies are multiples of one word."""
-    found = run_kind(table(50), Kind(2), Settings(**SMALL, test_share=0.14))
+    found = run_kind(table(50), Kind(2), SentimentSettings(**SMALL, test_share=0.14))
     for split, n in (("test", 7), ("train", 43)):
         counts = found[found.split == split].accuracy * n
         assert (counts - counts.round()).abs().max() < 1e-9
@@ -135,7 +138,7 @@ def test_the_share_held_out():
 
 def test_what_is_written(tmp_path, words_csv):
     for folder in "ab":
-        settings = Settings(**SMALL, words=words_csv)
+        settings = SentimentSettings(**SMALL, words=words_csv)
         results = run(settings, tmp_path / folder)
     names = ["curves.csv", "figure.png", "figure.svg", "networks.csv"]
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == names
@@ -174,7 +177,7 @@ def test_the_figure_is_drawn_from_the_file(tmp_path, epochs):
 
 def test_no_wrong_words_have_no_cosine(tmp_path, words_csv):
     settings = {**SMALL, "epochs": 60, "embedding_sizes": (4,), "learning_rate": 0.05, "width": 64}
-    results = run(Settings(**settings, words=words_csv), tmp_path)
+    results = run(SentimentSettings(**settings, words=words_csv), tmp_path)
     networks = pd.read_csv(tmp_path / "networks.csv")
     learnt = networks[networks.split == "train"]
     assert learnt["accuracy"].tolist() == [1, 1] and learnt["cosine_wrong"].isna().all()
@@ -198,7 +201,7 @@ def test_shares_and_noise(monkeypatch):
         "cosines",
         lambda m, ids, labels: seen.append((ids, labels)) or measure(m, ids, labels),
     )
-    settings = Settings(seeds=2, epochs=1, test_share=0.2, width=4, device="cpu")
+    settings = SentimentSettings(seeds=2, epochs=1, test_share=0.2, width=4, device="cpu")
     words = table(100)
     for kind in (Kind(2), Kind(2, train_share=0.25), Kind(2, train_share=0.25, noise=0.5)):
         run_kind(words, kind, settings)
@@ -231,7 +234,7 @@ def test_trends():
 
 def test_networks_that_differ_are_points(tmp_path, words_csv):
     settings = {**SMALL, "embedding_sizes": (2,), "label_noise": (0.0, 0.5), "ngrams": (1, 2)}
-    run(Settings(**settings, words=words_csv), tmp_path)
+    run(SentimentSettings(**settings, words=words_csv), tmp_path)
     text = (tmp_path / "figure.svg").read_text()
     assert "accuracy on new words</text>" in text
     networks = pd.read_csv(tmp_path / "networks.csv")
@@ -253,4 +256,4 @@ def test_networks_that_differ_are_points(tmp_path, words_csv):
 )
 def test_bad_settings(settings, message):
     with pytest.raises(UsageError, match=message):
-        Settings(**settings)
+        SentimentSettings(**settings)

@@ -1,0 +1,126 @@
+"""Settings of Fig. 4 and Fig. 6, and the names of what they measure. No torch here."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from llm_attack.attacks.settings import ATTACKS
+from llm_attack.base.declare import check, setting
+from llm_attack.base.errors import invalid
+from llm_attack.reproduce import DEVICE, Numbers
+
+# Whose label: always the same, or the class that the network predicts where the packet is.
+PACKETS = ("fixed", "predicted")
+STEP = 0.3  # of the plain step x + STEP · ∇loss(x), our reading of the paper's Fig. 4 D
+
+SPLITS = ("test", "train")
+MEASURED = ("accuracy", "cosine_right", "cosine_wrong")
+
+
+@dataclass(frozen=True)
+class ToySettings:
+    """The binary toy: points in the square [-1, 1]², told apart by the sign of x1.
+
+    Raises:
+        UsageError: a value is out of range; the message names it.
+    """
+
+    seeds: int = setting(5, "Number of networks, each with points of its own", least=1)
+    epochs: int = setting(500, "Number of passes over the points", least=1)
+    points: int = setting(1000, "Number of training points of each network", least=1)
+    test_points: int = setting(1000, "Number of points that the accuracies are of", least=1)
+    width: int = setting(32, "Number of units in each of the two hidden layers", least=1)
+    learning_rate: float = setting(1e-3, "Learning rate of Adam", least=0)
+    batch_size: int = setting(1000, "Number of points per step", least=1)
+    attack: str = setting(
+        "fgsm",
+        "Attack for the robust accuracy",
+        choices=tuple(name for name, kind in ATTACKS.items() if not kind.minimal),
+    )
+    epsilon: float = setting(0.1, "L-infinity amplitude of the attack", least=0)
+    label: int = setting(1, "Class whose loss is the fixed packet: 1, that of x1 above 0, or 0")
+    seed: int = setting(0, "The first seed; the others follow")
+    device: str | None = setting(None, DEVICE)
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.label not in (0, 1):
+            raise invalid("label", self.label, "0 or 1")
+
+
+class Kind(NamedTuple):
+    """What networks have in common but for their seed; the names of the settings, in the singular.
+
+    The accuracy on new words depends on all but the size.
+    """
+
+    size: int
+    ngram: int = 1
+    train_share: float = 1.0
+    noise: float = 0.0
+
+
+@dataclass(frozen=True)
+class SentimentSettings:
+    """Word sentiment: characters, their embedding, and a classifier of three classes.
+
+    Raises:
+        UsageError: a value is out of range; the message names it.
+    """
+
+    words: str | None = setting(
+        None,
+        "CSV file with the columns word, language and label, which is negative, neutral or "
+        "positive; unless given, the package's own",
+    )
+    embedding_sizes: tuple[int, ...] = setting(
+        (8, 16, 32),
+        "How many numbers the embedding of a character has, separated by commas",
+        least=1,
+        option=Numbers(int),
+    )
+    ngrams: tuple[int, ...] = setting(
+        (1,),
+        "How many characters stand side by side in each of a word's overlapping pieces, which are"
+        " what is embedded, separated by commas",
+        least=1,
+        option=Numbers(int),
+    )
+    train_shares: tuple[float, ...] = setting(
+        (1.0,),
+        "Shares of the training words that are learnt from, separated by commas",
+        least=0,
+        option=Numbers(float),
+    )
+    label_noise: tuple[float, ...] = setting(
+        (0.0,),
+        "Shares of the words learnt from that get one of the other labels, separated by commas",
+        least=0,
+        option=Numbers(float),
+    )
+    seeds: int = setting(10, "Number of networks of each size, each with its own split", least=1)
+    epochs: int = setting(1000, "Number of passes over the words", least=1)
+    width: int = setting(64, "Number of units in the hidden layer", least=1)
+    learning_rate: float = setting(1e-3, "Learning rate of Adam", least=0)
+    test_share: float = setting(0.2, "Share of the words held out, between 0 and 1", least=0)
+    seed: int = setting(0, "The first seed; the others follow")
+    device: str | None = setting(None, DEVICE)
+
+    def __post_init__(self) -> None:
+        check(self)
+        if not 0 < self.test_share < 1:
+            raise invalid("test_share", self.test_share, "between 0 and 1")
+        for share in self.train_shares:
+            if not 0 < share <= 1:
+                raise invalid("train_shares", share, "above 0 and at most 1")
+        for share in self.label_noise:
+            if share > 1:
+                raise invalid("label_noise", share, "from 0 to 1")
+
+    @property
+    def kinds(self) -> list[Kind]:
+        """The networks of which there is one for each seed."""
+        parts = (self.embedding_sizes, self.ngrams, self.train_shares, self.label_noise)
+        return [Kind(*of) for of in itertools.product(*parts)]
