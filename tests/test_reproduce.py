@@ -15,8 +15,8 @@ from llm_attack.attacks import ATTACKS
 from llm_attack.cli import FIGURES, main
 from llm_attack.reproduce import PRESET_NAMES
 from llm_attack.theory import fig4, fig6
-from llm_attack.vision.measure import KNOWN
 from llm_attack.vision.networks import NETWORKS
+from llm_attack.vision.settings import KNOWN
 
 TINY = ["--seeds", "2", "--epochs", "2", "--points", "20", "--test_points", "20", "--device", "cpu"]
 

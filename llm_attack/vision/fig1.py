@@ -11,7 +11,7 @@ from llm_attack.base.drawing import COLOURS, new_figure
 from llm_attack.base.errors import UsageError, invalid
 from llm_attack.base.record import Stopwatch, as_csv, write_text
 from llm_attack.reproduce import figure_command
-from llm_attack.vision.settings import QUICK, ImageSettings, resolved, shown
+from llm_attack.vision.settings import KNOWN, QUICK, ImageSettings, resolved, shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,7 +41,7 @@ def run(settings: Settings, folder: Path) -> dict[str, Any]:
     from llm_attack.attacks import keys_for
     from llm_attack.vision import keeping, stages
     from llm_attack.vision.data import load
-    from llm_attack.vision.measure import KNOWN, attacked, frozen
+    from llm_attack.vision.measure import attacked, frozen
 
     settings = keeping.settled(settings)
     attacks = stages.listed("attacks", settings.attacks, KNOWN)

@@ -16,7 +16,15 @@ from llm_attack.base.declare import setting
 from llm_attack.base.drawing import COLOURS, nested, new_figure
 from llm_attack.base.record import Stopwatch, as_csv, write_text
 from llm_attack.reproduce import figure_command
-from llm_attack.vision.settings import QUICK, UNBOUNDED, ImageSettings, resolved, shown, titled
+from llm_attack.vision.settings import (
+    KNOWN,
+    QUICK,
+    UNBOUNDED,
+    ImageSettings,
+    resolved,
+    shown,
+    titled,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -87,7 +95,6 @@ def curves(
 
     from llm_attack.vision import keeping, stages
     from llm_attack.vision.data import load
-    from llm_attack.vision.measure import KNOWN
     from llm_attack.vision.networks import split
 
     settings = keeping.settled(settings)

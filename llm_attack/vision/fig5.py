@@ -15,7 +15,7 @@ from llm_attack.base.drawing import COLOURS, nested, new_figure
 from llm_attack.base.record import as_csv, write_text
 from llm_attack.reproduce import figure_command
 from llm_attack.vision import fig2
-from llm_attack.vision.settings import QUICK, Amplitudes, resolved, shown, titled
+from llm_attack.vision.settings import KNOWN, QUICK, Amplitudes, resolved, shown, titled
 
 if TYPE_CHECKING:
     from torch import nn
@@ -66,7 +66,6 @@ def run(settings: Settings, folder: Path) -> dict[str, Any]:
     import pandas as pd
 
     from llm_attack.vision import stages
-    from llm_attack.vision.measure import KNOWN
 
     attacks = stages.listed("split_attacks", settings.split_attacks, KNOWN)
     rows: list[dict[str, Any]] = []

@@ -23,12 +23,12 @@ from llm_attack.attacks import (
 )
 from llm_attack.vision.data import Images
 from llm_attack.vision.networks import split
-from llm_attack.vision.settings import UNBOUNDED
+from llm_attack.vision.settings import SEARCHES, UNBOUNDED
 
-_IN_BALL = (name for name, kind in ATTACKS.items() if name != "none" and not kind.minimal)
-_SEARCHES: dict[str, Callable[..., Tensor]] = {"deepfool": deepfool, "sparsefool": sparsefool}
+_SEARCHES: dict[str, Callable[..., Tensor]] = dict(
+    zip(SEARCHES, (deepfool, sparsefool), strict=True)
+)
 _EACH_CLASS = "apgdt"  # lowers the lead over one class after the other
-KNOWN = (*_IN_BALL, *(name + end for end in ("", UNBOUNDED) for name in _SEARCHES))
 
 Row = dict[str, Any]
 
@@ -79,7 +79,7 @@ def attacked(
     attacks, where they end.
 
     Args:
-        names: members of `KNOWN`.
+        names: members of `settings.KNOWN`.
         classifier: scores (N, C) of points (N, ...).
         x: the clean points.
         labels: (N,), right classes.
@@ -270,7 +270,7 @@ def measure(
     Args:
         network: scores of pixels in [0, 1]; a chain of blocks where `at` is given.
         images: labelled.
-        names: of the attacks; members of `KNOWN`, at least one.
+        names: of the attacks; members of `settings.KNOWN`, at least one.
         epsilon: L-infinity amplitude.
         steps: of the iterative attacks.
         subset: all conditions but `all` are of the first so many images; None for all.

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from llm_attack.attacks.settings import ATTACKS, ITERATIVE
 from llm_attack.base.declare import check, is_plain, setting
 from llm_attack.base.errors import UsageError, invalid
 from llm_attack.reproduce import DEVICE
@@ -41,6 +42,12 @@ class Amplitudes(click.ParamType):
 
 TRAININGS = ("none", "pgd", "trades")
 UNBOUNDED = "_unbounded"  # ends the name of an attack that keeps to no amplitude
+SEARCHES = ("deepfool", "sparsefool")
+KNOWN = (
+    *(name for name, kind in ATTACKS.items() if name != "none" and not kind.minimal),
+    *(name + end for end in ("", UNBOUNDED) for name in SEARCHES),
+)
+"""The attacks on images, by name."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +81,7 @@ class ImageSettings:
     width: float = setting(1.0, "Factor on the channels of the networks", least=0)
     attacks: str = setting(
         "ost,fgsm,bim,illc,pgd,sparsefool,sparsefool_unbounded",
-        "Attacks, separated by commas, the unbounded ones of any amplitude: random, uniform,"
-        " gaussian, fgsm, ost, bim, illc, pgd, mifgsm, apgd, apgdt, blocks, reversed, deepfool,"
-        " sparsefool, deepfool_unbounded, sparsefool_unbounded",
+        f"Attacks, separated by commas, the unbounded ones of any amplitude: {', '.join(KNOWN)}",
     )
     epsilon: float | None = setting(
         None,
@@ -84,7 +89,7 @@ class ImageSettings:
         "8/255 for images in colour",
         option=Amplitude(),
     )
-    steps: int = setting(10, "Number of steps of bim, illc, pgd, mifgsm and apgd", least=1)
+    steps: int = setting(10, f"Number of steps of the iterative attacks ({ITERATIVE})", least=1)
     epochs: int = setting(
         30, "Number of passes over the training images; 0: attack as it is", least=0
     )

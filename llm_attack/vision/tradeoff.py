@@ -20,7 +20,7 @@ from llm_attack.base.errors import invalid
 from llm_attack.base.record import Stopwatch, as_csv, write_text
 from llm_attack.reproduce import figure_command
 from llm_attack.vision import fig2
-from llm_attack.vision.settings import QUICK, TRAININGS, Amplitudes, shown
+from llm_attack.vision.settings import KNOWN, QUICK, TRAININGS, Amplitudes, shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -82,7 +82,6 @@ def _rows(settings: Settings, folder: Path, clock: Stopwatch) -> Iterator[dict[s
     """Trains and attacks all networks; the rows of `measure`, with dp, of each."""
     from llm_attack.vision import stages
     from llm_attack.vision.data import load
-    from llm_attack.vision.measure import KNOWN
     from llm_attack.vision.momentum import momentum_spread
 
     for name in ("load", "weights"):

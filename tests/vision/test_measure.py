@@ -12,8 +12,9 @@ from torch import nn
 
 from llm_attack.attacks import Attack, deepfool, keys_for, least_likely, perturb, sparsefool
 from llm_attack.vision.data import Images
-from llm_attack.vision.measure import KNOWN, attacked, cross_entropy, frozen, measure
+from llm_attack.vision.measure import attacked, cross_entropy, frozen, measure
 from llm_attack.vision.networks import build
+from llm_attack.vision.settings import KNOWN
 
 SIX = ("ost", "fgsm", "bim", "illc", "pgd", "sparsefool")
 UNBOUNDED = ("deepfool_unbounded", "sparsefool_unbounded")
