@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llm_attack.attacks.boundary import deepfool, sparsefool
-    from llm_attack.attacks.draws import keys_for, signs, uniform
-    from llm_attack.attacks.loop import least_likely, loss_gradient, perturb, sweep
+    from llm_attack.attacks.draws import keys_for, rehashed, signs, uniform
+    from llm_attack.attacks.loop import Objective, least_likely, loss_gradient, perturb, sweep
     from llm_attack.attacks.norms import NORMS, Ball, Groups, widest
-    from llm_attack.attacks.settings import ATTACKS, Attack, Kind
+    from llm_attack.attacks.settings import ATTACKS, Attack, Kind, register_attack
 
 __all__ = [
     "ATTACKS",
@@ -21,11 +21,14 @@ __all__ = [
     "Ball",
     "Groups",
     "Kind",
+    "Objective",
     "deepfool",
     "keys_for",
     "least_likely",
     "loss_gradient",
     "perturb",
+    "register_attack",
+    "rehashed",
     "signs",
     "sparsefool",
     "sweep",
@@ -35,10 +38,10 @@ __all__ = [
 
 _HOME = {
     **dict.fromkeys(("deepfool", "sparsefool"), "boundary"),
-    **dict.fromkeys(("keys_for", "signs", "uniform"), "draws"),
-    **dict.fromkeys(("least_likely", "loss_gradient", "perturb", "sweep"), "loop"),
+    **dict.fromkeys(("keys_for", "rehashed", "signs", "uniform"), "draws"),
+    **dict.fromkeys(("Objective", "least_likely", "loss_gradient", "perturb", "sweep"), "loop"),
     **dict.fromkeys(("NORMS", "Ball", "Groups", "widest"), "norms"),
-    **dict.fromkeys(("ATTACKS", "Attack", "Kind"), "settings"),
+    **dict.fromkeys(("ATTACKS", "Attack", "Kind", "register_attack"), "settings"),
 }
 
 

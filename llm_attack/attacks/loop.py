@@ -26,7 +26,8 @@ from llm_attack.attacks.closures import (
 from llm_attack.attacks.draws import rehashed
 from llm_attack.attacks.minimal import bisect, fmn
 from llm_attack.attacks.norms import Ball, Groups
-from llm_attack.attacks.settings import Attack
+from llm_attack.attacks.settings import Attack, step_settings
+from llm_attack.base.errors import UsageError
 
 Loss = Callable[[Tensor], Tensor]
 
@@ -137,6 +138,9 @@ def perturb(
             on_gradient(slope)
         return slope.masked_fill(slope.isnan() | ~ball.moves, 0)
 
+    if kind.function is not None:
+        assert loss is not None and keys is not None
+        return _own(attack, kind.function, Objective(loss, used), ball, keys)
     if kind.search:
         assert loss is not None and keys is not None
         return blocks.search(partial(_value, loss), ball, keys, queries=attack.queries)
@@ -171,6 +175,44 @@ def _value(loss: Loss, x: Tensor) -> Tensor:
     with torch.no_grad():
         values = loss(x)
     return values.masked_fill(values.isnan(), -torch.inf)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss as an attack of the user's own sees it.
+
+    Attributes:
+        loss: point -> (examples,) values, raised; differentiable.
+        used: a gradient -> what is used of it, which the diagnostics count.
+    """
+
+    loss: Loss
+    used: Callable[[Tensor], Tensor]
+
+    def __call__(self, point: Tensor) -> Tensor:
+        """(examples,) values at a point."""
+        return self.loss(point)
+
+    def gradient(self, point: Tensor) -> Tensor:
+        """Gradient of the sum of the values, like `point`; zero where nothing may move, or NaN."""
+        return self.used(loss_gradient(self.loss, point))
+
+
+def _own(
+    attack: Attack, function: Callable[..., Any], loss: Objective, ball: Ball, keys: Tensor
+) -> Tensor:
+    """What an attack of the user's own finds, in the ball."""
+    given = step_settings(attack) | {"step_size": attack.step}
+    settings = {name: given[name] for name in attack.kind.settings}
+    point = function(ball.x, loss, ball, keys, **settings)
+    if not isinstance(point, Tensor) or point.shape != ball.x.shape:
+        got = list(point.shape) if isinstance(point, Tensor) else type(point).__name__
+        raise UsageError(
+            f"attack={attack.name}: must return a point of shape {list(ball.x.shape)}, not {got}"
+        )
+    point = point.detach().to(ball.x)
+    # what does not move keeps its bits
+    return ball.stay(torch.where(point.isnan(), ball.x, point))
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from inspect import signature
 from typing import Any
 
 from llm_attack.base.declare import About, check, setting
 from llm_attack.base.errors import invalid
+from llm_attack.base.plugins import is_own, load_function, name_of
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Kind:
         adaptive: it finds its step sizes (Auto-PGD).
         search: it tries points, without a gradient.
         minimal: it looks for the nearest point with a loss above 0, epsilon away at most.
+        function: of the user's own, which does all of it; see `register_attack`.
     """
 
     gradient: bool = False
@@ -37,10 +40,17 @@ class Kind:
     adaptive: bool = False
     search: bool = False
     minimal: bool = False
+    function: Callable[..., Any] | None = None
 
     @property
     def settings(self) -> tuple[str, ...]:
         """The names of the `StepSettings` that it reads."""
+        every = tuple(entry.name for entry in fields(StepSettings))
+        if self.function is not None:
+            named = signature(self.function).parameters.values()
+            if any(parameter.kind is parameter.VAR_KEYWORD for parameter in named):
+                return every
+            return tuple(name for name in every if name in {p.name for p in named})
         reads = {
             "steps": self.iterative,
             "step_size": self.iterative,
@@ -50,7 +60,7 @@ class Kind:
             "first_epsilon": self.adaptive and self.minimal,
             "queries": self.search,
         }
-        return tuple(name for name, read in reads.items() if read)
+        return tuple(name for name in every if reads.get(name, True))
 
     @property
     def closures(self) -> tuple[str, ...]:
@@ -60,19 +70,10 @@ class Kind:
         return ("loss",) if self.gradient or self.search else ()
 
     def uses(self, setting: str) -> bool:
-        """Whether the attack depends on a setting of `StepSettings`."""
-        used = _USED_BY.get(setting)
-        return used is None or used(self)
+        """Whether the attack depends on a setting, if that is one of `StepSettings`."""
+        every = (entry.name for entry in fields(StepSettings))
+        return setting in self.settings or setting not in every
 
-
-# A setting of steps that not every attack uses: which do.
-_USED_BY: dict[str, Callable[[Kind], bool]] = {
-    **dict.fromkeys(("steps", "step_size"), lambda kind: kind.iterative),
-    "decay": lambda kind: kind.momentum,
-    "restarts": lambda kind: kind.adaptive,
-    **dict.fromkeys(("rounds", "first_epsilon"), lambda kind: kind.adaptive and kind.minimal),
-    "queries": lambda kind: kind.search,
-}
 
 ATTACKS: dict[str, Kind] = {
     "none": Kind(),
@@ -92,6 +93,43 @@ ATTACKS: dict[str, Kind] = {
     "critical": Kind(gradient=True, iterative=True, adaptive=True, minimal=True),
     "reversed": Kind(gradient=True, reverse=True),
 }
+
+
+def register_attack(function: Callable[..., Any], name: str | None = None) -> str:
+    """Makes an attack of the user's own known by a name, as `package.module:function` makes it.
+
+    Args:
+        function: `(x, loss, ball, keys, **settings) -> point`. `x` is the clean point, `loss` the
+            `Objective` that it raises, `ball` the `Ball` that it stays in, `keys` those of the
+            random draws (`attacks.uniform`, `attacks.signs`). It gets the settings of
+            `StepSettings` that its signature names, with `step_size` in the units of the point.
+            What it returns is projected on the ball.
+        name: of the attack; `package.module:function` unless given.
+
+    Returns:
+        The name.
+
+    Raises:
+        ValueError: another attack has that name.
+    """
+    name = name_of(function) if name is None else name
+    known = ATTACKS.get(name)
+    if known is not None and known.function is not function:
+        raise ValueError(f"name={name}: must be a name that no attack has")
+    ATTACKS[name] = Kind(gradient=True, iterative=True, function=function)
+    return name
+
+
+def known_attack(name: Any) -> bool:
+    """Whether an attack has this name; one of the user's own is imported.
+
+    Raises:
+        UsageError: it has the form of the user's own, and there is none.
+    """
+    if is_own(name) and name not in ATTACKS:
+        register_attack(load_function("attack", name), name)
+    return name in list(ATTACKS)  # a list: also takes what cannot be hashed
+
 
 ITERATIVE = ", ".join(name for name, kind in ATTACKS.items() if kind.iterative)
 
@@ -175,7 +213,7 @@ class Attack(StepSettings):
     label: str | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in list(ATTACKS):  # a list: also takes what cannot be hashed
+        if not known_attack(self.name):
             raise invalid("attack", self.name, ATTACKS)
         if not _EPSILON.allows(self.epsilon):
             raise invalid("epsilon", self.epsilon, _EPSILON.words())
@@ -208,13 +246,15 @@ class Attack(StepSettings):
         """
         kind = self.kind
         others = kind.targeted or kind.start is not None or kind.adaptive or kind.minimal
+        others = others or kind.function is not None
         return kind.gradient and not (others or self.identity)
 
     @property
     def draws(self) -> bool:
         """Whether there is anything random about it."""
         kind = self.kind
-        return kind.start is not None or kind.search or (kind.adaptive and self.restarts > 1)
+        started = kind.start is not None or (kind.adaptive and self.restarts > 1)
+        return started or kind.search or kind.function is not None
 
     @property
     def condition(self) -> str:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 from typing import TYPE_CHECKING, Any
+
+from llm_attack.base.plugins import is_own, load_function, name_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,11 +28,13 @@ class LossKind:
         whole: it reads all tokens of a request but the first, not only the continuation's.
         gold: the attacker knows which choices are right: one value per question, which has one
             perturbation, instead of one value per request.
+        function: of the user's own, that `value` is made of; see `register_loss`.
     """
 
     value: Callable[[Tensor, Any], Tensor]
     whole: bool = False
     gold: bool = False
+    function: Callable[..., Any] | None = None
 
 
 LOSSES = {
@@ -38,6 +43,51 @@ LOSSES = {
     "choice": LossKind(lambda sums, choices: choices.margin(sums, choices.gold), gold=True),
     "margin": LossKind(lambda sums, choices: choices.gap(sums), gold=True),
 }
+
+
+def register_loss(
+    function: Callable[..., Any], name: str | None = None, *, whole: bool = False
+) -> str:
+    """Makes a loss of the user's own known by a name, as `package.module:function` makes it.
+
+    Args:
+        function: `(sums) -> values` of the requests, each attacked alone; or `(sums, choices) ->
+            values` of the questions, for an attacker who knows the gold. `sums` (requests,) are
+            summed log-probabilities in float64, `choices` the `ChoiceScores`. Values are raised.
+        name: of the loss; `package.module:function` unless given.
+        whole: whether it reads all tokens of a request but the first, not only the continuation's;
+            an attribute `whole` of the function says the same.
+
+    Returns:
+        The name.
+
+    Raises:
+        ValueError: another loss has that name.
+    """
+    name = name_of(function) if name is None else name
+    gold = len(signature(function).parameters) > 1
+    whole = whole or bool(getattr(function, "whole", False))
+    value = function if gold else _of_sums(function)
+    known = LOSSES.get(name)
+    if known is not None and known.function is not function:
+        raise ValueError(f"name={name}: must be a name that no loss has")
+    LOSSES[name] = LossKind(value, whole=whole, gold=gold, function=function)
+    return name
+
+
+def _of_sums(function: Callable[..., Any]) -> Callable[[Tensor, Any], Tensor]:
+    return lambda sums, choices: function(sums)
+
+
+def known_loss(name: Any) -> bool:
+    """Whether a loss has this name; one of the user's own is imported.
+
+    Raises:
+        UsageError: it has the form of the user's own, and there is none.
+    """
+    if is_own(name) and name not in LOSSES:
+        register_loss(load_function("loss", name), name)
+    return name in list(LOSSES)  # a list: also takes what cannot be hashed
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from llm_attack.attacks import ATTACKS, Attack
 from llm_attack.attacks.settings import Kind, StepSettings, step_settings
 from llm_attack.base.declare import check, is_plain, names, setting, underscored
 from llm_attack.base.errors import UsageError, invalid
-from llm_attack.lm.losses import LOSSES, ThreatModel
+from llm_attack.lm.losses import LOSSES, ThreatModel, known_loss
 from llm_attack.lm.packing.positions import ALL, NAMED, check_positions
 from llm_attack.lm.units import ABSOLUTE, NEFTUNE, UNITS, Signal, size_of
 
@@ -23,6 +23,10 @@ PER_TOKEN = "_token"
 NORMS = ("linf", "l2", f"l2{PER_TOKEN}")
 PACKINGS = ("auto", "tree", "off")
 EPSILON = f"a finite number, at least 0, or one with its unit ({', '.join(UNITS)}), such as 0.7rms"
+
+
+def _named(table: dict[str, Any]) -> str:
+    return f"one of {', '.join(table)}, or package.module:function of your own"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +55,12 @@ class ThreatSettings(StepSettings):
     )
     loss: str = setting(
         "sequence",
-        "What the attack raises. The loss sequence is the negative log-likelihood of all tokens of"
-        " a request, continuation that of its continuation alone. With choice and margin the"
-        " attacker knows the gold; choice is the log odds of the other choices against it, margin"
-        " the best score of the others minus the gold's",
-        choices=tuple(LOSSES),
+        f"What the attack raises, one of {', '.join(LOSSES)}, or package.module:function of your"
+        " own. The loss sequence is the negative log-likelihood of all tokens of a request,"
+        " continuation that of its continuation alone. With choice and margin the attacker knows"
+        " the gold; choice is the log odds of the other choices against it, margin the best score"
+        " of the others minus the gold's",
+        allowed=_named(LOSSES),
     )
     score: str = setting(
         "acc",
@@ -94,6 +99,8 @@ class ThreatSettings(StepSettings):
 
     def __post_init__(self) -> None:
         check(self)
+        if not known_loss(self.loss):
+            raise invalid("loss", self.loss, LOSSES)
         check_positions(self.positions)
         if self.needs_gold and self.context == "own":
             raise UsageError(
@@ -122,7 +129,11 @@ class AttackSettings(ThreatSettings):
         UsageError: a value is not allowed, or two do not go together.
     """
 
-    attack: str = setting("fgsm", "Name of the attack", choices=tuple(ATTACKS))
+    attack: str = setting(
+        "fgsm",
+        f"Name of the attack, one of {', '.join(ATTACKS)}, or package.module:function of your own",
+        allowed=_named(ATTACKS),
+    )
     epsilon: float | str = setting(
         0.01,
         "Amplitude, which is the radius of the ball round the clean point. 0.7rms is 0.7 with"

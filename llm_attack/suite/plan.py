@@ -10,9 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from llm_attack.attacks import ATTACKS
+from llm_attack.attacks.settings import ATTACKS, register_attack
 from llm_attack.base.declare import About, check_names, declared, names, setting, underscored
 from llm_attack.base.errors import UsageError, invalid
 from llm_attack.base.failures import one_line
@@ -28,7 +26,8 @@ from llm_attack.lm.settings import (
 # Settings that say how a plan is carried out or told; answers do not depend on them.
 _HOW = ("device", "equivalence", "shard", "ray", "ray_workers")
 
-# Asks for the worst case over the attacks (`suite.analysis.worst`) also where the loss knows no gold.
+# Asks for the worst case over the attacks (`suite.analysis.worst`) also where the loss knows no
+# gold.
 WORST = "worst"
 # What is no part of it, as it is no attack of one amplitude: the clean answers, the control, noise
 # that may be larger, the searches for the smallest.
@@ -66,11 +65,12 @@ class Plan(ThreatSettings, EngineSettings):
         "Tasks, groups, tags or patterns of lm-eval, with commas between them",
         allowed=_NAMES,
     )
-    attacks: Sequence[str] = setting(
+    attacks: Sequence[Any] = setting(
         ("none", "random", "fgsm", "bim"),
-        f"Attacks to compare, with commas between them, out of {', '.join(ATTACKS)}. worst is what"
-        " is left after all of them at each amplitude; it is always there if the loss knows the"
-        " gold, and else below guessing by construction, so that it has to be named",
+        f"Attacks to compare, with commas between them, out of {', '.join(ATTACKS)}, or"
+        " package.module:function of your own. worst is what is left after all of them at each"
+        " amplitude; it is always there if the loss knows the gold, and else below guessing by"
+        " construction, so that it has to be named",
         allowed=_NAMES,
     )
     epsilons: Sequence[float | str] = setting(
@@ -150,10 +150,10 @@ class Plan(ThreatSettings, EngineSettings):
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.device, torch.device):
+        if type(self.device).__module__ == "torch":  # a torch.device; no torch is needed here
             object.__setattr__(self, "device", str(self.device))
         super().__post_init__()
-        for name, kind in (("tasks", str), ("attacks", str), ("epsilons", _epsilon)):
+        for name, kind in (("tasks", str), ("attacks", _attack), ("epsilons", _epsilon)):
             object.__setattr__(self, name, _listed(name, getattr(self, name), kind))
         if self.epsilon_max is not None:
             number, unit = amplitude(self.epsilon_max, "epsilon_max")
@@ -335,6 +335,11 @@ def within(value: float) -> float:
     if not 0 < value <= 100:
         raise invalid("equivalence", value, "points of a percent, above 0 and at most 100")
     return float(value)
+
+
+def _attack(value: Any) -> str:
+    """The name of an attack, which may be given as a function."""
+    return register_attack(value) if callable(value) else str(value)
 
 
 def _epsilon(value: Any) -> float | str:
