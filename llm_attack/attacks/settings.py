@@ -63,6 +63,11 @@ class Kind:
         return tuple(name for name in every if reads.get(name, True))
 
     @property
+    def reads_values(self) -> bool:
+        """Whether it reads the loss of each example, and not only the gradient of their sum."""
+        return self.adaptive or self.search or self.function is not None
+
+    @property
     def closures(self) -> tuple[str, ...]:
         """The losses that `perturb` needs, by the names of its arguments."""
         if self.targeted:

@@ -118,7 +118,7 @@ def nothing_changes(prepared: Prepared) -> Check:
 
 
 def own_gradient(prepared: Prepared) -> Check:
-    """What a run tries at its start (`lm.engine.gradient`): in the dtype and kernels of the model."""
+    """What a run tries at its start (`lm.engine.gradient`): with the model's own kernels."""
     name, found = "the gradient is that of the model as it runs", prepared.lm.gradient()
     if found is None:
         return sanity.not_applicable(name, "no condition follows a gradient")

@@ -123,7 +123,7 @@ def attacked(
                 point = _towards_each(in_ball[now], watch, x, others, bounds, keys, note)
             else:
                 point = next(swept)
-            any_counts = ATTACKS[now].adaptive or ATTACKS[now].search
+            any_counts = ATTACKS[now].reads_values
             yield now, _where(watch.wrong, watch.there, point) if any_counts else point
             continue
         search = _SEARCHES[now.removesuffix(UNBOUNDED)]

@@ -2,17 +2,20 @@
 
 import torch
 
-from llm_attack.attacks import keys_for, perturb
+from llm_attack.attacks import ATTACKS, keys_for, perturb
 
-NOISE = ("random", "uniform", "gaussian")
-IN_BALL = ("fgsm", "ost", "bim", "illc", "pgd", "mifgsm", "apgd", "apgdt")
-MINIMAL = ("fmn", "critical")
-ALL_ATTACKS = ("none", *NOISE, *IN_BALL, "blocks", *MINIMAL, "reversed")
-GRADIENT_ATTACKS = (*IN_BALL, "reversed")  # that fill a ball
-TARGETED = ("ost", "illc")
-ADAPTIVE = ("apgd", "apgdt")
-ITERATIVE = ("bim", "illc", "pgd", "mifgsm", *ADAPTIVE)
-DESCENDING = (*TARGETED, "reversed")
+KINDS = ATTACKS.items()
+NOISE = tuple(n for n, kind in KINDS if kind.start and not kind.gradient)
+MINIMAL = tuple(n for n, kind in KINDS if kind.minimal)
+ALL_ATTACKS = tuple(ATTACKS)
+GRADIENT_ATTACKS = tuple(
+    n for n, kind in KINDS if kind.gradient and n not in MINIMAL
+)  # fill a ball
+ADAPTIVE = tuple(n for n in GRADIENT_ATTACKS if ATTACKS[n].adaptive)
+TARGETED = tuple(n for n in GRADIENT_ATTACKS if ATTACKS[n].targeted and n not in ADAPTIVE)
+ITERATIVE = tuple(n for n in GRADIENT_ATTACKS if ATTACKS[n].iterative)
+DESCENDING = (*TARGETED, *(n for n in GRADIENT_ATTACKS if ATTACKS[n].reverse))
+IN_BALL = tuple(n for n in GRADIENT_ATTACKS if not ATTACKS[n].reverse)
 STEPPING = tuple(name for name in GRADIENT_ATTACKS if name not in ADAPTIVE)  # of lengths set before
 
 

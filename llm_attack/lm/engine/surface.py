@@ -196,7 +196,7 @@ class Surface:
         adversarial = perturb(
             attack,
             self.x,
-            self._loss_of_examples if attack.kind.adaptive or attack.kind.search else self.loss,
+            self._loss_of_examples if attack.kind.reads_values else self.loss,
             target_loss=self.target_loss,
             target_losses=self._leads if attack.kind.targeted else (),
             gap=self.gap if self.knows_gold else None,
