@@ -14,7 +14,7 @@ from llm_attack.base.plugins import load_function, name_of, source_hash
 VMI, L1 = "examples.vmi_fgsm:vmi_fgsm", "examples.l1_pgd:l1_pgd"
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def register():
     """`register_attack`, undone at the end."""
     before = dict(ATTACKS)
