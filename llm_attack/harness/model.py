@@ -198,8 +198,15 @@ class AttackedHFLM(HFLM):
         # what recomputes or compiles blocks does not know of a cache that they write to
         alone = self.engine_settings.gradient_checkpointing or self.engine_settings.compile
         prefixes = packing != "off" and not alone
+        once = prefixes and divides and self.mixed_precision_dtype is None
         self.engine = Engine(
-            scorer, attacks, *how, divides=divides, deterministic=exact, prefixes=prefixes
+            scorer,
+            attacks,
+            *how,
+            divides=divides,
+            deterministic=exact,
+            prefixes=prefixes,
+            once=once,
         )
         self.diagnostics = [Diagnostics() for _ in attacks]
 

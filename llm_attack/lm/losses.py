@@ -28,18 +28,20 @@ class LossKind:
         whole: it reads all tokens of a request but the first, not only the continuation's.
         gold: the attacker knows which choices are right: one value per question, which has one
             perturbation, instead of one value per request.
+        additive: its value is the sum of what it makes of each token's log-probability.
         function: of the user's own, that `value` is made of; see `register_loss`.
     """
 
     value: Callable[[Tensor, Any], Tensor]
     whole: bool = False
     gold: bool = False
+    additive: bool = False
     function: Callable[..., Any] | None = None
 
 
 LOSSES = {
-    "sequence": LossKind(lambda sums, choices: -sums, whole=True),
-    "continuation": LossKind(lambda sums, choices: -sums),
+    "sequence": LossKind(lambda sums, choices: -sums, whole=True, additive=True),
+    "continuation": LossKind(lambda sums, choices: -sums, additive=True),
     "choice": LossKind(lambda sums, choices: choices.margin(sums, choices.gold), gold=True),
     "margin": LossKind(lambda sums, choices: choices.gap(sums), gold=True),
 }

@@ -141,8 +141,8 @@ def test_layers_that_look_back_over_a_window():
     assert len(made[-1].trie) == 36
     assert trees_fault(scorer, made[-1:], CPU)  # what the rule is there for
     trees, others = layouts(made, lambda q: len(q.trie) <= 30, shared=False)
-    assert trees == made[:2]
-    assert [q.requests for q in others] == [[r] for r in made[2].requests]
+    assert trees == [[q] for q in made[:2]]
+    assert [[q.requests for q in of] for of in others] == [[[r] for r in made[2].requests]]
 
 
 def test_choices_of_one_token_are_a_tree():

@@ -16,12 +16,12 @@ from llm_attack.attacks import Attack
 from llm_attack.base.errors import UsageError
 from llm_attack.lm.engine.diagnostics import Diagnostics
 from llm_attack.lm.engine.hookpoints import share
-from llm_attack.lm.engine.probe import fault, trees_fault
+from llm_attack.lm.engine.probe import fault, takes_twins, trees_fault
 from llm_attack.lm.engine.scoring import Scorer, Scores
 from llm_attack.lm.engine.surface import Surface
 from llm_attack.lm.losses import LOSSES, ThreatModel
 from llm_attack.lm.network.reproducible import reproducible
-from llm_attack.lm.packing.batches import Batch, batched, layouts, of_rows, of_tree
+from llm_attack.lm.packing.batches import Batch, Family, batched, layouts, of_rows, of_tree
 from llm_attack.lm.packing.pack import Pack, pack_rows, pack_trees
 from llm_attack.lm.packing.positions import ALL, QUESTION
 from llm_attack.lm.packing.prefix import groups, start
@@ -93,6 +93,8 @@ class Engine:
             parts of the model, and may have memory left.
         deterministic: every question is a batch of its own, computed to the same bits each time.
         prefixes: whether tokens that questions begin with, and that do not move, are computed once.
+        once: whether the clean forward of requests that are attacked alone may compute once what
+            they have in common; a trial decides.
     """
 
     scorer: Scorer
@@ -105,6 +107,7 @@ class Engine:
     divides: bool = True
     deterministic: bool = False
     prefixes: bool = False
+    once: bool = False
     diagnostics: list[Diagnostics] = field(init=False)
     _tried: int = field(default=0, init=False)
 
@@ -114,6 +117,13 @@ class Engine:
         self.clean = all(a.identity for a in self.attacks)
         if not (self.threat.shared or self.clean):
             self.longest_tree = 0  # every request is perturbed differently
+        if (
+            self.once
+            and any(a.uses_clean_gradient for a in self.attacks)
+            and not self.threat.shared
+        ):
+            for scorer in dict.fromkeys(self.scorers):
+                scorer.takes_twins = takes_twins(scorer, self.device, self.pad)
 
     def probe(self, questions: Iterable[Question]) -> None:
         """Tries the longest tree of `questions`, and packs none from now on if it fails.
@@ -121,7 +131,7 @@ class Engine:
         The model takes short ones, or `longest_tree` would be 0, but those cannot show everything.
         """
         trees, _ = layouts(questions, self._takes_tree, self.threat.shared)
-        longest = max(trees, key=lambda q: len(q.trie), default=None)
+        longest = max((q for (q,) in trees), key=lambda q: len(q.trie), default=None)
         if longest is None or len(longest.trie) <= self._tried:
             return
         self._tried = len(longest.trie)
@@ -163,19 +173,18 @@ class Engine:
     def _budget(self) -> int:
         return BUDGET.get(self.device.type, BUDGET["cpu"])
 
-    def _groups(
-        self, questions: Sequence[Question], trees: bool
-    ) -> list[tuple[int, list[Question]]]:
-        """The questions by the prefix that is computed once, and how long it is."""
-        everything = [(0, [*questions])]
+    def _groups(self, families: Sequence[Family], trees: bool) -> list[tuple[int, list[Family]]]:
+        """The families by the prefix that is computed once, and how long it is."""
+        everything = [(0, [*families])]
         positions = None if self.clean else self.threat.positions
         if not self.prefixes or positions == ALL:
             return everything
+        questions = [q for family in families for q in family]
         scale = self.scorer.rotary.scale
         # short and long requests may have other frequencies, hence other keys
         starts = [start(q, positions) if scale(q.longest) == scale(0) else () for q in questions]
         found = groups(starts, self._budget)
-        by_prefix = [(n, [questions[i] for i in numbers]) for n, numbers in found if numbers]
+        by_prefix = [(n, [[questions[i]] for i in numbers]) for n, numbers in found if numbers]
         longest, members = max(by_prefix, key=lambda group: group[0], default=(0, []))
         if not longest:
             if positions == QUESTION and any(starts):
@@ -183,7 +192,7 @@ class Engine:
                     "prefix: computed for each question, as few of them share what they begin with"
                 )
             return everything
-        trial = Batch(members[:1], trees, longest)
+        trial = Batch(members[0], trees, longest)
         packs = [self.pack(b).to(self.device) for b in (trial, replace(trial, prefix=0))]
         wrong = fault(self.scorer, *packs)
         if wrong:

@@ -100,3 +100,33 @@ def made_up(scorer: Scorer) -> list[Question]:
         Question([Request(tokens, 4) for tokens in requests], [[i] for i in range(len(requests))])
         for requests in (first, second)
     ]
+
+
+def takes_twins(scorer: Scorer, device: torch.device, pad: int = 0) -> bool:
+    """Whether the clean forward may compute once what rows have in common: found out by trying.
+
+    Log-probabilities and gradients of a made-up question have to be those of whole rows, as of
+    `equal_logits`. A model may refuse: one whose layers are split over devices, or packed.
+    """
+    pack = pack_rows([made_up(scorer)[0]], pad, whole=True).to(device)
+    twins = pack.twins
+    if twins is None or not scorer.together(pack):
+        return False
+    found = []
+    for once in (False, True):
+        x = scorer.point(pack).requires_grad_(True)
+        try:
+            with torch.enable_grad():
+                if once:
+                    of_entries = scorer.at_twins(pack, twins, x, None).log_prob
+                else:
+                    of_entries = scorer(pack, pack.watched, x).log_prob
+                (gradient,) = torch.autograd.grad(of_entries.sum(), x)
+        except Exception as error:
+            if should_reduce_batch_size(error):
+                raise
+            log.info("twins: computed for each row: %s: %s", type(error).__name__, error)
+            return False
+        log_prob = of_entries.detach()
+        found.append((log_prob[twins.of_entry] if once else log_prob, gradient))
+    return all(equal_logits(scorer, b.float(), a) for a, b in zip(*found, strict=True))

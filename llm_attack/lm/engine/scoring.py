@@ -16,10 +16,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from llm_attack.lm.engine.nearest import Nearest
+from llm_attack.lm.engine.once import gathered, products_once
 from llm_attack.lm.network.blocks import Skip
 from llm_attack.lm.network.hook import capture, edit_input, edit_output
 from llm_attack.lm.network.rotary import Rotary
-from llm_attack.lm.packing.pack import Entries, Inputs, Pack
+from llm_attack.lm.packing.pack import Entries, Inputs, Pack, Twins
 from llm_attack.lm.packing.prefix import Prefixes, space
 
 
@@ -90,6 +91,8 @@ class Scorer:
         self.rotary = Rotary(model)
         self.prefixes = Prefixes()
         self.skip: Skip | None = None
+        self.takes_twins = False
+        """Whether the clean forward with a gradient computes once what rows have in common."""
         self.limit = sys.maxsize
         """Tokens of a forward at most, unless a row has more."""
         self.nearest = None
@@ -146,6 +149,17 @@ class Scorer:
             order.append(here)
         back = torch.cat(order).argsort()
         return Scores(*(torch.cat(of)[back] for of in zip(*found, strict=True)))
+
+    def at_twins(self, pack: Pack, twins: Twins, point: Tensor, below: Tensor | None) -> Scores:
+        """Scores of `twins.entries` at the clean point, whose gradient goes to all rows.
+
+        All rows go through the model in one forward (`together`).
+        """
+        shape = tuple(pack.input_ids.shape)
+        with products_once(self.model, twins, shape):
+            (forward,) = self._forwards(pack)
+            logits = self._logits(pack, forward, twins.entries.positions, point, below, twins)
+        return self._look_up(pack, twins.entries, logits)
 
     def _look_up(self, pack: Pack, entries: Entries, logits: Tensor) -> Scores:
         slot, target = entries.slot.to(logits.device), entries.target.to(logits.device)
@@ -230,20 +244,24 @@ class Scorer:
         positions: Tensor,
         point: Tensor | None,
         below: Tensor | None,
+        twins: Twins | None = None,
     ) -> Tensor:
-        """The same of one forward, which has all `positions`."""
+        """The same of one forward, which has all `positions`: those of `twins`, if given."""
         inputs = forward.inputs
         rows, columns = inputs.tokens.shape
         if rows * columns != pack.input_ids.numel():
             _, positions = forward.among(positions, pack)
             point, below = (None if x is None else x[forward.place] for x in (point, below))
-        gathered = False
+        seen = False
 
         def gather(hidden: Tensor) -> Tensor:
-            nonlocal gathered
-            gathered = True
+            nonlocal seen
+            seen = True
             hidden = hidden[:, hidden.shape[1] - columns :]  # virtual tokens of prompt tuning
-            return hidden.reshape(rows * columns, -1)[positions.to(hidden.device)].unsqueeze(0)
+            hidden = hidden.reshape(rows * columns, -1)
+            if twins is not None:
+                return gathered(hidden, twins).unsqueeze(0)
+            return hidden[positions.to(hidden.device)].unsqueeze(0)
 
         with ExitStack() as stack:
             if below is not None and self.skip is not None:
@@ -255,8 +273,8 @@ class Scorer:
             if self.head is not None:
                 stack.enter_context(edit_input(self.head, gather))
             logits = self._forward(inputs).logits
-        if gathered:
-            return logits[0]
+        if seen:
+            return logits.flatten(0, 1)  # a view: the backward of a selection fills zeros
         logits = logits[:, logits.shape[1] - columns :]
         return logits.reshape(rows * columns, -1)[positions.to(logits.device)]
 

@@ -11,7 +11,7 @@ from llm_attack.attacks import NORMS, Attack, Ball, Groups, least_likely, pertur
 from llm_attack.lm.engine.choices import ChoiceScores, sum_by
 from llm_attack.lm.engine.scoring import Scorer, Scores
 from llm_attack.lm.losses import LOSSES, ThreatModel
-from llm_attack.lm.packing.pack import Pack
+from llm_attack.lm.packing.pack import Pack, Twins
 
 _ROUNDING = 4.0  # of a sum of log-probabilities, in units of its last place
 
@@ -147,14 +147,28 @@ class Surface:
     @cached_property
     def gradient(self) -> Tensor:
         """Gradient of the loss at the clean point; the forward for it sets `clean` as well."""
+        twins = self.twins
         with torch.enable_grad():
             x = self.x.detach().requires_grad_(True)
-            scores = self._watched(x)
-            values = self.loss_of(scores)
-            (gradient,) = torch.autograd.grad(values.sum(), x)
+            if twins is None:
+                scores = self._watched(x)
+                values = self.loss_of(scores)
+                (gradient,) = torch.autograd.grad(values.sum(), x)
+            else:
+                once = self.scorer.at_twins(self.pack, twins, x, self.below)
+                of_entries = LOSSES[self.threat.loss].value(once.log_prob, None)
+                (gradient,) = torch.autograd.grad(of_entries.sum(), x)
+                scores = Scores(*(s.detach()[twins.of_entry] for s in once))
+                values = self.loss_of(scores)
         self.clean_loss = values.detach()
         self.clean = Scores(*(s.detach()[self.pack.kept] for s in scores))
         return gradient
+
+    @property
+    def twins(self) -> Twins | None:
+        """What rows have in common, where it is computed once: of losses that sum over tokens."""
+        usable = self.scorer.takes_twins and LOSSES[self.threat.loss].additive
+        return self.pack.twins if usable and self.scorer.together(self.pack) else None
 
     def answers(self, x: Tensor | None) -> Scores:
         """The same as `clean` at the point `x`; None: nothing is put at the hookpoint."""

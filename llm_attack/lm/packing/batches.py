@@ -63,46 +63,59 @@ class Batch:
         return [Batch(part, self.trees, self.prefix) for part in parts]
 
 
+Family = list[Question]
+"""What stays together in a batch where it fits: a question, or the requests that were one."""
+
+
 def layouts(
     questions: Iterable[Question], takes_tree: Callable[[Question], bool], shared: bool
-) -> tuple[list[Question], list[Question]]:
+) -> tuple[list[Family], list[Family]]:
     """The questions that become trees, and the others, which get a row per request.
 
     Args:
         questions: what is asked.
         takes_tree: whether a question of several requests may be a tree.
         shared: whether requests of a question are attacked together; where they are not, the
-            others are single requests, equal ones once.
+            others are single requests, those of a question in one family, equal ones once.
     """
     alone: dict[Request, Question] = {}
     trees, others = [], []
     for q in questions:
         if len(q.requests) > 1 and takes_tree(q):
-            trees.append(q)
+            trees.append([q])
         elif shared:
-            others.append(q)
+            others.append([q])
         else:
+            family = []
             for request, answers in zip(q.requests, q.answers, strict=True):
-                alone.setdefault(request, Question([request], [[]])).answers[0].extend(answers)
-    return trees, others + list(alone.values())
+                if request not in alone:
+                    alone[request] = Question([request], [[]])
+                    family.append(alone[request])
+                alone[request].answers[0].extend(answers)
+            if family:
+                others.append(family)
+    return trees, others
 
 
 def batched(
-    questions: Sequence[Question], shape: Callable[[Question], Shape], rows: int, tokens: int
+    families: Sequence[Family], shape: Callable[[Question], Shape], rows: int, tokens: int
 ) -> list[list[Question]]:
     """Questions in batches, longest first, of at most `rows` rows and `tokens` tokens with padding.
 
-    A question is never split, and has a batch of its own where it is larger than that. Which
-    questions share a batch depends on nothing but their tokens.
+    A question is never split, and has a batch of its own where it is larger than that. A family
+    goes where its longest member goes; it is split where a batch is full. Which questions share a
+    batch depends on nothing but their tokens.
     """
-    shapes = {id(q): shape(q) for q in questions}
-    order = sorted(
-        questions,
-        key=lambda q: (-shapes[id(q)].length, [(r.tokens, r.n_continuation) for r in q.requests]),
-    )
+    shapes = {id(q): shape(q) for family in families for q in family}
+
+    def key(question: Question) -> tuple[int, list[tuple[tuple[int, ...], int]]]:
+        tokens = [(r.tokens, r.n_continuation) for r in question.requests]
+        return -shapes[id(question)].length, tokens
+
+    ordered = sorted((sorted(family, key=key) for family in families), key=lambda of: key(of[0]))
     result: list[list[Question]] = []
     filled = Shape(0, 0)
-    for question in order:
+    for question in (q for family in ordered for q in family):
         filled += shapes[id(question)]
         if not result or filled.rows > rows or filled.tokens > tokens:
             result.append([])

@@ -22,6 +22,8 @@ from llm_attack.lm.packing.prefix import space
 from llm_attack.lm.packing.questions import Question, Request
 from llm_attack.lm.packing.trie import Trie, build
 
+_MOST_NODES = 0.8  # of the tokens: with more, copying to twins costs as much as is saved
+
 
 @dataclass(frozen=True)
 class Entries:
@@ -44,6 +46,30 @@ class Entries:
     def to(self, device: torch.device) -> Entries:
         """The same entries with their tensors on `device`."""
         return Entries(**{k: _send(v, device) for k, v in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class Twins:
+    """Which tokens of rows are the same behind the same prefix: twins, which share a node.
+
+    Attributes:
+        node: (B x L,) number among U of each token's node; padding is node 0.
+        first: (U,) flat position of a token of each node.
+        entries: the watched predictions, those of twins once; P of them, each with its own slot.
+        of_entry: (E,) for each watched prediction, which of those it is.
+        at: (E,) flat position of each watched prediction.
+    """
+
+    node: Tensor
+    first: Tensor
+    entries: Entries
+    of_entry: Tensor
+    at: Tensor
+
+    def to(self, device: torch.device) -> Twins:
+        """The same with its tensors on `device`."""
+        parts = {k: _send(v, device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, entries=self.entries.to(device), **parts)
 
 
 class Inputs(NamedTuple):
@@ -102,6 +128,7 @@ class Pack:
             None: all but padding.
         prefix: the first tokens of every row, which are computed once: none of them moves, and no
             prediction is looked at before the last of them.
+        twins: tokens that rows have in common, where there are so many that it pays.
     """
 
     questions: Sequence[Question]
@@ -116,6 +143,7 @@ class Pack:
     first: Tensor | None = None
     moves: Tensor | None = None
     prefix: tuple[int, ...] = ()
+    twins: Twins | None = None
 
     @cached_property
     def requests(self) -> list[Request]:
@@ -125,9 +153,9 @@ class Pack:
         """The same pack with its tensors on `device`."""
         content = {f.name: getattr(self, f.name) for f in fields(self)}
         moved: dict[str, Any] = {
-            name: value.to(device) if isinstance(value, Entries) else _send(value, device)
+            name: _send(value, device) if isinstance(value, Tensor) else value.to(device)
             for name, value in content.items()
-            if isinstance(value, (Entries, Tensor))
+            if isinstance(value, (Entries, Tensor, Twins))
         }
         return replace(self, **moved)
 
@@ -188,6 +216,7 @@ def pack_rows(
     rows = [build([r.inputs]) for q in questions for r in q.requests]
     pack = _pack(questions, rows, pad, whole, prefix)
     if not shared:
+        pack = replace(pack, twins=_twins(pack))
         return _with_moves(pack, [of_request(r, positions) for r in pack.requests], positions)
     node = np.zeros(pack.input_ids.shape, np.int64)
     first = np.empty(sum(len(q.trie) for q in questions), np.int64)
@@ -223,6 +252,38 @@ def pack_trees(
         end[row, : len(trie)] = trie.end
     pack = _with_moves(pack, [of_question(q, positions) for q in questions], positions)
     return replace(pack, depth=torch.from_numpy(depth), end=torch.from_numpy(end))
+
+
+def _twins(pack: Pack) -> Twins | None:
+    """The twins of a pack with a row per request; None where they are too few."""
+    if pack.prefix or len(pack.input_ids) == 1:
+        return None
+    trie = build([r.inputs for r in pack.requests])
+    if len(trie) > _MOST_NODES * int(pack.mask.sum()):
+        return None
+    node = np.zeros(tuple(pack.input_ids.shape), np.int64)
+    first = np.empty(len(trie), np.int64)
+    for row, path in enumerate(trie.paths):
+        node[row, : len(path)] = path
+        first[path] = row * node.shape[1] + np.arange(len(path))
+    at, target = (
+        x.numpy() for x in (pack.watched.positions[pack.watched.slot], pack.watched.target)
+    )
+    pairs = np.stack([node.flatten()[at], target], 1)
+    _, some, of_entry = np.unique(pairs, axis=0, return_index=True, return_inverse=True)
+    kept = torch.from_numpy(some)
+    entries = Entries(
+        positions=torch.from_numpy(at[some]),
+        slot=torch.arange(len(some)),
+        **{k: getattr(pack.watched, k)[kept] for k in ("target", "request", "continuation")},
+    )
+    return Twins(
+        node=torch.from_numpy(node.flatten()),
+        first=torch.from_numpy(first),
+        entries=entries,
+        of_entry=torch.from_numpy(of_entry.reshape(-1)),  # numpy 2.0 gives it another shape
+        at=torch.from_numpy(at),
+    )
 
 
 def _with_moves(pack: Pack, rows: Sequence[NDArray[np.bool_]], positions: str) -> Pack:
