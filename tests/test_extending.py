@@ -1,43 +1,43 @@
-"""The diffs of docs/extending.md apply, and what they add works."""
+"""What docs/extending.md shows works: functions of one's own, and diffs of the package."""
 
 import os
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
 from shown import ROOT
 
+from llm_attack import Plan, evaluate
+from llm_attack.attacks import ATTACKS, Attack, perturb
+from llm_attack.lm.engine.choices import ChoiceScores
+from llm_attack.lm.losses import LOSSES, known_loss
+from llm_attack.lm.packing.questions import Question, Request
+
+PAGE = (ROOT / "docs" / "extending.md").read_text("utf-8")
+FUNCTIONS = re.findall(r"^```python\n(def (\w+).*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 DIFFS = dict(
-    re.findall(
-        r"^## (A new [\w ]+)$.*?^```diff\n(.*?)^```$",
-        (ROOT / "docs" / "extending.md").read_text("utf-8"),
-        re.MULTILINE | re.DOTALL,
-    )
+    re.findall(r"^## (A new [\w ]+)$.*?^```diff\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 )
 
 USE = """
-import torch
 from click.testing import CliRunner
-from llm_attack.attacks import ATTACKS, NORMS, Attack, perturb
+from llm_attack.attacks import NORMS
 from llm_attack.cli import main
 from llm_attack.lm.units import Signal
 from llm_attack.lm.settings import AttackSettings
 
 
 def test_use():
-    x, w = torch.zeros(2, 3), torch.tensor([[1.0, -2.0, 3.0], [0.0, 5.0, -4.0]])
-    assert ATTACKS["nifgsm"].lookahead
-    found = perturb(Attack("nifgsm", 0.5), x, lambda point: (w * point).sum(1))
-    assert torch.equal(found, 0.5 * w.sign())
-
-    settings = AttackSettings(loss="lead", norm="l1_token", epsilon="0.5rms", hookpoint="middle")
+    settings = AttackSettings(loss="choice", norm="l1_token", epsilon="0.5rms", hookpoint="middle")
     assert settings.needs_gold and "l1" in NORMS
     assert settings.resolved(Signal(0.1, 64, 0.9)).epsilon == 0.5 * (0.1 * 64)
 
     shown = CliRunner().invoke(main, ["run", "--help"])
-    assert shown.exit_code == 0 and "--shrink" in shown.output and "nifgsm" in shown.output
+    assert shown.exit_code == 0 and "--shrink" in shown.output
     assert AttackSettings(attack="bim", shrink=0.5).attack_in_units.shrink == 0.5
 """
 
@@ -73,8 +73,6 @@ def extended(tmp_path_factory):
 
 def test_diffs_are_found():
     assert [title.removeprefix("A new ") for title in DIFFS] == [
-        "attack",
-        "loss",
         "norm",
         "hookpoint",
         "figure",
@@ -86,12 +84,12 @@ def test_diffs_are_found():
 def test_what_they_add_works(extended):
     """In use, and by the tests that they bring."""
     (extended / "tests" / "test_use.py").write_text(USE)
-    tests = ["tests/test_use.py", "tests/attacks/test_closed_form.py::test_many_classes"]
+    tests = ["tests/test_use.py"]
     for diff in DIFFS.values():
         for change in re.split(r"^--- a/", diff, flags=re.MULTILINE)[1:]:
             names = re.findall(r"^\+def (test_\w+)", change, re.MULTILINE)
             tests += [f"{change.splitlines()[0]}::{name}" for name in names]
-    assert len(tests) == 8
+    assert len(tests) == 5
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "--noconftest", *tests],
         cwd=extended,
@@ -101,3 +99,50 @@ def test_what_they_add_works(extended):
         text=True,
     )
     assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """The functions in files of their own, in the working folder."""
+    assert [name for _, name in FUNCTIONS] == ["nifgsm", "lead"]
+    for (code, _), module in zip(FUNCTIONS, ("my_attacks", "my_losses"), strict=True):
+        (tmp_path / f"{module}.py").write_text(code)
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.chdir(tmp_path)
+    before = [(table, dict(table)) for table in (ATTACKS, LOSSES)]
+    yield tmp_path
+    for table, content in before:
+        table.clear()
+        table.update(content)
+
+
+def test_the_attack_is_that_of_torchattacks(own):
+    torchattacks = pytest.importorskip("torchattacks", reason="make attack-libs")
+    torch.manual_seed(0)
+    layers = torch.nn.Flatten(), torch.nn.Linear(12, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)
+    network = torch.nn.Sequential(*layers).double().eval()
+    x, labels = torch.rand(5, 3, 2, 2).double(), torch.tensor([0, 1, 2, 0, 1])
+    theirs = torchattacks.NIFGSM(network, eps=0.1, alpha=0.02, steps=5, decay=0.7)
+
+    def loss(point):
+        return torch.nn.functional.cross_entropy(network(point), labels, reduction="none")
+
+    attack = Attack("my_attacks:nifgsm", 0.1, steps=5, step_size=0.02, decay=0.7)
+    found = perturb(attack, x, loss, bounds=(0, 1))
+    torch.testing.assert_close(found, theirs(x, labels), rtol=0, atol=1e-12)
+
+
+def test_the_loss_on_numbers(own):
+    assert known_loss("my_losses:lead")
+    requests = [Request((1, 2, i), 1) for i in range(3)]
+    choices = ChoiceScores([Question(requests, [[0], [1], [2]], [False, True, False])])
+    found = LOSSES["my_losses:lead"].value(torch.tensor([-1.0, -4.0, -2.0]), choices)
+    assert found.tolist() == [2.5]
+
+
+def test_a_run_with_both(own, one_index):
+    """The command of the page, with the loss: its answers are worse, and say by what."""
+    plan = Plan("demo", "demo_piqa", attacks=["none", "my_attacks:nifgsm"], limit=20)
+    result = evaluate(replace(plan, loss="my_losses:lead", epsilons="0.3rms"), progress="quiet")
+    mean = result.table[result.table["task"] == "mean"].set_index("attack")["acc"]
+    assert mean["my_attacks:nifgsm"] < mean["none"]
