@@ -22,7 +22,7 @@ from llm_attack.base.record import hardware, versions, write_json
 from llm_attack.harness.patches import without_bars
 from llm_attack.lm.network.hook import frozen
 from llm_attack.suite import results
-from llm_attack.suite.commands import silence
+from llm_attack.suite.evaluate import silence
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.run.execute import Prepared, execute, prepare
 

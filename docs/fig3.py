@@ -23,7 +23,7 @@ from llm_attack.suite import results
 from llm_attack.suite.analysis.outcomes import chances, gold_margin
 from llm_attack.suite.analysis.pairs import paired
 from llm_attack.suite.report.tables import Cells
-from llm_attack.suite.run.execute import Result
+from llm_attack.suite.results import Result
 from llm_attack.suite.studies import claims
 
 QUARTERS = ("smallest", "second", "third", "largest")

@@ -11,9 +11,9 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from llm_attack.attacks import Attack, perturb
     from llm_attack.harness.model import AttackedHFLM
-    from llm_attack.suite.commands import evaluate
+    from llm_attack.suite.evaluate import evaluate
     from llm_attack.suite.plan import Plan
-    from llm_attack.suite.run.execute import Result
+    from llm_attack.suite.results import Result
 
 __all__ = ["Attack", "AttackedHFLM", "Plan", "Result", "evaluate", "perturb"]
 
@@ -21,8 +21,8 @@ _HOME = {
     "Attack": "llm_attack.attacks",
     "AttackedHFLM": "llm_attack.harness.model",
     "Plan": "llm_attack.suite.plan",
-    "Result": "llm_attack.suite.run.execute",
-    "evaluate": "llm_attack.suite.commands",
+    "Result": "llm_attack.suite.results",
+    "evaluate": "llm_attack.suite.evaluate",
     "perturb": "llm_attack.attacks",
 }
 

@@ -121,9 +121,9 @@ def run(**settings: Any) -> None:
     All conditions are computed in one pass. Several processes (accelerate launch --num_processes N
     -m llm_attack run ...) share the work.
     """
-    from llm_attack.suite import commands
+    from llm_attack.suite import evaluate
 
-    commands.run(**settings)
+    evaluate.run(**settings)
 
 
 class _OfDoctor(_OfPlan):

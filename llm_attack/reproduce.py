@@ -28,6 +28,7 @@ from llm_attack.base.folder import (
     resolved,
     strangers,
 )
+from llm_attack.base.plugins import load_function
 from llm_attack.base.record import hardware, versions, write_json
 from llm_attack.base.redact import redacted
 
@@ -68,7 +69,7 @@ def figure_command(
     name: str,
     presets: dict[str, Any],
     run: Callable[[Any, Path], dict[str, Any]],
-    effective: Callable[[Any], Any] = lambda settings: settings,
+    effective: str | None = None,
 ) -> Figure:
     """The command that runs an experiment with a preset and writes its record.
 
@@ -78,7 +79,8 @@ def figure_command(
             them) by their names, those of `PRESET_NAMES`.
         run: takes settings and a folder; writes figure and CSV there; returns the headline
             results and, as `seconds`, a dictionary of timings. Its docstring is the help.
-        effective: the settings as they take effect, which the record holds.
+        effective: name of a function, `module:function`, from settings to those that take effect,
+            which the record holds; it is imported when the command runs.
     """
 
     def settle(preset: str, output: str, **given: Any) -> tuple[Any, dict[str, Any], Path]:
@@ -89,7 +91,9 @@ def figure_command(
             settings.check_used()
         if abs(settings.seed) >= _SEEDS:
             raise invalid("seed", settings.seed, f"an integer below {_SEEDS}")
-        settings = effective(replace(settings, device=pick_device(settings.device)))
+        settings = replace(settings, device=pick_device(settings.device))
+        if effective is not None:
+            settings = load_function("effective", effective)(settings)
         words = [_COMMAND, name, "--preset", preset]
         for key, value in overrides.items():
             words += [f"--{key}", _shown(value)]

@@ -13,7 +13,6 @@ from llm_attack.base.declare import names
 from llm_attack.base.errors import UsageError
 from llm_attack.lm.settings import AttackSettings, EngineSettings
 from llm_attack.suite import results
-from llm_attack.suite.run import rows as frames
 
 VALUES = [
     *(5, 1.5, True, None, [], [5], [None], {}, {"a": 1}, object, object(), b"x", "", -1, [[1]]),
@@ -69,6 +68,6 @@ def test_paths_and_plans_of_other_types(value):
             evaluate(plan, output=value)
     with pytest.raises(UsageError, match=r"progress=.*: must be one of bar, json, quiet"):
         evaluate(plan, progress=value)
-    for load in (frames.load, results.load):
+    for load in (results.load_frames, results.load):
         with pytest.raises(TypeError, match="folder: must be a path, not"):
             load(value)

@@ -27,8 +27,8 @@ from llm_attack.base.errors import UsageError
 from llm_attack.cli import main
 from llm_attack.demo import MODEL_PATH
 from llm_attack.harness.model import AttackedHFLM
+from llm_attack.suite import results
 from llm_attack.suite.plan import Plan, from_yaml
-from llm_attack.suite.run import rows as frames
 
 SMALL = "--epochs 1 --device cpu -o out"
 COMMANDS = {
@@ -306,15 +306,15 @@ def test_any_values_in_a_file(tmp_path, content):
 @given(st.integers(0, 10**6), st.integers(0, 255), st.integers(0, 40))
 def test_damaged_samples_are_refused(world, tmp_path, place, byte, cut):
     """Whatever byte of the file changes, or is missing: never other numbers, never a traceback."""
-    whole = frames.load(world / "good")
-    for name in frames.FRAMES:
+    whole = results.load_frames(world / "good")
+    for name in results.FRAMES:
         shutil.copy(world / "good" / f"{name}.parquet", tmp_path)
     path = tmp_path / "samples.parquet"
     content = bytearray(path.read_bytes())
     content[place % len(content)] = byte
     path.write_bytes(content[: len(content) - cut])
     try:
-        found = frames.load(tmp_path)
+        found = results.load_frames(tmp_path)
     except UsageError:
         return
     pd.testing.assert_frame_equal(found["samples"], whole["samples"])

@@ -19,9 +19,10 @@ from llm_attack.lm.engine.surface import Surface
 from llm_attack.lm.network.hook import frozen
 from llm_attack.lm.settings import amplitude
 from llm_attack.suite.analysis.worst import knows_gold
-from llm_attack.suite.commands import silence
+from llm_attack.suite.evaluate import silence
 from llm_attack.suite.plan import Plan
-from llm_attack.suite.run.execute import Prepared, Processes, Result, execute, prepare
+from llm_attack.suite.results import Result
+from llm_attack.suite.run.execute import Prepared, Processes, execute, prepare
 from llm_attack.suite.run.progress import MODES
 from llm_attack.suite.studies import sanity
 from llm_attack.suite.studies.sanity import FAILS, PASSES, Check

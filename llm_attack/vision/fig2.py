@@ -17,11 +17,11 @@ from llm_attack.base.drawing import COLOURS, nested, new_figure
 from llm_attack.base.record import Stopwatch, as_csv, write_text
 from llm_attack.reproduce import figure_command
 from llm_attack.vision.settings import (
+    EFFECTIVE,
     KNOWN,
     QUICK,
     UNBOUNDED,
     ImageSettings,
-    resolved,
     shown,
     titled,
 )
@@ -230,4 +230,4 @@ def _points(axis: Any, group: pd.DataFrame) -> None:
     axis.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
 
 
-COMMAND = figure_command("fig2", PRESETS, run, resolved)
+COMMAND = figure_command("fig2", PRESETS, run, EFFECTIVE)

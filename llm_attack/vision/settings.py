@@ -207,12 +207,8 @@ _READERS: dict[str, tuple[frozenset[str], dict[str, tuple[str, ...]]]] = {
 }
 
 
-def resolved(settings: ImageSettings) -> ImageSettings:
-    """The settings as they take effect: with the network and the width of the file in `load`."""
-    from llm_attack.vision.keeping import settled
-
-    return settled(settings)
-
+# How the settings take effect: with the network and the width of the file in `load`.
+EFFECTIVE = "llm_attack.vision.keeping:settled"
 
 # Of all quick presets.
 QUICK: dict[str, Any] = {"dataset": "digits", "width": 0.25, "epochs": 8, "batch_size": 32}

@@ -130,7 +130,7 @@ def _drawn_from_now_on_as_in(folder: Path) -> None:
     # once here, so that no fork pays for what is slow at its first use
     result = results.load(folder)
     with tempfile.TemporaryDirectory() as elsewhere:
-        results.render(result, Path(elsewhere), result.run)
+        render.render(result, Path(elsewhere), result.run)
 
     class Drawn:
         def __init__(self, name: str) -> None:

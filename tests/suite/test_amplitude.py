@@ -5,7 +5,7 @@ import pytest
 from llm_attack.base.errors import UsageError
 from llm_attack.lm.settings import AttackSettings
 from llm_attack.lm.units import Signal
-from llm_attack.suite.commands import command
+from llm_attack.suite.evaluate import command
 from llm_attack.suite.plan import Plan
 
 SIGNAL = Signal(rms=0.1356, width=576, token_norm=3.1)

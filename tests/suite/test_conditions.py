@@ -20,7 +20,6 @@ from llm_attack.suite.analysis.conditions import OF_THE_RUN, Condition, by_name,
 from llm_attack.suite.analysis.pairs import paired, unshared
 from llm_attack.suite.analysis.summary import summarise
 from llm_attack.suite.plan import Plan
-from llm_attack.suite.run import rows as frames
 from llm_attack.suite.studies import leaderboard, models
 
 # All settings there are but those that say which conditions, questions and model a run has; a new
@@ -293,7 +292,7 @@ def test_stored_with_the_samples_and_the_record(tmp_path):
     assert record.pop("conditions") == run.run["conditions"]
     (tmp_path / "run.json").write_text(json.dumps(record))
     assert results.load(tmp_path).conditions == run.conditions
-    assert set(frames.load(tmp_path)["samples"]) >= {"condition", "acc"}
+    assert set(results.load_frames(tmp_path)["samples"]) >= {"condition", "acc"}
 
 
 # -- against the numbers themselves ----------------------------------------------------------------

@@ -65,7 +65,7 @@ def once(tmp_path_factory):
     """A finished run, and what it was before: stopped when all batches were kept."""
     finished = tmp_path_factory.mktemp("once") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llm_attack.suite.results.save", stop)
+        patch.setattr("llm_attack.suite.evaluate.save", stop)
         with pytest.raises(KeyboardInterrupt):
             run(finished)
     stopped = shutil.copytree(finished, finished.with_name("stopped"))
@@ -233,10 +233,10 @@ def test_what_a_start_leaves_is_no_mark_and_no_stranger(tmp_path):
 def test_unreadable_samples_leave_the_folder_marked(finished, monkeypatch):
     """A run that is killed between the renaming of what cannot be read and its first batch."""
     (finished / "samples.parquet").write_text("no samples")
-    monkeypatch.setattr("llm_attack.suite.commands.execute", stop)
+    monkeypatch.setattr("llm_attack.suite.evaluate.execute", stop)
     with pytest.raises(KeyboardInterrupt):
         run(finished)
-    monkeypatch.setattr("llm_attack.suite.commands.execute", execute)
+    monkeypatch.setattr("llm_attack.suite.evaluate.execute", execute)
     assert not (finished / "run.json").exists()
     assert run(finished) is not None
 

@@ -10,7 +10,7 @@ from invented import build
 from llm_attack.cli import main
 from llm_attack.suite import results
 from llm_attack.suite.analysis.summary import MEAN, summarise
-from llm_attack.suite.commands import evaluate
+from llm_attack.suite.evaluate import evaluate
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.studies import hookpoints as layers
 

@@ -15,9 +15,9 @@ from llm_attack import stats as inference
 from llm_attack.base.errors import UsageError
 from llm_attack.base.record import write_json
 from llm_attack.cli import main
+from llm_attack.suite import results
 from llm_attack.suite.analysis.summary import MEAN, summarise
-from llm_attack.suite.run import rows as frames
-from llm_attack.suite.run.execute import Result
+from llm_attack.suite.results import Result
 from llm_attack.suite.studies import models
 
 TASKS = {"a": (60, 4), "b": (40, 2)}
@@ -145,7 +145,7 @@ def folders(five, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     for name, of in five.items():
-        frames.save(
+        results.save_frames(
             Path(name), samples=of.samples.assign(hookpoint="embed"), questions=of.questions
         )
         write_json(Path(name) / "run.json", of.run)

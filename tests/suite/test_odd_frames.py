@@ -14,7 +14,7 @@ from llm_attack.suite import results
 from llm_attack.suite.analysis import critical
 from llm_attack.suite.analysis.equivalence import with_equivalence
 from llm_attack.suite.analysis.summary import summarise
-from llm_attack.suite.run.execute import Result
+from llm_attack.suite.results import Result
 
 AMPLITUDES = ("0.01", "0.1", "1e-30", "1e+30", "0")
 NAMES = ("a", "b_c", "$x^{$_\\frac", " ", "_", "任务", "x" * 70, "a\x00b", "=1+1", "ta|sk")
@@ -97,7 +97,7 @@ def runs(draw):
 def rendered(of, folder):
     samples, questions, run = of
     table = with_equivalence(summarise(samples, run["attacks"]), None)
-    return results.render(Result(table, samples, questions, run, {}), folder, run)
+    return render.render(Result(table, samples, questions, run, {}), folder, run)
 
 
 LENIENT = [HealthCheck.too_slow, HealthCheck.data_too_large]

@@ -226,7 +226,7 @@ def test_a_disk_that_takes_nothing(monkeypatch, words, number, code):
         print(line, file=sys.stderr)
         raise SystemExit(code)
 
-    monkeypatch.setattr("llm_attack.suite.commands.leave", leave)  # which would end the tests
+    monkeypatch.setattr("llm_attack.suite.evaluate.leave", leave)  # which would end the tests
     monkeypatch.setattr(folder.tempfile, "TemporaryFile", lambda **_: Refuses(number))
     before = tree()
     done = CliRunner().invoke(main, words)

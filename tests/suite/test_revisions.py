@@ -13,10 +13,10 @@ from test_models import run_of
 from llm_attack.base.errors import UsageError
 from llm_attack.cli import main
 from llm_attack.demo import MODEL_PATH
+from llm_attack.suite import results
 from llm_attack.suite.analysis import critical
 from llm_attack.suite.analysis.summary import MEAN
 from llm_attack.suite.plan import Plan
-from llm_attack.suite.run import rows as frames
 from llm_attack.suite.studies import revisions
 
 
@@ -137,7 +137,7 @@ def test_as_its_user_runs_it(tmp_path):
     assert {path.name for path in out.iterdir()} == {
         *("step1", "step2", "revisions.csv", "revisions.png", "revisions.svg")
     }
-    assert len(frames.load(out / "step1")["samples"]) == 6
+    assert len(results.load_frames(out / "step1")["samples"]) == 6
     # they are copies of one model
     assert "step1 has the same weights as step2" in " ".join(done.output.split())
     table = (out / "revisions.csv").read_text().splitlines()

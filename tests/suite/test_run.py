@@ -20,7 +20,7 @@ from llm_attack.harness.judge import Judge
 from llm_attack.harness.model import AttackedHFLM
 from llm_attack.harness.tasks import look_up, tasks_path
 from llm_attack.suite import results
-from llm_attack.suite.run import rows as frames
+from llm_attack.suite.run import rows
 
 DEMO = [f"demo_{name}" for name in ("arc_challenge", "arc_easy", "hellaswag", "openbookqa")]
 DEMO += ["demo_piqa", "demo_winogrande"]
@@ -275,7 +275,7 @@ def test_judge_keeps_nothing_of_a_condition():
     lm = AttackedHFLM("demo", device="cpu")
     judge = Judge(lm, look_up(["demo_arc_easy"])[0], ["demo_arc_easy"], limit=5)
     requests = judge.requests()
-    groups = frames.grouped(requests)
+    groups = rows.grouped(requests)
     right = {
         n: gold.gold_choices([requests[i] for i in ns])[k]
         for ns in groups.values()

@@ -25,7 +25,7 @@ from llm_attack.suite.analysis.summary import summarise
 from llm_attack.suite.analysis.worst import with_worst
 from llm_attack.suite.report import figures, tables
 from llm_attack.suite.report.layout import Unit, legible, print_style, unit_of, wrapped
-from llm_attack.suite.run.execute import Result
+from llm_attack.suite.results import Result
 from llm_attack.suite.studies import claims, models, revisions, sanity, survival
 from llm_attack.suite.studies import hookpoints as layers
 
@@ -103,7 +103,7 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drawing, "save_figure", stub)
         patch.setattr(critical, "RESAMPLES", 20)
-        assert results.save(made_up(), folder, ["llm-attack", "run"]) == []
+        assert evaluate.save(made_up(), folder, ["llm-attack", "run"]) == []
     return folder
 
 
@@ -120,7 +120,7 @@ def test_one_that_fails_is_a_line_and_the_others_are_there(fault, whole, tmp_pat
     module, name, lost = FAULTS[fault]
     with monkeypatch.context() as patch:
         patch.setattr(module, fault.partition(" ")[0], fail)
-        lines = results.save(made_up(), tmp_path / "run", ["llm-attack", "run"])
+        lines = evaluate.save(made_up(), tmp_path / "run", ["llm-attack", "run"])
     (line,) = lines
     assert line.startswith(name) and line.endswith(": ValueError: $x is no mathtext")
     found = files(tmp_path / "run")
@@ -167,7 +167,7 @@ def test_what_saving_needs_is_tried_before_the_model_is_loaded(tmp_path, monkeyp
     def loaded(*_):
         raise AssertionError
 
-    monkeypatch.setattr("llm_attack.suite.commands.prepare", loaded)
+    monkeypatch.setattr("llm_attack.suite.evaluate.prepare", loaded)
     monkeypatch.setattr(drawing, "save_figure", fail)
     arguments = ["run", "--model", "demo", "--tasks", "demo_piqa", "-o", str(tmp_path / "run")]
     done = CliRunner().invoke(main, arguments)
@@ -358,7 +358,7 @@ def test_epsilons_are_shown_in_it(undrawn, tmp_path, monkeypatch):
     }
     for name, of in infos.items():
         of["epsilon_absolute"] = float(name.partition("@")[2] or 0)
-    results.render(
+    render.render(
         replace(result, run={**result.run, "attacks": infos}),
         tmp_path,
         {**result.run, "attacks": infos},

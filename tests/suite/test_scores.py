@@ -21,7 +21,7 @@ from llm_attack.suite.analysis.outcomes import BINARY, CHOICE, NUMBER, SHARE, ki
 from llm_attack.suite.analysis.pairs import paired
 from llm_attack.suite.analysis.summary import summarise
 from llm_attack.suite.analysis.worst import with_worst
-from llm_attack.suite.commands import evaluate
+from llm_attack.suite.evaluate import evaluate
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.report.tables import accuracies, markdown_of_run, of_whole_tasks
 

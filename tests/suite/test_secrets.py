@@ -29,7 +29,7 @@ from llm_attack.harness.paths import portable
 from llm_attack.reproduce import PRESET_NAMES, figure_command
 from llm_attack.suite import results
 from llm_attack.suite.analysis import summary
-from llm_attack.suite.commands import command
+from llm_attack.suite.evaluate import command
 from llm_attack.suite.report import tables
 
 SHAPES = [
@@ -113,7 +113,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("llm_attack.suite.report.figures.draw_all", lambda *_: [])
-        patch.setattr("llm_attack.suite.commands.discard", lambda _: None)
+        patch.setattr("llm_attack.suite.evaluate.discard", lambda _: None)
         evaluate(plan(SECRET, SECRET), output=folder, progress="quiet")
     return folder
 
@@ -140,7 +140,7 @@ def test_no_file_of_a_run_has_a_secret(folder):
 
 def test_another_token_is_the_same_run(folder, tmp_path, monkeypatch):
     shutil.copytree(folder, "out")
-    monkeypatch.setattr("llm_attack.suite.commands.execute", None)  # nothing may be computed
+    monkeypatch.setattr("llm_attack.suite.evaluate.execute", None)  # nothing may be computed
     other = plan("another", "another")
     without = {key: value for key, value in other.model_args.items() if key != "token"}
     for same in (other, replace(other, model_args=without)):

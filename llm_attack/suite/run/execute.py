@@ -10,12 +10,10 @@ import os
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pandas as pd
 from rich.console import Console
 
 from llm_attack.attacks import Attack
@@ -34,21 +32,17 @@ from llm_attack.lm.engine.hookpoints import expand
 from llm_attack.lm.network.hook import frozen
 from llm_attack.lm.settings import EMBED
 from llm_attack.suite.analysis import critical
-from llm_attack.suite.analysis.conditions import Condition, of_plan
+from llm_attack.suite.analysis.conditions import of_plan
 from llm_attack.suite.analysis.equivalence import with_equivalence
 from llm_attack.suite.analysis.summary import summarise
-from llm_attack.suite.analysis.worst import conditions as conditions_of
 from llm_attack.suite.analysis.worst import hidden_gradients, with_worst
 from llm_attack.suite.plan import Plan
-from llm_attack.suite.run import fingerprint, on_ray
-from llm_attack.suite.run import rows as frames
+from llm_attack.suite.results import LM_EVAL, Result
+from llm_attack.suite.run import fingerprint, on_ray, rows
 from llm_attack.suite.run.load import load
 from llm_attack.suite.run.progress import RunProgress, note, status
 from llm_attack.suite.run.store import Follower, Store, all_here
 from llm_attack.suite.run.work import RunningAccuracy, Work, gather, work_of
-
-# The subfolder of lm-eval's own results in that of a run.
-LM_EVAL = "lm_eval"
 
 
 class Processes(NamedTuple):
@@ -103,32 +97,6 @@ class Processes(NamedTuple):
         return cls(*(plan.share or (rank, world)))
 
 
-@dataclass(frozen=True)
-class Result:
-    """The outcome of a run.
-
-    Attributes:
-        table: accuracies and tests, a row per task and condition; see `summary.summarise`.
-        samples: a row per question and condition; see `frames.samples_of`.
-        questions: a row per question; see `frames.questions_of`.
-        run: what is needed to repeat it: settings, versions, hardware, timings, and for each
-            condition its settings as resolved and its diagnostics (`attacks`), and what it is
-            (`conditions.Condition`).
-        lm_eval: for each condition, lm-eval's own results; empty when read from a folder.
-    """
-
-    table: pd.DataFrame
-    samples: pd.DataFrame
-    questions: pd.DataFrame
-    run: dict[str, Any]
-    lm_eval: dict[str, dict[str, Any]]
-
-    @property
-    def conditions(self) -> dict[str, Condition]:
-        """What the conditions are, by name, the worst cases of `with_worst` included."""
-        return conditions_of(self.samples, self.run)
-
-
 class Prepared(NamedTuple):
     """All that is known before anything is computed or written.
 
@@ -137,8 +105,8 @@ class Prepared(NamedTuple):
         lm: the model with the plan's conditions.
         judge: the tasks.
         requests: all of them.
-        gold: of `frames.gold_of`.
-        scores: of `frames.scores_of`.
+        gold: of `rows.gold_of`.
+        scores: of `rows.scores_of`.
         work: the batches.
         mark: the fingerprint.
         timings: seconds, by what they were spent on.
@@ -184,8 +152,8 @@ def prepare(plan: Plan, progress: str, console: Console, checked: bool = True) -
     with status(progress, console, "building the requests"):
         judge = Judge(lm, manager, tasks, **plan.evaluation)
         requests = judge.requests()
-        gold = frames.gold_of(requests)
-        scores = frames.scores_of(requests, plan.score)
+        gold = rows.gold_of(requests)
+        scores = rows.scores_of(requests, plan.score)
         work = list(work_of(lm, requests))
         batches = [(w.key, w.asked()) for w in work]
         asked = (r for w in work for q in w.batch.questions for r in q.requests)
@@ -232,16 +200,16 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
     clock.stop("answers")
     with status(progress, console, "judging"):
         results = [judge.results(answers, i) for i, answers in enumerate(found.answers)]
-        questions = frames.questions_of(requests, gold, results[0])
+        questions = rows.questions_of(requests, gold, results[0])
         attacks = lm.engine.attacks
         places = [condition.hookpoint or EMBED for condition in lm.conditions]
-        samples = frames.samples_of(questions, requests, scores, attacks, places, results, found)
+        samples = rows.samples_of(questions, requests, scores, attacks, places, results, found)
         samples = critical.judged(samples, critical.score_of({"settings": plan.settings()}))
         infos = {attack.condition: lm.attack_info(i) for i, attack in enumerate(attacks)}
         known = of_plan(plan, lm.conditions, attacks)
         run: dict[str, Any] = {"settings": plan.settings(), "attacks": infos}
         run["conditions"] = {name: condition.settings() for name, condition in known.items()}
-        run["of_tasks"] = frames.whole_tasks(requests, list(infos), results)
+        run["of_tasks"] = rows.whole_tasks(requests, list(infos), results)
         table = summarise(with_worst(samples, run), infos, run["of_tasks"])
         table = with_equivalence(table, plan.equivalence)
     clock.stop("judgement")

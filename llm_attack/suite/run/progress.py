@@ -108,3 +108,14 @@ def note(mode: str, console: Console, text: str) -> None:
 def status(mode: str, console: Console, text: str) -> AbstractContextManager:
     """Shows what is being done before the bar."""
     return console.status(text) if mode == "bar" else nullcontext()
+
+
+def warn(lines: Iterable[str], progress: str = "bar") -> None:
+    """Says what speaks against the results, a line each, on the standard error."""
+    for line in lines:
+        note(progress, Console(stderr=True), f"warning: {line}")
+
+
+def written(what: object) -> None:
+    """Says what has been written."""
+    note("bar", Console(), f"written: {what}")

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from pandas.api.types import is_integer_dtype, is_numeric_dtype, is_string_dtype
 
 from llm_attack.attacks import Attack
-from llm_attack.base.errors import UsageError, as_path
-from llm_attack.base.failures import one_line
-from llm_attack.base.record import whole_or_not
+from llm_attack.base.errors import UsageError
 from llm_attack.harness import gold, scores
 from llm_attack.harness.requests import Instance, by_question, distinct
 from llm_attack.harness.scores import Score
 from llm_attack.harness.sources import clusters
-from llm_attack.lm.settings import EMBED
 from llm_attack.suite.analysis.outcomes import (
     BINARY,
     CHOICE,
@@ -26,13 +21,10 @@ from llm_attack.suite.analysis.outcomes import (
     LOWER,
     SHARE,
     kind_of,
-    with_scores,
 )
 
 if TYPE_CHECKING:
     from llm_attack.suite.run.work import Gathered
-
-FRAMES = ("questions", "samples")
 
 
 def grouped(requests: Sequence[Instance]) -> dict[tuple[str, Any], list[int]]:
@@ -264,100 +256,3 @@ def _cosine(products: Sequence[Sequence[float]]) -> float | None:
         return None
     xg, xx, gg, *_ = np.sum(products, axis=0)
     return float(xg / np.sqrt(xx * gg)) if xx > 0 and gg > 0 else None
-
-
-def save(folder: Path, **frames: pd.DataFrame) -> None:
-    """Writes each frame as `name`.parquet, whole or not at all; equal frames give equal files."""
-    for name, frame in frames.items():
-        path = folder / f"{name}.parquet"
-        # an open file: Arrow takes only names in UTF-8
-        with whole_or_not(path) as draft, draft.open("wb") as file:
-            frame.to_parquet(file, index=False, write_page_checksum=True)
-
-
-def _whole_or_missing(column: Any) -> bool:
-    return is_integer_dtype(column) or bool(column.isna().all())
-
-
-# What of a stored frame the rest relies on: column -> whether it holds numbers, lists or text.
-_SCHEMA: dict[str, dict[str, Callable[[Any], bool]]] = {
-    "questions": {
-        **dict.fromkeys(("task", "doc_hash", "question"), is_string_dtype),
-        "n_choices": is_integer_dtype,
-        **dict.fromkeys(("doc_id", "gold", "choices", "lengths"), lambda _: True),
-        "cluster": _whole_or_missing,
-    },
-    "samples": {
-        **dict.fromkeys(("task", "condition", "attack", "hookpoint"), is_string_dtype),
-        **dict.fromkeys(("epsilon", "n_choices", "prediction", "acc"), is_numeric_dtype),
-        **dict.fromkeys(("doc_id", "gold", "log_likelihoods", "cosine"), lambda _: True),
-        **dict.fromkeys(("prediction_norm", "acc_norm"), lambda _: True),
-        **dict.fromkeys(("critical_epsilon", "first_order"), lambda _: True),
-        "cluster": _whole_or_missing,
-        **dict.fromkeys(("score", "kind", "better"), is_string_dtype),
-    },
-}
-# What earlier runs have not.
-_SINCE: dict[str, dict[str, Any]] = {
-    "questions": {"cluster": None},
-    "samples": {
-        **{"critical_epsilon": np.nan, "first_order": np.nan, "hookpoint": EMBED},
-        "cluster": None,
-    },
-}
-_UNIQUE = {"questions": ["task", "doc_id"], "samples": ["task", "doc_id", "condition"]}
-
-
-def load(folder: Path) -> dict[str, pd.DataFrame]:
-    """The frames of a finished run.
-
-    Raises:
-        UsageError: there is none in `folder`, or a file of it cannot be read or is not of a run.
-    """
-    folder = as_path("folder", folder)
-    found = {}
-    for name in FRAMES:
-        path = folder / f"{name}.parquet"
-        try:
-            with path.open("rb") as file:
-                found[name] = pd.read_parquet(file, page_checksum_verification=True)
-        except FileNotFoundError:
-            raise UsageError(
-                f"{folder}: has no {path.name}; must be the folder of a finished run"
-            ) from None
-        except (OSError, TypeError, ValueError) as error:  # TypeError: of a damaged dtype
-            raise UsageError(f"{path}: cannot be read ({one_line(error)})") from error
-        if name == "samples" and {"task", "acc"} <= {*found[name]}:
-            found[name] = with_scores(found[name])
-        found[name] = found[name].assign(
-            **{column: of for column, of in _SINCE[name].items() if column not in found[name]}
-        )
-        fault = _fault(found[name], name)
-        if fault:
-            raise UsageError(f"{path}: {fault}; must be of a finished run")
-    pairs = found["samples"][_UNIQUE["questions"]].drop_duplicates()
-    if len(pairs.merge(found["questions"][_UNIQUE["questions"]])) < len(pairs):
-        raise UsageError(f"{folder}: samples.parquet has questions that questions.parquet has not")
-    return found
-
-
-def _fault(frame: pd.DataFrame, name: str) -> str | None:
-    """What a stored frame lacks, if anything."""
-    if frame.empty:
-        return "has no rows"
-    for column, allows in _SCHEMA[name].items():
-        if column not in frame:
-            return f"has no column {column}"
-        if not allows(frame[column]):
-            return f"its column {column} holds {frame[column].dtype}"
-    for column in frame:
-        if column not in _SCHEMA[name]:  # one of the others under a damaged name
-            return f"has a column {column}"
-    if frame.duplicated(_UNIQUE[name]).any():
-        return f"{', '.join(_UNIQUE[name])} are the same in two rows"
-    if name == "samples" and not (
-        frame["log_likelihoods"].map(np.size).eq(frame["n_choices"]).all()
-        and frame["prediction"].between(0, frame["n_choices"] - 1).all()
-    ):
-        return "answers are not one for each choice"
-    return None

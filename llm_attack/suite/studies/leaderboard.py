@@ -19,7 +19,7 @@ from llm_attack.base.record import without_formulas, write_text
 from llm_attack.suite.analysis.conditions import Condition
 from llm_attack.suite.analysis.summary import MEAN
 from llm_attack.suite.report import tables
-from llm_attack.suite.run.execute import Result
+from llm_attack.suite.results import Result
 from llm_attack.suite.studies.models import across
 
 _FIRST = ["model", "weights", "tasks", "n", "loss", "positions", "hookpoint", "condition"]

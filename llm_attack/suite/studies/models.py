@@ -19,7 +19,7 @@ from llm_attack.suite.analysis.worst import with_worst
 from llm_attack.suite.report.figures import look
 from llm_attack.suite.report.layout import handles, legend, legible, panels, print_style
 from llm_attack.suite.report.tables import Cells, score_of
-from llm_attack.suite.run.execute import Result
+from llm_attack.suite.results import Result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -29,7 +29,7 @@ from llm_attack.suite.report import tables
 from llm_attack.suite.report.figures import look
 from llm_attack.suite.report.layout import handles, legend, print_style
 from llm_attack.suite.report.tables import Cells
-from llm_attack.suite.run.execute import Result
+from llm_attack.suite.results import Result
 from llm_attack.suite.studies import models
 
 if TYPE_CHECKING:

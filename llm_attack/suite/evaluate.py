@@ -1,0 +1,271 @@
+"""The command `run`, and `evaluate`, which is `run` as a function."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from llm_attack.base.declare import names
+from llm_attack.base.errors import UsageError, invalid
+from llm_attack.base.failures import Attempts, ProcessDied, Stopped, failure, held, leave, stop_in
+from llm_attack.base.folder import claim, resolved
+from llm_attack.base.record import write_json, write_text
+from llm_attack.base.redact import redacted
+from llm_attack.harness.judge import as_json
+from llm_attack.harness.patches import without_bars
+from llm_attack.suite import render, results
+from llm_attack.suite.analysis import critical
+from llm_attack.suite.analysis.conditions import CONDITIONS
+from llm_attack.suite.plan import Plan
+from llm_attack.suite.report import tables
+from llm_attack.suite.results import LM_EVAL, Result, save_frames
+from llm_attack.suite.run import estimate, fingerprint, on_ray
+from llm_attack.suite.run.execute import Processes, execute, prepare
+from llm_attack.suite.run.progress import MODES, note, warn, written
+from llm_attack.suite.run.store import STORE, begun, discard
+from llm_attack.suite.studies import hookpoints, revisions, survival
+
+
+@torch.inference_mode(False)
+def evaluate(
+    plan: Plan, *, output: str | os.PathLike[str] | None = None, progress: str = "bar"
+) -> Result | None:
+    """Evaluates a model under attack: `llm-attack run` as a function.
+
+    Args:
+        plan: model, tasks, attacks, epsilons, ...
+        output: the run's folder, where it goes on if it was interrupted, and all outputs are
+            written; None: nothing is kept.
+        progress: bar, json or quiet.
+
+    Returns:
+        A `Result` with the pandas frames `table`, `samples` and `questions`; None on all processes
+        of a parallel run but the first.
+
+    Raises:
+        TypeError: an argument is of another type.
+        UsageError: an argument is not allowed, or the folder holds something else.
+    """
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan: must be a Plan, not {type(plan).__name__}")
+    if progress not in MODES:
+        raise invalid("progress", progress, MODES)
+    who = Processes.of(plan)
+    shown = progress if who.first else "quiet"
+    console = Console(stderr=True)
+    folder = None if output is None else resolved(output)
+    if folder is None and who.world > 1:
+        raise UsageError("output=None: must be a folder, which the processes share")
+    if folder is not None:  # before a model is loaded
+        claim(folder, lambda _: fingerprint.kept(folder) is not None, (STORE, LM_EVAL))
+    if folder is not None and who.first:
+        render.try_out()
+    with on_ray.cluster(plan):
+        prepared = prepare(plan, shown, console)
+        if folder is None:
+            with tempfile.TemporaryDirectory() as nowhere, held():
+                return execute(prepared, Path(nowhere), shown, console)
+        fingerprint.check(folder, prepared.mark)
+        result = _finished(folder, plan, prepared.mark, who, shown, console)
+        if result is None:
+            with held(), begun(folder):
+                result = execute(prepared, folder, shown, console)
+                if result is not None:
+                    alone = replace(plan, shard=None, ray=None, ray_workers=None)
+                    warn(save(result, folder, command(alone, output)), shown)
+    if not who.first:
+        return None
+    discard(folder)
+    return result
+
+
+def _finished(
+    folder: Path, plan: Plan, mark: dict[str, Any], who: Processes, shown: str, console: Console
+) -> Result | None:
+    """The run in `folder`, if it is complete and can be read; files that cannot be are renamed."""
+    if not (folder / "run.json").exists():
+        return None
+    try:
+        return results.load(folder, plan.equivalence)
+    except UsageError as error:
+        if who.first:
+            fingerprint.keep(folder, mark)  # while run.json, which has it, is still there
+            aside = ", ".join(map(str, results.set_aside(folder)))
+            note(shown, console, f"{error}; moved aside, computed again: {aside}")
+        return None
+
+
+def command(plan: Plan, folder: str | os.PathLike[str] | None) -> list[str]:
+    """The command line of a plan, without secrets: what differs from the defaults."""
+    words = ["llm-attack", "run"]
+    defaults = asdict(Plan())
+    for name in names(plan):
+        value = redacted(getattr(plan, name))
+        if value == defaults[name]:
+            continue
+        if isinstance(value, dict):
+            value = ",".join(f"{k}={v}" for k, v in value.items())
+        elif isinstance(value, tuple):
+            value = ",".join(map(str, value))
+        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return words if folder is None else [*words, "-o", str(folder)]
+
+
+def run(
+    *,
+    output: str | None,
+    progress: str,
+    dry_run: bool,
+    checkpoints: str | None = None,
+    **settings: Any,
+) -> None:
+    """The command `llm-attack run`."""
+    plan = Plan(**settings)
+    if checkpoints is not None:
+        if dry_run or output is None:
+            wrong = "without dry_run" if dry_run else "with output, a folder for all of them"
+            raise UsageError(f"revisions={checkpoints}: must be given {wrong}")
+        return _run_revisions(plan, checkpoints, output, progress)
+    if dry_run:
+        silence()
+        with without_bars():
+            estimated = estimate.dry_run(plan, progress)
+        return Console().print(estimate.show(estimated, plan.model_name))
+    again = shlex.join(command(plan, output))
+    folder = None if output is None else resolved(output)
+    silence()
+    with without_bars(), _stops_are_explained(again, folder, Processes.of(plan).first):
+        result = evaluate(plan, output=output, progress=progress)
+    if result is not None:
+        console = Console()
+        table = hookpoints.at_first(result.table)
+        shown = "score" if "score" in table else "accuracy"
+        title = f"{result.run['model_name']}: {shown}, loss={result.run['settings']['loss']}"
+        warnings = hookpoints.shown_of(result.run, result.table)["warnings"]
+        attempts = Attempts()
+        with attempts("the table"):
+            console.print(tables.RunTable(table, title, warnings))
+            whole = tables.of_whole_tasks(table)
+            if whole is not None:
+                console.print(whole.rich("scores of whole tasks"))
+        with attempts("the tables of critical epsilons"):
+            score, samples = critical.score_of(result.run), hookpoints.at_first(result.samples)
+            samples = critical.of_score(samples, result.questions, score)
+            for name, (cells, _) in survival.tables(samples, score).items():
+                console.print(cells.rich(name))
+        with attempts("the table of hookpoints"):
+            table_of_hookpoints = hookpoints.cells(result.table, result.conditions)
+            if table_of_hookpoints is not None:
+                console.print(table_of_hookpoints.rich(hookpoints.TITLE))
+        warn(attempts.lines, progress)
+        if folder is not None and progress != "quiet":
+            written(f"{folder}: report.html, table.csv, figure.png, samples.parquet")
+
+
+def _run_revisions(plan: Plan, given: str, typed: str, progress: str) -> None:
+    of_each = revisions.plans(plan, given)
+    output = resolved(typed)
+    revisions.check(output, of_each)
+    again = shlex.join([*command(plan, typed), "--revisions", given])
+    silence()
+    runs: dict[str, Result | None] = {}
+    who = Processes.of(plan)
+    with without_bars(), _stops_are_explained(again, output, who.first):
+        for name, each in of_each.items():
+            if who.first:
+                note(progress, Console(stderr=True), name)
+            revision = str(each.model_args.get("revision", name))  # as it is on the hub
+            runs[revision] = evaluate(each, output=output / name, progress=progress)
+    found = {name: result for name, result in runs.items() if result is not None}
+    if not who.first:
+        return
+    frame = revisions.along(found)
+    warn(revisions.save(frame, output), progress)
+    cells = revisions.cells(frame, revisions.equal(found))
+    Console().print(cells.rich(f"{plan.model}: its revisions under attack"))
+    if progress != "quiet":
+        written(f"{output}: revisions.csv, revisions.png, a folder of each")
+
+
+@contextmanager
+def _stops_are_explained(again: str, output: Path | None, first: bool) -> Iterator[None]:
+    """Says of a run that stops, or is stopped, with which command it goes on.
+
+    SIGTERM is an exception meanwhile (in the main thread; no other one can have handlers).
+    """
+    kept = (
+        f"what is finished is kept; to go on: {again}" if output else "nothing is kept without -o"
+    )
+
+    def stop(*_: Any) -> None:
+        raise Stopped
+
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stop) if main else None
+    try:
+        yield
+    except (KeyboardInterrupt, Stopped, SystemError) as error:
+        if stop_in(error) is None:
+            raise
+        code, line = failure(error)
+        leave(code, f"{line}; {kept}" if first else None)
+    except (ProcessDied, OSError) as error:
+        code, line = failure(error)
+        leave(code, f"{line}; {kept}")
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def silence() -> None:
+    """Silences the bars and logs of the libraries, which would break up ours."""
+    import datasets
+    import transformers
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    for name in ("lm_eval", "transformers", "datasets", "accelerate", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def save(result: Result, folder: Path, command: list[str]) -> list[str]:
+    """Writes everything of a run into `folder`; `run.json` last, which says that it is complete.
+
+    `samples.parquet`, `questions.parquet`, `table.csv`, `table.md`, figures as PNG and SVG, where
+    critical epsilons were looked for `critical.csv`, `foretold.csv` and `critical.md`, of several
+    hookpoints `hookpoints.md` (the other tables, figures and the report are of the first of them),
+    `report.html`, `lm_eval/results_CONDITION.json` and `run.json`.
+
+    Args:
+        result: the run.
+        folder: where to.
+        command: that repeats it.
+
+    Returns:
+        What could not be made of what `render` writes, and of lm-eval's results: a line for each.
+        The others, and the numbers, are there.
+    """
+    samples = result.samples.copy(deep=False)
+    samples.attrs[CONDITIONS] = result.run.get(CONDITIONS, {})
+    save_frames(folder, samples=samples, questions=result.questions)
+    attempts = Attempts()
+    for name, found in result.lm_eval.items():
+        with attempts(f"{LM_EVAL}/results_{name}.json"):
+            write_text(folder / LM_EVAL / f"results_{name}.json", as_json(found))
+    run = {"command": shlex.join(command), **result.run}
+    failed = [*attempts.lines, *render.render(result, folder, run)]
+    write_json(folder / "run.json", run)
+    return failed
