@@ -138,8 +138,11 @@ def known_attack(name: Any) -> bool:
 
 ITERATIVE = ", ".join(name for name, kind in ATTACKS.items() if kind.iterative)
 
-NORM_NAMES = ("linf", "l2")
-"""The keys of `norms.NORMS`."""
+LENGTH_OF_ONES: dict[str, Callable[[int], float]] = {
+    "linf": lambda n: 1.0,
+    "l2": lambda n: n**0.5,
+}
+"""For each norm, by the keys of `norms.NORMS`, the length of a vector of n ones."""
 
 FIRST_STEP = 2.0
 """Length of the first step of Auto-PGD, in units of epsilon (Croce and Hein 2020)."""
@@ -201,7 +204,7 @@ class Attack(StepSettings):
         rounds: of `critical`; >= 1.
         first_epsilon: of `critical`, in the units of the point; None means epsilon / 16.
         queries: of `blocks`; >= 1.
-        norm: of the ball, one of `NORM_NAMES`; with `l2` a step follows the gradient itself.
+        norm: of the ball, a key of `LENGTH_OF_ONES`; with `l2` a step follows the gradient itself.
         by_size: all lengths are divided by the square root of how many entries of the point's
             dimensions but the last, such as tokens, are of the example, as the noise of NEFTune is
             (Jain et al. 2023).
@@ -213,7 +216,7 @@ class Attack(StepSettings):
 
     name: str = "fgsm"
     epsilon: float = 0.01
-    norm: str = setting("linf", "Norm of the ball", choices=NORM_NAMES)
+    norm: str = setting("linf", "Norm of the ball", choices=tuple(LENGTH_OF_ONES))
     by_size: bool = False
     label: str | None = None
 

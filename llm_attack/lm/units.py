@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
-
-from llm_attack.attacks import NORMS, Groups
+from llm_attack.attacks.settings import LENGTH_OF_ONES
 
 
 class Signal(NamedTuple):
@@ -28,7 +27,7 @@ NEFTUNE = "neftune"
 
 # Of a coordinate. One of NEFTune is also divided by the root of the tokens (`Attack.by_size`); the
 # norm of a token is AdversariaLLM's scale of embeddings.
-UNITS = {
+UNITS: dict[str, Callable[[Signal], float]] = {
     "rms": lambda signal: signal.rms,
     "token_norm": lambda signal: signal.token_norm * signal.width**-0.5,
     NEFTUNE: lambda signal: signal.width**-0.5,
@@ -41,10 +40,8 @@ def size_of(unit: str, signal: Signal, norm: str) -> float:
     Args:
         unit: `ABSOLUTE`, of which a length has one, or a key of `UNITS`.
         signal: the scale of the point.
-        norm: a key of `NORMS`.
+        norm: a key of `LENGTH_OF_ONES`.
     """
     if unit == ABSOLUTE:
         return 1.0
-    ones = torch.ones(1, signal.width)
-    length = NORMS[norm].length(ones, Groups.rows(ones))
-    return UNITS[unit](signal) * length.item()
+    return UNITS[unit](signal) * LENGTH_OF_ONES[norm](signal.width)

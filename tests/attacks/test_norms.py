@@ -14,6 +14,7 @@ from torch import nn
 
 from llm_attack.attacks import NORMS, Attack, Groups, perturb, uniform
 from llm_attack.attacks.draws import normal, words
+from llm_attack.attacks.settings import LENGTH_OF_ONES
 
 from .helpers import (
     ALL_ATTACKS,
@@ -253,3 +254,12 @@ def test_amplitudes_have_the_digits_of_float64():
     assert found.tolist() == pytest.approx(radii, rel=4e-16 * 15, abs=0)
     noise = NORMS["l2"].gaussian(own, moves, x, rows)
     assert torch.allclose(noise, normal(own, x) / math.sqrt(15), rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_length_of_ones(norm):
+    """That the settings know without torch is what the norm measures."""
+    assert LENGTH_OF_ONES.keys() == NORMS.keys()
+    ones = torch.ones(1, 37, dtype=torch.float64)
+    measured = NORMS[norm].length(ones, Groups.rows(ones)).item()
+    assert LENGTH_OF_ONES[norm](37) == pytest.approx(measured, rel=1e-14)

@@ -124,7 +124,7 @@ def _child(folder: Path, fault: Fault | None, environment: dict[str, str]) -> No
 
 
 def _drawn_from_now_on_as_in(folder: Path) -> None:
-    from llm_attack.suite import results
+    from llm_attack.suite import render, results
     from llm_attack.suite.report import figures
 
     # once here, so that no fork pays for what is slow at its first use

@@ -10,7 +10,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llm_attack.attacks import ATTACKS
-from llm_attack.suite import results
 from llm_attack.suite.analysis import critical
 from llm_attack.suite.analysis.equivalence import with_equivalence
 from llm_attack.suite.analysis.summary import summarise

@@ -19,7 +19,7 @@ from llm_attack.base import drawing
 from llm_attack.base.errors import UsageError
 from llm_attack.base.failures import Attempts
 from llm_attack.cli import main
-from llm_attack.suite import results
+from llm_attack.suite import evaluate, render, results
 from llm_attack.suite.analysis import critical
 from llm_attack.suite.analysis.summary import summarise
 from llm_attack.suite.analysis.worst import with_worst
