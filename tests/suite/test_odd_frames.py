@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llm_attack.attacks import ATTACKS
+from llm_attack.suite import render
 from llm_attack.suite.analysis import critical
 from llm_attack.suite.analysis.equivalence import with_equivalence
 from llm_attack.suite.analysis.summary import summarise
