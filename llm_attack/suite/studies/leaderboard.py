@@ -144,6 +144,8 @@ def _there(path: Path, heading: list[str]) -> list[list[str]]:
 
 def _is(path: Path, heading: list[str]) -> bool:
     """Whether a file begins with a heading."""
+    if not path.is_file():  # a pipe, which would keep the reader waiting
+        return False
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
             return file.readline() == ",".join(heading) + "\n"
