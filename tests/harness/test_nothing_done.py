@@ -14,9 +14,8 @@ PLAIN = [name for name, kind in ATTACKS.items() if kind.gradient or kind.start o
 
 
 def carried_out(make, build, n=3, **arguments):
-    unread = set(names(StepSettings)) - set(ATTACKS[arguments["attack"]].settings)  # they are said
-        ATTACKS[arguments["attack"]].settings
-    )  # which would be said
+    # what no attack reads would be said
+    unread = set(names(StepSettings)) - set(ATTACKS[arguments["attack"]].settings)
     lm = make(**{name: value for name, value in arguments.items() if name not in unread})
     lm.loglikelihood(build("demo_piqa", n).instances, disable_tqdm=True)
     return lm
