@@ -211,6 +211,19 @@ def test_margins_of_nothing_and_of_one_value(frames):
     assert figures.margins(samples) is None
 
 
+@pytest.mark.parametrize("size", [1e17, -1e17, 1e200])
+@pytest.mark.parametrize("more", [0.0, 16.0])
+def test_margins_that_are_far_and_near_each_other(frames, size, more):
+    """Edges of bins are apart, however large margins are."""
+    samples, _ = frames({"a": (30, 2)}, {"none": 1.0})
+    samples = samples.assign(gold=[[0]] * len(samples))
+    values = [[size + more * (i % 2), 0.0] for i in range(len(samples))]
+    shares, edges, _ = (
+        figures.margins(samples.assign(log_likelihoods=values)).axes[0].patches[0].get_data()
+    )
+    assert (np.diff(edges) > 0).all() and shares.sum() == pytest.approx(1)
+
+
 def test_cosines_are_the_samples(frames):
     samples, _ = frames({"a_b": (200, 4), "c": (50, 2), "d": (9, 2)}, {"fgsm@1": 0.0, "none": 0.4})
     samples.loc[samples["task"] == "d", "acc"] = 1.0

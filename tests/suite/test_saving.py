@@ -68,7 +68,7 @@ def made_up(hookpoints=("embed", "h.0", "h.1")):
     infos = {name: {"attack": name.partition("@")[0], "epsilon": 0.1} for name in names}
     run = {"settings": {"loss": "margin"}, "attacks": infos, "model_name": "m", "fingerprint": {}}
     run |= {"equivalence": None, "warnings": []}
-    table = summarise(with_worst(samples), infos)
+    table = summarise(with_worst(samples, run), infos)
     return Result(table, samples, questions, run, {"none": {"results": {}}})
 
 

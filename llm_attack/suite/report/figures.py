@@ -178,6 +178,7 @@ def margins(samples: pd.DataFrame) -> Figure | None:
     ends = frame.groupby("condition")["margin"].quantile([0.01, 0.99])
     low, high = ends.min(), ends.max()
     width = (high - low) / 40 or 1.0
+    width = max(width, 1e-9 * abs(low), 1e-9 * abs(high))  # so that edges differ
     edges = width * np.arange(np.floor(low / width), np.ceil(high / width) + 1.5)
     inside = frame["margin"].clip(edges[0], (edges[-2] + edges[-1]) / 2)
     shares = {
