@@ -74,7 +74,9 @@ def doctor(plan: Plan, progress: str) -> list[Check]:
     except RuntimeError as error:
         if own.verdict != FAILS:
             raise
-        what = sanity.not_applicable("attacks find what they should", f"they fail ({one_line(error)})")
+        what = sanity.not_applicable(
+            "attacks find what they should", f"they fail ({one_line(error)})"
+        )
         return [nothing_changes(prepared), what, own]
     listed = sanity.checks(found.samples, found.run)
     lm.use(*(replace(c, steps=2 * c.steps) for c in some if c.attack in ("none", "bim")))
@@ -114,7 +116,9 @@ def still_rising(samples: pd.DataFrame, longer: pd.DataFrame, knows: bool) -> Ch
             share = more / reached if reached > least else np.inf
             found.append((share, str(condition), more))
     if not found:
-        return sanity.not_applicable(name, f"no attack lowers anything by more than {least:.2g} nats")
+        return sanity.not_applicable(
+            name, f"no attack lowers anything by more than {least:.2g} nats"
+        )
     share, condition, more = max(found)
     figure = f"twice the steps add {share:.1%} of what {condition} reached"
     if np.isinf(share):
