@@ -9,7 +9,7 @@ from typing import Any
 
 from llm_attack.base.declare import About, check, setting
 from llm_attack.base.errors import invalid
-from llm_attack.base.plugins import is_own, load_function, name_of
+from llm_attack.base.plugins import is_own, load_function, name_of, source_hash
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Kind:
         search: it tries points, without a gradient.
         minimal: it looks for the nearest point with a loss above 0, epsilon away at most.
         function: of the user's own, which does all of it; see `register_attack`.
+        source: hash of its source (`source_hash`); empty for the attacks of this package.
     """
 
     gradient: bool = False
@@ -41,6 +42,7 @@ class Kind:
     search: bool = False
     minimal: bool = False
     function: Callable[..., Any] | None = None
+    source: str = ""
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -121,7 +123,9 @@ def register_attack(function: Callable[..., Any], name: str | None = None) -> st
     known = ATTACKS.get(name)
     if known is not None and known.function is not function:
         raise ValueError(f"name={name}: must be a name that no attack has")
-    ATTACKS[name] = Kind(gradient=True, iterative=True, function=function)
+    if known is None:  # its source as it is when the function is new
+        source = source_hash(function)
+        ATTACKS[name] = Kind(gradient=True, iterative=True, function=function, source=source)
     return name
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -77,6 +78,27 @@ def _followed(path: str, text: str, argument: str) -> Path:
         ) from None
     inside = found.is_relative_to(here) and not Path(path).is_absolute()
     return found.relative_to(here) if inside else found
+
+
+def check_readable(path: str | os.PathLike[str], argument: str) -> None:
+    """Refuses a pipe, a socket or a device, from which one could read for ever.
+
+    What a shell puts in place of `<(command)` can be read. A file that is not there is for whoever
+    opens it.
+
+    Args:
+        path: of a file that is to be read.
+        argument: what the user gave it as.
+
+    Raises:
+        UsageError: it is none.
+    """
+    try:
+        mode = os.stat(os.path.realpath(path)).st_mode  # that of `<(command)` has no such path
+    except (OSError, ValueError):
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise UsageError(f"{argument}={path}: must be a file, not a pipe or a device")
 
 
 def check_writable(folder: Path, *names: str, argument: str = "output") -> None:
@@ -183,12 +205,13 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     ]
 
 
-def claim_file(path: Path, first_line: str, argument: str = "output") -> None:
+def claim_file(path: Path, first_line: str, what: str, argument: str = "output") -> None:
     """Refuses a file that is not ours to replace.
 
     Args:
         path: the output, of `resolved_file`.
         first_line: of what we write there.
+        what: it is, in words.
         argument: what the user gave it as.
 
     Raises:
@@ -200,9 +223,8 @@ def claim_file(path: Path, first_line: str, argument: str = "output") -> None:
     except OSError:
         free = False
     if not free:
-        raise UsageError(
-            f"{argument}={path}: is not of a comparison; must be a file of one, or not exist yet"
-        )
+        fault = f"is a link, not a file of {what}" if path.is_symlink() else f"is not of {what}"
+        raise UsageError(f"{argument}={path}: {fault}; must be a file of one, or not exist yet")
 
 
 def _begins(path: Path, line: str) -> bool:

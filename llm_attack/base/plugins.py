@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import CodeType
 from typing import Any
 
 from llm_attack.base.errors import UsageError
@@ -50,16 +53,46 @@ def name_of(function: Callable[..., Any]) -> str:
 
 
 def source_hash(function: Callable[..., Any]) -> str:
-    """SHA-256 of the text of the function's module; of its code where there is no text.
+    """Hash of the text of the function's module, and of what the function holds besides.
 
-    A run in the folder of another version of the function is told apart by it.
+    Without a text, as in an interpreter, it is that of the compiled code. A run in the folder of
+    another version of the function is told apart by it. Modules that this one imports do not count.
+
+    Returns:
+        The first 16 digits of a SHA-256.
     """
+    text = "\n".join(_content(function))
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+def _content(function: Any) -> Iterator[str]:
+    if isinstance(function, functools.partial):
+        yield from _content(function.func)
+        yield _text([function.args, sorted(function.keywords.items())])
+        return
+    of = getattr(function, "__self__", function)  # of a method, its object
+    call = function if hasattr(function, "__code__") else type(function).__call__
+    if not hasattr(call, "__code__"):  # compiled to C
+        yield _text(function)
+        return
     try:
-        text = inspect.getsource(inspect.getmodule(function) or function)
+        yield inspect.getsource(inspect.getmodule(call) or call)
     except (OSError, TypeError):
-        code = getattr(function, "__code__", None)
-        text = repr(function) if code is None else f"{code.co_code!r}{code.co_consts!r}"
-    return hashlib.sha256(text.encode()).hexdigest()
+        yield _text(list(_compiled(call.__code__)))
+    held = [cell.cell_contents for cell in call.__closure__ or ()]
+    yield _text([held, call.__defaults__, call.__kwdefaults__, getattr(of, "__dict__", {})])
+
+
+def _compiled(code: CodeType) -> Iterator[Any]:
+    """What a function does, without where it is from."""
+    yield from (code.co_code, code.co_names, code.co_varnames)
+    for constant in code.co_consts:
+        yield list(_compiled(constant)) if isinstance(constant, CodeType) else constant
+
+
+def _text(value: Any) -> str:
+    """As Python shows it, without places in memory, which are others in each process."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
 @contextmanager

@@ -488,6 +488,7 @@ class AttackedHFLM(HFLM):
             ignored = {"device", "batch_size", "max_batch_size", "parallelize"}
             settings = {k: v for k, v in self._arguments.items() if k not in ignored}
             settings |= {"pretrained": self.pretrained, **self.settings.arguments()}
+            settings |= self.settings.sources
             # whatever lies in a folder by now, and however a loaded model came about
             settings |= hashes.of_model(self) | {"generation": hashes.generation(self.model)}
             cache.guard(cache_hook.dbdict, settings, cache_hook.dbdict.filename)

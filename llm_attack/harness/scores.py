@@ -231,14 +231,27 @@ def check_asked(asked: str, tasks: Mapping[str, Sequence[Instance]]) -> None:
             metrics = judged(requests[0], made_up(len(requests)))
         except Unlabelled as error:
             raise refused(name, requests[0], error) from error
-        if asked in metrics and not _has_number(asked, metrics[asked]):
-            raise UsageError(
-                f"score={asked}: {name} has it of the whole task alone, so no question has a value"
-                " to compare; use score=acc, which reports it beside accuracy"
-            )
-        names |= dict.fromkeys(k for k, v in metrics.items() if _has_number(k, v))
+        numbers = [k for k, v in metrics.items() if _has_number(k, v)]
+        if asked in metrics and asked not in numbers:
+            raise _no_number(asked, name, task_of(requests[0]), metrics[asked], numbers)
+        names |= dict.fromkeys(numbers)
     if asked not in names:
         meant = closest(asked, names)
         hint = f"; did you mean {meant!r}?" if meant else ""
         listed = ", ".join(names)
         raise UsageError(f"score={asked}: must be a score of the tasks, one of {listed}{hint}")
+
+
+def _no_number(asked: str, name: str, task: Any, value: Any, numbers: Sequence[str]) -> UsageError:
+    """The error for a score whose value of a question tests cannot compare."""
+    if asked != ACC and of_whole_tasks(task, [asked]):
+        return UsageError(
+            f"score={asked}: {name} has it of the whole task alone, so no question has a value to"
+            " compare; use score=acc, which reports it beside accuracy"
+        )
+    way_out = "must be left out of the tasks"
+    if numbers:
+        way_out = f"must be another score of it, such as {', '.join(numbers)}"
+    return UsageError(
+        f"score={asked}: {name} gives a question {value!r:.60}, which is no number; {way_out}"
+    )

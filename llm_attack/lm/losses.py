@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
-from llm_attack.base.plugins import is_own, load_function, name_of
+from llm_attack.base.plugins import is_own, load_function, name_of, source_hash
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +30,7 @@ class LossKind:
             perturbation, instead of one value per request.
         additive: its value is the sum of what it makes of each token's log-probability.
         function: of the user's own, that `value` is made of; see `register_loss`.
+        source: hash of its source (`source_hash`); empty for the losses of this package.
     """
 
     value: Callable[[Tensor, Any], Tensor]
@@ -37,6 +38,7 @@ class LossKind:
     gold: bool = False
     additive: bool = False
     function: Callable[..., Any] | None = None
+    source: str = ""
 
 
 LOSSES = {
@@ -73,7 +75,8 @@ def register_loss(
     known = LOSSES.get(name)
     if known is not None and known.function is not function:
         raise ValueError(f"name={name}: must be a name that no loss has")
-    LOSSES[name] = LossKind(value, whole=whole, gold=gold, function=function)
+    source = source_hash(function) if known is None else known.source
+    LOSSES[name] = LossKind(value, whole=whole, gold=gold, function=function, source=source)
     return name
 
 

@@ -197,6 +197,15 @@ class AttackSettings(ThreatSettings):
         values = asdict(self)
         return {name: values[name] for name in names(self)}
 
+    @property
+    def sources(self) -> dict[str, str]:
+        """Hashes of the source of an attack and of a loss of the user's own, if they are."""
+        found = {
+            "attack_source": ATTACKS[self.attack].source,
+            "loss_source": LOSSES[self.loss].source,
+        }
+        return {name: source for name, source in found.items() if source}
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:

@@ -84,7 +84,7 @@ def _compare_two(
     frame = with_equivalence(paired(*content, conditions=known), equivalence)
     text = tables.csv(frame)
     if output is not None:
-        claim_file(output, text.splitlines()[0])
+        claim_file(output, text.splitlines()[0], "a comparison of two runs")
     notes = unshared(*content, conditions=known)
     cells = tables.comparison(frame, (str(folders[0]), str(folders[1])), notes)
     Console().print(cells.rich("b against a, accuracy"))
@@ -96,7 +96,7 @@ def _compare_many(runs: dict[str, Result], output: Path | None) -> None:
     frame = models.across(runs)
     text = tables.csv(frame)
     if output is not None:
-        claim_file(output, text.splitlines()[0])
+        claim_file(output, text.splitlines()[0], "a comparison of three runs or more")
         pictures = [output.with_suffix(f".{form}") for form in ("png", "svg")]
         strange = [path for path in pictures if path.exists() and not output.exists()]
         if strange or output in pictures:

@@ -14,6 +14,7 @@ from llm_attack.attacks.settings import ATTACKS, register_attack
 from llm_attack.base.declare import About, check_names, declared, names, setting, underscored
 from llm_attack.base.errors import UsageError, invalid
 from llm_attack.base.failures import one_line
+from llm_attack.base.folder import check_readable
 from llm_attack.lm.settings import (
     EPSILON,
     AttackSettings,
@@ -368,6 +369,7 @@ def from_yaml(path: Path) -> dict[str, Any]:
     """
     import yaml
 
+    check_readable(path, "config")
     try:
         content = _read_yaml(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:

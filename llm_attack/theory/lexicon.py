@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llm_attack.base.errors import UsageError, closest, invalid
 from llm_attack.base.failures import one_line
+from llm_attack.base.folder import check_readable
 
 COLUMNS = ("word", "language", "label")
 LABELS = ("negative", "neutral", "positive")
@@ -32,6 +33,7 @@ def load_words(path: str | None = None) -> pd.DataFrame:
             a word of a language two labels, or has fewer than `LEAST` words of a label.
     """
     shown = OWN if path is None else path
+    check_readable(shown, "words")
     try:
         # as text: "null" and "nan" are words
         table = pd.read_csv(shown, dtype=str, keep_default_na=False, encoding="utf-8")

@@ -22,7 +22,7 @@ from torch import nn
 from llm_attack import __version__
 from llm_attack.base.errors import UsageError
 from llm_attack.base.failures import one_line
-from llm_attack.base.folder import check_writable
+from llm_attack.base.folder import check_readable, check_writable
 from llm_attack.base.record import whole_or_not
 from llm_attack.base.redact import redacted
 from llm_attack.vision.networks import NETWORKS, WIDEST
@@ -88,6 +88,7 @@ def told(path: str) -> dict[str, Any]:
     Raises:
         UsageError: it is not such a file.
     """
+    check_readable(path, "load")
     try:
         about = _of_checkpoint(path) if _is_checkpoint(path) else _of_kept(path)
         network = about["network"]
@@ -164,6 +165,7 @@ def fill(network: nn.Module, argument: str, path: str) -> None:
     Raises:
         UsageError: it cannot be read, or does not fit; `argument` is what gave it.
     """
+    check_readable(path, argument)
     try:
         weights: dict[str, Any]
         if path.endswith(".safetensors"):

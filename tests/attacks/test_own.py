@@ -1,9 +1,12 @@
 """Attacks of the user's own: in the ball, with the draws and the settings of all others."""
 
+import functools
+import subprocess
 import sys
 
 import pytest
 import torch
+from shown import ROOT
 
 from attacks.helpers import grid, keys, linear, rng
 from llm_attack.attacks import ATTACKS, Attack, Groups, perturb, register_attack, uniform
@@ -172,3 +175,60 @@ def test_the_hash_is_of_the_source(tmp_path, monkeypatch):
         assert name_of(function) == "own_attack:f"
         hashes.add(source_hash(function))
     assert len(hashes) == 2
+
+
+MAKER = "def make(k):\n    def f(x, loss, ball, keys):\n        return {body}\n    return f\n"
+
+
+def made(k, body="x.sign() * k"):
+    """A function that no file has the text of, as in an interpreter."""
+    namespace = {"__name__": "no_such_module"}
+    exec(compile(MAKER.format(body=body), "<input>", "exec"), namespace)
+    return namespace["make"](k)
+
+
+class Pusher:
+    def __init__(self, k):
+        self.k = k
+
+    def __call__(self, x, loss, ball, keys):
+        return x + self.k
+
+    push = __call__
+
+
+@pytest.mark.parametrize(
+    ("this", "other"),
+    [
+        (lambda: made(1), lambda: made(2)),
+        (lambda: made(1), lambda: made(1, "x.abs() * k")),
+        (lambda: made(1, "[y for y in x.sign()][0]"), lambda: made(1, "[y for y in x.abs()][0]")),
+        (lambda: functools.partial(far_by, k=1), lambda: functools.partial(far_by, k=2)),
+        (lambda: Pusher(1), lambda: Pusher(2)),
+        (lambda: Pusher(1).push, lambda: Pusher(2).push),
+        (lambda: torch.sign, lambda: torch.abs),
+    ],
+)
+def test_the_hash_of_what_has_no_file_of_its_own(this, other):
+    """It is of what the function computes, and not of where it lies in memory."""
+    assert source_hash(this()) == source_hash(this()) != source_hash(other())
+
+
+def far_by(x, loss, ball, keys, k):
+    return x + k
+
+
+def test_the_hash_is_the_same_in_every_process():
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", PROCESS], check=True, capture_output=True, text=True, cwd=ROOT
+        ).stdout
+        for _ in range(2)
+    }
+    assert len(found) == 1 and found != {""}
+
+
+PROCESS = """
+from llm_attack.base.plugins import source_hash
+print([source_hash(f) for f in (lambda x: [(lambda: y)() for y in x], print)])
+"""

@@ -9,8 +9,10 @@ from lm_eval.api.model import CachingLM
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM
 
+from llm_attack.attacks import ATTACKS, register_attack
 from llm_attack.base.errors import UsageError
 from llm_attack.demo import MODEL_PATH
+from llm_attack.lm.losses import LOSSES, register_loss
 
 
 def ask(lm, task):
@@ -42,6 +44,24 @@ def test_other_settings_are_refused(make, build, tmp_path, other):
     (changed,) = set(other) - {"attack"} or {"attack"}
     with pytest.raises(UsageError, match=rf"use_cache=.*cache\.db.*{changed}="):
         CachingLM(make(**other), str(file))
+
+
+@pytest.mark.parametrize("kind", ["attack", "loss"])
+def test_a_function_of_ones_own_that_changed_is_refused(kind, make, build, tmp_path, monkeypatch):
+    def known(factor):
+        for table in (ATTACKS, LOSSES):
+            monkeypatch.delitem(table, "own", raising=False)
+        register_attack(lambda x, loss, ball, keys: x + factor * ball.epsilon, "own")
+        register_loss(lambda sums: -factor * sums, "own")
+
+    known(1)
+    file, asked = str(tmp_path / "cache.db"), {"attack": "fgsm", kind: "own"}
+    ask(CachingLM(make(**asked), file), build("demo_piqa", 1))
+    known(1)
+    CachingLM(make(**asked), file)
+    known(2)
+    with pytest.raises(UsageError, match=rf"use_cache=.*\W{kind}_source=\w+ there"):
+        CachingLM(make(**asked), file)
 
 
 def edited(path, change):

@@ -308,5 +308,6 @@ def test_compare_replaces_comparisons_alone(finished, outside, tmp_path):
     for name in (outside, finished / "samples.parquet", finished / "table.csv", finished, "link"):
         before = tree(tmp_path)
         line = refused(*words[:-1], name)
-        assert f"output={name}: is not of a comparison; must be a file of one" in line
+        fault = "is a link, not a file" if name == "link" else "is not"
+        assert f"output={name}: {fault} of a comparison of two runs; must be" in line
         assert tree(tmp_path) == before

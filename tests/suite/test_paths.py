@@ -108,9 +108,11 @@ def test_a_folder_of_the_users_by_another_way(command, path):
 def test_a_file_of_the_users_by_another_way(command, path):
     before = tree()
     line = refused(*FILES[command], path)
-    assert "is not of a comparison" in line and line.startswith(
-        "error: output=" if command == "compare" else "error: leaderboard="
-    )
+    argument, what = {
+        "compare": ("output", "a comparison of two runs"),
+        "board": ("leaderboard", "a leaderboard"),
+    }[command]
+    assert f"of {what}; must be a file of one" in line and line.startswith(f"error: {argument}=")
     assert tree() == before
 
 
@@ -344,3 +346,34 @@ def test_in_another_thread(once):
     thread.start()
     thread.join()
     assert found and {p.name for p in Path("o").iterdir()} == {p.name for p in once.iterdir()}
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("config", ["run"]),
+        ("words", ["reproduce", "fig6", "-o", "out"]),
+        ("load", ["reproduce", "fig2", "-o", "out"]),
+        ("weights", ["reproduce", "fig2", "-o", "out", "--network", "cnn"]),
+    ],
+)
+def test_what_can_be_read_for_ever_is_refused(argument, words, kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = "/dev/zero" if kind == "device" else "pipe"
+    os.mkfifo("pipe")
+    before = tree()
+    line = refused(*words, f"--{argument}", path)
+    assert line == f"error: {argument}={path}: must be a file, not a pipe or a device"
+    assert tree() == before
+
+
+def test_a_shells_substitution_is_read():
+    """`--config <(command)` is the reading end of a pipe that the shell opened."""
+    read, write = os.pipe()
+    os.write(write, b"attacks: [none, nonsense]")
+    os.close(write)
+    try:
+        assert "nonsense" in refused("run", "--config", f"/dev/fd/{read}")
+    finally:
+        os.close(read)

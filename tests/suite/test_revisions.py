@@ -29,6 +29,9 @@ def test_plans(tmp_path):
     }
     assert {of.model for of in hub.values()} == {"hub/name"}
     (tmp_path / "step100").mkdir()
+    with pytest.raises(UsageError, match=r"step100 has no config\.json and no adapter_config"):
+        revisions.plans(Plan(model=str(tmp_path)), "step100")  # not after others were computed
+    (tmp_path / "step100/config.json").touch()
     (local,) = revisions.plans(Plan(model=str(tmp_path)), "step100").values()
     assert (local.model, local.model_args) == (str(tmp_path / "step100"), {})
     with pytest.raises(UsageError, match=r"revisions=step10: .*did you mean 'step100'"):

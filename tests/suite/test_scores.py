@@ -362,6 +362,28 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "more", "way_out"),
+    [
+        ("said", "'yes'", "", "must be left out of the tasks"),
+        ("listed", [1.0, 0.0], ", 'other': 1.0", "must be another score of it, such as other"),
+    ],
+)
+def test_a_score_that_is_no_number_is_not_said_to_be_of_the_whole_task(
+    name, value, more, way_out, tmp_path
+):
+    """And the way out is not the score that was refused."""
+    code = f"def judge(doc, results):\n    return {{'acc': {value}{more}}}\n"
+    function = "process_results: !function judging.judge\n"
+    folder = kinds.write(tmp_path / "tasks", name, kinds.questions(3, 2), ["acc"], function)
+    (folder / "judging.py").write_text(code)
+    of = Plan(tasks=name, include_path=str(folder), **HOW)
+    with pytest.raises(UsageError) as refused:
+        evaluate(of, progress="quiet")
+    said = f"score=acc: {name} gives a question {value}, which is no number; {way_out}"
+    assert str(refused.value) == said
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_what_cannot_be_judged_is_refused_before_the_work(name, tmp_path):
     docs, metrics, more, says = BAD[name]

@@ -74,9 +74,9 @@ class Condition:
             name: of the condition.
             values: settings by name, `attack` among them; one that is not there has its default.
         """
-        known = {**_DEFAULTS, **values}
-        attack = str(known.pop("attack"))
-        used = _used(attack, known)
+        attack = str(values["attack"])
+        known = values if attack not in ATTACKS else {**_DEFAULTS, **values}
+        used = _used(attack, {k: v for k, v in known.items() if k != "attack"})
         return cls(name, attack, tuple(sorted(used.items())))
 
     def get(self, setting: str) -> Any:
@@ -132,7 +132,7 @@ Conditions = Mapping[str, Condition]
 def _used(attack: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Of all settings, those that the numbers of an attack depend on, as they are resolved."""
     kind = ATTACKS.get(attack)
-    if kind is None:  # of another version
+    if kind is None:  # of another version, or of the user's own: as it was recorded
         return dict(values)
     found = {name: value for name, value in values.items() if kind.uses(name)}
     if attack == "none" or not found["epsilon"]:
@@ -158,6 +158,7 @@ def _used(attack: str, values: Mapping[str, Any]) -> dict[str, Any]:
         "loss": not kind.search and (not kind.gradient or kind.targeted or attack == "fmn"),
         "seed": not of.draws,
     }
+    unused["loss_source"] = unused["loss"]
     return {name: value for name, value in found.items() if not unused.get(name)}
 
 
@@ -173,7 +174,9 @@ def of_plan(
     """
     prompt = {name: getattr(plan, name) for name in PROMPT}
     return {
-        attack.condition: Condition.of(attack.condition, {**prompt, **settings.arguments()})
+        attack.condition: Condition.of(
+            attack.condition, {**prompt, **settings.arguments(), **settings.sources}
+        )
         for settings, attack in zip(conditions, attacks, strict=True)
     }
 

@@ -14,6 +14,8 @@ from llm_attack.suite.analysis.conditions import Condition, Conditions, of_run
 from llm_attack.suite.analysis.outcomes import goodness, measured, right
 from llm_attack.suite.plan import NO_PART, WORST
 
+KNOWS_GOLD = "knows_gold"  # where run.json says so
+
 _NOISE = ("random", "uniform")
 SEARCH = "blocks"
 _PLACE = ["task", "doc_id"]
@@ -22,7 +24,9 @@ _PLACE = ["task", "doc_id"]
 def knows_gold(run: Mapping[str, Any]) -> bool:
     """Whether the loss of a run knows which choices are right."""
     loss = run.get("settings", {}).get("loss")
-    return loss in LOSSES and LOSSES[loss].gold
+    if loss in LOSSES:
+        return LOSSES[loss].gold
+    return run.get(KNOWS_GOLD) is True  # of the user's own, and not imported here
 
 
 def wanted(run: Mapping[str, Any]) -> bool:
@@ -89,6 +93,8 @@ def _worst_cases(
         settings = {name: value for c in over for name, value in c.values}
         attacks = ", ".join(sorted(c.name for c in over))
         values = {**settings, **amplitudes, "attacks": attacks}
+        own = sorted({str(source) for c in over if (source := c.get("attack_source"))})
+        values |= {"attack_source": " ".join(own)} if own else {}
         name = largest.named(WORST)
         yield Condition(name, WORST, tuple(sorted(values.items()))), epsilon, tried
 

@@ -35,7 +35,7 @@ from llm_attack.suite.analysis import critical
 from llm_attack.suite.analysis.conditions import of_plan
 from llm_attack.suite.analysis.equivalence import with_equivalence
 from llm_attack.suite.analysis.summary import summarise
-from llm_attack.suite.analysis.worst import hidden_gradients, with_worst
+from llm_attack.suite.analysis.worst import KNOWS_GOLD, hidden_gradients, with_worst
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.results import LM_EVAL, Result
 from llm_attack.suite.run import fingerprint, on_ray, rows
@@ -210,6 +210,7 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         run: dict[str, Any] = {"settings": plan.settings(), "attacks": infos}
         run["conditions"] = {name: condition.settings() for name, condition in known.items()}
         run["of_tasks"] = rows.whole_tasks(requests, list(infos), results)
+        run[KNOWS_GOLD] = plan.needs_gold
         table = summarise(with_worst(samples, run), infos, run["of_tasks"])
         table = with_equivalence(table, plan.equivalence)
     clock.stop("judgement")

@@ -10,6 +10,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from llm_attack.attacks import ATTACKS
 from llm_attack.base.errors import UsageError
 from llm_attack.base.failures import one_line
 from llm_attack.base.folder import check_same, strangers
@@ -19,6 +20,7 @@ from llm_attack.harness import hashes
 from llm_attack.harness.hashes import DIGITS, digest
 from llm_attack.harness.model import AttackedHFLM
 from llm_attack.harness.requests import Instance
+from llm_attack.lm.losses import LOSSES
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.run.store import MARK, STORE
 
@@ -46,8 +48,11 @@ def of_run(
         tasks.setdefault(name, hashlib.sha256()).update(content)
     settings = plan.settings() | {"model_args": without_secrets(plan.model_args)}
     settings = redacted({k: v for k, v in settings.items() if k not in ("tasks", "include_path")})
+    own = {name: ATTACKS[name].source for name in plan.attacks if name in ATTACKS}
+    own = {name: of for name, of in (own | {plan.loss: LOSSES[plan.loss].source}).items() if of}
     return {
         **settings,
+        **({"sources": own} if own else {}),  # of functions of the user's own
         **of_model(lm),
         "tasks": {name: content.hexdigest()[:DIGITS] for name, content in tasks.items()},
         "tokens": digest(map(json.dumps, tokens)),

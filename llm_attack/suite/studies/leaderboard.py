@@ -125,7 +125,8 @@ def _with(path: Path, new: pd.DataFrame) -> str:
 def _there(path: Path, heading: list[str]) -> list[list[str]]:
     """The rows of the file at `path`; those of earlier versions without an identity."""
     earlier = heading[: -len(_NEW)]
-    claim_file(path, ",".join(heading if not _is(path, earlier) else earlier), "leaderboard")
+    first = ",".join(heading if not _is(path, earlier) else earlier)
+    claim_file(path, first, "a leaderboard", "leaderboard")
     if not path.exists():
         return []
     try:

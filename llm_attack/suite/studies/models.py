@@ -67,6 +67,11 @@ def across(runs: Mapping[str, Result]) -> pd.DataFrame:
         shared = shared.merge(questions)
     if shared.empty:
         raise UsageError("compare: the runs share no question: tasks or prompts differ")
+    conditions = [name for name in names if name != "none"]
+    if not conditions or "none" not in names:
+        why = "".join(f"; {sentence}" for sentence in differing)
+        what = "condition beside none" if "none" in names else "condition none"
+        raise UsageError(f"compare: the runs share no {what}{why}")
     kept = set(map(tuple, shared[["task", "doc_id"]].to_numpy().tolist()))
     tables, scores = {}, {}
     for name, of in runs.items():
@@ -85,10 +90,6 @@ def across(runs: Mapping[str, Result]) -> pd.DataFrame:
                 f"compare: {name} has other scores of the tasks than {next(iter(scores))}; must be"
                 " the same"
             )
-    conditions = [name for name in names if name != "none"]
-    if not conditions or "none" not in names:
-        why = "".join(f"; {sentence}" for sentence in differing)
-        raise UsageError(f"compare: the runs share no condition beside none{why}")
     rows = []
     for condition, (name, table) in itertools.product(conditions, tables.items()):
         clean, here = table.loc["none"], table.loc[condition]

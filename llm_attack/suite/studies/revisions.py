@@ -47,6 +47,8 @@ _PANELS = {"critical": "median critical\nepsilon, RMS", "cosine": "cosine"}
 _PART = re.compile(
     r"(?![.@]$|\.|.*\.\.|.*@\{|.*\.lock$|.*\.$)[^\x00-\x20\x7f~^:?*\[\\/\ud800-\udfff]+"
 )
+# One of them is in the folder of a model, or of adapters.
+_CONFIGS = ("config.json", "adapter_config.json")
 _LONGEST = 255  # bytes of a file's name
 
 
@@ -110,6 +112,11 @@ def _check_subfolders(given: Iterable[str], local: Path) -> None:
             hint = f"; did you mean {meant!r}?" if meant else ""
             shown = name if name.isprintable() else ascii(name)
             raise UsageError(f"revisions={shown}: must be a folder in {local}{hint}")
+        if not any((local / name / config).is_file() for config in _CONFIGS):
+            raise UsageError(
+                f"revisions={name}: must be a folder with a model; {local / name} has no"
+                f" {' and no '.join(_CONFIGS)}"
+            )
 
 
 def equal(runs: Mapping[str, Result]) -> list[str]:
