@@ -139,7 +139,7 @@ def design_effect(values: ArrayLike, clusters: ArrayLike) -> float:
     away = values - values.mean()
     alone = (away**2).sum() / (n - 1) / n
     if alone == 0:
-        return n / k
+        return float(n / k)
     together = k / (k - 1) * (np.bincount(labels, away) ** 2).sum() / n**2
     quantile = 1 - ALPHA / 2
     return max(

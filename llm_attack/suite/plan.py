@@ -398,7 +398,7 @@ def _read_yaml(text: str) -> Any:
     """The content of a YAML text; of a key that is there twice, YAML itself would take the last."""
     import yaml
 
-    class Loader(yaml.SafeLoader):
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML is not typed
         """Numbers as JSON has them: YAML 1.1 reads 1_0, 010 and 1:30 as 10, 8 and 90."""
 
         yaml_implicit_resolvers = {  # noqa: RUF012
@@ -416,7 +416,8 @@ def _read_yaml(text: str) -> Any:
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.YAMLError(f"{key} is there twice")
-        return loader.construct_mapping(node, deep=True)
+        content: dict[Any, Any] = loader.construct_mapping(node, deep=True)
+        return content
 
     Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
     return yaml.load(text, Loader)

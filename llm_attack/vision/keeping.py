@@ -122,7 +122,8 @@ def _of_kept(path: str) -> dict[str, Any]:
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(min(size, _HEADER)))
-    return json.loads(header["__metadata__"][_KEY])
+    metadata: dict[str, Any] = json.loads(header["__metadata__"][_KEY])
+    return metadata
 
 
 def _of_checkpoint(path: str) -> dict[str, Any]:

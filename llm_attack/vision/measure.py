@@ -298,11 +298,13 @@ def measure(
 
         def points(rows: slice) -> Tensor:
             with torch.no_grad():
-                return extract(images[rows].scaled())
+                point: Tensor = extract(images[rows].scaled())
+            return point
 
         def right(x: Tensor, labels: Tensor) -> Tensor:
             with torch.no_grad():
-                return classifier(x).argmax(1) == labels
+                logits: Tensor = classifier(x)
+            return logits.argmax(1) == labels
 
         attacked_batches = [rows for rows in batches if rows.start < few]
         squares = [points(rows).flatten(1).double().square().mean(1) for rows in attacked_batches]

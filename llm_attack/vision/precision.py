@@ -45,7 +45,7 @@ def mixed_precision(
     if precision != "auto":
         return precision == "bfloat16"
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     trial = copy.deepcopy(network).train()
     step = partial(_step, trial, x, labels)
     step(False)  # the first ones prepare kernels

@@ -13,7 +13,7 @@ from llm_attack.base.errors import UsageError, invalid
 from llm_attack.reproduce import DEVICE
 
 
-class Amplitude(click.ParamType):
+class Amplitude(click.ParamType):  # type: ignore[type-arg]  # see reproduce.Numbers
     """A number that may be written as a fraction, such as 8/255."""
 
     name = "number"
@@ -30,7 +30,7 @@ class Amplitude(click.ParamType):
         self.fail(f"{value!r}: must be a number or a fraction, such as 8/255", param, ctx)
 
 
-class Amplitudes(click.ParamType):
+class Amplitudes(click.ParamType):  # type: ignore[type-arg]  # see reproduce.Numbers
     """Such numbers, separated by commas, as a tuple."""
 
     name = "number,..."

@@ -162,7 +162,7 @@ def _check_finite(loss: float, network: nn.Module, epoch: int, settings: ImageSe
 
 def _read(state: Path, same: dict[str, Any], device: torch.device) -> dict[str, Any]:
     try:
-        kept = torch.load(state, map_location=device, weights_only=True)
+        kept: dict[str, Any] = torch.load(state, map_location=device, weights_only=True)
         before = kept["same"]
     except (OSError, EOFError, KeyError, RuntimeError, TypeError, pickle.UnpicklingError) as error:
         raise UsageError(

@@ -298,7 +298,7 @@ class Engine:
             log_likelihoods = sums_of_parts.tolist()
             greedy = [bool(part.all()) for part in scores.greedy.cpu().split(sizes)]
             answers.append(list(zip(log_likelihoods, greedy, strict=True)))
-        alignments: list = [None] * len(pack.questions)
+        alignments: list[Any] = [None] * len(pack.questions)
         if computed.alignment is not None:
             alignments = [tuple(row) for row in computed.alignment.tolist()]
         nothing = [None] * len(pack.questions)

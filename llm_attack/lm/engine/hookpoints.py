@@ -119,7 +119,7 @@ def _rest(base: Scorer, device: torch.device) -> dict[nn.Module, tuple[Any, ...]
     """What blocks return besides hidden states (see `Skip`): of those run once, as they are run."""
     outputs: dict[nn.Module, list[Any]] = {}
 
-    def keep(block: nn.Module, args: tuple, output: Any) -> None:
+    def keep(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         outputs.setdefault(block, []).append(output)
 
     handles = [block.register_forward_hook(keep) for block in known_blocks(base.model)]
@@ -191,7 +191,7 @@ def _captured(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]
     seen: dict[nn.Module, Tensor] = {}
     versions: dict[nn.Module, int] = {}
 
-    def keep(module: nn.Module, args: tuple, output: Any) -> None:
+    def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         seen.setdefault(module, output[0] if isinstance(output, tuple) else output)
         versions.setdefault(module, seen[module]._version)
 

@@ -319,7 +319,7 @@ def _pack(
     # what the prefix predicts of itself adds a constant to a loss
     watched_of = (at % length >= prefix).nonzero()[0] if whole else scored_of
 
-    def entries(some: NDArray) -> Entries:
+    def entries(some: NDArray[np.intp]) -> Entries:
         positions, slot = np.unique(at[some], return_inverse=True)
         arrays = positions, slot, target[some], request[some], continuation[some]
         return Entries(*map(torch.from_numpy, arrays))

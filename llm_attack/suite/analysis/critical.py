@@ -125,7 +125,7 @@ def looked_for(samples: pd.DataFrame) -> list[str]:
 def curve(values: Sequence[Numbers], epsilons: Numbers) -> Numbers:
     """(epsilons,) mean over tasks of the share of critical epsilons above each epsilon."""
     shares = [1 - np.searchsorted(np.sort(of), epsilons, "right") / len(of) for of in values]
-    return np.mean(shares, axis=0)
+    return np.asarray(np.mean(shares, axis=0))
 
 
 def half_life(values: Sequence[Numbers]) -> float:
@@ -270,7 +270,7 @@ def _spearman(known: Numbers, outcome: Numbers) -> Numbers:
     ranks = [rankdata(of, axis=1) for of in (known, outcome)]
     a, b = (of - of.mean(1, keepdims=True) for of in ranks)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return (a * b).sum(1) / np.sqrt((a * a).sum(1) * (b * b).sum(1))
+        return np.asarray((a * b).sum(1) / np.sqrt((a * a).sum(1) * (b * b).sum(1)))
 
 
 def _auroc(known: Numbers, stands: Numbers) -> Numbers:
@@ -278,7 +278,7 @@ def _auroc(known: Numbers, stands: Numbers) -> Numbers:
     upper, n = stands.sum(1), stands.shape[1]
     ranks = (rankdata(known, axis=1) * stands).sum(1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return (ranks - upper * (upper + 1) / 2) / (upper * (n - upper))
+        return np.asarray((ranks - upper * (upper + 1) / 2) / (upper * (n - upper)))
 
 
 _MEASURES = {"spearman": _spearman, "auroc": _auroc}
