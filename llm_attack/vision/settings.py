@@ -146,9 +146,9 @@ class ImageSettings:
     )
     precision: str = setting(
         "auto",
-        "Precision of training; auto is bfloat16 on GPUs that are made for it and on processors"
-        " that are measured to be faster with it in a training of more than a minute, else float32;"
-        " attacks are always in float32",
+        "Precision of training; auto is bfloat16 on GPUs from compute capability 8.0, and on"
+        " processors with AMX or AVX-512 for bfloat16 in a training of 5e12 operations or more,"
+        " else float32; attacks are always in float32",
         choices=("auto", "float32", "bfloat16"),
     )
     train_split: str = setting(

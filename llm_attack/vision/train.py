@@ -23,8 +23,6 @@ from llm_attack.vision.measure import Row
 from llm_attack.vision.precision import mixed_precision
 from llm_attack.vision.settings import ImageSettings
 
-_TRIED = 32  # images of a step whose speed is measured
-
 
 class Epoch(NamedTuple):
     """What has been trained: the epoch's number, from 1, its mean loss, and in what precision."""
@@ -95,9 +93,7 @@ def train(
         optimiser.load_state_dict(kept["optimiser"])
         cycle.load_state_dict(kept["cycle"])
     else:
-        few = images[:_TRIED]
-        ahead = steps * batch
-        mixed = mixed_precision(settings.precision, network, few.scaled(), few.labels, ahead)
+        mixed = mixed_precision(settings.precision, network, images[:1].scaled(), steps * batch)
     seen: Any = {"total": steps * batch, "initial": done * per_epoch * batch, "unit": " images"}
     with tqdm(**seen, unit_scale=True, desc=label, disable=None) as bar:
         for epoch in range(done + 1, settings.epochs + 1):
