@@ -241,11 +241,11 @@ class _Tally:
 
 def _shares(right: Tensor) -> Row:
     """The accuracy with its 95 % Wilson interval, and the number of images."""
-    from scipy.stats import binomtest
+    from llm_attack.stats import wilson
 
     successes, n = int(right.sum()), len(right)
-    low, high = binomtest(successes, n).proportion_ci(0.95, "wilson")
-    return {"accuracy": successes / n, "low": float(low), "high": float(high), "images": n}
+    low, high = wilson(successes, n)
+    return {"accuracy": successes / n, "low": low, "high": high, "images": n}
 
 
 def measure(
