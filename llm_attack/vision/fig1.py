@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class Settings(ImageSettings):
     """One data set, one network."""
 
-    images: int = setting(2, "Number of images to show, each of another class", least=1)
+    images: int = setting(2, "Number of images to show, each of another class", minimum=1)
 
 
 PRESETS = {

@@ -40,13 +40,13 @@ class Settings(ImageSettings):
     subset: int | None = setting(
         None,
         "Number of test images that all attacks see, the same for all curves; unless given, all",
-        least=1,
+        minimum=1,
     )
     attacked_epochs: int | None = setting(
         None,
         "Number of epochs after which to attack, spread evenly from the first to the last, which"
         " is always one of them; unless given, all",
-        least=1,
+        minimum=1,
     )
 
 

@@ -78,7 +78,7 @@ class ImageSettings:
     save: str | None = setting(
         None, "Folder to keep trained networks in, with their settings and accuracies"
     )
-    width: float = setting(1.0, "Factor on the channels of the networks", least=0)
+    width: float = setting(1.0, "Factor on the channels of the networks", minimum=0)
     attacks: str = setting(
         "ost,fgsm,bim,illc,pgd,sparsefool,sparsefool_unbounded",
         f"Attacks, separated by commas, the unbounded ones of any amplitude: {', '.join(KNOWN)}",
@@ -89,22 +89,22 @@ class ImageSettings:
         "8/255 for images in colour",
         option=Amplitude(),
     )
-    steps: int = setting(10, f"Number of steps of the iterative attacks ({ITERATIVE})", least=1)
+    steps: int = setting(10, f"Number of steps of the iterative attacks ({ITERATIVE})", minimum=1)
     epochs: int = setting(
-        30, "Number of passes over the training images; 0: attack as it is", least=0
+        30, "Number of passes over the training images; 0: attack as it is", minimum=0
     )
     train_size: int | None = setting(
-        None, "Number of training images, drawn at random; unless given, all", least=1
+        None, "Number of training images, drawn at random; unless given, all", minimum=1
     )
     test_size: int | None = setting(
-        None, "Number of test images, drawn at random; unless given, all", least=1
+        None, "Number of test images, drawn at random; unless given, all", minimum=1
     )
-    batch_size: int = setting(128, "Number of training images per step", least=1)
-    learning_rate: float = setting(0.05, "Highest learning rate of the cycle", least=0)
-    momentum: float = setting(0.9, "Nesterov momentum of the optimiser", least=0)
-    weight_decay: float = setting(5e-4, "Weight decay of the optimiser", least=0)
+    batch_size: int = setting(128, "Number of training images per step", minimum=1)
+    learning_rate: float = setting(0.05, "Highest learning rate of the cycle", minimum=0)
+    momentum: float = setting(0.9, "Nesterov momentum of the optimiser", minimum=0)
+    weight_decay: float = setting(5e-4, "Weight decay of the optimiser", minimum=0)
     label_smoothing: float = setting(
-        0.1, "Share of the labels that is spread over all classes in training", least=0
+        0.1, "Share of the labels that is spread over all classes in training", minimum=0
     )
     train_attack: str = setting(
         "none",
@@ -117,27 +117,27 @@ class ImageSettings:
         "L-infinity amplitude of --train_attack; unless given, 0.1 for grey images, 8/255 for"
         " images in colour",
         option=Amplitude(),
-        least=0,
+        minimum=0,
     )
     train_steps: int | None = setting(
         None,
         "Number of steps of --train_attack; unless given, 7 of pgd and 10 of trades",
-        least=1,
+        minimum=1,
     )
     train_step_size: float | None = setting(
         None,
         "Length of a step of --train_attack; unless given, a quarter of its amplitude",
         option=Amplitude(),
-        least=0,
-        above=True,
+        minimum=0,
+        exclusive_minimum=True,
     )
     trades_beta: float = setting(
-        6.0, "Weight of the divergence of clean and attacked scores in trades", least=0
+        6.0, "Weight of the divergence of clean and attacked scores in trades", minimum=0
     )
     crop: int | None = setting(
         None,
         "Pixels to shift training images by at most; unless given, an eighth of their size",
-        least=0,
+        minimum=0,
     )
     flip: bool | None = setting(
         None,
@@ -161,7 +161,7 @@ class ImageSettings:
     label_column: str | None = setting(
         None, "Column of the labels; unless given, the first that holds class labels, else label"
     )
-    seed: int = setting(0, "Seed of weights, order, augmentation and attacks", least=0)
+    seed: int = setting(0, "Seed of weights, order, augmentation and attacks", minimum=0)
     device: str | None = setting(None, DEVICE)
 
     def __post_init__(self) -> None:

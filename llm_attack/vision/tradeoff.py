@@ -40,11 +40,11 @@ class Settings(fig2.Settings):
         (1.0,),
         "Widths of the networks, in units of --width",
         option=Amplitudes(),
-        least=0,
-        above=True,
+        minimum=0,
+        exclusive_minimum=True,
     )
     seeds: int = setting(
-        1, "Number of seeds, from --seed on, each with networks and a choice of images", least=1
+        1, "Number of seeds, from --seed on, each with networks and a choice of images", minimum=1
     )
 
 
