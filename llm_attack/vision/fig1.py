@@ -39,11 +39,11 @@ def run(settings: Settings, folder: Path) -> dict[str, Any]:
     import torch
 
     from llm_attack.attacks import keys_for
-    from llm_attack.vision import keeping, stages
+    from llm_attack.vision import checkpoints, stages
     from llm_attack.vision.data import load
     from llm_attack.vision.measure import attacked, frozen
 
-    settings = keeping.settled(settings)
+    settings = checkpoints.settled(settings)
     attacks = stages.listed("attacks", settings.attacks, KNOWN)
     if len(names := stages.networks(settings)) > 1:
         raise invalid("network", settings.network, "one name")

@@ -93,11 +93,11 @@ def curves(
     """
     import pandas as pd
 
-    from llm_attack.vision import keeping, stages
+    from llm_attack.vision import checkpoints, stages
     from llm_attack.vision.data import load
     from llm_attack.vision.networks import split
 
-    settings = keeping.settled(settings)
+    settings = checkpoints.settled(settings)
     attacks = stages.listed("attacks", settings.attacks, KNOWN)
     names = stages.networks(settings)
     clock = Stopwatch()

@@ -208,7 +208,7 @@ _READERS: dict[str, tuple[frozenset[str], dict[str, tuple[str, ...]]]] = {
 
 
 # How the settings take effect: with the network and the width of the file in `load`.
-EFFECTIVE = "llm_attack.vision.keeping:settled"
+EFFECTIVE = "llm_attack.vision.checkpoints:settled"
 
 # Of all quick presets.
 QUICK: dict[str, Any] = {"dataset": "digits", "width": 0.25, "epochs": 8, "batch_size": 32}

@@ -17,8 +17,8 @@ from tqdm import tqdm
 from llm_attack.base.errors import UsageError
 from llm_attack.base.record import whole_or_not
 from llm_attack.vision.adversarial import adversarial_examples, objective
+from llm_attack.vision.checkpoints import reason
 from llm_attack.vision.data import Images, augment
-from llm_attack.vision.keeping import reason
 from llm_attack.vision.measure import Row
 from llm_attack.vision.precision import mixed_precision
 from llm_attack.vision.settings import ImageSettings
