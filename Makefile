@@ -37,15 +37,10 @@ attack-libs: .venv/.attack-libs ## torchattacks, foolbox, cleverhans, adv-lib an
 	@if $(PIP) install --quiet --retries 1 --timeout 20 --no-deps -c constraints.txt $(ATTACK_LIBS); then touch $@; \
 	else echo "attack-libs: not installed; the tests that compare with them are skipped"; fi
 
-DEMO := $(BIN)/llm-attack run --model demo --tasks demo_six --batch_size 128 -o results/demo
-
 .PHONY: demo
-demo: .venv ## the whole comparison on the bundled model and tasks, offline, into results/demo
-	@# a finished run would only be read; that of before goes when this one is finished
-	@rm -rf results/demo.before; if [ -d results/demo ]; then mv results/demo results/demo.before; fi
-	@echo "$(DEMO)"
-	@$(DEMO) || { rm -rf results/demo; [ ! -d results/demo.before ] || mv results/demo.before results/demo; exit 1; }
-	@rm -rf results/demo.before
+demo: .venv ## the whole comparison on the bundled model and tasks, offline, into results/demo/new
+	@rm -rf results/demo/new # a finished run would only be read
+	$(BIN)/llm-attack run --model demo --tasks demo_six --batch_size 128 -o results/demo/new
 
 .PHONY: real-model
 real-model: $(REAL_MODEL) ## a small real model, 98 MB, for `make real` and the tests that use one
@@ -132,8 +127,12 @@ startup: .venv ## what the start-up shim costs: microseconds, of 21 interpreter 
 	| awk '{ t[NR] = $$1 } END { print "median " t[int((NR + 1) / 2)] " us, from " t[1] " to " t[NR] }'
 
 .PHONY: bench
-bench: .venv ## time and memory against stock lm-eval, into results/engine; forty minutes on two cores
-	$(BIN)/python benchmarks/engine.py --output results/engine
+bench: .venv ## time and memory against stock lm-eval, into results/speed; forty minutes on two cores
+	$(BIN)/python benchmarks/engine.py --output results/speed
+
+.PHONY: results-pages
+results-pages: .venv ## what results/ does not keep: report.html of each run, and all figures but Fig. 1; in place
+	$(BIN)/python docs/results.py
 
 .PHONY: clean
 clean: ## remove the environments, builds and caches

@@ -1,6 +1,6 @@
 """Robust accuracy under our APGD, APGD-T and block search, beside that under AutoAttack.
 
-    python benchmarks/autoattack.py --load networks/mnist-cnn.safetensors -o results/autoattack
+    python benchmarks/autoattack.py --load networks/mnist-cnn.safetensors -o autoattack
 
 attacks the first test images. AutoAttack is `pyautoattack` as published ("standard": APGD-CE,
 APGD-T, FAB-T and Square with 5,000 queries; Croce and Hein 2020, arXiv 2003.01690). Ours are

@@ -6,7 +6,7 @@ Requests are those of the six benchmarks where their data is (the environment va
 LLM_ATTACK_TEST_DATA: datasets offline, and a Llama tokenizer), else synthetic ones of the same
 lengths. Times are of `loglikelihood`: tokenisation is part of both.
 
-    python benchmarks/engine.py --tokens 6000 --repeats 2 --output results/engine
+    python benchmarks/engine.py --tokens 6000 --repeats 2 --output results/speed
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How much faster SparseFool is than torchattacks' and the authors' own, per image, in turns.
 
-    python benchmarks/sparsefool.py --dataset mnist --authors SparseFool -o results/sparsefool
+    python benchmarks/sparsefool.py --dataset mnist --authors SparseFool -o sparsefool
 
 trains a network, takes a batch of test images that it knows, and lets each attack it several times
 in turn; prints the medians, their ratios, and how well and how sparsely each fools. The parameters

@@ -21,8 +21,7 @@ from rich.console import Console
 from llm_attack.base.record import hardware, versions, write_json
 from llm_attack.harness.patches import without_bars
 from llm_attack.lm.network.hook import frozen
-from llm_attack.suite import results
-from llm_attack.suite.evaluate import silence
+from llm_attack.suite.evaluate import save, silence
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.run.execute import Prepared, execute, prepare
 
@@ -43,7 +42,7 @@ def whole(prepared: Prepared, console: Console) -> dict[str, float]:
         assert result is not None
         seconds = dict(result.run["timings"]["seconds"])
         start = time.perf_counter()
-        results.save(result, Path(folder), [])
+        save(result, Path(folder), [])
         seconds["outputs"] = time.perf_counter() - start
     return seconds
 

@@ -1,6 +1,6 @@
 """The tables of `fig3.md`, from the stored samples of runs.
 
-    python docs/fig3.py results/smollm2-135m
+    python docs/fig3.py results/fig3/smollm2-135m
 
 Prints Markdown: the paper's claims with their verdicts, what attacks cost against no attack, what
 gradients cost against noise of the same amplitude, accuracy by both scores, which questions fall,

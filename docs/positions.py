@@ -1,6 +1,6 @@
 """The tables of `where.md`: accuracy under attack at parts of the prompt.
 
-    python docs/positions.py --output results/positions-demo
+    python docs/positions.py --output results/where/positions-demo
 
 Evaluates a model once for each part, with few-shot examples, so that a question is not all of its
 prompt. Writes `positions.csv` and `positions.md` into the folder.

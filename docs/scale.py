@@ -17,8 +17,8 @@ BYTES = 2  # of a number in bfloat16
 # Tokens of the six benchmarks, all questions, in Llama's vocabulary of 32,000: of each request by
 # itself, and of the trees. Counted, not assumed.
 QUESTIONS, REQUESTS, ROWS, TREES = 17_195, 62_566, 4_387_285, 2_238_430
-# Bytes of a row of samples.parquet and of questions.parquet, of results/smollm2-135m.
-SAMPLE, QUESTION = 31, 208
+# Bytes of a row of samples.parquet and of questions.parquet, of results/fig3/smollm2-135m.
+SAMPLE, QUESTION = 16, 122
 
 # Forwards and backwards of none, random, fgsm and bim in ten steps: one forward for the clean
 # answers gives the first gradient, nine more steps have both, and three conditions their answers.

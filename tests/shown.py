@@ -196,7 +196,7 @@ RULES = (
             *MODEL,
             *TASKS,
             (r"--limit \d+", "--limit 2"),
-            (r"results/positions-[\w-]+", "positions"),
+            (r"results/where/positions-[\w-]+", "positions"),
         ),
     ),
     Rule(
@@ -212,7 +212,7 @@ RULES = (
         data=True,
     ),
     Rule(r"python benchmarks/layers\.py.*", FEW, more="--tasks demo_piqa --limit 4 --repeats 1"),
-    Rule(r"python docs/fig3\.py results/[\w-]+", "as shown", at_root=True),
+    Rule(r"python docs/fig3\.py results/fig3/[\w-]+", "as shown", at_root=True),
     Rule(
         r"python docs/(arguments|architectures)\.py",
         "as shown; the page stays as it is",

@@ -16,11 +16,12 @@ from llm_attack.vision import fig2
 from llm_attack.vision.networks import build
 from llm_attack.vision.settings import shown as called
 
+RESULTS = ROOT / "results" / "experiments"
 PAGE = (ROOT / "docs" / "experiments.md").read_text("utf-8")
 
 
 def folders(pattern):
-    found = (path for path in (ROOT / "results").iterdir() if re.match(pattern, path.name))
+    found = (path for path in RESULTS.iterdir() if re.match(pattern, path.name))
     return sorted(path.name for path in found if (path / "run.json").exists())
 
 
@@ -53,7 +54,7 @@ def signed(*values):
 
 
 def record_of(folder):
-    return json.loads((ROOT / "results" / folder / "run.json").read_text("utf-8"))
+    return json.loads((RESULTS / folder / "run.json").read_text("utf-8"))
 
 
 @pytest.mark.parametrize("folder", [*FOLDERS, *THEORY, *SEEDS, *TRADEOFFS])
@@ -95,7 +96,7 @@ def test_accuracies_after_the_last_epoch():
     seen = set()
     for row in shown_rows(["results", "network", "training images"]):
         folder, network = row["results"].strip("`"), row["network"].split()[0]
-        table = pd.read_csv(ROOT / "results" / folder / "table.csv")
+        table = pd.read_csv(RESULTS / folder / "table.csv")
         table = table[table["network"] == network]
         last = table[table["epoch"] == table["epoch"].max()].set_index("condition")
         record = record_of(folder)
@@ -119,7 +120,7 @@ def test_accuracies_after_the_last_epoch():
 
 
 def last_rows(folder, network):
-    table = pd.read_csv(ROOT / "results" / folder / "table.csv")
+    table = pd.read_csv(RESULTS / folder / "table.csv")
     table = table[table["network"] == network]
     return table[table["epoch"] == table["epoch"].max()].set_index("condition")
 
@@ -180,12 +181,12 @@ def test_points_lost():
 def test_the_epsilon_of_features_follows_them():
     """Fig. 5: 0.1 of their RMS, which grows; of the ResNet-18 there is one epoch."""
     text = " ".join(PAGE.split())
-    table = pd.read_csv(ROOT / "results/fig5-cifar10-cnn/table.csv")
+    table = pd.read_csv(RESULTS / "fig5-cifar10-cnn/table.csv")
     assert (table["epsilon"] / table["rms"]).round(4).unique().tolist() == [0.1]
     ends = table["epsilon"].iloc[[0, -1]].tolist()
     assert "from {:.4f} after the first epoch to {:.4f} after the last.".format(*ends) in text
     assert f"Epsilon grew by {ends[1] / ends[0] - 1:.0%} meanwhile".replace("%", " %") in text
-    table = pd.read_csv(ROOT / "results/fig5-cifar10-resnet18/table.csv")
+    table = pd.read_csv(RESULTS / "fig5-cifar10-resnet18/table.csv")
     assert table["epoch"].unique().tolist() == [20]
     assert f"with an epsilon of {table['epsilon'].iloc[0]:.4f}." in text
 
@@ -196,7 +197,7 @@ def test_more_steps():
     seen = set()
     for row in rows:
         folder = row.pop("20 steps").strip("`")
-        table = pd.read_csv(ROOT / "results" / folder / "table.csv").set_index("condition")
+        table = pd.read_csv(RESULTS / folder / "table.csv").set_index("condition")
         assert record_of(folder)["settings"]["steps"] == 20
         assert int(row.pop("images")) == table.loc["none", "images"]
         for name, shown in row.items():
@@ -247,7 +248,7 @@ def test_sparsefool_beside_others():
 
 
 def test_the_relation_on_lines():
-    table = pd.read_csv(ROOT / "results/relation/lines.csv")
+    table = pd.read_csv(RESULTS / "relation/lines.csv")
     reach = table["reach"]
     found = relation.means(table.assign(dx=table["dx"] / reach, dp=table["dp"] * reach))
     last = found[found["epoch"] == found["epoch"].max()]
@@ -277,7 +278,7 @@ def test_what_falls_and_what_rises():
     """Between the first and the last epoch: where the two intervals do not meet."""
     rows = list(shown_rows(["results", "network", "condition"]))
     for row in rows:
-        table = pd.read_csv(ROOT / "results" / row["results"].strip("`") / "table.csv")
+        table = pd.read_csv(RESULTS / row["results"].strip("`") / "table.csv")
         table = table[table["network"] == row["network"]]
         of = table[table["condition"] == {"clean": "none"}.get(row["condition"], row["condition"])]
         first, last = of.iloc[0], of.iloc[-1]
@@ -296,7 +297,7 @@ def test_what_falls_and_what_rises_over_three_seeds():
     """The trends over the epochs: `trends.csv`, whose verdicts are those of the intervals."""
     rows = list(shown_rows(["three seeds", "condition"]))
     for row in rows:
-        table = pd.read_csv(ROOT / "results" / row["three seeds"].strip("`") / "trends.csv")
+        table = pd.read_csv(RESULTS / row["three seeds"].strip("`") / "trends.csv")
         (of,) = table[
             table["condition"] == {"clean": "none"}.get(row["condition"], row["condition"])
         ].to_dict("records")
@@ -318,7 +319,7 @@ def test_the_sentence_about_three_seeds():
     """What falls under which attack, as the comparison with the paper says it."""
     (sentence,) = re.findall(r"^\| it falls while clean accuracy rises \| (.*?)Single", PAGE, re.M)
     verdicts = {
-        folder: pd.read_csv(ROOT / "results" / folder / "trends.csv").set_index("condition").verdict
+        folder: pd.read_csv(RESULTS / folder / "trends.csv").set_index("condition").verdict
         for folder in SEEDS
     }
     found = {
@@ -347,7 +348,7 @@ def test_robustness_and_accuracy():
     seen = []
     for row in shown_rows(["trained", "network", "training"]):
         folder = row["trained"].strip("`")
-        table = pd.read_csv(ROOT / "results" / folder / "table.csv")
+        table = pd.read_csv(RESULTS / folder / "table.csv")
         network, width = row["network"].split(" × ")
         of = table[(table["network"] == network) & (table["width"] == float(width))]
         of = of[(of["training"] == row["training"]) & (of["epoch"] == of["epoch"].max())]
@@ -367,7 +368,7 @@ def test_correlations_of_robustness_and_accuracy():
     seen = set()
     for row in shown_rows(["correlations", "training", "points"]):
         folder = row["correlations"].strip("`")
-        table = pd.read_csv(ROOT / "results" / folder / "correlations.csv")
+        table = pd.read_csv(RESULTS / folder / "correlations.csv")
         table = table[table["attack"] == "pgd"]
         epochs = {"every epoch": "all", "last epoch": "last"}[row["points"]]
         of = table[(table["training"] == row["training"]) & (table["epochs"] == epochs)]
@@ -384,7 +385,7 @@ def test_the_sentences_about_correlations():
     """What the intervals say of `fooled` and of dp, under PGD."""
 
     def ends(folder, training, x, y):
-        table = pd.read_csv(ROOT / "results" / folder / "correlations.csv")
+        table = pd.read_csv(RESULTS / folder / "correlations.csv")
         of = table[(table["attack"] == "pgd") & (table["epochs"] == "all")]
         (row,) = of[(of["training"] == training) & (of["x"] == x) & (of["y"] == y)].to_dict(
             "records"
@@ -414,7 +415,7 @@ def test_splits_at_equal_relative_amplitude():
     seen = set()
     for row in shown_rows(["splits of", "attack"]):
         folder = row["splits of"].strip("`")
-        table = pd.read_csv(ROOT / "results" / folder / "splits.csv")
+        table = pd.read_csv(RESULTS / folder / "splits.csv")
         of = table[(table["condition"] == row["attack"])]
         of = of[of["relative"] == float(row["ε / RMS"])].set_index("point")
         points = list(row)[3:]
@@ -429,7 +430,7 @@ def test_splits_at_equal_relative_amplitude():
 def test_pixels_lose_most_and_the_last_split_least():
     """At shares of the root mean square up to 0.05; the intervals apart from the middle on."""
     for folder in (name for name in FOLDERS if name.startswith("fig5")):
-        table = pd.read_csv(ROOT / "results" / folder / "splits.csv")
+        table = pd.read_csv(RESULTS / folder / "splits.csv")
         table = table[(table["condition"] == "fgsm") & (table["relative"] <= 0.05)]
         for _, of in table.groupby("relative"):
             first, *others = of.to_dict("records")

@@ -20,14 +20,14 @@ from llm_attack.vision.trends import trend, verdict
 
 # Folder -> the page, and what stands there before the table of accuracies.
 SHOWN = {
-    "smollm2-135m": ("README.md", "## What it finds"),
-    "smollm2-135m-bim-0.01": ("docs/fig3.md", "### At 0.01"),
-    "smollm2-135m-bim": ("docs/fig3.md", "### At 0.7 RMS"),
-    "smollm2-135m-choice": ("docs/fig3.md", "## What would the amplitude"),
-    "smollm2-135m-bf16": ("docs/fig3.md", "## More questions"),
-    "smollm2-135m-1000": ("docs/fig3.md", "and in float32 the first 1,000"),
-    "demo": ("docs/demo.md", "`make demo` prints"),
-    "demo-choice": ("docs/demo.md", "With the gold known"),
+    "fig3/smollm2-135m": ("README.md", "## What it finds"),
+    "fig3/smollm2-135m-bim-0.01": ("docs/fig3.md", "### At 0.01"),
+    "fig3/smollm2-135m-bim": ("docs/fig3.md", "### At 0.7 RMS"),
+    "fig3/smollm2-135m-choice": ("docs/fig3.md", "## What would the amplitude"),
+    "fig3/smollm2-135m-bf16": ("docs/fig3.md", "## More questions"),
+    "fig3/smollm2-135m-1000": ("docs/fig3.md", "and in float32 the first 1,000"),
+    "demo/sequence": ("docs/demo.md", "`make demo` prints"),
+    "demo/choice": ("docs/demo.md", "With the gold known"),
 }
 
 
@@ -74,8 +74,10 @@ def test_changes_of_the_mean():
     heading, *rows = next(tables(text[text.index("| epsilon | random noise |") :]))
     assert [cell.partition(",")[0] for cell in heading[1:]] == ["random noise", "FGSM", "BIM"]
     for epsilon, *cells in rows:
-        ten_steps = {"0.01": "smollm2-135m-bim-0.01", "0.7rms": "smollm2-135m-bim"}[epsilon]
-        folders = ("smollm2-135m", "smollm2-135m", ten_steps)
+        ten_steps = {"0.01": "fig3/smollm2-135m-bim-0.01", "0.7rms": "fig3/smollm2-135m-bim"}[
+            epsilon
+        ]
+        folders = ("fig3/smollm2-135m", "fig3/smollm2-135m", ten_steps)
         for name, folder, cell in zip(NAMES, folders, cells, strict=True):
             table = pd.read_csv(ROOT / "results" / folder / "table.csv")
             (row,) = table[
@@ -84,7 +86,7 @@ def test_changes_of_the_mean():
             change, low, high = (-row[k] for k in ("drop", "drop_high", "drop_low"))
             shown = f"{change:+.1f} ({low:+.1f} to {high:+.1f})".replace("-", "−")
             assert cell == shown + (", not detectable" if low < 0 < high else "")
-    table = pd.read_csv(ROOT / "results/smollm2-135m-choice/table.csv")
+    table = pd.read_csv(ROOT / "results/fig3/smollm2-135m-choice/table.csv")
     noise = table[table["condition"].str.startswith("random@")]
     assert (noise["p_mcnemar_holm"] > 0.05).all()  # no detectable effect
     most = noise.loc[noise["task"] == "mean", "drop_high"].max()
@@ -93,7 +95,7 @@ def test_changes_of_the_mean():
 
 def test_the_two_root_mean_squares():
     """Of the embedding matrix, which is the unit, and of the tokens, which is in the SNR."""
-    of = record_of("smollm2-135m")["attacks"]["fgsm@0.01"]
+    of = record_of("fig3/smollm2-135m")["attacks"]["fgsm@0.01"]
     matrix, tokens = of["embedding_rms"], of["signal_rms"]
     assert of["snr"] == pytest.approx((tokens / of["noise_rms"]) ** 2)
     for page in ("README.md", "docs/fig3.md"):
@@ -105,7 +107,7 @@ def test_the_two_root_mean_squares():
         f"Of this 0.01 is {1 / tokens:.0f} %, and 0.7 RMS is {70 * matrix / tokens:.0f} %" in text
     )
     assert " dB" not in words("README.md")  # one of the two, where a reader compares
-    of = record_of("demo")["attacks"]["fgsm@0.01"]
+    of = record_of("demo/sequence")["attacks"]["fgsm@0.01"]
     text = words("docs/demo.md")
     assert (
         f"(RMS) of {of['embedding_rms']:.3f}, and 0.01 is {1 / of['embedding_rms']:.0f} %" in text
@@ -115,7 +117,7 @@ def test_the_two_root_mean_squares():
 
 def test_openbookqa_by_its_other_score():
     """`docs/fig3.md`: by `acc_norm` above guessing, and taken there."""
-    samples = pd.read_parquet(ROOT / "results/smollm2-135m/samples.parquet")
+    samples = pd.read_parquet(ROOT / "results/fig3/smollm2-135m/samples.parquet")
     of = samples[samples["task"] == "openbookqa"].pivot(
         index="doc_id", columns="condition", values="acc_norm"
     )
@@ -137,7 +139,7 @@ def test_bfloat16_beside_float32():
     """`docs/fig3.md`: how many predictions differ, and the accuracies of the tasks."""
     runs = (
         pd.read_parquet(ROOT / "results" / folder / "samples.parquet")
-        for folder in ("smollm2-135m-bf16", "smollm2-135m-1000")
+        for folder in ("fig3/smollm2-135m-bf16", "fig3/smollm2-135m-1000")
     )
     both = next(runs).merge(next(runs), on=["task", "doc_id", "condition"])
     assert len(both[both["condition"] == "none"]) == 2000
@@ -167,13 +169,13 @@ def test_the_loss_is_our_reading_of_the_paper():
 @pytest.mark.parametrize(
     ("page", "file"),
     [
-        ("where.md", "positions-demo/positions.md"),
-        ("where.md", "positions-smollm2-135m/positions.md"),
-        ("where.md", "demo-layers/layers.md"),
-        ("where.md", "smollm2-135m-layers/layers.md"),
-        ("critical.md", "demo-critical/critical.md"),
-        ("critical.md", "smollm2-135m-critical/critical.md"),
-        ("critical.md", "smollm2-135m-fmn/critical.md"),
+        ("where.md", "where/positions-demo/positions.md"),
+        ("where.md", "where/positions-smollm2-135m/positions.md"),
+        ("where.md", "where/demo-layers/layers.md"),
+        ("where.md", "where/smollm2-135m-layers/layers.md"),
+        ("critical.md", "critical/demo/critical.md"),
+        ("critical.md", "critical/smollm2-135m/critical.md"),
+        ("critical.md", "critical/smollm2-135m-fmn/critical.md"),
     ],
 )
 def test_tables_are_those_of_the_results(page, file):
@@ -190,7 +192,7 @@ def test_models_of_the_demo():
     """`docs/demo.md`: the drop of each model, and where it is largest."""
     text = (ROOT / "docs" / "demo.md").read_text("utf-8")
     _, *rows = next(tables(text[text.index("## Is the better model") :]))
-    found = [pd.read_csv(ROOT / f"results/models-demo/{name}.csv") for name in ("demo", "choice")]
+    found = [pd.read_csv(ROOT / f"results/demo/models/{name}.csv") for name in ("demo", "choice")]
     shown = [("random@0.3rms", 0), ("fgsm@0.3rms", 0), ("fgsm@0.05rms", 1)]
     for steps, clean, *drops in rows:
         model = f"demo-{steps.replace(',', '')}"
@@ -211,7 +213,7 @@ def test_models_of_the_demo():
 
 def test_checkpoints_of_the_demo():
     """`docs/demo.md`: means over three trainings with their ends, and what rises and falls."""
-    folder = ROOT / "results/checkpoints-demo"
+    folder = ROOT / "results/demo/training"
     runs = {
         kind: [pd.read_csv(folder / f"{kind}-{seed}.csv") for seed in (1, 2, 3)]
         for kind in ("sequence", "choice")
@@ -251,7 +253,7 @@ def test_checkpoints_of_the_demo():
 
 def test_speed():
     """`docs/speed.md` and README: time on a real model, of stock's."""
-    found = json.loads((ROOT / "results/engine/cpu-smollm2-135m.json").read_text("utf-8"))
+    found = json.loads((ROOT / "results/speed/cpu-smollm2-135m.json").read_text("utf-8"))
     text = (ROOT / "docs" / "speed.md").read_text("utf-8")
     shown = tables(text[text.index("Of a real model, SmolLM2") :])
     _, *rows, (_, _, *means) = next(shown)
@@ -270,7 +272,7 @@ def test_speed():
 
 def test_speed_at_five_shots():
     """`docs/speed.md`: time, tokens and memory with examples that are computed once."""
-    found = json.loads((ROOT / "results/engine/cpu-110m-5-shots.json").read_text("utf-8"))
+    found = json.loads((ROOT / "results/speed/cpu-110m-5-shots.json").read_text("utf-8"))
     text = (ROOT / "docs" / "speed.md").read_text("utf-8")
     _, *rows, (_, _, *means) = next(tables(text[text.index("With five examples before") :]))
     conditions = ("none", "fgsm own", "fgsm choice", "bim own")
@@ -307,7 +309,7 @@ def test_uncertainty():
     """`docs/experiments.md`, Fig. 4: both packets before and after training, and what changes."""
     text = (ROOT / "docs" / "experiments.md").read_text("utf-8")
     _, *rows = next(tables(text[text.index("## Fig. 4") :]))
-    curves = pd.read_csv(ROOT / "results/fig4/curves.csv").set_index(["epoch", "seed"])
+    curves = pd.read_csv(ROOT / "results/experiments/fig4/curves.csv").set_index(["epoch", "seed"])
     assert [row[0] for row in rows] == list(OF_THE_TOY)
     for name, *cells, told in rows:
         first, last = (curves.loc[epoch, OF_THE_TOY[name]] for epoch in (0, 500))
@@ -325,7 +327,7 @@ def test_uncertainty():
 def test_the_plain_step_of_the_toy():
     """`docs/experiments.md`, Fig. 4: its accuracy falls between two epochs, and then rises."""
     text = " ".join((ROOT / "docs" / "experiments.md").read_text("utf-8").split())
-    curves = pd.read_csv(ROOT / "results/fig4/curves.csv")
+    curves = pd.read_csv(ROOT / "results/experiments/fig4/curves.csv")
     means = curves.groupby("epoch")[["clean", "robust", "stepped"]].mean()
     top = means["stepped"].loc[:50].idxmax()
     low = means["stepped"].loc[top:].idxmin()
@@ -347,7 +349,7 @@ def test_the_plain_step_of_the_toy():
 def test_words():
     """`docs/experiments.md`, Fig. 6: cosines times the root of the size, the last word."""
     text = (ROOT / "docs" / "experiments.md").read_text("utf-8")
-    curves = pd.read_csv(ROOT / "results/fig6/curves.csv")
+    curves = pd.read_csv(ROOT / "results/experiments/fig6/curves.csv")
     last = curves[(curves["epoch"] == 1000) & (curves["split"] == "test")].set_index("size")
     for kind, shown in (
         ("right", "−0.136, −0.131 and −0.141"),
@@ -370,15 +372,15 @@ def test_which_words_have_the_larger_cosine():
     """`docs/experiments.md`, Fig. 6: in size that of right words; the sign tells them apart."""
     text = " ".join((ROOT / "docs" / "experiments.md").read_text("utf-8").split())
     networks = {}
-    for folder in ("fig6", "fig6-controls"):
+    for folder in ("experiments/fig6", "experiments/fig6-controls"):
         table = pd.read_csv(ROOT / "results" / folder / "networks.csv")
         new = table[table["split"] == "test"]
         assert (new["cosine_right"] < 0).all() and (new["cosine_wrong"] > 0).all()
         further = new["cosine_right"].abs() > new["cosine_wrong"].abs()
         networks[folder] = int(further.sum()), len(new)
-    assert networks == {"fig6": (30, 30), "fig6-controls": (31, 120)}
+    assert networks == {"experiments/fig6": (30, 30), "experiments/fig6-controls": (31, 120)}
     assert "further from 0 in all 30 networks" in text and "further from 0 in 31 of 120" in text
-    curves = pd.read_csv(ROOT / "results/fig6/curves.csv")
+    curves = pd.read_csv(ROOT / "results/experiments/fig6/curves.csv")
     new = curves[curves["split"] == "test"]
     assert (new["cosine_right_mean"].abs() > new["cosine_wrong_mean"].abs()).all()
 
@@ -386,7 +388,7 @@ def test_which_words_have_the_larger_cosine():
 def test_cosines_of_networks_that_differ_in_accuracy():
     """`docs/experiments.md`, Fig. 6: the rank correlations, and how far apart the networks are."""
     text = (ROOT / "docs" / "experiments.md").read_text("utf-8")
-    networks = pd.read_csv(ROOT / "results/fig6-controls/networks.csv")
+    networks = pd.read_csv(ROOT / "results/experiments/fig6-controls/networks.csv")
     found = fig6.trends(networks)
     _, *rows = next(tables(text[text.index("| cosine · √size of |") :]))
     assert [row[0] for row in rows] == ["right words", "wrong words"]
@@ -403,7 +405,7 @@ def test_cosines_of_networks_that_differ_in_accuracy():
 
 def test_curves_agree_with_attacks_of_one_amplitude():
     """`docs/critical.md`: within 0.1 %, and FMN within two points."""
-    for folder in ("demo-critical", "smollm2-135m-critical"):
+    for folder in ("critical/demo", "critical/smollm2-135m"):
         samples = pd.read_parquet(ROOT / "results" / folder / "samples.parquet")
         beside = critical.against_fixed(samples)
         beside = beside[beside["attack"].str.startswith("apgd@")]
@@ -417,7 +419,7 @@ def test_what_foretells():
     """`docs/critical.md`: which intervals exclude chance, and which differences are above 0."""
     text = words("docs/critical.md")
     excluded, above = {}, {}
-    for folder in ("demo-critical", "smollm2-135m-critical", "smollm2-135m-fmn"):
+    for folder in ("critical/demo", "critical/smollm2-135m", "critical/smollm2-135m-fmn"):
         made = (ROOT / "results" / folder / "critical.md").read_text("utf-8")
         (rows,) = (of for of in tables(made) if "cosine" in of[0])
         rows = [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
@@ -428,22 +430,22 @@ def test_what_foretells():
         excluded[folder] = (sum(below), len(rows))
         lows = [float(re.findall(r"-?\d\.\d+", row["first_order - margin"])[1]) for row in rows]
         above[folder] = [row["condition"] for row, low in zip(rows, lows, strict=True) if low <= 0]
-    assert excluded["demo-critical"] == (3, 7) and "three of seven do" in text
-    small = [of for folder, of in excluded.items() if folder.startswith("smollm2")]
+    assert excluded["critical/demo"] == (3, 7) and "three of seven do" in text
+    small = [of for folder, of in excluded.items() if folder.startswith("critical/smollm2")]
     assert tuple(map(sum, zip(*small, strict=True))) == (0, 8) and "none of its eight" in text
     assert above == {
-        "demo-critical": ["fgsm@0.12rms"],
-        "smollm2-135m-critical": ["fgsm@0.002rms", "fgsm@0.004rms"],
-        "smollm2-135m-fmn": [],
+        "critical/demo": ["fgsm@0.12rms"],
+        "critical/smollm2-135m": ["fgsm@0.002rms", "fgsm@0.004rms"],
+        "critical/smollm2-135m-fmn": [],
     }
 
 
 def test_the_estimate_and_what_it_estimates():
     """`docs/critical.md`: quartiles of first_order / critical_epsilon."""
     for folder, condition, quartiles in (
-        ("demo-critical", "critical@0.5rms", [1.06, 1.23, 1.47]),
-        ("smollm2-135m-critical", "critical@0.2rms", [0.98, 1.01, 1.05]),
-        ("smollm2-135m-fmn", "fmn@0.2rms", [0.98, 1.01, 1.06]),
+        ("critical/demo", "critical@0.5rms", [1.06, 1.23, 1.47]),
+        ("critical/smollm2-135m", "critical@0.2rms", [0.98, 1.01, 1.05]),
+        ("critical/smollm2-135m-fmn", "fmn@0.2rms", [0.98, 1.01, 1.06]),
     ):
         samples = pd.read_parquet(ROOT / "results" / folder / "samples.parquet")
         found = samples[(samples["condition"] == condition) & (samples["critical_epsilon"] > 0)]
@@ -451,7 +453,9 @@ def test_the_estimate_and_what_it_estimates():
         assert ratio.quantile([0.25, 0.5, 0.75]).round(2).tolist() == quartiles
 
 
-@pytest.mark.parametrize("folder", ["smollm2-135m", "smollm2-135m-bim", "smollm2-135m-bim-0.01"])
+@pytest.mark.parametrize(
+    "folder", ["fig3/smollm2-135m", "fig3/smollm2-135m-bim", "fig3/smollm2-135m-bim-0.01"]
+)
 def test_tables_of_fig3(folder):
     main = runpy.run_path(str(ROOT / "docs/fig3.py"), run_name="fig3")["main"]
     done = CliRunner().invoke(main, [str(ROOT / "results" / folder)], catch_exceptions=False)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from rich.console import Console
@@ -68,7 +69,15 @@ def doctor(plan: Plan, progress: str) -> list[Check]:
     some = [known[attack, amplitude(epsilon)[0]] for attack, epsilon in CONDITIONS]
     lm.use(*some)
     own = own_gradient(prepared)
-    found = _carried_out(prepared, progress, console)
+    try:
+        found = _carried_out(prepared, progress, console)
+    except RuntimeError as error:
+        if own.verdict != FAILS:
+            raise
+        what = sanity.not_applicable(
+            "attacks find what they should", f"they fail ({one_line(error)})"
+        )
+        return [nothing_changes(prepared), what, own]
     listed = sanity.checks(found.samples, found.run)
     lm.use(*(replace(c, steps=2 * c.steps) for c in some if c.attack in ("none", "bim")))
     longer = _carried_out(prepared, progress, console)
@@ -93,17 +102,28 @@ def still_rising(samples: pd.DataFrame, longer: pd.DataFrame, knows: bool) -> Ch
         longer: of one with twice as many steps.
         knows: whether the loss knows the gold.
     """
-    name, worst = "the loss no longer rises at the last step", ("", 0.0)
+    name, clean = "the loss no longer rises at the last step", samples["condition"] == "none"
+    least = _ROUNDING * samples.loc[clean, "log_likelihoods"].map(np.mean).abs().mean()
+    found: list[tuple[float, str, float]] = []
     for condition in longer.loc[longer["attack"] == "bim", "condition"].unique():
         outcomes = (
             sanity.outcome(of[of["condition"] == which], knows)
             for of, which in ((samples, "none"), (samples, condition), (longer, condition))
         )
-        clean, short, long = ((of.clip(lower=0) if knows else of).mean() for of in outcomes)
-        share = (short - long) / max(clean - short, 1e-9)
-        worst = max(worst, (str(condition), float(share)), key=lambda pair: pair[1])
-    verdict = PASSES if worst[1] <= _RISING else FAILS
-    return Check(name, verdict, f"twice the steps add {worst[1]:.1%} of what {worst[0]} reached")
+        start, short, long = ((of.clip(lower=0) if knows else of).mean() for of in outcomes)
+        reached, more = start - short, short - long
+        if max(reached, reached + more) > least:
+            share = more / reached if reached > least else np.inf
+            found.append((share, str(condition), more))
+    if not found:
+        return sanity.not_applicable(
+            name, f"no attack lowers anything by more than {least:.2g} nats"
+        )
+    share, condition, more = max(found)
+    figure = f"twice the steps add {share:.1%} of what {condition} reached"
+    if np.isinf(share):
+        figure = f"{condition} reached nothing, and {more:.2g} nats with twice the steps"
+    return Check(name, PASSES if share <= _RISING else FAILS, figure)
 
 
 def nothing_changes(prepared: Prepared) -> Check:

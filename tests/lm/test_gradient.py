@@ -16,6 +16,7 @@ from llm_attack.base.errors import UsageError
 from llm_attack.cli import main
 from llm_attack.harness.model import AttackedHFLM
 from llm_attack.lm.engine.gradient import examine
+from llm_attack.lm.engine.scoring import Scorer
 from llm_attack.lm.network.hook import frozen
 from llm_attack.suite import doctor
 from llm_attack.suite.studies.sanity import NOT_APPLICABLE
@@ -84,6 +85,14 @@ class Turned(Linear):
         return 2 * y.detach() - y
 
 
+class Crowded(Linear):
+    """Where there are many tokens its kernel is another, without a gradient."""
+
+    def forward(self, x):
+        y = self.layer(x)
+        return y.detach() if x.shape[:-1].numel() > 60 else y
+
+
 class Scaled(Linear):
     def forward(self, x):
         y = self.layer(x)
@@ -131,6 +140,8 @@ def spoilt(kind, name="llama", head=False):
         (Detached, False, "which is not that of its loss: slopes"),
         (Turned, True, "which is not that of its loss: slopes"),
         (Scaled, False, "which is not that of its loss: slopes"),
+        (Crowded, False, r"differs by \d+% between batches of 1 and of 16 rows"),
+        (Crowded, True, r"as taking it fails \(.*grad"),
         (Detached, True, r"as taking it fails \(.*grad"),
     ],
 )
@@ -156,6 +167,24 @@ def test_doubtful_ones_are_told(kind, head, warning):
 def test_a_straight_through_estimator_is_not_refused():
     """It is what an attack on a quantised model should follow (Athalye et al. 2018)."""
     assert found_of(spoilt(Rounded)).fault == ""
+
+
+@pytest.mark.parametrize("room", [1, 5, 40])
+def test_less_memory_takes_more_forwards(monkeypatch, room):
+    """The finding is the same, and no batch is larger than there is room for."""
+    logits, rows = Scorer.logits, []
+
+    def limited(self, pack, *args):
+        rows.append(len(pack.input_ids))
+        if rows[-1] > room:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return logits(self, pack, *args)
+
+    whole = found_of(single("llama"))
+    monkeypatch.setattr(Scorer, "logits", limited)
+    assert found_of(single("llama")).figure == pytest.approx(whole.figure)
+    assert max(rows) > room >= sorted(rows)[0]
+    assert found_of(spoilt(Detached)).fault
 
 
 # -- a run says it ---------------------------------------------------------------------------------
@@ -225,6 +254,24 @@ def test_the_doctor_tells(spoils):
     done = CliRunner().invoke(main, [*words, "--device", "cpu", "--progress", "quiet"])
     assert done.exit_code == 1, done.output
     assert "fails: the gradient is that of the model as it runs; which is not" in done.stdout
+
+
+def test_the_doctor_tells_where_there_is_none(monkeypatch):
+    """No attack can be carried out; what can be said is said, and the exit code is 1."""
+    create = AttackedHFLM._create_model
+
+    def spoilt(self, *args, **kwargs):
+        create(self, *args, **kwargs)
+        self.model.lm_head.register_forward_hook(detached)
+
+    monkeypatch.setattr(AttackedHFLM, "_create_model", spoilt)
+    words = ["doctor", "--model", "demo", "--tasks", "demo_piqa", "--limit", "2", "--queries", "2"]
+    done = CliRunner().invoke(main, [*words, "--device", "cpu", "--progress", "quiet"])
+    assert done.exit_code == 1, done.output
+    lines = done.stdout.splitlines()
+    assert "fails: the gradient is that of the model as it runs; as taking it fails" in done.stdout
+    assert any("not applicable: " in of and "does not require grad" in of for of in lines)
+    assert lines[-1] == "1 of 3 checks fail"
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import torch
 from click.testing import CliRunner
 
 from llm_attack.cli import main
+from llm_attack.lm.engine.diagnostics import Diagnostics
 
 
 def results_of(folder):
@@ -90,3 +91,9 @@ def test_masked_gradients_are_reported(make, build):
     lm.loglikelihood(build("demo_piqa", 4).instances, disable_tqdm=True)
     handle.remove()
     assert lm.attack_info()["zero_gradient_fraction"] == pytest.approx(0.5, abs=1e-3)
+
+
+def test_a_ratio_of_nothing():
+    """Perturbations whose squares overflow: the ratio is 0, and its logarithm no number."""
+    of = Diagnostics(signal=1.0, noise=float("inf"), elements=2.0).report()
+    assert of["snr"] == 0 and of["snr_db"] is None

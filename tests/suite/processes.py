@@ -17,7 +17,7 @@ from pathlib import Path
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(
     [
-        "llm_attack.suite.commands",
+        "llm_attack.suite.evaluate",
         "llm_attack.suite.report.figures",
         "matplotlib.backends.backend_agg",
         "matplotlib.backends.backend_svg",

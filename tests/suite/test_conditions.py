@@ -218,12 +218,12 @@ def test_epsilon_zero_is_no_attack():
 
 OLD = sorted(
     path.parent
-    for path in (ROOT / "results").glob("*/run.json")
+    for path in (ROOT / "results").glob("*/*/run.json")
     if (path.parent / "samples.parquet").exists()
 )
 
 
-@pytest.mark.parametrize("folder", OLD, ids=lambda path: path.name)
+@pytest.mark.parametrize("folder", OLD, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_old_runs(folder):
     """As their plan would have them today, which is made from the settings by another way."""
     run = json.loads((folder / "run.json").read_text("utf-8"))

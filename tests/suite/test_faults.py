@@ -189,7 +189,7 @@ def test_foreign_folder(tmp_path, content, name):
     path.parent.mkdir(exist_ok=True)
     path.write_text(content)
     line = refused(*DEMO, "-o", tmp_path)
-    assert f"output={tmp_path}: {name} there is not of a run of this version" in line
+    assert f"output={tmp_path}: {name} there cannot be read as that of a run" in line
     assert path.read_text() == content
 
 
@@ -241,7 +241,7 @@ def test_damaged_samples(finished, tmp_path, whole, how):
     if how == "bit":
         # of the pages, which have checksums: what is between them may not matter
         column = pq.ParquetFile(path).metadata.row_group(0).column(0)
-        end = column.dictionary_page_offset + column.total_compressed_size
+        end = column.data_page_offset + column.total_compressed_size
         damage(path, (end - 2) / path.stat().st_size)
     elif how == "truncated":
         path.write_bytes(path.read_bytes()[:-100])

@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import matplotlib.collections
 import numpy as np
+import pandas as pd
 import pytest
 from invented import SHIFTS, SIX, build
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -163,6 +164,31 @@ def test_curves_are_the_table(ladder):
                     assert np.isclose(corners, point).all(axis=1).any()
 
 
+def test_the_worst_case_starts_where_it_is_known(frames):
+    """FGSM alone at 0.1, two attacks from 0.2 on: no line goes from none past FGSM."""
+    samples, _ = frames({"a": (9, 2)}, {"none": 3.0, "fgsm@0.1": -1.0, "fgsm@0.2": -2.0})
+    at_last = samples[samples["condition"] == "fgsm@0.2"]
+    worst = at_last.assign(condition="worst@0.2", attack="worst")
+    axes = figures.curves(summary.summarise(pd.concat([samples, worst]))).axes[0]
+    lines = {line.get_label(): list(line.get_xdata()) for line in axes.get_lines()}
+    assert lines["fgsm"] == [0, 0.1, 0.2] and lines["worst"] == [0.2]
+    early = samples[samples["condition"] == "fgsm@0.1"]
+    more = early.assign(condition="worst@0.1", attack="worst")
+    axes = figures.curves(summary.summarise(pd.concat([samples, more, worst]))).axes[0]
+    lines = {line.get_label(): list(line.get_xdata()) for line in axes.get_lines()}
+    assert lines["worst"] == [0, 0.1, 0.2]
+
+
+def test_intervals_are_seen_on_dark_bars(run):
+    """Black lines with a white edge."""
+    _, table = run
+    for axes in figures.bars(table).axes:
+        parts = [of for of in axes.containers if hasattr(of, "has_yerr")]
+        assert parts
+        for _, caps, lines in parts:
+            assert all(part.get_path_effects() for part in (*caps, *lines))
+
+
 def test_curves_need_several_epsilons(frames):
     for conditions in (SHIFTS, {"none": 1.0}):
         assert figures.curves(summary.summarise(frames({"a": (5, 4)}, conditions)[0])) is None
@@ -209,6 +235,19 @@ def test_margins_of_nothing_and_of_one_value(frames):
     assert (shares.tolist(), edges[0]) == ([1.0], 0)
     samples["log_likelihoods"] = [[-np.inf, -np.inf]] * 3
     assert figures.margins(samples) is None
+
+
+@pytest.mark.parametrize("size", [1e17, -1e17, 1e200])
+@pytest.mark.parametrize("more", [0.0, 16.0])
+def test_margins_that_are_far_and_near_each_other(frames, size, more):
+    """Edges of bins are apart, however large margins are."""
+    samples, _ = frames({"a": (30, 2)}, {"none": 1.0})
+    samples = samples.assign(gold=[[0]] * len(samples))
+    values = [[size + more * (i % 2), 0.0] for i in range(len(samples))]
+    shares, edges, _ = (
+        figures.margins(samples.assign(log_likelihoods=values)).axes[0].patches[0].get_data()
+    )
+    assert (np.diff(edges) > 0).all() and shares.sum() == pytest.approx(1)
 
 
 def test_cosines_are_the_samples(frames):

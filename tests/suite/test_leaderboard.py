@@ -150,11 +150,11 @@ def test_a_damaged_leaderboard(folders, damage):  # noqa: F811
 def test_one_of_an_earlier_version_goes_on(five, tmp_path):
     """Its rows stay; what they depend on is not known, so that none of them is replaced."""
     board = tmp_path / "board.csv"
-    old = (ROOT / "results/models-demo/leaderboard.csv").read_text("utf-8")
+    old = (ROOT / "results/demo/models/leaderboard.csv").read_text("utf-8")
     board.write_text(old)
     for _ in range(2):
         leaderboard.add(board, {"m0": five["m0"]})
-    before, after = pd.read_csv(ROOT / "results/models-demo/leaderboard.csv"), pd.read_csv(board)
+    before, after = pd.read_csv(ROOT / "results/demo/models/leaderboard.csv"), pd.read_csv(board)
     pd.testing.assert_frame_equal(after[list(before)][: len(before)], before)
     assert after["identity"].isna().tolist() == [True] * len(before) + [False]
     assert set(after.columns) - set(before.columns) == {"settings", "identity"}

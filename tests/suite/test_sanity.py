@@ -1,5 +1,6 @@
 """The checklist: what passes, what fails, and models that hide their gradient."""
 
+import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner
@@ -110,6 +111,40 @@ def test_too_few_steps():
     assert check.verdict == FAILS and "40.0% of what bim@0.1" in check.figure
     assert doctor.still_rising(samples, samples, True).verdict == PASSES
     assert doctor.still_rising(samples, weakened(1, False), True).verdict == PASSES
+
+
+@pytest.mark.parametrize("knows", [True, False])
+@pytest.mark.parametrize(
+    "short, long, verdict, figure",
+    [
+        # the steps of the run helped the model, and twice as many do nothing
+        (3.02, 3.0, NOT_APPLICABLE, "no attack lowers anything by more than"),
+        (3.0, 3.0, NOT_APPLICABLE, "no attack lowers anything by more than"),
+        (2.99999999, 2.9999, NOT_APPLICABLE, "no attack lowers anything by more than"),
+        (3.0, 1.0, FAILS, "bim@0.1 reached nothing, and 2 nats with twice the steps"),
+        (3.02, 1.02, FAILS, "bim@0.1 reached nothing, and 2 nats with twice the steps"),
+        (2.0, 1.0, FAILS, "twice the steps add 100.0% of what bim@0.1 reached"),
+        (2.0, 1.9, PASSES, "twice the steps add 10.0% of what bim@0.1 reached"),
+        (2.0, 2.1, PASSES, "twice the steps add -10.0% of what bim@0.1 reached"),
+    ],
+)
+def test_steps_that_reach_nothing(knows, short, long, verdict, figure):
+    """No share is taken of what is nothing."""
+
+    def frame(outcome):
+        first = outcome if knows else 2 * outcome
+        rows = {"none": [3.0 if knows else 6.0, 0.0], "bim@0.1": [first, 0.0]}
+        return pd.DataFrame(
+            [
+                {"condition": name, "attack": name.partition("@")[0], "gold": [0]}
+                | {"log_likelihoods": values}
+                for name, values in rows.items()
+                for _ in range(2)
+            ]
+        )
+
+    check = doctor.still_rising(frame(short), frame(long), knows)
+    assert (check.verdict, figure in check.figure) == (verdict, True), check
 
 
 # -- models of which attacks say nothing -----------------------------------------------------------

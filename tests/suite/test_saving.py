@@ -19,7 +19,7 @@ from llm_attack.base import drawing
 from llm_attack.base.errors import UsageError
 from llm_attack.base.failures import Attempts
 from llm_attack.cli import main
-from llm_attack.suite import evaluate, render, results
+from llm_attack.suite import evaluate, render
 from llm_attack.suite.analysis import critical
 from llm_attack.suite.analysis.summary import summarise
 from llm_attack.suite.analysis.worst import with_worst
@@ -44,9 +44,9 @@ FAULTS = {
     "save of tables": (tables, "table.csv", {"table.csv", "table.md"}),
     "claims": (claims, claims.TITLE, set()),
     "checks": (sanity, sanity.TITLE, set()),
-    "with_worst": (results, "worst", set()),
-    "write_report": (results, "report.html", {"report.html"}),
-    "as_json": (results, "lm_eval/results_none.json", {"lm_eval/results_none.json"}),
+    "with_worst": (render, "worst", set()),
+    "write_report": (render, "report.html", {"report.html"}),
+    "as_json": (evaluate, "lm_eval/results_none.json", {"lm_eval/results_none.json"}),
 }
 
 
@@ -68,7 +68,7 @@ def made_up(hookpoints=("embed", "h.0", "h.1")):
     infos = {name: {"attack": name.partition("@")[0], "epsilon": 0.1} for name in names}
     run = {"settings": {"loss": "margin"}, "attacks": infos, "model_name": "m", "fingerprint": {}}
     run |= {"equivalence": None, "warnings": []}
-    table = summarise(with_worst(samples), infos)
+    table = summarise(with_worst(samples, run), infos)
     return Result(table, samples, questions, run, {"none": {"results": {}}})
 
 
@@ -366,7 +366,9 @@ def test_epsilons_are_shown_in_it(undrawn, tmp_path, monkeypatch):
     for name in ("epsilon", "survival"):
         assert seen[name].get_supxlabel() == "epsilon (rms)"
     lines = {line.get_label(): line for line in seen["epsilon"].axes[0].get_lines()}
-    assert set(lines) == {"fgsm", "random guess"}
+    assert set(lines) == {"fgsm", "worst", "random guess"}
+    # at the smaller epsilon fgsm was alone: the worst case is no straight line from 0 past it
+    assert lines["worst"].get_xdata() == pytest.approx([4])
     assert lines["fgsm"].get_xdata() == pytest.approx([0, 2, 4])
     (curve,) = seen["survival"].axes[0].get_lines()
     assert curve.get_xdata() == pytest.approx([0, 2, 4])

@@ -68,7 +68,7 @@ class Diagnostics:
             "signal_rms": None if signal is None else signal**0.5,
             "noise_rms": None if noise is None else noise**0.5,
             "snr": snr,
-            "snr_db": None if snr is None else 10 * log10(snr),
+            "snr_db": 10 * log10(snr) if snr else None,
             "zero_gradient_fraction": _ratio(self.zero_gradients, self.gradients),
             "lost_to_rounding": _ratio(self.lost, self.steps),
             "not_perturbed": _ratio(self.still, self.examples),

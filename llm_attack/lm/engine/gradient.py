@@ -29,6 +29,7 @@ _PARTS = 3
 _DIRECTIONS = 3  # the gradient's own, and random ones
 _LEVELS = 15  # steps 1/2, 1/4, ... of a token's RMS
 _FARTHER = 4  # levels: the rounding error of a slope is 16 times as large there
+_ROWS = 16  # of a batch: kernels may be others where there are more tokens
 _DIGITS = 5.0  # slopes may differ by so many times the square root of the spacing at 1
 
 
@@ -103,10 +104,8 @@ def _examined(scorer: Scorer, tokens: tuple[int, ...], device: torch.device) -> 
         x = scorer.point(pack)
         plain = logits(x)
     try:
-        with torch.enable_grad():
-            leaf = x.detach().requires_grad_(True)
-            attacked = logits(leaf)
-            (gradient,) = torch.autograd.grad(_losses(scorer, pack, attacked).sum(), leaf)
+        attacked, gradient = _gradient(scorer, pack, x)
+        of_rows = _of_rows(scorer, tokens, x)
     except Exception as error:
         if should_reduce_batch_size(error):
             raise
@@ -126,6 +125,9 @@ def _examined(scorer: Scorer, tokens: tuple[int, ...], device: torch.device) -> 
                 f"as logits differ by {apart:.2g} (root mean square) between forwards {what}; two"
                 f" like forwards differ by {noise:.2g}"
             )
+    apart = _apart(of_rows, gradient) / max(_apart(gradient, torch.zeros_like(gradient)), 1e-300)
+    if apart > WRONG and noise <= rounding:
+        return Finding(f"which differs by {apart:.0%} between batches of 1 and of {_ROWS} rows")
     found = judged(_slopes(scorer, tokens, x, gradient), x.dtype, eps)
     if noise > rounding:  # slopes say nothing then
         text = f"logits of the same text differ by {noise:.2g} from call to call"
@@ -202,6 +204,37 @@ def _losses(scorer: Scorer, pack: Pack, logits: Tensor) -> Tensor:
     return -sum_by(found.to(pack.input_ids.device), of.request, len(pack.requests))
 
 
+def _gradient(scorer: Scorer, pack: Pack, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits at the point, and the gradient of the loss there."""
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_(True)
+        logits = scorer.logits(pack, pack.scored.positions, leaf)
+        (gradient,) = torch.autograd.grad(_losses(scorer, pack, logits).sum(), leaf)
+    return logits.detach(), gradient
+
+
+def _of_rows(scorer: Scorer, tokens: tuple[int, ...], x: Tensor, rows: int = _ROWS) -> Tensor:
+    """The gradient in a batch of equal rows, their mean; of fewer where memory is short."""
+    try:
+        pack = _pack(tokens, rows, x.device)
+        return _gradient(scorer, pack, x.expand(rows, *x.shape[1:]))[1].mean(0, keepdim=True)
+    except Exception as error:
+        if rows == 1 or not should_reduce_batch_size(error):
+            raise
+    return _of_rows(scorer, tokens, x, rows // 2)
+
+
+def _losses_at(scorer: Scorer, tokens: tuple[int, ...], points: Tensor) -> Tensor:
+    """(points,) losses, in several forwards where memory is short."""
+    try:
+        pack = _pack(tokens, len(points), points.device)
+        return _losses(scorer, pack, scorer.logits(pack, pack.scored.positions, points))
+    except Exception as error:
+        if len(points) == 1 or not should_reduce_batch_size(error):
+            raise
+    return torch.cat([_losses_at(scorer, tokens, half) for half in points.chunk(2)])
+
+
 def _apart(some: Tensor, others: Tensor) -> float:
     return float((some.detach() - others.detach()).float().square().mean().sqrt())
 
@@ -219,12 +252,11 @@ def _slopes(scorer: Scorer, tokens: tuple[int, ...], x: Tensor, gradient: Tensor
     ways = [gradient * size, *drawn.to(gradient)]
     ways = [size * way / way.square().mean().sqrt().clamp(min=1e-300) for way in ways]
     steps = 0.5 ** torch.arange(1, _LEVELS + 1, dtype=wide, device=x.device)
-    ends = [[(x + sign * h * way).to(x.dtype) for way in ways for h in steps] for sign in (1, -1)]
-    up, down = map(torch.cat, ends)
-    pack = _pack(tokens, 2 * len(up), x.device)
+    points = [[(x + sign * h * way).to(x.dtype) for way in ways for h in steps] for sign in (1, -1)]
+    up, down = map(torch.cat, points)
     with torch.no_grad():
-        logits = scorer.logits(pack, pack.scored.positions, torch.cat([up, down]))
-        measured = _losses(scorer, pack, logits).reshape(2, _DIRECTIONS, -1)
+        ends = _losses_at(scorer, tokens, torch.cat([up, down]))
+    measured = ends.reshape(2, _DIRECTIONS, -1)
     claimed = ((up.to(wide) - down.to(wide)) * gradient).flatten(1).sum(-1)
     both = torch.stack([measured[0] - measured[1], claimed.reshape(_DIRECTIONS, -1)])
     slopes, steps = (both / (2 * steps)).double().cpu(), steps.double().cpu()

@@ -18,6 +18,7 @@ from llm_attack.base.drawing import COLOURS, draw
 from llm_attack.base.failures import Attempts
 from llm_attack.suite.analysis.outcomes import gold_margin, right
 from llm_attack.suite.analysis.summary import MEAN
+from llm_attack.suite.plan import WORST
 from llm_attack.suite.report.layout import (
     OF_POINT,
     Unit,
@@ -77,6 +78,8 @@ def bars(table: pd.DataFrame) -> Figure:
     Args:
         table: of `summarise`.
     """
+    from matplotlib.patheffects import withStroke
+
     table = named_by_score(table[table["task"] != MEAN])
     conditions = _conditions(table)
     scored = "score" in table
@@ -94,7 +97,11 @@ def bars(table: pd.DataFrame) -> Figure:
                 acc, low, high = (rows[k].to_numpy(float) for k in ("acc", "acc_low", "acc_high"))
                 axes.bar(x, acc, 0.92 * step, label=condition, edgecolor="white", lw=0, **face)
                 ends = [acc - low, high - acc]
-                axes.errorbar(x, acc, ends, fmt="none", ecolor="k", lw=0.6, capsize=1.3)
+                _, caps, lines = axes.errorbar(
+                    x, acc, ends, fmt="none", ecolor="k", lw=0.6, capsize=1.3
+                )
+                for part in (*caps, *lines):  # seen on dark bars, too
+                    part.set_path_effects([withStroke(linewidth=1.4, foreground="white")])
                 if rows["attack"].iloc[0] in ("none", "fgsm"):
                     ends = np.fmax(high, acc)  # NaN where there is no interval
                     for at, end, value, grey in zip(x, ends, acc, greys, strict=True):
@@ -118,8 +125,9 @@ def curves(table: pd.DataFrame, unit: Unit = OF_POINT) -> Figure | None:
     """Accuracy against epsilon, a panel per task and one for their mean; None without such a curve.
 
     A curve starts at the accuracy without an attack. The bands are the 95 % intervals, the dashed
-    lines the accuracies of random guesses. The searches for the smallest epsilon are left out: they
-    have an accuracy at one epsilon alone, and their curves are in `survival.figure`.
+    lines the accuracies of random guesses. `worst` starts where there are two attacks to take the
+    worst of. The searches for the smallest epsilon are left out: they have an accuracy at one
+    epsilon alone, and their curves are in `survival.figure`.
 
     Args:
         table: of `summarise`.
@@ -140,7 +148,8 @@ def curves(table: pd.DataFrame, unit: Unit = OF_POINT) -> Figure | None:
         for task, axes in grid.items():
             rows = table[table["task"] == task]
             for attack, curve in rows[rows["attack"] != "none"].groupby("attack", sort=False):
-                if 0 not in set(curve["epsilon"]):
+                first = curve["epsilon"].min()
+                if first > 0 and not (attack == WORST and epsilons.min() < first):
                     curve = pd.concat([rows[rows["attack"] == "none"], curve])
                 curve = curve.sort_values("epsilon")
                 like = look(str(attack))
@@ -178,6 +187,7 @@ def margins(samples: pd.DataFrame) -> Figure | None:
     ends = frame.groupby("condition")["margin"].quantile([0.01, 0.99])
     low, high = ends.min(), ends.max()
     width = (high - low) / 40 or 1.0
+    width = max(width, 1e-9 * abs(low), 1e-9 * abs(high))  # so that edges differ
     edges = width * np.arange(np.floor(low / width), np.ceil(high / width) + 1.5)
     inside = frame["margin"].clip(edges[0], (edges[-2] + edges[-1]) / 2)
     shares = {
