@@ -8,7 +8,7 @@ from inspect import signature
 from typing import Any
 
 from llm_attack.base.declare import SettingSpec, check, setting
-from llm_attack.base.errors import invalid
+from llm_attack.base.errors import UsageError, invalid
 from llm_attack.base.plugins import is_own, load_function, name_of, source_hash
 
 
@@ -117,7 +117,7 @@ def register_attack(function: Callable[..., Any], name: str | None = None) -> st
         The name.
 
     Raises:
-        ValueError: another attack has that name.
+        ValueError: another attack has that name, or the function has other parameters.
     """
     name = name_of(function) if name is None else name
     known = ATTACKS.get(name)
@@ -125,7 +125,15 @@ def register_attack(function: Callable[..., Any], name: str | None = None) -> st
         raise ValueError(f"name={name}: must be a name that no attack has")
     if known is None:  # its source as it is when the function is new
         source = source_hash(function)
-        ATTACKS[name] = Kind(gradient=True, iterative=True, function=function, source=source)
+        kind = Kind(gradient=True, iterative=True, function=function, source=source)
+        try:
+            signature(function).bind(*[None] * 4, **dict.fromkeys(kind.settings))
+        except (TypeError, ValueError) as error:
+            raise UsageError(
+                f"attack={name}: must take x, loss, ball, keys and settings of attacks, such as"
+                f" steps ({error})"
+            ) from error
+        ATTACKS[name] = kind
     return name
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from inspect import signature
+from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any
 
+from llm_attack.base.errors import UsageError
 from llm_attack.base.plugins import is_own, load_function, name_of, source_hash
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ class LossKind:
     source: str = ""
 
 
+_POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+
 LOSSES = {
     "sequence": LossKind(lambda sums, choices: -sums, whole=True, additive=True),
     "continuation": LossKind(lambda sums, choices: -sums, additive=True),
@@ -66,12 +69,18 @@ def register_loss(
         The name.
 
     Raises:
-        ValueError: another loss has that name.
+        ValueError: another loss has that name, or the function has other parameters.
     """
     name = name_of(function) if name is None else name
-    gold = len(signature(function).parameters) > 1
+    try:
+        needed = [of for of in signature(function).parameters.values() if of.default is of.empty]
+    except ValueError:  # of what is compiled to C
+        needed = []
+    if len(needed) not in (1, 2) or any(of.kind not in _POSITIONAL for of in needed):
+        raise UsageError(f"loss={name}: must take sums, or sums and choices")
+    gold = len(needed) == 2
     whole = whole or bool(getattr(function, "whole", False))
-    value = function if gold else _of_sums(function)
+    value = _checked(name, function, gold)
     known = LOSSES.get(name)
     if known is not None and known.function is not function:
         raise ValueError(f"name={name}: must be a name that no loss has")
@@ -80,8 +89,23 @@ def register_loss(
     return name
 
 
-def _of_sums(function: Callable[..., Any]) -> Callable[[Tensor, Any], Tensor]:
-    return lambda sums, choices: function(sums)
+def _checked(
+    name: str, function: Callable[..., Any], gold: bool
+) -> Callable[[Tensor, Any], Tensor]:
+    """The function as a `value`, which refuses what is not one value per example."""
+
+    def value(sums: Tensor, choices: Any) -> Tensor:
+        found = function(sums, choices) if gold else function(sums)
+        shape = choices.gold.shape[:1] if gold else sums.shape
+        if getattr(found, "shape", None) != shape:
+            what = list(getattr(found, "shape", ())) or type(found).__name__
+            raise UsageError(
+                f"loss={name}: must return a value for each {'question' if gold else 'request'},"
+                f" shape {list(shape)}, not {what}"
+            )
+        return found
+
+    return value
 
 
 def known_loss(name: Any) -> bool:

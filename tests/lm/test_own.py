@@ -109,3 +109,62 @@ def test_by_their_names_as_arguments(tmp_path, monkeypatch):
         UsageError, match=r"loss=sequenze: must be one of .*did you mean 'sequence'"
     ):
         AttackSettings(loss="sequenze")
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (lambda x, loss, ball: x, "too many positional arguments"),
+        (lambda x, loss, ball, keys, alpha: x, "missing a required argument: 'alpha'"),
+        (lambda x, loss, ball, keys, *, alpha: x, "missing a required .*argument: 'alpha'"),
+        (dict.fromkeys, "too many positional|no signature"),
+    ],
+)
+def test_an_attack_of_other_parameters(function, said):
+    with pytest.raises(UsageError, match=f"attack=strange: must take x, loss, ball, keys.*{said}"):
+        register_attack(function, "strange")
+    assert "strange" not in ATTACKS
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda: 1,
+        lambda *sums: sums[0],
+        lambda sums, *, choices: sums,
+        lambda sums, choices, more: sums,
+        lambda **sums: sums,
+    ],
+)
+def test_a_loss_of_other_parameters(function):
+    with pytest.raises(UsageError, match="loss=strange: must take sums, or sums and choices"):
+        register_loss(function, "strange")
+    assert "strange" not in LOSSES
+
+
+def test_a_default_is_no_choices():
+    """A loss with a parameter of its own does not know the gold by it."""
+    name = register_loss(lambda sums, temperature=2.0: -sums / temperature, "warm")
+    assert not LOSSES[name].gold
+    sums = torch.tensor([-2.0, -4.0])
+    assert LOSSES[name].value(sums, None).tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (lambda sums: -sums.mean(), r"each request, shape \[\d+\], not Tensor"),
+        (lambda sums: "x", r"each request, shape \[\d+\], not str"),
+        (lambda sums: sums[:1], r"each request, shape \[\d+\], not \[1\]"),
+        (lambda sums, choices: sums, r"each question, shape \[\d+\], not \[\d+\]"),
+        (lambda sums, choices: choices.matrix(sums), r"each question, .*not \[\d+, \d+\]"),
+        (lambda sums, choices: choices.gap(sums).sum(), "each question, .*not Tensor"),
+    ],
+)
+def test_a_loss_that_is_not_of_each_example(function, said):
+    """A mean over the batch would depend on what else is in it."""
+    name = register_loss(function, "strange")
+    threat = ThreatModel(name, shared=LOSSES[name].gold)
+    questions = asked(gold=threat.shared, examples=(2, 3), n=4)
+    with pytest.raises(UsageError, match=f"loss=strange: must return a value for {said}"):
+        answers([Attack("fgsm", 0.05)], threat, questions=questions)
