@@ -35,10 +35,10 @@ def blocks(name):
 def one_task(monkeypatch):
     """The example's settings, with fewer questions."""
     import llm_attack
-    from llm_attack.suite import commands
+    from llm_attack.suite.evaluate import evaluate
 
     def fewer(plan):
-        return commands.evaluate(replace(plan, limit=6), progress="quiet")
+        return evaluate(replace(plan, limit=6), progress="quiet")
 
     monkeypatch.setitem(vars(llm_attack), "evaluate", fewer)
 

@@ -12,7 +12,7 @@ from llm_attack.base import failures
 from llm_attack.base.failures import Stopped, failure, held, look
 from llm_attack.base.record import write_text
 from llm_attack.cli import main
-from llm_attack.suite import commands
+from llm_attack.suite import evaluate as evaluating
 
 BOTH = [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Stopped)]
 
@@ -135,15 +135,15 @@ def test_a_command_leaves_the_handlers_as_they_were(monkeypatch, stopped, outcom
     def leave(code, line):
         raise SystemExit(code)
 
-    monkeypatch.setattr(commands, "evaluate", evaluate)
-    monkeypatch.setattr(commands, "leave", leave)
+    monkeypatch.setattr(evaluating, "evaluate", evaluate)
+    monkeypatch.setattr(evaluating, "leave", leave)
     codes = {type(None): 0, ValueError: 70, KeyboardInterrupt: 130}
     done = CliRunner().invoke(main, ["run", "--model", "demo"])
     assert done.exit_code == codes[type(outcome)], done.output
 
 
 def test_a_command_in_another_thread(monkeypatch):
-    monkeypatch.setattr(commands, "evaluate", lambda *_, **__: None)
+    monkeypatch.setattr(evaluating, "evaluate", lambda *_, **__: None)
     found = []
     words = ["run", "--model", "demo"]
     thread = threading.Thread(target=lambda: found.append(CliRunner().invoke(main, words)))

@@ -15,7 +15,7 @@ from errno import EDQUOT, EIO, ENAMETOOLONG, ENOSPC
 from pathlib import Path
 from typing import Any
 
-from llm_attack.base.errors import UsageError, invalid
+from llm_attack.base.errors import UsageError, as_path, invalid
 from llm_attack.base.record import DRAFT, draft_of
 
 # Errors of the system that no other path mends.
@@ -39,7 +39,9 @@ def resolved(path: str | os.PathLike[str], argument: str = "output") -> Path:
 
     Raises:
         UsageError: it is empty, has a NUL, or a link in it leads nowhere.
+        TypeError: it is no path.
     """
+    as_path(argument, path)
     text = os.fspath(path)
     return _followed(os.path.expanduser(text), text, argument)
 
@@ -50,6 +52,7 @@ def resolved_file(path: str | os.PathLike[str], argument: str = "output") -> Pat
     Raises:
         UsageError: as `resolved`, or it names a folder.
     """
+    as_path(argument, path)
     text = os.fspath(path)
     parent, name = os.path.split(os.path.expanduser(text))
     if text.strip() and name in ("", ".", ".."):

@@ -6,13 +6,17 @@ import pytest
 from click.testing import CliRunner
 
 from llm_attack.attacks import ATTACKS
+from llm_attack.attacks.settings import StepSettings
+from llm_attack.base.declare import names
 from llm_attack.cli import main
 
 PLAIN = [name for name, kind in ATTACKS.items() if kind.gradient or kind.start or kind.search]
 
 
 def carried_out(make, build, n=3, **arguments):
-    lm = make(**arguments)
+    # what no attack reads would be said
+    unread = set(names(StepSettings)) - set(ATTACKS[arguments["attack"]].settings)
+    lm = make(**{name: value for name, value in arguments.items() if name not in unread})
     lm.loglikelihood(build("demo_piqa", n).instances, disable_tqdm=True)
     return lm
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import softplus
 
+from llm_attack.base.errors import UsageError
 from llm_attack.lm.engine import scoring
 from llm_attack.lm.engine.choices import ChoiceScores
 from llm_attack.lm.engine.scoring import look_up
@@ -97,6 +98,11 @@ def gold_of(task, doc):
 @pytest.mark.parametrize("packing", ["tree", "off"])
 def test_choice(exact, build, reference, task, score, attack, steps, packing):
     task = build(task, 3)
+    if score not in task.aggregation():
+        lm = exact(attack=attack, loss="choice", score=score)
+        with pytest.raises(UsageError, match=f"score={score}: must be a score of the tasks"):
+            answers(lm, task)
+        return
     expected = []
     for indices in questions(task):
         requests = [task.instances[i] for i in indices]

@@ -77,7 +77,7 @@ def _serve(jobs: Any) -> None:
     from rich.console import Console
 
     from llm_attack.cli import main
-    from llm_attack.suite import commands
+    from llm_attack.suite import evaluate
     from llm_attack.suite.plan import Plan
     from llm_attack.suite.run import store
 
@@ -88,9 +88,9 @@ def _serve(jobs: Any) -> None:
         for k, v in context.params.items()
         if k not in ("output", "progress", "dry_run", "checkpoints")
     }
-    commands.silence()
-    prepared = commands.prepare(Plan(**settings), "quiet", Console(quiet=True))
-    commands.prepare = lambda *_: prepared
+    evaluate.silence()
+    prepared = evaluate.prepare(Plan(**settings), "quiet", Console(quiet=True))
+    evaluate.prepare = lambda *_: prepared
     while True:
         try:
             job = jobs.recv()

@@ -189,7 +189,7 @@ def test_foreign_folder(tmp_path, content, name):
     path.parent.mkdir(exist_ok=True)
     path.write_text(content)
     line = refused(*DEMO, "-o", tmp_path)
-    assert f"output={tmp_path}: {name} there is not of a run of this version" in line
+    assert f"output={tmp_path}: {name} there cannot be read as that of a run" in line
     assert path.read_text() == content
 
 

@@ -169,7 +169,9 @@ def test_a_batch_that_kills_every_worker(answers):
             return RayError("it was killed")
         finished.append(batch)
 
-    with pytest.raises(ProcessDied, match="7 workers died, one after another: it was killed"):
+    with pytest.raises(
+        ProcessDied, match="7 workers died, one after another: RayError: it was killed"
+    ):
         answers(Ray(meets=meets))
     assert {*finished} == {None, 0, 1, 3, 4, 5}
 

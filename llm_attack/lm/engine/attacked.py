@@ -210,7 +210,7 @@ class AttackedBatch:
         adversarial = perturb(
             attack,
             self.x,
-            self._loss_of_examples if attack.kind.reads_values else self.loss,
+            self._loss_of_examples,
             target_loss=self.target_loss,
             target_losses=self._leads if attack.kind.targeted else (),
             gap=self.gap if self.knows_gold else None,
@@ -284,7 +284,8 @@ class AttackedBatch:
         asked = ball.sized(length)
         shares = ball.norm.length(noise / asked, ball.balls).clamp(max=1)
         moving = ball.balls.largest(even) > 0
-        return found | {"balls": moving.sum(dtype=wide), "reached": shares[moving].sum()}
+        reached = torch.where(moving, shares, 0).sum()
+        return found | {"balls": moving.sum(dtype=wide), "reached": reached}
 
     def _nearest(self, adversarial: Tensor) -> dict[str, Tensor]:
         """Tokens looked up in the vocabulary, and of those the unchanged ones in L2 and in Linf."""

@@ -214,9 +214,8 @@ def pack_rows(
         prefix: how many tokens at the start of all requests are computed once.
     """
     rows = [build([r.inputs]) for q in questions for r in q.requests]
-    pack = _pack(questions, rows, pad, whole, prefix)
+    pack = _pack(questions, rows, pad, whole, prefix, twins=not (shared or prefix))
     if not shared:
-        pack = replace(pack, twins=_twins(pack))
         return _with_moves(pack, [of_request(r, positions) for r in pack.requests], positions)
     node = np.zeros(pack.input_ids.shape, np.int64)
     first = np.empty(sum(len(q.trie) for q in questions), np.int64)
@@ -254,33 +253,30 @@ def pack_trees(
     return replace(pack, depth=torch.from_numpy(depth), end=torch.from_numpy(end))
 
 
-def _twins(pack: Pack) -> Twins | None:
-    """The twins of a pack with a row per request; None where they are too few."""
-    if pack.prefix or len(pack.input_ids) == 1:
+def _twins(tries: Sequence[Trie], length: int, arrays: Sequence[NDArray[Any]]) -> Twins | None:
+    """The twins of rows; None where they are too few.
+
+    Args:
+        tries: of the rows, a request each.
+        length: of the rows.
+        arrays: of the watched predictions: flat positions, targets, requests, continuation.
+    """
+    trie = build([t.tokens.tolist() for t in tries])
+    if len(tries) == 1 or len(trie) > _MOST_NODES * sum(map(len, tries)):
         return None
-    trie = build([r.inputs for r in pack.requests])
-    if len(trie) > _MOST_NODES * int(pack.mask.sum()):
-        return None
-    node = np.zeros(tuple(pack.input_ids.shape), np.int64)
+    node = np.zeros((len(tries), length), np.int64)
     first = np.empty(len(trie), np.int64)
     for row, path in enumerate(trie.paths):
         node[row, : len(path)] = path
-        first[path] = row * node.shape[1] + np.arange(len(path))
-    at, target = (
-        x.numpy() for x in (pack.watched.positions[pack.watched.slot], pack.watched.target)
-    )
+        first[path] = row * length + np.arange(len(path))
+    at, target, *_ = arrays
     pairs = np.stack([node.flatten()[at], target], 1)
     _, some, of_entry = np.unique(pairs, axis=0, return_index=True, return_inverse=True)
-    kept = torch.from_numpy(some)
-    entries = Entries(
-        positions=torch.from_numpy(at[some]),
-        slot=torch.arange(len(some)),
-        **{k: getattr(pack.watched, k)[kept] for k in ("target", "request", "continuation")},
-    )
+    kept = [torch.from_numpy(array[some]) for array in arrays]
     return Twins(
         node=torch.from_numpy(node.flatten()),
         first=torch.from_numpy(first),
-        entries=entries,
+        entries=Entries(kept[0], torch.arange(len(some)), *kept[1:]),
         of_entry=torch.from_numpy(of_entry.reshape(-1)),  # numpy 2.0 gives it another shape
         at=torch.from_numpy(at),
     )
@@ -297,7 +293,12 @@ def _with_moves(pack: Pack, rows: Sequence[NDArray[np.bool_]], positions: str) -
 
 
 def _pack(
-    questions: Sequence[Question], tries: Sequence[Trie], pad: int, whole: bool, prefix: int
+    questions: Sequence[Question],
+    tries: Sequence[Trie],
+    pad: int,
+    whole: bool,
+    prefix: int,
+    twins: bool = False,
 ) -> Pack:
     """Rows with the tokens of `tries`, whose paths are the requests of `questions` in order."""
     lengths = np.array([len(t) for t in tries])
@@ -319,10 +320,12 @@ def _pack(
     # what the prefix predicts of itself adds a constant to a loss
     watched_of = (at % length >= prefix).nonzero()[0] if whole else scored_of
 
+    arrays = at, target, request, continuation
+
     def entries(some: NDArray[np.intp]) -> Entries:
         positions, slot = np.unique(at[some], return_inverse=True)
-        arrays = positions, slot, target[some], request[some], continuation[some]
-        return Entries(*map(torch.from_numpy, arrays))
+        others = (array[some] for array in arrays[1:])
+        return Entries(*map(torch.from_numpy, (positions, slot, *others)))
 
     scored = entries(scored_of)
     return Pack(
@@ -333,6 +336,7 @@ def _pack(
         watched=entries(watched_of) if whole else scored,
         kept=torch.from_numpy(np.searchsorted(watched_of, scored_of)),
         prefix=requests[0].tokens[:prefix],
+        twins=_twins(tries, length, [array[watched_of] for array in arrays]) if twins else None,
     )
 
 

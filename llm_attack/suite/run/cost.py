@@ -23,12 +23,14 @@ class Passes(NamedTuple):
         losses: forwards of the loss alone.
         answers: forwards for the answers under a perturbation.
         clean: forwards for the answers without one.
+        first: of the gradients, those at the clean point, which conditions share: 1 or 0.
     """
 
     gradients: int = 0
     losses: int = 0
     answers: int = 0
     clean: int = 0
+    first: int = 0
 
     def plus(self, other: Passes) -> Passes:
         """Of both."""
@@ -43,7 +45,7 @@ def passes(attacks: Sequence[Attack], others: int) -> Passes:
         others: choices that are not gold, of the question that has the most.
     """
     shared = any(a.uses_clean_gradient or a.kind.minimal for a in attacks)
-    total = Passes(gradients=1) if shared else Passes(clean=1)
+    total = Passes(gradients=1, first=1) if shared else Passes(clean=1)
     for attack in attacks:
         if not attack.identity:
             total = total.plus(_of_attack(attack, others)).plus(Passes(answers=1))
@@ -122,6 +124,15 @@ class Sizes:
         """FLOP of the gradient with respect to the point alone: weights have none."""
         again = self.forward(pack, 0) if self.recomputed else 0
         return self.forward(pack, positions) + 4 * _pairs(pack) * self.attention + again
+
+    def gradient(self, pack: Pack, positions: int, once: bool = False) -> int:
+        """FLOP of a forward and a backward; `once`: what rows have in common is computed once."""
+        whole = self.forward(pack, positions) + self.backward(pack, positions)
+        if not once or pack.twins is None:
+            return whole
+        tokens = pack.inputs.tokens.numel() - len(pack.twins.first)
+        entries = positions - len(pack.twins.entries.slot)
+        return whole - 2 * self.blocks * tokens - 4 * self.head * entries
 
 
 def _pairs(pack: Pack) -> int:

@@ -59,8 +59,8 @@ class Counts:
         """Of all passes."""
         return self.gradients + self.forwards
 
-    def add(self, pack: Pack, sizes: Sizes, todo: Passes) -> None:
-        """Counts a batch."""
+    def add(self, pack: Pack, sizes: Sizes, todo: Passes, once: bool = False) -> None:
+        """Counts a batch; `once` as of `Sizes.gradient`, for the first gradient."""
         scored, watched = len(pack.scored.positions), len(pack.watched.positions)
         if pack.prefix != self.prefix:
             self.prefix = pack.prefix
@@ -68,8 +68,9 @@ class Counts:
             self.forwards += sizes.prefix(pack)
         self.tokens_packed += pack.inputs.tokens.numel()
         self.tokens_asked += sum(len(r.inputs) * len(a) for r, a in _answered(pack))
-        gradient = sizes.forward(pack, watched) + sizes.backward(pack, watched)
-        self.gradients += todo.gradients * gradient
+        others = todo.gradients - todo.first
+        self.gradients += others * sizes.gradient(pack, watched)
+        self.gradients += todo.first * sizes.gradient(pack, watched, once)
         self.forwards += todo.losses * sizes.forward(pack, watched)
         self.forwards += (todo.answers + todo.clean) * sizes.forward(pack, scored)
         self.largest = max(self.largest, pack.space)
@@ -155,7 +156,7 @@ def estimate(prepared: Prepared, seconds: float = SECONDS) -> Estimate:
     todo = passes(engine.attacks, others)
     counts = Counts(len(by_question(prepared.requests)), len(prepared.requests))
     for batch in batches:
-        counts.add(engine.pack(batch), sizes, todo)
+        counts.add(engine.pack(batch), sizes, todo, engine.scorer.takes_twins)
     order = random.Random(0).sample(range(len(batches)), len(batches))
     calibration = Calibration(engine, sizes, bool(todo.gradients))
     with frozen(model):
@@ -202,7 +203,8 @@ class Calibration:
         )
         watched, scored = len(pack.watched.positions), len(pack.scored.positions)
         if self.gradients:
-            both = self.sizes.forward(pack, watched) + self.sizes.backward(pack, watched)
+            once = attacked.twins is not None
+            both = self.sizes.gradient(pack, watched, once)
             with saved_tensors_hooks(self._keep, lambda tensor: tensor):
                 self._timed(0, lambda: attacked.gradient.sum(), both)
             self.tokens += pack.space
