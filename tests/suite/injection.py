@@ -136,6 +136,9 @@ def _drawn_from_now_on_as_in(folder: Path) -> None:
         def __init__(self, name: str) -> None:
             self.name = name
 
+        def findobj(self, match: Any) -> list[Any]:
+            return []
+
         def savefig(self, path: Path, format: str, **_: Any) -> None:
             drawn = (folder / f"{self.name}.{format}").read_bytes()
             with open(path, "wb") as file:
