@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from llm_attack.base.errors import UsageError, invalid
 from llm_attack.base.failures import one_line
 from llm_attack.harness.patches import without_bars
 from llm_attack.lm.engine.attacked import AttackedBatch
+from llm_attack.lm.engine.diagnostics import LEAST_REACHED
 from llm_attack.lm.network.hook import frozen
 from llm_attack.lm.settings import amplitude
 from llm_attack.suite.analysis.worst import knows_gold
@@ -82,7 +84,8 @@ def doctor(plan: Plan, progress: str) -> list[Check]:
     lm.use(*(replace(c, steps=2 * c.steps) for c in some if c.attack in ("none", "bim")))
     longer = _carried_out(prepared, progress, console)
     listed.append(still_rising(found.samples, longer.samples, knows_gold(found.run)))
-    return [nothing_changes(prepared), *listed, own, finite_differences(prepared)]
+    moved = perturbed(found.run["attacks"])
+    return [nothing_changes(prepared), moved, *listed, own, finite_differences(prepared)]
 
 
 def _carried_out(prepared: Prepared, progress: str, console: Console) -> Result:
@@ -138,6 +141,25 @@ def nothing_changes(prepared: Prepared) -> Check:
     return Check(name, verdict, f"log-probabilities change by {share:.2g} of their size")
 
 
+def perturbed(attacks: Mapping[str, Any]) -> Check:
+    """Whether attacks moved the points, as far as they were asked to.
+
+    Args:
+        attacks: what `run.json` says of each condition.
+    """
+    name = "attacks perturb as much as they are asked to"
+    asked = {k: of for k, of in attacks.items() if of["attack"] != "none" and of["epsilon"] > 0}
+    shares = {
+        condition: min(1 - (of["not_perturbed"] or 0), of["amplitude_reached"] or 1)
+        if of["epsilon_absolute"] > 0
+        else 0.0
+        for condition, of in asked.items()
+    }
+    condition = min(shares, key=lambda name: shares[name])
+    verdict = PASSES if shares[condition] >= LEAST_REACHED else FAILS
+    return Check(name, verdict, f"{shares[condition]:.0%} of the amplitude under {condition}")
+
+
 def own_gradient(prepared: Prepared) -> Check:
     """What a run tries at its start (`lm.engine.gradient`): with the model's own kernels."""
     name, found = "the gradient is that of the model as it runs", prepared.lm.gradient()
@@ -158,18 +180,20 @@ def finite_differences(prepared: Prepared) -> Check:
     try:
         lm.model.double()
         lm.use(*lm.conditions)
-        claimed, measured = _slopes(prepared)
+        claimed, measured, step = _slopes(prepared)
     except Exception as error:  # kernels that do not know float64, or no room for it
         return sanity.not_applicable(name, f"float64 fails here ({one_line(error)})")
     finally:
         lm.model.to(before)
+    if step == 0:
+        return sanity.not_applicable(name, "nothing is perturbed, or the point is all zero")
     share = abs(measured - claimed) / max(abs(measured), abs(claimed), sys.float_info.min)
     figure = f"slope {measured:.6g} by finite differences, {claimed:.6g} by the gradient"
     return Check(name, PASSES if share <= _WRONG else FAILS, figure)
 
 
-def _slopes(prepared: Prepared) -> tuple[float, float]:
-    """By the gradient, and by central differences."""
+def _slopes(prepared: Prepared) -> tuple[float, float, float]:
+    """By the gradient, by central differences, and the step of these: 0 where nothing moves."""
     lm, batch = prepared.lm, prepared.work[0].batch
     engine = lm.engine
     pack = engine.pack(replace(batch, questions=batch.questions[:_QUESTIONS])).to(lm.device)
@@ -178,10 +202,13 @@ def _slopes(prepared: Prepared) -> tuple[float, float]:
         gradient = attacked.gradient
         if attacked.mask is not None:
             gradient = gradient * attacked.mask[..., None]
+            if not attacked.mask.any():
+                return 0.0, 0.0, 0.0
         step = _STEP * attacked.x.square().mean().sqrt()
         with torch.no_grad():
             ends = [attacked.loss(attacked.x + s * gradient.sign()) for s in (step, -step)]
-    return float(gradient.abs().sum()), float((ends[0] - ends[1]).sum() / (2 * step))
+    measured = (ends[0] - ends[1]).sum() / (2 * step)
+    return float(gradient.abs().sum()), float(measured), float(step)
 
 
 def command(plan: Plan, progress: str) -> int:

@@ -196,8 +196,27 @@ def examined(monkeypatch, spoil, *options):
 def test_the_demo_is_well(monkeypatch):
     found, lines = examined(monkeypatch, lambda model: None)
     assert found.exit_code == 0, (found.output, found.exception)
-    assert "0 of 10 checks fail" in found.stdout
-    assert all(line.startswith("  passes: ") for line in lines.values()) and len(lines) == 10
+    assert "0 of 11 checks fail" in found.stdout
+    assert all(line.startswith("  passes: ") for line in lines.values()) and len(lines) == 11
+
+
+def zero_embeddings(model):
+    """One RMS of them is 0."""
+    torch.nn.init.zeros_(model.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize(
+    "spoil, options",
+    [(lambda model: None, ["--positions", "500:"]), (zero_embeddings, ["--loss", "choice"])],
+)
+def test_attacks_that_do_nothing(monkeypatch, spoil, options):
+    """At positions that no token has, and of an amplitude of 0."""
+    some = ["--limit", "2", "--queries", "2", *options]
+    found, lines = examined(monkeypatch, spoil, *some)
+    assert found.exit_code == 1, (found.output, found.exception)
+    line = lines["attacks perturb as much as they are asked to"]
+    assert line.startswith("  fails: ") and "; 0% of the amplitude under " in line
+    assert lines["the gradient is that of the loss"].startswith("  not applicable: ")
 
 
 @pytest.mark.parametrize(
