@@ -55,7 +55,7 @@ real: .venv $(REAL_MODEL) ## the four conditions on a real model and the six ben
 
 .PHONY: test
 test: .venv attack-libs ## the tests; lists those that were skipped, and why
-	$(BIN)/python -m pytest -ra -n auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -ra -n auto --dist worksteal
 
 .PHONY: test-slow
 test-slow: .venv attack-libs ## the tests that take minutes, such as every command line of the documentation
@@ -76,7 +76,7 @@ test-ray: .venv/.ray ## the tests of runs on Ray, which it installs; five minute
 
 .PHONY: test-oldest
 test-oldest: .venv-oldest/.installed ## the tests with the lowest releases that pyproject.toml allows; Python 3.10 or 3.11
-	.venv-oldest/bin/python -m pytest -ra -n auto --dist loadfile
+	.venv-oldest/bin/python -m pytest -ra -n auto --dist worksteal
 
 # The newest releases, pre-releases too, but for torch: its newest Linux builds bring gigabytes of CUDA libraries.
 .venv-newest/.installed: pyproject.toml constraints.txt _llm_attack_shim.py llm_attack_shim.pth
@@ -86,7 +86,7 @@ test-oldest: .venv-oldest/.installed ## the tests with the lowest releases that 
 
 .PHONY: test-newest
 test-newest: .venv-newest/.installed ## the tests with the newest releases of all libraries but torch, pre-releases too
-	.venv-newest/bin/python -m pytest -ra -n auto --dist loadfile
+	.venv-newest/bin/python -m pytest -ra -n auto --dist worksteal
 
 .PHONY: test-processors
 test-processors: .venv attack-libs ## the numerical tests with each instruction set of this processor, on one thread and two

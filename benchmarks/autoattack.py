@@ -23,8 +23,8 @@ from torch import nn
 from llm_attack.attacks import keys_for
 from llm_attack.base.declare import DIALECT
 from llm_attack.base.record import hardware, versions, write_json
+from llm_attack.vision.checkpoints import read_metadata, settled
 from llm_attack.vision.data import load
-from llm_attack.vision.keeping import settled, told
 from llm_attack.vision.measure import attacked, frozen
 from llm_attack.vision.settings import Amplitude, ImageSettings
 from llm_attack.vision.stages import amplitude, untrained
@@ -76,7 +76,7 @@ def autoattack(network, x, labels, *, epsilon):
 @click.option("--queries", default=1000, help="Queries of blocks.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for run.json.")
 def main(path, images, epsilon, steps, restarts, queries, output):
-    about = told(path)
+    about = read_metadata(path)
     settings = settled(ImageSettings(load=path, epsilon=epsilon, dataset=about["dataset"]))
     data = load(settings.dataset, settings)
     network = untrained(data, settings.network, settings)

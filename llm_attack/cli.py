@@ -224,7 +224,7 @@ for _command in FIGURES:
 @click.option("--device", help=DEVICE)
 @click.option("--seed", type=number(int), help="First seed of every experiment.")
 @click.pass_context
-def all_(ctx: click.Context, output: str, **options: Any) -> None:
+def all_(ctx: click.Context, /, output: str, **options: Any) -> None:
     """Every figure in turn."""
     folders = {command: str(resolved(output) / str(command.name)) for command in FIGURES}
     for command, folder in folders.items():  # all folders before anything is computed in one

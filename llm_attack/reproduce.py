@@ -40,7 +40,7 @@ _SEEDS = 2**62  # torch's generators take integers of 64 bits
 DEVICE = "Where to compute: cpu, cuda, cuda:1, ...; unless given, cuda where there is one"
 
 
-class Numbers(click.ParamType):
+class Numbers(click.ParamType):  # type: ignore[type-arg]  # no parameter before click 8.4
     """Numbers separated by commas, as a tuple; `kind` is int or float."""
 
     def __init__(self, kind: type) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import reduce
 from itertools import permutations
@@ -11,7 +12,6 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import expit, logit
 from scipy.stats import binom, norm, rankdata, t
-from statsmodels.stats.proportion import proportion_confint
 
 ALPHA = 0.05  # level of the tests; the intervals cover 1 - ALPHA
 POWER = 0.8
@@ -21,15 +21,19 @@ _SIGNS = 16  # clusters whose signs are all tried
 
 
 def wilson(right: float, n: float) -> tuple[float, float]:
-    """Wilson's 95 % interval of the share right / n (E. B. Wilson 1927).
+    """Wilson's 95 % interval of the share right / n (E. B. Wilson 1927, doi:10.2307/2276774).
+
+    Not `scipy.stats.binomtest(...).proportion_ci`, to which it is equal: that takes whole numbers.
 
     Args:
         right: answers; divided by `design_effect` where questions share sources.
         n: questions, likewise.
     """
-    low, high = proportion_confint(right, n, alpha=ALPHA, method="wilson")
+    z, share = float(norm.isf(ALPHA / 2)), float(right / n)
+    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
     # Rounding must not put the share itself outside: 0 of n and n of n lie on the interval's edge.
-    return max(0.0, min(low, right / n)), min(1.0, max(high, right / n))
+    return max(0.0, min(middle - half, share)), min(1.0, max(middle + half, share))
 
 
 def guessing(chances: ArrayLike) -> np.ndarray:
@@ -139,7 +143,7 @@ def design_effect(values: ArrayLike, clusters: ArrayLike) -> float:
     away = values - values.mean()
     alone = (away**2).sum() / (n - 1) / n
     if alone == 0:
-        return n / k
+        return float(n / k)
     together = k / (k - 1) * (np.bincount(labels, away) ** 2).sum() / n**2
     quantile = 1 - ALPHA / 2
     return max(
@@ -257,6 +261,31 @@ def holm(p_values: ArrayLike) -> np.ndarray:
     return adjusted
 
 
+def spearman(x: ArrayLike, y: ArrayLike) -> np.ndarray:
+    """Spearman's rank correlations of (..., n) and (..., n), (...,); NaN where one is constant.
+
+    Not `scipy.stats.spearmanr`, which takes one pair of rows at a time and tests it.
+    """
+    a, b = (of - of.mean(-1, keepdims=True) for of in (rankdata(of, axis=-1) for of in (x, y)))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found = (a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
+    return np.asarray(np.clip(found, -1, 1))
+
+
+def auroc(values: ArrayLike, larger: ArrayLike) -> np.ndarray:
+    """Areas under the ROC curve, (...,), from the rank sums of Mann and Whitney; ties count half.
+
+    Args:
+        values: (..., n) numbers.
+        larger: (..., n) 1 for those that are claimed to be the larger ones, and 0 for the others.
+    """
+    larger = np.asarray(larger)
+    upper, n = larger.sum(-1), larger.shape[-1]
+    ranks = (rankdata(values, axis=-1) * larger).sum(-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray((ranks - upper * (upper + 1) / 2) / (upper * (n - upper)))
+
+
 def rank_correlation(x: ArrayLike, y: ArrayLike) -> Mean:
     """Spearman's rank correlation with its 95 % interval, and the p-value of there being none.
 
@@ -272,7 +301,7 @@ def rank_correlation(x: ArrayLike, y: ArrayLike) -> Mean:
     n = len(first)
     if n < 4 or len(set(first)) == 1 or len(set(second)) == 1:
         return Mean(*4 * (np.nan,))
-    value = float(np.corrcoef(first, second)[0, 1])
+    value = float(spearman(first, second))
     low, high = rank_interval(value, n)
     if n <= _ALL:
         orders = np.array(list(permutations(range(n))))
@@ -303,7 +332,7 @@ def auc(smaller: ArrayLike, larger: ArrayLike) -> Mean:
     # of each number, the share of the other sample on its right side
     of_x = 1 - (together[:n] - alone[0]) / m
     of_y = (together[n:] - alone[1]) / n
-    value = float(of_x.mean())
+    value = float(auroc(np.concatenate([x, y]), np.repeat([0, 1], [n, m])))
     if n < 2 or m < 2:
         return Mean(value, *3 * (np.nan,))
     # half a pair keeps apart from 0 and 1, where the variance is 0

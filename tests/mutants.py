@@ -55,7 +55,7 @@ TESTS = {
         "scoring or look_up",
     ],
     "lm.losses": ["lm/test_losses.py"],
-    "inference": ["suite/test_inference.py"],
+    "stats": ["suite/test_inference.py"],
     "suite.analysis.summary": ["suite/test_summary.py", "-k", "not imports_neither"],
     "suite.run.store": ["suite/test_store.py"],
 }
@@ -69,7 +69,7 @@ LIBRARIES = (
     "pandas",
     "pytest",
     "scipy.stats",
-    "statsmodels.stats.multitest",
+    "statsmodels.stats.proportion",
     "torch",
     *(f"transformers.models.{name}.modeling_{name}" for name in ("gemma2", "gpt2", "llama")),
 )

@@ -89,7 +89,7 @@ def test_what_they_add_works(extended):
         for change in re.split(r"^--- a/", diff, flags=re.MULTILINE)[1:]:
             names = re.findall(r"^\+def (test_\w+)", change, re.MULTILINE)
             tests += [f"{change.splitlines()[0]}::{name}" for name in names]
-    assert len(tests) == 5
+    assert len(tests) == 6
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "--noconftest", *tests],
         cwd=extended,

@@ -110,13 +110,20 @@ def relative_files(folder):
     return {path.relative_to(folder).as_posix() for path in files}
 
 
-def test_wheel(environment, tmp_path):
-    call(
-        *(sys.executable, "-m", "build", "--wheel", "--no-isolation"),
-        *("--outdir", tmp_path / "dist", ROOT),
-        cwd=tmp_path,
-    )
-    (wheel,) = (tmp_path / "dist").glob("*.whl")
+def build(folder, *kinds):
+    """The wheel that `python -m build` makes of the source tree."""
+    command = (sys.executable, "-m", "build", "--no-isolation", *kinds, "--outdir", folder, ROOT)
+    call(*command, cwd=folder)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("tree"), "--wheel")
+
+
+def test_wheel(environment, wheel):
     environment.pip("install", "--no-index", "--no-deps", wheel)
 
     installed = environment.packages
@@ -145,10 +152,6 @@ def test_editable(environment):
     environment.check_uninstall()
 
 
-def test_source_distribution_builds_the_same_wheel(tmp_path):
-    for source in ("tree", "sdist"):
-        kinds = ["--wheel"] if source == "tree" else []  # neither kind named: by way of an sdist
-        out = ("--outdir", tmp_path / source)
-        call(sys.executable, "-m", "build", "--no-isolation", *kinds, *out, ROOT, cwd=tmp_path)
-    tree, sdist = (next((tmp_path / name).glob("*.whl")) for name in ("tree", "sdist"))
-    assert tree.read_bytes() == sdist.read_bytes()
+def test_source_distribution_builds_the_same_wheel(wheel, tmp_path):
+    # neither kind named: by way of an sdist
+    assert build(tmp_path).read_bytes() == wheel.read_bytes()

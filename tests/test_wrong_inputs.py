@@ -3,6 +3,7 @@
 The table is `wrong_inputs.yaml`. All run in this process, one after another, in one folder.
 """
 
+import functools
 import json
 import os
 import re
@@ -27,7 +28,7 @@ from llm_attack.base.errors import UsageError
 from llm_attack.cli import main
 from llm_attack.demo import MODEL_PATH
 from llm_attack.harness.model import AttackedHFLM
-from llm_attack.suite import results
+from llm_attack.suite import render, results
 from llm_attack.suite.plan import Plan, from_yaml
 
 SMALL = "--epochs 1 --device cpu -o out"
@@ -176,12 +177,20 @@ def world(tmp_path_factory, one_index):
         Path(f"{name}.yaml").write_bytes(content)
     models(folder)
     runs(folder)
-    yield folder
+    with pytest.MonkeyPatch.context() as patch:
+        # a figure is drawn on trial for the first of hundreds of runs
+        patch.setattr(render, "try_out", functools.cache(render.try_out))
+        yield folder
     os.chdir(before)
 
 
 def contents(folder):
-    return {path: path.is_file() and path.read_bytes() for path in sorted(folder.rglob("*"))}
+    """What files there are, and when each was written: quicker than to read them all every time."""
+    found = {path: path.stat() for path in folder.rglob("*")}
+    return {
+        path: (stat.st_size, stat.st_mtime_ns, stat.st_ino) if path.is_file() else None
+        for path, stat in found.items()
+    }
 
 
 @pytest.fixture(scope="module")

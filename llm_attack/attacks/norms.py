@@ -215,8 +215,8 @@ class Ball:
 
     def drawn(self, draw: Draw, keys: Tensor) -> Tensor:
         """The clean point and a draw of the norm's, scaled by the radius; not projected."""
-        noise = draw(keys, self.moves, self.x, self.balls)
-        return self.x + self.sized(self.epsilon) * noise
+        away: Tensor = self.sized(self.epsilon) * draw(keys, self.moves, self.x, self.balls)
+        return self.x + away
 
     @property
     def farthest(self) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from inspect import signature
 from typing import Any
 
-from llm_attack.base.declare import About, check, setting
+from llm_attack.base.declare import SettingSpec, check, setting
 from llm_attack.base.errors import UsageError, invalid
 from llm_attack.base.plugins import check_name, is_own, load_function, name_of, source_hash
 
@@ -160,40 +160,42 @@ LENGTH_OF_ONES: dict[str, Callable[[int], float]] = {
 FIRST_STEP = 2.0
 """Length of the first step of Auto-PGD, in units of epsilon (Croce and Hein 2020)."""
 
-_EPSILON = About("radius of the ball", float, least=0.0)
+_EPSILON = SettingSpec("radius of the ball", float, minimum=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepSettings:
     """How an attack steps. What is declared here, every program and model takes."""
 
-    steps: int = setting(10, f"Number of steps of the iterative attacks ({ITERATIVE})", least=1)
+    steps: int = setting(10, f"Number of steps of the iterative attacks ({ITERATIVE})", minimum=1)
     step_size: float | None = setting(
         None,
         "Length of a step of the iterative attacks, in the unit of epsilon; unless given, a quarter"
         " of epsilon. Of apgd, apgdt and critical it is the first step's, twice epsilon unless"
         " given; of fmn the L2 length of the first step, to a corner of the ball unless given",
-        least=0.0,
-        above=True,
+        minimum=0.0,
+        exclusive_minimum=True,
     )
-    decay: float = setting(1.0, "Decay of the momentum of mifgsm", least=0.0)
+    decay: float = setting(1.0, "Decay of the momentum of mifgsm", minimum=0.0)
     restarts: int = setting(
         1,
         "Number of times that apgd, apgdt and critical start, first at the clean point, then at"
         " random ones of the ball; the best counts",
-        least=1,
+        minimum=1,
     )
     rounds: int = setting(
-        12, "Number of amplitudes at which critical tries apgd, to find the smallest", least=1
+        12, "Number of amplitudes at which critical tries apgd, to find the smallest", minimum=1
     )
     first_epsilon: float | None = setting(
         None,
         "The second amplitude that critical tries, after epsilon, in the unit of epsilon; a"
         " sixteenth of epsilon unless given",
-        least=0.0,
-        above=True,
+        minimum=0.0,
+        exclusive_minimum=True,
     )
-    queries: int = setting(100, "Number of points that blocks tries, each a forward pass", least=1)
+    queries: int = setting(
+        100, "Number of points that blocks tries, each a forward pass", minimum=1
+    )
 
 
 @dataclass(frozen=True)

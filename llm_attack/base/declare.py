@@ -20,27 +20,27 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class About:
+class SettingSpec:
     """The declaration of a setting.
 
     Attributes:
         text: what it means, without a full stop.
         kind: bool, int, float, str, or tuple for what may be a list.
-        also: another type allowed.
+        also_type: another type allowed.
         option: of click, what the option's text is turned into; `kind` unless given.
         choices: the values allowed, if they can be listed.
-        least: the lowest number allowed.
-        above: whether `least` itself is too low.
+        minimum: the lowest number allowed.
+        exclusive_minimum: whether `minimum` itself is too low.
         allowed: what is allowed, in words, where that cannot be told from the others.
     """
 
     text: str
     kind: type = str
-    also: type | None = None
+    also_type: type | None = None
     option: Any = None
     choices: tuple[str, ...] = ()
-    least: float | None = None
-    above: bool = False
+    minimum: float | None = None
+    exclusive_minimum: bool = False
     allowed: str | None = None
 
     def sentence(self) -> str:
@@ -52,39 +52,44 @@ class About:
         if self.allowed is not None:
             return self.allowed
         if self.kind is int:
-            return "an integer" if self.least is None else f"an integer, {self.least:g} or more"
+            return "an integer" + ("" if self.minimum is None else f", {self.minimum:g} or more")
         if self.kind is float:
-            bound = "greater than" if self.above else "at least"
-            return "a finite number" + ("" if self.least is None else f", {bound} {self.least:g}")
-        least = "" if self.least is None else f", {self.least:g} or more"
-        several = f"values with commas between them{least}"
+            bound = "greater than" if self.exclusive_minimum else "at least"
+            return "a finite number" + (
+                "" if self.minimum is None else f", {bound} {self.minimum:g}"
+            )
+        minimum = "" if self.minimum is None else f", {self.minimum:g} or more"
+        several = f"values with commas between them{minimum}"
         return {bool: "True or False", str: "a text"}.get(self.kind, several)
 
     def allows(self, value: Any) -> bool:
         """Whether a value is one of those allowed; a number is not a text, True no number."""
-        if self.also is not None and isinstance(value, self.also):
+        if self.also_type is not None and isinstance(value, self.also_type):
             return True
         if self.choices:
             return isinstance(value, str) and value in self.choices
-        if self.kind is tuple and self.least is not None:
-            least = self.least
-            return bool(value) and all(self._in_range(part, least) for part in value)
+        if self.kind is tuple and self.minimum is not None:
+            minimum = self.minimum
+            return bool(value) and all(self._in_range(part, minimum) for part in value)
         if self.kind in (int, float):
             number = Integral if self.kind is int else Real
+            minimum = -sys.float_info.max if self.minimum is None else self.minimum
             return (
                 isinstance(value, number)
                 and not isinstance(value, bool)
-                and self._in_range(value, -sys.float_info.max if self.least is None else self.least)
+                and self._in_range(value, minimum)
             )
         if self.kind is tuple:
             parts = value if isinstance(value, (list, tuple)) else (value,)
             return all(isinstance(part, (str, Real)) for part in parts)
         return isinstance(value, self.kind)
 
-    def _in_range(self, value: Any, least: float) -> bool:
+    def _in_range(self, value: Any, minimum: float) -> bool:
         # not isfinite(), which raises for integers beyond the floats; comparisons with NaN are
         # false
-        return least <= value <= sys.float_info.max and not (self.above and value == least)
+        return minimum <= value <= sys.float_info.max and not (
+            self.exclusive_minimum and value == minimum
+        )
 
 
 def setting(default: Any, text: str, **about: Any) -> Any:
@@ -93,18 +98,18 @@ def setting(default: Any, text: str, **about: Any) -> Any:
     Args:
         default: its value.
         text: what it means.
-        **about: more of `About`; the kind is the first type of the annotation unless given.
+        **about: more of `SettingSpec`; the kind is the first type of the annotation unless given.
     """
     return field(default=default, metadata={"about": (text, about)})
 
 
-def declared(kind: Any) -> Iterator[tuple[Field[Any], About]]:
+def declared(kind: Any) -> Iterator[tuple[Field[Any], SettingSpec]]:
     """The settings of a dataclass, or of an instance; those that may be positional come first."""
     for entry in sorted(fields(kind), key=lambda entry: entry.kw_only is True):
         if "about" in entry.metadata:
             text, about = entry.metadata["about"]
             kind = getattr(builtins, str(entry.type).split(" | ")[0], tuple)
-            yield entry, About(text, **{"kind": kind, **about})
+            yield entry, SettingSpec(text, **{"kind": kind, **about})
 
 
 def names(kind: Any) -> list[str]:
@@ -164,7 +169,7 @@ def underscored(name: str) -> str:
 DIALECT = {"token_normalize_func": underscored}
 
 
-def option_type(about: About) -> Any:
+def option_type(about: SettingSpec) -> Any:
     """What click turns the text of an option into."""
     import click
 

@@ -180,7 +180,7 @@ def one_line(error: BaseException) -> str:
     lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
     if lines[1:] and lines[0].endswith(":"):
         del lines[0]
-    return redacted(": ".join([type(error).__name__, *lines[:1]]))
+    return str(redacted(": ".join([type(error).__name__, *lines[:1]])))
 
 
 class Attempts:

@@ -34,7 +34,7 @@ def load_function(argument: str, name: str) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
     try:
         with _working_folder_first():
-            found = getattr(importlib.import_module(module), attribute)
+            found: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # of code that is not ours, whatever it raises
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UsageError(

@@ -14,7 +14,7 @@ Beyond its documented interface, this leans on what lm-eval does inside:
 - `model`: `HFLM` calls `_get_config` and `_create_tokenizer` as it loads, `_model_generate` with
   prompts padded on the left, and `_loglikelihood_tokens` with None for the key of a window of a
   longer text; it has `backend`, `mixed_precision_dtype` and `softmax_dtype`.
-- `names`: the signature of `HFLM.__init__` has all arguments of `hf`.
+- `arguments`: the signature of `HFLM.__init__` has all arguments of `hf`.
 - `patches`: `Task.build_all_requests` leaves `instances`; `api.model` and `api.task` draw bars by a
   `tqdm` of their own; `utils.env` compiles templates; `TaskManager` takes `include_path`.
 - `tasks`: `__main__.cli_evaluate` reads `sys.argv`, and its error begins with "Tasks not found".

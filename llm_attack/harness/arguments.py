@@ -13,7 +13,7 @@ from lm_eval.utils import simple_parse_args_string
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_attack.base import declare
-from llm_attack.base.declare import About
+from llm_attack.base.declare import SettingSpec
 from llm_attack.base.errors import UsageError, invalid
 from llm_attack.lm.settings import AttackSettings, EngineSettings
 
@@ -124,7 +124,7 @@ def check_values(arguments: dict[str, Any]) -> None:
             allowed = [*_DTYPES, *["auto"] * (name == "dtype")]
             if str(value).removeprefix("torch.") not in allowed:
                 raise invalid(name, value, allowed)
-        elif name in _COUNTS and not About("", int, least=1).allows(value):
+        elif name in _COUNTS and not SettingSpec("", int, minimum=1).allows(value):
             raise invalid(name, value, "an integer, 1 or more")
         elif name == "backend" and value not in _BACKENDS:
             raise invalid(name, value, _BACKENDS)

@@ -58,7 +58,7 @@ def guard(cache: MutableMapping[str, Any], settings: dict[str, Any], filename: s
 
 def refuse_ambiguous(questions: Sequence[Question], asked: Sequence[Instance]) -> None:
     """lm-eval's cache has one answer per request; two questions may need two."""
-    seen: dict[Any, tuple] = {}
+    seen: dict[Any, tuple[Any, ...]] = {}
     for question in questions:
         content = (tuple(question.requests), tuple(question.gold), tuple(question.lengths))
         for answers in question.answers:

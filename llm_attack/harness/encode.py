@@ -13,7 +13,7 @@ def encoded_together(tokenizer: Any, texts: Iterable[str]) -> Iterator[None]:
 
     lm-eval's own code still decides how a request becomes tokens, and with which options.
     """
-    known: dict[tuple, dict[str, list[int]]] = {}
+    known: dict[tuple[Any, ...], dict[str, list[int]]] = {}
     distinct = list(dict.fromkeys(texts))
     encode = tokenizer.encode
 

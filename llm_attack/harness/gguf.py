@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import is_gguf_available
 from transformers.utils import logging as transformers_logging
+from transformers.utils.import_utils import is_gguf_available
 
 from llm_attack.base.errors import UsageError, closest
 
@@ -54,8 +54,9 @@ def names_in(folder: Any) -> list[str]:
 @contextmanager
 def without_progress() -> Iterator[None]:
     """Dequantisation shows no progress while it lasts, unless transformers is to be verbose."""
-    from transformers import modeling_gguf_pytorch_utils as reading
+    from transformers import modeling_gguf_pytorch_utils
 
+    reading: Any = modeling_gguf_pytorch_utils  # its bar is not part of its interface
     bar = reading.tqdm
     if transformers_logging.get_verbosity() > logging.INFO:
         reading.tqdm = partial(bar, disable=True)

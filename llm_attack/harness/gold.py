@@ -106,11 +106,12 @@ def judged(request: Instance, results: Sequence[tuple[float, bool]]) -> dict[str
         Unjudged: it raises an exception.
     """
     try:
-        return task_of(request).process_results(request.doc, list(results))
+        metrics: dict[str, Any] = task_of(request).process_results(request.doc, list(results))
     except Exception as error:  # a user's own Python
         raise Unjudged(
             f"cannot be judged, as process_results of the task raises {one_line(error)}"
         ) from error
+    return metrics
 
 
 def choice_lengths(requests: Sequence[Instance], octets: bool = False) -> list[float]:
@@ -137,7 +138,8 @@ def choices_of(task: Task, doc: Any) -> Sequence[str]:
     """The texts of a question's choices; none where the task does not list them."""
     if getattr(task.config, "doc_to_choice", None) is None:
         return []
-    return task.doc_to_choice(doc)
+    choices: Sequence[str] = task.doc_to_choice(doc)
+    return choices
 
 
 def by_lm_eval(task: Task) -> bool:

@@ -28,7 +28,7 @@ class _Collected(Exception):
     """Ends lm-eval's evaluation once the requests are known."""
 
 
-class _Stand(LM):
+class _Stand(LM):  # type: ignore[misc]  # lm-eval is not typed
     """In the model's place: keeps the requests, or gives answers that were computed before."""
 
     def __init__(self, lm: AttackedHFLM, answers: list[Answer] | None = None) -> None:
@@ -51,13 +51,13 @@ class _Stand(LM):
 
     @property
     def tokenizer_name(self) -> str:
-        return self.lm.tokenizer_name
+        return str(self.lm.tokenizer_name)
 
     def chat_template(self, *args: Any, **kwargs: Any) -> Any:
         return self.lm.chat_template(*args, **kwargs)
 
     def apply_chat_template(self, *args: Any, **kwargs: Any) -> str:
-        return self.lm.apply_chat_template(*args, **kwargs)
+        return str(self.lm.apply_chat_template(*args, **kwargs))
 
 
 class Judge:
@@ -124,9 +124,10 @@ class Judge:
 
     def _evaluate(self, stand: _Stand) -> dict[str, Any] | None:
         with patches.without_inventory():
-            return simple_evaluate(
+            results: dict[str, Any] | None = simple_evaluate(
                 stand, tasks=self.tasks, task_manager=self.manager, **self.options
             )
+        return results
 
 
 class _LoadedOnce:

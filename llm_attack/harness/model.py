@@ -60,7 +60,7 @@ log = logging.getLogger(__name__)
 DEFAULT_MODEL = "TinyLlama/TinyLlama_v1.1"
 
 
-class AttackedHFLM(HFLM):
+class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
     """A causal Hugging Face model whose answers are given under attack.
 
     Args:
@@ -250,7 +250,8 @@ class AttackedHFLM(HFLM):
     def create_from_arg_string(cls, arg_string: str, additional_config: Any = None) -> AttackedHFLM:
         """As lm-eval's; numbers must be written plainly."""
         check_string(arg_string)
-        return super().create_from_arg_string(arg_string, additional_config)
+        model: AttackedHFLM = super().create_from_arg_string(arg_string, additional_config)
+        return model
 
     def _known(self, tokens: Iterable[int]) -> list[int]:
         """Those that have an embedding; 0 where none has."""
@@ -274,7 +275,7 @@ class AttackedHFLM(HFLM):
     @cached_property
     def prefix_token_id(self) -> int:
         """As lm-eval's, which looks it up anew for every text."""
-        return super().prefix_token_id
+        return int(super().prefix_token_id)
 
     def _get_config(self, *args: Any, **kwargs: Any) -> None:
         super()._get_config(*args, **kwargs)
@@ -331,7 +332,7 @@ class AttackedHFLM(HFLM):
     ) -> list[float]:
         """Log-likelihood of each text; every window of it is attacked alone."""
         self._refuse_questions(requests)
-        answers = super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+        answers: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
         self._pool()
         return answers
 
@@ -389,7 +390,7 @@ class AttackedHFLM(HFLM):
         loss = self.settings.loss
         if not LOSSES[loss].whole:
             raise UsageError(f"loss={loss}: must be sequence for tasks that generate text")
-        answers = super().generate_until(requests, disable_tqdm=disable_tqdm)
+        answers: list[str] = super().generate_until(requests, disable_tqdm=disable_tqdm)
         self._pool()
         return answers
 
@@ -403,11 +404,12 @@ class AttackedHFLM(HFLM):
         alone = self.engine.deterministic or rotary.scale(shortest) != rotary.scale(max_length)
         if len(context) > 1 and alone:
             return self._generate_alone(context, max_length, stop, **options)
+        generate: Callable[..., torch.Tensor] = super()._model_generate
         with frozen(self.model), rotary.fresh(), reproducible(self.engine.deterministic):
             if self.attack.identity:
-                return super()._model_generate(context, max_length, stop, **options)
+                return generate(context, max_length, stop, **options)
             with attacked_prompts(self.engine, context, mask):
-                return super()._model_generate(context, max_length, stop, **options)
+                return generate(context, max_length, stop, **options)
 
     def _generate_alone(
         self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any

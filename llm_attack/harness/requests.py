@@ -98,7 +98,8 @@ def examples_of(request: Instance) -> str:
     Raises:
         UsageError: the prompt does not hold the question's text as its task words it.
     """
-    task, (context, _) = gold.task_of(request), request.args
+    task = gold.task_of(request)
+    context: str = request.args[0]
     if not context.strip():  # of acc_mutual_info
         return ""
     text: Any = task.doc_to_text(request.doc)
@@ -148,7 +149,7 @@ def questions_of(
     of_tasks: dict[int, list[tuple[Question, list[Instance]]]] = {}
     with patches.templates_compiled_once():
         for numbers in by_question(requests):
-            choices: dict[tuple, list[int]] = {}
+            choices: dict[tuple[Any, ...], list[int]] = {}
             for n in numbers:
                 choices.setdefault((requests[n].idx, encoded[n].tokens), []).append(n)
             answers = [choices[key] for key in sorted(choices)]

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import brier_score, mean
+from numpy.typing import NDArray
 
 from llm_attack.base.errors import UsageError, closest
 from llm_attack.base.failures import one_line
@@ -27,6 +28,8 @@ from llm_attack.harness.gold import (
     judged,
     task_of,
 )
+
+_Floats = NDArray[np.float64]
 
 ACC, _BRIER, _MUTUAL = "acc", "brier_score", "acc_mutual_info"
 # By lm-eval's own rules these are of the choice that the model prefers.
@@ -63,7 +66,7 @@ class Score:
         """
         return _number(self.name, metrics[self.name]) if self.reported else float(right)
 
-    def compared(self, log_likelihoods: np.ndarray, asked: Sequence[Instance]) -> np.ndarray:
+    def compared(self, log_likelihoods: _Floats, asked: Sequence[Instance]) -> _Floats:
         """What the score compares of the choices: log-likelihoods, unless its name says more.
 
         Args:
@@ -74,7 +77,7 @@ class Score:
             n = len(asked) // 2
             return log_likelihoods[:n] - log_likelihoods[n:]
         lengths = self.lengths(asked)
-        return log_likelihoods if lengths is None else log_likelihoods / lengths
+        return log_likelihoods if lengths is None else log_likelihoods / np.asarray(lengths)
 
     def lengths(self, asked: Sequence[Instance]) -> list[float] | None:
         """What the score divides log-likelihoods by; None: nothing.

@@ -96,7 +96,7 @@ def _checked(
     """The function as a `value`, which refuses what is not one value per example."""
 
     def value(sums: Tensor, choices: Any) -> Tensor:
-        found = function(sums, choices) if gold else function(sums)
+        found: Tensor = function(sums, choices) if gold else function(sums)
         shape = choices.gold.shape[:1] if gold else sums.shape
         if getattr(found, "shape", None) != shape:
             what = list(getattr(found, "shape", ())) or type(found).__name__

@@ -138,7 +138,7 @@ class AttackSettings(ThreatSettings):
         0.01,
         "Amplitude, which is the radius of the ball round the clean point. 0.7rms is 0.7 with"
         " epsilon_unit=rms, and so are 0.1token_norm and 5neftune",
-        also=str,
+        also_type=str,
         allowed=EPSILON,
     )
     attack_in_units: Attack = field(init=False, repr=False)

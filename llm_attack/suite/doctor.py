@@ -16,7 +16,7 @@ from rich.console import Console
 from llm_attack.base.errors import UsageError, invalid
 from llm_attack.base.failures import one_line
 from llm_attack.harness.patches import without_bars
-from llm_attack.lm.engine.surface import Surface
+from llm_attack.lm.engine.attacked import AttackedBatch
 from llm_attack.lm.network.hook import frozen
 from llm_attack.lm.settings import amplitude
 from llm_attack.suite.analysis.worst import knows_gold
@@ -131,8 +131,8 @@ def nothing_changes(prepared: Prepared) -> Check:
     engine, name = prepared.lm.engine, "epsilon 0 equals clean"
     with frozen(prepared.lm.model):
         pack = engine.pack(prepared.work[0].batch).to(engine.device)
-        surface = Surface(engine.scorer, pack, engine.threat)
-        clean, at_0 = (surface.answers(x).log_prob.double() for x in (None, surface.x))
+        attacked = AttackedBatch(engine.scorer, pack, engine.threat)
+        clean, at_0 = (attacked.answers(x).log_prob.double() for x in (None, attacked.x))
     share = float((at_0 - clean).abs().mean() / clean.abs().mean())
     verdict = PASSES if share <= _ROUNDING else FAILS
     return Check(name, verdict, f"log-probabilities change by {share:.2g} of their size")
@@ -174,13 +174,13 @@ def _slopes(prepared: Prepared) -> tuple[float, float]:
     engine = lm.engine
     pack = engine.pack(replace(batch, questions=batch.questions[:_QUESTIONS])).to(lm.device)
     with frozen(lm.model):
-        surface = Surface(engine.scorer, pack, engine.threat)
-        gradient = surface.gradient
-        if surface.mask is not None:
-            gradient = gradient * surface.mask[..., None]
-        step = _STEP * surface.x.square().mean().sqrt()
+        attacked = AttackedBatch(engine.scorer, pack, engine.threat)
+        gradient = attacked.gradient
+        if attacked.mask is not None:
+            gradient = gradient * attacked.mask[..., None]
+        step = _STEP * attacked.x.square().mean().sqrt()
         with torch.no_grad():
-            ends = [surface.loss(surface.x + s * gradient.sign()) for s in (step, -step)]
+            ends = [attacked.loss(attacked.x + s * gradient.sign()) for s in (step, -step)]
     return float(gradient.abs().sum()), float((ends[0] - ends[1]).sum() / (2 * step))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_attack.attacks.settings import ATTACKS, register_attack
-from llm_attack.base.declare import About, check_names, declared, names, setting, underscored
+from llm_attack.base.declare import SettingSpec, check_names, declared, names, setting, underscored
 from llm_attack.base.errors import UsageError, invalid
 from llm_attack.base.failures import one_line
 from llm_attack.base.folder import check_readable
@@ -89,7 +89,7 @@ class Plan(ThreatSettings, EngineSettings):
     epsilon_max: float | str | None = setting(
         None,
         "Largest amplitude of critical and fmn; unless given, the largest of epsilons",
-        also=str,
+        also_type=str,
         option=str,
         allowed=EPSILON,
     )
@@ -102,13 +102,16 @@ class Plan(ThreatSettings, EngineSettings):
         allowed=_NAMES,
     )
     limit: float | None = setting(
-        None, "Questions per task at most; a number below 1 is their share", least=0.0, above=True
+        None,
+        "Questions per task at most; a number below 1 is their share",
+        minimum=0.0,
+        exclusive_minimum=True,
     )
     num_fewshot: int | None = setting(
-        None, "Number of examples before each question; the task's own unless given", least=0
+        None, "Number of examples before each question; the task's own unless given", minimum=0
     )
     apply_chat_template: bool | str = setting(
-        False, "Put all prompts into the model's chat template", also=str
+        False, "Put all prompts into the model's chat template", also_type=str
     )
     fewshot_as_multiturn: bool = setting(False, "Give the examples as turns of a conversation")
     system_instruction: str | None = setting(None, "Text that is put before all prompts")
@@ -139,7 +142,7 @@ class Plan(ThreatSettings, EngineSettings):
         None,
         "Workers on Ray, with a copy of the model each; unless given, one for each GPU of the"
         " cluster, or for each core where the run is on CPUs",
-        least=1,
+        minimum=1,
     )
     device: str | None = setting(
         None, "Where to compute, such as cpu or cuda:1; unless given, cuda where there is one"
@@ -147,7 +150,7 @@ class Plan(ThreatSettings, EngineSettings):
     model_args: dict[str, Any] = setting(
         "",
         "More arguments of attacked-hf, written key=value, with commas between them",
-        also=dict,
+        also_type=dict,
         allowed=_PAIRS,
     )
 
@@ -165,7 +168,7 @@ class Plan(ThreatSettings, EngineSettings):
             object.__setattr__(self, name, _listed(name, getattr(self, name), kind))
         if self.epsilon_max is not None:
             number, unit = amplitude(self.epsilon_max, "epsilon_max")
-            if not About("", float, least=0.0).allows(number):
+            if not SettingSpec("", float, minimum=0.0).allows(number):
                 raise invalid("epsilon_max", number, EPSILON)
             object.__setattr__(self, "epsilon_max", f"{number:g}{unit}" if unit else number)
         places = _listed("hookpoints", self.hookpoints, str) if self.hookpoints else ()
@@ -380,7 +383,9 @@ def from_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UsageError(f"config={path}: must be a mapping, such as attacks: [none, fgsm]")
     content = {underscored(str(key)): value for key, value in content.items()}
-    allowed = {entry.name: about for entry, about in declared(Plan)} | {"output": About("", str)}
+    allowed = {entry.name: about for entry, about in declared(Plan)} | {
+        "output": SettingSpec("", str)
+    }
     try:
         check_names(content, list(allowed))
         for key, value in content.items():
@@ -402,7 +407,7 @@ def _read_yaml(text: str) -> Any:
     """The content of a YAML text; of a key that is there twice, YAML itself would take the last."""
     import yaml
 
-    class Loader(yaml.SafeLoader):
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML is not typed
         """Numbers as JSON has them: YAML 1.1 reads 1_0, 010 and 1:30 as 10, 8 and 90."""
 
         yaml_implicit_resolvers = {  # noqa: RUF012
@@ -420,7 +425,8 @@ def _read_yaml(text: str) -> Any:
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.YAMLError(f"{key} is there twice")
-        return loader.construct_mapping(node, deep=True)
+        content: dict[Any, Any] = loader.construct_mapping(node, deep=True)
+        return content
 
     Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
     return yaml.load(text, Loader)

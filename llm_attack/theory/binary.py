@@ -96,8 +96,8 @@ class Toy:
         x = self.test.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(self.loss(x, labels).sum(), x)
         with torch.no_grad():
-            predicted = self.network((self.test + STEP * gradient).clamp(-1, 1)).argmax(-1)
-        return (predicted == labels).double().mean(1)
+            logits: Tensor = self.network((self.test + STEP * gradient).clamp(-1, 1))
+        return (logits.argmax(-1) == labels).double().mean(1)
 
     def training_loss(self) -> Tensor:
         """Mean cross-entropy of the training points of each seed, (seeds,)."""
@@ -130,7 +130,8 @@ class Toy:
     def _predicted(self, x1: Tensor) -> Tensor:
         """(seeds, M) classes at points (M,) of the line x2 = 0."""
         with torch.no_grad():
-            return self.network(self._points_of(x1, torch.zeros_like(x1))).argmax(-1)
+            logits: Tensor = self.network(self._points_of(x1, torch.zeros_like(x1)))
+        return logits.argmax(-1)
 
     def landscape(self) -> dict[str, Tensor]:
         """The packets of the first seed on a grid of the square: x1, x2, and psi, (GRID²,) each.

@@ -58,4 +58,5 @@ def along(
 def principal(x: Tensor, k: int) -> Tensor:
     """The first `k` principal directions of points (N, ...), of length 1: (k, ...)."""
     away = (x - x.mean(0)).flatten(1)
-    return torch.linalg.svd(away, full_matrices=False).Vh[:k].reshape(-1, *x.shape[1:])
+    directions: Tensor = torch.linalg.svd(away, full_matrices=False).Vh
+    return directions[:k].reshape(-1, *x.shape[1:])

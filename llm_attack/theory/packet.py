@@ -62,7 +62,7 @@ class Uncertainty:
 
 
 def uncertainty(
-    psi: Callable, a: float, b: float, slope: Callable[[float], float] | None = None
+    psi: Callable[[Any], Any], a: float, b: float, slope: Callable[[float], float] | None = None
 ) -> Uncertainty:
     """The relation for a function, integrated adaptively (`scipy.integrate.quad_vec`).
 
@@ -84,13 +84,13 @@ def uncertainty(
         value, change = _with_slope(psi, torch.tensor(x, dtype=torch.float64))
         return value.item(), change.item()
 
-    def integrate(integrand: Callable, negligible: float) -> float:
+    def integrate(integrand: Callable[..., Any], negligible: float) -> float:
         # least absolute tolerance: reached where the integrand is 0 everywhere
         options = {"epsrel": 1e-10, "epsabs": max(negligible, 1e-290), "limit": 2000}
         value, _, info = quad_vec(lambda x: integrand(x, *at(x)), a, b, full_output=True, **options)
         if info.status not in (0, 2):  # 2: exact but for rounding
             raise ValueError(f"psi: its integrals do not converge on [{a}, {b}]")
-        return value
+        return float(value)
 
     ends = ((a, at(a)[0] if math.isfinite(a) else 0), (b, at(b)[0] if math.isfinite(b) else 0))
     return _relation(integrate, ends)
@@ -146,14 +146,14 @@ def gauss_legendre(
     return torch.from_numpy(x), torch.from_numpy((half * weights).ravel())
 
 
-def _with_slope(psi: Callable, x: Tensor) -> tuple[Tensor, Tensor]:
+def _with_slope(psi: Callable[[Any], Any], x: Tensor) -> tuple[Tensor, Tensor]:
     """Value and derivative of an elementwise function; each packet of a batch has its own."""
     with torch.no_grad():
         found = torch.func.jvp(psi, (x,), (torch.ones_like(x),))
     return found[0], found[1]
 
 
-def _relation(integrate: Callable[[Callable, Any], Any], ends: Ends) -> Uncertainty:
+def _relation(integrate: Callable[[Callable[..., Any], Any], Any], ends: Ends) -> Uncertainty:
     """All five numbers from integrals of functions of (x, psi, psi') over the interval.
 
     Args:

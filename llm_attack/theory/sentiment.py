@@ -48,7 +48,8 @@ class SentimentModel(nn.Module):
 
     def forward(self, point: Tensor) -> Tensor:
         """Logits (seeds, N, 3) at a point."""
-        return self.classifier(point.flatten(2))
+        logits: Tensor = self.classifier(point.flatten(2))
+        return logits
 
 
 def cosines(model: SentimentModel, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

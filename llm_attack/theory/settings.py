@@ -27,19 +27,19 @@ class ToySettings:
         UsageError: a value is out of range; the message names it.
     """
 
-    seeds: int = setting(5, "Number of networks, each with points of its own", least=1)
-    epochs: int = setting(500, "Number of passes over the points", least=1)
-    points: int = setting(1000, "Number of training points of each network", least=1)
-    test_points: int = setting(1000, "Number of points that the accuracies are of", least=1)
-    width: int = setting(32, "Number of units in each of the two hidden layers", least=1)
-    learning_rate: float = setting(1e-3, "Learning rate of Adam", least=0)
-    batch_size: int = setting(1000, "Number of points per step", least=1)
+    seeds: int = setting(5, "Number of networks, each with points of its own", minimum=1)
+    epochs: int = setting(500, "Number of passes over the points", minimum=1)
+    points: int = setting(1000, "Number of training points of each network", minimum=1)
+    test_points: int = setting(1000, "Number of points that the accuracies are of", minimum=1)
+    width: int = setting(32, "Number of units in each of the two hidden layers", minimum=1)
+    learning_rate: float = setting(1e-3, "Learning rate of Adam", minimum=0)
+    batch_size: int = setting(1000, "Number of points per step", minimum=1)
     attack: str = setting(
         "fgsm",
         "Attack for the robust accuracy",
         choices=tuple(name for name, kind in ATTACKS.items() if not kind.minimal),
     )
-    epsilon: float = setting(0.1, "L-infinity amplitude of the attack", least=0)
+    epsilon: float = setting(0.1, "L-infinity amplitude of the attack", minimum=0)
     label: int = setting(1, "Class whose loss is the fixed packet: 1, that of x1 above 0, or 0")
     seed: int = setting(0, "The first seed; the others follow")
     device: str | None = setting(None, DEVICE)
@@ -78,33 +78,33 @@ class SentimentSettings:
     embedding_sizes: tuple[int, ...] = setting(
         (8, 16, 32),
         "How many numbers the embedding of a character has, separated by commas",
-        least=1,
+        minimum=1,
         option=Numbers(int),
     )
     ngrams: tuple[int, ...] = setting(
         (1,),
         "How many characters stand side by side in each of a word's overlapping pieces, which are"
         " what is embedded, separated by commas",
-        least=1,
+        minimum=1,
         option=Numbers(int),
     )
     train_shares: tuple[float, ...] = setting(
         (1.0,),
         "Shares of the training words that are learnt from, separated by commas",
-        least=0,
+        minimum=0,
         option=Numbers(float),
     )
     label_noise: tuple[float, ...] = setting(
         (0.0,),
         "Shares of the words learnt from that get one of the other labels, separated by commas",
-        least=0,
+        minimum=0,
         option=Numbers(float),
     )
-    seeds: int = setting(10, "Number of networks of each size, each with its own split", least=1)
-    epochs: int = setting(1000, "Number of passes over the words", least=1)
-    width: int = setting(64, "Number of units in the hidden layer", least=1)
-    learning_rate: float = setting(1e-3, "Learning rate of Adam", least=0)
-    test_share: float = setting(0.2, "Share of the words held out, between 0 and 1", least=0)
+    seeds: int = setting(10, "Number of networks of each size, each with its own split", minimum=1)
+    epochs: int = setting(1000, "Number of passes over the words", minimum=1)
+    width: int = setting(64, "Number of units in the hidden layer", minimum=1)
+    learning_rate: float = setting(1e-3, "Learning rate of Adam", minimum=0)
+    test_share: float = setting(0.2, "Share of the words held out, between 0 and 1", minimum=0)
     seed: int = setting(0, "The first seed; the others follow")
     device: str | None = setting(None, DEVICE)
 

@@ -260,7 +260,8 @@ def _decoded(tables: list[Any], column: str) -> list[Tensor]:
         if image.size != (size, size):
             resized += 1
             image = ImageOps.fit(image, (size, size))
-        return np.asarray(image).reshape(size, size, -1).transpose(2, 0, 1)
+        pixels: np.ndarray = np.asarray(image).reshape(size, size, -1).transpose(2, 0, 1)
+        return pixels
 
     def many(rows: list[dict[str, Any]]) -> np.ndarray:
         return np.stack([decode(row) for row in rows])

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class Settings(ImageSettings):
     """One data set, one network."""
 
-    images: int = setting(2, "Number of images to show, each of another class", least=1)
+    images: int = setting(2, "Number of images to show, each of another class", minimum=1)
 
 
 PRESETS = {
@@ -39,11 +39,11 @@ def run(settings: Settings, folder: Path) -> dict[str, Any]:
     import torch
 
     from llm_attack.attacks import keys_for
-    from llm_attack.vision import keeping, stages
+    from llm_attack.vision import checkpoints, stages
     from llm_attack.vision.data import load
     from llm_attack.vision.measure import attacked, frozen
 
-    settings = keeping.settled(settings)
+    settings = checkpoints.settled(settings)
     attacks = stages.listed("attacks", settings.attacks, KNOWN)
     if len(names := stages.networks(settings)) > 1:
         raise invalid("network", settings.network, "one name")

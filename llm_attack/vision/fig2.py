@@ -40,13 +40,13 @@ class Settings(ImageSettings):
     subset: int | None = setting(
         None,
         "Number of test images that all attacks see, the same for all curves; unless given, all",
-        least=1,
+        minimum=1,
     )
     attacked_epochs: int | None = setting(
         None,
         "Number of epochs after which to attack, spread evenly from the first to the last, which"
         " is always one of them; unless given, all",
-        least=1,
+        minimum=1,
     )
 
 
@@ -93,11 +93,11 @@ def curves(
     """
     import pandas as pd
 
-    from llm_attack.vision import keeping, stages
+    from llm_attack.vision import checkpoints, stages
     from llm_attack.vision.data import load
     from llm_attack.vision.networks import split
 
-    settings = keeping.settled(settings)
+    settings = checkpoints.settled(settings)
     attacks = stages.listed("attacks", settings.attacks, KNOWN)
     names = stages.networks(settings)
     clock = Stopwatch()

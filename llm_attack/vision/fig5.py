@@ -45,8 +45,8 @@ class Settings(fig2.Settings):
         "Amplitudes of the comparison of all splits, in units of the root mean square of what is "
         "attacked",
         option=Amplitudes(),
-        least=0,
-        above=True,
+        minimum=0,
+        exclusive_minimum=True,
     )
     split_attacks: str = setting("fgsm,bim", "Attacks of that comparison, separated by commas")
 

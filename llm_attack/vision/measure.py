@@ -241,11 +241,11 @@ class _Tally:
 
 def _shares(right: Tensor) -> Row:
     """The accuracy with its 95 % Wilson interval, and the number of images."""
-    from scipy.stats import binomtest
+    from llm_attack.stats import wilson
 
     successes, n = int(right.sum()), len(right)
-    low, high = binomtest(successes, n).proportion_ci(0.95, "wilson")
-    return {"accuracy": successes / n, "low": float(low), "high": float(high), "images": n}
+    low, high = wilson(successes, n)
+    return {"accuracy": successes / n, "low": low, "high": high, "images": n}
 
 
 def measure(
@@ -298,11 +298,13 @@ def measure(
 
         def points(rows: slice) -> Tensor:
             with torch.no_grad():
-                return extract(images[rows].scaled())
+                point: Tensor = extract(images[rows].scaled())
+            return point
 
         def right(x: Tensor, labels: Tensor) -> Tensor:
             with torch.no_grad():
-                return classifier(x).argmax(1) == labels
+                logits: Tensor = classifier(x)
+            return logits.argmax(1) == labels
 
         attacked_batches = [rows for rows in batches if rows.start < few]
         squares = [points(rows).flatten(1).double().square().mean(1) for rows in attacked_batches]

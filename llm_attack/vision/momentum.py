@@ -36,4 +36,4 @@ def momentum_spread(network: nn.Module, images: Images, batch_size: int = 250) -
             )
     norm, squares, *_ = total = torch.stack(sums).sum(0)
     mean_p = total[2:] / norm
-    return (squares / norm - mean_p.square().sum()).clamp(min=0).sqrt().item()
+    return float((squares / norm - mean_p.square().sum()).clamp(min=0).sqrt())

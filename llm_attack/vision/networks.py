@@ -77,7 +77,7 @@ def build(
     blocks = NETWORKS[name](wide, len(mean), size, classes)
     layout = _layout(blocks.values())
     network = OrderedDict({"normalise": Normalise(mean, std, layout), **blocks})
-    return nn.Sequential(network).to(memory_format=layout)  # type: ignore[call-overload]
+    return nn.Sequential(network).to(memory_format=layout)  # type: ignore[call-overload, no-any-return]
 
 
 def _layout(blocks: Iterable[nn.Module]) -> torch.memory_format:
@@ -128,7 +128,9 @@ def _cnn(wide: Wide, channels: int, size: int, classes: int) -> Blocks:
     }
 
 
-def _conv_bn(before: int, after: int, kernel: int, stride: int = 1, bias: bool = False) -> list:
+def _conv_bn(
+    before: int, after: int, kernel: int, stride: int = 1, bias: bool = False
+) -> list[nn.Module]:
     """A convolution that keeps the size but for its stride, and batch normalisation."""
     conv = nn.Conv2d(before, after, kernel, stride, padding=kernel // 2, bias=bias)
     return [conv, nn.BatchNorm2d(after)]

@@ -1,82 +1,48 @@
-"""Whether a network trains faster in bfloat16 here: measured, as processors differ."""
+"""Whether a network is trained in bfloat16: a rule of the processor and of the work to be done."""
 
 from __future__ import annotations
 
 import copy
-import logging
-import time
-from collections.abc import Callable
-from functools import partial
-from statistics import median
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-log = logging.getLogger(__name__)
-
-_SECONDS = 2.0  # what is measured for
-_WORTH = 60.0  # seconds of training in float32 below which nothing is measured
-_GAIN = 1.1  # how much faster bfloat16 has to be
+_INSTRUCTIONS = ("amx_bf16", "avx512_bf16")  # of processors that multiply bfloat16 as it is
+_WORTH = 5e12  # operations of a training below which it stays in float32; about a minute of one
 
 
-def mixed_precision(
-    precision: str,
-    network: nn.Module,
-    x: Tensor,
-    labels: Tensor,
-    images: int,
-    clock: Callable[[], float] = time.perf_counter,
-) -> bool:
+def mixed_precision(precision: str, network: nn.Module, x: Tensor, images: int) -> bool:
     """Whether to train in bfloat16 where that is safe (autocast).
 
-    `auto` says so on GPUs that are made for it, and on processors where training steps are faster
-    by a tenth at least. What takes less than a minute is done in float32 without measuring, so
-    that small runs are the same on any machine.
+    `auto` says so on GPUs and processors that have instructions for it: GPUs from compute
+    capability 8.0, processors with AMX or AVX-512 for bfloat16. On processors a small training, of
+    fewer than 5e12 floating-point operations, stays in float32, where it is the same everywhere.
+    Nothing is timed, so the same command on the same machine gives the same answer.
 
     Args:
         precision: `auto`, `float32` or `bfloat16`.
         network: is left as it is.
-        x: some images, (N, C, H, W) in [0, 1], on the network's device.
-        labels: (N,).
+        x: an image, (1, C, H, W) in [0, 1], on the network's device.
         images: number of images that the whole training will see.
-        clock: seconds.
     """
-    device = x.device
     if precision != "auto":
         return precision == "bfloat16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    trial = copy.deepcopy(network).train()
-    step = partial(_step, trial, x, labels)
-    step(False)  # the first ones prepare kernels
-    plain = _timed(step, False, clock)
-    if plain * images / len(x) < _WORTH:
+    if x.device.type == "cuda":
+        major, _ = torch.cuda.get_device_capability(x.device)
+        return major >= 8
+    if x.device.type != "cpu" or not _has_instructions():
         return False
-    step(True)
-    seconds: dict[bool, list[float]] = {False: [plain], True: [_timed(step, True, clock)]}
-    # in turns, so that other work on the machine slows both
-    while sum(map(sum, seconds.values())) < _SECONDS:
-        for mixed, those in seconds.items():
-            those.append(_timed(step, mixed, clock))
-    rates = {mixed: len(x) / median(those) for mixed, those in seconds.items()}
-    mixed = rates[True] > _GAIN * rates[False]
-    log.warning(
-        "precision: %.0f images/s in float32, %.0f in bfloat16: trains in %s",
-        rates[False],
-        rates[True],
-        "bfloat16" if mixed else "float32",
-    )
-    return mixed
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        copy.deepcopy(network).eval()(x)
+    # the backward pass takes twice as many as the forward pass
+    operations: int = 3 * counter.get_total_flops() * images
+    return operations >= _WORTH
 
 
-def _step(network: nn.Module, x: Tensor, labels: Tensor, mixed: bool) -> None:
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=mixed):
-        loss = nn.functional.cross_entropy(network(x).float(), labels)
-    network.zero_grad()
-    loss.backward()
-
-
-def _timed(step: Callable[[bool], None], mixed: bool, clock: Callable[[], float]) -> float:
-    start = clock()
-    step(mixed)
-    return clock() - start
+def _has_instructions() -> bool:
+    # releases of torch that cannot tell train in float32
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name) for name in _INSTRUCTIONS)

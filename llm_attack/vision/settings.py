@@ -13,7 +13,7 @@ from llm_attack.base.errors import UsageError, invalid
 from llm_attack.reproduce import DEVICE
 
 
-class Amplitude(click.ParamType):
+class Amplitude(click.ParamType):  # type: ignore[type-arg]  # see reproduce.Numbers
     """A number that may be written as a fraction, such as 8/255."""
 
     name = "number"
@@ -30,7 +30,7 @@ class Amplitude(click.ParamType):
         self.fail(f"{value!r}: must be a number or a fraction, such as 8/255", param, ctx)
 
 
-class Amplitudes(click.ParamType):
+class Amplitudes(click.ParamType):  # type: ignore[type-arg]  # see reproduce.Numbers
     """Such numbers, separated by commas, as a tuple."""
 
     name = "number,..."
@@ -78,7 +78,7 @@ class ImageSettings:
     save: str | None = setting(
         None, "Folder to keep trained networks in, with their settings and accuracies"
     )
-    width: float = setting(1.0, "Factor on the channels of the networks", least=0)
+    width: float = setting(1.0, "Factor on the channels of the networks", minimum=0)
     attacks: str = setting(
         "ost,fgsm,bim,illc,pgd,sparsefool,sparsefool_unbounded",
         f"Attacks, separated by commas, the unbounded ones of any amplitude: {', '.join(KNOWN)}",
@@ -89,22 +89,22 @@ class ImageSettings:
         "8/255 for images in colour",
         option=Amplitude(),
     )
-    steps: int = setting(10, f"Number of steps of the iterative attacks ({ITERATIVE})", least=1)
+    steps: int = setting(10, f"Number of steps of the iterative attacks ({ITERATIVE})", minimum=1)
     epochs: int = setting(
-        30, "Number of passes over the training images; 0: attack as it is", least=0
+        30, "Number of passes over the training images; 0: attack as it is", minimum=0
     )
     train_size: int | None = setting(
-        None, "Number of training images, drawn at random; unless given, all", least=1
+        None, "Number of training images, drawn at random; unless given, all", minimum=1
     )
     test_size: int | None = setting(
-        None, "Number of test images, drawn at random; unless given, all", least=1
+        None, "Number of test images, drawn at random; unless given, all", minimum=1
     )
-    batch_size: int = setting(128, "Number of training images per step", least=1)
-    learning_rate: float = setting(0.05, "Highest learning rate of the cycle", least=0)
-    momentum: float = setting(0.9, "Nesterov momentum of the optimiser", least=0)
-    weight_decay: float = setting(5e-4, "Weight decay of the optimiser", least=0)
+    batch_size: int = setting(128, "Number of training images per step", minimum=1)
+    learning_rate: float = setting(0.05, "Highest learning rate of the cycle", minimum=0)
+    momentum: float = setting(0.9, "Nesterov momentum of the optimiser", minimum=0)
+    weight_decay: float = setting(5e-4, "Weight decay of the optimiser", minimum=0)
     label_smoothing: float = setting(
-        0.1, "Share of the labels that is spread over all classes in training", least=0
+        0.1, "Share of the labels that is spread over all classes in training", minimum=0
     )
     train_attack: str = setting(
         "none",
@@ -117,27 +117,27 @@ class ImageSettings:
         "L-infinity amplitude of --train_attack; unless given, 0.1 for grey images, 8/255 for"
         " images in colour",
         option=Amplitude(),
-        least=0,
+        minimum=0,
     )
     train_steps: int | None = setting(
         None,
         "Number of steps of --train_attack; unless given, 7 of pgd and 10 of trades",
-        least=1,
+        minimum=1,
     )
     train_step_size: float | None = setting(
         None,
         "Length of a step of --train_attack; unless given, a quarter of its amplitude",
         option=Amplitude(),
-        least=0,
-        above=True,
+        minimum=0,
+        exclusive_minimum=True,
     )
     trades_beta: float = setting(
-        6.0, "Weight of the divergence of clean and attacked scores in trades", least=0
+        6.0, "Weight of the divergence of clean and attacked scores in trades", minimum=0
     )
     crop: int | None = setting(
         None,
         "Pixels to shift training images by at most; unless given, an eighth of their size",
-        least=0,
+        minimum=0,
     )
     flip: bool | None = setting(
         None,
@@ -146,9 +146,9 @@ class ImageSettings:
     )
     precision: str = setting(
         "auto",
-        "Precision of training; auto is bfloat16 on GPUs that are made for it and on processors"
-        " that are measured to be faster with it in a training of more than a minute, else float32;"
-        " attacks are always in float32",
+        "Precision of training; auto is bfloat16 on GPUs from compute capability 8.0, and on"
+        " processors with AMX or AVX-512 for bfloat16 in a training of 5e12 operations or more,"
+        " else float32; attacks are always in float32",
         choices=("auto", "float32", "bfloat16"),
     )
     train_split: str = setting(
@@ -161,7 +161,7 @@ class ImageSettings:
     label_column: str | None = setting(
         None, "Column of the labels; unless given, the first that holds class labels, else label"
     )
-    seed: int = setting(0, "Seed of weights, order, augmentation and attacks", least=0)
+    seed: int = setting(0, "Seed of weights, order, augmentation and attacks", minimum=0)
     device: str | None = setting(None, DEVICE)
 
     def __post_init__(self) -> None:
@@ -208,7 +208,7 @@ _READERS: dict[str, tuple[frozenset[str], dict[str, tuple[str, ...]]]] = {
 
 
 # How the settings take effect: with the network and the width of the file in `load`.
-EFFECTIVE = "llm_attack.vision.keeping:settled"
+EFFECTIVE = "llm_attack.vision.checkpoints:settled"
 
 # Of all quick presets.
 QUICK: dict[str, Any] = {"dataset": "digits", "width": 0.25, "epochs": 8, "batch_size": 32}

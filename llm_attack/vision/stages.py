@@ -17,8 +17,8 @@ from llm_attack.base.failures import one_line
 from llm_attack.base.folder import resolved
 from llm_attack.base.record import Stopwatch
 from llm_attack.vision.adversarial import usual_epsilon
+from llm_attack.vision.checkpoints import fill, imported, place, read_metadata, save
 from llm_attack.vision.data import Dataset
-from llm_attack.vision.keeping import fill, imported, place, save, told
 from llm_attack.vision.measure import Row, frozen, measure
 from llm_attack.vision.networks import NETWORKS, build
 from llm_attack.vision.settings import ImageSettings
@@ -147,7 +147,7 @@ def trained(
         return [{"epoch": epoch, **row, **further} for row in found]
 
     if not settings.epochs:
-        about = {} if settings.load is None else told(settings.load)
+        about = {} if settings.load is None else read_metadata(settings.load)
         found = measured(about.get("epochs", 0), about.get("precision"))
         tqdm.write(f"{label}: as it is{_said(found)}")
         clock.lap(f"{label} attacks")
@@ -184,7 +184,7 @@ def kept_in(settings: ImageSettings, label: str) -> Path | None:
     """The folder that `save` names, where a network of this label can be kept.
 
     Raises:
-        UsageError: it cannot; see `keeping.place`.
+        UsageError: it cannot; see `checkpoints.place`.
     """
     folder = None if settings.save is None else resolved(settings.save, "save")
     if folder is not None and settings.epochs:  # one that is not trained is not kept

@@ -40,11 +40,11 @@ class Settings(fig2.Settings):
         (1.0,),
         "Widths of the networks, in units of --width",
         option=Amplitudes(),
-        least=0,
-        above=True,
+        minimum=0,
+        exclusive_minimum=True,
     )
     seeds: int = setting(
-        1, "Number of seeds, from --seed on, each with networks and a choice of images", least=1
+        1, "Number of seeds, from --seed on, each with networks and a choice of images", minimum=1
     )
 
 
@@ -172,10 +172,12 @@ def correlations(table: pd.DataFrame) -> pd.DataFrame:
 
 def _spearman(of: pd.DataFrame, x: str, y: str) -> tuple[float, int]:
     """The rank correlation of two columns, and the number of pairs."""
+    from llm_attack.stats import spearman
+
     pairs = of[[x, y]].dropna()
     if len(pairs) < 4 or (pairs.nunique() == 1).any():
         return math.nan, len(pairs)
-    return float(pairs[x].corr(pairs[y], method="spearman")), len(pairs)
+    return float(spearman(pairs[x], pairs[y])), len(pairs)
 
 
 def trends(table: pd.DataFrame) -> pd.DataFrame:

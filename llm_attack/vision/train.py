@@ -17,13 +17,11 @@ from tqdm import tqdm
 from llm_attack.base.errors import UsageError
 from llm_attack.base.record import whole_or_not
 from llm_attack.vision.adversarial import adversarial_examples, objective
+from llm_attack.vision.checkpoints import reason
 from llm_attack.vision.data import Images, augment
-from llm_attack.vision.keeping import reason
 from llm_attack.vision.measure import Row
 from llm_attack.vision.precision import mixed_precision
 from llm_attack.vision.settings import ImageSettings
-
-_TRIED = 32  # images of a step whose speed is measured
 
 
 class Epoch(NamedTuple):
@@ -95,9 +93,7 @@ def train(
         optimiser.load_state_dict(kept["optimiser"])
         cycle.load_state_dict(kept["cycle"])
     else:
-        few = images[:_TRIED]
-        ahead = steps * batch
-        mixed = mixed_precision(settings.precision, network, few.scaled(), few.labels, ahead)
+        mixed = mixed_precision(settings.precision, network, images[:1].scaled(), steps * batch)
     seen: Any = {"total": steps * batch, "initial": done * per_epoch * batch, "unit": " images"}
     with tqdm(**seen, unit_scale=True, desc=label, disable=None) as bar:
         for epoch in range(done + 1, settings.epochs + 1):
@@ -162,7 +158,7 @@ def _check_finite(loss: float, network: nn.Module, epoch: int, settings: ImageSe
 
 def _read(state: Path, same: dict[str, Any], device: torch.device) -> dict[str, Any]:
     try:
-        kept = torch.load(state, map_location=device, weights_only=True)
+        kept: dict[str, Any] = torch.load(state, map_location=device, weights_only=True)
         before = kept["same"]
     except (OSError, EOFError, KeyError, RuntimeError, TypeError, pickle.UnpicklingError) as error:
         raise UsageError(

@@ -132,15 +132,15 @@ def test_attacked_answers_that_are_not_finite(make, build, caplog):
 
 def test_not_finite_answers_in_a_run(tmp_path, monkeypatch):
     """They are counted, and JSON has no NaN."""
-    from llm_attack.lm.engine.surface import Surface
+    from llm_attack.lm.engine.attacked import AttackedBatch
 
-    answers = Surface.answers
+    answers = AttackedBatch.answers
 
     def broken(self, x):
         found = answers(self, x)
         return found if x is None else found._replace(log_prob=found.log_prob * float("nan"))
 
-    monkeypatch.setattr(Surface, "answers", broken)
+    monkeypatch.setattr(AttackedBatch, "answers", broken)
     arguments = ["run", "--model", "demo", "--tasks", "demo_piqa", "--limit", "4", "--device"]
     arguments += ["cpu", "--attacks", "none,random", "--progress", "quiet", "-o", str(tmp_path)]
     done = CliRunner().invoke(main, arguments)

@@ -11,8 +11,8 @@ import sys
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from llm_attack.lm.engine.attacked import AttackedBatch
 from llm_attack.lm.engine.scoring import Scorer
-from llm_attack.lm.engine.surface import Surface
 from llm_attack.lm.losses import ThreatModel
 from llm_attack.lm.packing.pack import pack_rows
 from llm_attack.lm.packing.questions import Question, Request
@@ -37,7 +37,7 @@ def main(limit: int, more: int) -> None:
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + more, used + more))
-    surface = Surface(scorer, pack, ThreatModel("choice", shared=True))
+    surface = AttackedBatch(scorer, pack, ThreatModel("choice", shared=True))
     assert surface.gradient.isfinite().all() and surface.gradient.any()
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 

@@ -28,9 +28,9 @@ from versions import GPT2_TAKES_TREES, TRANSFORMERS, dtype_of
 
 from llm_attack.base.errors import UsageError
 from llm_attack.harness.model import AttackedHFLM
+from llm_attack.lm.engine.attacked import AttackedBatch
 from llm_attack.lm.engine.probe import longest_tree
 from llm_attack.lm.engine.scoring import Scorer
-from llm_attack.lm.engine.surface import Surface
 from llm_attack.lm.losses import LOSSES, ThreatModel
 from llm_attack.lm.network.blocks import blocks
 from llm_attack.lm.network.hook import capture, frozen, resolve
@@ -288,7 +288,7 @@ def slope_error(name, hookpoint, loss):
     model = network(name)
     pack = pack_rows(asked(), shared=LOSSES[loss].gold, whole=LOSSES[loss].whole)
     with exact(), frozen(model):
-        surface = Surface(scorer_of(model, hookpoint), pack, ThreatModel(loss))
+        surface = AttackedBatch(scorer_of(model, hookpoint), pack, ThreatModel(loss))
         gradient, h = surface.gradient, 3e-5 * surface.x.square().mean().sqrt()
         drawn = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(0))
         errors = []

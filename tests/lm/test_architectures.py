@@ -27,9 +27,9 @@ from unchanged import unchanged
 from versions import TRANSFORMERS
 
 from llm_attack.attacks import Attack
+from llm_attack.lm.engine.attacked import AttackedBatch
 from llm_attack.lm.engine.engine import Engine
 from llm_attack.lm.engine.probe import longest_tree
-from llm_attack.lm.engine.surface import Surface
 from llm_attack.lm.losses import LOSSES, ThreatModel
 from llm_attack.lm.network.blocks import blocks
 from llm_attack.lm.network.hook import frozen, try_out
@@ -76,7 +76,7 @@ def test_fgsm_raises_the_loss(name):
     model = network(name)
     pack = pack_rows(asked(), whole=True)
     with exact(), frozen(model):
-        surface = Surface(scorer_of(model), pack, ThreatModel())
+        surface = AttackedBatch(scorer_of(model), pack, ThreatModel())
         epsilon = 1e-5 * float(surface.x.square().mean().sqrt())
         adversarial, _ = surface.attack(Attack("fgsm", epsilon))
         with torch.no_grad():

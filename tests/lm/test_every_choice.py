@@ -7,8 +7,8 @@ import torch
 
 from llm_attack.attacks import perturb
 from llm_attack.harness.requests import encode, questions_of
+from llm_attack.lm.engine.attacked import AttackedBatch
 from llm_attack.lm.engine.choices import ChoiceScores
-from llm_attack.lm.engine.surface import Surface
 from llm_attack.lm.packing.questions import Question, Request
 
 TASKS = ["demo_arc_challenge", "demo_winogrande"]
@@ -20,7 +20,7 @@ def surface(lm, requests):
     """All questions of the requests in one pack."""
     questions = questions_of(requests, encode(lm, requests), lm.settings)
     (batch,) = lm.batches(questions)
-    return Surface(lm.engine.scorer, lm.engine.pack(batch), lm.settings.threat)
+    return AttackedBatch(lm.engine.scorer, lm.engine.pack(batch), lm.settings.threat)
 
 
 @pytest.mark.parametrize("gold", [[0], [2], [0, 3]])
@@ -74,7 +74,7 @@ def test_critical_epsilon_is_the_length_of_what_was_found(exact, build):
     lm = exact(attack="critical", loss="margin", epsilon=0.02, steps=5, rounds=6)
     at = surface(lm, build("demo_arc_challenge", 6).instances)
     point, _ = at.attack(lm.attack)
-    needed = at.needed(lm.attack, point, at.answers(point))
+    needed = at.critical_epsilon(lm.attack, point, at.answers(point))
     wrong = at.gap(at.x) > 0
     assert torch.equal(needed == 0, wrong)
     assert needed.isfinite().all() and (at.gap(point) > 0).all()
@@ -84,7 +84,9 @@ def test_critical_epsilon_is_the_length_of_what_was_found(exact, build):
     (right,) = (~wrong).nonzero(as_tuple=True)
     censored = surface(few, build("demo_arc_challenge", 6).instances)
     point, _ = censored.attack(few.attack)
-    assert torch.isinf(censored.needed(few.attack, point, censored.answers(point))[right]).all()
+    assert torch.isinf(
+        censored.critical_epsilon(few.attack, point, censored.answers(point))[right]
+    ).all()
 
 
 @pytest.mark.parametrize("unit", ["neftune", "token_norm"])

@@ -120,13 +120,13 @@ def test_nothing_is_kept_between_batches(make, build, monkeypatch, settings):
     lm = make(batch_size=2, **settings)
     made = []
 
-    class Watched(engine.Surface):
+    class Watched(engine.AttackedBatch):
         def __init__(self, *args):
             assert all(ref() is None for ref in made)
             made.append(weakref.ref(self))
             super().__init__(*args)
 
-    monkeypatch.setattr(engine, "Surface", Watched)
+    monkeypatch.setattr(engine, "AttackedBatch", Watched)
     ask(lm, task.instances)
     assert len(made) >= 3
     assert made[-1]() is None

@@ -8,9 +8,9 @@ from test_trees import question, questions
 
 from llm_attack.attacks import Attack
 from llm_attack.lm.engine import probe
+from llm_attack.lm.engine.attacked import AttackedBatch
 from llm_attack.lm.engine.engine import Engine
 from llm_attack.lm.engine.probe import takes_twins
-from llm_attack.lm.engine.surface import Surface
 from llm_attack.lm.losses import ThreatModel
 from llm_attack.lm.network.hook import frozen
 from llm_attack.lm.packing.pack import pack_rows
@@ -31,7 +31,7 @@ def both(scorer, pack, loss):
     found = []
     for once in (False, True):
         scorer.takes_twins = once
-        surface = Surface(scorer, pack, ThreatModel(loss))
+        surface = AttackedBatch(scorer, pack, ThreatModel(loss))
         with exact(), frozen(scorer.model):
             gradient = surface.gradient
         assert (surface.twins is not None) == once
@@ -77,7 +77,7 @@ def test_products_are_made_once_for_each_node(monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, "linear", counted)
     scorer.takes_twins = True
-    surface = Surface(scorer, pack, ThreatModel())
+    surface = AttackedBatch(scorer, pack, ThreatModel())
     point = surface.x  # captured before anything else is computed
     seen.clear()
     with frozen(scorer.model):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llm_attack.harness.requests import encode, questions_of
-from llm_attack.lm.engine.surface import Surface
+from llm_attack.lm.engine.attacked import AttackedBatch
 
 LIMIT = "400000000"  # bytes
 
@@ -24,11 +24,11 @@ def test_parts_are_the_whole(exact, build, loss):
     assert not rest
     pack = engine.pack(whole)
     with torch.no_grad():
-        x = Surface(engine.scorer, pack, engine.threat).x
+        x = AttackedBatch(engine.scorer, pack, engine.threat).x
     found = []
     for limit in (10**6, 2 * pack.input_ids.shape[1], 1):
         engine.scorer.limit = limit
-        surface = Surface(engine.scorer, pack, engine.threat)
+        surface = AttackedBatch(engine.scorer, pack, engine.threat)
         gradient = surface.gradient
         answers = surface.answers(x + 0.01).log_prob
         found.append((surface.clean_loss, gradient, surface.clean.log_prob, answers))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from llm_attack.base.errors import UsageError
 from llm_attack.harness.requests import encode, examples_of, questions_of
-from llm_attack.lm.engine.surface import Surface
+from llm_attack.lm.engine.attacked import AttackedBatch
 from llm_attack.lm.packing.positions import check_positions, of_question, of_request
 from llm_attack.lm.packing.questions import Question, Request
 
@@ -62,7 +62,7 @@ def test_elsewhere_nothing_moves(exact, build, attack, packing, task):
         lm = exact(attack=attack, positions=spec, packing=packing, **options)
         questions = questions_of(task.instances, encode(lm, task.instances), lm.settings)
         (batch,) = lm.batches(questions)
-        surface = Surface(lm.engine.scorer, lm.engine.pack(batch), lm.settings.threat)
+        surface = AttackedBatch(lm.engine.scorer, lm.engine.pack(batch), lm.settings.threat)
         point, sums = surface.attack(lm.attack)
         changed = (point != surface.x).any(-1)
         assert changed.any() and not (changed & ~surface.mask).any()
@@ -94,7 +94,7 @@ def test_own_context_by_request(exact, build):
     encoded = encode(lm, task.instances)
     (batch,) = lm.batches(questions_of(task.instances, encoded, lm.settings))
     pack = lm.engine.pack(batch)
-    surface = Surface(lm.engine.scorer, pack, lm.settings.threat)
+    surface = AttackedBatch(lm.engine.scorer, pack, lm.settings.threat)
     point, _ = surface.attack(lm.attack)
     for row, request in zip((point != surface.x).any(-1), pack.requests, strict=True):
         read = len(request.inputs)

@@ -14,8 +14,8 @@ from peft import PromptTuningConfig, get_peft_model
 
 from llm_attack.attacks import Attack
 from llm_attack.demo import MODEL_PATH
+from llm_attack.lm.engine.attacked import AttackedBatch
 from llm_attack.lm.engine.engine import Engine
-from llm_attack.lm.engine.surface import Surface
 from llm_attack.lm.losses import ThreatModel
 from llm_attack.lm.network.hook import frozen
 from llm_attack.lm.packing.pack import pack_rows
@@ -136,7 +136,7 @@ def test_a_perturbation_that_choices_share(fresh, loss):
     questions = asked()
     threat = ThreatModel(loss, shared=True)
     pack = pack_rows(questions, shared=True, whole=loss == "sequence")
-    found = Surface(scorer_of(fresh()), pack, threat).gradient
+    found = AttackedBatch(scorer_of(fresh()), pack, threat).gradient
     at = 0
     for question in questions:
         embed = fresh().get_input_embeddings()

@@ -11,10 +11,10 @@ from versions import GPT2_TAKES_TREES, TRANSFORMERS
 
 from llm_attack.attacks import Attack
 from llm_attack.base.errors import UsageError
+from llm_attack.lm.engine.attacked import AttackedBatch
 from llm_attack.lm.engine.engine import Engine
 from llm_attack.lm.engine.hookpoints import expand, scorers, share
 from llm_attack.lm.engine.scatter import by_index
-from llm_attack.lm.engine.surface import Surface
 from llm_attack.lm.losses import ThreatModel
 from llm_attack.lm.network.blocks import known_blocks, recompute
 from llm_attack.lm.network.hook import capture, frozen, try_out
@@ -135,11 +135,11 @@ def test_one_pass_for_all(pack, name):
         recompute(block)
     names = places(model)
     threat = ThreatModel("choice", shared=True)
-    together = [Surface(s, pack, threat) for s in scorers(scorer_of(model), names, CPU)]
+    together = [AttackedBatch(s, pack, threat) for s in scorers(scorer_of(model), names, CPU)]
     with frozen(model):
         share(together, gradient=True)
         for name, surface in zip(names, together, strict=True):
-            alone = Surface(scorer_of(model, name), pack, threat)
+            alone = AttackedBatch(scorer_of(model, name), pack, threat)
             kept = slice(None) if surface.mask is None else surface.mask
             assert torch.allclose(surface.gradient[kept], alone.gradient[kept], atol=1e-12)
             assert surface.gradient[kept].any()

@@ -14,9 +14,9 @@ from versions import GPT2_TAKES_TREES
 
 from llm_attack.attacks import ATTACKS, Attack
 from llm_attack.lm.engine import engine as engines
+from llm_attack.lm.engine.attacked import AttackedBatch
 from llm_attack.lm.engine.engine import Engine
 from llm_attack.lm.engine.probe import longest_tree, trees_fault
-from llm_attack.lm.engine.surface import Surface
 from llm_attack.lm.losses import ThreatModel
 from llm_attack.lm.network.blocks import blocks, compiled, recompute
 from llm_attack.lm.network.hook import frozen
@@ -71,7 +71,7 @@ def test_gradients(made, loss):
     pack = pack_trees(made, whole=loss == "sequence")
     threat = ThreatModel(loss, shared=True)
     with frozen(model):
-        found = Surface(scorer_of(model), pack, threat).gradient
+        found = AttackedBatch(scorer_of(model), pack, threat).gradient
     for row, of_question in enumerate(made):
         log_likelihoods, points = [], []
         for request in of_question.requests:
@@ -179,7 +179,9 @@ def test_blocks_that_are_recomputed_or_compiled_change_nothing(change, monkeypat
     gradients = []
     for each in (plain, model):
         with frozen(each):
-            surface = Surface(scorer_of(each), pack_trees(made), ThreatModel("choice", shared=True))
+            surface = AttackedBatch(
+                scorer_of(each), pack_trees(made), ThreatModel("choice", shared=True)
+            )
             gradients.append(surface.gradient)
             assert surface.clean.log_prob.isfinite().all()
     assert torch.allclose(*gradients, rtol=1e-9, atol=1e-12)
@@ -197,7 +199,7 @@ def test_recomputing_keeps_what_is_put_inside_of_a_block(hookpoint):
     for each in (plain, model):
         with frozen(each), unchanged(each):
             pack, threat = pack_trees(made), ThreatModel("choice", shared=True)
-            surface = Surface(scorer_of(each, hookpoint), pack, threat)
+            surface = AttackedBatch(scorer_of(each, hookpoint), pack, threat)
             attacked.append(surface.attack(Attack("bim", 0.3, steps=3))[0])
     assert torch.equal(*attacked)
     assert not torch.equal(attacked[0], surface.x)
@@ -215,7 +217,7 @@ def test_recomputing_keeps_less():
             return tensor
 
         with frozen(model), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            surface = Surface(scorer_of(model), pack_trees(made), ThreatModel(shared=True))
+            surface = AttackedBatch(scorer_of(model), pack_trees(made), ThreatModel(shared=True))
             x = surface.x.requires_grad_()
             surface.loss(x)
         return sum(sizes)

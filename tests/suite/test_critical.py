@@ -9,6 +9,7 @@ from invented import build
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
+from llm_attack import stats
 from llm_attack.suite.analysis import critical
 from llm_attack.suite.studies import survival
 
@@ -74,11 +75,11 @@ def test_intervals_hold_what_they_should():
 def test_measures_are_scipys_and_sklearns():
     rng = np.random.default_rng(2)
     known, outcome = rng.normal(size=(3, 40)).round(1), rng.normal(size=(3, 40)).round(1)
-    assert critical._spearman(known, outcome) == pytest.approx(
+    assert stats.spearman(known, outcome) == pytest.approx(
         [spearmanr(a, b).statistic for a, b in zip(known, outcome, strict=True)]
     )
     stands = (outcome > 0).astype(float)
-    assert critical._auroc(known, stands) == pytest.approx(
+    assert stats.auroc(known, stands) == pytest.approx(
         [roc_auc_score(s, k) for s, k in zip(stands, known, strict=True)]
     )
 

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from llm_attack.attacks import Attack
 from llm_attack.cli import main
 from llm_attack.harness.requests import by_question, encode, questions_of
-from llm_attack.lm.engine.surface import Surface
+from llm_attack.lm.engine.attacked import AttackedBatch
 from llm_attack.lm.packing.batches import Batch
 from llm_attack.lm.packing.prefix import start
 from llm_attack.lm.settings import AttackSettings
@@ -40,16 +40,18 @@ def test_passes_are_those_of_the_engine(make, asked, monkeypatch):
     lm = make(attn_implementation="eager")
     every = [AttackSettings(name, loss="choice", **more) for name, more in ATTACKS]
     seen = []
-    forward, gradient = Surface._watched, torch.autograd.grad
+    forward, gradient = AttackedBatch._watched, torch.autograd.grad
     monkeypatch.setattr(
-        Surface, "_watched", lambda s, x: (seen.append(torch.is_grad_enabled()), forward(s, x))[1]
+        AttackedBatch,
+        "_watched",
+        lambda s, x: (seen.append(torch.is_grad_enabled()), forward(s, x))[1],
     )
     monkeypatch.setattr(
         torch.autograd, "grad", lambda *a, **k: (seen.append("backward"), gradient(*a, **k))[1]
     )
-    answers = Surface.answers
+    answers = AttackedBatch.answers
     monkeypatch.setattr(
-        Surface,
+        AttackedBatch,
         "answers",
         lambda s, x: (seen.append("clean" if x is None else "answers"), answers(s, x))[1],
     )

@@ -8,15 +8,16 @@ from unittest import mock
 import numpy as np
 import pytest
 import scipy.stats
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from invented import by_enumeration
 from scipy.stats import binomtest, multinomial
 from statsmodels.regression.linear_model import OLS
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
 
-from llm_attack import inference as s
+from llm_attack import stats as s
 
 CHANCES = st.lists(
     st.sampled_from([1 / 2, 1 / 3, 1 / 4, 1 / 5, 2 / 5, 1.0]), min_size=1, max_size=9
@@ -34,6 +35,15 @@ def test_wilson_ends_are_just_not_rejected(n, data):
     for end in (low, high):
         assert (share - end) ** 2 == pytest.approx(Z**2 * end * (1 - end) / n, abs=1e-12)
     assert (low == 0) == (right == 0) and (high == 1) == (right == n)
+
+
+@given(st.floats(0, 1), st.floats(0.5, 1e5))
+@example(0.0, 1.0)
+@example(1.0, 7.0)
+def test_wilson_against_statsmodels(share, n):
+    """Of any numbers: counts that are divided by a design effect are not whole."""
+    expected = proportion_confint(share * n, n, alpha=0.05, method="wilson")
+    assert s.wilson(share * n, n) == pytest.approx(expected, rel=0, abs=1e-15)
 
 
 def test_rounding_leaves_no_bounds():

@@ -149,7 +149,8 @@ def test_a_score_where_lower_is_better_drops_when_it_rises():
     row = table.loc[("t", "fgsm@1")]
     assert row["acc"] == pytest.approx(0.64) and row["drop"] == pytest.approx(34)
     assert row["drop_low"] < 34 < row["drop_high"]
-    worst = with_worst(scored({"none": [0.2], "fgsm@1": [0.6], "random@1": [0.9]}, better="lower"))
+    both = scored({"none": [0.2], "fgsm@1": [0.6], "random@1": [0.9]}, better="lower")
+    worst = with_worst(both, {"settings": {"loss": "choice"}})
     assert worst.loc[worst["attack"] == "worst", "acc"].tolist() == [0.9]
 
 
@@ -291,7 +292,8 @@ def test_score_chooses(folder, score, found):
     names = {"acc": "repeats", "acc_norm": "repeats", "mrr": "ranks"}
     task = f"kind_{names.get(score, 'repeats')}"
     tasks = task if score != "brier_score" else f"{task},kind_brier_score"
-    plan = Plan(tasks=tasks, include_path=str(folder), score=score, **{**HOW, "attacks": "none"})
+    how = {name: value for name, value in HOW.items() if name != "epsilons"} | {"attacks": "none"}
+    plan = Plan(tasks=tasks, include_path=str(folder), score=score, **how)
     result = evaluate(plan, progress="quiet")
     samples = result.samples[result.samples["task"] == task]
     assert set(samples["score"]) == {found}

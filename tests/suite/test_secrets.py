@@ -27,7 +27,7 @@ from llm_attack.harness.cache import guard
 from llm_attack.harness.judge import as_json
 from llm_attack.harness.paths import portable
 from llm_attack.reproduce import PRESET_NAMES, figure_command
-from llm_attack.suite import results
+from llm_attack.suite import render, results
 from llm_attack.suite.analysis import summary
 from llm_attack.suite.evaluate import command
 from llm_attack.suite.report import tables
@@ -158,7 +158,7 @@ def test_a_report_hides_what_an_older_run_has_kept(folder):
     run["settings"]["model_args"] = {"token": SECRET}
     run["command"] = f"llm-attack run --model_args token={SECRET}"
     Path("out/run.json").write_text(json.dumps(run))
-    results.render(results.load(Path("out")), Path("out"), results.load(Path("out")).run)
+    render.render(results.load(Path("out")), Path("out"), results.load(Path("out")).run)
     assert HIDDEN in Path("out/report.html").read_text()
     assert not seen(Path("out/report.html").read_text())
 

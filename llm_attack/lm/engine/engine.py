@@ -14,11 +14,11 @@ from torch import Tensor
 
 from llm_attack.attacks import Attack
 from llm_attack.base.errors import UsageError
+from llm_attack.lm.engine.attacked import AttackedBatch
 from llm_attack.lm.engine.diagnostics import Diagnostics
 from llm_attack.lm.engine.hookpoints import share
 from llm_attack.lm.engine.probe import fault, takes_twins, trees_fault
 from llm_attack.lm.engine.scoring import Scorer, Scores
-from llm_attack.lm.engine.surface import Surface
 from llm_attack.lm.losses import LOSSES, ThreatModel
 from llm_attack.lm.network.reproducible import reproducible
 from llm_attack.lm.packing.batches import Batch, Family, batched, layouts, of_rows, of_tree
@@ -41,16 +41,16 @@ class Answered(NamedTuple):
     Attributes:
         question: the question.
         answers: for each attack, one answer per request.
-        alignment: of its clean point and the gradient there (`Surface.alignment`); None where no
-            attack needs that gradient.
-        needed: for each attack that looks for it, the amplitude that makes the answer wrong
-            (`Surface.needed`); None for the others.
+        alignment: of its clean point and the gradient there (`AttackedBatch.alignment`); None where
+            no attack needs that gradient.
+        critical_epsilons: for each attack that looks for it, the amplitude that makes the answer
+            wrong (`AttackedBatch.critical_epsilon`); None for the others.
     """
 
     question: Question
     answers: list[list[Answer]]
     alignment: tuple[float, ...] | None
-    needed: list[float | None]
+    critical_epsilons: list[float | None]
 
 
 @dataclass
@@ -68,13 +68,13 @@ class Computed(NamedTuple):
         scores: for each attack, of the pack's scored predictions.
         sums: for each attack, what it adds to its `Diagnostics`, by name.
         alignment: (questions, 4), see `Answered`; or None.
-        needed: for each attack (questions,), or None.
+        critical_epsilons: for each attack (questions,), or None.
     """
 
     scores: list[Scores]
     sums: list[dict[str, Tensor]]
     alignment: Tensor | None
-    needed: list[Tensor | None]
+    critical_epsilons: list[Tensor | None]
 
 
 @dataclass
@@ -251,26 +251,28 @@ class Engine:
     def compute(self, pack: Pack) -> Computed:
         """Runs one batch under all attacks; nothing waits for the device."""
         pack = pack.to(self.device)
-        surfaces = {s: Surface(s, pack, self.threat) for s in dict.fromkeys(self.scorers)}
+        attacked_batches = {
+            s: AttackedBatch(s, pack, self.threat) for s in dict.fromkeys(self.scorers)
+        }
         aligned = any(a.uses_clean_gradient or a.kind.minimal for a in self.attacks)
-        first = surfaces[self.scorers[0]]
-        if len(surfaces) > 1:
-            share(list(surfaces.values()), aligned)
+        first = attacked_batches[self.scorers[0]]
+        if len(attacked_batches) > 1:
+            share(list(attacked_batches.values()), aligned)
         # before all else, because its forward gives the clean answers too
         alignment = first.alignment(self.attacks[0].norm) if aligned else None
         found = Computed([], [], alignment, [])
         for attack, scorer in zip(self.attacks, self.scorers, strict=True):
-            surface, x, scores = surfaces[scorer], None, first.clean
+            attacked, x, scores = attacked_batches[scorer], None, first.clean
             sums: dict[str, Tensor] = {}
             if not attack.identity:
-                x, sums = surface.attack(attack)
-                scores = surface.answers(x)
-            needed = None
+                x, sums = attacked.attack(attack)
+                scores = attacked.answers(x)
+            critical = None
             if attack.kind.minimal:
-                needed = surface.needed(attack, surface.x if x is None else x, scores)
+                critical = attacked.critical_epsilon(attack, attacked.x if x is None else x, scores)
             found.scores.append(scores)
             found.sums.append(sums)
-            found.needed.append(needed)
+            found.critical_epsilons.append(critical)
         return found
 
     def _collect(self, pack: Pack, computed: Computed, found: Found) -> None:
@@ -298,15 +300,15 @@ class Engine:
             log_likelihoods = sums_of_parts.tolist()
             greedy = [bool(part.all()) for part in scores.greedy.cpu().split(sizes)]
             answers.append(list(zip(log_likelihoods, greedy, strict=True)))
-        alignments: list = [None] * len(pack.questions)
+        alignments: list[Any] = [None] * len(pack.questions)
         if computed.alignment is not None:
             alignments = [tuple(row) for row in computed.alignment.tolist()]
         nothing = [None] * len(pack.questions)
-        needed = [nothing if of is None else of.tolist() for of in computed.needed]
+        critical = [nothing if of is None else of.tolist() for of in computed.critical_epsilons]
         at = 0
         for i, (question, alignment) in enumerate(zip(pack.questions, alignments, strict=True)):
             end = at + len(question.requests)
             of_question = [of_attack[at:end] for of_attack in answers]
-            amplitudes = [of_attack[i] for of_attack in needed]
+            amplitudes = [of_attack[i] for of_attack in critical]
             found.answered.append(Answered(question, of_question, alignment, amplitudes))
             at = end

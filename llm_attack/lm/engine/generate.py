@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from llm_attack.lm.engine.attacked import AttackedBatch
 from llm_attack.lm.engine.engine import Engine
-from llm_attack.lm.engine.surface import Surface
 from llm_attack.lm.network.hook import edit_output
 from llm_attack.lm.packing.pack import pack_rows
 from llm_attack.lm.packing.questions import Question, Request
@@ -32,8 +32,8 @@ def attacked_prompts(engine: Engine, context: Tensor, mask: Tensor) -> Iterator[
     questions = [Question([Request(tuple(prompt), 0)], [[0]]) for prompt in prompts]
     how: dict[str, Any] = {"whole": True, "positions": engine.threat.positions}
     pack = pack_rows(questions, engine.pad, **how).to(engine.device)
-    surface = Surface(engine.scorer, pack, replace(engine.threat, shared=False))
-    adversarial, sums = surface.attack(engine.attacks[0])
+    attacked = AttackedBatch(engine.scorer, pack, replace(engine.threat, shared=False))
+    adversarial, sums = attacked.attack(engine.attacks[0])
     engine.diagnostics[0].add({name: float(value) for name, value in sums.items()})
     prefilled = False
 

@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 
 from llm_attack.base.errors import UsageError, closest
 from llm_attack.base.failures import one_line
+from llm_attack.lm.engine.attacked import AttackedBatch
 from llm_attack.lm.engine.probe import equal_logits, made_up
 from llm_attack.lm.engine.scoring import Scorer
-from llm_attack.lm.engine.surface import Surface
 from llm_attack.lm.network.blocks import Skip, known_blocks
 from llm_attack.lm.network.hook import edit_output, faults, resolve
 from llm_attack.lm.packing.pack import Pack, pack_rows
@@ -119,7 +119,7 @@ def _rest(base: Scorer, device: torch.device) -> dict[nn.Module, tuple[Any, ...]
     """What blocks return besides hidden states (see `Skip`): of those run once, as they are run."""
     outputs: dict[nn.Module, list[Any]] = {}
 
-    def keep(block: nn.Module, args: tuple, output: Any) -> None:
+    def keep(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         outputs.setdefault(block, []).append(output)
 
     handles = [block.register_forward_hook(keep) for block in known_blocks(base.model)]
@@ -191,7 +191,7 @@ def _captured(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]
     seen: dict[nn.Module, Tensor] = {}
     versions: dict[nn.Module, int] = {}
 
-    def keep(module: nn.Module, args: tuple, output: Any) -> None:
+    def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         seen.setdefault(module, output[0] if isinstance(output, tuple) else output)
         versions.setdefault(module, seen[module]._version)
 
@@ -206,20 +206,20 @@ def _captured(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]
                 del seen[module]
 
 
-def share(surfaces: Sequence[Surface], gradient: bool) -> None:
-    """Gives the surfaces of one pack their clean points, answers and gradients from one pass.
+def share(attacked_batches: Sequence[AttackedBatch], gradient: bool) -> None:
+    """Gives attacked batches of one pack their clean points, answers and gradients from one pass.
 
     Args:
-        surfaces: which differ in their hookpoints.
+        attacked_batches: of one pack, which differ in their hookpoints.
         gradient: whether gradients are needed.
     """
-    first = surfaces[0]
+    first = attacked_batches[0]
     pack, scorer = first.pack, first.scorer
     if not scorer.together(pack):
         return  # rows of different frequencies, each by itself
     embedding = scorer.model.get_input_embeddings()
-    modules = [s.scorer.hookpoint for s in surfaces]
-    modules += [s.scorer.skip.blocks[-1] for s in surfaces if s.scorer.skip is not None]
+    modules = [s.scorer.hookpoint for s in attacked_batches]
+    modules += [s.scorer.skip.blocks[-1] for s in attacked_batches if s.scorer.skip is not None]
     with ExitStack() as stack:
         stack.enter_context(torch.set_grad_enabled(gradient))
         if gradient:  # so that there is a graph: parameters have no gradients
@@ -227,18 +227,18 @@ def share(surfaces: Sequence[Surface], gradient: bool) -> None:
             stack.enter_context(leaf)
         with _captured(modules) as seen:
             scores = scorer(pack, pack.watched)
-        found = [surface for surface in surfaces if surface.scorer.hookpoint in seen]
+        found = [attacked for attacked in attacked_batches if attacked.scorer.hookpoint in seen]
         if gradient:
             values = first.loss_of(scores)
-            points = [seen[surface.scorer.hookpoint] for surface in found]
+            points = [seen[attacked.scorer.hookpoint] for attacked in found]
             slopes = torch.autograd.grad(values.sum(), points)
     clean = type(scores)(*(s.detach()[pack.kept] for s in scores))
-    for i, surface in enumerate(found):
-        surface.clean = clean
-        surface.x = surface.of_nodes(scorer.whole(pack, seen[surface.scorer.hookpoint].detach()))
-        skip = surface.scorer.skip
+    for i, attacked in enumerate(found):
+        attacked.clean = clean
+        attacked.x = attacked.of_nodes(scorer.whole(pack, seen[attacked.scorer.hookpoint].detach()))
+        skip = attacked.scorer.skip
         if skip is not None and skip.blocks[-1] in seen:
-            surface.below = scorer.whole(pack, seen[skip.blocks[-1]].detach())
+            attacked.below = scorer.whole(pack, seen[skip.blocks[-1]].detach())
         if gradient:
-            surface.clean_loss = values.detach()
-            surface.gradient = surface.of_nodes(scorer.whole(pack, slopes[i]), total=True)
+            attacked.clean_loss = values.detach()
+            attacked.gradient = attacked.of_nodes(scorer.whole(pack, slopes[i]), total=True)

@@ -51,7 +51,7 @@ class _Gathered(torch.autograd.Function):
 
 def gathered(hidden: Tensor, twins: Twins) -> Tensor:
     """(P, H) of hidden (B x L, H); see `_Gathered`."""
-    found: Tensor = _Gathered.apply(hidden, twins)
+    found: Tensor = _Gathered.apply(hidden, twins)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -77,7 +77,8 @@ def products_once(model: nn.Module, twins: Twins, shape: tuple[int, ...]) -> Ite
             flat = x.reshape(-1, x.shape[-1])
             if last[0] is not x:
                 last[:] = x, flat.detach().index_select(0, twins.first)
-            return _Product.apply(flat, last[1], module, twins.node).view(*shape, -1)
+            product: Tensor = _Product.apply(flat, last[1], module, twins.node)  # type: ignore[no-untyped-call]
+            return product.view(*shape, -1)
 
         return forward
 

@@ -13,14 +13,14 @@ class OfRequest(NamedTuple):
 
     answers: list[Answer]
     alignment: tuple[float, ...] | None
-    needed: list[float | None]
+    critical_epsilons: list[float | None]
 
 
 def by_index(answered: Iterable[Answered]) -> dict[int, OfRequest]:
     """What was found, by the indices in `Question.answers`."""
     return {
-        index: OfRequest([of_attack[i] for of_attack in answers], alignment, needed)
-        for question, answers, alignment, needed in answered
+        index: OfRequest([of_attack[i] for of_attack in answers], alignment, critical_epsilons)
+        for question, answers, alignment, critical_epsilons in answered
         for i, indices in enumerate(question.answers)
         for index in indices
     }

@@ -272,13 +272,13 @@ class Scorer:
                 stack.enter_context(edit_output(self.hookpoint, put))
             if self.head is not None:
                 stack.enter_context(edit_input(self.head, gather))
-            logits = self._forward(inputs).logits
+            logits: Tensor = self._forward(inputs).logits
         if seen:
             return logits.flatten(0, 1)  # a view: the backward of a selection fills zeros
         logits = logits[:, logits.shape[1] - columns :]
         return logits.reshape(rows * columns, -1)[positions.to(logits.device)]
 
-    def _forward(self, inputs: Inputs):
+    def _forward(self, inputs: Inputs) -> Any:
         options: dict[str, Any] = dict(self.options)
         mask = inputs.attention(self.model.dtype)
         if mask is not None:
@@ -313,7 +313,7 @@ def look_up(logits: Tensor, slot: Tensor, target: Tensor, dtype: torch.dtype) ->
     that follows its sign follows noise. Here the probability of the rest is summed without the
     likeliest token.
     """
-    log_prob, greedy = _LogSoftmaxAt.apply(logits, slot, target, dtype)
+    log_prob, greedy = _LogSoftmaxAt.apply(logits, slot, target, dtype)  # type: ignore[no-untyped-call]
     return Scores(log_prob, greedy)
 
 
@@ -325,7 +325,9 @@ class _LogSoftmaxAt(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits: Tensor, slot: Tensor, target: Tensor, dtype: torch.dtype):
+    def forward(
+        ctx: Any, logits: Tensor, slot: Tensor, target: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         best = logits.argmax(-1)
         top = logits.gather(-1, best[:, None]).to(dtype)
         rest = torch.empty_like(top)  # odds against the likeliest token
@@ -341,7 +343,7 @@ class _LogSoftmaxAt(torch.autograd.Function):
         return relative - rest.log1p()[slot, 0], greedy
 
     @staticmethod
-    def backward(ctx, upstream: Tensor, _: None):
+    def backward(ctx: Any, upstream: Tensor, _: None) -> tuple[Tensor, None, None, None]:
         logits, best, top, rest, slot, target = ctx.saved_tensors
         total = upstream.new_zeros(len(logits)).index_add(0, slot, upstream)
         sure = target == best[slot]

@@ -78,7 +78,7 @@ def recompute(block: nn.Module) -> None:
     forward = block.forward
 
     @functools.wraps(forward)
-    def checkpointed(*args, **kwargs):
+    def checkpointed(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         inside = [m for m in block.modules() if m is not block and m._forward_hooks]
@@ -95,7 +95,7 @@ def recompute(block: nn.Module) -> None:
 
 
 @contextmanager
-def _again(hooks: Sequence[tuple[nn.Module, dict[int, Callable]]]) -> Iterator[None]:
+def _again(hooks: Sequence[tuple[nn.Module, dict[int, Callable[..., Any]]]]) -> Iterator[None]:
     """While it lasts, the modules have these forward hooks and no others."""
     now = [dict(module._forward_hooks) for module, _ in hooks]
     try:
@@ -107,7 +107,7 @@ def _again(hooks: Sequence[tuple[nn.Module, dict[int, Callable]]]) -> Iterator[N
             _set_hooks(module, of)
 
 
-def _set_hooks(module: nn.Module, hooks: dict[int, Callable]) -> None:
+def _set_hooks(module: nn.Module, hooks: dict[int, Callable[..., Any]]) -> None:
     module._forward_hooks.clear()
     module._forward_hooks.update(hooks)
 

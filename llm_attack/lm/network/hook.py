@@ -24,7 +24,7 @@ def resolve(model: PreTrainedModel, hookpoint: str | None) -> nn.Module:
     """
     if hookpoint is None:
         return model.get_input_embeddings()
-    modules = dict(model.named_modules())
+    modules: dict[str, nn.Module] = dict(model.named_modules())
     if hookpoint and hookpoint in modules:
         return modules[hookpoint]
     ends = [name for name in modules if name.endswith(f".{hookpoint}")]
@@ -78,7 +78,7 @@ def faults(
         gathered = True
 
     def hook_of(name: str) -> Callable[..., None]:
-        def look(module: nn.Module, args: tuple, output: object) -> None:
+        def look(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
             runs[name] += 1
             first = output[0] if isinstance(output, tuple) and output else output
             if runs[name] > 1:
@@ -123,7 +123,7 @@ def _refused(
 def edit_output(module: nn.Module, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """While it lasts, `module` returns edit(output); of a tuple, its first element is edited."""
 
-    def hook(module: nn.Module, args: tuple, output):
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if isinstance(output, tuple):
             return (edit(output[0]), *output[1:])
         return edit(output)
@@ -139,7 +139,7 @@ def edit_output(module: nn.Module, edit: Callable[[Tensor], Tensor]) -> Iterator
 def edit_input(module: nn.Module, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """While it lasts, `module` gets edit(x) for its first positional argument x."""
 
-    def hook(module: nn.Module, args: tuple):
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (edit(args[0]), *args[1:])
 
     handle = module.register_forward_pre_hook(hook)

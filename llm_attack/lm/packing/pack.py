@@ -253,7 +253,7 @@ def pack_trees(
     return replace(pack, depth=torch.from_numpy(depth), end=torch.from_numpy(end))
 
 
-def _twins(tries: Sequence[Trie], length: int, arrays: Sequence[NDArray]) -> Twins | None:
+def _twins(tries: Sequence[Trie], length: int, arrays: Sequence[NDArray[Any]]) -> Twins | None:
     """The twins of rows; None where they are too few.
 
     Args:
@@ -320,9 +320,9 @@ def _pack(
     # what the prefix predicts of itself adds a constant to a loss
     watched_of = (at % length >= prefix).nonzero()[0] if whole else scored_of
 
-    arrays = at, target, request, continuation
+    arrays: tuple[NDArray[Any], ...] = at, target, request, continuation
 
-    def entries(some: NDArray) -> Entries:
+    def entries(some: NDArray[np.intp]) -> Entries:
         positions, slot = np.unique(at[some], return_inverse=True)
         others = (array[some] for array in arrays[1:])
         return Entries(*map(torch.from_numpy, (positions, slot, *others)))

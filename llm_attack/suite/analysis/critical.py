@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 
-from llm_attack.stats import ALPHA
+from llm_attack.stats import ALPHA, auroc, spearman
 from llm_attack.suite.analysis.outcomes import gold_margin, right
 from llm_attack.suite.analysis.summary import MEAN
 
@@ -125,7 +124,7 @@ def looked_for(samples: pd.DataFrame) -> list[str]:
 def curve(values: Sequence[Numbers], epsilons: Numbers) -> Numbers:
     """(epsilons,) mean over tasks of the share of critical epsilons above each epsilon."""
     shares = [1 - np.searchsorted(np.sort(of), epsilons, "right") / len(of) for of in values]
-    return np.mean(shares, axis=0)
+    return np.asarray(np.mean(shares, axis=0))
 
 
 def half_life(values: Sequence[Numbers]) -> float:
@@ -265,23 +264,10 @@ def _measured(pairs: pd.DataFrame, measure: str) -> Iterator[dict[str, Any]]:
         yield {"predictor": name, "n": len(pairs), "value": value, "low": low, "high": high}
 
 
-def _spearman(known: Numbers, outcome: Numbers) -> Numbers:
-    """(R,) rank correlations of the rows of two (R, n); NaN where one is constant."""
-    ranks = [rankdata(of, axis=1) for of in (known, outcome)]
-    a, b = (of - of.mean(1, keepdims=True) for of in ranks)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (a * b).sum(1) / np.sqrt((a * a).sum(1) * (b * b).sum(1))
-
-
-def _auroc(known: Numbers, stands: Numbers) -> Numbers:
-    """(R,) areas under the ROC curve, from the rank sums of Mann and Whitney."""
-    upper, n = stands.sum(1), stands.shape[1]
-    ranks = (rankdata(known, axis=1) * stands).sum(1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (ranks - upper * (upper + 1) / 2) / (upper * (n - upper))
-
-
-_MEASURES = {"spearman": _spearman, "auroc": _auroc}
+_MEASURES: dict[str, Callable[[Numbers, Numbers], Numbers]] = {
+    "spearman": spearman,
+    "auroc": auroc,
+}
 
 
 def of_tasks(rows: pd.DataFrame) -> dict[str, Numbers]:

@@ -342,7 +342,7 @@ def csv(frame: pd.DataFrame) -> str:
     for column in frame.select_dtypes("float"):
         form = ".6g" if column.startswith(("p_", "epsilon", "median")) else ".6f"
         frame[column] = [_number(value, form, "") for value in frame[column]]
-    return frame.to_csv(index=False, lineterminator="\n")
+    return str(frame.to_csv(index=False, lineterminator="\n"))
 
 
 def save(table: pd.DataFrame, folder: Path, warnings: Sequence[str] = ()) -> None:
@@ -357,14 +357,14 @@ def _cell(text: str) -> str:
     return " ".join(text.replace("\\", r"\\").replace("|", r"\|").splitlines())
 
 
-def _marks(row: dict) -> str:
+def _marks(row: dict[str, Any]) -> str:
     mark = {INDISTINGUISHABLE: GUESSES, BELOW: WORSE}.get(row["verdict"], "")
     # null, for `none` and for means, compares false
     mark += UNCHANGED if row["p_mcnemar_holm"] > ALPHA else ""
     return mark + (EQUIVALENT if row.get("p_equivalence_holm", np.nan) <= ALPHA else "")
 
 
-def _interval(row: dict, key: str, form: str) -> str:
+def _interval(row: dict[str, Any], key: str, form: str) -> str:
     ends = row[f"{key}_low"], row[f"{key}_high"]
     return "" if pd.isna(ends[0]) else f" ({form.format(*ends)})"
 

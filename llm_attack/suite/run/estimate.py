@@ -16,8 +16,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from llm_attack.attacks import Attack
 from llm_attack.base.errors import UsageError, invalid
 from llm_attack.harness.requests import by_question
+from llm_attack.lm.engine.attacked import AttackedBatch
 from llm_attack.lm.engine.engine import Engine
-from llm_attack.lm.engine.surface import Surface
 from llm_attack.lm.network.hook import frozen
 from llm_attack.lm.packing.pack import Pack
 from llm_attack.lm.packing.questions import Request
@@ -198,18 +198,20 @@ class Calibration:
         """Runs a batch."""
         attack = self.engine.attacks[-1]
         noise = Attack("random", attack.epsilon, norm=attack.norm)
-        surface = Surface(self.engine.scorers[-1], pack.to(self.engine.device), self.engine.threat)
+        attacked = AttackedBatch(
+            self.engine.scorers[-1], pack.to(self.engine.device), self.engine.threat
+        )
         watched, scored = len(pack.watched.positions), len(pack.scored.positions)
         if self.gradients:
-            once = surface.twins is not None
+            once = attacked.twins is not None
             both = self.sizes.gradient(pack, watched, once)
             with saved_tensors_hooks(self._keep, lambda tensor: tensor):
-                self._timed(0, lambda: surface.gradient.sum(), both)
+                self._timed(0, lambda: attacked.gradient.sum(), both)
             self.tokens += pack.space
 
         def forward() -> Tensor:
-            x = None if attack.identity else surface.attack(noise)[0]
-            return surface.answers(x).log_prob.sum()
+            x = None if attack.identity else attacked.attack(noise)[0]
+            return attacked.answers(x).log_prob.sum()
 
         self._timed(1, forward, self.sizes.forward(pack, scored))
 

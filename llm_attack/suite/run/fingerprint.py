@@ -124,4 +124,5 @@ def _check_batches(folder: Path) -> None:
 
 def plain(mark: dict[str, Any]) -> dict[str, Any]:
     """`mark` as it comes back from a file."""
-    return json.loads(json.dumps(mark, default=str))
+    read: dict[str, Any] = json.loads(json.dumps(mark, default=str))
+    return read

@@ -105,7 +105,7 @@ def note(mode: str, console: Console, text: str) -> None:
         console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
-def status(mode: str, console: Console, text: str) -> AbstractContextManager:
+def status(mode: str, console: Console, text: str) -> AbstractContextManager[Any]:
     """Shows what is being done before the bar."""
     return console.status(text) if mode == "bar" else nullcontext()
 

@@ -139,7 +139,7 @@ def samples_of(
     (similarity of the question's embeddings and the gradient of the loss there), `critical_epsilon`
     (of attacks that look for it, the smallest amplitude with a wrong answer: 0 where the clean one
     is wrong, infinite where none was found), `first_order` (its estimate from the clean point,
-    `Surface.alignment`; where the loss knows the gold).
+    `AttackedBatch.alignment`; where the loss knows the gold).
 
     Args:
         questions: of `questions_of`.
@@ -165,10 +165,12 @@ def samples_of(
         numbers = groups[place]
         alignments = [found.alignments[n] for n in numbers if n in found.alignments]
         cosine = _cosine(alignments)
-        needed = found.needed.get(numbers[0], [None] * len(attacks))
+        critical_epsilons = found.critical_epsilons.get(numbers[0], [None] * len(attacks))
         score, asked = scored[place[0]], [requests[n] for n in numbers]
         gold_ones = set(question["gold"])
-        of_conditions = zip(attacks, hookpoints, judged, found.answers, needed, strict=True)
+        of_conditions = zip(
+            attacks, hookpoints, judged, found.answers, critical_epsilons, strict=True
+        )
         for attack, hookpoint, samples, answers, critical in of_conditions:
             known = alignments and hookpoint == hookpoints[0]  # where the gradient was taken
             found_here = np.array([answers[n][0] for n in numbers])

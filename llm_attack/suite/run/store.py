@@ -169,7 +169,7 @@ class Store:
     def _lock_of(self, rank: int) -> Any:
         return FileLock(self.folder / f"process-{rank}.lock")
 
-    def _rows(self, columns: str) -> Iterator[tuple]:
+    def _rows(self, columns: str) -> Iterator[tuple[Any, ...]]:
         """Of all parts; of one that cannot be read, which its own process will find, none."""
         for path in self._parts():
             try:

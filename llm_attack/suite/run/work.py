@@ -47,7 +47,9 @@ class Work(NamedTuple):
             "answers": [(n, parts.answers) for n, parts in of],
             "alignments": [(n, parts.alignment) for n, parts in of if parts.alignment is not None],
             "needed": [
-                (n, parts.needed) for n, parts in of if any(x is not None for x in parts.needed)
+                (n, parts.critical_epsilons)
+                for n, parts in of
+                if any(x is not None for x in parts.critical_epsilons)
             ],
             "diagnostics": [asdict(d) for d in found.diagnostics],
         }
@@ -75,13 +77,13 @@ class Gathered(NamedTuple):
     Attributes:
         answers: for each condition, one per request.
         diagnostics: for each condition.
-        alignments, needed: see `Answered`, by the numbers of requests.
+        alignments, critical_epsilons: see `Answered`, by the numbers of requests.
     """
 
     answers: list[list[Answer]]
     diagnostics: list[Diagnostics]
     alignments: dict[int, Sequence[float]]
-    needed: dict[int, Sequence[float | None]]
+    critical_epsilons: dict[int, Sequence[float | None]]
 
 
 def gather(contents: Mapping[Key, Any], work: Sequence[Work], n: int) -> Gathered:
@@ -90,17 +92,17 @@ def gather(contents: Mapping[Key, Any], work: Sequence[Work], n: int) -> Gathere
     conditions = len(found[0]["diagnostics"])
     answers: list[list[Any]] = [[None] * n for _ in range(conditions)]
     alignments: dict[int, Sequence[float]] = {}
-    needed: dict[int, Sequence[float | None]] = {}
+    critical_epsilons: dict[int, Sequence[float | None]] = {}
     totals = [Diagnostics() for _ in range(conditions)]
     for content in found:
         for number, of_request in content["answers"]:
             for of_condition, (log_likelihood, greedy) in zip(answers, of_request, strict=True):
                 of_condition[number] = (log_likelihood, greedy)
         alignments.update(content["alignments"])
-        needed.update(content.get("needed", []))
+        critical_epsilons.update(content.get("needed", []))
         for total, sums in zip(totals, content["diagnostics"], strict=True):
             total.add(sums)
-    return Gathered(answers, totals, alignments, needed)
+    return Gathered(answers, totals, alignments, critical_epsilons)
 
 
 class RunningAccuracy:

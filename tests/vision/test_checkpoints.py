@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from llm_attack.base.errors import UsageError
 from llm_attack.cli import main
-from llm_attack.vision import fig1, fig2, keeping, stages
+from llm_attack.vision import checkpoints, fig1, fig2, stages
 from llm_attack.vision.data import load
 from llm_attack.vision.settings import shown
 
@@ -110,7 +110,7 @@ def test_what_a_kept_network_says_of_itself(kept):
     assert said["settings"]["width"] == 0.1 and said["settings"]["label_smoothing"] == 0.1
     assert said["network"] == "resnet18" and said["dataset"] == "digits"
     assert said["accuracy"] == results["digits-resnet18"]["accuracy"] and said["epochs"] == 1
-    assert keeping.told(str(file)) == said
+    assert checkpoints.read_metadata(str(file)) == said
 
 
 @pytest.mark.parametrize("form", ("safetensors", "pt"))
@@ -228,11 +228,11 @@ def test_a_checkpoint_is_attacked_again(kept, tmp_path):
         with pytest.raises(
             UsageError, match=r"state\.pt: must be a file that --save wrote, or of"
         ) as caught:
-            keeping.told(str(garbage))
+            checkpoints.read_metadata(str(garbage))
         assert "weights_only" not in str(caught.value)  # no advice to run its code
     torch.save({"same": {}}, garbage)
     with pytest.raises(UsageError, match=r"state\.pt: must be a file"):
-        keeping.told(str(garbage))
+        checkpoints.read_metadata(str(garbage))
 
 
 # -- files that say what is not so ---------------------------------------------------------------
@@ -257,7 +257,7 @@ def crafted(tmp_path_factory):
 def used(dataset, file):
     """The network of a file, as figures use it; None where it is refused, in one clear line."""
     try:
-        settings = keeping.settled(fig1.Settings(load=file))
+        settings = checkpoints.settled(fig1.Settings(load=file))
         return stages.untrained(dataset, settings.network, settings)
     except UsageError as error:
         assert str(error).startswith(f"load={file}: ") and "\n" not in str(error)

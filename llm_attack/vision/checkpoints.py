@@ -78,7 +78,7 @@ def place(folder: Path, label: str) -> Path:
     return path
 
 
-def told(path: str) -> dict[str, Any]:
+def read_metadata(path: str) -> dict[str, Any]:
     """What a file of `save`, or a checkpoint of a training, says of its network.
 
     Returns:
@@ -123,7 +123,8 @@ def _of_kept(path: str) -> dict[str, Any]:
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(min(size, _HEADER)))
-    return json.loads(header["__metadata__"][_KEY])
+    metadata: dict[str, Any] = json.loads(header["__metadata__"][_KEY])
+    return metadata
 
 
 def _of_checkpoint(path: str) -> dict[str, Any]:
@@ -147,7 +148,7 @@ def settled(settings: Kind) -> Kind:
     """The settings with network and width of the file in `load`; no epochs where weights are given.
 
     Raises:
-        UsageError: as `told`, or `load` and `weights` are both given.
+        UsageError: as `read_metadata`, or `load` and `weights` are both given.
     """
     if settings.load is None:
         return settings if settings.weights is None else replace(settings, epochs=0)
@@ -155,7 +156,7 @@ def settled(settings: Kind) -> Kind:
         raise UsageError(
             f"weights={settings.weights}: must not be given beside load, which has some"
         )
-    about = told(settings.load)
+    about = read_metadata(settings.load)
     return replace(settings, network=about["network"], width=about["settings"]["width"], epochs=0)
 
 

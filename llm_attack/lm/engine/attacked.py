@@ -1,4 +1,4 @@
-"""A pack as an attack sees it: the point, its draws, and the loss closures on it."""
+"""One batch prepared for attack: its clean embeddings, random keys and loss functions."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from llm_attack.lm.packing.pack import Pack, Twins
 _ROUNDING = 4.0  # of a sum of log-probabilities, in units of its last place
 
 
-class Surface:
-    """One pack under a threat model.
+class AttackedBatch:
+    """One pack, with its clean point, its answers, and the loss that attacks raise.
 
     Attributes:
         x: the clean point: (B, L, H), or (U, H) where the pack has nodes.
@@ -242,7 +242,7 @@ class Surface:
         """The gold's lead over each of the other choices, as closures; 0 where there are none."""
         return [partial(self.lead, other) for other in range(max(1, self.choices.most_others))]
 
-    def needed(self, attack: Attack, adversarial: Tensor, scores: Scores) -> Tensor:
+    def critical_epsilon(self, attack: Attack, adversarial: Tensor, scores: Scores) -> Tensor:
         """(questions,) norm of the perturbation that makes the answer wrong; inf where it is right.
 
         Args:
