@@ -18,7 +18,7 @@ from llm_attack.base.drawing import COLOURS, draw
 from llm_attack.base.failures import Attempts
 from llm_attack.suite.analysis.outcomes import gold_margin, right
 from llm_attack.suite.analysis.summary import MEAN
-from llm_attack.suite.plan import WORST
+from llm_attack.suite.analysis.worst import WORST
 from llm_attack.suite.report.layout import (
     OF_POINT,
     Unit,
