@@ -9,7 +9,7 @@ from typing import Any
 
 from llm_attack.base.declare import SettingSpec, check, setting
 from llm_attack.base.errors import UsageError, invalid
-from llm_attack.base.plugins import is_own, load_function, name_of, source_hash
+from llm_attack.base.plugins import check_name, is_own, load_function, name_of, source_hash
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,7 @@ def register_attack(function: Callable[..., Any], name: str | None = None) -> st
         ValueError: another attack has that name, or the function has other parameters.
     """
     name = name_of(function) if name is None else name
+    check_name("name", name)
     known = ATTACKS.get(name)
     if known is not None and known.function is not function:
         raise ValueError(f"name={name}: must be a name that no attack has")

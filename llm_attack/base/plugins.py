@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from types import CodeType
 from typing import Any
 
-from llm_attack.base.errors import UsageError
+from llm_attack.base.errors import UsageError, invalid
 
 
 def is_own(name: Any) -> bool:
@@ -50,6 +50,17 @@ def load_function(argument: str, name: str) -> Callable[..., Any]:
 def name_of(function: Callable[..., Any]) -> str:
     """The name by which `load_function` finds a function."""
     return f"{function.__module__}:{getattr(function, '__qualname__', type(function).__name__)}"
+
+
+def check_name(argument: str, name: Any) -> None:
+    """Refuses a name that a list, a condition or the name of a file cannot have.
+
+    Raises:
+        UsageError: it is none of letters, digits and `_ . : < > -`, or is `worst`.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.:<>-]+", name) or name == "worst":
+        allowed = "letters, digits, and any of _ . : < > -, and not worst, which is taken"
+        raise invalid(argument, name, allowed)
 
 
 def source_hash(function: Callable[..., Any]) -> str:

@@ -12,7 +12,7 @@ from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any
 
 from llm_attack.base.errors import UsageError
-from llm_attack.base.plugins import is_own, load_function, name_of, source_hash
+from llm_attack.base.plugins import check_name, is_own, load_function, name_of, source_hash
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,6 +72,7 @@ def register_loss(
         ValueError: another loss has that name, or the function has other parameters.
     """
     name = name_of(function) if name is None else name
+    check_name("name", name)
     try:
         needed = [of for of in signature(function).parameters.values() if of.default is of.empty]
     except ValueError:  # of what is compiled to C

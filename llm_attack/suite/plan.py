@@ -15,6 +15,7 @@ from llm_attack.base.declare import SettingSpec, check_names, declared, names, s
 from llm_attack.base.errors import UsageError, invalid
 from llm_attack.base.failures import one_line
 from llm_attack.base.folder import check_readable
+from llm_attack.lm.losses import register_loss
 from llm_attack.lm.settings import (
     EPSILON,
     AttackSettings,
@@ -156,8 +157,14 @@ class Plan(ThreatSettings, EngineSettings):
     def __post_init__(self) -> None:
         if type(self.device).__module__ == "torch":  # a torch.device; no torch is needed here
             object.__setattr__(self, "device", str(self.device))
+        if callable(self.loss):
+            object.__setattr__(self, "loss", register_loss(self.loss))
+        given = self.attacks if isinstance(self.attacks, (list, tuple)) else (self.attacks,)
+        if any(map(callable, given)):
+            named = [register_attack(of) if callable(of) else of for of in given]
+            object.__setattr__(self, "attacks", named)
         super().__post_init__()
-        for name, kind in (("tasks", str), ("attacks", _attack), ("epsilons", _epsilon)):
+        for name, kind in (("tasks", str), ("attacks", str), ("epsilons", _epsilon)):
             object.__setattr__(self, name, _listed(name, getattr(self, name), kind))
         if self.epsilon_max is not None:
             number, unit = amplitude(self.epsilon_max, "epsilon_max")
@@ -339,11 +346,6 @@ def within(value: float) -> float:
     if not 0 < value <= 100:
         raise invalid("equivalence", value, "points of a percent, above 0 and at most 100")
     return float(value)
-
-
-def _attack(value: Any) -> str:
-    """The name of an attack, which may be given as a function."""
-    return register_attack(value) if callable(value) else str(value)
 
 
 def _epsilon(value: Any) -> float | str:

@@ -168,3 +168,11 @@ def test_a_loss_that_is_not_of_each_example(function, said):
     questions = asked(gold=threat.shared, examples=(2, 3), n=4)
     with pytest.raises(UsageError, match=f"loss=strange: must return a value for {said}"):
         answers([Attack("fgsm", 0.05)], threat, questions=questions)
+
+
+@pytest.mark.parametrize("name", ["", "worst", "a/b", "../x", "a,b", "a@b", "a b", "a=b", "\n", 3])
+@pytest.mark.parametrize("register", [register_attack, register_loss])
+def test_names_that_no_file_or_list_can_have(register, name):
+    function = bim if register is register_attack else (lambda sums: -sums)
+    with pytest.raises(UsageError, match=r"name=.*must be letters, digits"):
+        register(function, name)

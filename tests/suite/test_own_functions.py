@@ -134,3 +134,23 @@ def test_the_worst_of_several(changed, edit):
     found = run(signs)
     signs[changed] = 0
     assert found["worst@0.01"] == run([1, -1])["worst@0.01"] != run(signs)["worst@0.01"]
+
+
+def test_functions_themselves():
+    """What a plan gets in place of a name; a run says by which name it may be asked for again."""
+
+    def push(x, loss, ball, keys):
+        return x + ball.epsilon
+
+    def gap(sums, choices):
+        return choices.gap(sums)
+
+    name = f"{__name__}:test_functions_themselves.<locals>."
+    for attacks in (["none", push], ("none", push)):
+        plan = Plan("demo", "demo_piqa", attacks=attacks, loss=gap, limit=2, device="cpu")
+        assert plan.attacks == ("none", f"{name}push") and plan.loss == f"{name}gap"
+    assert Plan(attacks=push).attacks == (f"{name}push",)
+    found = evaluate(plan, progress="quiet")
+    assert list(found.conditions) == ["none", f"{name}push@0.01"]
+    with pytest.raises(UsageError, match=r"loss=.*: must take sums, or sums and choices"):
+        Plan(loss=push)

@@ -12,7 +12,8 @@ from llm_attack.lm.losses import LOSSES
 from llm_attack.stats import ALPHA
 from llm_attack.suite.analysis.conditions import Condition, Conditions, of_run
 from llm_attack.suite.analysis.outcomes import goodness, measured, right
-from llm_attack.suite.plan import NO_PART, WORST
+from llm_attack.suite.plan import NO_PART
+from llm_attack.suite.plan import WORST as WORST
 
 KNOWS_GOLD = "knows_gold"  # where run.json says so
 
