@@ -16,6 +16,9 @@ import pytest
 from hypothesis import Phase, settings
 from versions import READS_STORED_DATA
 
+from llm_attack.attacks.settings import ATTACKS
+from llm_attack.lm.losses import LOSSES
+
 # Machines that run tests are noisy: how long an example takes says nothing about the code.
 settings.register_profile("untimed", deadline=None)
 # Of tests/mutants.py: the same examples each time, and none made simpler once a test has failed.
@@ -27,6 +30,17 @@ settings.register_profile(
     phases=[Phase.explicit, Phase.generate],
 )
 settings.load_profile("untimed")
+
+
+@pytest.fixture(autouse=True)
+def registers():
+    """Attacks and losses that a test registers are forgotten at its end."""
+    before = [(table, dict(table)) for table in (ATTACKS, LOSSES)]
+    yield
+    for table, content in before:
+        if table != content:
+            table.clear()
+            table.update(content)
 
 
 @pytest.fixture(scope="session")
