@@ -9,6 +9,7 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFL
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import functools
+import signal
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from versions import READS_STORED_DATA
 
 from llm_attack.attacks.settings import ATTACKS
 from llm_attack.lm.losses import LOSSES
+
+# Ctrl-C does what it does in a terminal, also in the background, where it is ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Machines that run tests are noisy: how long an example takes says nothing about the code.
 settings.register_profile("untimed", deadline=None)

@@ -275,7 +275,8 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
     @cached_property
     def prefix_token_id(self) -> int:
         """As lm-eval's, which looks it up anew for every text."""
-        return int(super().prefix_token_id)
+        found: int = super().prefix_token_id
+        return found
 
     def _get_config(self, *args: Any, **kwargs: Any) -> None:
         super()._get_config(*args, **kwargs)

@@ -15,7 +15,7 @@ from llm_attack.base.declare import SettingSpec, check_names, declared, names, s
 from llm_attack.base.errors import UsageError, invalid
 from llm_attack.base.failures import one_line
 from llm_attack.base.folder import check_readable
-from llm_attack.lm.losses import register_loss
+from llm_attack.lm.losses import LOSSES, known_loss, register_loss
 from llm_attack.lm.settings import (
     EPSILON,
     AttackSettings,
@@ -391,6 +391,8 @@ def from_yaml(path: Path) -> dict[str, Any]:
         for key, value in content.items():
             if value is not None and not allowed[key].allows(value):
                 raise invalid(key, value, allowed[key].choices or allowed[key].words())
+            if key == "loss" and isinstance(value, str) and not known_loss(value):
+                raise invalid(key, value, LOSSES)
     except UsageError as error:
         raise UsageError(f"config={path}: {error}") from None
     return content

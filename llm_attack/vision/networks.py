@@ -223,7 +223,6 @@ def _head(before: int, classes: int) -> Blocks:
 
 Wide = Callable[[int], int]
 Blocks = dict[str, nn.Module]
-WIDEST = 1000.0  # factor on the channels
 
 NETWORKS: dict[str, Callable[[Wide, int, int, int], Blocks]] = {
     "cnn": _cnn,
