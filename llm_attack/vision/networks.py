@@ -18,7 +18,7 @@ from llm_attack.base.errors import UsageError, invalid
 # Channels that fill a register of AVX2.
 _LANES = 8
 # The largest width: beyond it, sizes of weights in bytes are no 64-bit numbers.
-WIDEST = 1e5
+WIDEST = 1000.0
 
 
 class Normalise(nn.Module):

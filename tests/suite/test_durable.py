@@ -124,8 +124,8 @@ def test_disk(runs, kind, says):
 def test_one_of_two_is_killed(runs):
     """At each operation on its share; the other then says so, and one alone goes on."""
     started = [{"RANK": str(rank), "WORLD_SIZE": "2"} for rank in (0, 1)]
-    # the first alone tries out what is needed at the end
-    reached = len(runs.operations) - runs.operations[::-1].index("commit") - 1 - TRIED
+    # the first alone tries out what is needed at the end: files that are synced, and removed
+    reached = len(runs.operations) - runs.operations[::-1].index("commit") - 1 - 2 * TRIED
     for number in range(reached):
         folder, code = runs.meets(Fault("before", number), **started[1])
         assert code == KILLED
