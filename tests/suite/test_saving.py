@@ -298,7 +298,7 @@ def font_with(letters, path):
     font.save(path)
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("installed", [True, False])
 def test_letters_that_the_usual_font_lacks(installed, tmp_path, monkeypatch):
     """Are of a font that has them, if one is installed; no warning in either case."""

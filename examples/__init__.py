@@ -1,0 +1,1 @@
+"""Attacks of the kind that a user writes: each in one file."""
