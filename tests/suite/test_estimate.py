@@ -11,6 +11,7 @@ from llm_attack.attacks import Attack
 from llm_attack.cli import main
 from llm_attack.harness.requests import by_question, encode, questions_of
 from llm_attack.lm.engine.attacked import AttackedBatch
+from llm_attack.lm.network.hook import frozen
 from llm_attack.lm.packing.batches import Batch
 from llm_attack.lm.packing.prefix import start
 from llm_attack.lm.settings import AttackSettings
@@ -127,3 +128,20 @@ def test_dry_run_writes_nothing(tmp_path, monkeypatch):
     shown = {label.strip(): value.strip() for label, value in cells if label.strip()}
     assert (shown["questions"], shown["requests"]) == ("3", "6")
     assert {"tokens", "FLOP", "time", "memory"} <= set(shown)
+
+
+def test_flop_saved_by_computing_once(make, asked):
+    """The difference alone, to the last product: of the head it is small beside the blocks."""
+    lm = make(attack="fgsm", attn_implementation="eager")
+    pack, _ = pack_of(lm, asked)
+    sizes, scorer, watched = Sizes.of(lm.model), lm.engine.scorer, len(pack.watched.positions)
+    counted = {}
+    for once in (False, True):
+        scorer.takes_twins = once
+        attacked = AttackedBatch(scorer, pack, lm.engine.threat)
+        assert attacked.x is not None
+        with FlopCounterMode(display=False) as counter, frozen(lm.model):
+            assert attacked.gradient.shape == attacked.x.shape
+        counted[once] = counter.get_total_flops()
+    saved = sizes.gradient(pack, watched) - sizes.gradient(pack, watched, once=True)
+    assert counted[False] - counted[True] == saved > 0
