@@ -321,9 +321,10 @@ def test_numbers_differ_where_conditions_do(attack, exact, build):
 
     def answers(given):
         lm.use(AttackSettings(**given))
-        values = [ll for ll, _ in lm.loglikelihood(task.instances, disable_tqdm=True)]
-        condition = Condition.of("x", AttackSettings(**given).arguments())
-        return np.array(values), condition
+        values = np.array([ll for ll, _ in lm.loglikelihood(task.instances, disable_tqdm=True)])
+        if given.get("score") == "acc_norm":  # which compares log-likelihoods per character
+            values /= [len(request.args[1]) for request in task.instances]
+        return values, Condition.of("x", AttackSettings(**given).arguments())
 
     numbers, here = answers(first)
     for setting, value in OTHERWISE.items():
