@@ -205,6 +205,9 @@ def prepared(tmp_path_factory):
     (folder / "suite.yaml").write_text(json.dumps({**settings, "output": "of-settings"}))
     rows = [f"{w}{i},en,{w}" for w in ("negative", "neutral", "positive") for i in range(20)]
     (folder / "words.csv").write_text("\n".join(["word,language,label", *rows]))
+    page = (ROOT / "docs" / "extending.md").read_text("utf-8")
+    own = re.findall(r"^```python\n(def .*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (folder / "my_attacks.py").write_text(own[0])
     for name in ("benchmarks", "docs", "tasks"):
         (folder / name).symlink_to(ROOT / name)
     return folder
