@@ -187,7 +187,7 @@ def test_words_by_their_characters_alone():
     page = "docs/paper/fig6.md"
     networks = pd.read_csv(RESULTS / "experiments/fig6-controls/networks.csv")
     found = fig6.trends(networks[networks["ngram"] == 1])
-    _, *rows = table_of(page, "characters alone")
+    _, *rows = table_of(page, "characters only")
     for (_, cell), of in zip(rows, found.values(), strict=True):
         value, low, high = (f"{of[k]:+.2f}" for k in ("correlation", "low", "high"))
         assert cell == minus(f"{value} ({low} to {high})")
