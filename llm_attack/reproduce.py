@@ -124,12 +124,25 @@ def figure_command(
         click.echo(f"written: {folder}, in {seconds['all']:.1f} s")
 
     default_output = Path("results", name)
+    command = Figure(
+        name,
+        callback=callback,
+        params=_options(presets, default_output),
+        help=run.__doc__,
+        context_settings=DIALECT,
+    )
+    command.settle = settle
+    return command
+
+
+def _options(presets: dict[str, Any], output: Path) -> list[click.Parameter]:
+    """The options of a figure: preset, folder, and one for each setting."""
     options: list[click.Parameter] = [
         preset_option(),
         click.Option(
             ["-o", "--output"],
             metavar="PATH",
-            default=str(default_output),
+            default=str(output),
             show_default=True,
             help="Folder for figure.png, figure.svg, the CSV files and run.json.",
         ),
@@ -141,15 +154,7 @@ def figure_command(
             values = f"default: {shown['quick']}"
         text = about.sentence() + (f"  [{values}]" if shown["quick"] else "")
         options.append(click.Option([f"--{entry.name}"], type=option_type(about), help=text))
-    command = Figure(
-        name,
-        callback=callback,
-        params=options,
-        help=run.__doc__,
-        context_settings=DIALECT,
-    )
-    command.settle = settle
-    return command
+    return options
 
 
 def _shown(value: Any) -> str:

@@ -63,13 +63,15 @@ def check_arguments(source: Any, arguments: dict[str, Any]) -> None:
 
 
 def settle_loaded(model: Any, arguments: dict[str, Any]) -> None:
-    """Settles the arguments of a model that is loaded: its device, and a copy of its tokenizer.
+    """Settles the arguments of a loaded model: its device, and a copy of its tokenizer.
 
     lm-eval gives a tokenizer without a padding token one, which is not to happen to the caller's.
 
     Raises:
         UsageError: another device is given.
     """
+    if isinstance(model, str):
+        return
     given = arguments.get("device")
     if given is not None:
         check_device(given)

@@ -88,8 +88,7 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         check_values(arguments)
         self._arguments = arguments
         pretrained = _source(pretrained)
-        if not isinstance(pretrained, str):
-            loading.settle_loaded(pretrained, arguments)
+        loading.settle_loaded(pretrained, arguments)
         if arguments.get("device") is None:
             arguments["device"] = "cuda" if torch.cuda.is_available() else "cpu"
         device = arguments["device"] = str(arguments["device"])
