@@ -162,7 +162,8 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         text = torch.tensor([self._text])
         try:
             with reproducible(self.engine_settings.deterministic):
-                signals = signals_at(self.model, names, text.to(self.device))
+                units = {condition.epsilon_unit for condition in conditions}
+                signals = signals_at(self.model, names, text.to(self.device), units)
         except RuntimeError as error:
             if should_reduce_batch_size(error):
                 raise

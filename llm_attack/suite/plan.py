@@ -25,6 +25,7 @@ from llm_attack.lm.settings import (
     amplitude,
     unread,
 )
+from llm_attack.lm.units import ABSOLUTE, UNITS, known_unit
 
 # Settings that say how a plan is carried out or told; answers do not depend on them.
 _HOW = ("device", "equivalence", "shard", "ray", "ray_workers")
@@ -422,6 +423,8 @@ def from_yaml(path: Path) -> dict[str, Any]:
                 raise invalid(key, value, allowed[key].choices or allowed[key].words())
             if key == "loss" and isinstance(value, str) and not known_loss(value):
                 raise invalid(key, value, LOSSES)
+            if key == "epsilon_unit" and isinstance(value, str) and not known_unit(value):
+                raise invalid(key, value, (ABSOLUTE, *UNITS))
     except UsageError as error:
         raise UsageError(f"config={path}: {error}") from None
     return content
