@@ -120,17 +120,17 @@ def test_what_is_no_size(make, function, said):
     assert "\n" not in str(refused.value)
 
 
-def test_a_function_that_changes_what_it_gets(make, build):
-    """It has a copy: the model's own activations stay, also in float64."""
-    requests = build("demo_piqa", 2).instances
+def test_a_function_that_changes_what_it_gets(exact):
+    """It has a copy: what is measured besides stays, also in float64."""
 
     def spoils(activations):
         activations.zero_()
         return 0.1
 
-    found = make(attack="fgsm", epsilon=1, epsilon_unit=spoils, dtype="float64")
-    expected = make(attack="fgsm", epsilon=0.1, dtype="float64")
-    assert found.loglikelihood(requests) == expected.loglikelihood(requests)
+    lm = exact(attack="fgsm", epsilon=1, epsilon_unit=spoils, hookpoint=LAYER)
+    assert lm.attack_info()["epsilon_absolute"] == 0.1
+    expected = exact(attack="fgsm", hookpoint=LAYER).attack_info()
+    assert lm.attack_info()["hookpoint_rms"] == expected["hookpoint_rms"] > 0
 
 
 @pytest.mark.parametrize("function", [lambda: 1, lambda a, b: 1, lambda *, activations: 1])
