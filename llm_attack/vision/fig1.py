@@ -38,10 +38,10 @@ def run(settings: Settings, folder: Path) -> dict[str, Any]:
     import pandas as pd
     import torch
 
-    from llm_attack.attacks import keys_for
+    from llm_attack.attacks import Attack, keys_for
     from llm_attack.vision import checkpoints, stages
     from llm_attack.vision.data import load
-    from llm_attack.vision.measure import attacked, frozen
+    from llm_attack.vision.measure import Examples, attacked, frozen
 
     settings = checkpoints.settled(settings)
     attacks = stages.listed("attacks", settings.attacks, KNOWN)
@@ -63,8 +63,9 @@ def run(settings: Settings, folder: Path) -> dict[str, Any]:
         images = _known(network, dataset, settings.images)
         x, labels = dataset.test[images].scaled(), dataset.test.labels[images]
         keys = torch.tensor([keys_for(settings.seed, [i]) for i in images], device=x.device)
-        how: Any = {"epsilon": epsilon, "steps": settings.steps, "bounds": (0, 1)}
-        points = {"none": x, **dict(attacked(attacks, network, x, labels, keys, **how))}
+        like = Attack(epsilon=epsilon, steps=settings.steps)
+        found = attacked(attacks, network, Examples(x, labels, keys), like, (0, 1))
+        points = {"none": x, **dict(found)}
         scores = {condition: network(point).softmax(1) for condition, point in points.items()}
     table = pd.DataFrame(
         {
