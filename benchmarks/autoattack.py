@@ -20,12 +20,12 @@ from pyautoattack import AutoAttack
 from scipy.stats import binomtest
 from torch import nn
 
-from llm_attack.attacks import keys_for
+from llm_attack.attacks import Attack, keys_for
 from llm_attack.base.declare import DIALECT
 from llm_attack.base.record import hardware, versions, write_json
 from llm_attack.vision.checkpoints import read_metadata, settled
 from llm_attack.vision.data import load
-from llm_attack.vision.measure import attacked, frozen
+from llm_attack.vision.measure import Examples, attacked, frozen
 from llm_attack.vision.settings import Amplitude, ImageSettings
 from llm_attack.vision.stages import amplitude, untrained
 
@@ -48,12 +48,12 @@ def ours(network, x, labels, *, epsilon, steps, restarts, queries):
     keys = torch.tensor([keys_for(0, [i]) for i in range(len(x))])
     stays = network(x).argmax(1) == labels
     left = {"clean": stays.sum().item()}
-    how = {"epsilon": epsilon, "steps": steps, "restarts": restarts, "queries": queries}
+    like = Attack(epsilon=epsilon, steps=steps, restarts=restarts, queries=queries)
     for name in OURS:
         rows = stays.nonzero()[:, 0]
         if len(rows):
-            now = x[rows], labels[rows], keys[rows]
-            ((_, point),) = attacked([name], network, *now, bounds=(0, 1), **how)
+            now = Examples(x[rows], labels[rows], keys[rows])
+            ((_, point),) = attacked([name], network, now, like, (0, 1))
             stays[rows] = network(point).argmax(1) == labels[rows]
         left[name] = stays.sum().item()
     return stays, left

@@ -1,1 +1,1 @@
-"""Attacks of the kind that a user writes: each in one file."""
+"""Attacks and scales of the kind that a user writes: each in one file."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import click
@@ -60,9 +61,29 @@ class Numbers(click.ParamType):  # type: ignore[type-arg]  # no parameter before
 
 
 class Figure(click.Command):
-    """The command of a figure; `settle` is what it does before anything is computed."""
+    """The command of a figure; `settle` is what it does before anything is computed.
+
+    Attributes:
+        groups: names of options by the heading under which the help lists them; those of none are
+            under "Options".
+    """
 
     settle: Callable[..., tuple[Any, dict[str, Any], Path]]
+    groups: Mapping[str, Sequence[str]] = MappingProxyType({})
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes the options under their headings."""
+        headings = {name: heading for heading, names in self.groups.items() for name in names}
+        records: dict[str, list[tuple[str, str]]] = {"Options": []}
+        records |= {heading: [] for heading in self.groups}
+        for option in self.get_params(ctx):
+            record = option.get_help_record(ctx)
+            if record is not None:
+                records[headings.get(str(option.name), "Options")].append(record)
+        for heading, written in records.items():
+            if written:
+                with formatter.section(heading):
+                    formatter.write_dl(written)
 
 
 def figure_command(
@@ -70,6 +91,9 @@ def figure_command(
     presets: dict[str, Any],
     run: Callable[[Any, Path], dict[str, Any]],
     effective: str | None = None,
+    *,
+    without: Sequence[str] = (),
+    groups: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> Figure:
     """The command that runs an experiment with a preset and writes its record.
 
@@ -81,6 +105,9 @@ def figure_command(
             results and, as `seconds`, a dictionary of timings. Its docstring is the help.
         effective: name of a function, `module:function`, from settings to those that take effect,
             which the record holds; it is imported when the command runs.
+        without: settings that are no options: the experiment does not read them, or nobody needs
+            another value.
+        groups: of `Figure`.
     """
 
     def settle(preset: str, output: str, **given: Any) -> tuple[Any, dict[str, Any], Path]:
@@ -124,32 +151,41 @@ def figure_command(
         click.echo(f"written: {folder}, in {seconds['all']:.1f} s")
 
     default_output = Path("results", name)
+    command = Figure(
+        name,
+        callback=callback,
+        params=_options(presets, default_output, without),
+        help=run.__doc__,
+        context_settings=DIALECT,
+    )
+    command.settle, command.groups = settle, groups
+    return command
+
+
+def _options(
+    presets: dict[str, Any], output: Path, without: Sequence[str]
+) -> list[click.Parameter]:
+    """The options of a figure: preset, folder, and one for each setting but those of `without`."""
     options: list[click.Parameter] = [
         preset_option(),
         click.Option(
             ["-o", "--output"],
             metavar="PATH",
-            default=str(default_output),
+            default=str(output),
             show_default=True,
             help="Folder for figure.png, figure.svg, the CSV files and run.json.",
         ),
     ]
     for entry, about in declared(presets["quick"]):
+        if entry.name in without:
+            continue
         shown = {preset: _shown(getattr(presets[preset], entry.name)) for preset in PRESET_NAMES}
         values = ", ".join(f"{preset}: {value}" for preset, value in shown.items())
         if len(set(shown.values())) == 1:
             values = f"default: {shown['quick']}"
         text = about.sentence() + (f"  [{values}]" if shown["quick"] else "")
         options.append(click.Option([f"--{entry.name}"], type=option_type(about), help=text))
-    command = Figure(
-        name,
-        callback=callback,
-        params=options,
-        help=run.__doc__,
-        context_settings=DIALECT,
-    )
-    command.settle = settle
-    return command
+    return options
 
 
 def _shown(value: Any) -> str:

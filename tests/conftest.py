@@ -19,6 +19,7 @@ from versions import READS_STORED_DATA
 
 from llm_attack.attacks.settings import ATTACKS
 from llm_attack.lm.losses import LOSSES
+from llm_attack.lm.units import UNITS
 
 # Ctrl-C does what it does in a terminal, also in the background, where it is ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -38,8 +39,8 @@ settings.load_profile("untimed")
 
 @pytest.fixture(autouse=True)
 def registers():
-    """Attacks and losses that a test registers are forgotten at its end."""
-    before = [(table, dict(table)) for table in (ATTACKS, LOSSES)]
+    """Attacks, losses and units that a test registers are forgotten at its end."""
+    before = [(table, dict(table)) for table in (ATTACKS, LOSSES, UNITS)]
     yield
     for table, content in before:
         if table != content:

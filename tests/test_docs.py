@@ -44,7 +44,7 @@ def one_task(monkeypatch):
 
 
 def test_library(one_task):
-    evaluation, attack = blocks("library.md")
+    evaluation, loaded, attack = blocks("library.md")
     names = {}
     exec(evaluation, names)
     assert set(names["table"].index.get_level_values("condition")) == {
@@ -57,6 +57,8 @@ def test_library(one_task):
     assert len(names["samples"]) == 6 * 5
     assert {"question", "choices"} <= set(names["samples"])
     assert list(names["wide"]) == sorted(names["table"].index.unique("condition"))
+    exec(loaded, names)
+    assert names["result"].run["model_name"] == "half" and len(names["result"].samples) == 6 * 2
     exec(attack, names)
     assert 0 < (names["attacked"] - names["x"]).abs().max() <= 8 / 255 + 1e-6
 

@@ -12,10 +12,11 @@ import torch
 from shown import ROOT
 
 from llm_attack import Plan, evaluate
-from llm_attack.attacks import ATTACKS, Attack, perturb
+from llm_attack.attacks import Attack, perturb
 from llm_attack.lm.engine.choices import ChoiceScores
 from llm_attack.lm.losses import LOSSES, known_loss
 from llm_attack.lm.packing.questions import Question, Request
+from llm_attack.lm.units import UNITS, known_unit
 
 PAGE = (ROOT / "docs" / "extending.md").read_text("utf-8")
 FUNCTIONS = re.findall(r"^```python\n(def (\w+).*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
@@ -104,16 +105,13 @@ def test_what_they_add_works(extended):
 @pytest.fixture
 def own(tmp_path, monkeypatch):
     """The functions in files of their own, in the working folder."""
-    assert [name for _, name in FUNCTIONS] == ["nifgsm", "lead"]
-    for (code, _), module in zip(FUNCTIONS, ("my_attacks", "my_losses"), strict=True):
+    assert [name for _, name in FUNCTIONS] == ["nifgsm", "lead", "median_peak"]
+    modules = ("my_attacks", "my_losses", "my_units")
+    for (code, _), module in zip(FUNCTIONS, modules, strict=True):
         (tmp_path / f"{module}.py").write_text(code)
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.chdir(tmp_path)
-    before = [(table, dict(table)) for table in (ATTACKS, LOSSES)]
-    yield tmp_path
-    for table, content in before:
-        table.clear()
-        table.update(content)
+    return tmp_path
 
 
 def test_the_attack_is_that_of_torchattacks(own):
@@ -140,9 +138,18 @@ def test_the_loss_on_numbers(own):
     assert found.tolist() == [2.5]
 
 
-def test_a_run_with_both(own, one_index):
+def test_the_scale_on_numbers(own):
+    assert known_unit("my_units:median_peak")
+    peaks = torch.tensor([[1.0, 0.0], [-5.0, 2.0], [0.5, 2.0]])
+    assert UNITS["my_units:median_peak"].measured(peaks) == 2
+
+
+def test_a_run_with_all(own, one_index):
     """The command of the page, with the loss: its answers are worse, and say by what."""
     plan = Plan("demo", "demo_piqa", attacks=["none", "my_attacks:nifgsm"], limit=20)
+    of_peak = replace(plan, epsilon_unit="my_units:median_peak", epsilons=0.2, limit=4)
+    result = evaluate(of_peak, progress="quiet")
+    assert "my_attacks:nifgsm@0.2my_units:median_peak" in result.conditions
     result = evaluate(replace(plan, loss="my_losses:lead", epsilons="0.3rms"), progress="quiet")
     mean = result.table[result.table["task"] == "mean"].set_index("attack")["acc"]
     assert mean["my_attacks:nifgsm"] < mean["none"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -105,31 +105,37 @@ def check_values(arguments: dict[str, Any]) -> None:
         UsageError: naming the argument and what is allowed.
     """
     for name, parameter in inspect.signature(HFLM.__init__).parameters.items():
-        value, kind = arguments.get(name), str(parameter.annotation)
+        value = arguments.get(name)
         if name == "batch_size" and name in arguments and value is None:
             raise invalid(name, value, _ROWS)
         if value is None or name == "trust_remote_code":  # for which see `trusted`
             continue
-        if name == "batch_size":
-            if not isinstance(value, (int, str)) or not _BATCH_SIZE.fullmatch(str(value)):
-                raise invalid(name, value, _ROWS)
-        elif name == "tokenizer":
-            if not isinstance(value, (str, PreTrainedTokenizerBase)):
-                raise invalid(name, value, "a name, a folder or a tokenizer of transformers")
-        elif name in _TEXTS and not isinstance(value, str):
-            raise invalid(name, value, "a text")
-        elif name == "chat_template_args" and not isinstance(value, dict):
-            raise invalid(name, value, "a dictionary")
-        elif name.endswith("dtype"):
-            allowed = [*_DTYPES, *["auto"] * (name == "dtype")]
-            if str(value).removeprefix("torch.") not in allowed:
-                raise invalid(name, value, allowed)
-        elif name in _COUNTS and not SettingSpec("", int, minimum=1).allows(value):
-            raise invalid(name, value, "an integer, 1 or more")
-        elif name == "backend" and value not in _BACKENDS:
-            raise invalid(name, value, _BACKENDS)
-        elif "bool" in kind and "str" not in kind and not isinstance(value, bool):
-            raise invalid(name, value, ("True", "False"))
+        right, allowed = _judged(name, value, str(parameter.annotation))
+        if not right:
+            raise invalid(name, value, allowed)
+
+
+def _judged(name: str, value: Any, annotation: str) -> tuple[bool, str | Sequence[str]]:
+    """Whether a value of an argument of `hf` is allowed, and which are."""
+    if name == "batch_size":
+        plain = isinstance(value, (int, str))
+        return plain and _BATCH_SIZE.fullmatch(str(value)) is not None, _ROWS
+    if name == "tokenizer":
+        right = isinstance(value, (str, PreTrainedTokenizerBase))
+        return right, "a name, a folder or a tokenizer of transformers"
+    if name in _TEXTS:
+        return isinstance(value, str), "a text"
+    if name == "chat_template_args":
+        return isinstance(value, dict), "a dictionary"
+    if name.endswith("dtype"):
+        dtypes = [*_DTYPES, *["auto"] * (name == "dtype")]
+        return str(value).removeprefix("torch.") in dtypes, dtypes
+    if name in _COUNTS:
+        return SettingSpec("", int, minimum=1).allows(value), "an integer, 1 or more"
+    if name == "backend":
+        return value in _BACKENDS, _BACKENDS
+    boolean = "bool" in annotation and "str" not in annotation
+    return not boolean or isinstance(value, bool), ("True", "False")
 
 
 def check_string(arguments: str) -> None:

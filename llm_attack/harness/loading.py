@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -13,9 +14,11 @@ from accelerate.utils.memory import should_reduce_batch_size
 from huggingface_hub.errors import HFValidationError
 from transformers import BitsAndBytesConfig
 
+from llm_attack.base.device import check_device
 from llm_attack.base.errors import UsageError, closest, invalid
 from llm_attack.base.failures import one_line
 from llm_attack.harness.gguf import names_in
+from llm_attack.lm.network.hook import frozen
 
 _SHOWN = 3  # names of weights in a message
 
@@ -26,7 +29,10 @@ _BITS = ("load_in_4bit", "load_in_8bit")
 _OF_BITS = ("bnb_4bit_", "llm_int8_")  # begin the arguments that go with them
 
 # What `hf` passes over in silence where the model is loaded already.
-_OF_LOADING = ("delta", "dtype", "gguf_file", "peft", "quantization_config", "subfolder", *_BITS)
+_OF_LOADING = [
+    *("delta", "dtype", "gguf_file", "parallelize", "peft", "quantization_config", "subfolder"),
+    *("tp_plan", *_BITS),
+]
 
 
 def check_arguments(source: Any, arguments: dict[str, Any]) -> None:
@@ -54,6 +60,47 @@ def check_arguments(source: Any, arguments: dict[str, Any]) -> None:
         raise UsageError(
             "enable_thinking=True: must go with think_end_token, the token that ends the thinking"
         )
+
+
+def settle_loaded(model: Any, arguments: dict[str, Any]) -> None:
+    """Settles the arguments of a loaded model: its device, and a copy of its tokenizer.
+
+    lm-eval gives a tokenizer without a padding token one, which is not to happen to the caller's.
+
+    Raises:
+        UsageError: another device is given.
+    """
+    if isinstance(model, str):
+        return
+    given = arguments.get("device")
+    if given is not None:
+        check_device(given)
+        device = torch.device(given)
+        if device.type != model.device.type or device.index not in (None, model.device.index):
+            raise UsageError(
+                f"device={given}: must be left out, or be {model.device}, where the loaded model is"
+            )
+    arguments["device"] = str(model.device)
+    if "tokenizer" in arguments and not isinstance(arguments["tokenizer"], str):
+        arguments["tokenizer"] = copy.deepcopy(arguments["tokenizer"])
+
+
+@contextmanager
+def untouched(source: Any) -> Iterator[None]:
+    """While it lasts, lm-eval's `hf` changes no mode of a loaded model, and ties no weights anew.
+
+    It would make the output layer the embedding where the configuration says so, although the
+    caller has trained them apart.
+    """
+    if isinstance(source, str):
+        yield
+        return
+    with frozen(source):
+        source.tie_weights = lambda: None
+        try:
+            yield
+        finally:
+            del source.tie_weights
 
 
 def quantization(arguments: dict[str, Any]) -> Any:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from llm_attack.base.device import check_device
 from llm_attack.base.errors import UsageError, invalid, report_usage_errors
 from llm_attack.base.failures import one_line
+from llm_attack.base.loaded import name_of
 from llm_attack.demo import MODEL_PATH
 from llm_attack.harness import cache, gguf, hashes, loading
 from llm_attack.harness.arguments import check_names, check_string, check_values, trusted
@@ -86,6 +87,8 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         check_names(arguments)
         check_values(arguments)
         self._arguments = arguments
+        pretrained = _source(pretrained)
+        loading.settle_loaded(pretrained, arguments)
         if arguments.get("device") is None:
             arguments["device"] = "cuda" if torch.cuda.is_available() else "cpu"
         device = arguments["device"] = str(arguments["device"])
@@ -94,7 +97,6 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
             check_device(device)
         if "trust_remote_code" in arguments:  # a text such as "no" is true
             arguments["trust_remote_code"] = trusted(arguments["trust_remote_code"])
-        pretrained = _source(pretrained)
         source = str(MODEL_PATH) if pretrained == "demo" else pretrained
         source, gguf_file = gguf.located(source, arguments.get("gguf_file"))
         if gguf_file is not None:
@@ -111,7 +113,7 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         self.warnings: list[str] = []
         """What a reader of the results should know of the model, a sentence each."""
         try:
-            with gguf.without_progress():
+            with gguf.without_progress(), loading.untouched(source):
                 super().__init__(source, **passed)
         except (UsageError, MemoryError, torch.OutOfMemoryError):
             raise
@@ -120,10 +122,11 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
             raise loading.not_loaded(given, hasattr(self, "_config"), error) from error
         if self.backend != "causal":
             raise UsageError(
-                f"pretrained={pretrained}: is an encoder-decoder model; must be a causal one"
+                f"pretrained={name_of(pretrained)}: is an encoder-decoder model; must be a causal"
+                " one"
             )
         self.pretrained = pretrained
-        loading.check_finite(pretrained, self.model)
+        loading.check_finite(name_of(pretrained), self.model)
         size = vocabulary_of(self.model)
         prefix = arguments.get("prefix_token_id")
         if prefix is not None and (isinstance(prefix, bool) or prefix not in range(size)):
@@ -159,12 +162,13 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         text = torch.tensor([self._text])
         try:
             with reproducible(self.engine_settings.deterministic):
-                signals = signals_at(self.model, names, text.to(self.device))
+                units = {condition.epsilon_unit for condition in conditions}
+                signals = signals_at(self.model, names, text.to(self.device), units)
         except RuntimeError as error:
             if should_reduce_batch_size(error):
                 raise
             raise UsageError(
-                f"pretrained={self.pretrained}: a first forward fails ({one_line(error)})"
+                f"pretrained={name_of(self.pretrained)}: a first forward fails ({one_line(error)})"
             ) from error
         self.settings, self.conditions = settings, conditions
         self.signals = [signals[condition.hookpoint] for condition in conditions]
@@ -490,7 +494,7 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         if cache_hook.dbdict is not None:
             ignored = {"device", "batch_size", "max_batch_size", "parallelize"}
             settings = {k: v for k, v in self._arguments.items() if k not in ignored}
-            settings |= {"pretrained": self.pretrained, **self.settings.arguments()}
+            settings |= {"pretrained": name_of(self.pretrained), **self.settings.arguments()}
             settings |= self.settings.sources
             # whatever lies in a folder by now, and however a loaded model came about
             settings |= hashes.of_model(self) | {"generation": hashes.generation(self.model)}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_attack.base.errors import UsageError
+from llm_attack.base.loaded import name_of
 
 DEFAULT = "main"
 
@@ -28,14 +29,10 @@ def check_revision(pretrained: Any, source: Any, arguments: Mapping[str, Any]) -
     if revision in (None, DEFAULT) or any(map(_on_hub, sources)):
         return
     raise UsageError(
-        f"revision={revision}: must be left out with pretrained={_name(pretrained)}, which is not"
+        f"revision={revision}: must be left out with pretrained={name_of(pretrained)}, which is not"
         " loaded from a hub and has no revisions"
     )
 
 
 def _on_hub(source: Any) -> bool:
     return isinstance(source, str) and source != "" and not Path(source).exists()
-
-
-def _name(pretrained: Any) -> str:
-    return str(pretrained) if isinstance(pretrained, (str, Path)) else type(pretrained).__name__

@@ -13,7 +13,16 @@ from llm_attack.base.declare import check, is_plain, names, setting, underscored
 from llm_attack.base.errors import UsageError, invalid
 from llm_attack.lm.losses import LOSSES, ThreatModel, known_loss
 from llm_attack.lm.packing.positions import ALL, NAMED, check_positions
-from llm_attack.lm.units import ABSOLUTE, NEFTUNE, UNITS, Signal, size_of
+from llm_attack.lm.units import (
+    ABSOLUTE,
+    NEFTUNE,
+    UNITS,
+    Signal,
+    known_unit,
+    register_unit,
+    size_of,
+    unit_source,
+)
 
 EMBED, LAYERS = "embed", "layers"
 """Hookpoints with names of their own: the input embedding, and the output of every block."""
@@ -39,13 +48,15 @@ class ThreatSettings(StepSettings):
 
     epsilon_unit: str = setting(
         "absolute",
-        "Unit of epsilon and step_size, so that models of different scale can be compared. With"
-        " rms it is the root mean square of the embedding matrix, or of the activations at another"
-        " hookpoint; with token_norm it is the amplitude at which a token's perturbation is as long"
-        " as the embeddings are on the average; with neftune it is one over the square root of the"
-        " perturbed coordinates of the question (or request), so that epsilon is the alpha of"
-        " NEFTune. In L2 each is times the square root of the width",
-        choices=(ABSOLUTE, *UNITS),
+        f"Unit of epsilon and step_size, one of {', '.join((ABSOLUTE, *UNITS))}, or"
+        " package.module:function of your own, so that models of different scale can be compared."
+        " With rms it is the root mean square of the embedding matrix, or of the activations at"
+        " another hookpoint; with token_norm it is the amplitude at which a token's perturbation is"
+        " as long as the embeddings are on the average; with neftune it is one over the square root"
+        " of the perturbed coordinates of the question (or request), so that epsilon is the alpha"
+        " of NEFTune. In L2 each is times the square root of the width. A function of your own gets"
+        " the activations of the hookpoint and says how large a unit is in each coordinate",
+        allowed=_named({ABSOLUTE: None, **UNITS}),
     )
     norm: str = setting(
         "linf",
@@ -98,7 +109,11 @@ class ThreatSettings(StepSettings):
     seed: int = setting(0, "Seed of the random draws")
 
     def __post_init__(self) -> None:
+        if callable(self.epsilon_unit):
+            object.__setattr__(self, "epsilon_unit", register_unit(self.epsilon_unit))
         check(self)
+        if not known_unit(self.epsilon_unit):
+            raise invalid("epsilon_unit", self.epsilon_unit, (ABSOLUTE, *UNITS))
         if not known_loss(self.loss):
             raise invalid("loss", self.loss, LOSSES)
         check_positions(self.positions)
@@ -199,10 +214,11 @@ class AttackSettings(ThreatSettings):
 
     @property
     def sources(self) -> dict[str, str]:
-        """Hashes of the source of an attack and of a loss of the user's own, if they are."""
+        """Hashes of the source of an attack, a loss and a unit of the user's own, if they are."""
         found = {
             "attack_source": ATTACKS[self.attack].source,
             "loss_source": LOSSES[self.loss].source,
+            "unit_source": unit_source(self.epsilon_unit),
         }
         return {name: source for name, source in found.items() if source}
 

@@ -21,6 +21,7 @@ from llm_attack.base.declare import names
 from llm_attack.base.errors import UsageError, invalid
 from llm_attack.base.failures import Attempts, ProcessDied, Stopped, failure, held, leave, stop_in
 from llm_attack.base.folder import claim, resolved
+from llm_attack.base.loaded import LoadedModel
 from llm_attack.base.record import write_json, write_text
 from llm_attack.base.redact import redacted
 from llm_attack.harness.judge import as_json
@@ -33,6 +34,7 @@ from llm_attack.suite.report import tables
 from llm_attack.suite.results import LM_EVAL, Result, save_frames
 from llm_attack.suite.run import estimate, fingerprint, on_ray
 from llm_attack.suite.run.execute import Processes, execute, prepare
+from llm_attack.suite.run.load import left_as_it_was
 from llm_attack.suite.run.progress import MODES, note, warn, written
 from llm_attack.suite.run.store import STORE, begun, discard
 from llm_attack.suite.studies import hookpoints, revisions, survival
@@ -72,7 +74,7 @@ def evaluate(
         claim(folder, lambda _: fingerprint.kept(folder) is not None, (STORE, LM_EVAL))
     if folder is not None and who.first:
         render.try_out()
-    with on_ray.cluster(plan):
+    with on_ray.cluster(plan), left_as_it_was(plan.model):
         prepared = prepare(plan, shown, console)
         if folder is None:
             with tempfile.TemporaryDirectory() as nowhere, held():
@@ -84,7 +86,9 @@ def evaluate(
                 result = execute(prepared, folder, shown, console)
                 if result is not None:
                     alone = replace(plan, shard=None, ray=None, ray_workers=None)
-                    warn(save(result, folder, command(alone, output)), shown)
+                    loaded = isinstance(plan.model, LoadedModel)
+                    again = call(alone, output) if loaded else command(alone, output)
+                    warn(save(result, folder, again), shown)
     if not who.first:
         return None
     discard(folder)
@@ -107,14 +111,29 @@ def _finished(
         return None
 
 
+def _given(plan: Plan) -> dict[str, Any]:
+    """The settings of a plan that differ from the defaults, without secrets."""
+    defaults = asdict(Plan())
+    values = {name: redacted(getattr(plan, name)) for name in names(plan)}
+    return {name: value for name, value in values.items() if value != defaults[name]}
+
+
+def call(plan: Plan, folder: str | os.PathLike[str] | None) -> str:
+    """The call in Python that repeats the run of a model that is loaded already."""
+    given = {"name": redacted(plan.model), **_given(plan)}
+    words = [
+        "model, tokenizer=tokenizer",
+        *(f"{k}={v!r}" for k, v in given.items() if k != "model"),
+    ]
+    output = "" if folder is None else f", output={os.fspath(folder)!r}"
+    kind = type(plan.model.model).__name__
+    return f"evaluate(Plan({', '.join(words)}){output})  # in Python, where model is a {kind}"
+
+
 def command(plan: Plan, folder: str | os.PathLike[str] | None) -> list[str]:
     """The command line of a plan, without secrets: what differs from the defaults."""
     words = ["llm-attack", "run"]
-    defaults = asdict(Plan())
-    for name in names(plan):
-        value = redacted(getattr(plan, name))
-        if value == defaults[name]:
-            continue
+    for name, value in _given(plan).items():
         if isinstance(value, dict):
             value = ",".join(f"{k}={v}" for k, v in value.items())
         elif isinstance(value, tuple):
@@ -241,7 +260,7 @@ def silence() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def save(result: Result, folder: Path, command: list[str]) -> list[str]:
+def save(result: Result, folder: Path, command: list[str] | str) -> list[str]:
     """Writes everything of a run into `folder`; `run.json` last, which says that it is complete.
 
     `samples.parquet`, `questions.parquet`, `table.csv`, `table.md`, figures as PNG and SVG, where
@@ -252,7 +271,7 @@ def save(result: Result, folder: Path, command: list[str]) -> list[str]:
     Args:
         result: the run.
         folder: where to.
-        command: that repeats it.
+        command: that repeats it, in words, or a text.
 
     Returns:
         What could not be made of what `render` writes, and of lm-eval's results: a line for each.
@@ -265,7 +284,8 @@ def save(result: Result, folder: Path, command: list[str]) -> list[str]:
     for name, found in result.lm_eval.items():
         with attempts(f"{LM_EVAL}/results_{name}.json"):
             write_text(folder / LM_EVAL / f"results_{name}.json", as_json(found))
-    run = {"command": shlex.join(command), **result.run}
+    text = command if isinstance(command, str) else shlex.join(command)
+    run = {"command": text, **result.run}
     failed = [*attempts.lines, *render.render(result, folder, run)]
     write_json(folder / "run.json", run)
     return failed

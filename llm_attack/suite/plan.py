@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import InitVar, asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from llm_attack.base.declare import SettingSpec, check_names, declared, names, s
 from llm_attack.base.errors import UsageError, invalid
 from llm_attack.base.failures import one_line
 from llm_attack.base.folder import check_readable
+from llm_attack.base.loaded import LoadedModel, is_loaded
 from llm_attack.lm.losses import LOSSES, known_loss, register_loss
 from llm_attack.lm.settings import (
     EPSILON,
@@ -24,6 +25,7 @@ from llm_attack.lm.settings import (
     amplitude,
     unread,
 )
+from llm_attack.lm.units import ABSOLUTE, UNITS, known_unit
 
 # Settings that say how a plan is carried out or told; answers do not depend on them.
 _HOW = ("device", "equivalence", "shard", "ray", "ray_workers")
@@ -54,13 +56,17 @@ _ROWS = "auto or an integer, 1 or more"
 class Plan(ThreatSettings, EngineSettings):
     """Conditions over tasks: every attack at every epsilon.
 
+    From Python, `model` may be a model of transformers that is loaded already. Then `tokenizer` is
+    its tokenizer, and `name` what results call it (`LoadedModel`).
+
     Raises:
         UsageError: a value is not allowed.
     """
 
-    model: str = setting(
+    model: Any = setting(
         "TinyLlama/TinyLlama_v1.1",
         "Model to attack, a hub id, a local folder, a GGUF file, or demo, which is bundled",
+        kind=str,
     )
     tasks: Sequence[str] = setting(
         ("paper_six",),
@@ -153,8 +159,11 @@ class Plan(ThreatSettings, EngineSettings):
         also_type=dict,
         allowed=_PAIRS,
     )
+    tokenizer: InitVar[Any] = None
+    name: InitVar[str | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, tokenizer: Any, name: str | None) -> None:
+        self._check_loaded(tokenizer, name)
         if type(self.device).__module__ == "torch":  # a torch.device; no torch is needed here
             object.__setattr__(self, "device", str(self.device))
         if callable(self.loss):
@@ -214,6 +223,26 @@ class Plan(ThreatSettings, EngineSettings):
         if twice:
             raise UsageError(f"attacks, epsilons: the condition {twice} must occur only once")
 
+    def _check_loaded(self, tokenizer: Any, name: str | None) -> None:
+        """Takes a loaded model, which one process alone can evaluate.
+
+        Raises:
+            UsageError: something else is given that does not go with it, or goes with it alone.
+        """
+        if is_loaded(self.model):
+            object.__setattr__(self, "model", LoadedModel(self.model, tokenizer, name))
+        elif tokenizer is not None or name is not None:
+            given = "tokenizer" if tokenizer is not None else "name"
+            hint = "; must be given as model_args={'tokenizer': ...}" * (given == "tokenizer")
+            raise UsageError(f"{given}: must go with a model that is loaded{hint}")
+        if isinstance(self.model, LoadedModel):
+            for argument in ("shard", "ray"):
+                if getattr(self, argument) is not None:
+                    raise UsageError(
+                        f"{argument}={getattr(self, argument)}: must not be given with a model that"
+                        " is loaded, which is in this process alone"
+                    )
+
     def _check_used(self) -> None:
         """Refuses settings that no attack of the plan reads: nothing would come of them.
 
@@ -272,7 +301,8 @@ class Plan(ThreatSettings, EngineSettings):
     def model_name(self) -> str:
         """The model's name in tables: its id on the hub, or the name of its folder or file."""
         path = Path(str(self.model_args.get("gguf_file") or self.model))
-        return path.resolve().name if path.suffix == ".gguf" or path.exists() else self.model
+        known = path.suffix == ".gguf" or path.exists()
+        return path.resolve().name if known else str(self.model)
 
     @property
     def largest_epsilon(self) -> float | str:
@@ -393,6 +423,8 @@ def from_yaml(path: Path) -> dict[str, Any]:
                 raise invalid(key, value, allowed[key].choices or allowed[key].words())
             if key == "loss" and isinstance(value, str) and not known_loss(value):
                 raise invalid(key, value, LOSSES)
+            if key == "epsilon_unit" and isinstance(value, str) and not known_unit(value):
+                raise invalid(key, value, (ABSOLUTE, *UNITS))
     except UsageError as error:
         raise UsageError(f"config={path}: {error}") from None
     return content

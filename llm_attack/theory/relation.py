@@ -15,7 +15,7 @@ from llm_attack.base.drawing import COLOURS, new_figure
 from llm_attack.base.errors import invalid
 from llm_attack.base.record import Stopwatch, as_csv, write_text
 from llm_attack.reproduce import figure_command
-from llm_attack.vision.settings import QUICK, ImageSettings
+from llm_attack.vision.settings import GROUPS, QUICK, ImageSettings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -222,4 +222,8 @@ def draw(folder: Path) -> None:
         )
 
 
-COMMAND = figure_command("relation", PRESETS, run)
+# Nothing is attacked here, and the network is neither named by a file nor kept; nobody varied the
+# momentum.
+_NO_OPTIONS = ("attacks", "epsilon", "steps", "load", "save", "momentum")
+
+COMMAND = figure_command("relation", PRESETS, run, without=_NO_OPTIONS, groups=GROUPS)

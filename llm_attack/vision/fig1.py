@@ -11,7 +11,7 @@ from llm_attack.base.drawing import COLOURS, new_figure
 from llm_attack.base.errors import UsageError, invalid
 from llm_attack.base.record import Stopwatch, as_csv, write_text
 from llm_attack.reproduce import figure_command
-from llm_attack.vision.settings import EFFECTIVE, KNOWN, QUICK, ImageSettings, shown
+from llm_attack.vision.settings import EFFECTIVE, GROUPS, KNOWN, QUICK, ImageSettings, shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,10 +38,10 @@ def run(settings: Settings, folder: Path) -> dict[str, Any]:
     import pandas as pd
     import torch
 
-    from llm_attack.attacks import keys_for
+    from llm_attack.attacks import Attack, keys_for
     from llm_attack.vision import checkpoints, stages
     from llm_attack.vision.data import load
-    from llm_attack.vision.measure import attacked, frozen
+    from llm_attack.vision.measure import Examples, attacked, frozen
 
     settings = checkpoints.settled(settings)
     attacks = stages.listed("attacks", settings.attacks, KNOWN)
@@ -63,8 +63,9 @@ def run(settings: Settings, folder: Path) -> dict[str, Any]:
         images = _known(network, dataset, settings.images)
         x, labels = dataset.test[images].scaled(), dataset.test.labels[images]
         keys = torch.tensor([keys_for(settings.seed, [i]) for i in images], device=x.device)
-        how: Any = {"epsilon": epsilon, "steps": settings.steps, "bounds": (0, 1)}
-        points = {"none": x, **dict(attacked(attacks, network, x, labels, keys, **how))}
+        like = Attack(epsilon=epsilon, steps=settings.steps)
+        found = attacked(attacks, network, Examples(x, labels, keys), like, (0, 1))
+        points = {"none": x, **dict(found)}
         scores = {condition: network(point).softmax(1) for condition, point in points.items()}
     table = pd.DataFrame(
         {
@@ -142,4 +143,4 @@ def _said(cell: pd.Series) -> str:
     return f"{cell['prediction']}, {100 * cell['confidence']:.1f} %"
 
 
-COMMAND = figure_command("fig1", PRESETS, run, EFFECTIVE)
+COMMAND = figure_command("fig1", PRESETS, run, EFFECTIVE, groups=GROUPS)

@@ -18,6 +18,7 @@ from llm_attack.base.record import Stopwatch, as_csv, write_text
 from llm_attack.reproduce import figure_command
 from llm_attack.vision.settings import (
     EFFECTIVE,
+    GROUPS,
     KNOWN,
     QUICK,
     UNBOUNDED,
@@ -230,4 +231,4 @@ def _points(axis: Any, group: pd.DataFrame) -> None:
     axis.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
 
 
-COMMAND = figure_command("fig2", PRESETS, run, EFFECTIVE)
+COMMAND = figure_command("fig2", PRESETS, run, EFFECTIVE, groups=GROUPS)

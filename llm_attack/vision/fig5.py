@@ -15,7 +15,7 @@ from llm_attack.base.drawing import COLOURS, nested, new_figure
 from llm_attack.base.record import as_csv, write_text
 from llm_attack.reproduce import figure_command
 from llm_attack.vision import fig2
-from llm_attack.vision.settings import EFFECTIVE, KNOWN, QUICK, Amplitudes, shown, titled
+from llm_attack.vision.settings import EFFECTIVE, GROUPS, KNOWN, QUICK, Amplitudes, shown, titled
 
 if TYPE_CHECKING:
     from torch import nn
@@ -155,4 +155,4 @@ def _splits(axis: Any, table: Any) -> None:
         axis.plot(of["relative"], of["accuracy"], linestyle=dashes, **style, **look)
 
 
-COMMAND = figure_command("fig5", PRESETS, run, EFFECTIVE)
+COMMAND = figure_command("fig5", PRESETS, run, EFFECTIVE, groups=GROUPS)

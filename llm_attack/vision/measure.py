@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,18 +59,26 @@ def towards(scores: Tensor, labels: Tensor, target: Tensor) -> Tensor:
     return lead / (first - (third + fourth) / 2 + 1e-12)
 
 
+class Examples(NamedTuple):
+    """Clean points to attack.
+
+    Attributes:
+        points: (N, ...), pixels or features.
+        labels: (N,), right classes.
+        keys: (N,), of the random draws.
+    """
+
+    points: Tensor
+    labels: Tensor
+    keys: Tensor
+
+
 def attacked(
     names: Sequence[str],
     classifier: Callable[[Tensor], Tensor],
-    x: Tensor,
-    labels: Tensor,
-    keys: Tensor,
-    *,
-    epsilon: float,
-    steps: int,
+    examples: Examples,
+    like: Attack,
     bounds: tuple[float, float] | None,
-    restarts: int = 1,
-    queries: int = 100,
     on_gradient: Callable[[str, Tensor], None] = lambda name, gradient: None,
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, attacked points) of each attack in turn.
@@ -81,31 +90,27 @@ def attacked(
     Args:
         names: members of `settings.KNOWN`.
         classifier: scores (N, C) of points (N, ...).
-        x: the clean points.
-        labels: (N,), right classes.
-        keys: (N,), of the random draws.
-        epsilon: L-infinity amplitude, in the units of the points; of all but `deepfool_unbounded`
-            and `sparsefool_unbounded`.
-        steps: of the iterative attacks; DeepFool and SparseFool have their own.
+        examples: the clean points.
+        like: the settings of all of them, whatever its own name is. Epsilon is the L-infinity
+            amplitude in the units of the points, of all but `deepfool_unbounded` and
+            `sparsefool_unbounded`; DeepFool and SparseFool have steps of their own.
         bounds: box of the points, (0, 1) for pixels.
-        restarts: of `apgd` and `apgdt`.
-        queries: of `blocks`.
         on_gradient: called with the attack's name and each gradient that it used.
     """
+    x, labels, keys = examples
     with torch.no_grad():
         scores = classifier(x)
     target = least_likely(scores, labels)
 
     now = ""  # the attack at work: its points, gradients and result are seen one at a time
-    watch = _Watch(classifier, x, labels)
+    watch = _Watch(classifier, examples)
 
     def note(gradient: Tensor) -> None:
         on_gradient(now, gradient)
 
-    low, high = x - epsilon, x + epsilon
+    low, high = x - like.epsilon, x + like.epsilon
     box = (low, high) if bounds is None else (low.clamp(*bounds), high.clamp(*bounds))
-    how: Any = {"steps": steps, "restarts": restarts, "queries": queries}
-    in_ball = {name: Attack(name, epsilon, **how) for name in names if name in ATTACKS}
+    in_ball = {name: replace(like, name=name) for name in names if name in ATTACKS}
     swept = sweep(
         [attack for name, attack in in_ball.items() if name != _EACH_CLASS],
         x,
@@ -117,10 +122,10 @@ def attacked(
     )
     for now in names:
         if now in ATTACKS:
-            watch = _Watch(classifier, x, labels)
+            watch = _Watch(classifier, examples)
             if now == _EACH_CLASS:
                 others = range(scores.shape[1] - 1)
-                point = _towards_each(in_ball[now], watch, x, others, bounds, keys, note)
+                point = _towards_each(in_ball[now], watch, others, bounds, note)
             else:
                 point = next(swept)
             any_counts = ATTACKS[now].reads_values
@@ -132,16 +137,17 @@ def attacked(
 
 
 class _Watch:
-    """A classifier of images, whose labels are `labels`, that keeps where it was wrong on the way.
+    """A classifier that keeps where it was wrong on the way.
 
     Attributes:
         wrong: (N,), whether it was.
         there: like the clean points, where it was so last.
     """
 
-    def __init__(self, classifier: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor) -> None:
-        self.classifier, self.labels = classifier, labels
-        self.wrong, self.there = torch.zeros_like(labels, dtype=torch.bool), x.clone()
+    def __init__(self, classifier: Callable[[Tensor], Tensor], examples: Examples) -> None:
+        self.classifier, self.examples, self.labels = classifier, examples, examples.labels
+        self.wrong = torch.zeros_like(examples.labels, dtype=torch.bool)
+        self.there = examples.points.clone()
 
     def _scores(self, point: Tensor, rows: Tensor | slice) -> Tensor:
         scores = self.classifier(point)
@@ -161,10 +167,8 @@ class _Watch:
 def _towards_each(
     attack: Attack,
     watch: _Watch,
-    x: Tensor,
     others: Iterable[int],
     bounds: tuple[float, float] | None,
-    keys: Tensor,
     on_gradient: Callable[[Tensor], None],
 ) -> Tensor:
     """The points of the greatest loss of a targeted attack on one class after the other.
@@ -172,6 +176,7 @@ def _towards_each(
     Those that an earlier class has made wrong are left where they were by then. The `others` are
     numbers of classes among those that are not an image's own.
     """
+    x, _, keys = watch.examples
     with torch.no_grad():
         best, most = x.clone(), watch.loss(x)
     for other in others:
@@ -325,12 +330,9 @@ def measure(
             for name, point in attacked(
                 names,
                 classifier,
-                x,
-                labels,
-                keys[rows][clean],
-                epsilon=amplitude,
-                steps=steps,
-                bounds=(0, 1) if at is None else None,
+                Examples(x, labels, keys[rows][clean]),
+                Attack(epsilon=amplitude, steps=steps),
+                (0, 1) if at is None else None,
                 on_gradient=lambda name, slope: tallies[name].gradient(slope),
             ):
                 stays = right(point, labels)

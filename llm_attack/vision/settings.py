@@ -210,6 +210,26 @@ _READERS: dict[str, tuple[frozenset[str], dict[str, tuple[str, ...]]]] = {
 # How the settings take effect: with the network and the width of the file in `load`.
 EFFECTIVE = "llm_attack.vision.checkpoints:settled"
 
+# Headings of the help, and the options under them.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "Data": (
+        *("dataset", "train_size", "test_size", "train_split", "test_split"),
+        *("image_column", "label_column"),
+    ),
+    "Network": ("network", "weights", "load", "save", "width", "widths", "precision"),
+    "Training": (
+        *("epochs", "batch_size", "learning_rate", "weight_decay", "label_smoothing"),
+        *("crop", "flip"),
+    ),
+    "Adversarial training": (
+        *("train_attack", "train_epsilon", "train_steps", "train_step_size", "trades_beta"),
+    ),
+    "Attacks": (
+        *("attacks", "epsilon", "epsilon_unit", "steps", "at", "subset", "attacked_epochs"),
+        *("epsilons", "split_attacks"),
+    ),
+}
+
 # Of all quick presets.
 QUICK: dict[str, Any] = {"dataset": "digits", "width": 0.25, "epochs": 8, "batch_size": 32}
 

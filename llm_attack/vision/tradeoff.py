@@ -20,7 +20,7 @@ from llm_attack.base.errors import invalid
 from llm_attack.base.record import Stopwatch, as_csv, write_text
 from llm_attack.reproduce import figure_command
 from llm_attack.vision import fig2
-from llm_attack.vision.settings import KNOWN, QUICK, TRAININGS, Amplitudes, shown
+from llm_attack.vision.settings import GROUPS, KNOWN, QUICK, TRAININGS, Amplitudes, shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -266,4 +266,7 @@ def _legend(kinds: list[Any], trainings: list[str]) -> list[Any]:
     ]
 
 
-COMMAND = figure_command("tradeoff", PRESETS, run)
+# Networks are trained here, so none is loaded; nobody varied the momentum.
+_NO_OPTIONS = ("load", "weights", "momentum")
+
+COMMAND = figure_command("tradeoff", PRESETS, run, without=_NO_OPTIONS, groups=GROUPS)

@@ -72,10 +72,14 @@ def test_peft_adapter(make, build, tmp_path):
 
 def test_loaded_model(make, build):
     task = build("demo_piqa", 4)
-    model = AutoModelForCausalLM.from_pretrained(MODEL_PATH)
-    lm = make(pretrained=model, tokenizer=make().tokenizer, attack="fgsm")
+    model = AutoModelForCausalLM.from_pretrained(MODEL_PATH).train()
+    tokenizer = make().tokenizer
+    tokenizer.pad_token = None
+    lm = make(pretrained=model, tokenizer=tokenizer, attack="fgsm")
     assert answers(lm, task) == answers(make(attack="fgsm"), task)
     assert all(p.requires_grad for p in model.parameters())
+    assert all(module.training for module in model.modules())
+    assert tokenizer.pad_token is None and lm.tokenizer.pad_token is not None
 
 
 @pytest.mark.parametrize("size", ["auto", "auto:2", "3"])

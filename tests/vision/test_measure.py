@@ -12,7 +12,7 @@ from torch import nn
 
 from llm_attack.attacks import Attack, deepfool, keys_for, least_likely, perturb, sparsefool
 from llm_attack.vision.data import Images
-from llm_attack.vision.measure import attacked, cross_entropy, frozen, measure
+from llm_attack.vision.measure import Examples, attacked, cross_entropy, frozen, measure
 from llm_attack.vision.networks import build
 from llm_attack.vision.settings import KNOWN
 
@@ -147,7 +147,9 @@ def test_the_attacks_are_those_of_the_package():
     noise = ("random", "uniform", "gaussian")
     names = (*SEARCHES, *noise, "reversed", "mifgsm", "apgd", "apgdt", "blocks", *SIX[:-1])
     assert set(names) == set(KNOWN)
-    found = dict(attacked(names, net, x, data.labels, keys, epsilon=0.07, steps=4, bounds=(0, 1)))
+    found = dict(
+        attacked(names, net, Examples(x, data.labels, keys), Attack(epsilon=0.07, steps=4), (0, 1))
+    )
     assert list(found) == list(names)
     inside = (x - 0.07).clamp(0, 1), (x + 0.07).clamp(0, 1)
     searched = {
@@ -185,8 +187,8 @@ def test_of_attacks_that_search_any_wrong_point_counts(name):
     attack = Attack(name, 0.1, steps=5, queries=20)
     best = perturb(attack, x, lambda point: cross_entropy(scores(point), labels), keys=keys)
     assert (scores(best).argmax(1) == 0).all()
-    how = {"epsilon": 0.1, "steps": 5, "queries": 20, "bounds": None}
-    ((_, point),) = attacked([name], scores, x, labels, keys, **how)
+    like = Attack(epsilon=0.1, steps=5, queries=20)
+    ((_, point),) = attacked([name], scores, Examples(x, labels, keys), like, None)
     assert (scores(point).argmax(1) == 1).all()
     assert (point >= 0.4 - 1e-6).all()
 
@@ -202,8 +204,8 @@ def test_the_next_class_is_tried_on_those_that_are_right_still():
 
     x, labels = torch.tensor([0.45, 0.1] * 3).reshape(6, 1, 1, 1), torch.zeros(6).long()
     keys = torch.tensor([keys_for(0, [i]) for i in range(6)])
-    how = {"epsilon": 0.1, "steps": 5, "bounds": (0, 1)}
-    ((_, point),) = attacked(["apgdt"], scores, x, labels, keys, **how)
+    like = Attack(epsilon=0.1, steps=5)
+    ((_, point),) = attacked(["apgdt"], scores, Examples(x, labels, keys), like, (0, 1))
     assert set(seen) == {6, 3} and seen.count(3) == seen.count(6) - 2  # the clean scores come first
     assert (scores(point).argmax(1) == torch.tensor([1, 0] * 3)).all()
     assert torch.allclose(point.flatten()[1::2], torch.tensor(0.2))  # as far as it goes
@@ -225,8 +227,8 @@ def test_as_many_images_stay_right_as_under_autoattack(way):
     else:
         name, library = "apgd", theirs.APGDAttack(plain, loss="ce", **how)
     there = (net(library.perturb(x, labels)).argmax(1) == labels).double().mean()
-    options = {"epsilon": 0.1, "steps": 100, "bounds": (0, 1)}
-    ((_, point),) = attacked([name], net, x, labels, keys, **options)
+    like = Attack(epsilon=0.1, steps=100)
+    ((_, point),) = attacked([name], net, Examples(x, labels, keys), like, (0, 1))
     here = (net(point).argmax(1) == labels).double().mean()
     assert 0.1 < there < 0.9
     assert here <= there + 0.01
@@ -265,7 +267,7 @@ def test_robust_accuracy_is_of_images_right_before_and_after():
     with frozen(net):
         before = net(x).argmax(1) == data.labels
         points = dict(
-            attacked(names, net, x, data.labels, keys, epsilon=0.2, steps=10, bounds=(0, 1))
+            attacked(names, net, Examples(x, data.labels, keys), Attack(epsilon=0.2), (0, 1))
         )
         for name, point in points.items():
             after = net(point).argmax(1) == data.labels

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from llm_attack.attacks import widest
 from llm_attack.lm.network.hook import edit_output, resolve, try_out, vocabulary_of
 from llm_attack.lm.network.rotary import Rotary
-from llm_attack.lm.units import Signal
+from llm_attack.lm.units import UNITS, OwnUnit, Signal
 
 # Any fixed text would do; that it is fixed makes epsilon independent of the data evaluated.
 CALIBRATION_TEXT = (
@@ -27,7 +27,10 @@ CALIBRATION_TEXT = (
 
 
 def signals_at(
-    model: PreTrainedModel, hookpoints: Sequence[str | None], input_ids: Tensor
+    model: PreTrainedModel,
+    hookpoints: Sequence[str | None],
+    input_ids: Tensor,
+    units: Collection[str] = (),
 ) -> dict[str | None, Signal]:
     """Of what is perturbed at each hookpoint; None: the input embedding.
 
@@ -35,24 +38,28 @@ def signals_at(
         model: whose hookpoints they are.
         hookpoints: dotted paths.
         input_ids: (1, L), the calibration text.
+        units: names of units; those of the user's own are measured at each hookpoint.
 
     Raises:
-        UsageError: as of `resolve` and `try_out`.
+        UsageError: as of `resolve` and `try_out`, or of a unit of the user's own.
     """
     paths = [name for name in hookpoints if name is not None]
     if paths:
         try_out(model, paths, input_ids)
     places = {name: resolve(model, name) for name in hookpoints}
     embedding: Any = model.get_input_embeddings()
-    others = [name for name, module in places.items() if module is not embedding]
-    found: dict[str | None, Signal] = {}
+    own = [unit for name in units if isinstance(unit := UNITS.get(name), OwnUnit)]
+    others = [name for name, module in places.items() if own or module is not embedding]
+    signals: dict[str | None, Signal] = {}
     if others:
-        measured = of_activations(model, [places[name] for name in others], input_ids)
-        found = dict(zip(others, measured, strict=True))
-    if len(found) < len(places):
-        of = of_embedding(embedding, vocabulary_of(model), input_ids.device)
-        found |= {name: of for name in places if name not in found}
-    return found
+        measured = of_activations(model, [places[name] for name in others], input_ids, own)
+        signals = dict(zip(others, measured, strict=True))
+    if embedding in places.values():
+        of_matrix = of_embedding(embedding, vocabulary_of(model), input_ids.device)
+        for name in (name for name, module in places.items() if module is embedding):
+            sizes = signals[name].own if own else of_matrix.own
+            signals[name] = of_matrix._replace(own=sizes)
+    return signals
 
 
 def of_embedding(embedding: nn.Module, vocabulary: int, device: torch.device) -> Signal:
@@ -67,17 +74,22 @@ def of_embedding(embedding: nn.Module, vocabulary: int, device: torch.device) ->
 
 
 def of_activations(
-    model: nn.Module, modules: Sequence[nn.Module], input_ids: Tensor
+    model: nn.Module,
+    modules: Sequence[nn.Module],
+    input_ids: Tensor,
+    own: Sequence[OwnUnit] = (),
 ) -> list[Signal]:
     """Of the outputs of `modules` in one forward over `input_ids`, (1, L).
 
     The first position is left out: many models park an attention sink there, whose norm is
     hundreds of times that of the others.
     """
-    found: dict[nn.Module, Signal] = {}
+    signals: dict[nn.Module, Signal] = {}
 
     def measure(module: nn.Module, output: Tensor) -> Tensor:
-        found[module] = _signal(_squares(output[:, 1:]), output.shape[-1])
+        tokens = output[:, 1:]
+        sizes = {unit.name: unit.measured(_exact(tokens[0])) for unit in own}
+        signals[module] = _signal(_squares(tokens), output.shape[-1])._replace(own=sizes)
         return output
 
     with ExitStack() as stack:
@@ -86,7 +98,12 @@ def of_activations(
         for module in modules:
             stack.enter_context(edit_output(module, partial(measure, module)))
         model(input_ids=input_ids)
-    return [found[module] for module in modules]
+    return [signals[module] for module in modules]
+
+
+def _exact(activations: Tensor) -> Tensor:
+    """A copy, for code that is not ours, in which amplitudes are no coarser than the attacks'."""
+    return activations.detach().to(widest(activations.device), copy=True)
 
 
 def _squares(output: Tensor) -> Tensor:

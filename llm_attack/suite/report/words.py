@@ -121,7 +121,8 @@ def _amplitude(condition: Condition, epsilon: float) -> str:
     unit = str(condition.get("epsilon_unit"))
     number = f"{condition.get('epsilon'):g}"
     rest = condition.label.removeprefix(number + ("" if unit == ABSOLUTE else unit))
-    label = f"{number}{_UNITS.get(unit, '')}{rest}"
+    known = "" if unit == ABSOLUTE else _UNITS.get(unit, f" {unit}")
+    label = f"{number}{known}{rest}"
     plain = f"{epsilon:g}"
     return plain if label == plain else f"{label} ({epsilon:.3g})"
 

@@ -20,6 +20,7 @@ from llm_attack.attacks import Attack
 from llm_attack.base.errors import UsageError, invalid
 from llm_attack.base.failures import look
 from llm_attack.base.folder import clear_drafts
+from llm_attack.base.loaded import LoadedModel
 from llm_attack.base.record import hardware, versions
 from llm_attack.base.redact import redacted
 from llm_attack.harness.judge import Judge
@@ -79,6 +80,11 @@ class Processes(NamedTuple):
             if not re.fullmatch("[0-9]{1,9}", found[name]):
                 raise invalid(name, found[name], "an integer, as torchrun sets it")
         rank, world = map(int, found.values())
+        if world > 1 and isinstance(plan.model, LoadedModel):
+            raise UsageError(
+                f"model={plan.model}: must be a name or a path with WORLD_SIZE={world}, as a model"
+                " that is loaded is in one process alone"
+            )
         others = {"WORLD_SIZE": world if world > 1 else None, "shard": plan.shard}
         others["tp_plan"] = plan.model_args.get("tp_plan")
         for name, value in others.items():
@@ -217,7 +223,7 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
     # where all was finished before, those of this process
     of_threads = {"threads": threads if len(threads) > 1 else threads[0]} if threads else {}
     run |= {
-        "model": plan.model,
+        "model": str(plan.model),
         "model_name": plan.model_name,
         "equivalence": plan.equivalence,
         "warnings": [

@@ -21,6 +21,7 @@ from llm_attack.harness.hashes import DIGITS, digest
 from llm_attack.harness.model import AttackedHFLM
 from llm_attack.harness.requests import Instance
 from llm_attack.lm.losses import LOSSES
+from llm_attack.lm.units import unit_source
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.run.store import MARK, STORE
 
@@ -49,7 +50,8 @@ def of_run(
     settings = plan.settings() | {"model_args": without_secrets(plan.model_args)}
     settings = redacted({k: v for k, v in settings.items() if k not in ("tasks", "include_path")})
     own = {name: ATTACKS[name].source for name in plan.attacks if name in ATTACKS}
-    own = {name: of for name, of in (own | {plan.loss: LOSSES[plan.loss].source}).items() if of}
+    own |= {plan.loss: LOSSES[plan.loss].source, plan.epsilon_unit: unit_source(plan.epsilon_unit)}
+    own = {name: source for name, source in own.items() if source}
     return {
         **settings,
         **({"sources": own} if own else {}),  # of functions of the user's own

@@ -1,4 +1,4 @@
-"""The model of a plan, on the device of its process."""
+"""The model of a plan, on the device of its process; one that is loaded is left as it was."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 
 from llm_attack.base.declare import names
 from llm_attack.base.device import check_device
+from llm_attack.base.loaded import LoadedModel
 from llm_attack.harness.model import AttackedHFLM
 from llm_attack.lm.settings import EngineSettings
 from llm_attack.suite.plan import Plan
@@ -22,9 +23,14 @@ def load(plan: Plan) -> AttackedHFLM:
     engine = {name: getattr(plan, name) for name in names(EngineSettings)}
     arguments = {"batch_size": plan.batch_size, **engine, **plan.model_args}
     device = plan.device
-    if device is not None:
+    model = plan.model
+    if isinstance(model, LoadedModel):
+        if model.tokenizer is not None:
+            arguments["tokenizer"] = model.tokenizer
+        model = model.model
+    elif device is not None:
         check_device(device)
-    if device is None and "LOCAL_RANK" in os.environ:
+    elif "LOCAL_RANK" in os.environ:
         import torch
 
         if torch.cuda.is_available():
@@ -33,7 +39,25 @@ def load(plan: Plan) -> AttackedHFLM:
         arguments["device"] = device
     first = plan.conditions[0].arguments()
     with nullcontext() if plan.model_args.get("tp_plan") is not None else _alone():
-        return AttackedHFLM(pretrained=plan.model, **arguments, **first)
+        return AttackedHFLM(pretrained=model, **arguments, **first)
+
+
+@contextmanager
+def left_as_it_was(model: str) -> Iterator[None]:
+    """Undoes at the end what a run does to the blocks of a model that was loaded before it.
+
+    Recomputed and compiled blocks have another `forward`. Modes, hooks and which weights are
+    trained are restored by what changes them.
+    """
+    modules = list(model.model.modules()) if isinstance(model, LoadedModel) else []
+    forwards = [vars(module).get("forward") for module in modules]
+    try:
+        yield
+    finally:
+        for module, forward in zip(modules, forwards, strict=True):
+            vars(module).pop("forward", None)
+            if forward is not None:
+                module.forward = forward
 
 
 @contextmanager

@@ -170,7 +170,7 @@ def answers(
         ProcessDied: workers die and nothing is finished, or Ray itself is gone.
     """
     import ray
-    from ray.exceptions import RayError, RayTaskError
+    import ray.exceptions
 
     waiting = deque(todo)
     if not waiting:
@@ -181,58 +181,104 @@ def answers(
         torch.cuda.empty_cache()
     actor = ray.remote(num_cpus=1, num_gpus=_SHARE if gpu else 0)(Worker)
     given = replace(plan, ray=None, ray_workers=None, device=lm.device.type)
-    idle: list[Any] = []
-    busy: dict[Any, tuple[Any, Batch | None]] = {}  # without a batch: it loads the model
-    workers = deaths = 0
-
-    def start() -> None:
-        worker = actor.remote(given, lm.conditions, lm.engine.scorer.limit)
-        busy[worker.ready.remote()] = worker, None
-
-    alive = _Alive(ray)
-    while waiting or any(batch for _, batch in busy.values()):
+    arguments = (given, lm.conditions, lm.engine.scorer.limit)
+    kind = "GPU" if gpu else "CPU"
+    workers = _Workers(ray, lambda: actor.remote(*arguments), waiting, say)
+    while workers.busy_or_waiting():
         look()
-        try:
-            if not alive.is_known():
-                time.sleep(PAUSE)
-                continue
-            room = plan.ray_workers or int(ray.cluster_resources().get("GPU" if gpu else "CPU", 0))
-            for _ in range(workers, room):
-                start()
-            workers = max(workers, room)
-            finished, _ = ray.wait([*busy], timeout=PAUSE)
-        except RayError as error:
-            raise ProcessDied(f"Ray: {one_line(error)}") from error
-        for done in finished:
-            worker, batch = busy.pop(done)
-            try:
-                found = ray.get(done, timeout=LONGEST)
-            except RayTaskError as error:
-                raise error.cause from error
-            except RayError as error:
-                deaths += 1
-                if deaths > DEATHS * workers:
-                    text = f"{deaths} workers died, one after another: {one_line(error)}"
-                    raise ProcessDied(text) from error
-                say("a worker died: another one is started, and its batch is repeated")
-                waiting.extend([] if batch is None else [batch])
-                start()
-                continue
-            idle.append(worker)
+        for batch, result in workers.finished(plan.ray_workers, kind):
             if batch is not None:
-                deaths = 0
-                yield batch, found
+                yield batch, result
                 continue
-            of_worker, n = found
+            of_worker, n = result
             threads.add(n)
             if other := differences(of_worker, model):
                 raise UsageError(
                     f"ray={plan.ray}: a worker has another model than this machine"
                     f" ({'; '.join(other)}); must be the same files and versions everywhere"
                 )
-        while idle and waiting:
-            worker, batch = idle.pop(), waiting.popleft()
-            busy[worker.answer.remote(batch)] = worker, batch
+        workers.hand_out()
+
+
+class _Workers:
+    """The workers of a run: what each is busy with, and the batches that wait for one.
+
+    Args:
+        ray: the module.
+        make: starts a worker.
+        waiting: the batches.
+        say: told what the user should know.
+    """
+
+    def __init__(
+        self, ray: Any, make: Callable[[], Any], waiting: deque[Batch], say: Callable[[str], None]
+    ) -> None:
+        self.ray, self.make, self.waiting, self.say = ray, make, waiting, say
+        self.idle: list[Any] = []
+        self.busy: dict[Any, tuple[Any, Batch | None]] = {}  # without a batch: it loads the model
+        self.alive = _Alive(ray)
+        self.number = self.deaths = 0
+
+    def busy_or_waiting(self) -> bool:
+        """Whether there are batches without an answer."""
+        return bool(self.waiting) or any(batch for _, batch in self.busy.values())
+
+    def start(self) -> None:
+        """Starts one, which loads the model."""
+        worker = self.make()
+        self.busy[worker.ready.remote()] = worker, None
+
+    def hand_out(self) -> None:
+        """Gives batches to those that are idle."""
+        while self.idle and self.waiting:
+            worker, batch = self.idle.pop(), self.waiting.popleft()
+            self.busy[worker.answer.remote(batch)] = worker, batch
+
+    def finished(self, wanted: int | None, kind: str) -> Iterator[tuple[Batch | None, Any]]:
+        """(batch, answers) of those that finish within a pause, and (None, `Worker.ready`).
+
+        Args:
+            wanted: how many workers there are to be; None: as many as there is room for.
+            kind: of resource that has room for one.
+        """
+        for done in self._done(wanted, kind):
+            worker, batch = self.busy.pop(done)
+            try:
+                result = self.ray.get(done, timeout=LONGEST)
+            except self.ray.exceptions.RayTaskError as error:
+                raise error.cause from error
+            except self.ray.exceptions.RayError as error:
+                self._replace(batch, error)
+                continue
+            self.idle.append(worker)
+            if batch is not None:
+                self.deaths = 0
+            yield batch, result
+
+    def _done(self, wanted: int | None, kind: str) -> list[Any]:
+        """What has finished, after new workers were started where there is room."""
+        try:
+            if not self.alive.is_known():
+                time.sleep(PAUSE)
+                return []
+            room = wanted or int(self.ray.cluster_resources().get(kind, 0))
+            for _ in range(self.number, room):
+                self.start()
+            self.number = max(self.number, room)
+            finished, _ = self.ray.wait([*self.busy], timeout=PAUSE)
+        except self.ray.exceptions.RayError as error:
+            raise ProcessDied(f"Ray: {one_line(error)}") from error
+        return [*finished]
+
+    def _replace(self, batch: Batch | None, error: Exception) -> None:
+        """Starts another worker for one that died, whose batch waits again."""
+        self.deaths += 1
+        if self.deaths > DEATHS * self.number:
+            text = f"{self.deaths} workers died, one after another: {one_line(error)}"
+            raise ProcessDied(text) from error
+        self.say("a worker died: another one is started, and its batch is repeated")
+        self.waiting.extend([] if batch is None else [batch])
+        self.start()
 
 
 class _Alive:

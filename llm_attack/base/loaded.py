@@ -1,0 +1,58 @@
+"""A model that is in memory already, under the name that results give it. Needs no torch."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from llm_attack.base.errors import UsageError, invalid
+
+
+class LoadedModel(str):
+    """The name of a loaded model, which carries the model.
+
+    Records, tables and comparisons see a text. Only what computes asks for the model itself.
+
+    Args:
+        model: of transformers.
+        tokenizer: its tokenizer, or where that is loaded from; None: from where the model is from.
+        name: what it is called in results; unless given, where it is from, or else its class.
+
+    Raises:
+        UsageError: it is no model of transformers, or the name is no text.
+    """
+
+    model: Any
+    tokenizer: Any
+
+    def __new__(cls, model: Any, tokenizer: Any = None, name: str | None = None) -> LoadedModel:
+        kind = type(model).__name__
+        if not hasattr(model, "config"):
+            raise UsageError(f"model={kind}: must be a model of transformers, or the name of one")
+        if name is not None and (not isinstance(name, str) or not name.strip()):
+            raise invalid("name", name, "a text")
+        source = getattr(model.config, "name_or_path", "")
+        if tokenizer is None and not source:
+            raise UsageError(
+                f"tokenizer=None: must be given with a loaded {kind}, which does not say where it"
+                " is from"
+            )
+        loaded = super().__new__(cls, name or source or kind)
+        loaded.model, loaded.tokenizer = model, tokenizer
+        return loaded
+
+    def __deepcopy__(self, memo: Any) -> str:
+        """The name alone: records of settings are copies."""
+        return str(self)
+
+
+def is_loaded(model: Any) -> bool:
+    """Whether it is a network in memory; without torch there is none."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(model, torch.nn.Module)
+
+
+def name_of(model: Any) -> str:
+    """How a message names a model: a name or path as it was given, of a loaded one its class."""
+    return str(model) if isinstance(model, (str, Path)) else type(model).__name__
