@@ -135,10 +135,10 @@ class _OfDoctor(_OfPlan):
     def settings(self) -> list[click.Option]:
         """Those of the plan that are left."""
         own = (*self._SETTLED, "equivalence")
-        found = [option for option in super().settings if option.name not in own]
-        for option in found:
+        left = [option for option in super().settings if option.name not in own]
+        for option in left:
             option.default = {"loss": "choice", "limit": 10}.get(str(option.name), option.default)
-        return found
+        return left
 
 
 @main.command(cls=_OfDoctor, context_settings={"show_default": True, **DIALECT})

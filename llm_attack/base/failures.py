@@ -168,8 +168,8 @@ def failure(error: BaseException) -> Failure:
 
 def stop_in(error: BaseException) -> BaseException | None:
     """What stopped the program, where it was a signal: `error`, or what code in C made it of."""
-    found = error.__cause__ if isinstance(error, SystemError) else error
-    return found if isinstance(found, (KeyboardInterrupt, Stopped)) else None
+    cause = error.__cause__ if isinstance(error, SystemError) else error
+    return cause if isinstance(cause, (KeyboardInterrupt, Stopped)) else None
 
 
 def one_line(error: BaseException) -> str:

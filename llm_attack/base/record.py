@@ -103,9 +103,9 @@ def write_json(path: Path, content: Any) -> None:
 def finite(value: Any) -> Any:
     """`value` with None in place of the numbers in it that are NaN or infinite."""
     if isinstance(value, dict):
-        return {key: finite(of) for key, of in value.items()}
+        return {key: finite(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [finite(of) for of in value]
+        return [finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

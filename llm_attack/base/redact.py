@@ -48,8 +48,8 @@ def redacted(value: Any) -> Any:
         return _SHAPES.sub(HIDDEN, text)
     if isinstance(value, Mapping):
         return {
-            redacted(key): HIDDEN if is_secret(key) and _hides(of) else redacted(of)
-            for key, of in value.items()
+            redacted(key): HIDDEN if is_secret(key) and _hides(part) else redacted(part)
+            for key, part in value.items()
         }
     if isinstance(value, list):
         return list(map(redacted, value))

@@ -61,13 +61,13 @@ def task_of(request: Instance) -> Task:
 
 
 def _noted(request: Instance) -> Noted:
-    found = noted(request)
-    if found is None:
+    note = noted(request)
+    if note is None:
         raise UsageError(
             f"task {request.task_name}: loss=choice and context=shared need requests that an"
             " lm-eval task built after llm_attack.harness.model was imported"
         )
-    return found
+    return note
 
 
 def gold_choices(requests: Sequence[Instance]) -> list[bool]:
@@ -160,7 +160,7 @@ def _target(task: Task, doc: Any) -> Any:
 def _named(target: Any, choices: Sequence[str]) -> list[bool]:
     """Which of the choices `target` names, by the rules of lm-eval."""
     targets = list(target) if isinstance(target, (list, tuple)) else [target]
-    if not targets or any(of is None for of in targets):
+    if not targets or any(label is None for label in targets):
         raise Unlabelled(f"has no gold label (doc_to_target gives {target})")
     if isinstance(target, str):
         targets = [i for i, choice in enumerate(choices) if choice == target][:1]

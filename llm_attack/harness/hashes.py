@@ -81,7 +81,9 @@ def _plain(value: Any) -> str:
     """JSON; sets in order, and what has none in JSON as text."""
     return json.dumps(
         value,
-        default=lambda of: sorted(map(str, of)) if isinstance(of, (set, frozenset)) else str(of),
+        default=lambda part: (
+            sorted(map(str, part)) if isinstance(part, (set, frozenset)) else str(part)
+        ),
         sort_keys=True,
     )
 
@@ -99,7 +101,7 @@ def _parts(name: str, tensor: torch.Tensor) -> Iterator[Any]:
 
 def digest(parts: Iterable[Any]) -> str:
     """Hash of texts and bytes, one after the other."""
-    found = hashlib.sha256()
+    content = hashlib.sha256()
     for part in parts:
-        found.update(part.encode() if isinstance(part, str) else part)
-    return found.hexdigest()[:DIGITS]
+        content.update(part.encode() if isinstance(part, str) else part)
+    return content.hexdigest()[:DIGITS]

@@ -123,4 +123,4 @@ class SentimentSettings:
     def kinds(self) -> list[Kind]:
         """The networks of which there is one for each seed."""
         parts = (self.embedding_sizes, self.ngrams, self.train_shares, self.label_noise)
-        return [Kind(*of) for of in itertools.product(*parts)]
+        return [Kind(*values) for values in itertools.product(*parts)]

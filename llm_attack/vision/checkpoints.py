@@ -134,7 +134,10 @@ def _of_checkpoint(path: str) -> dict[str, Any]:
     sets = settings["dataset"].split(",")
     label = f"{settings['label']}-"  # which may go on
     (network,) = (
-        name for name in NETWORKS for of in sets if label.startswith(f"{of.strip()}-{name}-")
+        name
+        for name in NETWORKS
+        for dataset in sets
+        if label.startswith(f"{dataset.strip()}-{name}-")
     )
     return {
         "settings": settings,

@@ -72,8 +72,8 @@ class Worker:
     def answer(self, batch: Batch) -> Found:
         """The answers to a batch."""
         with frozen(self.lm.model):
-            ((_, found),) = self.lm.engine.answers([batch])
-        return found
+            ((_, answers),) = self.lm.engine.answers([batch])
+        return answers
 
 
 @contextmanager

@@ -102,8 +102,8 @@ class Store:
 
     def contents(self) -> dict[Key, Any]:
         """All that was kept, in order of the keys."""
-        found = {(task, n): content for task, n, content in self._rows("task, number, content")}
-        return {key: json.loads(found[key]) for key in sorted(found)}
+        kept = {(task, n): content for task, n, content in self._rows("task, number, content")}
+        return {key: json.loads(kept[key]) for key in sorted(kept)}
 
     def check(self) -> list[Path]:
         """Moves parts that cannot be read aside, and returns where they are now.
