@@ -69,7 +69,7 @@ def shortened(value: object) -> str:
 
 
 def report_usage_errors() -> None:
-    """From now on, an uncaught `UsageError` ends the process with its one line and exit code 2."""
+    """Makes an uncaught `UsageError` end the process with its one line and exit code 2."""
     previous = sys.excepthook
 
     def hook(kind: Any, error: BaseException, traceback: Any) -> None:

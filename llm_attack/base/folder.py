@@ -196,7 +196,7 @@ def check_same(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> Non
 
 
 def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    """What differs between two marks, a line each."""
+    """The differences between two marks, a line each."""
     there, here = _flat(there), _flat(here)
     return [
         f"{key}: {_short(there.get(key))} there, {_short(here.get(key))} here"

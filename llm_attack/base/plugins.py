@@ -95,14 +95,14 @@ def _content(function: Any) -> Iterator[str]:
 
 
 def _compiled(code: CodeType) -> Iterator[Any]:
-    """What a function does, without where it is from."""
+    """The compiled code of a function, without its place in a file."""
     yield from (code.co_code, code.co_names, code.co_varnames)
     for constant in code.co_consts:
         yield list(_compiled(constant)) if isinstance(constant, CodeType) else constant
 
 
 def _text(value: Any) -> str:
-    """As Python shows it, without places in memory, which are others in each process."""
+    """The value's `repr` without addresses in memory, which differ between processes."""
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 

@@ -50,7 +50,7 @@ class Stopwatch(dict[str, float]):
 
 
 def draft_of(path: Path) -> Path:
-    """What a file is called while it is being written."""
+    """The name of a file while it is being written."""
     return path.with_name(f".{path.name}{DRAFT}")
 
 

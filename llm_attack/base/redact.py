@@ -63,5 +63,5 @@ def _hides(value: Any) -> bool:
 
 
 def without_secrets(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What numbers depend on: `settings` without those that are secrets."""
+    """Returns `settings` without those that are secrets, as numbers do not depend on them."""
     return {name: redacted(value) for name, value in settings.items() if not is_secret(name)}

@@ -29,7 +29,7 @@ class _Collected(Exception):
 
 
 class _Stand(LM):  # type: ignore[misc]  # lm-eval is not typed
-    """In the model's place: keeps the requests, or gives answers that were computed before."""
+    """Stands in for the model: records the requests, or returns answers computed before."""
 
     def __init__(self, lm: AttackedHFLM, answers: list[Answer] | None = None) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What speaks against loading a model: arguments, missing packages, weights that are no numbers."""
+"""Checks before and after a model is loaded: arguments, packages, weights that are not finite."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ class Unfit:
         return model
 
     def sentences(self) -> list[str]:
-        """What did not fit, a sentence each."""
+        """The weights that did not fit, a sentence for each kind."""
         parts = {
             "weights that the checkpoint lacks, drawn at random": self.missing,
             "weights of the checkpoint that the model has no place for": self.unexpected,
@@ -246,7 +246,7 @@ def check_finite(pretrained: Any, model: torch.nn.Module) -> None:
 
 
 def _isfinite(weight: torch.Tensor) -> torch.Tensor:
-    """Also of tensors that libraries of quantisation make, which know few of torch's functions."""
+    """Like `isfinite`, also for quantised tensors, which have few of torch's functions."""
     try:
         return weight.isfinite()
     except NotImplementedError:

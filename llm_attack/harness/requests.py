@@ -48,7 +48,7 @@ def by_question(requests: Sequence[Instance]) -> list[list[int]]:
 
 
 def distinct(requests: Sequence[Instance], numbers: Sequence[int]) -> list[int]:
-    """Those numbers that are of different requests: a task with `repeats` asks each again."""
+    """The numbers of different requests, as a task with `repeats` asks each again."""
     return list({id(requests[n]): n for n in reversed(numbers)}.values())[::-1]
 
 
@@ -93,7 +93,7 @@ def encode(lm: HFLM, requests: Sequence[Instance]) -> list[Request]:
 
 
 def examples_of(request: Instance) -> str:
-    """What stands in the prompt before the question's own text: few-shot examples, a system prompt.
+    """The part of the prompt before the question's own text: examples, a system prompt.
 
     Raises:
         UsageError: the prompt does not hold the question's text as its task words it.
@@ -250,7 +250,7 @@ class _Encoder:
         return getattr(self._lm, name)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """As lm-eval's, but a prompt of blanks begins as an empty one does."""
+        """Encodes as lm-eval does, but a prompt of blanks begins as an empty one does."""
         lm = self._lm
         if lm.settings.encode_separately:
             end = len(context.rstrip())

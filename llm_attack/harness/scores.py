@@ -1,4 +1,4 @@
-"""Which of a task's scores is reported, and what its value of one question is.
+"""Chooses the score of a task that is reported, and reads its value for one question.
 
 lm-eval makes a dictionary of metrics of each question, and aggregates each metric over the task.
 Where a question's value is a number, it is a score, which tests can compare. Where it is not (mcc,
@@ -41,7 +41,7 @@ _TRIALS = 3  # sets of made-up answers that lm-eval may fail to aggregate
 
 @dataclass(frozen=True)
 class Score:
-    """What a task's questions are judged by.
+    """The metric that a task's questions are judged by.
 
     Attributes:
         name: of lm-eval's metric.
@@ -67,7 +67,7 @@ class Score:
         return _number(self.name, metrics[self.name]) if self.reported else float(right)
 
     def compared(self, log_likelihoods: _Floats, asked: Sequence[Instance]) -> _Floats:
-        """What the score compares of the choices: log-likelihoods, unless its name says more.
+        """What the score compares: the choices' log-likelihoods, unless its name says more.
 
         Args:
             log_likelihoods: of the requests of a question.
@@ -80,7 +80,7 @@ class Score:
         return log_likelihoods if lengths is None else log_likelihoods / np.asarray(lengths)
 
     def lengths(self, asked: Sequence[Instance]) -> list[float] | None:
-        """What the score divides log-likelihoods by; None: nothing.
+        """The lengths that the score divides log-likelihoods by; None if it does not.
 
         Raises:
             UsageError: as of `choice_lengths`.
@@ -158,7 +158,7 @@ def _number(name: str, value: Any) -> float:
 
 
 def of_whole_tasks(task: Any, metrics: Iterable[str]) -> list[str]:
-    """Those metrics of a task whose aggregate is not the mean of what its questions have."""
+    """The metrics of a task whose aggregate is not the mean over its questions."""
     aggregates = task.aggregation()
     plain = {_BRIER: brier_score}
     return [

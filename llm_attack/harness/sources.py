@@ -1,4 +1,4 @@
-"""Which questions of a benchmark share a source, so that their answers are not independent."""
+"""Finds questions that share a source, so that their answers are not independent."""
 
 from __future__ import annotations
 

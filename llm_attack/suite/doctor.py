@@ -165,7 +165,7 @@ def perturbed(attacks: Mapping[str, Any]) -> Check:
 
 
 def own_gradient(prepared: Prepared) -> Check:
-    """What a run tries at its start (`lm.engine.gradient`): with the model's own kernels."""
+    """Repeats the gradient check of a run (`lm.engine.gradient`) with its own kernels."""
     name, finding = "the gradient is that of the model as it runs", prepared.lm.gradient()
     if finding is None:
         return sanity.not_applicable(name, "no condition follows a gradient")
@@ -197,7 +197,7 @@ def finite_differences(prepared: Prepared) -> Check:
 
 
 def _slopes(prepared: Prepared) -> tuple[float, float, float]:
-    """By the gradient, by central differences, and the step of these: 0 where nothing moves."""
+    """Slopes by the gradient and by central differences, and the step; 0 where nothing moves."""
     lm, batch = prepared.lm, prepared.work[0].batch
     engine = lm.engine
     pack = engine.pack(replace(batch, questions=batch.questions[:_QUESTIONS])).to(lm.device)

@@ -50,7 +50,7 @@ def run(settings: SentimentSettings, folder: Path) -> dict[str, Any]:
 
 
 def _name(kind: Kind) -> str:
-    """Of its size, and of what else is not as usual."""
+    """A name from the size of a network and its other unusual settings."""
     usual = Kind(kind.size)._asdict()
     others = [f"{name} {value:g}" for name, value in kind._asdict().items() if value != usual[name]]
     return ", ".join([f"size {kind.size}", *others])

@@ -85,7 +85,7 @@ def run(settings: Settings, folder: Path) -> dict[str, Any]:
 def _rows(
     dataset: Dataset, name: str, settings: Settings, clock: Stopwatch
 ) -> Iterator[dict[str, Any]]:
-    """Of every epoch, block, direction and line."""
+    """Yields a row for every epoch, block, direction and line."""
     from llm_attack.vision import stages
     from llm_attack.vision.train import train
 

@@ -51,7 +51,7 @@ class ToySettings:
 
 
 class Kind(NamedTuple):
-    """What networks have in common but for their seed; the names of the settings, in the singular.
+    """The settings that networks of different seeds share, by their names in the singular.
 
     The accuracy on new words depends on all but the size.
     """

@@ -192,7 +192,7 @@ def _amplitude(group: pd.DataFrame, epsilon_unit: str) -> str:
 
 
 def _styles(group: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """How each condition is drawn: label, colour, dashes and those of `nested`."""
+    """The look of each condition: label, colour, dashes and those of `nested`."""
     attacks = [c for c in group["condition"].unique() if c not in NOT_ATTACKS]
     kinds = list(dict.fromkeys(attack.removesuffix(UNBOUNDED) for attack in attacks))
     styles: dict[str, dict[str, Any]] = {"none": {"label": "clean", "color": COLOURS[-1]}}

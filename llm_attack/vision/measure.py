@@ -221,7 +221,7 @@ class _Tally:
         self.elements += slope.numel()
 
     def add(self, right: Tensor, change: Tensor | None = None) -> None:
-        """Which images are right, and the change of those that are wrong from then on."""
+        """Adds a batch: which images are right, and how the wrong ones were changed."""
         self.right.append(right)
         if change is not None:
             change = change.flatten(1).float()

@@ -1,4 +1,4 @@
-"""How widely the momentum of a classifier's packet is spread, over images."""
+"""The spread of the momentum of a classifier's packet, over images."""
 
 from __future__ import annotations
 

@@ -183,7 +183,7 @@ def _spearman(rows: pd.DataFrame, x: str, y: str) -> tuple[float, int]:
 
 
 def trends(table: pd.DataFrame) -> pd.DataFrame:
-    """What rises and what falls over the epochs, over all seeds of a network.
+    """The trend of each accuracy over the epochs, over all seeds of a network.
 
     Returns:
         For each network and condition, and for `dp`: the number of `seeds` and of `epochs`, the

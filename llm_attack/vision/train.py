@@ -25,7 +25,7 @@ from llm_attack.vision.settings import ImageSettings
 
 
 class Epoch(NamedTuple):
-    """What has been trained: the epoch's number, from 1, its mean loss, and in what precision."""
+    """A trained epoch: its number from 1, its mean loss, and the precision."""
 
     number: int
     loss: float

@@ -57,12 +57,12 @@ class Work(NamedTuple):
         }
 
     def __len__(self) -> int:
-        """How many of the run's requests are answered."""
+        """The number of the run's requests in this batch."""
         return sum(len(indices) for q in self.batch.questions for indices in q.answers)
 
 
 def work_of(lm: AttackedHFLM, requests: Sequence[Instance]) -> Iterator[Work]:
-    """All batches, task by task; they depend on the requests and the settings alone."""
+    """Yields all batches, task by task; they depend on the requests and the settings alone."""
     by_task: dict[str, list[int]] = {}
     for number, request in enumerate(requests):
         by_task.setdefault(str(request.task_name), []).append(number)
@@ -74,7 +74,7 @@ def work_of(lm: AttackedHFLM, requests: Sequence[Instance]) -> Iterator[Work]:
 
 
 class Gathered(NamedTuple):
-    """All that a run found.
+    """The answers and measurements of a whole run.
 
     Attributes:
         answers: for each condition, one per request.

@@ -37,7 +37,7 @@ _CONTROLS = (*_NOISE, "reversed", "none", WORST)
 
 
 class Claim(NamedTuple):
-    """A line of the list.
+    """A claim of the paper and its verdict for one condition.
 
     Attributes:
         text: what is claimed.

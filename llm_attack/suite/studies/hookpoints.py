@@ -32,7 +32,7 @@ def at_first(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def shown_of(run: dict[str, Any], table: pd.DataFrame) -> dict[str, Any]:
-    """What `run.json` holds, of its conditions those of `at_first` alone: with few of hundreds."""
+    """The record of a run with the conditions at the first hookpoint alone."""
     conditions = set(at_first(table)["condition"])
     others = {name for name in run["attacks"] if name not in conditions}
     if not others:
@@ -46,7 +46,7 @@ def shown_of(run: dict[str, Any], table: pd.DataFrame) -> dict[str, Any]:
 
 
 def by_hookpoint(table: pd.DataFrame, known: Conditions | None = None) -> pd.DataFrame:
-    """Of each attack and hookpoint the mean over tasks; empty where there is but one hookpoint.
+    """The mean over tasks for each attack and hookpoint; empty if there is only one hookpoint.
 
     Args:
         table: of `summarise`.

@@ -109,7 +109,7 @@ def add(path: Path, runs: Mapping[str, Result]) -> None:
 
 
 def _with(path: Path, new: pd.DataFrame) -> str:
-    """What the file at `path` holds, and at its end the new rows."""
+    """The content of the file at `path` with the new rows at its end."""
     text = tables.csv(new)
     heading, *rows = _rows(text)
     there = _there(path, heading)

@@ -137,7 +137,7 @@ def unshared(runs: Mapping[str, Result]) -> list[str]:
 
 
 def _rms(attacks: Mapping[str, Any], hookpoint: str) -> float:
-    """Of what is perturbed there, as the conditions of a run say it; NaN where none does."""
+    """The root mean square at a hookpoint, as a run recorded it; NaN if it did not."""
     for info in attacks.values():
         if (info.get("hookpoint") or EMBED) == hookpoint:
             return info.get("embedding_rms") or info.get("hookpoint_rms") or np.nan
@@ -145,7 +145,7 @@ def _rms(attacks: Mapping[str, Any], hookpoint: str) -> float:
 
 
 def trends(frame: pd.DataFrame) -> pd.DataFrame:
-    """Of each condition, the rank correlation over models of clean accuracy and drop.
+    """The rank correlation of clean accuracy and drop over models, for each condition.
 
     Args:
         frame: of `across`.

@@ -178,7 +178,7 @@ def _named(name: str, values: Sequence[float]) -> dict[str, float]:
 
 
 def _halves(samples: pd.DataFrame) -> dict[str, tuple[float, ...]]:
-    """Of conditions that look for it: the largest epsilon, and where half of accuracy is left."""
+    """The largest epsilon and the one that leaves half of the accuracy, for each search."""
     table = critical.robustness(samples)
     if table.empty:
         return {}

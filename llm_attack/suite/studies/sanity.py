@@ -34,7 +34,7 @@ _NOISE = ("random", "uniform")
 
 
 class Check(NamedTuple):
-    """A line of the list.
+    """A check, its verdict, and the figure that it rests on.
 
     Attributes:
         name: what should be so.
@@ -70,7 +70,7 @@ def checks(samples: pd.DataFrame, run: Mapping[str, Any]) -> list[Check]:
 
 
 def outcome(samples: pd.DataFrame, knows: bool) -> pd.Series:
-    """What the attacks lower: the gold's margin, or the choices' mean log-likelihood, in nats."""
+    """The value that attacks lower: the gold's margin, or the mean log-likelihood, in nats."""
     return gold_margin(samples) if knows else samples["log_likelihoods"].map(np.mean)
 
 

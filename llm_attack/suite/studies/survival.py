@@ -1,4 +1,4 @@
-"""What `critical` says, as a figure and as tables: robustness curves, and what foretells them."""
+"""Robustness curves and what predicts them, as a figure and as tables."""
 
 from __future__ import annotations
 
