@@ -82,7 +82,7 @@ class _OfPlan(click.Command):
         return options(Plan)
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """Those of the command, and the plan's behind the first."""
+        """The command's own parameters, with the plan's settings after the first."""
         first, *others = super().get_params(ctx)
         return [first, *self.settings, *others]
 
@@ -133,12 +133,12 @@ class _OfDoctor(_OfPlan):
 
     @cached_property
     def settings(self) -> list[click.Option]:
-        """Those of the plan that are left."""
+        """The settings of the plan that the user may choose."""
         own = (*self._SETTLED, "equivalence")
-        found = [option for option in super().settings if option.name not in own]
-        for option in found:
+        left = [option for option in super().settings if option.name not in own]
+        for option in left:
             option.default = {"loss": "choice", "limit": 10}.get(str(option.name), option.default)
-        return found
+        return left
 
 
 @main.command(cls=_OfDoctor, context_settings={"show_default": True, **DIALECT})

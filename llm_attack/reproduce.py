@@ -236,7 +236,7 @@ def _is_same(folder: Path, name: str, head: dict[str, Any], names: list[str]) ->
     for mark in marked:
         try:
             record = json.loads((folder / mark).read_text(encoding="utf-8"))
-            of, there = record["command"].split()[:3], {**record["settings"]}
+            program, there = record["command"].split()[:3], {**record["settings"]}
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UsageError(
                 f"output={folder}: {mark} there cannot be read as that of an experiment"
@@ -244,7 +244,7 @@ def _is_same(folder: Path, name: str, head: dict[str, Any], names: list[str]) ->
             ) from error
         if names == [_STARTED]:
             break  # it was stopped before it had anything
-        check_same(folder, {"command": " ".join(of)}, {"command": f"{_COMMAND} {name}"})
+        check_same(folder, {"command": " ".join(program)}, {"command": f"{_COMMAND} {name}"})
         here = json.loads(json.dumps(head["settings"]))
         here.pop("device")  # where it is computed may change
         check_same(folder, {key: there.get(key) for key in here}, here)

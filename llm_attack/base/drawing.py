@@ -151,10 +151,10 @@ def _fonts_for(letters: frozenset[str]) -> list[str]:
         if some and font.scalable and font.family_name not in has:
             fontManager.addfont(path)
             has[font.family_name] = some
-    found = []
+    fonts = []
     while has and (best := max(has, key=lambda name: len(has[name] & missing))):
         if not has[best] & missing:
             break
-        found.append(best)
+        fonts.append(best)
         missing -= has.pop(best)
-    return found
+    return fonts

@@ -27,8 +27,8 @@ class UsageError(ValueError):
 def closest(word: object, allowed: Iterable[str]) -> str | None:
     """The member of `allowed` that `word` was most likely meant to be, or None; in any case."""
     lower = {name.lower(): name for name in allowed}
-    found = difflib.get_close_matches(str(word).lower(), lower, n=1, cutoff=0.6)
-    return lower[found[0]] if found else None
+    matches = difflib.get_close_matches(str(word).lower(), lower, n=1, cutoff=0.6)
+    return lower[matches[0]] if matches else None
 
 
 def invalid(argument: str, value: object, allowed: str | Iterable[str]) -> UsageError:
@@ -69,7 +69,7 @@ def shortened(value: object) -> str:
 
 
 def report_usage_errors() -> None:
-    """From now on, an uncaught `UsageError` ends the process with its one line and exit code 2."""
+    """Makes an uncaught `UsageError` end the process with its one line and exit code 2."""
     previous = sys.excepthook
 
     def hook(kind: Any, error: BaseException, traceback: Any) -> None:

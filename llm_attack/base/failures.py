@@ -55,7 +55,7 @@ TRACEBACK = "--traceback"
 
 
 class Stopped(BaseException):
-    """SIGTERM has come."""
+    """The process got SIGTERM."""
 
 
 class ProcessDied(Exception):
@@ -138,7 +138,7 @@ class Failure(NamedTuple):
 
 
 def failure(error: BaseException) -> Failure:
-    """What to say of an exception, in one line, and the exit code.
+    """Returns one line about an exception, and the exit code.
 
     A log with the traceback is written of those that nobody expected, and of no others.
     """
@@ -167,9 +167,9 @@ def failure(error: BaseException) -> Failure:
 
 
 def stop_in(error: BaseException) -> BaseException | None:
-    """What stopped the program, where it was a signal: `error`, or what code in C made it of."""
-    found = error.__cause__ if isinstance(error, SystemError) else error
-    return found if isinstance(found, (KeyboardInterrupt, Stopped)) else None
+    """Returns the signal behind an exception: the exception itself, or its cause in C code."""
+    cause = error.__cause__ if isinstance(error, SystemError) else error
+    return cause if isinstance(cause, (KeyboardInterrupt, Stopped)) else None
 
 
 def one_line(error: BaseException) -> str:
@@ -227,7 +227,7 @@ def leave(code: int, line: str | None) -> None:
 
 
 def _text(error: BaseException) -> str:
-    """All of the text of an exception in one line; its class, where it has none."""
+    """The text of an exception in one line, or its class if it has no text."""
     return redacted(" ".join(str(error).split())) or type(error).__name__
 
 

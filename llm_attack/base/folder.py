@@ -66,18 +66,18 @@ def _followed(path: str, text: str, argument: str) -> Path:
     if not text.strip() or "\0" in text:
         raise invalid(argument, text, "a path, not empty and without NUL")
     try:
-        here = found = Path.cwd()
+        here = followed = Path.cwd()
         for part in Path(path).parts:
-            found = found.parent if part == ".." else found / part
-            if found.is_symlink():
-                found = found.resolve(strict=True)
+            followed = followed.parent if part == ".." else followed / part
+            if followed.is_symlink():
+                followed = followed.resolve(strict=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
         reason = getattr(error, "strerror", None) or "its links form a loop"
         raise UsageError(
             f"{argument}={text}: must be a folder or file that can be made or written ({reason})"
         ) from None
-    inside = found.is_relative_to(here) and not Path(path).is_absolute()
-    return found.relative_to(here) if inside else found
+    inside = followed.is_relative_to(here) and not Path(path).is_absolute()
+    return followed.relative_to(here) if inside else followed
 
 
 def check_readable(path: str | os.PathLike[str], argument: str) -> None:
@@ -164,13 +164,13 @@ def claim(folder: Path, marked: Callable[[list[str]], bool], parts: Sequence[str
 
 def strangers(folder: Path, parts: Sequence[str] = ()) -> list[str]:
     """Names of what is in a folder besides locks, drafts, and parts with nothing but these."""
-    found: list[str] = []
+    names: list[str] = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.name in parts and path.is_dir():
-            found += [f"{path.name}/{name}" for name in strangers(path)]
+            names += [f"{path.name}/{name}" for name in strangers(path)]
         elif not (path.name.endswith(DRAFT) or _is_lock(path)):
-            found.append(path.name)
-    return found
+            names.append(path.name)
+    return names
 
 
 def clear_drafts(folder: Path, parts: Sequence[str] = ()) -> None:
@@ -196,7 +196,7 @@ def check_same(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> Non
 
 
 def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    """What differs between two marks, a line each."""
+    """The differences between two marks, a line each."""
     there, here = _flat(there), _flat(here)
     return [
         f"{key}: {_short(there.get(key))} there, {_short(here.get(key))} here"
@@ -241,7 +241,7 @@ def _flat(mark: dict[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in mark.items():
         inner = value.items() if isinstance(value, dict) else ()
-        flat |= {f"{key}.{name}": of for name, of in inner} or {key: value}
+        flat |= {f"{key}.{name}": part for name, part in inner} or {key: value}
     return flat
 
 

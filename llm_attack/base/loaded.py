@@ -54,5 +54,5 @@ def is_loaded(model: Any) -> bool:
 
 
 def name_of(model: Any) -> str:
-    """How a message names a model: a name or path as it was given, of a loaded one its class."""
+    """The text by which messages name a model: its name or path, or the class of a loaded one."""
     return str(model) if isinstance(model, (str, Path)) else type(model).__name__

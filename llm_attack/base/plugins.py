@@ -34,17 +34,17 @@ def load_function(argument: str, name: str) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
     try:
         with _working_folder_first():
-            found: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+            function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # of code that is not ours, whatever it raises
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UsageError(
             f"{argument}={name}: must be package.module:function ({reason})"
         ) from error
-    if not callable(found):
+    if not callable(function):
         raise UsageError(
-            f"{argument}={name}: must be package.module:function, not a {type(found).__name__}"
+            f"{argument}={name}: must be package.module:function, not a {type(function).__name__}"
         )
-    return found
+    return function
 
 
 def name_of(function: Callable[..., Any]) -> str:
@@ -81,7 +81,7 @@ def _content(function: Any) -> Iterator[str]:
         yield from _content(function.func)
         yield _text([function.args, sorted(function.keywords.items())])
         return
-    of = getattr(function, "__self__", function)  # of a method, its object
+    owner = getattr(function, "__self__", function)  # of a method, its object
     call = function if hasattr(function, "__code__") else type(function).__call__
     if not hasattr(call, "__code__"):  # compiled to C
         yield _text(function)
@@ -91,18 +91,18 @@ def _content(function: Any) -> Iterator[str]:
     except (OSError, TypeError):
         yield _text(list(_compiled(call.__code__)))
     held = [cell.cell_contents for cell in call.__closure__ or ()]
-    yield _text([held, call.__defaults__, call.__kwdefaults__, getattr(of, "__dict__", {})])
+    yield _text([held, call.__defaults__, call.__kwdefaults__, getattr(owner, "__dict__", {})])
 
 
 def _compiled(code: CodeType) -> Iterator[Any]:
-    """What a function does, without where it is from."""
+    """The compiled code of a function, without its place in a file."""
     yield from (code.co_code, code.co_names, code.co_varnames)
     for constant in code.co_consts:
         yield list(_compiled(constant)) if isinstance(constant, CodeType) else constant
 
 
 def _text(value: Any) -> str:
-    """As Python shows it, without places in memory, which are others in each process."""
+    """The value's `repr` without addresses in memory, which differ between processes."""
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 

@@ -50,7 +50,7 @@ class Stopwatch(dict[str, float]):
 
 
 def draft_of(path: Path) -> Path:
-    """What a file is called while it is being written."""
+    """The name of a file while it is being written."""
     return path.with_name(f".{path.name}{DRAFT}")
 
 
@@ -103,9 +103,9 @@ def write_json(path: Path, content: Any) -> None:
 def finite(value: Any) -> Any:
     """`value` with None in place of the numbers in it that are NaN or infinite."""
     if isinstance(value, dict):
-        return {key: finite(of) for key, of in value.items()}
+        return {key: finite(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [finite(of) for of in value]
+        return [finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

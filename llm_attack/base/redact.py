@@ -48,8 +48,8 @@ def redacted(value: Any) -> Any:
         return _SHAPES.sub(HIDDEN, text)
     if isinstance(value, Mapping):
         return {
-            redacted(key): HIDDEN if is_secret(key) and _hides(of) else redacted(of)
-            for key, of in value.items()
+            redacted(key): HIDDEN if is_secret(key) and _hides(part) else redacted(part)
+            for key, part in value.items()
         }
     if isinstance(value, list):
         return list(map(redacted, value))
@@ -63,5 +63,5 @@ def _hides(value: Any) -> bool:
 
 
 def without_secrets(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What numbers depend on: `settings` without those that are secrets."""
+    """Returns `settings` without those that are secrets, as numbers do not depend on them."""
     return {name: redacted(value) for name, value in settings.items() if not is_secret(name)}

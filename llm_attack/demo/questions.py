@@ -180,16 +180,16 @@ def question_set(name: str, seed: int = SEED, count: int = QUESTIONS_PER_SET) ->
     make = MAKERS[name]
     world = World(seed)
     rng = random.Random(f"{name}/{seed}")
-    found: dict[str, Question] = {}
-    while len(found) < count:
+    questions: dict[str, Question] = {}
+    while len(questions) < count:
         pairs = list(world.pairs(held_out=True))
         rng.shuffle(pairs)
         for pair in pairs:
             question = make(world, rng, pair, True)
             if question is not None:
                 # Distractors differ from round to round: known by all of its texts.
-                found.setdefault("\n".join(sorted(question.texts())), question)
-    return list(found.values())[:count]
+                questions.setdefault("\n".join(sorted(question.texts())), question)
+    return list(questions.values())[:count]
 
 
 def training_texts(world: World, count: int) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Which arguments exist, and some of their values: what is wrong must not vanish in `hf`."""
+"""Checks the names and values of arguments, since lm-eval's `hf` ignores wrong ones."""
 
 from __future__ import annotations
 

@@ -61,13 +61,13 @@ def task_of(request: Instance) -> Task:
 
 
 def _noted(request: Instance) -> Noted:
-    found = noted(request)
-    if found is None:
+    note = noted(request)
+    if note is None:
         raise UsageError(
             f"task {request.task_name}: loss=choice and context=shared need requests that an"
             " lm-eval task built after llm_attack.harness.model was imported"
         )
-    return found
+    return note
 
 
 def gold_choices(requests: Sequence[Instance]) -> list[bool]:
@@ -100,7 +100,7 @@ def gold_choices(requests: Sequence[Instance]) -> list[bool]:
 
 
 def judged(request: Instance, results: Sequence[tuple[float, bool]]) -> dict[str, Any]:
-    """What the task makes of made-up answers to the question of `request`.
+    """The metrics that the task gives for made-up answers to the question of `request`.
 
     Raises:
         Unjudged: it raises an exception.
@@ -158,9 +158,9 @@ def _target(task: Task, doc: Any) -> Any:
 
 
 def _named(target: Any, choices: Sequence[str]) -> list[bool]:
-    """Which of the choices `target` names, by the rules of lm-eval."""
+    """Whether `target` names each choice, by the rules of lm-eval."""
     targets = list(target) if isinstance(target, (list, tuple)) else [target]
-    if not targets or any(of is None for of in targets):
+    if not targets or any(label is None for label in targets):
         raise Unlabelled(f"has no gold label (doc_to_target gives {target})")
     if isinstance(target, str):
         targets = [i for i, choice in enumerate(choices) if choice == target][:1]
@@ -174,7 +174,7 @@ def _named(target: Any, choices: Sequence[str]) -> list[bool]:
 
 
 def _asked(task: Task, request: Instance, n: int, asked: int) -> list[bool]:
-    """Which of `n` choices the task calls right, by made-up answers to `asked` requests."""
+    """Whether the task calls each of `n` choices right, tried with made-up answers."""
     gold = []
     for preferred in range(n):
         results = [(0.0 if i == preferred else _REJECTED, i == preferred) for i in range(asked)]

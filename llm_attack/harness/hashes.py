@@ -23,7 +23,7 @@ _STATE = ("truncation", "padding")
 
 
 def of_model(lm: HFLM) -> dict[str, str]:
-    """What the numbers of a model depend on: weights, configuration, tokenizer and dtype."""
+    """Hashes of a model's weights, configuration and tokenizer, and its dtype."""
     return {
         "weights": weights(lm.model),
         "config": digest([_config(lm.model), *_adapters(lm.model)]),
@@ -50,21 +50,21 @@ def generation(model: Any) -> str:
 
 
 def _config(model: PreTrainedModel) -> str:
-    """What the model makes of its weights: all of its configuration that is not a name."""
+    """The model's configuration as text, without names."""
     known = model.config.to_dict()
     rest = {key: value for key, value in known.items() if key not in _NAMES}
     return json.dumps(rest, default=str, sort_keys=True)
 
 
 def _adapters(model: Any) -> Iterator[str]:
-    """What adapters make of their weights, such as the scale of LoRA, if the model has some."""
+    """The configuration of each adapter as text, such as the scale of LoRA."""
     for name, config in sorted(getattr(model, "peft_config", {}).items()):
         known = config.to_dict()
         yield _plain([name, {k: v for k, v in known.items() if k not in _OF_ADAPTERS}])
 
 
 def _tokenizer(tokenizer: Any) -> Iterator[str | bytes]:
-    """What turns text into tokens; a tokenizer in Python by the files that it writes."""
+    """The contents of a tokenizer; of one written in Python, the files that it saves."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         known = json.loads(backend.to_str())
@@ -81,7 +81,9 @@ def _plain(value: Any) -> str:
     """JSON; sets in order, and what has none in JSON as text."""
     return json.dumps(
         value,
-        default=lambda of: sorted(map(str, of)) if isinstance(of, (set, frozenset)) else str(of),
+        default=lambda part: (
+            sorted(map(str, part)) if isinstance(part, (set, frozenset)) else str(part)
+        ),
         sort_keys=True,
     )
 
@@ -99,7 +101,7 @@ def _parts(name: str, tensor: torch.Tensor) -> Iterator[Any]:
 
 def digest(parts: Iterable[Any]) -> str:
     """Hash of texts and bytes, one after the other."""
-    found = hashlib.sha256()
+    content = hashlib.sha256()
     for part in parts:
-        found.update(part.encode() if isinstance(part, str) else part)
-    return found.hexdigest()[:DIGITS]
+        content.update(part.encode() if isinstance(part, str) else part)
+    return content.hexdigest()[:DIGITS]

@@ -29,7 +29,7 @@ class _Collected(Exception):
 
 
 class _Stand(LM):  # type: ignore[misc]  # lm-eval is not typed
-    """In the model's place: keeps the requests, or gives answers that were computed before."""
+    """Stands in for the model: records the requests, or returns answers computed before."""
 
     def __init__(self, lm: AttackedHFLM, answers: list[Answer] | None = None) -> None:
         super().__init__()
@@ -115,12 +115,12 @@ class Judge:
         for request in self.asked:
             request.resps.clear()
             request.filtered_resps.clear()
-        found = self._evaluate(_Stand(self.lm, answers))
-        assert found is not None  # as it is on lm-eval's first process, the only one
+        results = self._evaluate(_Stand(self.lm, answers))
+        assert results is not None  # as it is on lm-eval's first process, the only one
         # not by the stand: lm-eval 0.4.9 asks none but its own models
         attack = self.lm.attack_info(condition)
-        found["config"] |= {**self.lm.get_model_info(), "attack": attack}
-        return found
+        results["config"] |= {**self.lm.get_model_info(), "attack": attack}
+        return results
 
     def _evaluate(self, stand: _Stand) -> dict[str, Any] | None:
         with patches.without_inventory():

@@ -1,4 +1,4 @@
-"""What speaks against loading a model: arguments, missing packages, weights that are no numbers."""
+"""Checks before and after a model is loaded: arguments, packages, weights that are not finite."""
 
 from __future__ import annotations
 
@@ -139,13 +139,13 @@ def _check_package(argument: str, package: str) -> None:
         raise UsageError(f"{argument}: needs the package {package}, which is not installed")
 
 
-def not_loaded(given: dict[str, Any], found: bool, error: Exception) -> UsageError:
+def not_loaded(given: dict[str, Any], configured: bool, error: Exception) -> UsageError:
     """The error for a model that cannot be loaded. It names the exception, and no cause of it
     that was not looked for.
 
     Args:
         given: the arguments, `pretrained` first.
-        found: whether the model's configuration could be read, so that it is there.
+        configured: whether the model's configuration could be read, so that it is there.
         error: what was raised.
     """
     pretrained, gguf_file = given["pretrained"], given.get("gguf_file")
@@ -164,9 +164,9 @@ def not_loaded(given: dict[str, Any], found: bool, error: Exception) -> UsageErr
                 "; must be a whole GGUF file of an architecture and quantisation that transformers"
                 " reads"
             )
-    elif there and not found:
+    elif there and not configured:
         text += f"; the folder has GGUF files: gguf_file={there[0]}"
-    elif not path.is_dir() and not found and isinstance(error, (OSError, HFValidationError)):
+    elif not path.is_dir() and not configured and isinstance(error, (OSError, HFValidationError)):
         text += (
             "; must be a model id on a hub that can be reached, a local folder, or demo, the"
             " bundled model (pretrained=demo)"
@@ -193,17 +193,17 @@ class Unfit:
         self.unexpected: list[str] = []
 
     def from_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        found = self._auto.from_pretrained(*args, output_loading_info=True, **kwargs)
-        if not isinstance(found, tuple):  # code of the model's own
-            return found
-        model, info = found
+        loaded = self._auto.from_pretrained(*args, output_loading_info=True, **kwargs)
+        if not isinstance(loaded, tuple):  # code of the model's own
+            return loaded
+        model, info = loaded
         mismatched = (entry[0] for entry in info.get("mismatched_keys", ()))
         self.missing += sorted({*info["missing_keys"], *mismatched})
         self.unexpected += sorted(info["unexpected_keys"])
         return model
 
     def sentences(self) -> list[str]:
-        """What did not fit, a sentence each."""
+        """The weights that did not fit, a sentence for each kind."""
         parts = {
             "weights that the checkpoint lacks, drawn at random": self.missing,
             "weights of the checkpoint that the model has no place for": self.unexpected,
@@ -246,7 +246,7 @@ def check_finite(pretrained: Any, model: torch.nn.Module) -> None:
 
 
 def _isfinite(weight: torch.Tensor) -> torch.Tensor:
-    """Also of tensors that libraries of quantisation make, which know few of torch's functions."""
+    """Like `isfinite`, also for quantised tensors, which have few of torch's functions."""
     try:
         return weight.isfinite()
     except NotImplementedError:

@@ -63,7 +63,7 @@ def noted(request: Instance) -> Noted | None:
 
 
 def note_tasks() -> None:
-    """From now on every lm-eval task that builds its requests is noted on them."""
+    """Makes every lm-eval task note itself on the requests that it builds."""
     build = Task.build_all_requests
     if hasattr(build, MARK):
         return

@@ -24,19 +24,19 @@ def _names() -> list[tuple[re.Pattern[str], str]]:
     package = Path(__file__).resolve().parent.parent
     folders = {"tasks": tasks_path(), package.name: package, "~": Path.home(), ".": Path.cwd()}
     folders["lm_eval"] = Path(lm_eval.__file__).parent
-    found = {str(p): name for name, path in folders.items() for p in (path, path.resolve())}
+    named = {str(p): name for name, path in folders.items() for p in (path, path.resolve())}
     return [
-        (re.compile(rf"(?<![\w./\\-]){re.escape(path)}(?![\w.-])"), found[path])
-        for path in sorted(found, key=len, reverse=True)
+        (re.compile(rf"(?<![\w./\\-]){re.escape(path)}(?![\w.-])"), named[path])
+        for path in sorted(named, key=len, reverse=True)
         if path != Path(path).anchor
     ]
 
 
 def _replaced(value: Any, names: list[tuple[re.Pattern[str], str]]) -> Any:
     if isinstance(value, dict):
-        return {_replaced(key, names): _replaced(of, names) for key, of in value.items()}
+        return {_replaced(key, names): _replaced(part, names) for key, part in value.items()}
     if isinstance(value, list):
-        return [_replaced(of, names) for of in value]
+        return [_replaced(part, names) for part in value]
     if not isinstance(value, str):
         return value
     for path, name in names:

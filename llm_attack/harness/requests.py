@@ -36,19 +36,19 @@ TokenRequest = tuple[Any, list[int], list[int]]
 
 def by_question(requests: Sequence[Instance]) -> list[list[int]]:
     """Numbers of the requests of each question, in the order of its choices."""
-    found: dict[Any, list[int]] = {}
+    questions: dict[Any, list[int]] = {}
     for number, request in enumerate(requests):
         # requests of no task, made by hand, have no doc_id, and each is alone
         alone = number if request.doc_id is None else -1
         place = patches.noted(request) or (request.task_name, request.doc_id, alone)
-        found.setdefault(place, []).append(number)
-    for numbers in found.values():
+        questions.setdefault(place, []).append(number)
+    for numbers in questions.values():
         numbers.sort(key=lambda n: requests[n].idx)
-    return list(found.values())
+    return list(questions.values())
 
 
 def distinct(requests: Sequence[Instance], numbers: Sequence[int]) -> list[int]:
-    """Those numbers that are of different requests: a task with `repeats` asks each again."""
+    """The numbers of different requests, as a task with `repeats` asks each again."""
     return list({id(requests[n]): n for n in reversed(numbers)}.values())[::-1]
 
 
@@ -77,23 +77,23 @@ def encode(lm: HFLM, requests: Sequence[Instance]) -> list[Request]:
     with encoded_together(lm.tokenizer, texts):
         for request in requests:
             _refuse_empty(lm, request)
-        found = TemplateLM.loglikelihood(_Encoder(lm), requests, disable_tqdm=True)
-        for request, tokens in zip(requests, found, strict=True):
+        encoded = TemplateLM.loglikelihood(_Encoder(lm), requests, disable_tqdm=True)
+        for request, tokens in zip(requests, encoded, strict=True):
             _refuse_unfit(lm, request, tokens)
-        _warn(lm, requests, found)
+        _warn(lm, requests, encoded)
     own = [0] * len(requests)
     if lm.settings.positions == QUESTION:
         before = functools.cache(lambda text: len(lm.tok_encode(text)))
         own = [
             len(context) + len(continuation) - before(examples_of(request))
-            for request, (_, context, continuation) in zip(requests, found, strict=True)
+            for request, (_, context, continuation) in zip(requests, encoded, strict=True)
         ]
-    pairs_of = zip(found, own, strict=True)
+    pairs_of = zip(encoded, own, strict=True)
     return [truncated(request, lm.max_length, n) for request, n in pairs_of]
 
 
 def examples_of(request: Instance) -> str:
-    """What stands in the prompt before the question's own text: few-shot examples, a system prompt.
+    """The part of the prompt before the question's own text: examples, a system prompt.
 
     Raises:
         UsageError: the prompt does not hold the question's text as its task words it.
@@ -211,7 +211,7 @@ def _refuse_unfit(lm: HFLM, request: Instance, tokens: TokenRequest) -> None:
     if continuation:
         return
     whole = lm.tok_encode("".join(request.args))
-    alone, together = ([lm.tok_decode([t]) for t in of[-3:]] for of in (context, whole))
+    alone, together = ([lm.tok_decode([t]) for t in tokens[-3:]] for tokens in (context, whole))
     hint = "" if lm.settings.encode_separately else "; encode_separately=True encodes it alone"
     raise UsageError(
         f"{_place(request)}: the answer {request.args[1]!r} has no token of its own. With it the"
@@ -220,10 +220,10 @@ def _refuse_unfit(lm: HFLM, request: Instance, tokens: TokenRequest) -> None:
     )
 
 
-def _warn(lm: HFLM, requests: Sequence[Instance], found: Sequence[TokenRequest]) -> None:
+def _warn(lm: HFLM, requests: Sequence[Instance], encoded: Sequence[TokenRequest]) -> None:
     """Adds to the model's warnings what speaks against the requests of each task."""
     counts: dict[str, list[int]] = {}
-    for request, (_, context, continuation) in zip(requests, found, strict=True):
+    for request, (_, context, continuation) in zip(requests, encoded, strict=True):
         of_task = counts.setdefault(str(request.task_name), [0, 0, 0])
         of_task[0] += 1
         of_task[1] += len(context) + len(continuation) > lm.max_length + 1
@@ -250,7 +250,7 @@ class _Encoder:
         return getattr(self._lm, name)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """As lm-eval's, but a prompt of blanks begins as an empty one does."""
+        """Encodes as lm-eval does, but a prompt of blanks begins as an empty one does."""
         lm = self._lm
         if lm.settings.encode_separately:
             end = len(context.rstrip())

@@ -1,4 +1,4 @@
-"""Which of a task's scores is reported, and what its value of one question is.
+"""Chooses the score of a task that is reported, and reads its value for one question.
 
 lm-eval makes a dictionary of metrics of each question, and aggregates each metric over the task.
 Where a question's value is a number, it is a score, which tests can compare. Where it is not (mcc,
@@ -41,7 +41,7 @@ _TRIALS = 3  # sets of made-up answers that lm-eval may fail to aggregate
 
 @dataclass(frozen=True)
 class Score:
-    """What a task's questions are judged by.
+    """The metric that a task's questions are judged by.
 
     Attributes:
         name: of lm-eval's metric.
@@ -67,7 +67,7 @@ class Score:
         return _number(self.name, metrics[self.name]) if self.reported else float(right)
 
     def compared(self, log_likelihoods: _Floats, asked: Sequence[Instance]) -> _Floats:
-        """What the score compares of the choices: log-likelihoods, unless its name says more.
+        """What the score compares: the choices' log-likelihoods, unless its name says more.
 
         Args:
             log_likelihoods: of the requests of a question.
@@ -80,7 +80,7 @@ class Score:
         return log_likelihoods if lengths is None else log_likelihoods / np.asarray(lengths)
 
     def lengths(self, asked: Sequence[Instance]) -> list[float] | None:
-        """What the score divides log-likelihoods by; None: nothing.
+        """The lengths that the score divides log-likelihoods by; None if it does not.
 
         Raises:
             UsageError: as of `choice_lengths`.
@@ -104,9 +104,9 @@ def of_task(questions: Iterable[Sequence[Instance]], asked: str = ACC) -> Score:
         Unlabelled: a question cannot be judged, or has no gold label.
     """
     some = [requests for requests, _ in zip(questions, range(_PROBED), strict=False)]
-    found = {score.name: score for score in _reported(some)}
-    ranked = sorted(found.values(), key=lambda of: (not of.choice, not of.counted))
-    return found.get(asked) or found.get(ACC) or next(iter(ranked), Score(reported=False))
+    scores = {score.name: score for score in _reported(some)}
+    ranked = sorted(scores.values(), key=lambda score: (not score.choice, not score.counted))
+    return scores.get(asked) or scores.get(ACC) or next(iter(ranked), Score(reported=False))
 
 
 def _reported(questions: Sequence[Sequence[Instance]]) -> list[Score]:
@@ -115,14 +115,16 @@ def _reported(questions: Sequence[Sequence[Instance]]) -> list[Score]:
     lower = {name for name, higher in task.higher_is_better().items() if higher is False}
     names = [k for k, v in judged(first[0], made_up(len(first))).items() if _has_number(k, v)]
     if by_lm_eval(task):
-        of = {name: (name in _OF_CHOICES, name != _BRIER) for name in names}
-        return [Score(name, True, name in lower, *of[name]) for name in names]
+        traits = {name: (name in _OF_CHOICES, name != _BRIER) for name in names}
+        return [Score(name, True, name in lower, *traits[name]) for name in names]
     trials = [trial for requests in questions for trial in _preferring_each(requests)]
     scores = []
     for name in names:
-        values = [(_number(name, of[name]), right) for of, right in trials if name in of]
+        values = [
+            (_number(name, metrics[name]), right) for metrics, right in trials if name in metrics
+        ]
         counted = all(value in (0, 1) for value, _ in values)
-        choice = counted and name not in lower and all(of == right for of, right in values)
+        choice = counted and name not in lower and all(value == right for value, right in values)
         scores.append(Score(name, True, name in lower, choice, counted))
     return scores
 
@@ -156,7 +158,7 @@ def _number(name: str, value: Any) -> float:
 
 
 def of_whole_tasks(task: Any, metrics: Iterable[str]) -> list[str]:
-    """Those metrics of a task whose aggregate is not the mean of what its questions have."""
+    """The metrics of a task whose aggregate is not the mean over its questions."""
     aggregates = task.aggregation()
     plain = {_BRIER: brier_score}
     return [
@@ -176,7 +178,7 @@ def check(name: str, questions: Sequence[Sequence[Instance]], score: Score) -> N
     failures = []
     for trial in range(_TRIALS):
         draws = np.random.default_rng(trial)
-        found = []
+        judgements = []
         for requests in questions:
             answers = made_up(len(requests), int(draws.integers(len(requests))))
             try:
@@ -185,8 +187,8 @@ def check(name: str, questions: Sequence[Sequence[Instance]], score: Score) -> N
                 raise refused(name, requests[0], error) from error
             if score.reported and score.name not in metrics:
                 raise refused(name, requests[0], Unjudged(f"has no {score.name}, as others have"))
-            found.append(metrics)
-        failure = _not_aggregated(task.aggregation(), found)
+            judgements.append(metrics)
+        failure = _not_aggregated(task.aggregation(), judgements)
         if failure is None:
             return
         failures.append(failure)
@@ -198,11 +200,11 @@ def check(name: str, questions: Sequence[Sequence[Instance]], score: Score) -> N
 
 
 def _not_aggregated(
-    aggregates: Mapping[str, Any], found: Sequence[Mapping[str, Any]]
+    aggregates: Mapping[str, Any], judgements: Sequence[Mapping[str, Any]]
 ) -> tuple[str, Exception] | None:
     """The first metric that lm-eval cannot aggregate, and why."""
     for metric, aggregate in aggregates.items():
-        values = [of[metric] for of in found if metric in of]
+        values = [metrics[metric] for metrics in judgements if metric in metrics]
         try:
             with warnings.catch_warnings():  # made-up answers need not make sense
                 warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""Which questions of a benchmark share a source, so that their answers are not independent."""
+"""Finds questions that share a source, so that their answers are not independent."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def clusters(docs: Sequence[Any]) -> list[int | None]:
         Numbers from 0 in order of first appearance; those of one source are equal. None for all
         where not all documents have the same field, or it has less than ten values.
     """
-    found = [_source(doc) for doc in docs]
-    sources = list(dict.fromkeys(found))
+    of_docs = [_source(doc) for doc in docs]
+    sources = list(dict.fromkeys(of_docs))
     kinds = {fields for fields, _ in sources}
     if None in kinds or len(kinds) != 1 or len(sources) < _LEAST:
         return [None] * len(docs)
     number = {source: i for i, source in enumerate(sources)}
-    return [number[source] for source in found]
+    return [number[source] for source in of_docs]
 
 
 def _source(doc: Any) -> tuple[tuple[str, ...], tuple[str, ...]] | tuple[None, None]:

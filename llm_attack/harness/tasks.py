@@ -60,10 +60,12 @@ def look_up(tasks: Sequence[str], include_path: str | None = None) -> tuple[Any,
                 f"include_path={include_path}: cannot be read ({one_line(error)}); must be a folder"
                 " of lm-eval tasks"
             ) from error
-        found = {task: manager.match_tasks([task]) for task in tasks}
-        missing = [task for task in tasks if not found[task]]
+        matches = {task: manager.match_tasks([task]) for task in tasks}
+        missing = [task for task in tasks if not matches[task]]
         if not missing:
-            return manager, list(dict.fromkeys(name for of in found.values() for name in of))
+            return manager, list(
+                dict.fromkeys(name for names in matches.values() for name in names)
+            )
     raise unknown_tasks(missing, manager.all_tasks)
 
 
@@ -102,19 +104,19 @@ def _check(arguments: Sequence[str]) -> None:
     for names in (["--device"], ["--include_path"], ["--output_path", "-o"]):
         parser.add_argument(*names, nargs="?")  # a missing value is lm-eval's to refuse
     parser.add_argument("--model_args", "-a", nargs="*", action="extend", default=[])
-    found, _ = parser.parse_known_args(list(arguments))
-    for text in found.model_args:
+    given, _ = parser.parse_known_args(list(arguments))
+    for text in given.model_args:
         check_string(text)
         for part in text.split(","):
             name = part.partition("=")[0].strip()
             if name in ("batch_size", "max_batch_size", "device"):
                 raise UsageError(f"model_args={part}: must be given as --{name}")
-    if found.device is not None:
-        check_device(found.device)
-    if found.include_path is not None and not Path(found.include_path).is_dir():
-        raise _no_folder(found.include_path)
-    if found.output_path is not None:
-        path = resolved(found.output_path, "output_path")
+    if given.device is not None:
+        check_device(given.device)
+    if given.include_path is not None and not Path(given.include_path).is_dir():
+        raise _no_folder(given.include_path)
+    if given.output_path is not None:
+        path = resolved(given.output_path, "output_path")
         check_writable(path.parent if path.suffix == ".json" else path, argument="output_path")
 
 

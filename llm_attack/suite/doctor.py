@@ -37,7 +37,7 @@ CONDITIONS = [
     *[("none", LITTLE), ("random", MORE), ("fgsm", MORE), ("blocks", MORE)],
     *[("bim", epsilon) for epsilon in (LITTLE, MORE, ALL)],
 ]
-ATTACKS, EPSILONS = (tuple(dict.fromkeys(of)) for of in zip(*CONDITIONS, strict=True))
+ATTACKS, EPSILONS = (tuple(dict.fromkeys(column)) for column in zip(*CONDITIONS, strict=True))
 _RISING = 0.2  # share of what the steps have reached that as many again may add
 _STEP = 1e-5  # of the finite differences, in units of the RMS of the point
 _ROUNDING = 1e-3  # of the log-likelihoods, that of bfloat16 too
@@ -64,7 +64,7 @@ def doctor(plan: Plan, progress: str) -> list[Check]:
     if world > 1:
         raise UsageError(f"WORLD_SIZE={world}: must be 1, or not set, for doctor")
     console = Console(stderr=True)
-    attacks, epsilons = (tuple(dict.fromkeys(of)) for of in zip(*CONDITIONS, strict=True))
+    attacks, epsilons = (tuple(dict.fromkeys(column)) for column in zip(*CONDITIONS, strict=True))
     plan = replace(plan, attacks=attacks, epsilons=epsilons)
     prepared = prepare(plan, progress, console, checked=False)
     lm, known = prepared.lm, {(c.attack, c.epsilon): c for c in plan.conditions}
@@ -72,7 +72,7 @@ def doctor(plan: Plan, progress: str) -> list[Check]:
     lm.use(*some)
     own = own_gradient(prepared)
     try:
-        found = _carried_out(prepared, progress, console)
+        result = _carried_out(prepared, progress, console)
     except RuntimeError as error:
         if own.verdict != FAILS:
             raise
@@ -80,11 +80,11 @@ def doctor(plan: Plan, progress: str) -> list[Check]:
             "attacks find what they should", f"they fail ({one_line(error)})"
         )
         return [nothing_changes(prepared), what, own]
-    listed = sanity.checks(found.samples, found.run)
+    listed = sanity.checks(result.samples, result.run)
     lm.use(*(replace(c, steps=2 * c.steps) for c in some if c.attack in ("none", "bim")))
     longer = _carried_out(prepared, progress, console)
-    listed.append(still_rising(found.samples, longer.samples, knows_gold(found.run)))
-    moved = perturbed(found.run["attacks"])
+    listed.append(still_rising(result.samples, longer.samples, knows_gold(result.run)))
+    moved = perturbed(result.run["attacks"])
     return [nothing_changes(prepared), moved, *listed, own, finite_differences(prepared)]
 
 
@@ -107,22 +107,24 @@ def still_rising(samples: pd.DataFrame, longer: pd.DataFrame, knows: bool) -> Ch
     """
     name, clean = "the loss no longer rises at the last step", samples["condition"] == "none"
     least = _ROUNDING * samples.loc[clean, "log_likelihoods"].map(np.mean).abs().mean()
-    found: list[tuple[float, str, float]] = []
+    rising: list[tuple[float, str, float]] = []
     for condition in longer.loc[longer["attack"] == "bim", "condition"].unique():
         outcomes = (
-            sanity.outcome(of[of["condition"] == which], knows)
-            for of, which in ((samples, "none"), (samples, condition), (longer, condition))
+            sanity.outcome(rows[rows["condition"] == which], knows)
+            for rows, which in ((samples, "none"), (samples, condition), (longer, condition))
         )
-        start, short, long = ((of.clip(lower=0) if knows else of).mean() for of in outcomes)
+        start, short, long = (
+            (values.clip(lower=0) if knows else values).mean() for values in outcomes
+        )
         reached, more = start - short, short - long
         if max(reached, reached + more) > least:
             share = more / reached if reached > least else np.inf
-            found.append((share, str(condition), more))
-    if not found:
+            rising.append((share, str(condition), more))
+    if not rising:
         return sanity.not_applicable(
             name, f"no attack lowers anything by more than {least:.2g} nats"
         )
-    share, condition, more = max(found)
+    share, condition, more = max(rising)
     figure = f"twice the steps add {share:.1%} of what {condition} reached"
     if np.isinf(share):
         figure = f"{condition} reached nothing, and {more:.2g} nats with twice the steps"
@@ -148,12 +150,14 @@ def perturbed(attacks: Mapping[str, Any]) -> Check:
         attacks: what `run.json` says of each condition.
     """
     name = "attacks perturb as much as they are asked to"
-    asked = {k: of for k, of in attacks.items() if of["attack"] != "none" and of["epsilon"] > 0}
+    asked = {
+        k: info for k, info in attacks.items() if info["attack"] != "none" and info["epsilon"] > 0
+    }
     shares = {
-        condition: min(1 - (of["not_perturbed"] or 0), of["amplitude_reached"] or 1)
-        if of["epsilon_absolute"] > 0
+        condition: min(1 - (info["not_perturbed"] or 0), info["amplitude_reached"] or 1)
+        if info["epsilon_absolute"] > 0
         else 0.0
-        for condition, of in asked.items()
+        for condition, info in asked.items()
     }
     condition = min(shares, key=lambda name: shares[name])
     verdict = PASSES if shares[condition] >= LEAST_REACHED else FAILS
@@ -161,12 +165,12 @@ def perturbed(attacks: Mapping[str, Any]) -> Check:
 
 
 def own_gradient(prepared: Prepared) -> Check:
-    """What a run tries at its start (`lm.engine.gradient`): with the model's own kernels."""
-    name, found = "the gradient is that of the model as it runs", prepared.lm.gradient()
-    if found is None:
+    """Repeats the gradient check of a run (`lm.engine.gradient`) with its own kernels."""
+    name, finding = "the gradient is that of the model as it runs", prepared.lm.gradient()
+    if finding is None:
         return sanity.not_applicable(name, "no condition follows a gradient")
-    wrong = found.fault or found.warning
-    return Check(name, FAILS if wrong else PASSES, wrong or found.figure)
+    wrong = finding.fault or finding.warning
+    return Check(name, FAILS if wrong else PASSES, wrong or finding.figure)
 
 
 def finite_differences(prepared: Prepared) -> Check:
@@ -193,7 +197,7 @@ def finite_differences(prepared: Prepared) -> Check:
 
 
 def _slopes(prepared: Prepared) -> tuple[float, float, float]:
-    """By the gradient, by central differences, and the step of these: 0 where nothing moves."""
+    """Slopes by the gradient and by central differences, and the step; 0 where nothing moves."""
     lm, batch = prepared.lm, prepared.work[0].batch
     engine = lm.engine
     pack = engine.pack(replace(batch, questions=batch.questions[:_QUESTIONS])).to(lm.device)
@@ -215,12 +219,12 @@ def command(plan: Plan, progress: str) -> int:
     """Prints the list; returns the exit code, 1 where a check fails."""
     silence()
     with without_bars():
-        found = doctor(plan, progress)
+        checks = doctor(plan, progress)
     console = Console()
     plain: dict[str, Any] = {"markup": False, "soft_wrap": True, "highlight": False}
     console.print(f"{plan.model_name}: {sanity.TITLE}", **plain)
-    for check in found:
+    for check in checks:
         console.print(f"  {check.verdict}: {check.name}; {check.figure}", **plain)
-    failed = sum(check.verdict == FAILS for check in found)
-    console.print(f"{failed} of {len(found)} checks fail")
+    failed = sum(check.verdict == FAILS for check in checks)
+    console.print(f"{failed} of {len(checks)} checks fail")
     return int(failed > 0)

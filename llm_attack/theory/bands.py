@@ -14,9 +14,9 @@ def over_seeds(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
 
     NaN, where a seed has no value, is left out, and so is the column `seed`.
     """
-    found = table.drop(columns="seed").groupby(by).agg(["mean", "min", "max"])
-    found.columns = ["_".join(names) for names in found.columns]
-    return found.reset_index()
+    bands = table.drop(columns="seed").groupby(by).agg(["mean", "min", "max"])
+    bands.columns = ["_".join(names) for names in bands.columns]
+    return bands.reset_index()
 
 
 def shaded(ax: Any, table: pd.DataFrame, column: str, colour: str, **options: Any) -> None:

@@ -82,8 +82,8 @@ class Toy:
             examples=Groups(points, points.numel()),
         )
         with torch.no_grad():
-            found = [self.network(x).argmax(-1) == labels for x in (self.test, attacked)]
-        clean, robust = (right.double().mean(1) for right in found)
+            right_of = [self.network(x).argmax(-1) == labels for x in (self.test, attacked)]
+        clean, robust = (right.double().mean(1) for right in right_of)
         return clean, robust
 
     def stepped_accuracy(self) -> Tensor:
@@ -142,11 +142,11 @@ class Toy:
         x1, x2 = torch.cartesian_prod(side, side).unbind(-1)
         with torch.no_grad():
             losses = [self.on_plane(x1, x2, predicted)[0].cpu() for predicted in (False, True)]
-        found = {"x1": x1, "x2": x2, "loss": losses[0]}
+        landscape = {"x1": x1, "x2": x2, "loss": losses[0]}
         for name, loss in zip(PACKETS, losses, strict=True):
             square = loss.reshape(GRID, GRID).square()
-            found[name] = loss / torch.trapezoid(torch.trapezoid(square, side), side).sqrt()
-        return found
+            landscape[name] = loss / torch.trapezoid(torch.trapezoid(square, side), side).sqrt()
+        return landscape
 
     def on_plane(self, x1: Tensor, x2: Tensor, predicted: bool = False) -> Tensor:
         """The loss of the packet's class at points (M,) of the plane, (seeds, M)."""

@@ -69,13 +69,13 @@ def train(settings: ToySettings) -> tuple[pd.DataFrame, pd.DataFrame]:
         values = {"loss": toy.training_loss(), "clean": clean, "robust": robust}
         values["stepped"] = toy.stepped_accuracy()
         for name in PACKETS:
-            found = toy.relation(predicted=name == "predicted")
+            relation = toy.relation(predicted=name == "predicted")
             try:
-                found.check()
+                relation.check()
             except ArithmeticError as error:
                 raise ArithmeticError(f"epoch {epoch}, {name} packet: {error}") from error
             for what in ("dx", "dp", "product", "bound"):
-                values[f"{what}_{name}"] = getattr(found, what)
+                values[f"{what}_{name}"] = getattr(relation, what)
         known = {"epoch": epoch, "seed": range(settings.seed, settings.seed + settings.seeds)}
         curves.append(pd.DataFrame(known | {name: x.tolist() for name, x in values.items()}))
         if epoch in pictured:

@@ -50,9 +50,9 @@ def run(settings: SentimentSettings, folder: Path) -> dict[str, Any]:
 
 
 def _name(kind: Kind) -> str:
-    """Of its size, and of what else is not as usual."""
+    """A name from the size of a network and its other unusual settings."""
     usual = Kind(kind.size)._asdict()
-    others = [f"{name} {of:g}" for name, of in kind._asdict().items() if of != usual[name]]
+    others = [f"{name} {value:g}" for name, value in kind._asdict().items() if value != usual[name]]
     return ", ".join([f"size {kind.size}", *others])
 
 
@@ -71,8 +71,8 @@ def run_kind(words: pd.DataFrame, kind: Kind, settings: SentimentSettings) -> pd
     known = kind._asdict()
     tables = [
         pd.DataFrame(values).assign(**known, epoch=epoch, split=split, seed=seeds)
-        for epoch, found in tqdm(epochs, f"fig6, {_name(kind)}", total, unit="epoch", disable=None)
-        for split, values in found.items()
+        for epoch, splits in tqdm(epochs, f"fig6, {_name(kind)}", total, unit="epoch", disable=None)
+        for split, values in splits.items()
     ]
     return pd.concat(tables, ignore_index=True)
 
@@ -91,13 +91,13 @@ def trends(last: pd.DataFrame) -> dict[str, dict[str, float | int | None]]:
 
     new = scaled(last[last.split == "test"])
     means = new.groupby(list(Kind._fields))[list(MEASURED)].mean()
-    found: dict[str, dict[str, float | int | None]] = {}
+    correlations: dict[str, dict[str, float | int | None]] = {}
     for name in MEASURED[1:]:
         known = means[["accuracy", name]].dropna()
-        of = rank_correlation(known["accuracy"], known[name])
-        numbers = zip(("correlation", "low", "high", "p"), of, strict=True)
-        found[name] = {"kinds": len(known)} | {k: _number(value) for k, value in numbers}
-    return found
+        correlation = rank_correlation(known["accuracy"], known[name])
+        numbers = zip(("correlation", "low", "high", "p"), correlation, strict=True)
+        correlations[name] = {"kinds": len(known)} | {k: _number(value) for k, value in numbers}
+    return correlations
 
 
 def _number(value: float) -> float | None:

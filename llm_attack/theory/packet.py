@@ -149,8 +149,8 @@ def gauss_legendre(
 def _with_slope(psi: Callable[[Any], Any], x: Tensor) -> tuple[Tensor, Tensor]:
     """Value and derivative of an elementwise function; each packet of a batch has its own."""
     with torch.no_grad():
-        found = torch.func.jvp(psi, (x,), (torch.ones_like(x),))
-    return found[0], found[1]
+        pair = torch.func.jvp(psi, (x,), (torch.ones_like(x),))
+    return pair[0], pair[1]
 
 
 def _relation(integrate: Callable[[Callable[..., Any], Any], Any], ends: Ends) -> Uncertainty:
@@ -172,10 +172,10 @@ def _relation(integrate: Callable[[Callable[..., Any], Any], Any], ends: Ends) -
     dx = (integrate(lambda x, f, d: ((x - m) * f) ** 2, 1e-16 * square_x) / norm) ** 0.5
     dp = (integrate(lambda x, f, d: (d - p * f) ** 2, 1e-16 * square_p) / norm) ** 0.5
     left, right = ((end - mean_x) * f * f / norm if math.isfinite(end) else 0 for end, f in ends)
-    found = Uncertainty(mean_x, dx, mean_p, dp, 0.5 * abs(1 - (right - left)))
-    if not torch.isfinite(torch.as_tensor(found.product + found.bound)).all():
+    relation = Uncertainty(mean_x, dx, mean_p, dp, 0.5 * abs(1 - (right - left)))
+    if not torch.isfinite(torch.as_tensor(relation.product + relation.bound)).all():
         raise ValueError("psi: its moments are not finite on this interval")
-    return found
+    return relation
 
 
 def _column(value: Any) -> Any:

@@ -85,7 +85,7 @@ def run(settings: Settings, folder: Path) -> dict[str, Any]:
 def _rows(
     dataset: Dataset, name: str, settings: Settings, clock: Stopwatch
 ) -> Iterator[dict[str, Any]]:
-    """Of every epoch, block, direction and line."""
+    """Yields a row for every epoch, block, direction and line."""
     from llm_attack.vision import stages
     from llm_attack.vision.train import train
 
@@ -122,9 +122,9 @@ def _of_epoch(
             reach = settings.reach * away.flatten(1).norm(dim=1).mean().item()
             for good, some in of_kinds:
                 for i in some.tolist():
-                    found = relations(head, points, i, known.labels[i], reach, settings)
-                    for direction, of in found.items():
-                        values = {m: getattr(of, m)[0].tolist() for m in MEASURED}
+                    directions = relations(head, points, i, known.labels[i], reach, settings)
+                    for direction, relation in directions.items():
+                        values = {m: getattr(relation, m)[0].tolist() for m in MEASURED}
                         for line in zip(*values.values(), strict=True):
                             yield {
                                 **{"epoch": epoch, "block": block, "direction": direction},
@@ -163,9 +163,9 @@ def relations(
     random = torch.randn((settings.lines, *x.shape[1:]), generator=draws).to(x)
     directions = (slope, principal(points, settings.lines), random)
     return {
-        name: along(loss, x, of, reach, **_NODES)
-        for name, of in zip(DIRECTIONS, directions, strict=True)
-        if of.flatten(1).norm(dim=1).gt(0).all()  # a sure network has no gradient
+        name: along(loss, x, lines, reach, **_NODES)
+        for name, lines in zip(DIRECTIONS, directions, strict=True)
+        if lines.flatten(1).norm(dim=1).gt(0).all()  # a sure network has no gradient
     }
 
 
@@ -197,15 +197,15 @@ def draw(folder: Path) -> None:
 
     table = pd.read_csv(folder / "lines.csv")
     scaled = table.assign(dx=table["dx"] / table["reach"], dp=table["dp"] * table["reach"])
-    found = means(scaled)
-    blocks = list(found["block"].unique())
+    averages = means(scaled)
+    blocks = list(averages["block"].unique())
     with new_figure(folder, (7.2, 6.0)) as figure:
         axes = figure.subplots(3, len(DIRECTIONS), sharex=True, sharey="row", squeeze=False)
         for direction, column in zip(DIRECTIONS, axes.T, strict=True):
             for i, block in enumerate(blocks):
                 for right, dash in ((True, "-"), (False, "--")):
-                    chosen = (found["block"] == block) & (found["right"] == right)
-                    part = found[chosen & (found["direction"] == direction)]
+                    chosen = (averages["block"] == block) & (averages["right"] == right)
+                    part = averages[chosen & (averages["direction"] == direction)]
                     form: Any = {"color": COLOURS[i % len(COLOURS)], "ls": dash, "lw": 1}
                     for axis, name in zip(column, ("dx", "dp", "product"), strict=True):
                         label = f"{block}, {'right' if right else 'wrong'}"

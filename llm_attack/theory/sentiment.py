@@ -79,14 +79,14 @@ def cosines(model: SentimentModel, ids: Tensor, labels: Tensor) -> tuple[Tensor,
 
 def summary(right: Tensor, cosine: Tensor) -> dict[str, list[float]]:
     """`MEASURED` of each seed; the mean over no words is NaN."""
-    found = (
+    values = (
         right.double().mean(1),
         cosine.where(right, torch.nan),
         cosine.where(~right, torch.nan),
     )
     return {
         name: (value if value.dim() == 1 else value.nanmean(1)).tolist()
-        for name, value in zip(MEASURED, found, strict=True)
+        for name, value in zip(MEASURED, values, strict=True)
     }
 
 

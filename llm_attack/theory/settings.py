@@ -51,7 +51,7 @@ class ToySettings:
 
 
 class Kind(NamedTuple):
-    """What networks have in common but for their seed; the names of the settings, in the singular.
+    """The settings that networks of different seeds share, by their names in the singular.
 
     The accuracy on new words depends on all but the size.
     """
@@ -123,4 +123,4 @@ class SentimentSettings:
     def kinds(self) -> list[Kind]:
         """The networks of which there is one for each seed."""
         parts = (self.embedding_sizes, self.ngrams, self.train_shares, self.label_noise)
-        return [Kind(*of) for of in itertools.product(*parts)]
+        return [Kind(*values) for values in itertools.product(*parts)]

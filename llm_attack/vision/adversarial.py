@@ -1,4 +1,4 @@
-"""What a training step is of: clean images, or images that the network is attacked with first."""
+"""The loss of a training step: on clean images, or on images that are attacked first."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def place(folder: Path, label: str) -> Path:
 
 
 def read_metadata(path: str) -> dict[str, Any]:
-    """What a file of `save`, or a checkpoint of a training, says of its network.
+    """The metadata of a network's file: settings, epochs, accuracies.
 
     Returns:
         `settings`, `network` (its name), `epochs`, `precision`; of `save` also `accuracy` and
@@ -128,13 +128,16 @@ def _of_kept(path: str) -> dict[str, Any]:
 
 
 def _of_checkpoint(path: str) -> dict[str, Any]:
-    """Of a state of `train`, whose label is that of the data set and of the network."""
+    """The metadata of a checkpoint of `train`, which names data set and network in its label."""
     state = torch.load(path, map_location="cpu", weights_only=True)
     settings = state["same"]
     sets = settings["dataset"].split(",")
     label = f"{settings['label']}-"  # which may go on
     (network,) = (
-        name for name in NETWORKS for of in sets if label.startswith(f"{of.strip()}-{name}-")
+        name
+        for name in NETWORKS
+        for dataset in sets
+        if label.startswith(f"{dataset.strip()}-{name}-")
     )
     return {
         "settings": settings,
@@ -189,7 +192,7 @@ def reason(error: BaseException) -> str:
 
 
 def imported(name: str) -> nn.Module:
-    """What `package.module:function` returns: a classifier of pixels in [0, 1].
+    """The classifier of pixels in [0, 1] that `package.module:function` returns.
 
     Modules in the working folder are found.
 

@@ -64,8 +64,8 @@ def run(settings: Settings, folder: Path) -> dict[str, Any]:
         x, labels = dataset.test[images].scaled(), dataset.test.labels[images]
         keys = torch.tensor([keys_for(settings.seed, [i]) for i in images], device=x.device)
         like = Attack(epsilon=epsilon, steps=settings.steps)
-        found = attacked(attacks, network, Examples(x, labels, keys), like, (0, 1))
-        points = {"none": x, **dict(found)}
+        pairs = attacked(attacks, network, Examples(x, labels, keys), like, (0, 1))
+        points = {"none": x, **dict(pairs)}
         scores = {condition: network(point).softmax(1) for condition, point in points.items()}
     table = pd.DataFrame(
         {

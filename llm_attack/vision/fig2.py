@@ -192,7 +192,7 @@ def _amplitude(group: pd.DataFrame, epsilon_unit: str) -> str:
 
 
 def _styles(group: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """How each condition is drawn: label, colour, dashes and those of `nested`."""
+    """The look of each condition: label, colour, dashes and those of `nested`."""
     attacks = [c for c in group["condition"].unique() if c not in NOT_ATTACKS]
     kinds = list(dict.fromkeys(attack.removesuffix(UNBOUNDED) for attack in attacks))
     styles: dict[str, dict[str, Any]] = {"none": {"label": "clean", "color": COLOURS[-1]}}
@@ -204,7 +204,7 @@ def _styles(group: pd.DataFrame) -> dict[str, dict[str, Any]]:
         }
         if attack != kind:
             styles[attack] |= {"linestyle": "--", "markerfacecolor": "white"}
-    return {c: {**nested(i, len(styles)), **of} for i, (c, of) in enumerate(styles.items())}
+    return {c: {**nested(i, len(styles)), **style} for i, (c, style) in enumerate(styles.items())}
 
 
 def _curves(axis: Any, group: pd.DataFrame) -> None:
@@ -223,10 +223,10 @@ def _points(axis: Any, group: pd.DataFrame) -> None:
     """One panel of one epoch: a point with its interval for each condition."""
     styles, table = _styles(group), group.set_index("condition")
     for i, (condition, style) in enumerate(styles.items()):
-        of = table.loc[condition]
-        ends = [[of["accuracy"] - of["low"]], [of["high"] - of["accuracy"]]]
+        row = table.loc[condition]
+        ends = [[row["accuracy"] - row["low"]], [row["high"] - row["accuracy"]]]
         look: Any = {"color": style["color"], "capsize": 2, "markersize": 4, "linewidth": 1}
-        axis.errorbar([i], [of["accuracy"]], ends, fmt="o", **look)
+        axis.errorbar([i], [row["accuracy"]], ends, fmt="o", **look)
     names = [style["label"].replace(", ", ",\n") for style in styles.values()]
     axis.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
 

@@ -71,8 +71,8 @@ def run(settings: Settings, folder: Path) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
 
     def then(dataset: Dataset, name: str, network: nn.Module) -> None:
-        found = compared(network, dataset, attacks, settings)
-        rows.extend({"dataset": dataset.name, "network": name, **row} for row in found)
+        rows_of_network = compared(network, dataset, attacks, settings)
+        rows.extend({"dataset": dataset.name, "network": name, **row} for row in rows_of_network)
 
     how: Any = {"at": settings.at, "epsilon_unit": settings.epsilon_unit, "then": then}
     results = fig2.curves(settings, folder, **how)
@@ -146,13 +146,13 @@ def draw_splits(folder: Path) -> None:
 def _splits(axis: Any, table: Any) -> None:
     """A curve with its interval for each point that is attacked."""
     points = list(table.groupby("point", sort=False))
-    for i, (point, of) in enumerate(points):
+    for i, (point, curve) in enumerate(points):
         style: Any = {"color": COLOURS[i % len(COLOURS)], "label": point}
-        ends = (of["low"], of["high"])
-        axis.fill_between(of["relative"], *ends, color=style["color"], alpha=0.12, linewidth=0)
+        ends = (curve["low"], curve["high"])
+        axis.fill_between(curve["relative"], *ends, color=style["color"], alpha=0.12, linewidth=0)
         dashes = ("-", "--")[i // len(COLOURS) % 2]
         look = nested(i, len(points))
-        axis.plot(of["relative"], of["accuracy"], linestyle=dashes, **style, **look)
+        axis.plot(curve["relative"], curve["accuracy"], linestyle=dashes, **style, **look)
 
 
 COMMAND = figure_command("fig5", PRESETS, run, EFFECTIVE, groups=GROUPS)

@@ -212,7 +212,7 @@ class _Tally:
 
     def __init__(self) -> None:
         self.right: list[Tensor] = []
-        self.found: list[Tensor] = []  # of fooled images: L0, L2, Linf, (n, 3)
+        self.norms: list[Tensor] = []  # of fooled images: L0, L2, Linf, (n, 3)
         self.zeros = torch.zeros((), dtype=torch.int64)
         self.elements = 0
 
@@ -221,16 +221,16 @@ class _Tally:
         self.elements += slope.numel()
 
     def add(self, right: Tensor, change: Tensor | None = None) -> None:
-        """Which images are right, and the change of those that are wrong from then on."""
+        """Adds a batch: which images are right, and how the wrong ones were changed."""
         self.right.append(right)
         if change is not None:
             change = change.flatten(1).float()
             norms = [change.norm(p, dim=1) for p in (0, 2, torch.inf)]
-            self.found.append(torch.stack(norms, dim=1))
+            self.norms.append(torch.stack(norms, dim=1))
 
     def row(self, condition: str, before: float) -> Row:
-        found = torch.cat(self.found) if self.found else torch.zeros(0, 3)
-        l0, l2, linf = found.median(0).values.tolist() if len(found) else [None] * 3
+        norms = torch.cat(self.norms) if self.norms else torch.zeros(0, 3)
+        l0, l2, linf = norms.median(0).values.tolist() if len(norms) else [None] * 3
         shares = _shares(torch.cat(self.right))
         return {
             "condition": condition,

@@ -1,4 +1,4 @@
-"""How widely the momentum of a classifier's packet is spread, over images."""
+"""The spread of the momentum of a classifier's packet, over images."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def momentum_spread(network: nn.Module, images: Images, batch_size: int = 250) -
             x = batch.scaled().requires_grad_(True)
             loss = cross_entropy(network(x), batch.labels)
             (slope,) = torch.autograd.grad(loss.sum(), x)
-            slope, loss = (of.detach().to(widest(x.device)) for of in (slope.flatten(1), loss))
+            slope, loss = (
+                values.detach().to(widest(x.device)) for values in (slope.flatten(1), loss)
+            )
             sums.append(
                 torch.cat([loss.square().sum()[None], slope.square().sum()[None], loss @ slope])
             )

@@ -141,26 +141,26 @@ def trained(
     how |= {"steps": settings.steps, "seed": settings.seed}
 
     def measured(epoch: int, precision: str | None = None) -> list[Row]:
-        found = measure(network, dataset.test, attacks, **how)
-        further: Row = {column: of(network) for column, of in besides.items()}
+        rows_of_epoch = measure(network, dataset.test, attacks, **how)
+        further: Row = {column: value_of(network) for column, value_of in besides.items()}
         further["precision"] = precision
-        return [{"epoch": epoch, **row, **further} for row in found]
+        return [{"epoch": epoch, **row, **further} for row in rows_of_epoch]
 
     if not settings.epochs:
         about = {} if settings.load is None else read_metadata(settings.load)
-        found = measured(about.get("epochs", 0), about.get("precision"))
-        tqdm.write(f"{label}: as it is{_said(found)}")
+        measurements = measured(about.get("epochs", 0), about.get("precision"))
+        tqdm.write(f"{label}: as it is{_said(measurements)}")
         clock.lap(f"{label} attacks")
-        return network, found
+        return network, measurements
     chosen = spread(settings.epochs, attacked_epochs)
     first = True
     for epoch, loss, precision in train(network, dataset.train, settings, rows, **how_to_train):
         learning = clock.lap(f"{label} training")
         said = f"{label}: epoch {epoch} of {settings.epochs}, loss {loss:.4f}"
         if epoch in chosen:
-            found = measured(epoch, precision)
-            rows += found
-            said += _said(found)
+            measurements = measured(epoch, precision)
+            rows += measurements
+            said += _said(measurements)
         measuring = clock.lap(f"{label} attacks")
         if first and epoch < settings.epochs:
             more = sum(later > epoch for later in chosen)
@@ -192,8 +192,8 @@ def kept_in(settings: ImageSettings, label: str) -> Path | None:
     return folder
 
 
-def _said(found: Sequence[Row]) -> str:
-    return "".join(f", {row['condition']} {row['accuracy']:.3f}" for row in found)
+def _said(rows: Sequence[Row]) -> str:
+    return "".join(f", {row['condition']} {row['accuracy']:.3f}" for row in rows)
 
 
 def spread(epochs: int, n: int | None) -> set[int]:

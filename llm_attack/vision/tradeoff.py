@@ -70,11 +70,11 @@ def run(settings: Settings, folder: Path) -> dict[str, Any]:
 
     clock = Stopwatch()
     table = pd.DataFrame(_rows(settings, folder, clock))
-    found, changes = correlations(table), trends(table)
-    for name, frame in (("table", table), ("correlations", found), ("trends", changes)):
+    overview, changes = correlations(table), trends(table)
+    for name, frame in (("table", table), ("correlations", overview), ("trends", changes)):
         write_text(folder / f"{name}.csv", as_csv(frame, "%.6g"))
     draw(folder)
-    overall = found[(found["training"] == "all") & (found["epochs"] == "all")]
+    overall = overview[(overview["training"] == "all") & (overview["epochs"] == "all")]
     return {"overall": overall.round(4).to_dict("records"), "seconds": clock}
 
 
@@ -103,20 +103,20 @@ def _rows(settings: Settings, folder: Path, clock: Stopwatch) -> Iterator[dict[s
         few = dataset.test[: settings.subset]
         clock.lap("data")
         for (name, times), training in itertools.product(kinds, trainings):
-            of = replace(here, width=settings.width * times, train_attack=training)
-            known = {"width": of.width, "training": training, "seed": of.seed}
-            label = "-".join(f"{of}" for of in (dataset.name, name, *known.values()))
+            own = replace(here, width=settings.width * times, train_attack=training)
+            known = {"width": own.width, "training": training, "seed": own.seed}
+            label = "-".join(f"{part}" for part in (dataset.name, name, *known.values()))
             file = re.sub(r"[^\w.-]+", "_", label)
             _, rows = stages.trained(
                 dataset,
                 name,
-                of,
+                own,
                 attacks,
                 clock,
                 label=label,
                 besides={"dp": partial(momentum_spread, images=few)},
                 state=folder / "checkpoints" / f"{file}.pt",
-                epsilon=stages.amplitude(of, dataset),
+                epsilon=stages.amplitude(own, dataset),
                 subset=settings.subset,
                 attacked_epochs=settings.attacked_epochs,
             )
@@ -154,9 +154,11 @@ def correlations(table: pd.DataFrame) -> pd.DataFrame:
 
     rows = []
     for (dataset, attack), group in points(table).groupby(["dataset", "attack"], sort=False):
-        for training, of in (("all", group), *group.groupby("training", sort=False)):
-            ends = of[of["epoch"] == of["epoch"].max()]
-            for (epochs, those), (x, y) in itertools.product((("all", of), ("last", ends)), _PAIRS):
+        for training, some in (("all", group), *group.groupby("training", sort=False)):
+            ends = some[some["epoch"] == some["epoch"].max()]
+            for (epochs, those), (x, y) in itertools.product(
+                (("all", some), ("last", ends)), _PAIRS
+            ):
                 value, n = _spearman(those, x, y)
                 low, high = rank_interval(value, n) if n > 3 else (math.nan, math.nan)
                 seeds = [_spearman(one, x, y)[0] for _, one in those.groupby("seed")]
@@ -170,18 +172,18 @@ def correlations(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _spearman(of: pd.DataFrame, x: str, y: str) -> tuple[float, int]:
+def _spearman(rows: pd.DataFrame, x: str, y: str) -> tuple[float, int]:
     """The rank correlation of two columns, and the number of pairs."""
     from llm_attack.stats import spearman
 
-    pairs = of[[x, y]].dropna()
+    pairs = rows[[x, y]].dropna()
     if len(pairs) < 4 or (pairs.nunique() == 1).any():
         return math.nan, len(pairs)
     return float(spearman(pairs[x], pairs[y])), len(pairs)
 
 
 def trends(table: pd.DataFrame) -> pd.DataFrame:
-    """What rises and what falls over the epochs, over all seeds of a network.
+    """The trend of each accuracy over the epochs, over all seeds of a network.
 
     Returns:
         For each network and condition, and for `dp`: the number of `seeds` and of `epochs`, the
@@ -222,28 +224,28 @@ def draw(folder: Path) -> None:
     size = (3.2 * len(attacks) + 1.6, 2.9 * len(datasets) + 0.2)
     with new_figure(folder, size) as figure:
         axes = figure.subplots(len(datasets), len(attacks), squeeze=False)
-        for (dataset, attack), of in table.groupby(["dataset", "attack"], sort=False):
+        for (dataset, attack), panel in table.groupby(["dataset", "attack"], sort=False):
             axis = axes[datasets.index(dataset), attacks.index(attack)]
             axis.axline((0, 0), slope=1, color="0.4", linestyle="--", linewidth=0.8)
-            last = of["epoch"] == of["epoch"].max()
+            last = panel["epoch"] == panel["epoch"].max()
             for (look, kind), (colour, training) in itertools.product(
                 zip(itertools.cycle(_LOOKS), kinds), zip(COLOURS, trainings, strict=False)
             ):
-                those = (of["network"] == kind.network) & (of["width"] == kind.width)
-                those &= of["training"] == training
+                those = (panel["network"] == kind.network) & (panel["width"] == kind.width)
+                those &= panel["training"] == training
                 style: Any = {"marker": look, "color": colour}
                 axis.scatter(
-                    *(of[those & ~last][name] for name in ("clean", "robust")),
+                    *(panel[those & ~last][name] for name in ("clean", "robust")),
                     **{**style, "s": 12, "alpha": 0.35, "linewidths": 0},
                 )
                 axis.scatter(
-                    *(of[those & last][name] for name in ("clean", "robust")),
+                    *(panel[those & last][name] for name in ("clean", "robust")),
                     **{**style, "s": 26, "edgecolors": "black", "linewidths": 0.7},
                 )
             axis.set_title(f"{shown(dataset)}, {shown(attack)}", fontsize=8)
             axis.set(xlabel="clean accuracy", ylabel="robust accuracy")
-            axis.set_xlim(of["clean"].min() - 0.03, of["clean"].max() + 0.03)
-            axis.set_ylim(-0.02, of["robust"].max() + 0.05)
+            axis.set_xlim(panel["clean"].min() - 0.03, panel["clean"].max() + 0.03)
+            axis.set_ylim(-0.02, panel["robust"].max() + 0.05)
         figure.legend(handles=_legend(kinds, trainings), loc="outside right center")
 
 

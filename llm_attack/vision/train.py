@@ -25,7 +25,7 @@ from llm_attack.vision.settings import ImageSettings
 
 
 class Epoch(NamedTuple):
-    """What has been trained: the epoch's number, from 1, its mean loss, and in what precision."""
+    """A trained epoch: its number from 1, its mean loss, and the precision."""
 
     number: int
     loss: float
@@ -145,13 +145,13 @@ def _check_finite(loss: float, network: nn.Module, epoch: int, settings: ImageSe
     # The loss of an epoch says nothing of what its last step did.
     weights = network.state_dict().values()
     if not math.isfinite(loss):
-        found = f"the loss is {loss} in epoch {epoch}"
+        fault = f"the loss is {loss} in epoch {epoch}"
     elif not all(weight.isfinite().all() for weight in weights):
-        found = f"weights are not finite after epoch {epoch}"
+        fault = f"weights are not finite after epoch {epoch}"
     else:
         return
     raise UsageError(
-        f"learning_rate={settings.learning_rate:g}: {found}; must be lower, or the images other "
+        f"learning_rate={settings.learning_rate:g}: {fault}; must be lower, or the images other "
         "ones"
     )
 

@@ -40,5 +40,5 @@ def trend(curves: ArrayLike) -> tuple[float, float, float]:
 
 
 def verdict(low: float, high: float) -> str:
-    """What an interval of `trend` says."""
+    """The verdict of an interval of `trend`."""
     return "falls" if high < 0 else "rises" if low > 0 else "cannot be told"

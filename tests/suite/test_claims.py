@@ -17,7 +17,7 @@ NOISE, COSINES = "random noise costs accuracy", "right answers have lower cosine
 def told(shifts, n=600, **options):
     samples, questions = build({"a": (n, 4), "b": (n, 2)}, shifts, **options)
     samples["hookpoint"] = "embed"
-    return {(c.text, c.of): c for c in claims(samples, questions)}, samples
+    return {(c.text, c.condition): c for c in claims(samples, questions)}, samples
 
 
 def test_what_holds():
@@ -59,7 +59,7 @@ def test_cosines():
     of_task = np.where(samples["task"] == "a", 5.0, 0.0)
     lower = samples.assign(cosine=of_task - 0.1 * samples["acc"] + noise)
     (claim,) = claims(lower, questions)
-    assert claim.text.startswith(COSINES) and claim.verdict == HOLDS and claim.of == "none"
+    assert claim.text.startswith(COSINES) and claim.verdict == HOLDS and claim.condition == "none"
     (claim,) = claims(lower.assign(cosine=-lower["cosine"]), questions)
     assert claim.verdict == NOT
     (claim,) = claims(lower.assign(cosine=of_task + noise), questions)
@@ -71,7 +71,9 @@ def test_cosines():
 def test_cells():
     found, _ = told({"none": 2.0, "random@0.1": 2.0, "fgsm@0.1": 0.5}, 50)
     shown = cells(list(found.values()))
-    assert [row[:3] for row in shown.rows] == [[c.text, c.of, c.verdict] for c in found.values()]
+    assert [row[:3] for row in shown.rows] == [
+        [c.text, c.condition, c.verdict] for c in found.values()
+    ]
     assert len(found) == 6
 
 

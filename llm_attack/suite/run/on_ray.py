@@ -39,7 +39,7 @@ _SHARE = 0.9  # of a GPU, for a worker: one on each, and some is left for a driv
 
 
 def threads_of(lm: AttackedHFLM) -> int:
-    """Of torch, for the batches of a model in this process."""
+    """The number of torch's threads for the batches of a model in this process."""
     return 1 if lm.engine.deterministic else torch.get_num_threads()
 
 
@@ -66,14 +66,14 @@ class Worker:
         return lm
 
     def ready(self) -> tuple[dict[str, Any], int]:
-        """Which model it has, as its part of the fingerprint, and its number of threads."""
+        """The model's part of the fingerprint, and the number of threads."""
         return fingerprint.of_model(self.lm), threads_of(self.lm)
 
     def answer(self, batch: Batch) -> Found:
         """The answers to a batch."""
         with frozen(self.lm.model):
-            ((_, found),) = self.lm.engine.answers([batch])
-        return found
+            ((_, answers),) = self.lm.engine.answers([batch])
+        return answers
 
 
 @contextmanager
@@ -152,7 +152,7 @@ def answers(
     say: Callable[[str], None],
     threads: set[int],
 ) -> Iterator[tuple[Batch, Found]]:
-    """As of `Engine.answers`, by the workers of `cluster`, in the order in which they finish.
+    """Batches with their answers, by the workers of `cluster`, in the order in which they finish.
 
     There is a worker for every GPU (on CPUs, for every core) of the cluster as it is and as it
     grows, or `ray_workers`. One that dies is replaced as soon as there is room, and its batch goes
@@ -256,7 +256,7 @@ class _Workers:
             yield batch, result
 
     def _done(self, wanted: int | None, kind: str) -> list[Any]:
-        """What has finished, after new workers were started where there is room."""
+        """Starts workers where there is room, and returns the calls that have finished."""
         try:
             if not self.alive.is_known():
                 time.sleep(PAUSE)

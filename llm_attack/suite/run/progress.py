@@ -1,4 +1,4 @@
-"""How far a run is: a bar, nothing, or a line of JSON now and then."""
+"""Shows how far a run is: as a bar, as lines of JSON, or not at all."""
 
 from __future__ import annotations
 

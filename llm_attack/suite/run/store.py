@@ -101,9 +101,9 @@ class Store:
         return {row[:2] for row in self._rows("task, number")}
 
     def contents(self) -> dict[Key, Any]:
-        """All that was kept, in order of the keys."""
-        found = {(task, n): content for task, n, content in self._rows("task, number, content")}
-        return {key: json.loads(found[key]) for key in sorted(found)}
+        """The contents of all finished batches, in order of the keys."""
+        kept = {(task, n): content for task, n, content in self._rows("task, number, content")}
+        return {key: json.loads(kept[key]) for key in sorted(kept)}
 
     def check(self) -> list[Path]:
         """Moves parts that cannot be read aside, and returns where they are now.
@@ -170,7 +170,7 @@ class Store:
         return FileLock(self.folder / f"process-{rank}.lock")
 
     def _rows(self, columns: str) -> Iterator[tuple[Any, ...]]:
-        """Of all parts; of one that cannot be read, which its own process will find, none."""
+        """Rows of all parts that can be read; a broken one is found by its own process."""
         for path in self._parts():
             try:
                 with closing(sqlite3.connect(path)) as part:

@@ -40,27 +40,29 @@ class Work(NamedTuple):
             for question in self.batch.questions
         ]
 
-    def content(self, found: Found) -> dict[str, Any]:
+    def content(self, result: Found) -> dict[str, Any]:
         """The finished batch as it is kept: numbers of requests, and what belongs to each."""
-        of = [(self.numbers[i], parts) for i, parts in by_index(found.answered).items()]
+        requests = [(self.numbers[i], parts) for i, parts in by_index(result.answered).items()]
         return {
-            "answers": [(n, parts.answers) for n, parts in of],
-            "alignments": [(n, parts.alignment) for n, parts in of if parts.alignment is not None],
+            "answers": [(n, parts.answers) for n, parts in requests],
+            "alignments": [
+                (n, parts.alignment) for n, parts in requests if parts.alignment is not None
+            ],
             "needed": [
                 (n, parts.critical_epsilons)
-                for n, parts in of
+                for n, parts in requests
                 if any(x is not None for x in parts.critical_epsilons)
             ],
-            "diagnostics": [asdict(d) for d in found.diagnostics],
+            "diagnostics": [asdict(d) for d in result.diagnostics],
         }
 
     def __len__(self) -> int:
-        """How many of the run's requests are answered."""
+        """The number of the run's requests in this batch."""
         return sum(len(indices) for q in self.batch.questions for indices in q.answers)
 
 
 def work_of(lm: AttackedHFLM, requests: Sequence[Instance]) -> Iterator[Work]:
-    """All batches, task by task; they depend on the requests and the settings alone."""
+    """Yields all batches, task by task; they depend on the requests and the settings alone."""
     by_task: dict[str, list[int]] = {}
     for number, request in enumerate(requests):
         by_task.setdefault(str(request.task_name), []).append(number)
@@ -72,7 +74,7 @@ def work_of(lm: AttackedHFLM, requests: Sequence[Instance]) -> Iterator[Work]:
 
 
 class Gathered(NamedTuple):
-    """All that a run found.
+    """The answers and measurements of a whole run.
 
     Attributes:
         answers: for each condition, one per request.
@@ -88,13 +90,13 @@ class Gathered(NamedTuple):
 
 def gather(contents: Mapping[Key, Any], work: Sequence[Work], n: int) -> Gathered:
     """The finished batches of `n` requests put together."""
-    found = [contents[key] for key in sorted(w.key for w in work)]
-    conditions = len(found[0]["diagnostics"])
+    batches = [contents[key] for key in sorted(w.key for w in work)]
+    conditions = len(batches[0]["diagnostics"])
     answers: list[list[Any]] = [[None] * n for _ in range(conditions)]
     alignments: dict[int, Sequence[float]] = {}
     critical_epsilons: dict[int, Sequence[float | None]] = {}
     totals = [Diagnostics() for _ in range(conditions)]
-    for content in found:
+    for content in batches:
         for number, of_request in content["answers"]:
             for of_condition, (log_likelihood, greedy) in zip(answers, of_request, strict=True):
                 of_condition[number] = (log_likelihood, greedy)
@@ -128,12 +130,12 @@ class RunningAccuracy:
                 asked = [self.requests[n] for n in distinct(self.requests, numbers)]
                 of_requests = {id(self.requests[n]): self.answers.pop(n) for n in numbers}
                 by_condition = zip(*(of_requests[id(r)] for r in asked), strict=True)
-                judged.append([self._score(asked, list(found)) for found in by_condition])
+                judged.append([self._score(asked, list(answered)) for answered in by_condition])
         return judged
 
-    def _score(self, asked: list[Instance], found: list[Answer]) -> float:
+    def _score(self, asked: list[Instance], answers: list[Answer]) -> float:
         task = str(asked[0].task_name)
         score, gold = self.scores[task], self.gold[task, asked[0].doc_id]
-        metrics = task_of(asked[0]).process_results(asked[0].doc, found)
-        compared = score.compared(np.array([value for value, _ in found]), asked)
+        metrics = task_of(asked[0]).process_results(asked[0].doc, answers)
+        compared = score.compared(np.array([value for value, _ in answers]), asked)
         return score.value(metrics, gold[int(compared[: len(gold)].argmax())])

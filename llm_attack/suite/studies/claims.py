@@ -37,17 +37,17 @@ _CONTROLS = (*_NOISE, "reversed", "none", WORST)
 
 
 class Claim(NamedTuple):
-    """A line of the list.
+    """A claim of the paper and its verdict for one condition.
 
     Attributes:
         text: what is claimed.
-        of: the condition.
+        condition: its name.
         verdict: HOLDS, NOT or UNSHOWN.
         figure: on which that rests, with its 95 % interval.
     """
 
     text: str
-    of: str
+    condition: str
     verdict: str
     figure: str
 
@@ -69,28 +69,28 @@ def claims(
     known = by_name(samples) if known is None else known
     rows = with_scores(samples).assign(margin=gold_margin(samples), chance=chances(samples))
     rows = rows.assign(source=sources(rows), right=right(rows))
-    by = {str(name): of for name, of in rows.groupby("condition", sort=False)}
+    by = {str(name): group for name, group in rows.groupby("condition", sort=False)}
     if "none" not in by:
         return []
-    found = []
-    for name, of in by.items():
-        attack = str(of["attack"].iloc[0])
+    made = []
+    for name, after in by.items():
+        attack = str(after["attack"].iloc[0])
         if attack in _NOISE:
             text = f"{attack} noise costs accuracy"
-            found.append(_costs(text, by["none"], of, questions, within))
+            made.append(_costs(text, by["none"], after, questions, within))
         if attack in _CONTROLS:
             continue
-        found.append(_costs("the attack costs accuracy", by["none"], of, questions, within))
+        made.append(_costs("the attack costs accuracy", by["none"], after, questions, within))
         noise = next((by[n] for n in map(known[name].named, _CONTROL) if n in by), None)
         if noise is not None:
             text = "it costs more than noise of the same amplitude"
-            found.append(_costs(text, noise, of, questions, within))
-        found += _guesses(of, within)
-        found += _falls_first(by["none"], of)
-    return [*found, *_cosines(by["none"])]
+            made.append(_costs(text, noise, after, questions, within))
+        made += _guesses(after, within)
+        made += _falls_first(by["none"], after)
+    return [*made, *_cosines(by["none"])]
 
 
-def cells(found: list[Claim]) -> Cells:
+def cells(claimed: list[Claim]) -> Cells:
     """The list as a table."""
     notes = [
         f"{HOLDS}, {NOT}: shown, at {ALPHA:g}; {UNSHOWN}: the data say neither. Points: of"
@@ -99,7 +99,7 @@ def cells(found: list[Claim]) -> Cells:
         "AUC: probability that of two questions the one that the claim names has the smaller value,"
         " by ranks within tasks",
     ]
-    return Cells(["claim", "condition", "verdict", "figure"], [list(c) for c in found], notes)
+    return Cells(["claim", "condition", "verdict", "figure"], [list(c) for c in claimed], notes)
 
 
 def _costs(
@@ -139,16 +139,18 @@ def _guesses(after: pd.DataFrame, within: float) -> Iterator[Claim]:
     over = over[over["chance"].notna()]
     if over.empty:
         return
-    found = mean_of([(of["over"], of["source"]) for _, of in over.groupby("task", sort=False)])
-    error = (found.high - found.value) / norm.ppf(1 - ALPHA / 2)
-    equal = float(norm.sf((within - abs(found.value)) / error)) if error > 0 else 1.0
-    differs = float(norm.sf((abs(found.value) - within) / error)) if error > 0 else 1.0
+    distance = mean_of(
+        [(task["over"], task["source"]) for _, task in over.groupby("task", sort=False)]
+    )
+    error = (distance.high - distance.value) / norm.ppf(1 - ALPHA / 2)
+    equal = float(norm.sf((within - abs(distance.value)) / error)) if error > 0 else 1.0
+    differs = float(norm.sf((abs(distance.value) - within) / error)) if error > 0 else 1.0
     verdict = HOLDS if equal <= ALPHA else NOT if differs <= ALPHA else UNSHOWN
     yield Claim(
         "its accuracy equals guessing",
         str(after["condition"].iloc[0]),
         verdict,
-        f"{found.value:+.1f} points from guessing ({found.low:+.1f} to {found.high:+.1f});"
+        f"{distance.value:+.1f} points from guessing ({distance.low:+.1f} to {distance.high:+.1f});"
         f" equivalence p = {equal:.2g}",
     )
 
@@ -162,8 +164,8 @@ def _falls_first(clean: pd.DataFrame, after: pd.DataFrame) -> Iterator[Claim]:
     lost = ~both["right"]
     name = str(after["condition"].iloc[0])
     if lost.any() and not lost.all():
-        found = auc(both.loc[lost, "margin"], both.loc[~lost, "margin"])
-        yield _by_order("questions of small margin fall first", name, found)
+        order = auc(both.loc[lost, "margin"], both.loc[~lost, "margin"])
+        yield _by_order("questions of small margin fall first", name, order)
 
 
 def _cosines(clean: pd.DataFrame) -> Iterator[Claim]:
@@ -181,7 +183,7 @@ def _ranks(rows: pd.DataFrame, column: str) -> pd.Series:
     return rows[column].astype(float).groupby(rows["task"]).rank(pct=True)
 
 
-def _by_order(text: str, name: str, found: Mean) -> Claim:
-    verdict = HOLDS if found.low > 0.5 else NOT if found.high < 0.5 else UNSHOWN
-    figure = f"AUC {found.value:.2f} ({found.low:.2f} to {found.high:.2f})"
+def _by_order(text: str, name: str, order: Mean) -> Claim:
+    verdict = HOLDS if order.low > 0.5 else NOT if order.high < 0.5 else UNSHOWN
+    figure = f"AUC {order.value:.2f} ({order.low:.2f} to {order.high:.2f})"
     return Claim(text, name, verdict, figure)

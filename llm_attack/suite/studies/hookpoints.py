@@ -32,7 +32,7 @@ def at_first(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def shown_of(run: dict[str, Any], table: pd.DataFrame) -> dict[str, Any]:
-    """What `run.json` holds, of its conditions those of `at_first` alone: with few of hundreds."""
+    """The record of a run with the conditions at the first hookpoint alone."""
     conditions = set(at_first(table)["condition"])
     others = {name for name in run["attacks"] if name not in conditions}
     if not others:
@@ -41,12 +41,12 @@ def shown_of(run: dict[str, Any], table: pd.DataFrame) -> dict[str, Any]:
     kept = [text for text in warnings if text.partition(": ")[0] not in others]
     left_out = len(warnings) - len(kept)
     more = [f"{left_out} of conditions at other hookpoints are in run.json"] if left_out else []
-    attacks = {name: of for name, of in run["attacks"].items() if name not in others}
+    attacks = {name: info for name, info in run["attacks"].items() if name not in others}
     return {**run, "attacks": attacks, "warnings": [*kept, *more]}
 
 
 def by_hookpoint(table: pd.DataFrame, known: Conditions | None = None) -> pd.DataFrame:
-    """Of each attack and hookpoint the mean over tasks; empty where there is but one hookpoint.
+    """The mean over tasks for each attack and hookpoint; empty if there is only one hookpoint.
 
     Args:
         table: of `summarise`.
@@ -70,13 +70,13 @@ def by_hookpoint(table: pd.DataFrame, known: Conditions | None = None) -> pd.Dat
 
 def cells(table: pd.DataFrame, known: Conditions | None = None) -> Cells | None:
     """A row for each hookpoint, a column for each attack; None where there is but one hookpoint."""
-    found = by_hookpoint(table, known)
-    if found.empty:
+    means = by_hookpoint(table, known)
+    if means.empty:
         return None
-    columns = list(found["attacked"].unique())
+    columns = list(means["attacked"].unique())
     rows = []
-    for hookpoint, of in found.groupby("hookpoint", sort=False):
-        row = {entry["attacked"]: entry for entry in of.to_dict("records")}
+    for hookpoint, group in means.groupby("hookpoint", sort=False):
+        row = {entry["attacked"]: entry for entry in group.to_dict("records")}
         rows.append([str(hookpoint), *(_accuracy(row[name]) for name in columns)])
     score = score_of(table[table["task"] == MEAN]) if "score" in table else "acc"
     notes = [
@@ -103,21 +103,21 @@ def figure(table: pd.DataFrame, known: Conditions | None = None) -> Figure | Non
     band; the dashed lines are the accuracies without an attack and of random guesses. The input
     embedding has depth 0. Modules that stand in no block are in the table alone, unless all do.
     """
-    found = by_hookpoint(table, known)
-    if found.empty:
+    means = by_hookpoint(table, known)
+    if means.empty:
         return None
     names = (
-        [] if found["kind"].str.contains("*", regex=False).any() else found["hookpoint"].unique()
+        [] if means["kind"].str.contains("*", regex=False).any() else means["hookpoint"].unique()
     )
     if len(names):  # beside each other, as none stands in a block
         order = {name: i for i, name in enumerate(names)}
-        found = found.assign(kind="hookpoints", depth=found["hookpoint"].map(order))
-    kinds = [kind for kind in found["kind"].unique() if "*" in kind or len(names)]
+        means = means.assign(kind="hookpoints", depth=means["hookpoint"].map(order))
+    kinds = [kind for kind in means["kind"].unique() if "*" in kind or len(names)]
     mean = table[table["task"] == MEAN]
     with print_style():
         drawn, grid = panels(kinds if len(names) else _titles(kinds), height=1.6)
         for kind, axes in zip(kinds, grid.values(), strict=True):
-            some = found[found["kind"].isin([kind, EMBED])]
+            some = means[means["kind"].isin([kind, EMBED])]
             for attack, of_attack in some.groupby("attack", sort=False):
                 labels = list(of_attack["attacked"].unique())
                 for i, label in enumerate(labels):
@@ -149,9 +149,9 @@ def _titles(kinds: list[str]) -> list[str]:
     """The kinds without what all of them begin with, but for the name before the *."""
     parts = [kind.split(".") for kind in kinds]
     shared = 0
-    while len({of[shared] for of in parts}) == 1 and "*" not in parts[0][shared : shared + 2]:
+    while len({part[shared] for part in parts}) == 1 and "*" not in parts[0][shared : shared + 2]:
         shared += 1
-    return [".".join(of[shared:]) for of in parts]
+    return [".".join(part[shared:]) for part in parts]
 
 
 def save(table: pd.DataFrame, folder: Path, known: Conditions | None = None) -> dict[str, Cells]:
@@ -160,8 +160,8 @@ def save(table: pd.DataFrame, folder: Path, known: Conditions | None = None) -> 
     Returns:
         The table by its title; nothing, and nothing is written, of one hookpoint.
     """
-    found = cells(table, known)
-    if found is None:
+    written = cells(table, known)
+    if written is None:
         return {}
-    write_text(folder / "layers.md", found.markdown())
-    return {TITLE: found}
+    write_text(folder / "layers.md", written.markdown())
+    return {TITLE: written}

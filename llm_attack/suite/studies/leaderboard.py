@@ -42,21 +42,23 @@ def entries(runs: Mapping[str, Result]) -> pd.DataFrame:
     the model and the questions.
     """
     parts = []
-    for name, of in runs.items():
-        known, plan, mark = of.conditions, of.run["settings"], of.run["fingerprint"]
-        named = tables.named_by_score(of.table[of.table["task"] != MEAN])
-        found = across({name: of})
-        conditions = [known[condition] for condition in found["condition"]]
-        versions = of.run.get("versions", {})
+    for name, result in runs.items():
+        known, plan, mark = result.conditions, result.run["settings"], result.run["fingerprint"]
+        named = tables.named_by_score(result.table[result.table["task"] != MEAN])
+        rows = across({name: result})
+        conditions = [known[condition] for condition in rows["condition"]]
+        versions = result.run.get("versions", {})
         parts.append(
-            found.assign(
+            rows.assign(
                 weights=mark.get("weights", ""),
                 tasks=",".join(named["task"].unique()),
                 loss=plan.get("loss"),
                 positions=plan.get("positions", "all"),
                 hookpoint=[condition.get("hookpoint") for condition in conditions],
                 versions=" ".join(f"{name}={versions.get(name, '')}" for name in _USED),
-                settings=[" ".join(f"{k}={v}" for k, v in of.values) for of in conditions],
+                settings=[
+                    " ".join(f"{k}={v}" for k, v in condition.values) for condition in conditions
+                ],
                 identity=[_identity(name, mark, condition) for condition in conditions],
             )
         )
@@ -107,7 +109,7 @@ def add(path: Path, runs: Mapping[str, Result]) -> None:
 
 
 def _with(path: Path, new: pd.DataFrame) -> str:
-    """What the file at `path` holds, and at its end the new rows."""
+    """The content of the file at `path` with the new rows at its end."""
     text = tables.csv(new)
     heading, *rows = _rows(text)
     there = _there(path, heading)
@@ -130,17 +132,17 @@ def _there(path: Path, heading: list[str]) -> list[list[str]]:
     if not path.exists():
         return []
     try:
-        found = _rows(path.read_text("utf-8"))
-        fault = next((i for i, row in enumerate(found, 1) if len(row) != len(found[0])), None)
+        rows = _rows(path.read_text("utf-8"))
+        fault = next((i for i, row in enumerate(rows, 1) if len(row) != len(rows[0])), None)
         if fault is not None:
-            raise ValueError(f"row {fault} has {len(found[fault - 1])} cells, not {len(found[0])}")
+            raise ValueError(f"row {fault} has {len(rows[fault - 1])} cells, not {len(rows[0])}")
     except (ValueError, csv.Error) as error:  # ValueError: also what is no UTF-8
         raise UsageError(
             f"leaderboard={path}: cannot be read ({error}); must be a CSV file that"
             " `compare --leaderboard` wrote"
         ) from None
-    missing = [""] * (len(heading) - len(earlier) if found and found[0] == earlier else 0)
-    return [[*row, *missing] for row in found[1:]]
+    missing = [""] * (len(heading) - len(earlier) if rows and rows[0] == earlier else 0)
+    return [[*row, *missing] for row in rows[1:]]
 
 
 def _is(path: Path, heading: list[str]) -> bool:

@@ -39,8 +39,8 @@ FEWEST = 4  # models, for an interval of their rank correlation
 
 def names(folders: Sequence[Path], runs: Sequence[Result]) -> list[str]:
     """Names of the models; where two have the same, those of their folders."""
-    found = [of.run["model_name"] for of in runs]
-    return found if len(set(found)) == len(found) else [str(folder) for folder in folders]
+    named = [result.run["model_name"] for result in runs]
+    return named if len(set(named)) == len(named) else [str(folder) for folder in folders]
 
 
 def across(runs: Mapping[str, Result]) -> pd.DataFrame:
@@ -61,7 +61,7 @@ def across(runs: Mapping[str, Result]) -> pd.DataFrame:
         UsageError: the runs share no question, or no condition beside `none`.
     """
     names, differing = _shared(runs)
-    asked = [of.questions[_QUESTION].astype({"doc_id": str}) for of in runs.values()]
+    asked = [result.questions[_QUESTION].astype({"doc_id": str}) for result in runs.values()]
     shared = asked[0]
     for questions in asked[1:]:
         shared = shared.merge(questions)
@@ -74,11 +74,11 @@ def across(runs: Mapping[str, Result]) -> pd.DataFrame:
         raise UsageError(f"compare: the runs share no {what}{why}")
     kept = set(map(tuple, shared[["task", "doc_id"]].to_numpy().tolist()))
     tables, scores = {}, {}
-    for name, of in runs.items():
-        samples = of.samples
+    for name, result in runs.items():
+        samples = result.samples
         places = zip(samples["task"], samples["doc_id"].astype(str), strict=True)
         some = samples[[place in kept for place in places]]
-        table = summarise(with_worst(some, of.run), of.run.get("attacks"))
+        table = summarise(with_worst(some, result.run), result.run.get("attacks"))
         renamed = {of_runs[name]: known for known, of_runs in names.items()}
         table = table[(table["task"] == MEAN) & table["condition"].isin(renamed)]
         tables[name] = table.set_index(table["condition"].map(renamed))
@@ -112,12 +112,12 @@ def _shared(runs: Mapping[str, Result]) -> tuple[dict[str, dict[str, str]], list
     Returns:
         Name in the first run -> model -> name in its run; and the sentences.
     """
-    (first, here), *others = ((name, of.conditions) for name, of in runs.items())
+    (first, here), *others = ((name, result.conditions) for name, result in runs.items())
     shared, sentences = {}, []
     for name, condition in here.items():
         of_runs = {first: name}
         for model, there in others:
-            same = next((other for other, of in there.items() if of == condition), None)
+            same = next((other for other, known in there.items() if known == condition), None)
             if same is not None:
                 of_runs[model] = same
             elif name in there:
@@ -137,15 +137,15 @@ def unshared(runs: Mapping[str, Result]) -> list[str]:
 
 
 def _rms(attacks: Mapping[str, Any], hookpoint: str) -> float:
-    """Of what is perturbed there, as the conditions of a run say it; NaN where none does."""
-    for of in attacks.values():
-        if (of.get("hookpoint") or EMBED) == hookpoint:
-            return of.get("embedding_rms") or of.get("hookpoint_rms") or np.nan
+    """The root mean square at a hookpoint, as a run recorded it; NaN if it did not."""
+    for info in attacks.values():
+        if (info.get("hookpoint") or EMBED) == hookpoint:
+            return info.get("embedding_rms") or info.get("hookpoint_rms") or np.nan
     return np.nan
 
 
 def trends(frame: pd.DataFrame) -> pd.DataFrame:
-    """Of each condition, the rank correlation over models of clean accuracy and drop.
+    """The rank correlation of clean accuracy and drop over models, for each condition.
 
     Args:
         frame: of `across`.
@@ -159,13 +159,13 @@ def trends(frame: pd.DataFrame) -> pd.DataFrame:
     for condition, rows_of in frame.groupby("condition", sort=False):
         relative = rows_of["epsilon_relative"]
         even = relative.notna().all() and np.ptp(relative) <= _EVEN * relative.mean()
-        found = Mean(*4 * (np.nan,))
+        correlation = Mean(*4 * (np.nan,))
         if len(rows_of) >= FEWEST:
-            found = rank_correlation(rows_of["clean"], rows_of["drop"])
+            correlation = rank_correlation(rows_of["clean"], rows_of["drop"])
         rows.append(
             {
                 **{"condition": condition, "models": len(rows_of), "even": bool(even)},
-                **dict(zip(("correlation", "low", "high", "p"), found, strict=True)),
+                **dict(zip(("correlation", "low", "high", "p"), correlation, strict=True)),
             }
         )
     return pd.DataFrame(rows)

@@ -79,7 +79,7 @@ def plans(plan: Plan, revisions: str) -> dict[str, Plan]:
     local = Path(plan.model)
     if local.is_dir():
         _check_subfolders(given, local)
-        found = {name: replace(plan, model=str(local / name)) for name in given}
+        of_each = {name: replace(plan, model=str(local / name)) for name in given}
     else:
         if plan.model == "demo" or local.exists():
             raise UsageError(
@@ -91,17 +91,17 @@ def plans(plan: Plan, revisions: str) -> dict[str, Plan]:
                 raise UsageError(
                     f"revisions={name!r}: must be the name of a branch or a tag, or a hash"
                 )
-        found = {
+        of_each = {
             quote(name, safe=""): replace(plan, model_args={**plan.model_args, "revision": name})
             for name in given
         }
-    for folder in found:
+    for folder in of_each:
         if folder in _FILES or len(folder.encode()) > _LONGEST:
             raise UsageError(
                 f"revisions={folder}: must be a name that a folder can have in the output, of at"
                 f" most {_LONGEST} bytes and none of {', '.join(_FILES)}"
             )
-    return found
+    return of_each
 
 
 def _check_subfolders(given: Iterable[str], local: Path) -> None:
@@ -155,7 +155,7 @@ def along(runs: Mapping[str, Result]) -> pd.DataFrame:
     """
     frame = models.across(runs)
     numbers = [re.findall(r"\d+", name) for name in runs]
-    steps = [int(of[-1]) if all(numbers) else i for i, of in enumerate(numbers)]
+    steps = [int(digits[-1]) if all(numbers) else i for i, digits in enumerate(numbers)]
     step = dict(zip(runs, steps, strict=True))
     cosine = {name: _cosine(run.samples) for name, run in runs.items()}
     halves = {name: _halves(run.samples) for name, run in runs.items()}
@@ -166,10 +166,10 @@ def along(runs: Mapping[str, Result]) -> pd.DataFrame:
         half = halves[name].get(row["condition"], (np.nan,) * 4)
         in_rms = row["epsilon_relative"] / half[0]
         values = [value * in_rms for value in half[1:]]
-        found = _named("critical", values) | _named("cosine", cosine[name])
+        measured = _named("critical", values) | _named("cosine", cosine[name])
         known = {"attack": attacks[row["condition"]].attack, "step": step[name]}
         weights = runs[name].run["fingerprint"].get("weights", "")
-        rows.append({**row, **known, **found, "weights": weights})
+        rows.append({**row, **known, **measured, "weights": weights})
     return pd.DataFrame(rows)
 
 
@@ -178,19 +178,19 @@ def _named(name: str, values: Sequence[float]) -> dict[str, float]:
 
 
 def _halves(samples: pd.DataFrame) -> dict[str, tuple[float, ...]]:
-    """Of conditions that look for it: the largest epsilon, and where half of accuracy is left."""
-    found = critical.robustness(samples)
-    if found.empty:
+    """The largest epsilon and the one that leaves half of the accuracy, for each search."""
+    table = critical.robustness(samples)
+    if table.empty:
         return {}
-    mean = found[found["task"] == MEAN]
+    mean = table[table["task"] == MEAN]
     columns = mean[["epsilon_max", "median", "median_low", "median_high"]].to_numpy(float)
-    return {name: tuple(of) for name, of in zip(mean["condition"], columns, strict=True)}
+    return {name: tuple(values) for name, values in zip(mean["condition"], columns, strict=True)}
 
 
 def _cosine(samples: pd.DataFrame) -> tuple[float, ...]:
     """Mean over tasks of questions' cosines, and its interval; NaN where there are none."""
     once = samples.drop_duplicates(["task", "doc_id"]).dropna(subset="cosine")
-    tasks = [(of["cosine"], np.arange(len(of))) for _, of in once.groupby("task")]
+    tasks = [(task["cosine"], np.arange(len(task))) for _, task in once.groupby("task")]
     return tuple(mean_of(tasks)[:3]) if tasks else (np.nan,) * 3
 
 
@@ -245,13 +245,13 @@ def cells(frame: pd.DataFrame, more: Iterable[str] = ()) -> Cells:
         frame: of `along`.
         more: further notes, such as those of `equal`.
     """
-    found = models.cells(frame, more)
-    heading = ["condition", "revision", *found.heading[2:]]
+    plain = models.cells(frame, more)
+    heading = ["condition", "revision", *plain.heading[2:]]
     note = (
         "revisions of one training are no independent models: the intervals of rank correlations"
         " are those of as many that are"
     )
-    return Cells(heading, found.rows, [*found.notes, note])
+    return Cells(heading, plain.rows, [*plain.notes, note])
 
 
 def save(frame: pd.DataFrame, folder: Path) -> list[str]:

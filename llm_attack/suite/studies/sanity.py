@@ -34,7 +34,7 @@ _NOISE = ("random", "uniform")
 
 
 class Check(NamedTuple):
-    """A line of the list.
+    """A check, its verdict, and the figure that it rests on.
 
     Attributes:
         name: what should be so.
@@ -70,11 +70,11 @@ def checks(samples: pd.DataFrame, run: Mapping[str, Any]) -> list[Check]:
 
 
 def outcome(samples: pd.DataFrame, knows: bool) -> pd.Series:
-    """What the attacks lower: the gold's margin, or the choices' mean log-likelihood, in nats."""
+    """The value that attacks lower: the gold's margin, or the mean log-likelihood, in nats."""
     return gold_margin(samples) if knows else samples["log_likelihoods"].map(np.mean)
 
 
-def cells(found: Iterable[Check]) -> Cells:
+def cells(checked: Iterable[Check]) -> Cells:
     """The list as a table."""
     notes = [
         "after Carlini et al. 2019 and Pintor et al. 2022; what fails says that attacks were too"
@@ -82,7 +82,7 @@ def cells(found: Iterable[Check]) -> Cells:
         "nats: fall of the gold's margin where the loss knows the gold, else of the choices'"
         " log-likelihood; over questions, paired, 95 % interval",
     ]
-    return Cells(["check", "verdict", "figure"], [list(check) for check in found], notes)
+    return Cells(["check", "verdict", "figure"], [list(check) for check in checked], notes)
 
 
 def not_applicable(name: str, why: str) -> Check:
@@ -106,21 +106,21 @@ _Pair = tuple[str, pd.DataFrame, pd.DataFrame]
 
 def _compared(name: str, pairs: Iterable[_Pair], strictly: bool = False) -> Check:
     """Whether outcomes fall in each pair: strictly, or do not rise, as far as a test can tell."""
-    found: list[tuple[str, Mean]] = []
+    differences: list[tuple[str, Mean]] = []
     for label, before, after in pairs:
         difference = _difference(before, after)
         if difference is not None:
-            found.append((label, difference))
-    if not found:
+            differences.append((label, difference))
+    if not differences:
         return not_applicable(name, "the run has no such pair of conditions, or few questions")
     sign: Callable[[Mean], bool] = (
-        (lambda of: of.value > 0 and of.p_value <= ALPHA)
+        (lambda fall: fall.value > 0 and fall.p_value <= ALPHA)
         if strictly
-        else (lambda of: of.value >= 0 or of.p_value > ALPHA)
+        else (lambda fall: fall.value >= 0 or fall.p_value > ALPHA)
     )
-    wrong = [pair for pair in found if not sign(pair[1])]
+    wrong = [pair for pair in differences if not sign(pair[1])]
     # the worst of those that fail, or the least clear of those that pass
-    label, worst = min(wrong or found, key=lambda pair: pair[1].value)
+    label, worst = min(wrong or differences, key=lambda pair: pair[1].value)
     figure = f"{label}: {worst.value:+.3g} nats ({worst.low:+.3g} to {worst.high:+.3g})"
     more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
     return Check(name, FAILS if wrong else PASSES, figure + more)
@@ -129,7 +129,7 @@ def _compared(name: str, pairs: Iterable[_Pair], strictly: bool = False) -> Chec
 def _noise_and_gradient(samples: pd.DataFrame, known: Conditions) -> Iterator[_Pair]:
     for label, epsilon, rows in balls(samples, known):
         here = rows[rows["epsilon"] == epsilon]
-        by = {str(attack): of for attack, of in here.groupby("attack", sort=False)}
+        by = {str(attack): group for attack, group in here.groupby("attack", sort=False)}
         noise = next((name for name in _NOISE if name in by), None)
         for name in ("fgsm", *_STEPWISE):
             if noise is not None and name in by:
@@ -139,7 +139,7 @@ def _noise_and_gradient(samples: pd.DataFrame, known: Conditions) -> Iterator[_P
 def _one_and_many(samples: pd.DataFrame, known: Conditions) -> Iterator[_Pair]:
     for label, epsilon, rows in balls(samples, known):
         here = rows[rows["epsilon"] == epsilon]
-        by = {str(attack): of for attack, of in here.groupby("attack", sort=False)}
+        by = {str(attack): group for attack, group in here.groupby("attack", sort=False)}
         for name in _STEPWISE:
             if "fgsm" in by and name in by:
                 yield f"{name}@{label} below fgsm", by["fgsm"], by[name]
@@ -162,9 +162,9 @@ def _floor(samples: pd.DataFrame, attacks: Mapping[str, Any], knows: bool) -> Ch
         return not_applicable(name, "the loss does not know the gold, so guesses are left")
     best: list[tuple[float, int, str, float]] = []
     for condition, rows in samples.groupby("condition", sort=False):
-        of = attacks.get(condition, {})
-        rms = of.get("embedding_rms", of.get("hookpoint_rms"))
-        absolute = of.get("epsilon_absolute")
+        info = attacks.get(condition, {})
+        rms = info.get("embedding_rms", info.get("hookpoint_rms"))
+        absolute = info.get("epsilon_absolute")
         if rows["attack"].iloc[0] not in _STEPWISE or not rms or absolute is None:
             continue
         if absolute / rms >= LARGE:
@@ -180,9 +180,9 @@ def _floor(samples: pd.DataFrame, attacks: Mapping[str, Any], knows: bool) -> Ch
 def _zeros(attacks: Mapping[str, Any]) -> Check:
     name = "the gradient is not zero"
     shares = {
-        condition: of["zero_gradient_fraction"]
-        for condition, of in attacks.items()
-        if of.get("zero_gradient_fraction") is not None
+        condition: info["zero_gradient_fraction"]
+        for condition, info in attacks.items()
+        if info.get("zero_gradient_fraction") is not None
     }
     if not shares:
         return not_applicable(name, "the run has no attack that follows a gradient")

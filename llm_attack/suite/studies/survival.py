@@ -1,4 +1,4 @@
-"""What `critical` says, as a figure and as tables: robustness curves, and what foretells them."""
+"""Robustness curves and what predicts them, as a figure and as tables."""
 
 from __future__ import annotations
 
@@ -103,10 +103,10 @@ def tables(
     if curves.empty:
         return {}
     text = _curves(curves, critical.against_fixed(samples), critical.stalled(samples), score)
-    found = {CURVES: (text, curves.rename(columns={critical.ACC: score}))}
+    written = {CURVES: (text, curves.rename(columns={critical.ACC: score}))}
     if not foretold.empty and foretold["value"].notna().any():
-        found[FORETOLD] = _foretold(foretold, score), foretold
-    return found
+        written[FORETOLD] = _foretold(foretold, score), foretold
+    return written
 
 
 def save(samples: pd.DataFrame, folder: Path, score: str = critical.ACC) -> dict[str, Cells]:
@@ -120,11 +120,11 @@ def save(samples: pd.DataFrame, folder: Path, score: str = critical.ACC) -> dict
     Returns:
         The tables by their titles; none, and nothing is written, without critical epsilons.
     """
-    found = tables(samples, score)
+    written = tables(samples, score)
     for title, name in ((CURVES, "critical"), (FORETOLD, "foretold")):
-        if title in found:
-            write_text(folder / f"{name}.csv", csv(found[title][1]))
-    texts = {title: cells for title, (cells, _) in found.items()}
+        if title in written:
+            write_text(folder / f"{name}.csv", csv(written[title][1]))
+    texts = {title: cells for title, (cells, _) in written.items()}
     if texts:
         parts = [f"{title.capitalize()}\n\n{cells.markdown()}" for title, cells in texts.items()]
         write_text(folder / "critical.md", "\n".join(parts))
@@ -171,8 +171,8 @@ def _foretold(frame: pd.DataFrame, score: str) -> Cells:
     for (condition, measure), group in together.groupby(["condition", "measure"], sort=False):
         if group["value"].isna().all():
             continue
-        of = {row["predictor"]: row for row in group.to_dict("records")}
-        cells = [_with_interval(of[name], "value", ".3f") for name in names]
+        by_predictor = {row["predictor"]: row for row in group.to_dict("records")}
+        cells = [_with_interval(by_predictor[name], "value", ".3f") for name in names]
         rows.append([condition, measure, f"{group['n'].iloc[0]}", *cells])
     notes = [
         "questions of all tasks that are right without an attack (95 % bootstrap interval)",
