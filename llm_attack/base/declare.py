@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import builtins
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import Field, dataclass, field, fields
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
@@ -26,22 +26,25 @@ class SettingSpec:
     Attributes:
         text: what it means, without a full stop.
         kind: bool, int, float, str, or tuple for what may be a list.
-        also_type: another type allowed.
+        also_type: another type allowed, or several.
         option: of click, what the option's text is turned into; `kind` unless given.
         choices: the values allowed, if they can be listed.
         minimum: the lowest number allowed.
         exclusive_minimum: whether `minimum` itself is too low.
         allowed: what is allowed, in words, where that cannot be told from the others.
+        parse: makes the value of what was given; it also takes its own values. What it cannot read
+            it returns as it is, for `check` to refuse.
     """
 
     text: str
     kind: type = str
-    also_type: type | None = None
+    also_type: type | tuple[type, ...] | None = None
     option: Any = None
     choices: tuple[str, ...] = ()
     minimum: float | None = None
     exclusive_minimum: bool = False
     allowed: str | None = None
+    parse: Callable[[Any], Any] | None = None
 
     def sentence(self) -> str:
         """The meaning, and the values allowed if they can be listed."""
@@ -115,6 +118,31 @@ def declared(kind: Any) -> Iterator[tuple[Field[Any], SettingSpec]]:
 def names(kind: Any) -> list[str]:
     """The names of the settings of a dataclass."""
     return [entry.name for entry, _ in declared(kind)]
+
+
+def parse(settings: Any) -> None:
+    """Makes values of the settings as they were given; for __post_init__, before `check`.
+
+    The one place where settings, which are frozen, are set.
+
+    Raises:
+        UsageError: a value is not allowed.
+    """
+    for entry, about in declared(settings):
+        if about.parse is not None:
+            object.__setattr__(settings, entry.name, about.parse(getattr(settings, entry.name)))
+
+
+def listed(value: Any) -> Any:
+    """The parts of a text with commas between them, a list or one number as a tuple.
+
+    Anything else is returned as it is.
+    """
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    if isinstance(value, Real):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
 
 
 def check(settings: Any) -> None:

@@ -446,7 +446,7 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         for asked, attack, diagnostics in of_conditions:
             sentences = diagnostics.warnings()
             if attack.name != "none" and attack.epsilon == 0 < asked.attack_in_units.epsilon:
-                unit = asked.epsilon_unit
+                unit = asked.amplitude.epsilon.unit
                 sentences.append(f"nothing was perturbed: one {unit} is 0 at this hookpoint")
             found += [f"{attack.condition}: {sentence}" for sentence in sentences]
         return found

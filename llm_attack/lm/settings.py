@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 from llm_attack.attacks import ATTACKS, Attack
-from llm_attack.attacks.settings import Kind, StepSettings, step_settings
-from llm_attack.base.declare import check, is_plain, names, setting, underscored
+from llm_attack.attacks.settings import Kind, StepSettings, register_attack, step_settings
+from llm_attack.base.declare import check, names, parse, setting, underscored
 from llm_attack.base.errors import UsageError, invalid
-from llm_attack.lm.losses import LOSSES, ThreatModel, known_loss
+from llm_attack.lm.losses import LOSSES, ThreatModel, known_loss, register_loss
 from llm_attack.lm.packing.positions import ALL, NAMED, check_positions
-from llm_attack.lm.units import ABSOLUTE, NEFTUNE, UNITS, Signal, size_of
+from llm_attack.lm.units import (
+    ABSOLUTE,
+    EPSILON,
+    NEFTUNE,
+    UNITS,
+    Amplitude,
+    Epsilon,
+    Signal,
+    size_of,
+)
 
 EMBED, LAYERS = "embed", "layers"
 """Hookpoints with names of their own: the input embedding, and the output of every block."""
@@ -22,11 +32,20 @@ CONTEXTS = ("own", "shared")
 PER_TOKEN = "_token"
 NORMS = ("linf", "l2", f"l2{PER_TOKEN}")
 PACKINGS = ("auto", "tree", "off")
-EPSILON = f"a finite number, at least 0, or one with its unit ({', '.join(UNITS)}), such as 0.7rms"
 
 
 def _named(table: dict[str, Any]) -> str:
     return f"one of {', '.join(table)}, or package.module:function of your own"
+
+
+def _loss_name(given: Any) -> Any:
+    return register_loss(given) if callable(given) else given
+
+
+def _attack_name(given: Any) -> Any:
+    if given is None:  # what lm-eval makes of `attack=none` in a string of arguments
+        return "none"
+    return register_attack(given) if callable(given) else given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +80,7 @@ class ThreatSettings(StepSettings):
         " the gold; choice is the log odds of the other choices against it, margin the best score"
         " of the others minus the gold's",
         allowed=_named(LOSSES),
+        parse=_loss_name,
     )
     score: str = setting(
         "acc",
@@ -98,6 +118,7 @@ class ThreatSettings(StepSettings):
     seed: int = setting(0, "Seed of the random draws")
 
     def __post_init__(self) -> None:
+        parse(self)
         check(self)
         if not known_loss(self.loss):
             raise invalid("loss", self.loss, LOSSES)
@@ -114,11 +135,14 @@ class ThreatSettings(StepSettings):
         return LOSSES[self.loss].gold
 
     @property
+    def shared(self) -> bool:
+        """Whether a question's requests have one perturbation of the tokens that they share."""
+        return self.needs_gold if self.context is None else self.context == "shared"
+
+    @property
     def threat(self) -> ThreatModel:
         per_token = self.norm.endswith(PER_TOKEN)
-        return ThreatModel(
-            self.loss, self.context == "shared", per_token, self.seed, self.positions
-        )
+        return ThreatModel(self.loss, self.shared, per_token, self.seed, self.positions)
 
 
 @dataclass(frozen=True)
@@ -133,37 +157,38 @@ class AttackSettings(ThreatSettings):
         "fgsm",
         f"Name of the attack, one of {', '.join(ATTACKS)}, or package.module:function of your own",
         allowed=_named(ATTACKS),
+        parse=_attack_name,
     )
-    epsilon: float | str = setting(
+    epsilon: float | str | Epsilon = setting(
         0.01,
         "Amplitude, which is the radius of the ball round the clean point. 0.7rms is 0.7 with"
         " epsilon_unit=rms, and so are 0.1token_norm and 5neftune",
-        also_type=str,
+        also_type=Epsilon,
         allowed=EPSILON,
+        parse=Epsilon.parse,
     )
-    attack_in_units: Attack = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.attack is None:  # what lm-eval makes of `attack=none` in a string of arguments
-            object.__setattr__(self, "attack", "none")
-        epsilon, unit = amplitude(self.epsilon)
-        object.__setattr__(self, "epsilon", epsilon)
-        if unit is not None:
-            object.__setattr__(self, "epsilon_unit", unit)
-        attack = Attack(self.attack, epsilon, **step_settings(self))
         super().__post_init__()
-        if self.context is None:
-            object.__setattr__(self, "context", "shared" if self.needs_gold else "own")
-        self._check(attack.kind)
-        in_unit = "" if self.epsilon_unit == ABSOLUTE else self.epsilon_unit
-        in_norm = "" if self.norm == "linf" else f"-{self.norm}"
-        attack = replace(
-            attack,
+        self._check(self.attack_in_units.kind)
+
+    @cached_property
+    def amplitude(self) -> Amplitude:
+        """Epsilon in its unit and norm."""
+        return Amplitude(Epsilon.parse(self.epsilon).in_unit(self.epsilon_unit), self.norm)
+
+    @cached_property
+    def attack_in_units(self) -> Attack:
+        """The attack, with lengths in the unit of epsilon."""
+        epsilon = self.amplitude.epsilon
+        return Attack(
+            self.attack,
+            epsilon.number,
             norm=self.norm.removesuffix(PER_TOKEN),
-            by_size=self.epsilon_unit == NEFTUNE,
-            label=f"{epsilon:g}{in_unit}{in_norm}",
+            by_size=epsilon.unit == NEFTUNE,
+            label=str(self.amplitude),
+            **step_settings(self),
         )
-        object.__setattr__(self, "attack_in_units", attack)
 
     def _check(self, kind: Kind) -> None:
         if (kind.targeted or kind.minimal) and not self.needs_gold:
@@ -179,7 +204,7 @@ class AttackSettings(ThreatSettings):
                 f"norm={self.norm}: must be linf or l2 with attack={self.attack}, which looks for"
                 " one smallest amplitude"
             )
-        if kind.minimal and self.epsilon_unit == NEFTUNE:
+        if kind.minimal and self.amplitude.epsilon.unit == NEFTUNE:
             raise UsageError(
                 f"epsilon_unit={NEFTUNE}: must be another with attack={self.attack}, whose"
                 " amplitudes are compared between questions"
@@ -189,13 +214,18 @@ class AttackSettings(ThreatSettings):
         """The attack in the units of the point; `place`: what its condition's name has besides."""
         attack = self.attack_in_units
         if place is not None:
-            attack = replace(attack, label=f"{attack.label}@{place}")
-        return attack.scaled(size_of(self.epsilon_unit, signal, attack.norm))
+            attack = replace(attack, label=str(replace(self.amplitude, hookpoint=place)))
+        unit = self.amplitude.epsilon.unit or ABSOLUTE
+        return attack.scaled(size_of(unit, signal, attack.norm))
 
     def arguments(self) -> dict[str, Any]:
-        """All arguments with their values."""
-        values = asdict(self)
-        return {name: values[name] for name in names(self)}
+        """All arguments with their values, as they are resolved."""
+        epsilon = self.amplitude.epsilon
+        return {name: getattr(self, name) for name in names(self)} | {
+            "epsilon": epsilon.number,
+            "epsilon_unit": epsilon.unit,
+            "context": "shared" if self.shared else "own",
+        }
 
     @property
     def sources(self) -> dict[str, str]:
@@ -247,24 +277,6 @@ class EngineSettings:
                 "packing=tree: must be auto or off with deterministic=True, as whether a tree may"
                 " be one is tried on the longest"
             )
-
-
-def amplitude(epsilon: Any, name: str = "epsilon") -> tuple[Any, str | None]:
-    """(number, unit) of an epsilon: 0.7 and "rms" of "0.7rms"; no unit of a number.
-
-    Raises:
-        UsageError: it is a text that is not of that form.
-    """
-    if not isinstance(epsilon, str):
-        return epsilon, None
-    unit = next((unit for unit in UNITS if epsilon.endswith(unit)), None)
-    number = epsilon.removesuffix(unit or "")
-    try:
-        if is_plain(number):
-            return float(number), unit
-    except ValueError:
-        pass
-    raise invalid(name, epsilon, EPSILON)
 
 
 def unread(

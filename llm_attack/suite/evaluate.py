@@ -10,14 +10,13 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from llm_attack.base.declare import names
 from llm_attack.base.errors import UsageError, invalid
 from llm_attack.base.failures import Attempts, ProcessDied, Stopped, failure, held, leave, stop_in
 from llm_attack.base.folder import claim, resolved
@@ -110,9 +109,9 @@ def _finished(
 def command(plan: Plan, folder: str | os.PathLike[str] | None) -> list[str]:
     """The command line of a plan, without secrets: what differs from the defaults."""
     words = ["llm-attack", "run"]
-    defaults = asdict(Plan())
-    for name in names(plan):
-        value = redacted(getattr(plan, name))
+    defaults = Plan().plain()
+    for name, given in plan.plain().items():
+        value = redacted(given)
         if value == defaults[name]:
             continue
         if isinstance(value, dict):
