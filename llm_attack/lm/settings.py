@@ -279,6 +279,12 @@ class EngineSettings:
             )
 
 
+def places(conditions: Sequence[AttackSettings]) -> list[str | None]:
+    """The hookpoint that each condition is named with: none where all have the same."""
+    given = [condition.hookpoint for condition in conditions]
+    return given if len({*given}) > 1 else [None] * len(given)
+
+
 def unread(
     settings: StepSettings,
     attacks: Collection[str],

@@ -36,7 +36,7 @@ _HOW = ("device", "equivalence", "shard", "ray", "ray_workers")
 WORST = "worst"
 # What is no part of it, as it is no attack of one amplitude: the clean answers, the control, noise
 # that may be larger, the searches for the smallest.
-NO_PART = ("none", "reversed", "gaussian", "fmn", "critical")
+NO_PART = tuple(name for name, kind in ATTACKS.items() if not kind.bounded)
 
 # What `critical=True` adds to the attacks.
 _CRITICAL = ("critical", "fmn")

@@ -7,7 +7,6 @@ from typing import Any
 
 import pandas as pd
 
-from llm_attack.lm.units import ABSOLUTE
 from llm_attack.stats import ALPHA
 from llm_attack.suite.analysis.conditions import Condition, Conditions, by_name
 from llm_attack.suite.analysis.summary import ABOVE, BELOW, INDISTINGUISHABLE, MEAN
@@ -29,7 +28,11 @@ _NAMES = {
 
 
 # Of an amplitude: what stands behind the number.
-_UNITS = {"rms": " RMS", "token_norm": " token norms", "neftune": " of NEFTune"}
+_UNITS: dict[str | None, str] = {
+    "rms": " RMS",
+    "token_norm": " token norms",
+    "neftune": " of NEFTune",
+}
 
 
 def in_words(table: pd.DataFrame, known: Conditions | None = None) -> list[str]:
@@ -118,11 +121,8 @@ def _attack(
 
 def _amplitude(condition: Condition, epsilon: float) -> str:
     """As the condition's name has it; in the units of the point beside it if those are others."""
-    unit = str(condition.get("epsilon_unit"))
-    number = f"{condition.get('epsilon'):g}"
-    rest = condition.label.removeprefix(number + ("" if unit == ABSOLUTE else unit))
-    label = f"{number}{_UNITS.get(unit, '')}{rest}"
-    plain = f"{epsilon:g}"
+    plain, amplitude = f"{epsilon:g}", condition.amplitude
+    label = plain if amplitude is None else amplitude.shown(_UNITS.get(amplitude.epsilon.unit, ""))
     return plain if label == plain else f"{label} ({epsilon:.3g})"
 
 

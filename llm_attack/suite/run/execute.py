@@ -208,7 +208,7 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         infos = {attack.condition: lm.attack_info(i) for i, attack in enumerate(attacks)}
         known = of_plan(plan, lm.conditions, attacks)
         run: dict[str, Any] = {"settings": plan.settings(), "attacks": infos}
-        run["conditions"] = {name: condition.settings() for name, condition in known.items()}
+        run["conditions"] = {name: condition.record() for name, condition in known.items()}
         run["of_tasks"] = rows.whole_tasks(requests, list(infos), results)
         run[KNOWS_GOLD] = plan.needs_gold
         table = summarise(with_worst(samples, run), infos, run["of_tasks"])

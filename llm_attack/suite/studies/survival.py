@@ -156,9 +156,9 @@ def _curves(
         notes.append(f"all accuracies here are {score}, by which critical epsilons are judged too")
     notes += [
         f"accuracy at {row['epsilon']:.3g}: {row['curve']:.3f} on the curve of {row['condition']},"
-        f" {row['acc']:.3f} under {row['attack']}"
+        f" {row['acc']:.3f} under {row['fixed']}"
         for row in beside.to_dict("records")
-        if row["attack"].startswith(f"{_FIXED}@")
+        if row["attack"] == _FIXED
     ]
     clean = "clean" if score == critical.ACC else f"clean {score}"
     return Cells(["task", "condition", "n", clean, "median", "area", "beyond"], rows, notes)
