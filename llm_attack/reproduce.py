@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from llm_attack.base.declare import DIALECT, declared, is_plain, option_type
+from llm_attack.base.declare import DIALECT, declared, is_plain
 from llm_attack.base.errors import UsageError, invalid
 from llm_attack.base.failures import one_line
 from llm_attack.base.folder import (
@@ -28,6 +28,7 @@ from llm_attack.base.folder import (
     resolved,
     strangers,
 )
+from llm_attack.base.options import Command, Option, of_setting
 from llm_attack.base.plugins import load_function
 from llm_attack.base.record import hardware, versions, write_json
 from llm_attack.base.redact import redacted
@@ -59,7 +60,7 @@ class Numbers(click.ParamType):  # type: ignore[type-arg]  # no parameter before
         self.fail(f"{value!r}: must be {what} separated by commas", param, ctx)
 
 
-class Figure(click.Command):
+class Figure(Command):
     """The command of a figure; `settle` is what it does before anything is computed."""
 
     settle: Callable[..., tuple[Any, dict[str, Any], Path]]
@@ -126,8 +127,9 @@ def figure_command(
     default_output = Path("results", name)
     options: list[click.Parameter] = [
         preset_option(),
-        click.Option(
+        Option(
             ["-o", "--output"],
+            group="output",
             metavar="PATH",
             default=str(default_output),
             show_default=True,
@@ -139,8 +141,8 @@ def figure_command(
         values = ", ".join(f"{preset}: {value}" for preset, value in shown.items())
         if len(set(shown.values())) == 1:
             values = f"default: {shown['quick']}"
-        text = about.sentence() + (f"  [{values}]" if shown["quick"] else "")
-        options.append(click.Option([f"--{entry.name}"], type=option_type(about), help=text))
+        note = f"  [{values}]" if shown["quick"] else ""
+        options.append(of_setting(entry.name, about, note))
     command = Figure(
         name,
         callback=callback,
@@ -162,8 +164,9 @@ def _shown(value: Any) -> str:
 
 def preset_option() -> click.Option:
     """The option --preset, for one experiment or for all."""
-    return click.Option(
+    return Option(
         ["--preset"],
+        group="output",
         type=click.Choice(PRESET_NAMES),
         default="quick",
         show_default=True,

@@ -196,7 +196,9 @@ _EPSILON = SettingSpec("radius of the ball", float, minimum=0.0)
 class StepSettings:
     """How an attack steps. What is declared here, every program and model takes."""
 
-    steps: int = setting(10, f"Number of steps of the iterative attacks ({ITERATIVE})", minimum=1)
+    steps: int = setting(
+        10, f"Number of steps of the iterative attacks ({ITERATIVE})", minimum=1, group="attack"
+    )
     step_size: float | None = setting(
         None,
         "Length of a step of the iterative attacks, in the unit of epsilon; unless given, a quarter"
@@ -204,16 +206,21 @@ class StepSettings:
         " given; of fmn the L2 length of the first step, to a corner of the ball unless given",
         minimum=0.0,
         exclusive_minimum=True,
+        group="attack",
     )
-    decay: float = setting(1.0, "Decay of the momentum of mifgsm", minimum=0.0)
+    decay: float = setting(1.0, "Decay of the momentum of mifgsm", minimum=0.0, group="attack")
     restarts: int = setting(
         1,
         "Number of times that apgd, apgdt and critical start, first at the clean point, then at"
         " random ones of the ball; the best counts",
         minimum=1,
+        group="attack",
     )
     rounds: int = setting(
-        12, "Number of amplitudes at which critical tries apgd, to find the smallest", minimum=1
+        12,
+        "Number of amplitudes at which critical tries apgd, to find the smallest",
+        minimum=1,
+        group="attack",
     )
     first_epsilon: float | None = setting(
         None,
@@ -221,9 +228,10 @@ class StepSettings:
         " sixteenth of epsilon unless given",
         minimum=0.0,
         exclusive_minimum=True,
+        group="attack",
     )
     queries: int = setting(
-        100, "Number of points that blocks tries, each a forward pass", minimum=1
+        100, "Number of points that blocks tries, each a forward pass", minimum=1, group="attack"
     )
 
 

@@ -1,7 +1,8 @@
 """Settings, declared once: the fields of a dataclass say what they mean and what they may be.
 
 Validation, command-line options, tables of the documentation and names in results follow from the
-declaration: a new argument is one line. Imports the standard library alone until it is used.
+declaration: a new argument is one line. Imports the standard library alone; `base.options` makes
+options of a command.
 """
 
 from __future__ import annotations
@@ -11,12 +12,9 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import Field, dataclass, field, fields
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llm_attack.base.errors import UsageError, closest, invalid
-
-if TYPE_CHECKING:
-    import click
 
 
 @dataclass(frozen=True)
@@ -28,6 +26,7 @@ class SettingSpec:
         kind: bool, int, float, str, or tuple for what may be a list.
         also_type: another type allowed, or several.
         option: of click, what the option's text is turned into; `kind` unless given.
+        group: heading in `--help`.
         choices: the values allowed, if they can be listed.
         minimum: the lowest number allowed.
         exclusive_minimum: whether `minimum` itself is too low.
@@ -40,15 +39,12 @@ class SettingSpec:
     kind: type = str
     also_type: type | tuple[type, ...] | None = None
     option: Any = None
+    group: str = ""
     choices: tuple[str, ...] = ()
     minimum: float | None = None
     exclusive_minimum: bool = False
     allowed: str | None = None
     parse: Callable[[Any], Any] | None = None
-
-    def sentence(self) -> str:
-        """The meaning, and the values allowed if they can be listed."""
-        return f"{self.text}." + f" One of {', '.join(self.choices)}." * bool(self.choices)
 
     def words(self) -> str:
         """The values allowed, in words."""
@@ -173,21 +169,6 @@ def is_plain(text: str) -> bool:
     return text.isascii() and "_" not in text and text == text.strip()
 
 
-def number(kind: type) -> Any:
-    """The type of an option that is an int or a float, written plainly."""
-    import click
-
-    base = {int: click.INT, float: click.FLOAT}[kind]
-
-    class Plain(type(base)):  # type: ignore[misc]
-        def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-            if isinstance(value, str) and not is_plain(value):
-                self.fail(f"{value!r} is not a valid {self.name}.", param, ctx)
-            return super().convert(value, param, ctx)
-
-    return Plain()
-
-
 def underscored(name: str) -> str:
     """The name of a setting, which may be typed with hyphens."""
     return name.replace("-", "_")
@@ -195,38 +176,6 @@ def underscored(name: str) -> str:
 
 # Lets options be typed with hyphens or underscores.
 DIALECT = {"token_normalize_func": underscored}
-
-
-def option_type(about: SettingSpec) -> Any:
-    """What click turns the text of an option into."""
-    import click
-
-    if about.option is not None:
-        return about.option
-    if about.kind in (int, float):
-        return number(about.kind)
-    return click.UNPROCESSED if about.kind is tuple else about.kind  # YAML has lists
-
-
-def options(kind: Any) -> list[click.Option]:
-    """A command-line option for each setting of a dataclass, with the same name and default."""
-    import click
-
-    made = []
-    for entry, about in declared(kind):
-        default = entry.default
-        default = _typed(default) if isinstance(default, tuple) else default
-        made.append(
-            click.Option(
-                [f"--{entry.name}"],
-                default=default,
-                help=about.sentence(),
-                type=option_type(about),
-                is_flag=about.kind is bool,
-                show_default=None if default != "" else False,
-            )
-        )
-    return made
 
 
 def table(*kinds: Any, without: Iterable[str] = ()) -> str:
@@ -242,13 +191,13 @@ def table(*kinds: Any, without: Iterable[str] = ()) -> str:
         if entry.name in left_out:
             continue
         values = " ".join(f"`{choice}`" for choice in about.choices) or about.words()
-        default = _typed(entry.default)
+        default = typed(entry.default)
         default = f"`{default}`" if default else "–"
         rows.append(f"| `{entry.name}` | {values} | {default} | {about.text}. |")
     return "\n".join(rows) + "\n"
 
 
-def _typed(value: Any) -> str:
+def typed(value: Any) -> str:
     """A value as it is typed on a command line; nothing for None."""
     if isinstance(value, tuple):
         return ",".join(map(str, value))

@@ -65,12 +65,14 @@ class ThreatSettings(StepSettings):
         " perturbed coordinates of the question (or request), so that epsilon is the alpha of"
         " NEFTune. In L2 each is times the square root of the width",
         choices=(ABSOLUTE, *UNITS),
+        group="threat model",
     )
     norm: str = setting(
         "linf",
         "Norm of the perturbation that epsilon bounds. With l2_token each token's is bounded, with"
         " l2 that of all tokens together",
         choices=NORMS,
+        group="threat model",
     )
     loss: str = setting(
         "sequence",
@@ -81,6 +83,7 @@ class ThreatSettings(StepSettings):
         " of the others minus the gold's",
         allowed=_named(LOSSES),
         parse=_loss_name,
+        group="threat model",
     )
     score: str = setting(
         "acc",
@@ -89,6 +92,7 @@ class ThreatSettings(StepSettings):
         " the gold attacks it: it compares log-likelihoods, for acc_norm those per character, for"
         " acc_bytes per byte",
         allowed="the name of a metric",
+        group="task",
     )
     context: str | None = setting(
         None,
@@ -96,26 +100,30 @@ class ThreatSettings(StepSettings):
         " itself (own) or once for all of them (shared). Unless given it is own, but shared where"
         " the loss knows the gold",
         choices=CONTEXTS,
+        group="threat model",
     )
     encode_separately: bool = setting(
         False,
         "Encode each answer apart from its prompt, as lm-eval does for encoder-decoder models."
         " Unless given both are encoded together, as lm-eval does for causal models, and a token"
         " may reach across the place where they meet",
+        group="task",
     )
     positions: str = setting(
         ALL,
         f"Tokens that are perturbed, {', '.join(NAMED)} or a slice such as 2:-1 of those that the"
         " model reads for a request. With question they are those of neither few-shot examples nor"
         " a system prompt; not_first spares the first token",
+        group="threat model",
     )
     hookpoint: str | None = setting(
         None,
         "Module whose output is perturbed, such as model.layers.12; the input embedding unless"
         " given",
         allowed="the dotted path of a module",
+        group="threat model",
     )
-    seed: int = setting(0, "Seed of the random draws")
+    seed: int = setting(0, "Seed of the random draws", group="attack")
 
     def __post_init__(self) -> None:
         parse(self)
@@ -158,6 +166,7 @@ class AttackSettings(ThreatSettings):
         f"Name of the attack, one of {', '.join(ATTACKS)}, or package.module:function of your own",
         allowed=_named(ATTACKS),
         parse=_attack_name,
+        group="attack",
     )
     epsilon: float | str | Epsilon = setting(
         0.01,
@@ -166,6 +175,7 @@ class AttackSettings(ThreatSettings):
         also_type=Epsilon,
         allowed=EPSILON,
         parse=Epsilon.parse,
+        group="attack",
     )
 
     def __post_init__(self) -> None:
@@ -251,23 +261,27 @@ class EngineSettings:
         " with off each request has a row, and auto is tree if a trial at the start shows that the"
         " model takes trees",
         choices=PACKINGS,
+        group="engine",
     )
     gradient_checkpointing: bool = setting(
         False,
         "Recompute activations in the backward pass instead of keeping them, which takes less"
         " memory and more time",
+        group="engine",
     )
-    compile: bool = setting(False, "Compile the model's blocks with torch.compile")
+    compile: bool = setting(False, "Compile the model's blocks with torch.compile", group="engine")
     deterministic: bool = setting(
         False,
         "Answers depend on the question alone, to the last bit, whatever batch size, order, limit"
         " and number of processes are. Every question (every request with context=own) is a batch"
         " of its own, without packing, on one thread",
+        group="engine",
     )
     allow_missing_weights: bool = setting(
         False,
         "Go on, with a warning in the results, where weights of the model are missing in the"
         " checkpoint, or some of it have no place in the model",
+        group="model",
     )
 
     def __post_init__(self) -> None:

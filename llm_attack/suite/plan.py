@@ -133,12 +133,14 @@ class Plan(ThreatSettings, EngineSettings):
     model: str = setting(
         "TinyLlama/TinyLlama_v1.1",
         "Model to attack, a hub id, a local folder, a GGUF file, or demo, which is bundled",
+        group="model",
     )
     tasks: Sequence[str] = setting(
         ("paper_six",),
         "Tasks, groups, tags or patterns of lm-eval, with commas between them",
         allowed=_NAMES,
         parse=lambda given: _texts(_given("tasks", given)),
+        group="task",
     )
     attacks: Sequence[Any] = setting(
         ("none", "random", "fgsm", "bim"),
@@ -148,6 +150,7 @@ class Plan(ThreatSettings, EngineSettings):
         " construction, so that it has to be named",
         allowed=_NAMES,
         parse=_attacks,
+        group="attack",
     )
     epsilons: Sequence[Any] = setting(
         (Epsilon(0.01),),
@@ -156,11 +159,13 @@ class Plan(ThreatSettings, EngineSettings):
         also_type=tuple,
         allowed=_NUMBERS,
         parse=_epsilons,
+        group="attack",
     )
     critical: bool = setting(
         False,
         "Look for the smallest amplitude that changes the answer, for every question, up to"
         " epsilon_max; adds critical and fmn to the attacks. Needs a loss that knows the gold",
+        group="attack",
     )
     epsilon_max: float | str | Epsilon | None = setting(
         None,
@@ -169,6 +174,7 @@ class Plan(ThreatSettings, EngineSettings):
         option=str,
         allowed=EPSILON,
         parse=_epsilon_max,
+        group="attack",
     )
     hookpoints: Sequence[str] = setting(
         (),
@@ -178,6 +184,7 @@ class Plan(ThreatSettings, EngineSettings):
         kind=tuple,
         allowed=_NAMES,
         parse=lambda given: _texts(listed(given)) or (),
+        group="threat model",
     )
     limit: float | None = setting(
         None,
@@ -185,50 +192,64 @@ class Plan(ThreatSettings, EngineSettings):
         minimum=0.0,
         exclusive_minimum=True,
         parse=_limit,
+        group="task",
     )
     num_fewshot: int | None = setting(
-        None, "Number of examples before each question; the task's own unless given", minimum=0
+        None,
+        "Number of examples before each question; the task's own unless given",
+        minimum=0,
+        group="task",
     )
     apply_chat_template: bool | str = setting(
-        False, "Put all prompts into the model's chat template", also_type=str
+        False, "Put all prompts into the model's chat template", also_type=str, group="task"
     )
-    fewshot_as_multiturn: bool = setting(False, "Give the examples as turns of a conversation")
-    system_instruction: str | None = setting(None, "Text that is put before all prompts")
-    include_path: str | None = setting(None, "Folder with more tasks of lm-eval")
+    fewshot_as_multiturn: bool = setting(
+        False, "Give the examples as turns of a conversation", group="task"
+    )
+    system_instruction: str | None = setting(
+        None, "Text that is put before all prompts", group="task"
+    )
+    include_path: str | None = setting(None, "Folder with more tasks of lm-eval", group="task")
     batch_size: int | str = setting(
         "auto",
         "Rows of a batch at most; auto takes as many as are good for the device",
         kind=tuple,
         allowed=_ROWS,
         parse=_batch_size,
+        group="engine",
     )
     equivalence: float | None = setting(
         None,
         "Test as well whether accuracies equal those of none within so many points of a percent",
         parse=lambda given: float(given) if isinstance(given, int) else given,
+        group="output",
     )
     shard: str | None = setting(
         None,
         "Which share of the work is done here, such as 2/8, the second of eight. All shares write"
         " into the same folder; the first waits for the others, judges and writes",
         allowed=_SHARD,
+        group="cluster",
     )
     ray: str | None = setting(
         None,
         "Ray cluster whose workers answer the batches: its address, auto for that of this machine,"
         " or local, which starts one here. This process judges and writes, alone",
         allowed=_RAY,
+        group="cluster",
     )
     ray_workers: int | None = setting(
         None,
         "Workers on Ray, with a copy of the model each; unless given, one for each GPU of the"
         " cluster, or for each core where the run is on CPUs",
         minimum=1,
+        group="cluster",
     )
     device: str | None = setting(
         None,
         "Where to compute, such as cpu or cuda:1; unless given, cuda where there is one",
         parse=_device,
+        group="engine",
     )
     model_args: dict[str, Any] = setting(
         "",
@@ -236,6 +257,7 @@ class Plan(ThreatSettings, EngineSettings):
         also_type=dict,
         allowed=_PAIRS,
         parse=_model_args,
+        group="model",
     )
 
     def __post_init__(self) -> None:

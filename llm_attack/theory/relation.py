@@ -37,16 +37,23 @@ class Settings(ImageSettings):
     """One data set and one network."""
 
     images: int = setting(
-        10, "Number of right and of wrong test images through which lines are drawn", minimum=1
+        10,
+        "Number of right and of wrong test images through which lines are drawn",
+        minimum=1,
+        group="line",
     )
     lines: int = setting(
-        2, "Number of principal, and of random directions through each image", minimum=1
+        2,
+        "Number of principal, and of random directions through each image",
+        minimum=1,
+        group="line",
     )
     reach: float = setting(
         1.0,
         "Half length of the lines, in units of the points' mean distance from their mean",
         minimum=0,
         exclusive_minimum=True,
+        group="line",
     )
 
 

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 class Settings(ImageSettings):
     """One data set, one network."""
 
-    images: int = setting(2, "Number of images to show, each of another class", minimum=1)
+    images: int = setting(
+        2, "Number of images to show, each of another class", minimum=1, group="image"
+    )
 
 
 PRESETS = {

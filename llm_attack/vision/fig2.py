@@ -41,12 +41,14 @@ class Settings(ImageSettings):
         None,
         "Number of test images that all attacks see, the same for all curves; unless given, all",
         minimum=1,
+        group="image",
     )
     attacked_epochs: int | None = setting(
         None,
         "Number of epochs after which to attack, spread evenly from the first to the last, which"
         " is always one of them; unless given, all",
         minimum=1,
+        group="attack",
     )
 
 

@@ -34,11 +34,13 @@ class Settings(fig2.Settings):
         "Block whose output is attacked: normalise in all; conv1, conv2, fc1 in cnn; stem, layer1 "
         "to layer4, pool in resnet18; stem, inception3a, inception3b, pool3, inception4a to "
         "inception4e, pool4, inception5a, inception5b, pool in googlenet",
+        group="attack",
     )
     epsilon_unit: str = setting(
         "rms",
         "Unit of epsilon: the features' root mean square, or that of the features",
         choices=("rms", "absolute"),
+        group="attack",
     )
     epsilons: tuple[float, ...] = setting(
         (0.01, 0.02, 0.05, 0.1, 0.2),
@@ -47,8 +49,11 @@ class Settings(fig2.Settings):
         option=Amplitudes(),
         minimum=0,
         exclusive_minimum=True,
+        group="attack",
     )
-    split_attacks: str = setting("fgsm,bim", "Attacks of that comparison, separated by commas")
+    split_attacks: str = setting(
+        "fgsm,bim", "Attacks of that comparison, separated by commas", group="attack"
+    )
 
 
 PRESETS = {

@@ -31,10 +31,10 @@ class Settings(fig2.Settings):
     """Data sets, networks, widths, trainings and seeds may be several here."""
 
     train_attack: str = setting(
-        "none,pgd,trades", "Trainings, separated by commas: none, pgd, trades"
+        "none,pgd,trades", "Trainings, separated by commas: none, pgd, trades", group="training"
     )
     attacks: str = setting(
-        "pgd", fig2.Settings.__dataclass_fields__["attacks"].metadata["about"][0]
+        "pgd", fig2.Settings.__dataclass_fields__["attacks"].metadata["about"][0], group="attack"
     )
     widths: tuple[float, ...] = setting(
         (1.0,),
@@ -42,9 +42,13 @@ class Settings(fig2.Settings):
         option=Amplitudes(),
         minimum=0,
         exclusive_minimum=True,
+        group="network",
     )
     seeds: int = setting(
-        1, "Number of seeds, from --seed on, each with networks and a choice of images", minimum=1
+        1,
+        "Number of seeds, from --seed on, each with networks and a choice of images",
+        minimum=1,
+        group="training",
     )
 
 
