@@ -14,7 +14,7 @@ from dataclasses import Field, dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any
 
-from llm_attack.base.errors import UsageError, closest, invalid
+from llm_attack.base.errors import UsageError, hint, invalid
 
 
 @dataclass(frozen=True)
@@ -159,9 +159,7 @@ def check_names(given: Iterable[Any], known: Sequence[str]) -> None:
     """Raises `UsageError` unless all names are known, with the closest one."""
     for name in given:
         if name not in known:
-            meant = closest(name, known)
-            hint = f"; did you mean {meant!r}?" if meant else ""
-            raise UsageError(f"{name}: must be one of {', '.join(known)}{hint}")
+            raise UsageError(f"{name}: must be one of {', '.join(known)}{hint(name, known)}")
 
 
 def is_plain(text: str) -> bool:

@@ -108,7 +108,9 @@ def test_foretold():
 def test_runs_without_critical_epsilons_have_no_such_tables(tmp_path):
     samples, _ = build()
     assert critical.looked_for(samples) == [] and survival.figure(samples) is None
-    assert survival.save(samples, tmp_path) == {} and not list(tmp_path.iterdir())
+    assert survival.tables(samples) == {}
+    survival.save({}, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_of_a_run(tmp_path):
@@ -245,7 +247,9 @@ def test_one_score_throughout(tmp_path):
     stands = samples[samples["condition"] == "fgsm@0.2"].set_index("doc_id")["acc_norm"]
     expected = roc_auc_score(stands[right["doc_id"]], margins)
     assert found.loc[("fgsm@0.2", "all", "margin"), "value"] == pytest.approx(expected)
-    texts = survival.save(told, tmp_path, "acc_norm")
+    found = survival.tables(told, "acc_norm")
+    survival.save(found, tmp_path)
+    texts = {title: cells for title, (cells, _) in found.items()}
     assert texts[survival.CURVES].heading[3] == "clean acc_norm"
     assert any("acc_norm" in note for note in texts[survival.FORETOLD].notes)
     assert list(pd.read_csv(tmp_path / "critical.csv"))[4] == "acc_norm"
@@ -302,7 +306,8 @@ def test_tables_of_runs_that_say_little(largest, known, right, tmp_path):
             critical_epsilon=0
             * samples["critical_epsilon"].mask(samples["critical_epsilon"] == INF, 0),
         )
-    texts = survival.save(samples, tmp_path)
+    texts = survival.tables(samples)
+    survival.save(texts, tmp_path)
     row = critical.robustness(samples).iloc[0]
     assert row["acc"] == pytest.approx((len(values) - 1) / len(values) if right else 0)
     if largest == "0":

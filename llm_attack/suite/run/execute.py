@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from llm_attack.attacks import Attack
 from llm_attack.base.errors import UsageError, invalid
 from llm_attack.base.failures import look
 from llm_attack.base.folder import clear_drafts
-from llm_attack.base.record import hardware, versions
+from llm_attack.base.record import Stopwatch, hardware, versions
 from llm_attack.base.redact import redacted
 from llm_attack.harness.judge import Judge
 from llm_attack.harness.model import AttackedHFLM
@@ -120,7 +119,7 @@ class Prepared(NamedTuple):
     scores: dict[str, Score]
     work: list[Work]
     mark: dict[str, Any]
-    timings: dict[str, float]
+    timings: Mapping[str, float]
 
 
 @templates_compiled_once()
@@ -136,10 +135,10 @@ def prepare(plan: Plan, progress: str, console: Console, checked: bool = True) -
     Raises:
         UsageError: an argument is not allowed, or the gradient is not that of the model.
     """
-    clock = _Clock()
+    clock = Stopwatch()
     with status(progress, console, "looking up the tasks"):
         manager, tasks = look_up(plan.tasks, plan.include_path)
-    clock.stop("tasks")
+    clock.lap("tasks")
     with status(progress, console, redacted(f"loading {plan.model}")):
         lm = load(plan)
         conditions = plan.conditions
@@ -148,7 +147,7 @@ def prepare(plan: Plan, progress: str, console: Console, checked: bool = True) -
         lm.use(*conditions)
         if checked:
             lm.check_gradient()
-    clock.stop("model")
+    clock.lap("model")
     with status(progress, console, "building the requests"):
         judge = Judge(lm, manager, tasks, **plan.evaluation)
         requests = judge.requests()
@@ -159,8 +158,8 @@ def prepare(plan: Plan, progress: str, console: Console, checked: bool = True) -
         asked = (r for w in work for q in w.batch.questions for r in q.requests)
         read = ((r.tokens, r.n_continuation) for r in asked)
         mark = fingerprint.of_run(plan, lm, requests, read, batches)
-    clock.stop("requests")
-    return Prepared(plan, lm, judge, requests, gold, scores, work, mark, clock.timings)
+    clock.lap("requests")
+    return Prepared(plan, lm, judge, requests, gold, scores, work, mark, clock)
 
 
 @templates_compiled_once()
@@ -178,7 +177,7 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         ProcessDied: another process of this run is gone; what is finished is kept.
     """
     plan, lm, judge, requests, gold, scores, work, mark, _ = prepared
-    clock = _Clock(prepared.timings)
+    clock = Stopwatch(prepared.timings)
     who = Processes.of(plan)
     planned = [w.key for w in work]
     kind = Follower if who.member else Store
@@ -197,7 +196,7 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
             store.wait()
         found = gather(store.contents(), work, len(requests))
         lm.diagnostics = found.diagnostics
-    clock.stop("answers")
+    clock.lap("answers")
     with status(progress, console, "judging"):
         results = [judge.results(answers, i) for i, answers in enumerate(found.answers)]
         questions = rows.questions_of(requests, gold, results[0])
@@ -213,7 +212,8 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         run[KNOWS_GOLD] = plan.needs_gold
         table = summarise(with_worst(samples, run), infos, run["of_tasks"])
         table = with_equivalence(table, plan.equivalence)
-    clock.stop("judgement")
+    clock.lap("judgement")
+    seconds = {name: round(of, 2) for name, of in clock.items()}
     # where all was finished before, those of this process
     of_threads = {"threads": threads if len(threads) > 1 else threads[0]} if threads else {}
     run |= {
@@ -229,7 +229,7 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         "fingerprint": fingerprint.plain(mark),
         "versions": versions(),
         "hardware": hardware() | {"device": str(lm.device)} | of_threads,
-        "timings": {"processes": who.world, "seconds": clock.timings},
+        "timings": {"processes": who.world, "seconds": seconds},
     }
     return Result(table, samples, questions, redacted(run), dict(zip(infos, results, strict=True)))
 
@@ -242,19 +242,6 @@ def _critical_of_others(attacks: Sequence[Attack], scores: Mapping[str, Score]) 
         return []
     listed = ", ".join(f"{task} ({scores[task].name})" for task in others)
     return [f"critical epsilons are of the likeliest choice, not of the score of {listed}"]
-
-
-class _Clock:
-    """Seconds between calls of `stop`."""
-
-    def __init__(self, timings: dict[str, float] | None = None) -> None:
-        self.timings = dict(timings or {})
-        self._last = time.perf_counter()
-
-    def stop(self, name: str) -> None:
-        now = time.perf_counter()
-        self.timings[name] = round(now - self._last, 2)
-        self._last = now
 
 
 def _answer(prepared: Prepared, store: Store, progress: str, console: Console) -> set[int]:

@@ -154,14 +154,7 @@ def _titles(kinds: list[str]) -> list[str]:
     return [".".join(of[shared:]) for of in parts]
 
 
-def save(table: pd.DataFrame, folder: Path, known: Conditions | None = None) -> dict[str, Cells]:
-    """Writes `layers.md` into `folder`.
-
-    Returns:
-        The table by its title; nothing, and nothing is written, of one hookpoint.
-    """
-    found = cells(table, known)
-    if found is None:
-        return {}
-    write_text(folder / "layers.md", found.markdown())
-    return {TITLE: found}
+def save(found: Cells | None, folder: Path) -> None:
+    """Writes `layers.md` into `folder`; nothing where `cells` gave nothing."""
+    if found is not None:
+        write_text(folder / "layers.md", found.markdown())

@@ -109,18 +109,13 @@ def tables(
     return found
 
 
-def save(samples: pd.DataFrame, folder: Path, score: str = critical.ACC) -> dict[str, Cells]:
+def save(found: Mapping[str, tuple[Cells, pd.DataFrame]], folder: Path) -> None:
     """Writes `critical.csv`, `foretold.csv` and `critical.md` into `folder`.
 
     Args:
-        samples: of `critical.of_score`.
+        found: of `tables`; nothing is written of none.
         folder: where to.
-        score: of `critical.score_of`.
-
-    Returns:
-        The tables by their titles; none, and nothing is written, without critical epsilons.
     """
-    found = tables(samples, score)
     for title, name in ((CURVES, "critical"), (FORETOLD, "foretold")):
         if title in found:
             write_text(folder / f"{name}.csv", csv(found[title][1]))
@@ -128,7 +123,6 @@ def save(samples: pd.DataFrame, folder: Path, score: str = critical.ACC) -> dict
     if texts:
         parts = [f"{title.capitalize()}\n\n{cells.markdown()}" for title, cells in texts.items()]
         write_text(folder / "critical.md", "\n".join(parts))
-    return texts
 
 
 def _curves(
