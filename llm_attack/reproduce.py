@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from llm_attack.base.declare import DIALECT, declared, is_plain
+from llm_attack.base.declare import DIALECT, declared
 from llm_attack.base.errors import UsageError, invalid
 from llm_attack.base.failures import one_line
 from llm_attack.base.folder import (
@@ -39,25 +39,6 @@ _STARTED, _PARTS = "started.json", ("checkpoints",)
 _COMMAND = "llm-attack reproduce"
 _SEEDS = 2**62  # torch's generators take integers of 64 bits
 DEVICE = "Where to compute: cpu, cuda, cuda:1, ...; unless given, cuda where there is one"
-
-
-class Numbers(click.ParamType):  # type: ignore[type-arg]  # no parameter before click 8.4
-    """Numbers separated by commas, as a tuple; `kind` is int or float."""
-
-    def __init__(self, kind: type) -> None:
-        self.kind = kind
-        self.name = "integer,..." if kind is int else "number,..."
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[Any, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            if all(map(is_plain, value.split(","))):
-                return tuple(self.kind(part) for part in value.split(","))
-        except ValueError:
-            pass
-        what = "integers" if self.kind is int else "numbers"
-        self.fail(f"{value!r}: must be {what} separated by commas", param, ctx)
 
 
 class Figure(Command):

@@ -129,13 +129,18 @@ def parse(settings: Any) -> None:
             object.__setattr__(settings, entry.name, about.parse(getattr(settings, entry.name)))
 
 
+def parts(text: str) -> list[str]:
+    """What stands between the commas of a text; blank parts too."""
+    return [part.strip() for part in text.split(",")]
+
+
 def listed(value: Any) -> Any:
     """The parts of a text with commas between them, a list or one number as a tuple.
 
     Anything else is returned as it is.
     """
     if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(",") if part.strip())
+        return tuple(filter(None, parts(value)))
     if isinstance(value, Real):
         return (value,)
     return tuple(value) if isinstance(value, list) else value

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from llm_attack.base.declare import SettingSpec, declared, is_plain, typed
+from llm_attack.base.declare import SettingSpec, declared, is_plain, parts, typed
 
 _LAST = ("engine", "output", "cluster", "")  # groups that stand behind the others
 _WIDEST = 50  # characters of choices that are shown beside the name
@@ -24,6 +24,19 @@ def number(kind: type) -> Any:
             return super().convert(value, param, ctx)
 
     return Plain()
+
+
+class Numbers(click.ParamType):  # type: ignore[type-arg]  # no parameter before click 8.4
+    """Numbers separated by commas, as a tuple; `one` is int, float or the type of each."""
+
+    def __init__(self, one: Any) -> None:
+        self.one = number(one) if isinstance(one, type) else one
+        self.name = f"{self.one.name},..."
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[Any, ...]:
+        if isinstance(value, tuple):
+            return value
+        return tuple(self.one.convert(part, param, ctx) for part in parts(value))
 
 
 class Option(click.Option):

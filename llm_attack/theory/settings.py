@@ -9,7 +9,8 @@ from typing import NamedTuple
 from llm_attack.attacks.settings import ATTACKS
 from llm_attack.base.declare import check, setting
 from llm_attack.base.errors import invalid
-from llm_attack.reproduce import DEVICE, Numbers
+from llm_attack.base.options import Numbers
+from llm_attack.reproduce import DEVICE
 
 # Whose label: always the same, or the class that the network predicts where the packet is.
 PACKETS = ("fixed", "predicted")

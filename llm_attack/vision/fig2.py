@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_attack.base.declare import setting
+from llm_attack.base.declare import parts, setting
 from llm_attack.base.drawing import COLOURS, nested, new_figure
 from llm_attack.base.record import Stopwatch, as_csv, write_text
 from llm_attack.reproduce import figure_command
@@ -103,7 +103,7 @@ def curves(
     attacks = stages.listed("attacks", settings.attacks, KNOWN)
     names = stages.networks(settings)
     clock = Stopwatch()
-    sets = dict.fromkeys(name.strip() for name in settings.dataset.split(","))
+    sets = dict.fromkeys(parts(settings.dataset))
     datasets = [load(name, settings) for name in sets]
     clock.lap("data")
     epsilons = {dataset.name: stages.amplitude(settings, dataset, at) for dataset in datasets}

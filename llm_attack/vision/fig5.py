@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from llm_attack.base.declare import setting
 from llm_attack.base.drawing import COLOURS, nested, new_figure
+from llm_attack.base.options import Numbers
 from llm_attack.base.record import as_csv, write_text
 from llm_attack.reproduce import figure_command
 from llm_attack.vision import fig2
-from llm_attack.vision.settings import EFFECTIVE, KNOWN, QUICK, Amplitudes, shown, titled
+from llm_attack.vision.settings import EFFECTIVE, KNOWN, QUICK, Amplitude, shown, titled
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,7 +47,7 @@ class Settings(fig2.Settings):
         (0.01, 0.02, 0.05, 0.1, 0.2),
         "Amplitudes of the comparison of all splits, in units of the root mean square of what is "
         "attacked",
-        option=Amplitudes(),
+        option=Numbers(Amplitude()),
         minimum=0,
         exclusive_minimum=True,
         group="attack",

@@ -8,12 +8,12 @@ from typing import Any
 import click
 
 from llm_attack.attacks.settings import ATTACKS, ITERATIVE
-from llm_attack.base.declare import check, is_plain, setting
+from llm_attack.base.declare import check, is_plain, parts, setting
 from llm_attack.base.errors import UsageError, invalid
 from llm_attack.reproduce import DEVICE
 
 
-class Amplitude(click.ParamType):  # type: ignore[type-arg]  # see reproduce.Numbers
+class Amplitude(click.ParamType):  # type: ignore[type-arg]  # see options.Numbers
     """A number that may be written as a fraction, such as 8/255."""
 
     name = "number"
@@ -28,16 +28,6 @@ class Amplitude(click.ParamType):  # type: ignore[type-arg]  # see reproduce.Num
         except (ValueError, ArithmeticError):
             pass
         self.fail(f"{value!r}: must be a number or a fraction, such as 8/255", param, ctx)
-
-
-class Amplitudes(click.ParamType):  # type: ignore[type-arg]  # see reproduce.Numbers
-    """Such numbers, separated by commas, as a tuple."""
-
-    name = "number,..."
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[float, ...]:
-        parts = value if isinstance(value, tuple) else value.split(",")
-        return tuple(Amplitude().convert(part, param, ctx) for part in parts)
 
 
 TRAININGS = ("none", "pgd", "trades")
@@ -223,7 +213,7 @@ class ImageSettings:
         """
         defaults = {entry.name: entry.default for entry in fields(self)}
         for argument, (choices, own) in _READERS.items():
-            used = {name.strip() for name in getattr(self, argument).split(",")}
+            used = {*parts(getattr(self, argument))}
             for name, readers in own.items():
                 value = getattr(self, name)
                 if value != defaults[name] and used.isdisjoint(readers) and used <= choices:
