@@ -36,7 +36,12 @@ class Numbers(click.ParamType):  # type: ignore[type-arg]  # no parameter before
     def convert(self, value: Any, param: Any, ctx: Any) -> tuple[Any, ...]:
         if isinstance(value, tuple):
             return value
-        return tuple(self.one.convert(part, param, ctx) for part in parts(value))
+        try:
+            return tuple(self.one.convert(part, param, ctx) for part in parts(value))
+        except click.BadParameter as error:
+            if len(parts(value)) > 1:
+                self.fail(f"{value!r}: {error.message}", param, ctx)
+            raise
 
 
 class Option(click.Option):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from inspect import signature
 from math import inf
+from numbers import Real
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -162,18 +163,20 @@ class Epsilon:
         """The epsilon that was given: an `Epsilon`, a number, or a text such as 0.7rms.
 
         Raises:
-            UsageError: it is a text of another form; the message calls it `name`.
+            UsageError: it is none of these; the message calls it `name`.
         """
         if isinstance(given, cls):
             return given
-        if not isinstance(given, str):
-            return cls(given)
-        unit = next((unit for unit in UNITS if given.endswith(unit)), None)
-        number = given.removesuffix(unit or "")
+        text = given if isinstance(given, str) else ""
+        unit = next((unit for unit in UNITS if text.endswith(unit)), None)
+        number = text.removesuffix(unit or "")
         try:
-            if is_plain(number):
+            if number and is_plain(number):
                 return cls(float(number), unit)
-        except ValueError:
+            if isinstance(given, Real) and not isinstance(given, bool):
+                float(given)  # which refuses integers beyond the floats
+                return cls(given)  # type: ignore[arg-type]  # numbers are no floats for mypy
+        except (ValueError, OverflowError):
             pass
         raise invalid(name, given, EPSILON)
 

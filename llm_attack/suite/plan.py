@@ -57,7 +57,7 @@ _ROWS = "auto or an integer, 1 or more"
 def _given(name: str, value: Any) -> Any:
     """One value, several, or several in a string with commas between them."""
     parts = listed(value)
-    if parts == ():
+    if isinstance(parts, tuple) and not parts:
         raise UsageError(f"{name}=: must name at least one")
     return parts
 
@@ -104,7 +104,7 @@ def _limit(given: Any) -> Any:
 def _batch_size(given: Any) -> int | str:
     if not re.fullmatch("auto|[1-9][0-9]*", str(given)):
         raise invalid("batch_size", given, _ROWS)
-    return "auto" if given == "auto" else int(given)
+    return "auto" if str(given) == "auto" else int(given)
 
 
 def _model_args(given: Any) -> dict[str, Any]:
@@ -188,7 +188,7 @@ class Plan(ThreatSettings, EngineSettings):
         " model.layers.*.mlp; in place of hookpoint",
         kind=tuple,
         allowed=_NAMES,
-        parse=lambda given: _texts(listed(given)) or (),
+        parse=lambda given: _texts(listed(given)),
         group="threat model",
     )
     limit: float | None = setting(
@@ -226,7 +226,7 @@ class Plan(ThreatSettings, EngineSettings):
     equivalence: float | None = setting(
         None,
         "Test as well whether accuracies equal those of none within so many points of a percent",
-        parse=lambda given: float(given) if isinstance(given, int) else given,
+        parse=lambda given: float(given) if type(given) is int and given <= 100 else given,
         group="output",
     )
     shard: str | None = setting(
