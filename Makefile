@@ -109,8 +109,12 @@ mutants: .venv/.mutants ## the tests of the tests: FAULTS=40 small faults in eac
 docs: .venv/.docs ## the documentation as a site, into site/; a broken link is an error
 	$(BIN)/mkdocs build --strict
 
+.PHONY: prose
+prose: .venv ## sentences of the documentation: length, and constructions to avoid
+	$(BIN)/python tests/prose/check.py
+
 .PHONY: lint
-lint: .venv ## format, lint rules and types
+lint: .venv prose ## format, lint rules, types and prose
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy

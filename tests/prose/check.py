@@ -109,7 +109,7 @@ def _paragraphs(text: str) -> list[tuple[bool, str]]:
 
 
 def _constructions(sentence: str) -> list[str]:
-    """What `rules.yaml` says against a sentence; the patterns ignore case but for those of starts."""
+    """What `rules.yaml` says against a sentence."""
     against = []
     for rule in RULES["avoid"]:
         if re.search(rule["pattern"], sentence, 0 if rule.get("case") else re.IGNORECASE):
