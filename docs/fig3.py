@@ -1,4 +1,4 @@
-"""The tables of `fig3.md`, from the stored samples of runs.
+"""The tables of `paper/fig3.md`, from the stored samples of runs.
 
     python docs/fig3.py results/fig3/smollm2-135m
 

@@ -1,4 +1,4 @@
-"""The results that `docs/experiments.md` shows, of the images above all, and their commands."""
+"""The results that `docs/paper` shows, of the images above all, and their commands."""
 
 import json
 import re
@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from shown import ROOT
-from test_shown_numbers import tables
+from test_shown_numbers import table_of, tables
 
 from llm_attack.theory import relation
 from llm_attack.vision import fig2
@@ -17,7 +17,9 @@ from llm_attack.vision.networks import build
 from llm_attack.vision.settings import shown as called
 
 RESULTS = ROOT / "results" / "experiments"
-PAGE = (ROOT / "docs" / "experiments.md").read_text("utf-8")
+PAGE = "\n".join(path.read_text("utf-8") for path in sorted(ROOT.glob("docs/paper/*.md")))
+TEXT = " ".join(PAGE.split())
+FIG2, FIG5 = "docs/paper/fig2.md", "docs/paper/fig5.md"
 
 
 def folders(pattern):
@@ -126,9 +128,9 @@ def last_rows(folder, network):
 
 
 def claim(text):
-    """What the page says of a claim of the paper."""
-    (cell,) = re.findall(rf"^\| {re.escape(text)} \| (.*) \|$", PAGE, re.M)
-    return cell
+    """What the page of Fig. 2 says of a claim of the paper."""
+    ((_, measured, _),) = (row for row in table_of(FIG2, "the paper", "here") if row[0] == text)
+    return measured
 
 
 def test_points_lost():
@@ -158,37 +160,53 @@ def test_points_lost():
         number = {1: "one", 3: "three"}[inside]
         assert len(cells) == 18 and text.startswith(f"in {number} of 18 cells: ")
     assert counts == {"mnist": [5, 1, 12], "cifar10": [0, 3, 15]}
-    assert "Five cells lose less, twelve lose more" in PAGE and "The other 15 lose more" in PAGE
+    assert "Five cells lose less, twelve lose more" in TEXT and "The other 15 lose more" in TEXT
     assert lost["mnist", "cnn"].between(10, 15)["fgsm"]
     assert lost["cifar10", "resnet18"].between(30, 50)[["ost", "fgsm"]].all()
     assert lost["cifar10", "googlenet"].between(30, 50)["ost"]
 
-    text = claim("more complex networks are more susceptible")
-    under_fgsm = [lost["cifar10", name]["fgsm"] for name in ("cnn", "resnet18", "googlenet")]
-    assert f"{under_fgsm[0]:.0f} points from the CNN, the smallest" in text
-    assert "{1:.0f} from ResNet-18, the largest, and {2:.0f} from".format(*under_fgsm) in text
     of = {name: parameters["cifar10", name] for name in ("cnn", "googlenet", "resnet18")}
     assert sorted(of, key=of.get) == list(of)
+    assert table_of(FIG2, "network, CIFAR-10", "parameters")[1:] == [
+        [name, f"{n:,}", f"{lost['cifar10', name]['fgsm']:.0f}"] for name, n in of.items()
+    ]
     shares = pd.DataFrame({name: fooled["cifar10", name] for name in of})
     assert (shares.idxmin(axis=1) == "resnet18").all()
     of = {name: parameters["mnist", name] for name in ("googlenet", "cnn", "resnet18")}
     assert sorted(of, key=of.get) == list(of)
     points = pd.DataFrame({name: lost["mnist", name] for name in of})
     assert (points.idxmax(axis=1) == "resnet18").all()
-    assert (points.idxmin(axis=1) == "googlenet").sum() == 4 and "four of six |" in PAGE
+    assert (points.idxmin(axis=1) == "googlenet").sum() == 4 and "under four of six." in TEXT
+
+
+def test_images_under_attack():
+    """Fig. 1: accuracies of all test images, and what two of them are taken for."""
+    _, _, (_, images, *cells) = table_of("docs/paper/fig1.md", "network", "test images")
+    of = record_of("fig1")["results"]["cifar10-resnet18"]
+    assert images == f"{of['test_images']:,}"
+    assert cells == [f"{of['accuracy'][name]:.3f}" for name in ("none", "fgsm")]
+    table = pd.read_csv(RESULTS / "fig1/table.csv")
+    first, second = (table[table["image"] == i].set_index("condition") for i in (0, 1))
+    _, *rows = table_of("docs/paper/fig1.md", "attack", "horse: prediction")
+    assert [row[0] for row in rows] == list(first.index)
+    for attack, *cells in rows:
+        both = (first.loc[attack], second.loc[attack])
+        assert cells == [
+            x for of in both for x in (of["prediction"], f"{of['confidence']:.3f}", str(of["l0"]))
+        ]
 
 
 def test_the_epsilon_of_features_follows_them():
     """Fig. 5: 0.1 of their RMS, which grows; of the ResNet-18 there is one epoch."""
-    text = " ".join(PAGE.split())
+    _, cnn, resnet = table_of(FIG5, "network", "attacked at")
     table = pd.read_csv(RESULTS / "fig5-cifar10-cnn/table.csv")
     assert (table["epsilon"] / table["rms"]).round(4).unique().tolist() == [0.1]
     ends = table["epsilon"].iloc[[0, -1]].tolist()
-    assert "from {:.4f} after the first epoch to {:.4f} after the last.".format(*ends) in text
-    assert f"Epsilon grew by {ends[1] / ends[0] - 1:.0%} meanwhile".replace("%", " %") in text
+    assert cnn[-1] == "{:.4f} after the first, {:.4f} after the last".format(*ends)
+    assert f"Epsilon grew by {ends[1] / ends[0] - 1:.0%} meanwhile".replace("%", " %") in TEXT
     table = pd.read_csv(RESULTS / "fig5-cifar10-resnet18/table.csv")
     assert table["epoch"].unique().tolist() == [20]
-    assert f"with an epsilon of {table['epsilon'].iloc[0]:.4f}." in text
+    assert resnet[-1] == f"{table['epsilon'].iloc[0]:.4f}"
 
 
 def test_more_steps():
@@ -270,7 +288,7 @@ def test_the_relation_on_lines():
         assert row["direction"] != "gradient" or 0.9 <= below <= 1
         assert kinds.loc[True, "dp"] > kinds.loc[False, "dp"]
         apart += kinds.loc[True, "dp_low"] > kinds.loc[False, "dp_high"]
-    assert apart == 7 and "in seven of twelve" in PAGE
+    assert apart == 7 and "in seven of twelve" in TEXT
     assert len(table) == 2000 and (table["product"] - table["bound"]).min() > -1e-6
 
 
@@ -315,32 +333,41 @@ def test_what_falls_and_what_rises_over_three_seeds():
     } == {*SEEDS}
 
 
-def test_the_sentence_about_three_seeds():
-    """What falls under which attack, as the comparison with the paper says it."""
-    (sentence,) = re.findall(r"^\| it falls while clean accuracy rises \| (.*?)Single", PAGE, re.M)
-    verdicts = {
-        folder: pd.read_csv(RESULTS / folder / "trends.csv").set_index("condition").verdict
-        for folder in SEEDS
+SIX = USUAL.split(",")[:6]
+VERDICTS = ("falls", "rises", "cannot be told")
+
+
+def listed(verdicts, verdict):
+    """The attacks with that verdict, as the page writes them."""
+    return ", ".join(called(name) for name in SIX if verdicts[name] == verdict) or "–"
+
+
+def test_what_falls_at_a_glance():
+    """Fig. 2: under which attacks accuracy falls and rises, over seeds and in one training."""
+    _, *rows = table_of(FIG2, "data", "falls")
+    for data, *cells in rows:
+        table = pd.read_csv(RESULTS / f"seeds-{data.lower().replace('-', '')}" / "trends.csv")
+        of = table.set_index("condition")["verdict"]
+        assert of["none"] == "rises"
+        assert cells == [listed(of, verdict) for verdict in VERDICTS]
+    assert len(rows) == len(SEEDS)
+    single = {}
+    for row in shown_rows(["results", "network", "condition"]):
+        of = single.setdefault((row["results"].strip("`"), row["network"]), {})
+        of[row["condition"]] = row["verdict"]
+    folders = {
+        "cnn, CIFAR-10": ("fig2-cifar10-cnn", "cnn"),
+        "resnet18, CIFAR-10": ("fig2-cifar10-resnet18", "resnet18"),
+        "resnet18 × 0.25, MNIST": ("fig2-mnist-quarter", "resnet18"),
+        "googlenet × 0.25, MNIST": ("fig2-mnist-quarter", "googlenet"),
+        "cnn, MNIST": ("fig2-mnist", "cnn"),
     }
-    found = {
-        (folder, verdict): [called(name) for name in attacks if of[name] == verdict]
-        for folder, of in verdicts.items()
-        for verdict in ("falls", "rises", "cannot be told")
-        for attacks in [("ost", "fgsm", "bim", "illc", "pgd", "sparsefool")]
-    }
-    assert all(of["none"] == "rises" for of in verdicts.values())
-    assert found["seeds-cifar10", "falls"] == ["OST", "BIM", "ILLC", "PGD", "SparseFool"]
-    assert found["seeds-mnist", "falls"] == ["BIM", "ILLC", "PGD", "SparseFool"]
-    assert found["seeds-mnist", "cannot be told"] == ["OST", "FGSM"]
-    assert found["seeds-cifar10", "cannot be told"] == ["FGSM"]
-    assert found["seeds-digits", "rises"] == ["OST", "FGSM", "ILLC"]
-    assert found["seeds-digits", "falls"] == []
-    assert sentence == (
-        "reproduced in part, over three seeds of a quarter of the CNN: on CIFAR-10 under OST, BIM,"
-        " ILLC, PGD and SparseFool, on MNIST under BIM, ILLC, PGD and SparseFool; under FGSM on"
-        " both, and OST on MNIST, it cannot be told. On the digits it rises under OST, FGSM and"
-        " ILLC and falls under none. "
-    )
+    _, *rows = table_of(FIG2, "network, one training")
+    assert [row[0] for row in rows] == list(folders)
+    for name, *cells in rows:
+        of = single[folders[name]]
+        shown = [cell.replace("all six attacks", ", ".join(map(called, SIX))) for cell in cells]
+        assert shown == [listed(of, verdict) for verdict in VERDICTS[:2]]
 
 
 def test_robustness_and_accuracy():

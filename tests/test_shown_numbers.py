@@ -21,11 +21,11 @@ from llm_attack.vision.trends import trend, verdict
 # Folder -> the page, and what stands there before the table of accuracies.
 SHOWN = {
     "fig3/smollm2-135m": ("README.md", "## What it finds"),
-    "fig3/smollm2-135m-bim-0.01": ("docs/fig3.md", "### At 0.01"),
-    "fig3/smollm2-135m-bim": ("docs/fig3.md", "### At 0.7 RMS"),
-    "fig3/smollm2-135m-choice": ("docs/fig3.md", "## What would the amplitude"),
-    "fig3/smollm2-135m-bf16": ("docs/fig3.md", "## More questions"),
-    "fig3/smollm2-135m-1000": ("docs/fig3.md", "and in float32 the first 1,000"),
+    "fig3/smollm2-135m-bim-0.01": ("docs/paper/fig3.md", "### At 0.01"),
+    "fig3/smollm2-135m-bim": ("docs/paper/fig3.md", "### At 0.7 RMS"),
+    "fig3/smollm2-135m-choice": ("docs/paper/fig3.md", "## If the attacker knows"),
+    "fig3/smollm2-135m-bf16": ("docs/paper/fig3.md", "In bfloat16, all of ARC"),
+    "fig3/smollm2-135m-1000": ("docs/paper/fig3.md", "In float32, the first 1,000"),
     "demo/sequence": ("docs/demo.md", "`make demo` prints"),
     "demo/choice": ("docs/demo.md", "With the gold known"),
 }
@@ -64,6 +64,13 @@ def words(page):
     return " ".join((ROOT / page).read_text("utf-8").split())
 
 
+def table_of(page, *heading):
+    """Heading and rows of the one table of a page whose first columns are those."""
+    found = tables((ROOT / page).read_text("utf-8"))
+    (table,) = (of for of in found if of[0][: len(heading)] == list(heading))
+    return table
+
+
 def record_of(folder):
     return json.loads((ROOT / "results" / folder / "run.json").read_text("utf-8"))
 
@@ -90,7 +97,7 @@ def test_changes_of_the_mean():
     noise = table[table["condition"].str.startswith("random@")]
     assert (noise["p_mcnemar_holm"] > 0.05).all()  # no detectable effect
     most = noise.loc[noise["task"] == "mean", "drop_high"].max()
-    assert f"it costs at most {most:.1f} points on the mean" in words("docs/fig3.md")
+    assert f"it costs at most {most:.1f} points on the mean" in words("docs/paper/fig3.md")
 
 
 def test_the_two_root_mean_squares():
@@ -98,14 +105,12 @@ def test_the_two_root_mean_squares():
     of = record_of("fig3/smollm2-135m")["attacks"]["fgsm@0.01"]
     matrix, tokens = of["embedding_rms"], of["signal_rms"]
     assert of["snr"] == pytest.approx((tokens / of["noise_rms"]) ** 2)
-    for page in ("README.md", "docs/fig3.md"):
-        assert f"{matrix:.3f}" in words(page)
-        assert f"0.01 is {1 / matrix:.0f} % of " in words(page)
-    text = words("docs/fig3.md")
-    assert f"Their root mean square is smaller, {tokens:.3f}. Of this 0.01 is" in text
-    assert (
-        f"Of this 0.01 is {1 / tokens:.0f} %, and 0.7 RMS is {70 * matrix / tokens:.0f} %" in text
-    )
+    assert f"{matrix:.3f}" in words("README.md")
+    assert f"0.01 is {1 / matrix:.0f} % of " in words("README.md")
+    _, *rows = table_of("docs/paper/fig3.md", "RMS of")
+    for (_, *cells), scale in zip(rows, (matrix, tokens), strict=True):
+        small, large = 1 / scale, 70 * matrix / scale
+        assert cells == [f"{scale:.3f}", f"{small:.0f} %", f"{large:.0f} %"]
     assert " dB" not in words("README.md")  # one of the two, where a reader compares
     of = record_of("demo/sequence")["attacks"]["fgsm@0.01"]
     text = words("docs/demo.md")
@@ -116,7 +121,7 @@ def test_the_two_root_mean_squares():
 
 
 def test_openbookqa_by_its_other_score():
-    """`docs/fig3.md`: by `acc_norm` above guessing, and taken there."""
+    """Fig. 3: by `acc_norm` above guessing, and taken there."""
     samples = pd.read_parquet(ROOT / "results/fig3/smollm2-135m/samples.parquet")
     of = samples[samples["task"] == "openbookqa"].pivot(
         index="doc_id", columns="condition", values="acc_norm"
@@ -127,16 +132,16 @@ def test_openbookqa_by_its_other_score():
     lost, gained = ((clean > fgsm).sum(), (clean < fgsm).sum())
     p_drop = binomtest(int(lost), int(lost + gained), 0.5).pvalue
     low, high = (-100 * end for end in inference.paired_interval(lost, gained, len(of))[::-1])
-    assert (
-        f"({clean.mean():.3f}, p = {p_clean:.4f}). FGSM at 0.7 RMS takes it to guessing"
-        f" ({fgsm.mean():.3f}): a drop of {100 * (clean - fgsm).mean():.1f} points"
-        f" ({low:.1f} to {high:.1f}), p = {p_drop:.3f}. So does noise of that amplitude"
-        f" ({noise.mean():.3f})."
-    ) in words("docs/fig3.md")
+    drop = f"{100 * (clean - fgsm).mean():.1f} ({low:.1f} to {high:.1f})"
+    assert table_of("docs/paper/fig3.md", "OpenBookQA, `acc_norm`")[1:] == [
+        ["none", f"{clean.mean():.3f}", "", f"{p_clean:.4f}, against guessing"],
+        ["fgsm@0.7rms", f"{fgsm.mean():.3f}", drop, f"{p_drop:.3f}, against none"],
+        ["random@0.7rms", f"{noise.mean():.3f}", "", ""],
+    ]
 
 
 def test_bfloat16_beside_float32():
-    """`docs/fig3.md`: how many predictions differ, and the accuracies of the tasks."""
+    """Fig. 3: how many predictions differ, and the accuracies of the tasks."""
     runs = (
         pd.read_parquet(ROOT / "results" / folder / "samples.parquet")
         for folder in ("fig3/smollm2-135m-bf16", "fig3/smollm2-135m-1000")
@@ -144,23 +149,22 @@ def test_bfloat16_beside_float32():
     both = next(runs).merge(next(runs), on=["task", "doc_id", "condition"])
     assert len(both[both["condition"] == "none"]) == 2000
     flips = (both["prediction_x"] != both["prediction_y"]).groupby(both["condition"]).mean() * 100
-    order = [flips[c] for c in ("none", "random@0.01", "random@0.7rms", "fgsm@0.01", "fgsm@0.7rms")]
-    assert (
-        "{:.2f} % of the predictions of the clean model, {:.2f} % to {:.2f} % of those under noise,"
-        " {:.2f} % under FGSM at 0.01 and {:.2f} % at 0.7 RMS."
-    ).format(*order) in words("docs/fig3.md")
+    _, *rows = table_of("docs/paper/fig3.md", "condition", "predictions that bfloat16 changes")
+    assert {condition: cell for condition, cell in rows} == {
+        condition: f"{share:.2f} %" for condition, share in flips.items()
+    }
     means = both.groupby(["task", "condition"])[["acc_x", "acc_y"]].mean()
     most = 100 * (means["acc_x"] - means["acc_y"]).abs().max()
-    assert f"It changes no accuracy of a task by more than {most:.1f} points" in words(
-        "docs/fig3.md"
+    assert f"changes no accuracy of a task by more than {most:.1f} points" in words(
+        "docs/paper/fig3.md"
     )
 
 
 def test_the_loss_is_our_reading_of_the_paper():
     """Which states neither loss, steps nor batches: nowhere is `sequence` called the paper's."""
-    for page in ("README.md", "docs/fig3.md", "docs/attacks.md"):
+    for page in ("README.md", "docs/paper/fig3.md", "docs/attacks.md"):
         assert "our reading" in words(page)
-    sources = [*ROOT.glob("docs/*.md"), *ROOT.glob("llm_attack/**/*.py"), ROOT / "README.md"]
+    sources = [*ROOT.glob("docs/**/*.md"), *ROOT.glob("llm_attack/**/*.py"), ROOT / "README.md"]
     for path in sources:
         for line in path.read_text("utf-8").splitlines():
             assert not ("sequence" in line and "paper's" in line), (path.name, line)
@@ -306,9 +310,9 @@ def with_interval(values):
 
 
 def test_uncertainty():
-    """`docs/experiments.md`, Fig. 4: both packets before and after training, and what changes."""
-    text = (ROOT / "docs" / "experiments.md").read_text("utf-8")
-    _, *rows = next(tables(text[text.index("## Fig. 4") :]))
+    """Fig. 4: both packets before and after training, and what changes."""
+    text = words("docs/paper/fig4.md")
+    _, *rows = table_of("docs/paper/fig4.md", "mean of five seeds (95 % interval)")
     curves = pd.read_csv(ROOT / "results/experiments/fig4/curves.csv").set_index(["epoch", "seed"])
     assert [row[0] for row in rows] == list(OF_THE_TOY)
     for name, *cells, told in rows:
@@ -321,43 +325,44 @@ def test_uncertainty():
         assert (curves.loc[500, f"product_{packet}"] > 0.5).sum() == above
         assert (curves[f"product_{packet}"] >= curves[f"bound_{packet}"]).all()
     lowest = curves["product_predicted"].groupby("epoch").min()
-    assert lowest[lowest <= 0.5].index.max() == 38 and "from epoch 39 on the product is" in text
+    assert lowest[lowest <= 0.5].index.max() == 38 and "seeds from epoch 39 on |" in text
 
 
 def test_the_plain_step_of_the_toy():
-    """`docs/experiments.md`, Fig. 4: its accuracy falls between two epochs, and then rises."""
-    text = " ".join((ROOT / "docs" / "experiments.md").read_text("utf-8").split())
+    """Fig. 4: its accuracy falls between two epochs, and then rises."""
+    page = "docs/paper/fig4.md"
     curves = pd.read_csv(ROOT / "results/experiments/fig4/curves.csv")
     means = curves.groupby("epoch")[["clean", "robust", "stepped"]].mean()
     top = means["stepped"].loc[:50].idxmax()
     low = means["stepped"].loc[top:].idxmin()
-    ends = {name: means[name].loc[[top, low, 500]].round(3).tolist() for name in means}
-    assert f"reproduced from epoch {top} to epoch {low}. " in text
-    assert "Its mean falls from {:.3f} to {:.3f}, while".format(*ends["stepped"]) in text
-    assert "the clean accuracy rises from {:.3f} to {:.3f}.".format(*ends["clean"]) in text
-    assert f"rises again, to {ends['stepped'][2]:.3f} after epoch 500" in text
+    epochs = [top, low, 500]
+    assert f"it falls from epoch {top} to epoch {low}, then rises again" in words(page)
+    heading, *rows = table_of(page, "mean of five seeds", "epoch 14")
+    assert heading[1:] == [f"epoch {epoch}" for epoch in epochs]
+    for (_, *cells), name in zip(rows, ("stepped", "clean"), strict=True):
+        assert cells == [f"{means.loc[epoch, name]:.3f}" for epoch in epochs]
     values = curves.set_index(["epoch", "seed"])["stepped"]
     for (first, last), told in (((top, low), "falls"), ((low, 500), "rises")):
         change = inference.mean_of([((values[last] - values[first]).to_numpy(), range(5))])
         assert told == ("falls" if change.high < 0 else "rises" if change.low > 0 else None)
     assert (means["robust"].cummax() - means["robust"]).max() < 0.005  # FGSM's does not fall
-    for slope, shown in ((2, "0.23"), (8, "0.26"), (400, "0.02")):
-        way = brentq(lambda t, k=slope: t - 0.3 * k * expit(-k * t), 0, 10)
-        assert f"{way:.2f}" == shown and f"{shown} for k = {slope}" in text
+    _, *rows = table_of(page, "slope k")
+    for slope, shown in rows:
+        way = brentq(lambda t, k=int(slope): t - 0.3 * k * expit(-k * t), 0, 10)
+        assert f"{way:.2f}" == shown
 
 
 def test_words():
-    """`docs/experiments.md`, Fig. 6: cosines times the root of the size, the last word."""
-    text = (ROOT / "docs" / "experiments.md").read_text("utf-8")
+    """Fig. 6: cosines times the root of the size, the last word."""
+    page = "docs/paper/fig6.md"
     curves = pd.read_csv(ROOT / "results/experiments/fig6/curves.csv")
     last = curves[(curves["epoch"] == 1000) & (curves["split"] == "test")].set_index("size")
-    for kind, shown in (
-        ("right", "−0.136, −0.131 and −0.141"),
-        ("wrong", "+0.103, +0.097 and +0.099"),
-    ):
+    heading, *rows = table_of(page, "cosine times √size")
+    assert heading[1:] == [str(size) for size in last.index]
+    for kind, (name, *cells) in zip(("right", "wrong"), rows, strict=True):
         scaled = last[f"cosine_{kind}_mean"] * last.index.to_numpy() ** 0.5
-        values = [f"{value:+.3f}".replace("-", "−") for value in scaled]
-        assert f"{', '.join(values[:2])} and {values[2]}" == shown and shown in text
+        assert name == f"{kind} words"
+        assert cells == [f"{value:+.3f}".replace("-", "−") for value in scaled]
         for end in ("min", "max"):  # the same within the seeds
             ends = (last[f"cosine_{kind}_{end}"] * last.index.to_numpy() ** 0.5).tolist()
             beyond = [of > max(scaled) if end == "max" else of < min(scaled) for of in ends]
@@ -365,12 +370,13 @@ def test_words():
     of_seeds = last["accuracy_max"] - last["accuracy_min"]
     assert last["accuracy_mean"].max() - last["accuracy_mean"].min() < of_seeds.min()
     unlearnt = curves[(curves["split"] == "train") & (curves["accuracy_min"] < 1)]
-    assert unlearnt.groupby("size")["epoch"].max().tolist() == [505, 352, 228]
+    _, (_, *epochs) = table_of(page, "size", "8")
+    assert unlearnt.groupby("size")["epoch"].max().tolist() == list(map(int, epochs))
 
 
 def test_which_words_have_the_larger_cosine():
-    """`docs/experiments.md`, Fig. 6: in size that of right words; the sign tells them apart."""
-    text = " ".join((ROOT / "docs" / "experiments.md").read_text("utf-8").split())
+    """Fig. 6: in size that of right words; the sign tells them apart."""
+    text = words("docs/paper/fig6.md")
     networks = {}
     for folder in ("experiments/fig6", "experiments/fig6-controls"):
         table = pd.read_csv(ROOT / "results" / folder / "networks.csv")
@@ -379,18 +385,21 @@ def test_which_words_have_the_larger_cosine():
         further = new["cosine_right"].abs() > new["cosine_wrong"].abs()
         networks[folder] = int(further.sum()), len(new)
     assert networks == {"experiments/fig6": (30, 30), "experiments/fig6-controls": (31, 120)}
-    assert "further from 0 in all 30 networks" in text and "further from 0 in 31 of 120" in text
+    assert (
+        "further from 0 in all 30 networks" in text
+        and "words are further from 0 in 31 of 120" in text
+    )
     curves = pd.read_csv(ROOT / "results/experiments/fig6/curves.csv")
     new = curves[curves["split"] == "test"]
     assert (new["cosine_right_mean"].abs() > new["cosine_wrong_mean"].abs()).all()
 
 
 def test_cosines_of_networks_that_differ_in_accuracy():
-    """`docs/experiments.md`, Fig. 6: the rank correlations, and how far apart the networks are."""
-    text = (ROOT / "docs" / "experiments.md").read_text("utf-8")
+    """Fig. 6: the rank correlations, and how far apart the networks are."""
+    page = "docs/paper/fig6.md"
     networks = pd.read_csv(ROOT / "results/experiments/fig6-controls/networks.csv")
     found = fig6.trends(networks)
-    _, *rows = next(tables(text[text.index("| cosine · √size of |") :]))
+    _, *rows = table_of(page, "cosine · √size of")
     assert [row[0] for row in rows] == ["right words", "wrong words"]
     for (_, *cells), of in zip(rows, found.values(), strict=True):
         value, low, high = (f"{of[k]:+.2f}" for k in ("correlation", "low", "high"))
@@ -400,7 +409,9 @@ def test_cosines_of_networks_that_differ_in_accuracy():
         assert cells == [*shown, told]
     new = networks[networks["split"] == "test"]
     means = new.groupby(list(fig6.Kind._fields))["accuracy"].mean()
-    assert f"mean accuracies from {means.min():.3f} to {means.max():.3f}" in text
+    assert f"accuracies on new words run from {means.min():.3f} to {means.max():.3f};" in words(
+        page
+    )
 
 
 def test_curves_agree_with_attacks_of_one_amplitude():
@@ -442,15 +453,13 @@ def test_what_foretells():
 
 def test_the_estimate_and_what_it_estimates():
     """`docs/critical.md`: quartiles of first_order / critical_epsilon."""
-    for folder, condition, quartiles in (
-        ("critical/demo", "critical@0.5rms", [1.06, 1.23, 1.47]),
-        ("critical/smollm2-135m", "critical@0.2rms", [0.98, 1.01, 1.05]),
-        ("critical/smollm2-135m-fmn", "fmn@0.2rms", [0.98, 1.01, 1.06]),
-    ):
+    folders = ("critical/demo", "critical/smollm2-135m", "critical/smollm2-135m-fmn")
+    _, *rows = table_of("docs/critical.md", "model", "condition", "first quartile")
+    for folder, (_, condition, *quartiles) in zip(folders, rows, strict=True):
         samples = pd.read_parquet(ROOT / "results" / folder / "samples.parquet")
         found = samples[(samples["condition"] == condition) & (samples["critical_epsilon"] > 0)]
         ratio = found["first_order"] / found["critical_epsilon"]
-        assert ratio.quantile([0.25, 0.5, 0.75]).round(2).tolist() == quartiles
+        assert [f"{x:.2f}" for x in ratio.quantile([0.25, 0.5, 0.75])] == quartiles
 
 
 @pytest.mark.parametrize(
@@ -460,7 +469,7 @@ def test_tables_of_fig3(folder):
     main = runpy.run_path(str(ROOT / "docs/fig3.py"), run_name="fig3")["main"]
     done = CliRunner().invoke(main, [str(ROOT / "results" / folder)], catch_exceptions=False)
     printed = done.output
-    page = list(tables((ROOT / "docs" / "fig3.md").read_text("utf-8")))
+    page = list(tables((ROOT / "docs/paper/fig3.md").read_text("utf-8")))
     made = list(tables(printed))
     assert len(made) == 6
     for table in made:

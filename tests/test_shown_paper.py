@@ -1,0 +1,252 @@
+"""Short tables of `docs/paper` and `docs/critical.md`, and the list of claims, beside results."""
+
+import json
+import re
+
+import pandas as pd
+import pytest
+from shown import ROOT
+from test_shown_numbers import record_of, table_of, tables, words
+
+from llm_attack.stats import wilson
+from llm_attack.theory import fig6
+
+RESULTS = ROOT / "results"
+PAPER = ROOT / "docs" / "paper"
+FIG3, CRITICAL = "docs/paper/fig3.md", "docs/critical.md"
+VERDICTS = {"holds": "seen", "does not hold": "not seen", "not shown": "cannot be told"}
+OF_CLAIMS = re.compile(r"(not seen|seen|reversed|cannot be told)\b")
+
+
+def minus(text):
+    return text.replace("-", "−")
+
+
+def mean_row(folder, condition, task="mean"):
+    table = pd.read_csv(RESULTS / folder / "table.csv")
+    of = table[(table["task"] == task) & (table["condition"] == condition)]
+    (row,) = of.to_dict("records")
+    return row
+
+
+def folder_of(condition, questions):
+    """Where Fig. 3 ran a condition on so many questions of each benchmark."""
+    if questions == 500:
+        return "fig3/smollm2-135m"
+    return "fig3/smollm2-135m-bim" + ("" if condition.endswith("rms") else "-0.01")
+
+
+def test_claims_at_a_glance():
+    """Fig. 3: beside the whole lists of claims, which `test_tables_of_fig3` compares."""
+    whole = {}
+    for heading, *rows in tables((ROOT / FIG3).read_text("utf-8")):
+        if heading == ["claim", "condition", "verdict", "figure"]:
+            for claim, condition, *told in rows:
+                whole.setdefault((claim, condition), told)  # of the run with most questions
+    _, *rows = table_of(FIG3, "the paper", "attack")
+    for claim, condition, measured, verdict in rows:
+        told, figure = whole[claim, condition]
+        assert measured == re.split("[,;]", figure)[0]
+        assert verdict == VERDICTS[told]
+
+
+def test_what_stays_above_guessing():
+    by_score = [
+        of for of in tables((ROOT / FIG3).read_text("utf-8")) if of[0][:2] == ["task", "score"]
+    ]
+    assert len(by_score) == 3
+    _, *rows = table_of(FIG3, "condition", "questions of each")
+    for condition, questions, mean, *shown in rows:
+        heading, *cells = next(of for of in by_score if condition in of[0])
+        column = heading.index(condition)
+        for score, names in zip(("acc", "acc_norm"), shown, strict=True):
+            above = [row[0] for row in cells if row[1] == score and "↑" in row[column]]
+            assert names == (", ".join(above) or "–"), condition
+        of = mean_row(folder_of(condition, int(questions)), condition)
+        assert mean == f"{of['acc']:.3f}" and f"{of['baseline']:.2f}" == "0.33"
+
+
+@pytest.mark.parametrize("amplitude", ["0.01", "0.7 RMS"])
+def test_points_lost_in_ten_steps(amplitude):
+    _, *rows = table_of(FIG3, f"condition, {amplitude}")
+    for condition, lost, snr in rows:
+        folder = folder_of(condition, 150)
+        of = mean_row(folder, condition)
+        assert lost == minus("{drop:.1f} ({drop_low:.1f} to {drop_high:.1f})".format(**of))
+        assert snr == f"{record_of(folder)['attacks'][condition]['snr_db']:.1f}"
+    assert len(rows) == 4
+
+
+def test_changes_of_log_likelihoods():
+    _, *rows = table_of(FIG3, "attack", "questions of each")
+    for attack, questions, *cells in rows:
+        for epsilon, cell in zip(("0.01", "0.7rms"), cells, strict=True):
+            condition = f"{attack}@{epsilon}"
+            of = mean_row(folder_of(condition, int(questions)), condition)
+            change = of["log_likelihood_change"]
+            assert cell == minus(f"{change:+.{2 if abs(change) < 0.1 else 1}f}")
+
+
+def test_a_known_answer():
+    """Fig. 3: one step of FGSM with the right answer known."""
+    folder = "fig3/smollm2-135m-choice"
+    _, *rows = table_of(FIG3, "FGSM, right answer known")
+    for amplitude, absolute, snr, mean in rows:
+        condition = f"fgsm@{amplitude.replace(' RMS', 'rms')}"
+        of, made = mean_row(folder, condition), record_of(folder)["attacks"][condition]
+        assert float(absolute.split(",")[0]) == pytest.approx(of["epsilon"], rel=0.006)
+        assert snr == f"{made['snr_db']:.0f}"
+        assert mean.split(",")[0] == f"{of['acc']:.3f}"
+        assert ("below guessing" in mean) <= (of["acc_high"] < of["baseline"])
+
+
+def test_all_of_arc_in_bfloat16():
+    _, *rows = table_of(FIG3, "arc_easy, bfloat16")
+    for condition, cell in rows:
+        of = mean_row("fig3/smollm2-135m-bf16", condition, "arc_easy")
+        detectable = "" if of["p_mcnemar_holm"] <= 0.05 else ", not detectable"
+        assert cell == minus(f"{of['drop']:.1f}") + detectable
+        assert f"{of['n']:,.0f} questions" in words(FIG3)
+
+
+def test_clean_accuracy_is_that_of_lm_eval():
+    page = "docs/paper/checks.md"
+    folder = RESULTS / "fig3" / "equality"
+    found = json.loads((folder / "smollm2-135m.json").read_text("utf-8"))
+    _, *rows = table_of(page, "pair")
+    assert len(rows) == len(found["pairs"])
+    for (_, *cells), of in zip(rows, found["pairs"].values(), strict=True):
+        largest, mean, *counts = of.values()
+        assert cells == [f"{largest:.1e}", f"{mean:.1e}", *map(str, counts)]
+    assert f"{found['requests']:,} requests of {found['questions']:,} questions" in words(page)
+    pairs = json.loads((folder / "smollm2-135m-float64.json").read_text("utf-8"))["pairs"]
+    _, *rows = table_of(page, "float32, against stock in float64")
+    for (_, *cells), pair in zip(rows, ("stock, batches of 16", "attack=none"), strict=True):
+        both = [of for name, of in pairs.items() if pair in name and "float64" in name]
+        assert cells == [f"{both[0][k]:.1e}" for k in ("largest", "mean")]
+    samples = pd.read_parquet(RESULTS / "fig3/smollm2-135m/samples.parquet")
+    _, *rows = table_of(page, "task", "metric", "card")
+    for task, score, card, here in rows:
+        of = samples[(samples["task"] == task) & (samples["condition"] == "none")][score]
+        low, high = wilson(of.sum(), len(of))
+        assert here == f"{of.mean():.3f} ({low:.3f}–{high:.3f})" and low < float(card) < high
+
+
+def test_the_packet_of_the_toy():
+    page = "docs/paper/fig4.md"
+    curves = pd.read_csv(RESULTS / "experiments/fig4/curves.csv")
+    means = curves.groupby("epoch").mean()
+    heading, *rows = table_of(page, "predicted packet")
+    epochs = [int(name.split()[1]) for name in heading[1:]]
+    for (_, *cells), column in zip(rows, ("dx_predicted", "dp_predicted"), strict=True):
+        assert cells == [f"{means.loc[epoch, column]:.3g}" for epoch in epochs]
+    text = words(page)
+    assert f"ends at {means['product_predicted'].iloc[-1]:.3f}" in text
+    assert f"product ends at {means['product_fixed'].iloc[-1]:.2f}" in text
+    width = means["dx_fixed"]
+    lowest = width.idxmin()
+    falls = f"falls to {width[lowest]:.2f} at epoch {lowest} and then rises to"
+    assert f"{falls} {width.iloc[-1]:.2f}." in text
+    first, *_, last = 100 * (means["clean"] - means["robust"])
+    assert f"gap between the two grows from {first:.0f} points to {last:.0f}." in text
+
+
+def test_the_packet_along_the_gradient():
+    """Of the images: the smallest and largest means over blocks, right and wrong images."""
+    lines = pd.read_csv(RESULTS / "experiments/relation/lines.csv")
+    lines = lines[lines["direction"] == "gradient"]
+    lines = lines.assign(dx=lines["dx"] / lines["reach"], dp=lines["dp"] * lines["reach"])
+    means = lines.groupby(["epoch", "block", "right"])[["dx", "dp"]].mean()
+    (_, *widths), (_, *slopes) = table_of("docs/paper/relation.md", "along the gradient")[1:]
+    before, after = means.loc[0], means.loc[means.index.levels[0].max()]
+    ends = [f"{of['dx'].min():.2f} to {of['dx'].max():.2f}" for of in (before, after)]
+    assert widths == ends
+    assert slopes[0] == f"{before['dp'].max():.2f} at most"
+    assert slopes[1] == f"{after['dp'].min():.2f} to {after['dp'].max():.2f}"
+
+
+def test_words_after_training():
+    page = "docs/paper/fig6.md"
+    curves = pd.read_csv(RESULTS / "experiments/fig6/curves.csv")
+    last = curves[curves["epoch"] == 1000].set_index(["size", "split"])
+    _, *rows = table_of(page, "size", "accuracy, test")
+    for size, *cells, train in rows:
+        of = last.loc[int(size), "test"]
+        for cell, name in zip(cells, ("accuracy", "cosine_right", "cosine_wrong"), strict=True):
+            shown = [float(x) for x in re.findall(r"-?\d\.\d+", cell.replace("−", "-"))]
+            ends = [of[f"{name}_{end}"] for end in ("mean", "min", "max")]
+            assert shown == pytest.approx(ends, abs=5.1e-4)
+        assert train == minus(f"{last.loc[(int(size), 'train'), 'cosine_right_mean']:.3f}")
+    test = curves[(curves["epoch"] == 1000) & (curves["split"] == "test")]
+    ends = f"{test['accuracy_min'].min():.2f} to {test['accuracy_max'].max():.2f}"
+    assert f"Accuracy on new words is {ends} over the 30 networks" in words(page)
+
+
+def test_words_by_their_characters_alone():
+    page = "docs/paper/fig6.md"
+    networks = pd.read_csv(RESULTS / "experiments/fig6-controls/networks.csv")
+    found = fig6.trends(networks[networks["ngram"] == 1])
+    _, *rows = table_of(page, "characters alone")
+    for (_, cell), of in zip(rows, found.values(), strict=True):
+        value, low, high = (f"{of[k]:+.2f}" for k in ("correlation", "low", "high"))
+        assert cell == minus(f"{value} ({low} to {high})")
+    new = networks[networks["split"] == "test"]
+    means = new.groupby(list(fig6.Kind._fields))["accuracy"].mean()
+    assert (means - 1 / 3).abs().le(0.05).sum() == 18 and len(means) == 24
+    assert "Eighteen of the 24 kinds are within 5 points" in words(page)
+
+
+def test_medians_of_critical_epsilons():
+    folders = ("critical/demo", "critical/smollm2-135m", "critical/smollm2-135m-fmn")
+    _, *rows = table_of(CRITICAL, "model", "condition", "median critical epsilon")
+    for folder, (_, condition, median, share) in zip(folders, rows, strict=True):
+        (made, *_) = tables((RESULTS / folder / "critical.md").read_text("utf-8"))
+        (of,) = (row for row in made if row[:2] == ["mean", condition])
+        assert median == of[made[0].index("median")]
+        rms = record_of(folder)["attacks"]["none"]["embedding_rms"]
+        assert share == f"{100 * float(median.split()[0]) / rms:.0f} %"
+
+
+def test_what_the_estimate_gains():
+    """The smallest and largest difference to the margin, over the rows of the whole tables."""
+    made = [
+        [dict(zip(heading, row, strict=True)) for row in rows]
+        for heading, *rows in tables((ROOT / CRITICAL).read_text("utf-8"))
+        if "first_order - margin" in heading
+    ]
+    _, *rows = table_of(CRITICAL, "`first_order` against `margin`")
+    for (_, *cells), of in zip(rows, (made[0], made[1] + made[2]), strict=True):
+        for cell, measure in zip(cells, ("spearman", "auroc"), strict=True):
+            gains = [
+                float(row["first_order - margin"].split()[0])
+                for row in of
+                if row["measure"] == measure
+            ]
+            assert cell == f"{min(gains):.2f} to {max(gains):.2f}"
+
+
+def numbers(text):
+    return re.findall(r"\d+(?:\.\d+)?", text)
+
+
+def test_the_list_of_claims():
+    """Its numbers stand on the page that it links to, and so does each figure of the section."""
+    _, *rows = table_of("docs/paper/index.md", "claim of the paper")
+    linked = set()
+    for claim, measured, verdict, link, command in rows:
+        ((name, _),) = re.findall(r"\]\(([\w.]+)(#[\w-]+)?\)", link)
+        page = numbers((PAPER / name).read_text("utf-8"))
+        assert set(numbers(measured)) <= set(page), (claim, measured)
+        assert verdict in {*VERDICTS.values(), "reversed"}
+        text = (PAPER / name).read_text("utf-8")
+        assert f"llm-attack {command.strip('`')} -" in text
+        linked.add(name)
+    assert linked == {path.name for path in PAPER.glob("*.md")} - {"index.md", "checks.md"}
+
+
+@pytest.mark.parametrize("path", sorted(PAPER.glob("*.md")), ids=lambda path: path.stem)
+def test_verdicts_are_of_four_kinds(path):
+    for heading, *rows in tables(path.read_text("utf-8")):
+        if "verdict" in heading and heading[0] in ("the paper", "claim of the paper"):
+            for row in rows:
+                assert OF_CLAIMS.match(row[heading.index("verdict")]), row
