@@ -34,9 +34,8 @@ def main(first, second):
         p = sign_test([[1] * gained + [-1] * lost], [n])
         least = detectable([paired_error(lost, gained, n)])
         print(f"{task}: {n} questions, {lost} lost, {gained} gained, p = {p:.2g}")
-        print(
-            f"  change {100 * (gained - lost) / n:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f})"
-        )
+        ends = f"{100 * low:+.1f} to {100 * high:+.1f}"
+        print(f"  change {100 * (gained - lost) / n:+.1f} points ({ends})")
         print(f"  this many questions detect a change of {100 * least:.1f} points")
 
 

@@ -1,4 +1,4 @@
-"""The pages are easy to read, as far as a program can see it; and the program sees what it should."""
+"""The pages are easy to read, as far as a program can see; and it sees what it should."""
 
 import sys
 
@@ -53,10 +53,9 @@ def test_limits(limit, enough, too_much):
         ("that of", "The numbers are those of the first run."),
         ("alone", "It reads the continuation alone."),
         ("but for", "All libraries but for torch are new."),
-        ("as they are", "Older runs are left as they are."),
         ("told", "Older runs are told apart by their name."),
         ("old words", "One gradient foretells the rest."),
-        ("negated", "Nothing is computed without a gradient."),
+        ("negated", "Such a gradient is not uncommon."),
         ("'if'", "It uses cuda where there is one."),
         ("so that", "The rows differ, so that they cannot be shared."),
         ("old words", "| a | b |\n|---|---|\n| 1 | Hence it falls. |"),
