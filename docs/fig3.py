@@ -51,8 +51,8 @@ def table_of_differences(frame: pd.DataFrame) -> Cells:
         cells = [of.loc[(task, label)] for label in labels]
         rows.append([task, *map(_difference, cells)])
     notes = [
-        "points of a percent, paired 95 % interval; * exact test, Holm over tasks, of the mean"
-        " stratified"
+        "percentage points, with paired 95 % intervals; * significant by an exact test, with Holm's"
+        " correction over the tasks (for the mean, a stratified test)"
     ]
     return Cells(["task", *labels], rows, notes)
 
@@ -83,7 +83,10 @@ def scores(found: Result) -> Cells:
     heading = [*conditions, "baseline"]
     both = [(task, score) for task in tasks for score in ("acc", "acc_norm")]
     cells = [[*of, *(rows[of][name] for name in heading)] for of in both if of in rows]
-    note = "↑ above guessing, ↓ below it: exact test, Holm over the tasks that have the score"
+    note = (
+        "↑ above guessing, ↓ below it: exact test, with Holm's correction over the tasks that have"
+        " the score"
+    )
     return Cells(["task", "score", *heading], cells, [note])
 
 
@@ -110,9 +113,9 @@ def falls(found: Result) -> Cells:
     heading = ["condition", "lost", *(f"{name} margins" for name in QUARTERS), "AUC"]
     quarters = ", ".join(f"{end:.2f}" for end in ends)
     notes = [
-        f"share lost of each quarter by gold margin without an attack (bounds {quarters} nats),"
-        " with Wilson's 95 % interval",
-        "AUC: probability that a question that is kept had a larger margin than one that is lost",
+        "share lost of each quarter of the correct answers, by margin without an attack (bounds"
+        f" {quarters} nats), with Wilson's 95 % interval",
+        "AUC: probability that a kept question had a larger margin than a lost one",
     ]
     return Cells(heading, rows, notes)
 
@@ -137,9 +140,8 @@ def point(found: Result) -> Cells:
     attacked = [of for of in found.run["attacks"].values() if of["signal_rms"] is not None]
     matrix, tokens = attacked[0]["embedding_rms"], attacked[0]["signal_rms"]
     notes = [
-        f"RMS: of the embedding matrix, {matrix:.3f}; this is the unit `rms` of epsilon",
-        f"RMS of the tokens: over the tokens that were attacked, {tokens:.3f}; this is the signal"
-        " of the SNR",
+        f"RMS: of the embedding matrix, {matrix:.3f}. This is the unit `rms` of epsilon",
+        f"RMS of the tokens: over the attacked tokens, {tokens:.3f}. This is the signal of the SNR",
     ]
     return Cells(heading, rows, notes)
 

@@ -119,6 +119,22 @@ def test_accuracies_after_the_last_epoch():
             assert float(row[name]) == pytest.approx(accuracy, abs=5.1e-4), (folder, name)
         seen.add((folder, network))
     assert seen == set(attacked())
+    of_all = {
+        (row["results"].strip("`"), row["network"].split()[0]): 100 * float(row["clean, all"])
+        for row in shown_rows(["results", "network", "training images"])
+    }
+    cnn, resnet, googlenet = (
+        of_all[folder, name]
+        for folder, name in (
+            ("fig2-mnist", "cnn"),
+            ("fig2-mnist-quarter", "resnet18"),
+            ("fig2-mnist-quarter", "googlenet"),
+        )
+    )
+    assert f"{cnn:.1f} % with the CNN; {resnet:.1f} % with" in TEXT and resnet == googlenet
+    names = {"cnn": "the CNN", "resnet18": "ResNet-18", "googlenet": "GoogLeNet"}
+    shown = [f"{of_all[f'fig2-cifar10-{k}', k]:.1f} % with {v}" for k, v in names.items()]
+    assert f"higher: {', '.join(shown)} |" in PAGE
 
 
 def last_rows(folder, network):
@@ -241,6 +257,7 @@ def test_beside_autoattack():
             shown = [float(x) for x in re.findall(r"\d\.\d+", row[column])]
             ends = [found[k] for k in ("accuracy", "low", "high")]
             assert shown == pytest.approx(ends, abs=5.1e-4)
+        assert f" {left['blocks']} (" in TEXT  # images that stay right, as the page counts them
         for column, name in (("ours", "llm_attack"), ("AutoAttack", "autoattack")):
             assert int(row[f"seconds, {column}"]) == round(record["seconds"][name])
 
@@ -389,6 +406,21 @@ def test_robustness_and_accuracy():
             assert row[name] == f"{mean} ({low} to {high})"
         seen.append((folder, row["network"], row["training"]))
     assert {folder for folder, _, _ in seen} == set(TRADEOFFS) and len(seen) == len(set(seen))
+    shown = {
+        (row["network"].split()[0], row["training"]): [
+            float(row[name].split()[0]) for name in ("clean", "under PGD")
+        ]
+        for row in shown_rows(["trained", "network", "training"])
+        if row["trained"] == "`tradeoff-digits`"
+    }
+    (clean, robust), (less, more) = shown["cnn", "none"], shown["cnn", "trades"]
+    points = f"TRADES takes {100 * (clean - less):.0f} points of clean accuracy and gives"
+    assert f"{points} {100 * (more - robust):.0f} of robust accuracy" in TEXT
+    table = pd.read_csv(RESULTS / "tradeoff-cifar10/table.csv")
+    last = table[(table["epoch"] == table["epoch"].max()) & (table["condition"] == "none")]
+    clean, pgd = (last.loc[last["training"] == name, "accuracy"] for name in ("none", "pgd"))
+    apart = f"but its two seeds are {100 * (pgd.max() - pgd.min()):.0f} apart"
+    assert f"PGD costs {100 * (clean.mean() - pgd.mean()):.1f} points, {apart}" in TEXT
 
 
 def test_correlations_of_robustness_and_accuracy():

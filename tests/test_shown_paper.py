@@ -69,9 +69,10 @@ def test_what_stays_above_guessing():
 @pytest.mark.parametrize("amplitude", ["0.01", "0.7 RMS"])
 def test_points_lost_in_ten_steps(amplitude):
     _, *rows = table_of(FIG3, f"condition, {amplitude}")
-    for condition, lost, snr in rows:
+    for condition, mean, lost, snr in rows:
         folder = folder_of(condition, 150)
         of = mean_row(folder, condition)
+        assert mean == "{acc:.3f} ({acc_low:.3f} to {acc_high:.3f})".format(**of)
         assert lost == minus("{drop:.1f} ({drop_low:.1f} to {drop_high:.1f})".format(**of))
         assert snr == f"{record_of(folder)['attacks'][condition]['snr_db']:.1f}"
     assert len(rows) == 4
@@ -186,7 +187,7 @@ def test_words_by_their_characters_alone():
     page = "docs/paper/fig6.md"
     networks = pd.read_csv(RESULTS / "experiments/fig6-controls/networks.csv")
     found = fig6.trends(networks[networks["ngram"] == 1])
-    _, *rows = table_of(page, "characters alone")
+    _, *rows = table_of(page, "characters only")
     for (_, cell), of in zip(rows, found.values(), strict=True):
         value, low, high = (f"{of[k]:+.2f}" for k in ("correlation", "low", "high"))
         assert cell == minus(f"{value} ({low} to {high})")

@@ -10,7 +10,7 @@ from llm_attack import stats as inference
 from llm_attack.suite.studies.claims import HOLDS, NOT, UNSHOWN, cells, claims
 
 COSTS, MORE = "the attack costs accuracy", "it costs more than noise of the same amplitude"
-GUESSES, SMALL = "its accuracy is that of guessing", "questions of small margin fall first"
+GUESSES, SMALL = "its accuracy equals guessing", "questions of small margin fall first"
 NOISE, COSINES = "random noise costs accuracy", "right answers have lower cosines"
 
 

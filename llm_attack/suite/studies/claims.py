@@ -1,7 +1,7 @@
 """The claims of arXiv 2205.01493 about language models, each put to a test on a run's samples.
 
 A claim holds, does not hold, or is not shown: a test that finds nothing is no evidence, so that
-"does not hold" needs one of its own, and so does "is that of guessing".
+"does not hold" needs one of its own, and so does "equals guessing".
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def _guesses(after: pd.DataFrame, within: float) -> Iterator[Claim]:
     differs = float(norm.sf((abs(found.value) - within) / error)) if error > 0 else 1.0
     verdict = HOLDS if equal <= ALPHA else NOT if differs <= ALPHA else UNSHOWN
     yield Claim(
-        "its accuracy is that of guessing",
+        "its accuracy equals guessing",
         str(after["condition"].iloc[0]),
         verdict,
         f"{found.value:+.1f} points from guessing ({found.low:+.1f} to {found.high:+.1f});"
