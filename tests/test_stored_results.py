@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from shown import PAGES, ROOT
 
+from llm_attack.base.errors import UsageError
 from llm_attack.suite import commands, results
 
 RESULTS = ROOT / "results"
@@ -104,3 +105,20 @@ def test_tables_are_what_the_report_makes(run, tmp_path):
         made, stored = (pd.read_csv(folder / path.name) for folder in (copy, run))
         pd.testing.assert_frame_equal(made, stored, rtol=1e-4)
     assert {path.name for path in run.iterdir()} <= {path.name for path in copy.iterdir()}
+
+
+@pytest.mark.slow
+def test_every_stored_run_is_compared(tmp_path, capsys):
+    """Also those of earlier versions, whose records have less; each with the one after it."""
+    compared = []
+    for pair in zip(RUNS, [*RUNS[1:], RUNS[0]], strict=True):
+        path = tmp_path / f"{len(compared)}.csv"
+        try:
+            commands.compare(pair, str(path), None, None)
+        except UsageError as error:
+            assert "share no" in str(error)
+            continue
+        compared.append(path)
+        assert len(pd.read_csv(path)) > 1
+        assert "none" in capsys.readouterr().out
+    assert len(compared) > len(RUNS) / 2

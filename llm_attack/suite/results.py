@@ -41,7 +41,7 @@ _PARTS_SINCE: dict[str, type] = {
     "of_tasks": dict,
 }
 _RECORD: dict[str, type] = {
-    "command": str,
+    **dict.fromkeys(("command", "model"), str),
     **dict.fromkeys(("settings", "attacks", "fingerprint"), dict),
     **_PARTS_SINCE,
 }
@@ -202,6 +202,7 @@ def load(folder: Path, equivalence: float | None = None) -> Result:
                 f"{path}: {name} there is {type(part).__name__}, not {kind.__name__}; must be of a"
                 " finished run"
             )
+    run = {**run, "model_name": run.get("model_name") or run["model"]}
     found = load_frames(folder)
     run = {"conditions": found["samples"].attrs.pop(CONDITIONS, {}), **run}
     samples = with_worst(found["samples"], run)

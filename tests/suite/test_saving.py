@@ -66,7 +66,13 @@ def made_up(hookpoints=("embed", "h.0", "h.1")):
     questions = questions.astype({"cluster": "Int64"})
     names = samples["condition"].unique()
     infos = {name: {"attack": name.partition("@")[0], "epsilon": 0.1} for name in names}
-    run = {"settings": {"loss": "margin"}, "attacks": infos, "model_name": "m", "fingerprint": {}}
+    run = {
+        "settings": {"loss": "margin"},
+        "attacks": infos,
+        "model": "m",
+        "model_name": "m",
+        "fingerprint": {},
+    }
     run |= {"equivalence": None, "warnings": []}
     table = summarise(with_worst(samples, run), infos)
     return Result(table, samples, questions, run, {"none": {"results": {}}})
