@@ -107,10 +107,15 @@ mutants: .venv/.mutants ## the tests of the tests: FAULTS=40 small faults in eac
 
 .PHONY: docs
 docs: .venv/.docs ## the documentation as a site, into site/; a broken link is an error
-	$(BIN)/mkdocs build --strict
+	$(BIN)/python docs/pages.py build/docs
+	$(BIN)/zensical build --strict --clean
+
+.PHONY: prose
+prose: .venv ## sentences of the documentation: length, and constructions to avoid
+	$(BIN)/python tests/prose/check.py
 
 .PHONY: lint
-lint: .venv ## format, lint rules and types
+lint: .venv prose ## format, lint rules, types and prose
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy

@@ -149,6 +149,17 @@ RULES = (
         more="--tasks demo_piqa --device cpu --limit 2",
         needs="ray",
     ),
+    Rule(
+        r"llm-attack run --model \S+ --model_args (peft|load_in_4bit)=\S+ .*",
+        f"{FEW}; the adapter is the reader's, and bitsandbytes needs a GPU: without either",
+        changes=(*MODEL, *TASKS, (r" --model_args \S+", "")),
+        more="--limit 2",
+    ),
+    Rule(
+        r"llm-attack compare base adapted",
+        "two runs that are here",
+        changes=(("base adapted", "DIR_A DIR_B"),),
+    ),
     Rule(r"llm-attack run --config suite\.yaml", "as shown"),
     Rule(r"llm-attack run --help", "as shown"),
     Rule(
@@ -213,6 +224,7 @@ RULES = (
     ),
     Rule(r"python benchmarks/layers\.py.*", FEW, more="--tasks demo_piqa --limit 4 --repeats 1"),
     Rule(r"python docs/fig3\.py results/fig3/[\w-]+", "as shown", at_root=True),
+    Rule(r"python tests/prose/check\.py", "as shown", at_root=True),
     Rule(
         r"python docs/(arguments|architectures)\.py",
         "as shown; the page stays as it is",

@@ -31,6 +31,15 @@ def blocks(name):
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
+def own_task(folder):
+    """Writes the questions and the task of `docs/how/task.md`."""
+    text = (ROOT / "docs/how/task.md").read_text(encoding="utf-8")
+    (questions, task) = re.findall(r"```(?:json|yaml)\n(.*?)```", text, re.DOTALL)
+    (folder / "my_tasks").mkdir()
+    (folder / "capitals.jsonl").write_text(questions)
+    (folder / "my_tasks" / "capitals.yaml").write_text(task)
+
+
 @pytest.fixture
 def one_task(monkeypatch):
     """The example's settings, with fewer questions."""
@@ -207,10 +216,9 @@ def prepared(tmp_path_factory):
     (folder / "suite.yaml").write_text(json.dumps({**settings, "output": "of-settings"}))
     rows = [f"{w}{i},en,{w}" for w in ("negative", "neutral", "positive") for i in range(20)]
     (folder / "words.csv").write_text("\n".join(["word,language,label", *rows]))
-    page = (ROOT / "docs" / "extending.md").read_text("utf-8")
-    own = re.findall(r"^```python\n(def .*?)^```$", page, re.MULTILINE | re.DOTALL)
-    (folder / "my_attacks.py").write_text(own[0])
-    for name in ("benchmarks", "docs", "tasks"):
+    (folder / "my_attacks.py").write_text(blocks("how/attack.md")[0])
+    own_task(folder)
+    for name in ("benchmarks", "docs", "examples", "tasks"):
         (folder / name).symlink_to(ROOT / name)
     return folder
 

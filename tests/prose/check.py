@@ -1,0 +1,144 @@
+"""Are the pages easy to read? `make prose` measures their sentences and looks for bad habits.
+
+The limits and the constructions that we avoid are in `rules.yaml`. `exceptions.txt` lists the pages
+that are not rewritten yet. A page that passes must leave that list.
+
+The check sees form and no sense. Read a page aloud as well.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from markdown_it import MarkdownIt
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+RULES = yaml.safe_load((HERE / "rules.yaml").read_text("utf-8"))
+EXCEPTIONS = tuple((HERE / "exceptions.txt").read_text("utf-8").split())
+
+# A full stop in these does not end a sentence.
+_SHORT = re.compile(r"\b(Figs?|Eqs?|e\.g|i\.e|al|vs|cf|No|approx)\.(?=\s)")
+_END = re.compile(r"(?<=[.!?])[\"”’)\]]*\s+(?=[^\sa-z])")
+_WORD = re.compile(r"\S*\w\S*")
+# Years, and the numbers of figures and tables, are names. All other numerals are data.
+_NAMES = re.compile(r"\b(Figs?\.|Table|Section|arXiv) \d+(\.\d+)?|\b(19|20)\d\d\b")
+_NUMBER = re.compile(r"(?<![\w.])[-+−]?\d[\d,.]*")
+
+
+def pages() -> list[Path]:
+    """Every page that we write by hand; the changelog lists changes and is not prose."""
+    named = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "results" / "README.md")
+    return [*named, *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def name_of(page: Path) -> str:
+    """The path of a page as `exceptions.txt` writes it."""
+    return page.relative_to(ROOT).as_posix()
+
+
+@dataclass
+class Measures:
+    """What was found on one page."""
+
+    lengths: list[int] = field(default_factory=list)
+    paragraph: int = 0
+    faults: list[str] = field(default_factory=list)
+
+    @property
+    def mean(self) -> float:
+        """Words a sentence."""
+        return sum(self.lengths) / max(len(self.lengths), 1)
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a paragraph; a code span is one word."""
+    protected = _SHORT.sub(lambda found: found[0].replace(".", "\0"), text)
+    return [part.replace("\0", ".") for part in _END.split(protected) if _WORD.search(part)]
+
+
+def measure(text: str) -> Measures:
+    """The sentences, paragraphs and bad habits of a Markdown text; code and headings are left out.
+
+    Cells of tables count for the longest sentence and for the constructions, and for nothing else.
+    """
+    found = Measures()
+    limits = RULES["limits"]
+    for is_cell, paragraph in _paragraphs(text):
+        parts = sentences(paragraph)
+        lengths = [len(_WORD.findall(part)) for part in parts]
+        for part, length in zip(parts, lengths, strict=True):
+            if length > limits["sentence"]:
+                found.faults.append(f"{length} words in a sentence: {part}")
+            found.faults += [f"{fault}: {part}" for fault in _constructions(part)]
+        if is_cell:
+            continue
+        found.lengths += lengths
+        found.paragraph = max(found.paragraph, sum(lengths))
+        if sum(lengths) > limits["paragraph"]:
+            found.faults.append(f"{sum(lengths)} words in a paragraph: {paragraph[:80]} ...")
+        for part in parts:
+            numbers = len(_NUMBER.findall(_NAMES.sub("", part)))
+            if numbers > limits["numbers"]:
+                found.faults.append(f"{numbers} numbers in a sentence, make a table: {part}")
+    if found.mean > limits["mean"]:
+        found.faults.append(f"{found.mean:.1f} words a sentence on the average")
+    return found
+
+
+def _paragraphs(text: str) -> list[tuple[bool, str]]:
+    """(is it a cell of a table, its text) of all paragraphs, items of lists and cells."""
+    parts, around = [], ""
+    for token in MarkdownIt("commonmark").enable("table").parse(text):
+        if token.type == "inline" and around != "heading_open":
+            words = []
+            for child in token.children or ():
+                if child.type == "code_inline":
+                    words.append("`code`")
+                elif child.type in ("softbreak", "hardbreak"):
+                    words.append(" ")
+                elif child.type == "text":
+                    words.append(child.content)
+            parts.append((around in ("td_open", "th_open"), "".join(words)))
+        around = token.type
+    return parts
+
+
+def _constructions(sentence: str) -> list[str]:
+    """What `rules.yaml` says against a sentence."""
+    against = []
+    for rule in RULES["avoid"]:
+        if re.search(rule["pattern"], sentence, 0 if rule.get("case") else re.IGNORECASE):
+            against.append(f"avoid {rule['name']} ({rule['instead']})")
+    return against
+
+
+def main(names: list[str]) -> int:
+    """Prints a row and the faults of each page; 1 if a page fails, or is excepted needlessly."""
+    chosen = [ROOT / name for name in names] or pages()
+    failed = False
+    print(f"{'page':32} sentences  mean  longest  paragraph  faults")
+    for page in chosen:
+        of, name = measure(page.read_text("utf-8")), name_of(page)
+        longest = max(of.lengths, default=0)
+        note = "  (to be rewritten)" if name in EXCEPTIONS else ""
+        print(
+            f"{name:32} {len(of.lengths):9} {of.mean:5.1f} {longest:8} {of.paragraph:10}"
+            f" {len(of.faults):7}{note}"
+        )
+        if names or not note:
+            for fault in of.faults:
+                print(f"    {fault}")
+        if bool(of.faults) != (name in EXCEPTIONS):
+            failed = True
+            if note:
+                print("    passes: take it off tests/prose/exceptions.txt")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

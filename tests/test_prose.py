@@ -1,0 +1,93 @@
+"""The pages are easy to read, as far as a program can see; and it sees what it should."""
+
+import sys
+
+import pytest
+from shown import ROOT
+
+sys.path.insert(0, str(ROOT / "tests" / "prose"))
+
+import check
+
+NAMES = [check.name_of(page) for page in check.pages()]
+
+
+def faults(text):
+    return check.measure(text).faults
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in check.EXCEPTIONS])
+def test_a_page_is_easy_to_read(name):
+    assert faults((ROOT / name).read_text("utf-8")) == []
+
+
+@pytest.mark.parametrize("name", check.EXCEPTIONS)
+def test_an_exception_is_needed(name):
+    """The list only gets shorter: it holds pages that exist and that still fail."""
+    assert name in NAMES
+    assert faults((ROOT / name).read_text("utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("limit", "enough", "too_much"),
+    [
+        ("words in a sentence", "word " * 34 + "end.", "word " * 35 + "end."),
+        ("words in a paragraph", "One two three. " * 30, "One two three. " * 30 + "End."),
+        ("numbers in a sentence", "It has 1, 2, 3.5 and −4 %.", "It has 1, 2, 3, 4 and 5."),
+        ("on the average", "word " * 19 + "end.", "word " * 20 + "end."),
+    ],
+)
+def test_limits(limit, enough, too_much):
+    assert not any(limit in fault for fault in faults(enough))
+    assert any(limit in fault for fault in faults(too_much))
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ("its predicate", "Nor could those leave that stand still."),
+        ("its predicate", "Kept are numbers, and the figures that a page shows."),
+        ("its predicate", "Of the model the hook is removed."),
+        ("a question word", "What is special to Fig. 3 stands in `fig3.py`."),
+        ("of which", "It takes lm-eval 0.5, of which there is a pre-release."),
+        ("that of", "The numbers are those of the first run."),
+        ("alone", "It reads the continuation alone."),
+        ("but for", "All libraries but for torch are new."),
+        ("told", "Older runs are told apart by their name."),
+        ("old words", "One gradient foretells the rest."),
+        ("negated", "Such a gradient is not uncommon."),
+        ("'if'", "It uses cuda where there is one."),
+        ("so that", "The rows differ, so that they cannot be shared."),
+        ("old words", "| a | b |\n|---|---|\n| 1 | Hence it falls. |"),
+    ],
+)
+def test_constructions(words, text):
+    found = faults(text)
+    assert len(found) == 1 and words in found[0], found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "What does it cost? It costs little.",
+        "See Fig. 3, e.g. the left half (Croce et al. 2020, arXiv 2205.01493) and Table 2 of 2021.",
+        "    Nor is code read.",
+        "```text\nNor is code read.\n```",
+        "# What a heading says",
+        "`nor` is code, and one word: `a b c d e f g h i j k l m n o p q r s t u v w x y z`.",
+    ],
+)
+def test_what_is_fine(text):
+    assert faults(text) == []
+
+
+def test_command(capsys, monkeypatch):
+    """A page that fails, and an exception that passes, fail the command; others do not."""
+    assert check.main(["docs/files.md"]) == 0
+    monkeypatch.setattr(check, "EXCEPTIONS", ("docs/files.md",))
+    assert check.main(["docs/files.md"]) == 1
+    assert "passes: take it off" in capsys.readouterr().out
+    monkeypatch.setattr(check, "EXCEPTIONS", ())
+    monkeypatch.setitem(check.RULES["limits"], "paragraph", 5)
+    assert check.main(["docs/files.md"]) == 1
+    assert "words in a paragraph" in capsys.readouterr().out
