@@ -20,15 +20,17 @@ from llm_attack.suite.report.tables import Cells
 from llm_attack.suite.results import Result, save_frames
 from llm_attack.suite.studies import claims, hookpoints, sanity, survival
 
+_MANY = 6  # conditions
+
 # What draw_all draws, and what a reader who cannot see it should know.
 _PICTURES = {
     "figure": (
-        "Accuracy under each condition",
+        figures.TITLES["figure"],
         "Bars of accuracy per task and condition with 95 % intervals, over shading by the number"
         " of options and a dashed line at the accuracy of guesses; the numbers are in the table.",
     ),
     "epsilon": (
-        "Accuracy against epsilon",
+        figures.TITLES["epsilon"],
         "Curves of accuracy over the amplitude of the perturbation, one panel per task, with a"
         " dashed line at the accuracy of guesses; the numbers are in the table.",
     ),
@@ -43,12 +45,12 @@ _PICTURES = {
         " the numbers are in the table.",
     ),
     "margin": (
-        "Gold margin before and after",
+        figures.TITLES["margin"],
         "Histograms of the best right choice's log-likelihood minus the best wrong one's, for each"
         " condition; questions left of zero are answered wrongly.",
     ),
     "cosine": (
-        "Cosine similarity of embeddings and gradient",
+        figures.TITLES["cosine"],
         "Distributions per task of the cosine similarity between a question's embeddings and the"
         " gradient of the loss there, for questions answered rightly and wrongly without an"
         " attack.",
@@ -96,8 +98,12 @@ def render(result: Result, folder: Path, run: dict[str, Any]) -> list[str]:
         "layers": lambda: hookpoints.figure(result.table, known),
     }
     with print_style():
-        drawn += [name for name, make in others.items() if draw(folder, name, make, attempts)]
+        for name, make in others.items():
+            drawn += [name] if draw(folder, name, make, attempts, _PICTURES[name][0]) else []
     with attempts("report.html"):
+        # a curve says more than very many bars
+        first = "epsilon" if table["condition"].nunique() > _MANY else "figure"
+        drawn.sort(key=lambda name: name != first)
         pictures = [Picture(*_PICTURES[name], folder / f"{name}.svg") for name in drawn]
         # the same run gives the same report, however long it took
         lasting = {key: value for key, value in run.items() if key != "timings"}
