@@ -271,7 +271,7 @@ function details(i) {
       marks[0] === "gold" ? { class: "gold" } : {},
       element("th", { scope: "row" }, letter(choice)),
       foreign("td", text, { class: "choice" }),
-      element("td", {}, ...marks.flatMap((mark) => [element("span", { class: "mark" }, mark), " "])),
+      element("td", { class: "marks" }, ...marks.flatMap((mark) => [element("span", { class: "mark" }, mark), " "])),
       ...shown.map((x) => element("td", { class: "number" }, x)),
     );
     return labelled(made, columnNames);

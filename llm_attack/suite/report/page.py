@@ -286,7 +286,9 @@ def _common(attacks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 def _different(attacks: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The settings and diagnostics that differ between attacks."""
     keys = dict.fromkeys(key for settings in attacks.values() for key in settings)
-    return [key for key in keys if key not in _common(attacks)]
+    named = all(of.get("condition") == name for name, of in attacks.items())
+    hidden = {*_common(attacks), *(["condition"] if named else [])}  # the rows have it
+    return [key for key in keys if key not in hidden]
 
 
 def _data_uri(path: Path) -> str:

@@ -323,7 +323,10 @@ def written(folder, conditions=CONDITIONS):
         for i, c in enumerate(conditions)
     }
     heading = [f"column {i}" for i in range(12)]
-    more = {"what changed": Cells(heading, [["x 1.5 (0.1 to 2.3)"] * 12], [])}
+    more = {
+        "what changed": Cells(heading, [["x 1.5 (0.1 to 2.3)"] * 12], []),
+        "claims": Cells(["indistinguishable"] * 4, [["a_long_name_of_a_claim"] * 4], []),
+    }
     run = {"command": "llm-attack run -o x", "model_name": "demo", "attacks": attacks}
     path = write_report(folder, samples, questions, table, figures, run, more)
     return samples, questions, path
