@@ -7,6 +7,7 @@ lightness, hatch and marker, so that neither grey print nor colour-blindness hid
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,6 +30,7 @@ from llm_attack.suite.report.layout import (
     panels,
     print_style,
     rows_of_tasks,
+    scaled,
     shade_options,
     upright,
 )
@@ -97,7 +99,7 @@ def bars(table: pd.DataFrame) -> Figure:
     scored = "score" in table
     bottom, top = (0.0, 1.0) if not scored else _range(table)
     with print_style():
-        needed = 0.11 * len(conditions) + 0.1
+        needed = scaled(0.11) * len(conditions) + 0.1
         figure, parts, inches = rows_of_tasks(list(table["task"].unique()), needed, height=1.75)
         step = min(0.86 / len(conditions), 0.3 / inches)
         for axes, tasks in parts:
@@ -121,7 +123,7 @@ def bars(table: pd.DataFrame) -> Figure:
                     upright(axes, at, end + 0.025 * (top - bottom), f"{value:.3f}", grey)
             left = np.arange(len(tasks)) - 0.5
             guess = axes.hlines(of_tasks["baseline"], left, left + 1, "k", "--", lw=0.9, zorder=3)
-            axes.set(ylim=(bottom, bottom + 1.27 * (top - bottom)))
+            axes.set(ylim=(bottom, bottom + (1 + scaled(0.27)) * (top - bottom)))
             axes.spines["left"].set_bounds(bottom, top)  # what is above has room for the values
             axes.set_ylabel("score" if scored else "accuracy")
             if (bottom, top) == (0, 1):
@@ -177,8 +179,8 @@ def curves(table: pd.DataFrame, unit: Unit = OF_POINT) -> Figure | None:
             axes.set(ylim=(bottom, bottom + 1.03 * (top - bottom)))
             if (bottom, top) == (0, 1):
                 axes.set_yticks(np.arange(0, 1.01, 0.25))
-        figure.supxlabel(f"epsilon{unit.name}", size=7)
-        figure.supylabel("score" if scored else "accuracy", size=7)
+        figure.supxlabel(f"epsilon{unit.name}")
+        figure.supylabel("score" if scored else "accuracy")
         legend(figure, handles(axes))
     return figure
 
@@ -218,8 +220,8 @@ def margins(samples: pd.DataFrame) -> Figure | None:
             if condition != "none":
                 axes.stairs(shares[condition], edges, color=COLOURS[0], lw=1, label="under attack")
             axes.axvline(0, color="k", ls="--", lw=0.9)
-        figure.supxlabel("gold margin (nats)", size=7)
-        figure.supylabel("share of questions", size=7)
+        figure.supxlabel("gold margin (nats)")
+        figure.supylabel("share of questions")
         legend(figure, handles(axes))
     return figure
 
@@ -263,7 +265,7 @@ def cosines(samples: pd.DataFrame) -> Figure | None:
                     above(axes, at, f"{len(part)}")
             above(axes, -0.5, "n")
             axes.axhline(0, color="k", lw=0.5)
-            axes.set_ylabel("cosine of embeddings and gradient")
+            axes.set_ylabel("cosine of\nembeddings and gradient")
             axes.grid(False, axis="x")
         legend(figure, handles(axes))
     return figure
@@ -290,6 +292,15 @@ def draw_all(
     with print_style():
         drawn = figures.items()
         return [name for name, make in drawn if draw(folder, name, make, attempts, TITLES[name])]
+
+
+# Figures by name, of samples, table and unit; None where the data do not allow one.
+FIGURES: dict[str, Callable[[pd.DataFrame, pd.DataFrame, Unit], Figure | None]] = {
+    "bars": lambda samples, table, unit: bars(table),
+    "curves": lambda samples, table, unit: curves(table, unit),
+    "margins": lambda samples, table, unit: margins(samples),
+    "cosines": lambda samples, table, unit: cosines(samples),
+}
 
 
 def look(attack: str) -> _Look:

@@ -18,7 +18,8 @@ from llm_attack.suite.report.tables import score_of
 
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
-_NAMES = {
+# Of attacks that are no abbreviations.
+ATTACK_NAMES = {
     "random": "Random noise",
     "uniform": "Uniform noise",
     "gaussian": "Gaussian noise",
@@ -180,7 +181,7 @@ def _attack(mean: pd.DataFrame, tasks: pd.DataFrame, known: Conditions) -> str:
 
 
 def _name(attack: str) -> str:
-    return _NAMES.get(attack, attack.upper())
+    return ATTACK_NAMES.get(attack, attack.upper())
 
 
 def _named(mean: pd.DataFrame, condition: str, known: Conditions) -> str:

@@ -39,7 +39,7 @@ FEWEST = 4  # models, for an interval of their rank correlation
 
 def names(folders: Sequence[Path], runs: Sequence[Result]) -> list[str]:
     """Names of the models; where two have the same, those of their folders."""
-    found = [str(of.run["model_name"] or of.run["model"]) for of in runs]
+    found = [str(of.run.get("model_name") or of.run.get("model")) for of in runs]
     return found if len(set(found)) == len(found) else [str(folder) for folder in folders]
 
 
@@ -240,8 +240,8 @@ def figure(frame: pd.DataFrame) -> Figure:
             if np.isfinite(trend["correlation"]):
                 text = f"ρ = {trend['correlation']:+.2f}"
                 axes.text(0.04, 0.95, text, transform=axes.transAxes, va="top", size=6)
-        drawn.supxlabel("accuracy without an attack", size=7)
-        drawn.supylabel("drop, points", size=7)
+        drawn.supxlabel("accuracy without an attack")
+        drawn.supylabel("drop, points")
         entries = handles(next(iter(grid.values())))
         legend(drawn, entries)
     return drawn
