@@ -291,7 +291,9 @@ def draw_all(
     }
     with print_style():
         drawn = figures.items()
-        return [name for name, make in drawn if draw(folder, name, make, attempts, TITLES[name])]
+        return [
+            name for name, make in drawn if draw(folder, name, make, attempts, TITLES.get(name))
+        ]
 
 
 # Figures by name, of samples, table and unit; None where the data do not allow one.
