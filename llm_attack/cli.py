@@ -184,14 +184,32 @@ _equivalence = click.option(
 )
 
 
+_format = click.option(
+    "--format",
+    "formats",
+    metavar="FORMAT,...",
+    help="Write for a paper as well: pdf (figures at a column's width), tex (the table in LaTeX,"
+    " with its caption, and what to cite in llm_attack.bib), or both.",
+)
+_intervals = click.option(
+    "--intervals",
+    type=click.Choice(["below", "beside", "none"]),
+    default="below",
+    show_default=True,
+    help="Where the table in LaTeX has its intervals.",
+)
+
+
 @main.command()
 @click.argument("folder", type=_FOLDER)
 @_equivalence
-def report(folder: Path, equivalence: float | None) -> None:
+@_format
+@_intervals
+def report(folder: Path, **settings: Any) -> None:
     """Write the tables, figures and report of a run anew, from its stored samples."""
     from llm_attack.suite import commands
 
-    commands.report(folder, equivalence)
+    commands.report(folder, **settings)
 
 
 @main.command()
@@ -208,12 +226,9 @@ def report(folder: Path, equivalence: float | None) -> None:
     help="CSV file to which a row for each model and condition is appended.",
 )
 @_equivalence
-def compare(
-    folders: tuple[Path, ...],
-    output: str | None,
-    leaderboard: str | None,
-    equivalence: float | None,
-) -> None:
+@_format
+@_intervals
+def compare(folders: tuple[Path, ...], **settings: Any) -> None:
     """Compare runs on the questions that all of them asked.
 
     Of two, the second with the first, in pairs, task by task. Of more, usually of a model each:
@@ -221,7 +236,7 @@ def compare(
     """
     from llm_attack.suite import commands
 
-    commands.compare(folders, output, leaderboard, equivalence)
+    commands.compare(folders, **settings)
 
 
 @main.group()

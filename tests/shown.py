@@ -198,6 +198,7 @@ RULES = (
         needs="accelerate",
     ),
     Rule(r"llm-attack (report DIR|compare DIR_A DIR_B)( --equivalence \d+)?", "as shown"),
+    Rule(r"llm-attack (report DIR|compare DIR_A DIR_B) --format (pdf,)?tex.*", "as shown"),
     Rule(r"llm-attack compare DIR DIR_A DIR_B -o models\.csv .*", "as shown"),
     Rule(r"llm-attack doctor --model demo --tasks demo_six", FEW, more="--limit 2 --queries 5"),
     Rule(

@@ -100,7 +100,7 @@ def test_what_a_page_names_is_there(page):
     text = page.read_text("utf-8")
     rooms = "attacks|lm|harness|suite|vision|theory|demo|inference|reproduce"
     names = set(re.findall(rf"`(llm_attack\.[a-z]\w*(?:\.\w+)*|(?:{rooms})(?:\.\w+)+)`", text))
-    files = (".py", ".csv", ".json", ".yaml", ".md", ".png", ".svg", ".parquet", ".html")
+    files = (".bib", ".py", ".csv", ".json", ".yaml", ".md", ".png", ".svg", ".parquet", ".html")
     for name in (name for name in names if not name.endswith(files)):
         assert exists(name), name
     for path in set(re.findall(r"`((?:llm_attack|tests|docs|benchmarks|results)/[\w./-]+)`", text)):

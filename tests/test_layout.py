@@ -33,7 +33,7 @@ ARROWS = {
     "lm.engine": BASE | {"attacks", "lm", "lm.packing", "lm.network"},
     "harness": BASE | LM | {"_shim", "attacks", "demo"},
     "suite.plan": BASE | {"attacks", "lm", "harness"},
-    "suite.results": BASE | ANALYSIS | {"lm", "suite.plan"},
+    "suite.results": BASE | REPORT | {"lm", "suite.plan"},
     "suite.analysis": BASE | {"attacks", "lm", "suite.plan"},
     "suite.run": BASE | LM | RESULTS | ANALYSIS | {"attacks", "harness"},
     "suite.report": BASE | ANALYSIS | {"attacks", "lm"},

@@ -71,10 +71,13 @@ def nested(i: int, n: int) -> dict[str, Any]:
     }
 
 
-def save_figure(figure: Figure, folder: Path, name: str = "figure") -> None:
+def save_figure(
+    figure: Figure, folder: Path, name: str = "figure", title: str | None = None
+) -> None:
     """Writes `name`.png and `name`.svg into `folder`; equal figures give equal files.
 
-    Letters that the usual font does not have are taken from others that are installed, if any do.
+    The SVG file has `title` (or else `name`), which screen readers say and browsers show. Letters
+    that the usual font does not have are taken from others that are installed, if any do.
     """
     from matplotlib.text import Text
 
@@ -85,7 +88,8 @@ def save_figure(figure: Figure, folder: Path, name: str = "figure") -> None:
     with warnings.catch_warnings():
         for message in _UNREADABLE:
             warnings.filterwarnings("ignore", message)
-        for form, metadata in _FORMS.items():
+        for form, fixed in _FORMS.items():
+            metadata = fixed | ({"Title": title or name} if form == "svg" else {})
             with whole_or_not(folder / f"{name}.{form}") as draft:
                 figure.savefig(draft, format=form, metadata=metadata)
 
@@ -95,6 +99,7 @@ def draw(
     name: str,
     make: Callable[[], Figure | None],
     attempts: Attempts | None = None,
+    title: str | None = None,
 ) -> bool:
     """Writes what `make` draws as `name`.png and `name`.svg into `folder`; whether there are these.
 
@@ -105,11 +110,12 @@ def draw(
         name: of the files.
         make: draws the figure.
         attempts: what a failure becomes a line of; None: it is raised.
+        title: of `save_figure`.
     """
     with nullcontext() if attempts is None else attempts(f"figure {name}"):
         figure = make()
         if figure is not None:
-            save_figure(figure, folder, name)
+            save_figure(figure, folder, name, title)
             return True
         for form in _FORMS:
             (folder / f"{name}.{form}").unlink(missing_ok=True)

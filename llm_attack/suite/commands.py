@@ -16,21 +16,29 @@ from llm_attack.suite import render, results
 from llm_attack.suite.analysis.equivalence import with_equivalence
 from llm_attack.suite.analysis.pairs import paired, unshared
 from llm_attack.suite.analysis.worst import with_worst
-from llm_attack.suite.report import tables
-from llm_attack.suite.report.layout import print_style
+from llm_attack.suite.report import paper, tables
+from llm_attack.suite.report.layout import paper_style, print_style
+from llm_attack.suite.report.tables import Cells
 from llm_attack.suite.results import Result
 from llm_attack.suite.run.progress import warn, written
 from llm_attack.suite.studies import leaderboard as board
 from llm_attack.suite.studies import models
 
 
-def report(folder: Path, equivalence: float | None) -> None:
+def report(
+    folder: Path,
+    equivalence: float | None,
+    formats: str | None = None,
+    intervals: str = "below",
+) -> None:
     """The command `llm-attack report`: tables, figures and report anew from the samples."""
+    wanted = paper.formats_of(formats)
     folder = resolved(folder, "folder")
     check_writable(folder, argument="folder")
     result = results.load(folder, equivalence)
     warn(render.render(result, folder, result.run))
-    written(f"{folder}: report.html, tables, figures")
+    warn(render.for_paper(result, folder, wanted, intervals))
+    written(f"{folder}: report.html, tables, figures{''.join(f', {of}' for of in wanted)}")
 
 
 def compare(
@@ -38,8 +46,17 @@ def compare(
     output: str | None,
     leaderboard: str | None,
     equivalence: float | None,
+    formats: str | None = None,
+    intervals: str = "below",
 ) -> None:
     """The command `llm-attack compare`: runs on the questions that all of them asked."""
+    wanted = paper.formats_of(formats)
+    if wanted and output is None:
+        raise UsageError(
+            f"format={formats}: must go with output, a CSV file, beside which they are"
+        )
+    if "pdf" in wanted and len(folders) < 3:
+        raise UsageError(f"format={formats}: must be tex with two folders, which have no figure")
     table, path = _file("output", output), _file("leaderboard", leaderboard)
     folders = [as_path("folders", folder) for folder in folders]
     if len(folders) < 2 and leaderboard is None:
@@ -49,17 +66,34 @@ def compare(
     pictures = [table.with_suffix(f".{form}") for form in ("png", "svg")] if table else []
     if path is not None and path in (table, *pictures):
         raise UsageError(f"leaderboard={leaderboard}: must be another file than output's")
+    if wanted and table is not None:
+        _claim_for_paper(table, wanted)
     found = [results.load(folder) for folder in folders]
     runs = dict(zip(models.names(folders, found), found, strict=True))
     if path is not None:
         board.check(path, runs)
     if len(folders) == 2:
-        _compare_two(folders, found, table, equivalence)
+        cells = _compare_two(folders, found, table, equivalence)
     if len(folders) > 2:
-        _compare_many(runs, table)
+        cells = _compare_many(runs, table, "pdf" in wanted)
+    if "tex" in wanted and table is not None:
+        title = ("models" if len(folders) > 2 else "b against a") + ", accuracy"
+        write_text(table.with_suffix(".tex"), paper.table_of_cells(cells, title, intervals))
+        write_text(table.parent / paper.CITATION, paper.bibtex(found[0].run))
     if path is not None:
         board.add(path, runs)
         written(path)
+
+
+def _claim_for_paper(table: Path, wanted: Sequence[str]) -> None:
+    """Refuses files beside the table that are not ours to replace."""
+    if table.suffix in (".tex", ".pdf", ".bib"):
+        raise UsageError(f"output={table}: must be a CSV file, such as {table.stem}.csv")
+    if "tex" in wanted:
+        claim_file(table.with_suffix(".tex"), paper.HEAD, "a table of ours")
+        claim_file(table.parent / paper.CITATION, paper.BIBTEX.splitlines()[0], "what to cite")
+    if "pdf" in wanted and table.with_suffix(".pdf").exists() and not table.exists():
+        raise UsageError(f"output={table}: the figure beside it would replace a file there")
 
 
 def _file(argument: str, given: str | None) -> Path | None:
@@ -76,7 +110,7 @@ def _compare_two(
     found: Sequence[Result],
     output: Path | None,
     equivalence: float | None,
-) -> None:
+) -> Cells:
     a, b = found
     samples = [with_worst(run.samples, run.run) for run in found]
     content = samples[0], a.questions, samples[1], b.questions
@@ -90,9 +124,10 @@ def _compare_two(
     Console().print(cells.rich("b against a, accuracy"))
     if output is not None:
         write_text(output, text)
+    return cells
 
 
-def _compare_many(runs: dict[str, Result], output: Path | None) -> None:
+def _compare_many(runs: dict[str, Result], output: Path | None, pdf: bool) -> Cells:
     frame = models.across(runs)
     text = tables.csv(frame)
     if output is not None:
@@ -104,10 +139,16 @@ def _compare_many(runs: dict[str, Result], output: Path | None) -> None:
                 f"output={output}: the figure beside it would replace {(strange or pictures)[0]};"
                 " must be another name, such as models.csv"
             )
-    Console().print(models.cells(frame, models.unshared(runs)).rich("models, accuracy and drop"))
+    cells = models.cells(frame, models.unshared(runs))
+    Console().print(cells.rich("models, accuracy and drop"))
     if output is not None:
         write_text(output, text)
         attempts = Attempts()
         with print_style():
             draw(output.parent, output.stem, lambda: models.figure(frame), attempts)
+        with attempts(f"{output.stem}.pdf"), paper_style():
+            if pdf:
+                title = "Drop against clean accuracy"
+                paper.save_pdf(models.figure(frame), output.with_suffix(".pdf"), title)
         warn(attempts.lines)
+    return cells

@@ -3,34 +3,40 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from llm_attack.base.drawing import draw
 from llm_attack.base.errors import UsageError
 from llm_attack.base.failures import Attempts
+from llm_attack.base.record import write_text
 from llm_attack.suite.analysis import critical
 from llm_attack.suite.analysis.worst import with_worst
-from llm_attack.suite.report import figures, tables
-from llm_attack.suite.report.layout import panels, print_style, unit_of
+from llm_attack.suite.report import figures, paper, tables
+from llm_attack.suite.report.layout import panels, paper_style, print_style, unit_of
 from llm_attack.suite.report.page import Picture, page_template, write_report
 from llm_attack.suite.report.tables import Cells
 from llm_attack.suite.results import Result, save_frames
 from llm_attack.suite.studies import claims, hookpoints, sanity, survival
 
 WHOLE = "scores of whole tasks"
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_MANY = 6  # conditions
 
 # What draw_all draws, and what a reader who cannot see it should know.
 _PICTURES = {
     "figure": (
-        "Accuracy under each condition",
+        figures.TITLES["figure"],
         "Bars of accuracy per task and condition with 95 % intervals, over shading by the number"
         " of options and a dashed line at the accuracy of guesses; the numbers are in the table.",
     ),
     "epsilon": (
-        "Accuracy against epsilon",
+        figures.TITLES["epsilon"],
         "Curves of accuracy over the amplitude of the perturbation, one panel per task, with a"
         " dashed line at the accuracy of guesses; the numbers are in the table.",
     ),
@@ -45,12 +51,12 @@ _PICTURES = {
         " the numbers are in the table.",
     ),
     "margin": (
-        "Gold margin before and after",
+        figures.TITLES["margin"],
         "Histograms of the best right choice's log-likelihood minus the best wrong one's, for each"
         " condition; questions left of zero are answered wrongly.",
     ),
     "cosine": (
-        "Cosine similarity of embeddings and gradient",
+        figures.TITLES["cosine"],
         "Distributions per task of the cosine similarity between a question's embeddings and the"
         " gradient of the loss there, for questions answered rightly and wrongly without an"
         " attack.",
@@ -131,13 +137,65 @@ def render(result: Result, folder: Path, run: dict[str, Any]) -> list[str]:
         "layers": lambda: hookpoints.figure(result.table, known),
     }
     with print_style():
-        drawn += [name for name, make in others.items() if draw(folder, name, make, attempts)]
+        for name, make in others.items():
+            drawn += [name] if draw(folder, name, make, attempts, _PICTURES[name][0]) else []
     with attempts("report.html"):
+        # a curve says more than very many bars
+        first = "epsilon" if table["condition"].nunique() > _MANY else "figure"
+        drawn.sort(key=lambda name: name != first)
         pictures = [Picture(*_PICTURES[name], folder / f"{name}.svg") for name in drawn]
         # the same run gives the same report, however long it took
         lasting = {key: value for key, value in run.items() if key != "timings"}
         lasting["warnings"] = [*(run.get("warnings") or ()), *attempts.lines]
         write_report(folder, samples, result.questions, table, pictures, lasting, more)
+    return attempts.lines
+
+
+def for_paper(
+    result: Result, folder: Path, formats: Sequence[str], intervals: str = "below"
+) -> list[str]:
+    """Writes what a paper takes of a run into `folder`.
+
+    Args:
+        result: the run.
+        folder: where to.
+        formats: of `paper.FORMATS`. `pdf`: each figure at a column's width; the bars show what the
+            table does. `tex`: `table.tex`, with `pdf` also `figures.tex`, and what to cite.
+        intervals: of `paper.table_of_run`.
+
+    Returns:
+        What could not be made: a line for each.
+    """
+    attempts = Attempts()
+    run = hookpoints.shown_of(result.run, result.table)
+    table = hookpoints.at_first(result.table)
+    few, unit, score = paper.shown(table), unit_of(run), critical.score_of(run)
+    samples = hookpoints.at_first(with_worst(result.samples, result.run))
+    searched = critical.of_score(samples, result.questions, score)
+    makers: dict[str, Callable[[], Figure | None]] = {
+        "figure": lambda: figures.bars(few),
+        "epsilon": lambda: figures.curves(table, unit),
+        "survival": lambda: survival.figure(searched, unit, score),
+        "layers": lambda: hookpoints.figure(result.table, result.conditions),
+        "margin": lambda: figures.margins(samples[samples["condition"].isin(few["condition"])]),
+        "cosine": lambda: figures.cosines(samples),
+    }
+    drawn = {}
+    for name, make in makers.items() if "pdf" in formats else ():
+        title = _PICTURES[name][0]
+        with attempts(f"{name}.pdf"), paper_style():
+            figure = make()
+            if figure is not None:
+                paper.save_pdf(figure, folder / f"{name}.pdf", title)
+                drawn[name] = title
+    if "tex" in formats:
+        with attempts("table.tex"):
+            write_text(folder / "table.tex", paper.table_of_run(table, run, intervals))
+        with attempts("figures.tex"):
+            if drawn:
+                write_text(folder / "figures.tex", paper.figures_of_run(drawn, table, run))
+        with attempts(paper.CITATION):
+            write_text(folder / paper.CITATION, paper.bibtex(run))
     return attempts.lines
 
 

@@ -9,13 +9,13 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from pandas.api.types import is_integer_dtype, is_numeric_dtype, is_string_dtype
 
-from llm_attack.base.errors import UsageError, as_path
+from llm_attack.base.errors import UsageError, as_path, invalid
 from llm_attack.base.failures import one_line
 from llm_attack.base.record import whole_or_not
 from llm_attack.base.redact import redacted
@@ -26,6 +26,11 @@ from llm_attack.suite.analysis.outcomes import with_scores
 from llm_attack.suite.analysis.summary import summarise
 from llm_attack.suite.analysis.worst import conditions as conditions_of
 from llm_attack.suite.analysis.worst import with_worst
+from llm_attack.suite.report import figures
+from llm_attack.suite.report.layout import paper_style, print_style, unit_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # The subfolder of lm-eval's own results in that of a run.
 LM_EVAL = "lm_eval"
@@ -66,6 +71,28 @@ class Result:
     questions: pd.DataFrame
     run: dict[str, Any]
     lm_eval: dict[str, dict[str, Any]]
+
+    def figure(self, name: str, *, paper: bool = False) -> Figure:
+        """A figure of the run, to show, to change or to save.
+
+        Args:
+            name: bars, curves, margins or cosines; see `report.figures`.
+            paper: at the width of a column, with letters of 8 points.
+
+        Raises:
+            UsageError: there is no such figure, or the run has no data for it.
+        """
+        if name not in figures.FIGURES:
+            raise invalid("figure", name, figures.FIGURES)
+        first = self.table["hookpoint"].iloc[0]
+        table = self.table[self.table["hookpoint"] == first]
+        samples = with_worst(self.samples, self.run)
+        samples = samples[samples["hookpoint"] == first]
+        with paper_style() if paper else print_style():
+            drawn = figures.FIGURES[name](samples, table, unit_of(self.run))
+        if drawn is None:
+            raise UsageError(f"figure={name}: the run has no data for it")
+        return drawn
 
     @property
     def conditions(self) -> dict[str, Condition]:

@@ -1,5 +1,6 @@
 """What the figures show is what the frames say; nothing is compared by pixels."""
 
+import re
 from itertools import pairwise
 
 import matplotlib.collections
@@ -81,10 +82,9 @@ def test_bars_are_the_table(run):
             centres = np.array([b.get_x() + b.get_width() / 2 for b in bar])
             np.testing.assert_allclose(ends[:, 0, 0], centres)
             assert (np.abs(centres - np.arange(len(tasks))) < 0.5).all()
-            shown = condition.split("@")[0] in ("none", "fgsm")
             for centre, value in zip(centres, rows["acc"], strict=True):
                 at = [t for t in axes.texts if np.isclose(t.get_position()[0], centre)]
-                assert [t.get_text() for t in at if t.get_rotation()] == [f"{value:.3f}"] * shown
+                assert [t.get_text() for t in at if t.get_rotation()] == [f"{value:.3f}"]
             seen += len(bar)
     assert seen == len(table)
     (legend,) = figure.legends
@@ -98,6 +98,30 @@ def test_bars_of_a_task_do_not_overlap(run):
             (b.get_x(), b.get_x() + b.get_width()) for c in axes.containers[::2] for b in c
         )
         assert all(left[1] <= right[0] for left, right in pairwise(edges))
+
+
+def test_bars_have_an_edge_of_their_height_and_the_axis_ends_at_one(run):
+    """The edge is 3:1 against the ground, however pale a bar is."""
+    figure = figures.bars(run[1])
+    for axes in figure.axes:
+        edges = [c for c in axes.collections if type(c) is matplotlib.collections.PolyCollection]
+        for bars, edge in zip(axes.containers[::2], edges, strict=True):
+            boxes = [path.get_extents() for path in edge.get_paths()]
+            expected = [(b.get_x(), b.get_y(), b.get_width(), b.get_height()) for b in bars]
+            np.testing.assert_allclose([box.bounds for box in boxes], expected, atol=1e-12)
+            grounds = [p.get_facecolor() for p in axes.patches if p.get_width() >= 1]
+            for ground in grounds:
+                assert contrast(edge.get_edgecolor()[0], ground) > 3
+        assert axes.spines["left"].get_bounds() == (0, 1)
+        assert axes.get_yticks()[-1] == 1
+
+
+def contrast(a, b):
+    """Of WCAG 2.2."""
+    linear = [np.where((c := np.array(x[:3])) <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+              for x in (a, b)]  # fmt: skip
+    dark, light = sorted(float(of @ (0.2126, 0.7152, 0.0722)) for of in linear)
+    return (light + 0.05) / (dark + 0.05)
 
 
 def test_background_by_options(frames):
@@ -291,6 +315,7 @@ def test_labels_do_not_overlap(run):
         canvas.draw()
         renderer = canvas.get_renderer()
         texts = [t for a in figure.axes for t in (*a.get_xticklabels(), a.title)]
+        texts += [t for a in figure.axes for t in a.get_yticklabels()]
         texts += [t for a in figure.axes for t in a.texts if not t.get_rotation()]
         boxes = boxes_of(texts, renderer) + [g.get_window_extent(renderer) for g in figure.legends]
         for i, box in enumerate(boxes):
@@ -320,6 +345,14 @@ def test_draw_all_twice_gives_the_same_bytes(frames, tmp_path):
     for name in names:
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
     assert "zeta_task" in (folders[0] / "figure.svg").read_text()
+
+
+def test_svg_files_have_a_title(frames, tmp_path):
+    samples, _ = frames({"a": (9, 4)}, {"none": 2.0})
+    figures.draw_all(samples, summary.summarise(samples), tmp_path)
+    for name in ("figure", "margin"):
+        title = re.search("<title>(.*?)</title>", (tmp_path / f"{name}.svg").read_text())
+        assert title[1] == figures.TITLES[name]
 
 
 def test_draw_all_leaves_out_what_there_is_no_data_for(frames, tmp_path):

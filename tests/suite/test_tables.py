@@ -73,7 +73,7 @@ def test_units_of_the_rms_are_told(frames):
     assert found["epsilon"]["fgsm@0.5rms"] == "0.07"
     assert found["signal/noise, dB"] == {"none": "–", "fgsm@0.5rms": "6.0", "fgsm@0.02": "16.9"}
     (_, said) = in_words(table)
-    assert "at amplitude 0.5 RMS (0.07)" in said and " at 0.02 (" in said
+    assert "FGSM at 0.02 to 0.5 RMS: " in said
 
 
 def test_marks_are_the_verdicts(table):
@@ -247,8 +247,8 @@ def test_equivalence_is_marked_and_said(table):
     assert "≈" in cells.rows[2][3] and "≈" not in cells.rows[2][6]
     assert "≈ equivalent to none within ±12.5 points" in cells.notes[-1]
     _, random, fgsm, *_ = in_words(asked)
-    assert "; equivalent to no attack within 12.5 points" in random
-    assert "; not shown to be equivalent to no attack within 12.5 points" in fgsm
+    assert " Equivalent to no attack within 12.5 points." in random
+    assert " Not shown to be equivalent to no attack within 12.5 points." in fgsm
 
 
 def test_equivalence_of_two_runs(frames):

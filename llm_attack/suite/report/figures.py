@@ -7,6 +7,7 @@ lightness, hatch and marker, so that neither grey print nor colour-blindness hid
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,6 +30,7 @@ from llm_attack.suite.report.layout import (
     panels,
     print_style,
     rows_of_tasks,
+    scaled,
     shade_options,
     upright,
 )
@@ -36,6 +38,14 @@ from llm_attack.suite.report.tables import named_by_score
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+TITLES = {
+    "figure": "Accuracy under each condition",
+    "epsilon": "Accuracy against epsilon",
+    "margin": "Gold margin before and after",
+    "cosine": "Cosine similarity of embeddings and gradient",
+}
 
 
 class _Look(NamedTuple):
@@ -65,6 +75,8 @@ _LOOKS = {
     "worst": _Look("#000000", "///", "o", (0, (1, 1))),
 }
 
+_EDGE = "#333333"  # of bars: 3:1 and more against every ground, however pale a bar is
+_GREY = "#8C8C8C"  # of areas without an edge, 3:1 against white
 _FAR = 1e300  # nats; differences of larger margins are no numbers
 
 
@@ -72,12 +84,14 @@ def bars(table: pd.DataFrame) -> Figure:
     """Accuracy per task and condition, as in Fig. 3 of arXiv 2205.01493.
 
     Error bars are the 95 % intervals; the dashed lines are the accuracies of random guesses; the
-    background is darker where a question has more options; the values of `none` and FGSM are
-    written on their bars. Many bars are set in several rows of tasks.
+    background is darker where a question has more options; the values are written on the bars.
+    Many bars are set in several rows of tasks.
 
     Args:
         table: of `summarise`.
     """
+    from matplotlib.collections import PolyCollection
+    from matplotlib.patches import Patch
     from matplotlib.patheffects import withStroke
 
     table = named_by_score(table[table["task"] != MEAN])
@@ -85,7 +99,7 @@ def bars(table: pd.DataFrame) -> Figure:
     scored = "score" in table
     bottom, top = (0.0, 1.0) if not scored else _range(table)
     with print_style():
-        needed = 0.11 * len(conditions) + 0.1
+        needed = scaled(0.11) * len(conditions) + 0.1
         figure, parts, inches = rows_of_tasks(list(table["task"].unique()), needed, height=1.75)
         step = min(0.86 / len(conditions), 0.3 / inches)
         for axes, tasks in parts:
@@ -95,27 +109,30 @@ def bars(table: pd.DataFrame) -> Figure:
                 rows = table[table["condition"] == condition].set_index("task").loc[tasks]
                 x = np.arange(len(tasks)) + step * (i - (len(conditions) - 1) / 2)
                 acc, low, high = (rows[k].to_numpy(float) for k in ("acc", "acc_low", "acc_high"))
-                axes.bar(x, acc, 0.92 * step, label=condition, edgecolor="white", lw=0, **face)
+                bars = axes.bar(x, acc, 0.92 * step, label=condition, ec="white", lw=0, **face)
+                corners = [bar.get_corners() for bar in bars]
+                axes.add_collection(PolyCollection(corners, fc="none", ec=_EDGE, lw=0.5))
                 ends = [acc - low, high - acc]
                 _, caps, lines = axes.errorbar(
                     x, acc, ends, fmt="none", ecolor="k", lw=0.6, capsize=1.3
                 )
                 for part in (*caps, *lines):  # seen on dark bars, too
                     part.set_path_effects([withStroke(linewidth=1.4, foreground="white")])
-                if rows["attack"].iloc[0] in ("none", "fgsm"):
-                    ends = np.fmax(high, acc)  # NaN where there is no interval
-                    for at, end, value, grey in zip(x, ends, acc, greys, strict=True):
-                        upright(axes, at, end + 0.025 * (top - bottom), f"{value:.3f}", grey)
+                ends = np.fmax(high, acc)  # NaN where there is no interval
+                for at, end, value, grey in zip(x, ends, acc, greys, strict=True):
+                    upright(axes, at, end + 0.025 * (top - bottom), f"{value:.3f}", grey)
             left = np.arange(len(tasks)) - 0.5
             guess = axes.hlines(of_tasks["baseline"], left, left + 1, "k", "--", lw=0.9, zorder=3)
-            axes.set(ylim=(bottom, bottom + 1.27 * (top - bottom)))
+            axes.set(ylim=(bottom, bottom + (1 + scaled(0.27)) * (top - bottom)))
+            axes.spines["left"].set_bounds(bottom, top)  # what is above has room for the values
             axes.set_ylabel("score" if scored else "accuracy")
             if (bottom, top) == (0, 1):
                 axes.set_yticks(np.arange(0, 1.01, 0.2))
             axes.grid(False, axis="x")
         columns: dict[str, list[tuple[Any, str]]] = {"none": []}
+        edge = Patch(fc="none", ec=_EDGE, lw=0.5)
         for attack, bar in zip(_attacks(table), axes.containers[::2], strict=True):
-            columns.setdefault(attack, []).append((bar, str(bar.get_label())))
+            columns.setdefault(attack, []).append(((bar, edge), str(bar.get_label())))
         columns["none"].append((guess, "random guess"))
         legend(figure, list(columns.values()))
     return figure
@@ -162,8 +179,8 @@ def curves(table: pd.DataFrame, unit: Unit = OF_POINT) -> Figure | None:
             axes.set(ylim=(bottom, bottom + 1.03 * (top - bottom)))
             if (bottom, top) == (0, 1):
                 axes.set_yticks(np.arange(0, 1.01, 0.25))
-        figure.supxlabel(f"epsilon{unit.name}", size=7)
-        figure.supylabel("score" if scored else "accuracy", size=7)
+        figure.supxlabel(f"epsilon{unit.name}")
+        figure.supylabel("score" if scored else "accuracy")
         legend(figure, handles(axes))
     return figure
 
@@ -199,12 +216,12 @@ def margins(samples: pd.DataFrame) -> Figure | None:
         figure, grid = panels(attacked or ["none"])
         for condition, axes in grid.items():
             if "none" in shares:
-                axes.stairs(shares["none"], edges, fill=True, color="#BBBBBB", label="none")
+                axes.stairs(shares["none"], edges, fill=True, color=_GREY, label="none")
             if condition != "none":
                 axes.stairs(shares[condition], edges, color=COLOURS[0], lw=1, label="under attack")
             axes.axvline(0, color="k", ls="--", lw=0.9)
-        figure.supxlabel("gold margin (nats)", size=7)
-        figure.supylabel("share of questions", size=7)
+        figure.supxlabel("gold margin (nats)")
+        figure.supylabel("share of questions")
         legend(figure, handles(axes))
     return figure
 
@@ -248,7 +265,7 @@ def cosines(samples: pd.DataFrame) -> Figure | None:
                     above(axes, at, f"{len(part)}")
             above(axes, -0.5, "n")
             axes.axhline(0, color="k", lw=0.5)
-            axes.set_ylabel("cosine of embeddings and gradient")
+            axes.set_ylabel("cosine of\nembeddings and gradient")
             axes.grid(False, axis="x")
         legend(figure, handles(axes))
     return figure
@@ -273,7 +290,19 @@ def draw_all(
         "cosine": lambda: cosines(samples),
     }
     with print_style():
-        return [name for name, make in figures.items() if draw(folder, name, make, attempts)]
+        drawn = figures.items()
+        return [
+            name for name, make in drawn if draw(folder, name, make, attempts, TITLES.get(name))
+        ]
+
+
+# Figures by name, of samples, table and unit; None where the data do not allow one.
+FIGURES: dict[str, Callable[[pd.DataFrame, pd.DataFrame, Unit], Figure | None]] = {
+    "bars": lambda samples, table, unit: bars(table),
+    "curves": lambda samples, table, unit: curves(table, unit),
+    "margins": lambda samples, table, unit: margins(samples),
+    "cosines": lambda samples, table, unit: cosines(samples),
+}
 
 
 def look(attack: str) -> _Look:

@@ -1,6 +1,7 @@
 """Where things stand in the figures of a run: rows of tasks, small panels, labels, legends.
 
-Sizes are those of print: letters of 6 points and more in a figure of a column's width.
+Sizes are those of print: letters of 6 points and more in a figure of a column's width. Inside
+`paper_style` no figure is wider than a column, and all letters have 8 points.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import textwrap
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,10 +33,20 @@ _DECADES = 6  # of a logarithmic axis at most; what is smaller stands near 0
 _FONT: Any = {
     "axes.axisbelow": True,
     "axes.titlesize": _SMALL,
+    "figure.labelsize": 7,
     "font.size": 7,
     "hatch.linewidth": 0.5,
     "legend.fontsize": 6.5,
     "text.parse_math": False,  # names of tasks, models and modules may have a $
+}
+
+_PAPER = ContextVar("paper", default=False)
+_POINTS = 8  # of all letters in a paper
+_FONT_OF_PAPER: Any = {
+    **dict.fromkeys(
+        ("axes.titlesize", "figure.labelsize", "font.size", "legend.fontsize"), _POINTS
+    ),
+    "pdf.fonttype": 42,  # whole TrueType fonts, which publishers take
 }
 
 # What XML, and so an SVG file, cannot hold.
@@ -46,8 +58,28 @@ def print_style() -> Iterator[None]:
     """The settings of these figures, to draw and to save them."""
     import matplotlib
 
-    with style(), matplotlib.rc_context(_FONT):
+    with style(), matplotlib.rc_context(_FONT | (_FONT_OF_PAPER if _PAPER.get() else {})):
         yield
+
+
+@contextmanager
+def paper_style() -> Iterator[None]:
+    """Figures made and saved in it are for a column of a paper: see `print_style`."""
+    before = _PAPER.set(True)
+    try:
+        with print_style():
+            yield
+    finally:
+        _PAPER.reset(before)
+
+
+def scaled(inches: float) -> float:
+    """A length for small letters, for letters of the size that they have here."""
+    return inches * _small() / _SMALL
+
+
+def _small() -> int:
+    return _POINTS if _PAPER.get() else _SMALL
 
 
 def legible(name: str) -> str:
@@ -119,7 +151,7 @@ def epsilon_axis(axes: Axes, marks: Iterable[float], least: float, room: float) 
     places = width * places / places[-1]
     shown: list[int] = []
     for i in (0, *range(len(marks) - 1, 0, -1)):
-        if all(abs(places[i] - places[j]) >= _LINE for j in shown):
+        if all(abs(places[i] - places[j]) >= scaled(_LINE) for j in shown):
             shown.append(i)
     axes.set_xticks(marks[shown], [f"{marks[i]:.3g}" for i in shown], rotation=90)
     axes.set_xticks(np.delete(marks, shown), minor=True)
@@ -143,18 +175,19 @@ def rows_of_tasks(
 
     words = [word for task in tasks for word in task.replace("_", "_ ").split()]
     longest = max(map(_letters, words), default=1)
-    inches = max(inches, _LETTER * (np.clip(longest, len("options"), 14) + 0.5))
-    rows = int(np.ceil(len(tasks) * inches / (_PAGE - _AXIS)))
+    letter, page = scaled(_LETTER), _COLUMN if _PAPER.get() else _PAGE
+    inches = max(inches, letter * (np.clip(longest, len("options"), 14) + 0.5))
+    rows = int(np.ceil(len(tasks) * inches / (page - _AXIS)))
     per_row = int(np.ceil(len(tasks) / rows))
-    width = np.clip(inches * per_row + _AXIS, _COLUMN, _PAGE)
+    width = np.clip(inches * per_row + _AXIS, _COLUMN, page)
     inches = (width - _AXIS) / per_row
     figure = Figure(figsize=(width, rows * (height + 0.5) + 0.3))
     parts = []
     for i, axes in enumerate(figure.subplots(rows, squeeze=False, sharey=True)[:, 0]):
         part = tasks[i * per_row : (i + 1) * per_row]
         axes.set_xlim(-0.5, per_row - 0.5)
-        names = [wrapped(task, int(inches / _LETTER)) for task in part]
-        axes.set_xticks(np.arange(len(part)), names, size=_SMALL)
+        names = [wrapped(task, int(inches / letter)) for task in part]
+        axes.set_xticks(np.arange(len(part)), names, size=_small())
         axes.tick_params(axis="x", length=0)
         parts.append((axes, part))
     return figure, parts, inches
@@ -176,7 +209,7 @@ def panels(names: Sequence[str], height: float = 1.15) -> tuple[Figure, dict[str
     for axes in cells[filled:columns]:
         axes.remove()
     grid = [*cells[:filled], *cells[columns:]]
-    letters = int((_COLUMN - _AXIS) / columns / _LETTER)
+    letters = int((_COLUMN - _AXIS) / columns / scaled(_LETTER))
     for name, axes in zip(names, grid, strict=True):
         axes.set_title(wrapped(name, letters))
     return figure, dict(zip(names, grid, strict=True))
@@ -191,7 +224,7 @@ def shade_options(axes: Axes, rows: pd.DataFrame, inches: float) -> list[str]:
     ends = list(zip(rows["n_choices_min"], rows["n_choices_max"], strict=True))
     greys = [f"{1 - 0.03 * min((few + many) / 2, 10):.3f}" for few, many in ends]
     spans = [(pair, len(list(same))) for pair, same in groupby(ends)]
-    left, between = -0.5, " " if min(n for _, n in spans) * inches > 0.65 else "\n"
+    left, between = -0.5, " " if min(n for _, n in spans) * inches > scaled(0.65) else "\n"
     for (few, many), n in spans:
         axes.axvspan(left, left + n, color=greys[int(left + 0.5)], lw=0, zorder=0)
         axes.axvline(left, color="white", lw=1, zorder=0.1)  # spans may be of equal grey
@@ -204,14 +237,14 @@ def shade_options(axes: Axes, rows: pd.DataFrame, inches: float) -> list[str]:
 def above(axes: Axes, x: float, text: str) -> None:
     """Writes over the axes, at `x` in the data's units."""
     where: Any = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "bottom"}
-    axes.text(x, 1.02, text, size=_SMALL, **where)
+    axes.text(x, 1.02, text, size=_small(), **where)
 
 
 def upright(axes: Axes, x: float, y: float, text: str, ground: str) -> None:
     """Writes from (x, y) upwards, on a ground that hides the lines behind."""
     box = {"facecolor": ground, "edgecolor": "none", "pad": 0.2}
     place: Any = {"rotation": 90, "ha": "center", "va": "bottom", "bbox": box, "zorder": 4}
-    axes.text(x, y, text, size=_SMALL, **place)
+    axes.text(x, y, text, size=_small(), **place)
 
 
 def handles(axes: Axes) -> list[list[tuple[Any, str]]]:
@@ -223,7 +256,8 @@ def legend(figure: Figure, columns: list[list[tuple[Any, str]]]) -> None:
     """A legend above the panels; where its columns find no room, in as many as do."""
     from matplotlib.lines import Line2D
 
-    widths = [max(_letters(label) for _, label in column) * _LETTER + 0.37 for column in columns]
+    letter = scaled(_LETTER)
+    widths = [max(_letters(label) for _, label in column) * letter + 0.37 for column in columns]
     depth = max(len(column) for column in columns)
     count = len(columns)
     if sum(widths) <= figure.get_figwidth():

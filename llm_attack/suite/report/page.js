@@ -3,6 +3,76 @@
 // Text reaches the page through textContent alone, so that no question can be taken for markup.
 
 const $ = (id) => document.getElementById(id);
+
+// ---- folds, copies and figures, which need no questions
+
+const fold = $("questions").querySelector("details");
+const isView = () => location.hash.includes("=");
+
+/** Opens what the address points to. */
+function unfold() {
+  const target = isView() ? $("questions") : $(location.hash.slice(1));
+  const inside = target?.querySelector(":scope > details");
+  if (inside) inside.open = true;
+}
+
+async function copy(button, text) {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {
+    const area = element("textarea", { "aria-label": "Text to copy" });
+    area.value = text;
+    button.after(area);
+    area.select();
+    document.execCommand("copy");
+    area.remove();
+    button.focus();
+  }
+  const label = button.firstChild.data;
+  button.firstChild.data = "Copied";
+  setTimeout(() => (button.firstChild.data = label), 1500);
+}
+
+/** What is copied of a table: rows in lines, cells between tabs, as spreadsheets take them. */
+function plain(source) {
+  if (source.tagName !== "TABLE") return source.textContent;
+  const cell = (of) => of.textContent.trim().replace(/\s+/g, " ");
+  return [...source.rows].map((row) => [...row.cells].map(cell).join("\t")).join("\n") + "\n";
+}
+
+function enlarge(image, button) {
+  button.focus(); // which has it again when the dialog is closed
+  const large = image.cloneNode();
+  $("enlarged").querySelector("img")?.remove();
+  $("enlarged").append(large);
+  $("enlarged").showModal();
+}
+
+for (const button of document.querySelectorAll(".copy")) {
+  button.hidden = false;
+  button.addEventListener("click", () => copy(button, plain($(button.dataset.copy))));
+}
+for (const button of document.querySelectorAll(".enlarge")) {
+  const image = button.closest("figure").querySelector("img");
+  button.hidden = false;
+  image.classList.add("can-enlarge");
+  for (const from of [button, image]) from.addEventListener("click", () => enlarge(image, button));
+}
+$("close").addEventListener("click", () => $("enlarged").close());
+addEventListener("hashchange", unfold);
+// a link to where the address already points changes nothing in it
+document.addEventListener("click", ({ target }) => target.closest?.("a") && setTimeout(unfold));
+let folded = [];
+addEventListener("beforeprint", () => {
+  folded = [...document.querySelectorAll("details:not([open])")].filter((each) => each !== fold);
+  for (const each of folded) each.open = true;
+});
+addEventListener("afterprint", () => folded.forEach((each) => (each.open = false)));
+unfold();
+
+// ---- the questions, from when they are first looked at
+
+if (!fold.open) await new Promise((go) => fold.addEventListener("toggle", go, { once: true }));
 const data = await unpack($("data").textContent).catch((error) => {
   $("status").textContent = `The questions cannot be shown: ${error.message}`;
   throw error;
@@ -12,7 +82,7 @@ const every = data.id.map((_, i) => i);
 const headers = [...document.querySelectorAll("#table th")];
 const controls = ["task", "condition", "change", "search", "size"].map($).filter(Boolean);
 const first = { task: "", condition: $("condition").value, change: "", search: "", size: "50" };
-Object.assign(first, { sort: "", order: "ascending", page: 1 });
+Object.assign(first, { sort: "", order: "ascending", page: 1, question: "" });
 
 let view = { ...first };
 const open = new Set();
@@ -54,6 +124,9 @@ const CHANGES = Object.fromEntries(
 /** For each column, its values under the condition that is shown, by question. */
 let columns;
 let compared;
+
+/** What a question is called in an address. */
+const key = (i) => `${data.tasks[data.task[i]]}/${data.id[i]}`;
 
 function compare() {
   if (compared === view.condition) return;
@@ -160,7 +233,19 @@ const CELLS = {
   margin_change: (i) => element("td", { class: "number" }, signed(columns.margin_change[i], "+")),
 };
 
-const row = (i) => element("tr", {}, ...headers.map((header) => CELLS[header.dataset.key](i)));
+/** A row of cells that know the names of their columns, for where they stand in a block. */
+function labelled(row, names) {
+  row.setAttribute("role", "row");
+  [...row.cells].forEach((cell, i) => {
+    cell.setAttribute("role", cell.tagName === "TH" ? "rowheader" : "cell");
+    cell.dataset.label = names[i];
+  });
+  return row;
+}
+
+const NAMES = headers.map((header) => header.textContent);
+const row = (i) =>
+  labelled(element("tr", {}, ...headers.map((header) => CELLS[header.dataset.key](i))), NAMES);
 
 /** The row under question i: its choices, with log-likelihoods and what was chosen. */
 function details(i) {
@@ -168,9 +253,10 @@ function details(i) {
   const conditions = CLEAN < 0 || CLEAN === after ? [after] : [CLEAN, after];
   const values = conditions.map((c) => data.log_likelihoods[c][i] ?? []);
   const names = conditions.map((c) => `Log-likelihood, ${data.conditions[c]}`);
-  const numbers = [...names, ...(values.length > 1 ? ["Change"] : [])];
-  const head = ["Choice", "Text", "Marks"].map((name) => element("th", { scope: "col" }, name));
-  head.push(...numbers.map((name) => element("th", { scope: "col", class: "number" }, name)));
+  const columnNames = ["Choice", "Text", "Marks", ...names, ...(values.length > 1 ? ["Change"] : [])];
+  const head = columnNames.map((name, column) =>
+    element("th", { scope: "col", role: "columnheader", ...(column > 2 && { class: "number" }) }, name),
+  );
   const body = data.choices[i].map((text, choice) => {
     const marks = conditions
       .filter((c) => data.prediction[c][i] === choice)
@@ -180,28 +266,35 @@ function details(i) {
     const shown = found.map((x) => signed(x));
     if (found.length > 1)
       shown.push(signed(found.includes(null) ? null : found[1] - found[0], "+"));
-    return element(
+    const made = element(
       "tr",
       marks[0] === "gold" ? { class: "gold" } : {},
       element("th", { scope: "row" }, letter(choice)),
       foreign("td", text, { class: "choice" }),
-      element("td", {}, ...marks.flatMap((mark) => [element("span", { class: "mark" }, mark), " "])),
+      element("td", { class: "marks" }, ...marks.flatMap((mark) => [element("span", { class: "mark" }, mark), " "])),
       ...shown.map((x) => element("td", { class: "number" }, x)),
     );
+    return labelled(made, columnNames);
   });
   const name = `Choices of ${columns.task[i]} ${data.id[i]}`;
   const table = element(
     "table",
-    {},
+    { role: "table", class: "c8" },
     element("caption", {}, name),
-    element("thead", {}, element("tr", {}, ...head)),
-    element("tbody", {}, ...body),
+    element("thead", { role: "rowgroup" }, element("tr", { role: "row" }, ...head)),
+    element("tbody", { role: "rowgroup" }, ...body),
   );
-  const cell = element("td", { colspan: headers.length }, table);
+  const cell = element("td", { colspan: headers.length, role: "cell" }, table);
   const cosine = data.cosine[i];
   if (cosine !== null)
     cell.append(element("p", {}, `Cosine of embeddings and gradient: ${signed(cosine)}`));
-  return element("tr", { class: "details", id: `choices-${i}` }, cell);
+  const link = element("button", { type: "button", class: "copy" }, "Copy a link to this question");
+  link.addEventListener("click", () => {
+    const to = new URLSearchParams({ condition: view.condition, question: key(i) });
+    copy(link, `${location.href.split("#")[0]}#${to}`);
+  });
+  cell.append(element("div", {}, link));
+  return element("tr", { class: "details", id: `choices-${i}`, role: "row" }, cell);
 }
 
 let rows;
@@ -218,6 +311,20 @@ function draw() {
   $("caption").textContent =
     CLEAN < 0 ? `Questions under ${view.condition}` : `Questions before (none) and after (${view.condition})`;
   drawPage();
+}
+
+/** The question of the address is opened, on its page; filters that hide it are left out. */
+function drawLinked() {
+  const i = every.find((of) => key(of) === view.question);
+  if (i !== undefined) {
+    open.add(i);
+    compare();
+    if (!select().includes(i)) Object.assign(view, { task: "", change: "", search: "" });
+    view.page = Math.floor(select().indexOf(i) / Number(view.size)) + 1;
+  }
+  draw();
+  if (i !== undefined) document.querySelector(`[data-row="${i}"]`).closest("tr").scrollIntoView();
+  else $("questions").scrollIntoView();
 }
 
 function drawPage() {
@@ -249,15 +356,16 @@ function write() {
 
 /** Takes the view from the address, if one is there; what does not exist is passed over. */
 function read() {
-  if (!location.hash.includes("=")) return false;
+  if (!isView()) return false;
   const found = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
-  const allowed = (key, value) => {
-    if (key === "search" || key === "page") return true;
-    if (key === "order") return ["ascending", "descending"].includes(value);
-    if (key === "sort") return headers.some((header) => header.dataset.key === value);
-    return [...($(key)?.options ?? [])].some((option) => option.value === value);
+  const allowed = (name, value) => {
+    if (name === "search" || name === "page") return true;
+    if (name === "order") return ["ascending", "descending"].includes(value);
+    if (name === "sort") return headers.some((header) => header.dataset.key === value);
+    if (name === "question") return every.some((i) => key(i) === value);
+    return [...($(name)?.options ?? [])].some((option) => option.value === value);
   };
-  const known = Object.entries(found).filter(([key, value]) => key in first && allowed(key, value));
+  const known = Object.entries(found).filter(([name, of]) => name in first && allowed(name, of));
   view = { ...first, ...Object.fromEntries(known) };
   return true;
 }
@@ -265,13 +373,14 @@ function read() {
 // ---- what the reader does
 
 function update(changes) {
-  view = { ...view, page: 1, ...changes };
+  view = { ...view, page: 1, question: "", ...changes };
   draw();
   write();
 }
 
 function turn(page) {
   view.page = page;
+  view.question = "";
   drawPage();
   write();
   if ($("region").getBoundingClientRect().top < 0) $("region").scrollIntoView();
@@ -303,7 +412,7 @@ for (const header of headers) {
   });
 }
 $("table").tBodies[0].addEventListener("click", ({ target }) => {
-  const button = target.closest("button");
+  const button = target.closest("[aria-expanded]");
   if (!button) return;
   const i = Number(button.dataset.row);
   const shown = open.delete(i);
@@ -316,15 +425,16 @@ $("table").tBodies[0].addEventListener("click", ({ target }) => {
     button.closest("tr").after(details(i));
     button.setAttribute("aria-controls", `choices-${i}`);
   }
+  view.question = shown ? "" : key(i);
+  write();
 });
 $("first").addEventListener("click", () => turn(1));
 $("previous").addEventListener("click", () => turn(view.page - 1));
 $("next").addEventListener("click", () => turn(view.page + 1));
 $("last").addEventListener("click", () => turn(pages));
 $("page").addEventListener("change", () => turn(Number($("page").value)));
-addEventListener("hashchange", () => read() && draw());
+addEventListener("hashchange", () => read() && drawLinked());
 
-const linked = read();
-draw();
 for (const id of ["controls", "shown"]) $(id).hidden = false;
-if (linked) $("questions").scrollIntoView();
+if (read()) drawLinked();
+else draw();

@@ -26,7 +26,7 @@ from llm_attack.suite.analysis.conditions import of_run
 from llm_attack.suite.analysis.outcomes import ACC, BINARY, CHOICE, with_scores
 from llm_attack.suite.analysis.summary import ABOVE, MEAN
 from llm_attack.suite.report.tables import OF_SCORES, WARNED, Cells, means, score_of, warned
-from llm_attack.suite.report.words import in_words
+from llm_attack.suite.report.words import headlines, in_words, strongest
 
 _HERE = Path(__file__).parent
 _KEY = ["task", "doc_id"]
@@ -57,6 +57,8 @@ _CHANGES = [
     ("swapped", "right → other right"),  # of questions with several right choices
     ("same", "no"),
 ]
+
+_ABREAST = 6  # conditions of the first table; where there are more, one of each attack
 
 # Entries of run.json that have places of their own in the page, or none.
 _PLACED = ("command", "attacks", "conditions", "warnings", "fingerprint", "of_tasks")
@@ -93,7 +95,7 @@ def write_report(
             log_likelihoods, cosine`; the questions stand in the page in its order.
         questions: a row per question: `task, doc_id, question, choices, gold`.
         table: the accuracies, see `in_words`, with `acc_low` and `acc_high`.
-        figures: `Picture`s, or tuples of the same.
+        figures: `Picture`s, or tuples of the same; the first stands beside the summary.
         run: what `run.json` holds. `command` (a string, or a list of arguments), `model_name` (or
             `model`), `warnings` (sentences) and `attacks` (for each condition, its settings and
             diagnostics) have places of their own; of `fingerprint` the hash of the weights is
@@ -112,19 +114,25 @@ def write_report(
     attacks = run.get("attacks", {})
     command = run.get("command")
     style, script = ((_HERE / name).read_text("utf-8") for name in ("page.css", "page.js"))
+    known = of_run(run, table)
+    shown = _abreast(table)
+    names = [c for c in data["conditions"] if c != "none"] or data["conditions"]
     page = page_template().render(
         model=run.get("model_name") or run.get("model"),
         warnings=run.get("warnings") or (),
         warned=warned(run.get("warnings") or ()),
         mark=WARNED,
-        words=in_words(table, of_run(run, table)),
+        headlines=headlines(table, known),
+        words=in_words(table, known),
         accuracies=_accuracies(table),
-        means=means(table),
+        shown=shown,
+        measures=_measures(table),
         tables=tables or {},
         statistics={"level": ALPHA, "mean": MEAN, "expected": ABOVE},
         figures=[{"title": t, "alt": d, "source": _data_uri(path)} for t, d, path in figures],
         tasks=data["tasks"],
-        conditions=[c for c in data["conditions"] if c != "none"] or data["conditions"],
+        conditions=names,
+        strongest=strongest(table) or names[0],
         clean="none" in data["conditions"],
         changes=_CHANGES,
         columns=[of for of in _COLUMNS if "value" in data or not of[0].startswith("value_")],
@@ -134,7 +142,8 @@ def write_report(
         data=_packed(data),
         command=command if isinstance(command, (str, type(None))) else shlex.join(command),
         attacks=attacks,
-        settings=list(dict.fromkeys(key for settings in attacks.values() for key in settings)),
+        common=_common(attacks),
+        settings=_different(attacks),
         run={**{k: v for k, v in run.items() if k not in _PLACED}, **_hash_of_weights(run)},
         style=Markup(style),
         script=Markup(script),
@@ -158,8 +167,15 @@ def page_template() -> Any:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    environment.filters.update(value=_value, label=lambda key: str(key).replace("_", " "))
+    environment.filters.update(
+        value=_value, label=lambda key: str(key).replace("_", " "), width=_width
+    )
     return environment.get_template("page.html.j2")
+
+
+def _width(heading: Sequence[str]) -> str:
+    """The class of a table with so many columns: from page.css, where its rows become blocks."""
+    return next((f"c{most}" for most in (4, 8, 12) if len(heading) <= most), "c99")
 
 
 def _hash_of_weights(run: dict[str, Any]) -> dict[str, str]:
@@ -241,6 +257,38 @@ def _accuracies(table: pd.DataFrame) -> list[dict[str, Any]]:
         }
         for task, rows in table.groupby("task", sort=False)
     ]
+
+
+def _abreast(table: pd.DataFrame) -> list[str]:
+    """The conditions of the first table: all, or of each attack that with the largest epsilon."""
+    rows = table.drop_duplicates("condition")
+    if len(rows) > _ABREAST:
+        last = rows.sort_values("epsilon", kind="stable").drop_duplicates("attack", keep="last")
+        rows = rows[rows["condition"].isin(last["condition"])]
+    return list(rows["condition"])
+
+
+def _measures(table: pd.DataFrame) -> Cells:
+    """What else was measured of each condition, over all tasks: a row for each."""
+    of = means(table)
+    rows = [[str(c), *(of[name][c] for name in of)] for c in table["condition"].unique()]
+    return Cells(["condition", *of], rows, [])
+
+
+def _common(attacks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The settings that all attacks share, where there are two or more."""
+    of = [settings for name, settings in attacks.items() if name != "none"]
+    if len(of) < 2:
+        return {}
+    return {k: v for k, v in of[0].items() if all(k in x and x[k] == v for x in of)}
+
+
+def _different(attacks: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The settings and diagnostics that differ between attacks."""
+    keys = dict.fromkeys(key for settings in attacks.values() for key in settings)
+    named = all(of.get("condition") == name for name, of in attacks.items())
+    hidden = {*_common(attacks), *(["condition"] if named else [])}  # the rows have it
+    return [key for key in keys if key not in hidden]
 
 
 def _data_uri(path: Path) -> str:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from llm_attack.lm.units import ABSOLUTE
 from llm_attack.stats import ALPHA
 from llm_attack.suite.analysis.conditions import Condition, Conditions, by_name
-from llm_attack.suite.analysis.summary import ABOVE, BELOW, INDISTINGUISHABLE, MEAN
+from llm_attack.suite.analysis.outcomes import LOWER
+from llm_attack.suite.analysis.summary import ABOVE, MEAN
+from llm_attack.suite.analysis.worst import WORST
 from llm_attack.suite.report.tables import score_of
 
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
-_NAMES = {
+# Of attacks that are no abbreviations.
+ATTACK_NAMES = {
     "random": "Random noise",
     "uniform": "Uniform noise",
     "gaussian": "Gaussian noise",
@@ -36,48 +40,106 @@ _UNITS: dict[str | None, str] = {
 }
 
 
+class Headline(NamedTuple):
+    """A number that is read first.
+
+    Attributes:
+        number: as it is shown.
+        meaning: what it is.
+        interval: its 95 % interval; empty if it has none.
+    """
+
+    number: str
+    meaning: str
+    interval: str = ""
+
+
+def strongest(table: pd.DataFrame) -> str | None:
+    """The condition that costs most, and of equal ones that with the smallest epsilon.
+
+    Worst cases do not count: they are several attacks. None without an attack.
+
+    Args:
+        table: see `in_words`.
+    """
+    tasks = table[(table["task"] != MEAN) & ~table["attack"].isin(["none", WORST])]
+    if tasks.empty:
+        return None
+    cost = tasks["drop"].astype(float)
+    if cost.isna().all():
+        lower = tasks["better"] == LOWER if "better" in tasks else False
+        cost = tasks["acc"].astype(float) * np.where(lower, 1, -1)
+    costs = tasks.assign(cost=cost).groupby("condition", sort=False)[["cost", "epsilon"]].mean()
+    order = costs.assign(cost=-costs["cost"].round(9)).sort_values(
+        ["cost", "epsilon"], kind="stable"
+    )
+    return str(order.index[0])
+
+
+def headlines(table: pd.DataFrame, known: Conditions | None = None) -> list[Headline]:
+    """Mean accuracy without an attack, under the strongest one, and of guesses, where they exist.
+
+    Args:
+        table: see `in_words`.
+        known: see `in_words`.
+    """
+    known = by_name(table) if known is None else known
+    mean = table[(table["task"] == MEAN) & table["acc"].notna()]
+    meanings = {"none": "without an attack"}
+    worst = strongest(table)
+    if worst is not None and worst in set(mean["condition"]):
+        meanings[worst] = f"under the strongest attack, {_named(mean, worst, known)}"
+    found = []
+    for condition, meaning in meanings.items():
+        for row in mean[mean["condition"] == condition].to_dict("records"):
+            found.append(Headline(_shown(mean, row["acc"]), meaning, _ends(mean, row)))
+    guess = mean["baseline"].dropna()
+    return [*found, *(Headline(_shown(mean, of), "by guessing") for of in guess.iloc[:1])]
+
+
 def in_words(table: pd.DataFrame, known: Conditions | None = None) -> list[str]:
-    """One paragraph for the clean model, then one for each attack, in the table's order.
+    """A sentence or two on the clean model, then on each attack, in the table's order.
+
+    "Nothing is left" of an amplitude if the mean accuracy is no higher than that of guesses and no
+    task is above guessing by the test, at it and at all larger ones.
 
     Args:
         table: a row per task and condition, and a row per condition with the task "mean"; columns
-            `task, condition, attack, epsilon, n, acc, baseline, drop, p_mcnemar_holm, verdict`.
-            Accuracies are shares of one, `drop` is in points of a percent (null, like
-            `p_mcnemar_holm`, in a run without the condition `none`).
+            `task, condition, attack, epsilon, n, acc, acc_low, acc_high, baseline, drop, drop_low,
+            drop_high, detectable, p_mcnemar_holm, verdict`. Accuracies are shares of one, `drop` is
+            in points of a percent (null, like `p_mcnemar_holm`, in a run without the condition
+            `none`).
         known: the conditions of the run; as their names tell unless given.
     """
     known = by_name(table) if known is None else known
     mean, tasks = table[table["task"] == MEAN], table[table["task"] != MEAN]
     if mean["acc"].isna().all():
         return [
-            "The tasks have scores of different kinds, which have no mean; the table has each by"
-            " itself."
+            "The tasks have scores of different kinds, so there is no mean. The table shows each"
+            " task."
         ]
     names = tasks["task"].unique()
     n = tasks.loc[tasks["condition"] == tasks["condition"].iloc[0], "n"].sum()
     scope = names[0] if len(names) == 1 else f"mean over {number(len(names))} tasks"
-    scope = f"({scope}, {n:,} questions)"
-    scored = "score" in table
-    shown = "{:.3f}".format if scored else percent
-    guess = mean["baseline"].iloc[0]
-    guessing = "" if pd.isna(guess) else f"; guessing would give {shown(guess)}"
+    scope = f"{scope}, {n:,} questions"
     clean = mean[mean["attack"] == "none"]
     if clean.empty:
-        start = f"The run has no condition without an attack to compare with {scope}"
+        start = f"The run has no condition without an attack to compare with ({scope})."
     else:
-        answers = f"answers {percent(clean['acc'].iloc[0])} of the questions rightly"
-        if scored:
-            answers = f"has a score of {shown(clean['acc'].iloc[0])}, {score_of(clean)}"
-        start = f"Without an attack the model {answers} {scope}"
-    verdicts = _verdicts(tasks[tasks["attack"] == "none"], "Even without an attack")
+        row = clean.iloc[0].to_dict()
+        what = f"{_shown(mean, row['acc'])} right"
+        if "score" in table:
+            what = f"a score of {_shown(mean, row['acc'])}, {score_of(clean)}"
+        ends = _ends(mean, row)
+        start = f"No attack: {what} ({f'{ends}; ' if ends else ''}{scope})."
+    guess = mean["baseline"].iloc[0]
+    if pd.notna(guess):
+        start += f" Guessing gives {_shown(mean, guess)}."
+    at_guess = tasks.loc[(tasks["attack"] == "none") & (tasks["verdict"] != ABOVE), "task"]
+    if len(at_guess) and pd.notna(guess):
+        start += f" Not above guessing even without an attack: {_listed(at_guess.tolist())}."
     attacks = mean[mean["attack"] != "none"].groupby("attack", sort=False)
-    return [
-        f"{start}{guessing}.{verdicts}",
-        *(
-            _attack(name, rows, tasks[tasks["attack"] == name], shown, known)
-            for name, rows in attacks
-        ),
-    ]
+    return [start, *(_attack(rows, tasks[tasks["attack"] == a], known) for a, rows in attacks)]
 
 
 def percent(share: float) -> str:
@@ -90,96 +152,119 @@ def number(n: int) -> str:
     return _NUMBERS[n] if n < len(_NUMBERS) else f"{n:,}"
 
 
-def _attack(
-    attack: str,
-    mean: pd.DataFrame,
-    tasks: pd.DataFrame,
-    shown: Callable[[float], str],
-    known: Conditions,
-) -> str:
-    """One attack at all its amplitudes: what it costs, then where guessing is as good."""
-    effects: list[str] = []
-    verb_before = ""
-    for row in mean.itertuples():
-        at = f"at {'' if effects else 'amplitude '}{_amplitude(known[row.condition], row.epsilon)}"
-        if pd.isna(row.drop):
-            verb, effect = "leaves", f"{shown(row.acc)} {at}"
-        else:
-            verb = "costs" if round(row.drop, 1) >= 0 else "gains"
-            found = _significance(tasks[tasks["condition"] == row.condition]) + _pooled(row)
-            effect = f"{abs(row.drop):.1f} points {at} ({shown(row.acc)} left{found})"
-        effects.append(effect if verb == verb_before else f"{verb} {effect}")
-        verb_before = verb
-    name = _NAMES.get(attack, attack.upper())
-    verdicts = "".join(
-        _verdicts(rows, f"Under {condition}")
-        for condition, rows in tasks.groupby("condition", sort=False)
-    )
-    if not verdicts and (tasks["verdict"] == ABOVE).all():
-        verdicts = f" {'Every task' if tasks['task'].nunique() > 1 else 'It'} stays above guessing."
-    return f"{name} {_listed(effects)}.{verdicts}"
+def _attack(mean: pd.DataFrame, tasks: pd.DataFrame, known: Conditions) -> str:
+    """One attack: what its largest amplitude costs, and from which one nothing is left."""
+    rows = mean.sort_values("epsilon", kind="stable").to_dict("records")
+    name, last = _name(rows[-1]["attack"]), rows[-1]
+    sizes = [_amplitude(known[row["condition"]], row["epsilon"]) for row in rows]
+    changed = [_changed(row, tasks) for row in rows]
+    left, ends = _shown(mean, last["acc"]), _ends(mean, last)
+    if pd.isna(last["drop"]):
+        return f"{name} at {sizes[-1]}: {left} left{f' ({ends})' if ends else ''}." + _left(
+            rows, sizes, tasks
+        )
+    if not any(changed):
+        at = f" at {sizes[0]}" if len(rows) == 1 else f" at {sizes[0]} to {sizes[-1]}"
+        low, high = (_shown(mean, of(row["acc"] for row in rows)) for of in (min, max))
+        acc = left if low == high else f"{low.removesuffix(' %')} to {high}"
+        least = max(row["detectable"] for row in rows)
+        could = f"; with {last['n']:,} questions we could detect {least:.1f} points"
+        said = f"no detectable change ({acc}{'' if pd.isna(least) else could})."
+        return f"{name}{at}: {said}" + _equivalent(last)
+    if changed[-1]:
+        verb = "costs" if last["drop"] > 0 else "gains"
+        size = _points(last["drop"], last["drop_low"], last["drop_high"])
+        said = f"{verb} {size}, {left} {'left' if last['drop'] > 0 else 'right'}."
+        first = changed.index(True)
+        if first > 0:
+            said += f" Below {sizes[first]} no detectable change."
+    else:
+        found = [size for size, one in zip(sizes, changed, strict=True) if one]
+        said = f"no detectable change ({left}), but at {_listed(found)} there is one."
+    return f"{name} at {sizes[-1]}: {said}" + _left(rows, sizes, tasks) + _equivalent(last)
+
+
+def _name(attack: str) -> str:
+    return ATTACK_NAMES.get(attack, attack.upper())
+
+
+def _named(mean: pd.DataFrame, condition: str, known: Conditions) -> str:
+    """An attack and its amplitude inside a sentence."""
+    row = mean[mean["condition"] == condition].iloc[0]
+    name = _name(row["attack"])
+    name = name if name.isupper() or "FGSM" in name else name[0].lower() + name[1:]
+    return f"{name} at {_amplitude(known[condition], row['epsilon'])}"
+
+
+def _shown(table: pd.DataFrame, value: float) -> str:
+    return f"{value:.3f}" if "score" in table else percent(value)
+
+
+def _ends(table: pd.DataFrame, row: dict[Any, Any]) -> str:
+    low, high = row["acc_low"], row["acc_high"]
+    if pd.isna(low):
+        return ""
+    return f"{_shown(table, low).removesuffix(' %')} to {_shown(table, high)}"
+
+
+def _points(drop: float, low: float, high: float) -> str:
+    """A drop, or a gain without its sign, with its interval."""
+    if drop <= 0:
+        drop, low, high = -drop, -high, -low
+    ends = "" if pd.isna(low) else f" ({low:.1f} to {high:.1f})"
+    return f"{drop:.1f} points{ends}"
 
 
 def _amplitude(condition: Condition, epsilon: float) -> str:
-    """As the condition's name has it; in the units of the point beside it if those are others."""
-    plain, amplitude = f"{epsilon:g}", condition.amplitude
-    label = plain
-    if amplitude is not None:
-        unit = amplitude.epsilon.unit
-        own = "" if unit in (ABSOLUTE, None) else f" {unit}"
-        label = amplitude.shown(_UNITS.get(unit, own))
-    return plain if label == plain else f"{label} ({epsilon:.3g})"
+    """As the condition's name has it, the unit in words."""
+    amplitude = condition.amplitude
+    if amplitude is None:
+        return f"{epsilon:g}"
+    unit = amplitude.epsilon.unit
+    own = "" if unit in (ABSOLUTE, None) else f" {unit}"
+    return amplitude.shown(_UNITS.get(unit, own))
 
 
-def _significance(tasks: pd.DataFrame) -> str:
-    """On how many tasks the answers under a condition differ from the clean ones."""
-    p = tasks["p_mcnemar_holm"].dropna()
-    if p.empty:
-        return ""
-    found = int((p <= ALPHA).sum())
-    if len(p) == 1:
-        return "; significant" if found else "; not significant"
-    return f"; significant on {_of(found, len(p))}"
-
-
-def _pooled(mean: Any) -> str:
-    """Whether the answers of all tasks together differ, and if not which drop would have."""
-    p = mean.p_mcnemar_holm
+def _changed(mean: dict[Any, Any], tasks: pd.DataFrame) -> bool:
+    """Whether the answers of all tasks together differ; untested ones, whether any task's do."""
+    p = mean["p_mcnemar_holm"]
     if pd.isna(p):
-        return ""
-    if p <= ALPHA:
-        found = "; of all together significant"
-    else:
-        found = (
-            f"; of all together not, where a drop of {mean.detectable:.1f} points would be found"
+        p = tasks.loc[tasks["condition"] == mean["condition"], "p_mcnemar_holm"].min()
+    return bool(p <= ALPHA)
+
+
+def _left(rows: list[dict[Any, Any]], sizes: list[str], tasks: pd.DataFrame) -> str:
+    """From which amplitude nothing is left; else at how many tasks, at the largest one."""
+    of = [tasks[tasks["condition"] == row["condition"]] for row in rows]
+    none_left = [
+        bool(row["acc"] <= row["baseline"] and (some["verdict"] != ABOVE).all())
+        for row, some in zip(rows, of, strict=True)
+    ]
+    if none_left[-1]:
+        first = max((i + 1 for i, one in enumerate(none_left) if not one), default=0)
+        last = first == len(rows) - 1
+        return (
+            f" {'Nothing' if last else f'From {sizes[first]} on nothing'} is left above guessing."
         )
-    within = getattr(mean, "within", None)
-    if within is None:
-        return found
-    shown = "" if mean.p_equivalence_holm <= ALPHA else "not shown to be "
-    return f"{found}; {shown}equivalent to no attack within {within:g} points"
+    tested = of[-1][of[-1]["verdict"].notna()]
+    above = int((tested["verdict"] == ABOVE).sum())
+    if tested.empty or (above == len(tested) and len(tested) < len(of[-1])):
+        return ""
+    if len(of[-1]) == 1:
+        return f" It {'stays' if above else 'is not'} above guessing."
+    if above in (0, len(tested)):
+        return f" {'Every task stays' if above else 'No task is'} above guessing."
+    part = number(len(tested) - above).capitalize()
+    verb = "is" if len(tested) - above == 1 else "are"
+    return f" {part} of the {number(len(of[-1]))} tasks {verb} not above guessing."
 
 
-def _verdicts(tasks: pd.DataFrame, where: str) -> str:
-    """The tasks of one condition that are not above guessing, as a sentence, or nothing."""
-    parts = []
-    for verdict in (INDISTINGUISHABLE, BELOW):
-        names = tasks.loc[tasks["verdict"] == verdict, "task"].tolist()
-        if not names:
-            continue
-        if len(tasks) == 1:
-            parts.append(f"{names[0]} is {verdict}")
-        else:
-            who = "" if len(names) == len(tasks) else f" ({_listed(names)})"
-            verb = "is" if len(names) == 1 else "are"
-            parts.append(f"{_of(len(names), len(tasks))} {verb} {verdict}{who}")
-    return f" {where} {_listed(parts)}." if parts else ""
-
-
-def _of(part: int, whole: int) -> str:
-    if part == whole:
-        return f"all {number(whole)} tasks" if whole > 2 else "both tasks"
-    return f"{number(part)} of the {number(whole)} tasks" if part else "no task"
+def _equivalent(mean: dict[Any, Any]) -> str:
+    """Whether the answers of all tasks together are equivalent, where this was asked."""
+    if "within" not in mean or pd.isna(mean["within"]):
+        return ""
+    shown = "Equivalent" if mean["p_equivalence_holm"] <= ALPHA else "Not shown to be equivalent"
+    return f" {shown} to no attack within {mean['within']:g} points."
 
 
 def _listed(parts: Sequence[str]) -> str:

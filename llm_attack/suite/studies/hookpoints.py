@@ -139,8 +139,8 @@ def figure(table: pd.DataFrame, known: Conditions | None = None) -> Figure | Non
             else:
                 axes.locator_params("x", integer=True)
             axes.set(ylim=(0, 1.03), yticks=np.arange(0, 1.01, 0.25))
-        drawn.supxlabel("" if len(names) else "block (0: the input embedding)", size=7)
-        drawn.supylabel("accuracy", size=7)
+        drawn.supxlabel("" if len(names) else "block (0: the input embedding)")
+        drawn.supylabel("accuracy")
         legend(drawn, handles(next(iter(grid.values()))))
     return drawn
 

@@ -240,8 +240,8 @@ def figure(frame: pd.DataFrame) -> Figure:
             if np.isfinite(trend["correlation"]):
                 text = f"ρ = {trend['correlation']:+.2f}"
                 axes.text(0.04, 0.95, text, transform=axes.transAxes, va="top", size=6)
-        drawn.supxlabel("accuracy without an attack", size=7)
-        drawn.supylabel("drop, points", size=7)
+        drawn.supxlabel("accuracy without an attack")
+        drawn.supylabel("drop, points")
         entries = handles(next(iter(grid.values())))
         legend(drawn, entries)
     return drawn

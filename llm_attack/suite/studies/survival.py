@@ -81,9 +81,9 @@ def figure(
                 axes.plot(accuracies.index, accuracies, label=_FIXED, **mark)
             epsilon_axis(axes, ticks[(ticks >= shortest) & (ticks <= largest)], shortest, 0.3)
             axes.set(xlim=(0, largest * 1.05), ylim=(0, 1.03), yticks=np.arange(0, 1.01, 0.25))
-        drawn.supxlabel(f"epsilon{unit.name}", size=7)
+        drawn.supxlabel(f"epsilon{unit.name}")
         of_score = "" if score == critical.ACC else f" ({score})"
-        drawn.supylabel(f"share of questions still right{of_score}", size=7)
+        drawn.supylabel(f"share of questions still right{of_score}")
         legend(drawn, handles(axes))
     return drawn
 

@@ -82,8 +82,13 @@ class Report:
     def open(self, path, fragment=""):
         self.browser.get("about:blank")  # else a new fragment would not load the page again
         self.browser.get(path.as_uri() + fragment)
+        self.unfold("#questions details")
         self.wait(lambda _: self["shown"].is_displayed())
         return self
+
+    def unfold(self, which="details"):
+        open_all = "of.forEach(fold => { fold.open = true; })"
+        self.js(f"const of = document.querySelectorAll(arguments[0]); {open_all}", which)
 
     def __getitem__(self, name):
         return self.browser.find_element("id", name)

@@ -14,7 +14,7 @@ NAMED = {
 
 
 def test_whatever_can_be_used_has_a_name(page, run):
-    page.open(run[2])
+    page.open(run[2]).unfold()
     page.press(page.all("#table tbody button")[0])
     page.browser.execute_cdp_cmd("Accessibility.enable", {})
     nodes = page.browser.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
@@ -33,7 +33,7 @@ def test_whatever_can_be_used_has_a_name(page, run):
 
 
 def test_structure(page, run):
-    page.open(run[2])
+    page.open(run[2]).unfold()
     page.press(page.all("#table tbody button")[0])
     levels = [int(h.tag_name[1]) for h in page.all("h1, h2, h3, h4, h5, h6")]
     assert levels[0] == 1 and levels.count(1) == 1
@@ -46,7 +46,7 @@ def test_structure(page, run):
     )
     assert set(pointed) <= set(ids)
     anchors = [a.get_attribute("href").split("#")[1] for a in page.all("a")]
-    assert set(anchors) <= set(ids) and len(anchors) == 5
+    assert set(anchors) <= set(ids) and len(anchors) == 4
     for control in page.all("input, select"):
         assert control.get_property("labels"), control.get_attribute("id")
     for table in page.all("table"):
@@ -88,7 +88,7 @@ return found;
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_contrast(page, run, scheme):
-    page.open(run[2], "#condition=bim%400.01")
+    page.open(run[2], "#condition=bim%400.01").unfold()
     page.media(prefers_color_scheme=scheme)
     for button in page.all("#table tbody button")[1:4]:
         page.press(button)
@@ -105,14 +105,15 @@ def test_contrast(page, run, scheme):
 
 
 def test_a_narrow_screen(page, run):
-    page.open(run[2])
+    page.open(run[2]).unfold()
     page.press(page.all("#table tbody button")[0])
     size = {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": False}
     page.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     assert page.js("return innerWidth") == 400
     assert page.js("return document.documentElement.scrollWidth") <= 400
     small = page.js(
-        "return [...document.querySelectorAll('button, input, select')].filter(e => {"
+        "return [...document.querySelectorAll('button, input, select, summary')]"
+        ".filter(e => e.checkVisibility()).filter(e => {"
         " const r = e.getBoundingClientRect(); return Math.min(r.width, r.height) < 24;"
         "}).map(e => e.outerHTML)"
     )
@@ -138,14 +139,15 @@ def test_the_keyboard_is_enough(page, run):
     page.key(Keys.ENTER)
     assert page.focused() == page["questions"]
     stops, headings = [], len(page.all("#table thead th"))
-    for _ in range(9 + headings):
+    for _ in range(10 + headings):
         page.key(Keys.TAB)
         stops.append(page.focused().get_attribute("id") or page.focused().text)
         style = "const s = getComputedStyle(document.activeElement);"
         style += "return [s.outlineStyle, s.outlineWidth]"
         assert page.js(style) == ["solid", "3px"], stops[-1]
-    assert stops[:7] == ["task", "condition", "change", "search", "size", "reset", "region"]
-    assert stops[7 : 7 + headings][-1] == "Margin change"
+    controls = ["task", "condition", "change", "search", "size", "reset", "region"]
+    assert stops[:8] == ["180 questions, before and after", *controls]
+    assert stops[8 : 8 + headings][-1] == "Margin change"
     page.key(Keys.SHIFT, Keys.TAB, Keys.TAB)
     assert page.focused().text == "Margin change"
     rows = expected(samples, questions)

@@ -3,9 +3,12 @@
 import numpy as np
 import pandas as pd
 import pytest
-from report_input import CONDITIONS, HOSTILE, build
+from report_input import CONDITIONS, HOSTILE, build, table_of
 from report_page import CHANGES, ROWS, expected, places, write
 from selenium.webdriver.common.keys import Keys
+
+from llm_attack.suite.report.page import write_report
+from llm_attack.suite.report.tables import Cells
 
 # a click on every heading (or on those from arguments[0] to arguments[1]), and a second one
 SORT = f"""
@@ -257,6 +260,7 @@ def test_data_that_cannot_be_read_are_told(page, run, tmp_path):
     start = whole.index('id="data">') + 2000
     path.write_text(whole[:start] + "AAAA" * 50 + whole[start + 200 :], "utf-8")
     page.browser.get(path.as_uri())
+    page.all("#questions summary")[0].click()
     page.wait(lambda _: "cannot be shown" in page["status"].text)
     assert not page["shown"].is_displayed()
     assert len(page.browser.get_log("browser")) == 1  # the error itself
@@ -290,3 +294,196 @@ def test_thousands_of_questions(page, tmp_path, n):
     rows = expected(samples, questions, "bim@0.01", change="lost", search="river")
     assert page.rows() == places(rows, "margin_change")[:50]
     assert page["status"].text.startswith(f"{len(rows):,} of {n:,} questions, page 1 of ")
+
+
+# ---- what is read in ten seconds
+
+
+def with_costs(samples):
+    """So that under bim@0.01 every answer is wrong."""
+    wrong = samples["condition"] == "bim@0.01"
+    acc = samples["acc"].mask(wrong, 0.0)
+    return samples.assign(acc=acc)
+
+
+def written(folder, conditions=CONDITIONS):
+    """A page with two figures, and with tables of a few columns and of many."""
+    samples, questions = build(20, conditions=conditions)
+    table = table_of(with_costs(samples))
+    table["drop"] = 100 * (table["acc"].max() - table["acc"])
+    size = "width='900' height='600' viewBox='0 0 9 6'"
+    figures = []
+    for name in ("one", "two"):
+        path = folder / f"{name}.svg"
+        path.write_text(f"<svg xmlns='http://www.w3.org/2000/svg' {size}/>")
+        figures.append((f"Figure {name}", f"What {name} shows", path))
+    settings = {f"setting_{k}": k for k in range(20)}
+    attacks = {
+        c: {"epsilon": i, **{key: i * k for key, k in settings.items()}}
+        for i, c in enumerate(conditions)
+    }
+    heading = [f"column {i}" for i in range(12)]
+    more = {
+        "what changed": Cells(heading, [["x 1.5 (0.1 to 2.3)"] * 12], []),
+        "claims": Cells(["indistinguishable"] * 4, [["a_long_name_of_a_claim"] * 4], []),
+    }
+    run = {"command": "llm-attack run -o x", "model_name": "demo", "attacks": attacks}
+    path = write_report(folder, samples, questions, table, figures, run, more)
+    return samples, questions, path
+
+
+def sized(page, width, height=900):
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    page.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
+
+def load(page, path, fragment=""):
+    """Without opening what is folded."""
+    page.browser.get("about:blank")
+    page.browser.get(path.as_uri() + fragment)
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_headline_and_figure_come_first_then_the_table_then_folds(page, tmp_path, width):
+    sized(page, width)
+    load(page, written(tmp_path)[2])
+    place = "const r = document.querySelector(arguments[0]).getBoundingClientRect();"
+    place += "return [r.top + scrollY, r.bottom + scrollY]"
+    headline, figure, attacks, table = (
+        page.js(place, which) for which in (".headlines", "figure img", "#attacks", "#accuracy")
+    )
+    assert headline[1] < 300 and figure[0] < 320
+    assert max(figure[1], attacks[1]) <= table[0] + 1
+    assert len(page.all("#attacks li")) == 4
+    assert [d.get_attribute("open") for d in page.all("details")] == [None] * 5
+    assert page.js("return document.documentElement.scrollWidth") <= width
+    assert page.all("#shown")[0].is_displayed() is False
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_no_table_is_wider_than_the_page(page, tmp_path, width):
+    """Of few and of many columns, the questions and their choices among them."""
+    many = ["none", *(f"{a}@{e}" for a in ("random", "fgsm", "bim") for e in (0.1, 0.2, 0.3, 0.4))]
+    sized(page, width)
+    page.open(written(tmp_path, many)[2]).unfold()
+    page.press(page.all("#table tbody button")[2])
+    more = "[e.scrollWidth - e.clientWidth, e.querySelector('table').id]"
+    found = page.js(f"return [...document.querySelectorAll('.scroll')].map(e => {more})")
+    assert len(found) >= 6
+    assert [(more, name) for more, name in found if more > 0] == []
+    assert page.js("return document.documentElement.scrollWidth") <= width
+    label = "return getComputedStyle(document.querySelector('#every td'), '::before').content"
+    blocks = width == 390  # each value with the name of its column
+    assert page.js(label) == ('"piqa"' if blocks else "none")
+
+
+def test_the_first_column_stays_where_a_table_is_scrolled(page, tmp_path):
+    sized(page, 1280)
+    page.open(written(tmp_path)[2])
+    page.js("document.querySelector('#accuracy').style.width = '3000px'")
+    left = "return document.querySelector('#accuracy tbody th').getBoundingClientRect().left"
+    before = page.js(left)
+    page.js("document.querySelector('#accuracy').parentElement.scrollLeft = 500")
+    assert page.js(left) == before
+
+
+def test_the_questions_open_on_the_strongest_attack(page, tmp_path):
+    samples, questions, path = written(tmp_path)
+    page.open(path)
+    assert page["condition"].get_property("value") == "bim@0.01"
+    assert page.rows() == places(expected(samples, questions, "bim@0.01"))[:50]
+    page.choose("condition", "fgsm@0.01")
+    page["reset"].click()
+    assert page["condition"].get_property("value") == "bim@0.01"
+
+
+def test_a_question_can_be_linked(page, tmp_path):
+    """From whatever view: on its page, opened; filters that hide it are left out."""
+    path = written(tmp_path)[2]
+    page.open(path)
+    page.choose("size", "25")
+    page["next"].click()
+    task, number_of = page.rows()[3]
+    page.press(page.all("#table tbody button")[3])
+    asked = "return new URLSearchParams(location.hash.slice(1)).get('question')"
+    assert page.js(asked) == f"{task}/{number_of}"
+    link = page.browser.current_url.split("#")[1]
+    load(page, path, "#" + link)
+    page.wait(lambda _: page.all(".details"))
+    assert page.all(".details caption")[0].text == f"Choices of {task} {number_of}"
+    assert (task, number_of) in page.rows() and page["page"].get_property("value") == "2"
+    row = "document.querySelector('[aria-expanded=true]').closest('tr')"
+    assert abs(page.js(f"return {row}.getBoundingClientRect().top")) < 2
+    page["next"].click()
+    assert page.js(asked) is None
+    load(page, path, "#task=arc&search=nowhere&question=Wino%2F30")
+    page.wait(lambda _: page.all(".details"))
+    assert page.all(".details caption")[0].text == "Choices of Wino 30"
+    assert page["task"].get_property("value") == "" and page["status"].text.startswith("60 of 60")
+    page.press(page.all("[aria-expanded=true]")[0])
+    assert page.js(asked) is None
+    load(page, path, "#question=Wino%2F31")  # there is none
+    page.wait(lambda _: page["shown"].is_displayed())
+    assert page.all(".details") == []
+
+
+def test_links_open_what_is_folded(page, tmp_path):
+    load(page, written(tmp_path)[2])
+    for name in ("numbers", "figures", "making", "questions"):
+        fold = page.all(f"#{name} > details")[0]
+        for _ in range(2):  # also if the address points there already
+            page.press(page.all(f"nav a[href='#{name}']")[0])
+            page.wait(lambda _, fold=fold: fold.get_attribute("open") is not None)
+            page.js("arguments[0].open = false", fold)
+
+
+def test_copy_buttons(page, tmp_path):
+    load(page, written(tmp_path)[2])
+    page.browser.execute_cdp_cmd(
+        "Browser.grantPermissions",
+        {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]},
+    )
+    read = "const done = arguments[0]; navigator.clipboard.readText().then(done, e => done('' + e))"
+    button = page.all("[data-copy=accuracy]")[0]
+    page.press(button)
+    page.wait(lambda _: button.text.startswith("Copied"))
+    rows = page.browser.execute_async_script(read).splitlines()
+    assert rows[0].split("\t") == ["task", *CONDITIONS, "guessing"]
+    assert [row.split("\t")[0] for row in rows[1:]] == ["piqa", "arc", "Wino", "mean"]
+    assert rows[4].split("\t")[4].startswith("0.0 ")
+    page.unfold()
+    page.press(page.all("[data-copy=command]")[0])
+    page.wait(lambda _: page.browser.execute_async_script(read) == "llm-attack run -o x")
+    page.wait(lambda _: page["shown"].is_displayed())
+    page.press(page.all("#table tbody button")[0])
+    page.press(page.all(".details .copy")[0])
+    wanted = "#condition=bim%400.01&question=piqa%2F0"
+    page.wait(lambda _: page.browser.execute_async_script(read).endswith("report.html" + wanted))
+
+
+def test_figures_enlarge(page, tmp_path):
+    sized(page, 390)
+    load(page, written(tmp_path)[2])
+    image, dialog = page.all("figure img")[0], page["enlarged"]
+    small = image.rect["width"]
+    for start in (page.all("button.enlarge")[0], image):
+        page.press(start)
+        assert dialog.get_attribute("open") is not None
+        (large,) = dialog.find_elements("css selector", "img")
+        assert large.rect["width"] > 2 * small
+        assert large.get_attribute("alt") == "What one shows"
+        if start is image:
+            page["close"].click()
+        else:
+            page.key(Keys.ESCAPE)
+        assert dialog.get_attribute("open") is None
+        assert page.focused().text.startswith("Enlarge")
+
+
+def test_paper_has_what_is_folded_but_not_the_questions(page, tmp_path):
+    load(page, written(tmp_path)[2])
+    page.js("dispatchEvent(new Event('beforeprint'))")
+    opened = [d.get_attribute("open") is not None for d in page.all("details")]
+    assert opened == [True, True, True, False, True]
+    page.js("dispatchEvent(new Event('afterprint'))")
+    assert [d.get_attribute("open") for d in page.all("details")] == [None] * 5

@@ -14,7 +14,7 @@ import pytest
 from report_input import HOSTILE, build, table, table_of
 
 from llm_attack.suite.report.page import columns, write_report
-from llm_attack.suite.report.words import in_words
+from llm_attack.suite.report.words import headlines, in_words, strongest
 
 ABOVE, GUESSES, BELOW = "above guessing", "indistinguishable from guessing", "below guessing"
 RUN = {
@@ -75,34 +75,73 @@ def test_the_table_in_words():
         ("wino", "random@0.01", 0.96, 0.8, 0.2, ABOVE),
         ("arc", "bim@0.01", 0.2, 75.0, 0.001, BELOW),
         ("piqa", "bim@0.01", 0.5, 48.0, 0.001, GUESSES),
-        ("wino", "bim@0.01", 0.5, 46.8, 0.001, GUESSES),
+        ("wino", "bim@0.01", 0.6, 46.8, 0.001, ABOVE),
     ]
     mean = {"none": (0.966, 0.0), "random@0.01": (0.9533, 1.27), "bim@0.01": (0.4, 56.6)}
-    assert in_words(table(rows, mean)) == [
-        "Without an attack the model answers 96.6 % of the questions rightly (mean over three"
-        " tasks, 3,900 questions); guessing would give 33.3 %. Even without an attack one of the"
-        " three tasks is indistinguishable from guessing (wino).",
-        "Random noise costs 1.3 points at amplitude 0.01 (95.3 % left; significant on one of the"
-        " three tasks). Every task stays above guessing.",
-        "BIM costs 56.6 points at amplitude 0.01 (40.0 % left; significant on all three tasks)."
-        " Under bim@0.01 two of the three tasks are indistinguishable from guessing (piqa and wino)"
-        " and one of the three tasks is below guessing (arc).",
+    frame = table(rows, mean)
+    ends = (frame["task"] == "mean") & (frame["condition"] == "bim@0.01")
+    frame.loc[ends, ["drop_low", "drop_high"]] = 54.2, 58.9
+    assert in_words(frame) == [
+        "No attack: 96.6 % right (91.6 to 101.6 %; mean over three tasks, 3,900 questions)."
+        " Guessing gives 33.3 %. Not above guessing even without an attack: wino.",
+        "Random noise at 0.01: costs 1.3 points, 95.3 % left. Every task stays above guessing.",
+        "BIM at 0.01: costs 56.6 points (54.2 to 58.9), 40.0 % left. Two of the three tasks are not"
+        " above guessing.",
+    ]
+    assert headlines(frame) == [
+        ("96.6 %", "without an attack", "91.6 to 101.6 %"),
+        ("40.0 %", "under the strongest attack, BIM at 0.01", "35.0 to 45.0 %"),
+        ("33.3 %", "by guessing", ""),
     ]
 
 
-def test_several_amplitudes_of_an_attack_are_one_paragraph():
-    drops = {"none": 0.0, "fgsm@0.001": -0.34, "fgsm@0.002": -0.04, "fgsm@0.01": 3.1}
-    rows = [
-        (task, condition, 0.9 - drop / 100, drop, 0.04, GUESSES if drop > 3 else ABOVE)
-        for condition, drop in drops.items()
-        for task in ("arc", "piqa")
-    ]
-    assert in_words(table(rows, {c: (0.9 - d / 100, d) for c, d in drops.items()}))[1:] == [
-        "FGSM gains 0.3 points at amplitude 0.001 (90.3 % left; significant on both tasks), costs"
-        " 0.0 points at 0.002 (90.0 % left; significant on both tasks) and 3.1 points at 0.01"
-        " (86.9 % left; significant on both tasks). Under fgsm@0.01 both tasks are"
-        " indistinguishable from guessing."
-    ]
+def ladder(drops, p, verdicts, detectable=1.5):
+    """Of one attack at several amplitudes, on two tasks; guesses give a third."""
+    names = ["none", *(f"fgsm@{epsilon}" for epsilon in (0.001, 0.002, 0.01)[: len(drops)])]
+    each = list(zip(names, [0.0, *drops], [np.nan, *p], [ABOVE, *verdicts], strict=True))
+    rows = [(t, c, 0.9 - d / 100, d, q, v) for c, d, q, v in each for t in ("arc", "piqa")]
+    return table(rows, {c: (0.9 - d / 100, d) for c, d, *_ in each}).assign(detectable=detectable)
+
+
+def test_several_amplitudes_of_an_attack_are_one_line():
+    """What the largest costs, from which on it is seen, and from which on nothing is left."""
+    (said,) = in_words(ladder((0.34, 60, 80), (0.9, 0.01, 0.01), (ABOVE, GUESSES, BELOW)))[1:]
+    assert said == (
+        "FGSM at 0.01: costs 80.0 points, 10.0 % left. Below 0.002 no detectable change. From 0.002"
+        " on nothing is left above guessing."
+    )
+    # a mean above that of guesses is something, whatever few questions can show
+    (said,) = in_words(ladder((0.34, 50, 80), (0.9, 0.01, 0.01), (ABOVE, GUESSES, BELOW)))[1:]
+    assert said.endswith(" Below 0.002 no detectable change. Nothing is left above guessing.")
+    # what a larger amplitude leaves is left
+    (said,) = in_words(ladder((60, 70, 50), (0.01, 0.01, 0.01), (GUESSES, BELOW, ABOVE)))[1:]
+    assert said == "FGSM at 0.01: costs 50.0 points, 40.0 % left. Every task stays above guessing."
+
+
+def test_what_is_not_seen_is_told_with_what_could_be():
+    (said,) = in_words(ladder((0.34, -0.1, 1.0), (0.9, 0.7, 0.2), (ABOVE, ABOVE, ABOVE)))[1:]
+    assert said == (
+        "FGSM at 0.001 to 0.01: no detectable change (89.0 to 90.1 %; with 2,600 questions we could"
+        " detect 1.5 points)."
+    )
+    (said,) = in_words(ladder((0.34,), (0.9,), (ABOVE,)))[1:]
+    assert said.startswith("FGSM at 0.001: no detectable change (89.7 %; with 2,600 questions")
+    (said,) = in_words(ladder((20, 0.3), (0.01, 0.8), (ABOVE, ABOVE)))[1:]
+    assert "at 0.002: no detectable change (89.7 %), but at 0.001 there is one." in said
+    (said,) = in_words(ladder((-4.0,), (0.01,), (ABOVE,)))[1:]
+    assert said.startswith("FGSM at 0.001: gains 4.0 points, 94.0 % right.")
+
+
+def test_the_strongest_attack():
+    """The one that costs most; of equals the smaller; neither none nor a worst of several."""
+    assert strongest(ladder((10, 50, 50), [0.01] * 3, [ABOVE] * 3)) == "fgsm@0.002"
+    frame = ladder((10, 20), [0.01] * 2, [ABOVE] * 2)
+    worst = frame["condition"] == "fgsm@0.002"
+    assert strongest(frame.assign(attack=frame["attack"].mask(worst, "worst"))) == "fgsm@0.001"
+    assert strongest(frame[frame["condition"] == "none"]) is None
+    alone = frame[frame["condition"] != "none"].assign(drop=np.nan)
+    assert strongest(alone) == "fgsm@0.002"
+    assert strongest(alone.assign(better="lower")) == "fgsm@0.001"
 
 
 def test_an_amplitude_of_nothing():
@@ -116,16 +155,13 @@ def test_one_task_is_named_and_not_counted():
     rows = [
         ("arc", "none", 0.9, 0.0, np.nan, ABOVE),
         ("arc", "fgsm@0.01", 0.4, 50.0, 0.2, ABOVE),
-        ("arc", "bim@0.01", 0.3, 60.0, 0.001, GUESSES),
+        ("arc", "bim@0.01", 0.34, 56.0, 0.001, GUESSES),
     ]
-    mean = {"none": (0.9, 0.0), "fgsm@0.01": (0.4, 50.0), "bim@0.01": (0.3, 60.0)}
+    mean = {"none": (0.9, 0.0), "fgsm@0.01": (0.4, 50.0), "bim@0.01": (0.34, 56.0)}
     assert in_words(table(rows, mean)) == [
-        "Without an attack the model answers 90.0 % of the questions rightly (arc, 1,300"
-        " questions); guessing would give 33.3 %.",
-        "FGSM costs 50.0 points at amplitude 0.01 (40.0 % left; not significant). It stays above"
-        " guessing.",
-        "BIM costs 60.0 points at amplitude 0.01 (30.0 % left; significant). Under bim@0.01 arc is"
-        " indistinguishable from guessing.",
+        "No attack: 90.0 % right (85.0 to 95.0 %; arc, 1,300 questions). Guessing gives 33.3 %.",
+        "FGSM at 0.01: no detectable change (40.0 %).",
+        "BIM at 0.01: costs 56.0 points, 34.0 % left. It is not above guessing.",
     ]
 
 
@@ -136,9 +172,9 @@ def test_without_a_clean_run_nothing_is_said_of_costs():
     ]
     mean = {"fgsm@0.01": (0.4, np.nan), "fgsm@0.02": (0.35, np.nan)}
     assert in_words(table(rows, mean)) == [
-        "The run has no condition without an attack to compare with (arc, 1,300 questions);"
-        " guessing would give 33.3 %.",
-        "FGSM leaves 40.0 % at amplitude 0.01 and 35.0 % at 0.02. It stays above guessing.",
+        "The run has no condition without an attack to compare with (arc, 1,300 questions)."
+        " Guessing gives 33.3 %.",
+        "FGSM at 0.02: 35.0 % left (30.0 to 40.0 %). It stays above guessing.",
     ]
 
 
@@ -215,7 +251,7 @@ def test_the_page_refers_to_nothing_outside_and_allows_only_its_own_script(tmp_p
     page = Page(write(tmp_path, figures=[("Title", "What it shows", figure)]))
     sources = [v for k, v in page.attributes if k in ("src", "href", "action", "srcset", "data")]
     assert all(source.startswith(("#", "data:")) for source in sources)
-    assert ("alt", "What it shows") in page.attributes and "Title" in page.said
+    assert ("alt", "What it shows") in page.attributes and "Title" in page.text
     image = next(source for source in sources if source.startswith("data:image"))
     assert base64.b64decode(image.removeprefix("data:image/svg+xml;base64,")) == figure.read_bytes()
     policy = next(v for k, v in page.attributes if v and v.startswith("default-src 'none';"))
@@ -250,12 +286,20 @@ def test_the_style_and_the_script_do_not_end_early(tmp_path):
 def test_how_it_was_made(tmp_path):
     text = Page(write(tmp_path)).text
     assert text.count("llm-attack run --model 'a b'") == 1
-    assert "demo under attack" in text and text.count("zero gradient fraction –") == 1
+    assert "demo under attack" in text
     for pair in ("limit –", "stop x, 1", "of k: 0.5", "seconds 106.26"):
         key, value = pair.split(" ", 1)
         assert re.search(rf"\b{key}\s+{re.escape(value)}", text), pair
-    assert re.search(r"snr db\s+–\s+9.62945\b", text)
-    assert re.search(r"zero gradient fraction\s+–\s+0\b", text)
+    heading = "condition epsilon snr db zero gradient fraction"
+    assert f"{heading} none 0.01 – – fgsm@0.01 – 9.62945 0" in text
+    attacks = {
+        "none": {"epsilon": 0},
+        "a": {"epsilon": 1, "steps": 3},
+        "b": {"epsilon": 2, "steps": 3},
+    }
+    text = Page(write(tmp_path, run={"attacks": attacks})).text
+    assert "condition epsilon none 0 a 1 b 2 " in text
+    assert "The same for all attacks steps 3 " in text
     assert "Accuracy under attack" in Page(write(tmp_path, run={})).text
     half_a_pair = {"command": "run \ud83e"}  # from arguments that are not valid UTF-8
     assert "run ?" in Page(write(tmp_path, run=half_a_pair)).text
@@ -269,8 +313,22 @@ def test_the_table_of_accuracies(tmp_path):
     text = Page(write(tmp_path, samples, questions, tables=tables)).text
     row = "25.0 20.0–30.0 below guessing"
     assert f"piqa {row} {row} 33.3 arc {row} {row} 33.3 mean 50.0 45.0–55.0 62.5 33.3" in text
-    under = "mean drop, points 0.0 1.0 likelihood, nats – -1.50 gold margin, nats – -0.25"
-    assert f"33.3 {under} signal/noise, dB – 12.5" in text
+    measures = "mean drop, points likelihood, nats gold margin, nats signal/noise, dB"
+    assert f"condition {measures} none 0.0 – – – bim@0.1 1.0 -1.50 -0.25 12.5" in text
+
+
+def test_the_first_table_has_one_condition_of_each_attack_where_there_are_many(tmp_path):
+    names = ["none", *(f"{a}@{e}" for a in ("random", "fgsm") for e in (0.01, 0.02, 0.03))]
+    samples, questions = build(6, conditions=names)
+    page = Page(write(tmp_path, samples, questions))
+    labels = [v for k, v in page.attributes if k == "data-label"]
+    first = ["none", "random@0.03", "fgsm@0.03", "guessing"]
+    assert labels[: 4 * len(first)] == first * 4
+    tasks = ["piqa", "arc", "Wino", "mean"]
+    assert labels[4 * len(first) :][: 8 * 4] == tasks * 8  # a row for each condition, and guessing
+    assert page.text.count("of each attack the largest amplitude") == 1
+    rows = " ".join(f"{name} [^@]*?" for name in [*names[1:], "guessing"])
+    assert re.search(f"condition piqa arc Wino mean none .*?{rows}33.3 33.3 33.3 33.3", page.text)
 
 
 def test_a_figure_of_another_type_is_an_error(tmp_path):
