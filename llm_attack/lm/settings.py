@@ -22,6 +22,7 @@ CONTEXTS = ("own", "shared")
 PER_TOKEN = "_token"
 NORMS = ("linf", "l2", f"l2{PER_TOKEN}")
 PACKINGS = ("auto", "tree", "off")
+GRADIENT_DTYPES = ("bfloat16",)
 EPSILON = f"a finite number, at least 0, or one with its unit ({', '.join(UNITS)}), such as 0.7rms"
 
 
@@ -209,7 +210,9 @@ class AttackSettings(ThreatSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """How `attacked-hf` loads and computes; the numbers of a whole model do not depend on it.
+    """How `attacked-hf` loads and computes.
+
+    The numbers of a whole model depend on `gradient_dtype` alone of these.
 
     Raises:
         UsageError: a value is not allowed.
@@ -233,6 +236,13 @@ class EngineSettings:
         "Answers depend on the question alone, to the last bit, whatever batch size, order, limit"
         " and number of processes are. Every question (every request with context=own) is a batch"
         " of its own, without packing, on one thread",
+    )
+    gradient_dtype: str | None = setting(
+        None,
+        "Take gradients of a copy of the model in this dtype, which some processors compute faster."
+        " Answers stay in the model's own dtype. The copy takes memory, and attacked points differ"
+        " slightly",
+        choices=GRADIENT_DTYPES,
     )
     allow_missing_weights: bool = setting(
         False,

@@ -11,7 +11,7 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -40,7 +40,7 @@ _SHARE = 0.9  # of a GPU, for a worker: one on each, and some is left for a driv
 
 def threads_of(lm: AttackedHFLM) -> int:
     """Of torch, for the batches of a model in this process."""
-    return 1 if lm.engine.deterministic else torch.get_num_threads()
+    return 1 if lm.engine_settings.deterministic else torch.get_num_threads()
 
 
 class Worker:
@@ -49,11 +49,10 @@ class Worker:
     Args:
         plan: with the device.
         conditions: of the run.
-        tokens: of a batch at most, by which larger questions are cut into parts.
     """
 
-    def __init__(self, plan: Plan, conditions: list[AttackSettings], tokens: int) -> None:
-        self.plan, self.conditions, self.tokens = plan, conditions, tokens
+    def __init__(self, plan: Plan, conditions: Sequence[AttackSettings]) -> None:
+        self.plan, self.conditions = plan, conditions
 
     @cached_property
     def lm(self) -> AttackedHFLM:
@@ -61,8 +60,6 @@ class Worker:
         lm = load(self.plan)
         lm.use(*self.conditions)
         lm.check_gradient()  # of the kernels of this device
-        for scorer in (lm.engine.scorer, *lm.engine.scorers):
-            scorer.limit = self.tokens
         return lm
 
     def ready(self) -> tuple[dict[str, Any], int]:
@@ -186,7 +183,7 @@ def answers(
     workers = deaths = 0
 
     def start() -> None:
-        worker = actor.remote(given, lm.conditions, lm.engine.scorer.limit)
+        worker = actor.remote(given, lm.conditions)
         busy[worker.ready.remote()] = worker, None
 
     alive = _Alive(ray)
