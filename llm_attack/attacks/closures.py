@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_attack.attacks.norms import Groups
+from llm_attack.attacks.norms import Elements, Groups
 from llm_attack.attacks.settings import Attack
 from llm_attack.base.errors import shortened
 
@@ -93,6 +93,16 @@ class Known:
     gradient: Tensor | None = None
     gap: Tensor | None = None
 
+    def check(self, n: int) -> None:
+        """Raises `ValueError` unless there is a value for each of n examples."""
+        for name in ("loss", "gap"):
+            values = getattr(self, name)
+            if values is not None and values.shape != (n,):
+                raise ValueError(
+                    f"{name}: must be one value for each of {n} examples, ({n},), not"
+                    f" {tuple(values.shape)}"
+                )
+
 
 def _ignore(_: Tensor) -> None:
     pass
@@ -158,6 +168,15 @@ def check_groups(x: Tensor, groups: Mapping[str, Groups | None]) -> None:
         if group.index.shape != x.shape[: group.index.dim()]:
             shapes = f"{tuple(group.index.shape)} does not fit that of x, {tuple(x.shape)}"
             raise ValueError(f"{name}: the shape of its index {shapes}")
+
+
+def check_types(given: Mapping[str, Any]) -> None:
+    """Raises `TypeError` unless arguments of `perturb` are of the classes with their names."""
+    for kind in (Elements, Known, Watch):
+        name = kind.__name__.lower()
+        if not isinstance(given[name], kind):
+            got = type(given[name]).__name__
+            raise TypeError(f"{name}: must be {kind.__name__}, not {got}")
 
 
 def check_functions(functions: Mapping[str, Any]) -> None:

@@ -25,6 +25,7 @@ from llm_attack.attacks.closures import (
     check_functions,
     check_groups,
     check_point,
+    check_types,
     leaf,
 )
 from llm_attack.attacks.draws import rehashed
@@ -122,6 +123,7 @@ def trajectory(
     That is where `Attack.by_steps`; of other attacks there is one point, the result. Arguments and
     errors are those of `perturb`.
     """
+    check_types({"elements": elements, "known": known, "watch": watch})
     tensors = {"mask": elements.mask, "keys": keys, "gradient": known.gradient}
     check_point(attack, x, bounds, tensors)
     check_groups(x, {"examples": elements.examples, "balls": elements.balls})
@@ -133,6 +135,7 @@ def trajectory(
         return
     ball = Ball.of(attack, x, bounds=bounds, elements=elements)
     losses = losses.checked(attack, ball.examples.n)
+    known.check(ball.examples.n)
     if attack.draws and keys is None:
         keys = torch.randint(-(2**63), 2**63 - 1, (len(x),), device=x.device)
     run = _Run(attack, losses, ball, keys, known, watch)
@@ -326,18 +329,17 @@ def perturb_each(
     x: Tensor,
     loss: Losses | Loss | None = None,
     *,
-    gradient: Tensor | None = None,
+    known: Known = _NOTHING,
     **options: Any,
 ) -> Iterator[Tensor]:
     """The attacked point of each attack in turn; those that start at `x` share its gradient.
 
-    `gradient` and the options are those of `perturb`. Several epsilons of `fgsm` cost one gradient.
+    `known` and the options are those of `perturb`. Several epsilons of `fgsm` cost one gradient.
     """
-    known = Known(gradient=gradient)
     for attack in attacks:
         shares = attack.uses_clean_gradient
         ascended = Losses.of(loss).loss
         missing = known.gradient is None or (attack.kind.adaptive and known.loss is None)
         if shares and missing and ascended is not None:
             known = Known(*_with_gradient(ascended, x))
-        yield perturb(attack, x, loss, known=known if shares else Known(), **options)
+        yield perturb(attack, x, loss, known=known if shares else _NOTHING, **options)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from networks import ARCHITECTURES, CPU, exact, longest_tree_of, network, scorer_of
 
 from llm_attack.attacks import Attack
-from llm_attack.lm.engine.engine import BUDGET, Engine
+from llm_attack.lm.engine.engine import BUDGET, Engine, Layout
 from llm_attack.lm.engine.hookpoints import scorers
 from llm_attack.lm.losses import ThreatModel
 from llm_attack.lm.network.hook import frozen
@@ -57,7 +57,7 @@ THREATS = {
 def answers(name, attacks, threat, prefixes, *, longest_tree=0):
     """By the request's number among those of all questions; the engine, and its batches."""
     engine = Engine(
-        scorer_of(network(name)), attacks, threat, CPU, 0, longest_tree, prefixes=prefixes
+        scorer_of(network(name)), attacks, threat, CPU, Layout(0, longest_tree, prefixes)
     )
     made = asked(gold=threat.shared)
     with exact(), frozen(engine.scorer.model):
@@ -132,7 +132,7 @@ def test_clean_answers_share_all_that_is_not_scored(caplog):
 def test_examples_that_differ(caplog):
     """The log says why nothing is shared."""
     engine = Engine(
-        scorer_of(network("llama")), ATTACKS[:2], THREATS["own"], CPU, 0, 0, prefixes=True
+        scorer_of(network("llama")), ATTACKS[:2], THREATS["own"], CPU, Layout(prefixes=True)
     )
     made = [Question([Request((*range(i, i + 20), 7, 8, 9), 1, 3)], [[0]]) for i in range(2, 40, 7)]
     assert {b.prefix for b in engine.batches(made, 8, 100)} == {0}
@@ -144,7 +144,7 @@ def test_two_sets_of_examples():
     found = []
     for prefixes in (False, True):
         engine = Engine(
-            scorer_of(network("llama")), ATTACKS[:3], THREATS["own"], CPU, 0, 0, prefixes=prefixes
+            scorer_of(network("llama")), ATTACKS[:3], THREATS["own"], CPU, Layout(prefixes=prefixes)
         )
         made = asked() + asked(examples=EXAMPLES[::-1])
         with exact(), frozen(engine.scorer.model):
@@ -175,7 +175,7 @@ def test_several_hookpoints_behind_a_prefix():
             many = scorers(scorer_of(network("llama")), [None, "model.layers.0"], CPU)
             assert many[1].skip is not None
             places = [many[0], many[0], many[1]]
-            engine = Engine(many[0], attacks, threat, CPU, 0, 100, places, prefixes=prefixes)
+            engine = Engine(many[0], attacks, threat, CPU, Layout(0, 100, prefixes), places)
             with frozen(many[0].model):
                 batches = engine.batches(asked(), 100)
                 parts = [a for _, part in engine.answers(batches) for a in part.answered]
