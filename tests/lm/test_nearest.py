@@ -104,7 +104,7 @@ def test_the_sample_does_not_depend_on_the_batch(loss, build, make):
     requests, found = build("demo_arc_easy", 6).instances, []
     for batch_size, packing, step in ((8, "tree", 1), (1, "off", -1), (64, "off", 1)):
         how = {"loss": loss, "packing": packing, "batch_size": batch_size}
-        lm = make(attack="random", epsilon="2rms", **how)
+        lm = make(attack="random", epsilon="4rms", **how)
         lm.loglikelihood(requests[::step], disable_tqdm=True)
         sums = lm.diagnostics[0]
         found.append((sums.tokens, sums.nearest_l2, sums.nearest_linf))

@@ -183,6 +183,7 @@ def test_gradients_in_bfloat16(make, asked):
     clean = expected.scores[0].log_prob
     torch.testing.assert_close(found.scores[0].log_prob, clean, rtol=1e-5, atol=1e-5)
     slopes = []
+    plain.use(*conditions)
     for lm in (plain, half):
         with frozen(lm.model):
             (batch,) = lm.engine.prepared(packed(lm, asked), _needs(lm)).values()

@@ -130,11 +130,11 @@ class AttackedBatch:
 
     # -- what attacks ask at a point -------------------------------------------------------------
 
-    def watched(self, x: Tensor) -> Scores:
-        """Scores of what the loss reads at a point, as gradients are taken."""
+    def watched(self, x: Tensor, slopes: Slopes | None = None) -> Scores:
+        """Scores of what the loss reads at a point; by `slopes`, if given."""
         x = expand(self.pack, x)
-        if self.slopes is not None:
-            return self.slopes.scores(self.pack, x)
+        if slopes is not None:
+            return slopes.scores(self.pack, x)
         return self.scorer(self.pack, self.pack.watched, x, self.clean.below)
 
     def loss(self, x: Tensor) -> Tensor:
@@ -142,9 +142,8 @@ class AttackedBatch:
         return self.read.value(self.watched(x))
 
     def gap(self, x: Tensor) -> Tensor:
-        """(questions,) `BatchLoss.gap`, by the model whose answers count."""
-        point = expand(self.pack, x)
-        return self.read.gap(self.scorer(self.pack, self.pack.watched, point, self.clean.below))
+        """(questions,) `BatchLoss.gap`."""
+        return self.read.gap(self.watched(x))
 
     def answers(self, x: Tensor | None) -> Scores:
         """Scores of the continuations' tokens at `x`; None: nothing is put at the hookpoint."""
@@ -184,7 +183,7 @@ class AttackedBatch:
         """
         longest = max(family, key=lambda attack: attack.points)
         ends = {attack.points: attack for attack in family}
-        look = _Look(self)
+        look = _Look(self, self.slopes if longest.kind.gradient else None)
         found: dict[int, Attacked] = {}
         points = trajectory(
             longest,
@@ -283,6 +282,10 @@ class AttackedBatch:
 class _Look:
     """What an attack sees on its way, which need not be computed again at its end.
 
+    Args:
+        batch: the batch.
+        slopes: what computes the losses, where that is not the model whose answers count.
+
     Attributes:
         last: scores at the point that it looked at last.
         best: for each example, scores at the point that it told to `keep`; None: it told nothing,
@@ -290,10 +293,10 @@ class _Look:
         zeros: of each gradient it used, coordinates that are zero.
     """
 
-    def __init__(self, batch: AttackedBatch) -> None:
-        self.batch = batch
+    def __init__(self, batch: AttackedBatch, slopes: Slopes | None) -> None:
+        self.batch, self.slopes = batch, slopes
         self.last: Scores | None = None
-        self.best = None if batch.slopes is not None else batch.clean.scores
+        self.best = None if slopes is not None else batch.clean.scores
         self.zeros: list[Tensor] = []
 
     def losses(self, attack: Attack) -> Losses:
@@ -308,8 +311,8 @@ class _Look:
         return Losses(self._loss, self._target_loss if one else None, targets, gap)
 
     def _see(self, x: Tensor) -> Scores:
-        scores = self.batch.watched(x)
-        if self.batch.slopes is None:
+        scores = self.batch.watched(x, self.slopes)
+        if self.slopes is None:
             self.last = answers_of(self.batch.pack, scores)
         return scores
 
@@ -327,7 +330,7 @@ class _Look:
         return read.choices.lead(read.sums(self._see(x)), other)
 
     def _gap(self, x: Tensor) -> Tensor:
-        if self.batch.slopes is not None:
+        if self.slopes is not None:  # whether an answer is wrong, its own model says
             return self.batch.gap(x)
         return self.batch.read.gap(self._see(x))
 

@@ -63,7 +63,8 @@ def passes(
             ways.setdefault(attack.path, []).append(attack)
     for family in ways.values():
         longest = max(family, key=lambda attack: attack.steps)
-        answers = len(family) if apart else int(not longest.keeps_best)
+        looked = not (apart and longest.kind.gradient)  # whose answers its losses are
+        answers = int(not longest.keeps_best) if looked else len(family)
         of_family = _of_attack(longest, others, known).plus(Passes(answers=answers))
         total = total.plus(Passes(*(n * hookpoints for n in of_family)))
     return total
