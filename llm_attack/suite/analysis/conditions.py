@@ -157,6 +157,7 @@ def _used(attack: str, values: Mapping[str, Any]) -> dict[str, Any]:
         # the targeted ones and `fmn` follow scores of choices, whatever the loss makes of them
         "loss": not kind.search and (not kind.gradient or kind.targeted or attack == "fmn"),
         "seed": not of.draws,
+        "gradient_dtype": not kind.gradient,
     }
     unused["loss_source"] = unused["loss"]
     return {name: value for name, value in found.items() if not unused.get(name)}
@@ -173,6 +174,8 @@ def of_plan(
         attacks: the same, resolved, which have the names.
     """
     prompt = {name: getattr(plan, name) for name in PROMPT}
+    if plan.gradient_dtype is not None:
+        prompt["gradient_dtype"] = plan.gradient_dtype
     return {
         attack.condition: Condition.of(
             attack.condition, {**prompt, **settings.arguments(), **settings.sources}
