@@ -15,6 +15,8 @@ from llm_attack.lm.losses import LOSSES, ThreatModel, known_loss
 from llm_attack.lm.packing.positions import ALL, NAMED, check_positions
 from llm_attack.lm.units import ABSOLUTE, NEFTUNE, UNITS, Signal, size_of
 
+GRADIENT_DTYPES = ("bfloat16",)
+
 EMBED, LAYERS = "embed", "layers"
 """Hookpoints with names of their own: the input embedding, and the output of every block."""
 
@@ -22,7 +24,6 @@ CONTEXTS = ("own", "shared")
 PER_TOKEN = "_token"
 NORMS = ("linf", "l2", f"l2{PER_TOKEN}")
 PACKINGS = ("auto", "tree", "off")
-GRADIENT_DTYPES = ("bfloat16",)
 EPSILON = f"a finite number, at least 0, or one with its unit ({', '.join(UNITS)}), such as 0.7rms"
 
 
