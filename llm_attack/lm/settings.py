@@ -28,6 +28,8 @@ from llm_attack.lm.units import (
     unit_source,
 )
 
+GRADIENT_DTYPES = ("bfloat16",)
+
 EMBED, LAYERS = "embed", "layers"
 """Hookpoints with names of their own: the input embedding, and the output of every block."""
 
@@ -262,7 +264,9 @@ class AttackSettings(ThreatSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """How `attacked-hf` loads and computes; the numbers of a whole model do not depend on it.
+    """How `attacked-hf` loads and computes.
+
+    The numbers of a whole model depend on `gradient_dtype` alone of these.
 
     Raises:
         UsageError: a value is not allowed.
@@ -289,6 +293,13 @@ class EngineSettings:
         " and number of processes are. Every question (every request with context=own) is a batch"
         " of its own, without packing, on one thread",
         group="engine",
+    )
+    gradient_dtype: str | None = setting(
+        None,
+        "Take gradients of a copy of the model in this dtype, which some processors compute faster."
+        " Answers stay in the model's own dtype. The copy takes memory, and attacked points differ"
+        " slightly",
+        choices=GRADIENT_DTYPES,
     )
     allow_missing_weights: bool = setting(
         False,

@@ -364,7 +364,7 @@ def _head(condition: Condition) -> tuple[str, str]:
     """The two lines above a column: the attack, and its amplitude."""
     if condition.attack == "none":
         return "No attack", ""
-    size = condition.label.replace("rms", " RMS")
+    size = str(condition.amplitude or "").replace("rms", " RMS")
     name = ATTACK_NAMES.get(condition.attack, condition.attack.upper())
     name = "Worst case" if condition.attack == WORST else name
     return escaped(name), escaped(size)
