@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from llm_attack.base.errors import UsageError
+from llm_attack.lm import units
 from llm_attack.lm.settings import AttackSettings
 from llm_attack.lm.units import Amplitude, Epsilon, Signal
 from llm_attack.suite.evaluate import command
@@ -55,13 +56,8 @@ def test_both_units_in_one_plan():
 
 def test_each_epsilon_is_read_once(monkeypatch):
     read, built = [], []
-    parse, make = Epsilon.parse.__func__, AttackSettings.__post_init__
-
-    def reading(cls, given, *more):
-        read.extend([] if isinstance(given, Epsilon) else [given])
-        return parse(cls, given, *more)
-
-    monkeypatch.setattr(Epsilon, "parse", classmethod(reading))
+    make = AttackSettings.__post_init__
+    monkeypatch.setattr(units, "is_plain", lambda text: (read.append(text), True)[1])
     monkeypatch.setattr(
         AttackSettings, "__post_init__", lambda self: (built.append(self), make(self))[1]
     )
@@ -70,7 +66,7 @@ def test_each_epsilon_is_read_once(monkeypatch):
     assert sorted(plan.conditions_at([None]), key=str) == sorted(plan.conditions, key=str)
     # none, three attacks at two epsilons, critical, fmn
     assert len(plan.conditions) == len(built) == 9
-    assert read == ["0.01", "0.7rms", "1rms"]
+    assert read == ["0.01", "0.7", "1"]
     again = replace(plan, seed=1)
     assert again.epsilons == plan.epsilons and len(read) == 3
 
