@@ -21,9 +21,15 @@ def test_a_page_is_easy_to_read(name):
     assert faults((ROOT / name).read_text("utf-8")) == []
 
 
+def test_the_list_of_exceptions_only_gets_shorter():
+    """What it began with; a new page has to be easy to read."""
+    names = ("arguments", "extending", "library", "numbers", "speed")
+    assert set(check.EXCEPTIONS) <= {"CONTRIBUTING.md", *(f"docs/{name}.md" for name in names)}
+
+
 @pytest.mark.parametrize("name", check.EXCEPTIONS)
 def test_an_exception_is_needed(name):
-    """The list only gets shorter: it holds pages that exist and that still fail."""
+    """It is a page that exists and that still fails."""
     assert name in NAMES
     assert faults((ROOT / name).read_text("utf-8"))
 
