@@ -111,7 +111,7 @@ def told(of):
         return rendered(of, Path(folder))
 
 
-def empty_figure(figure, folder, name):
+def empty_figure(figure, folder, name, title=None):
     (folder / f"{name}.svg").write_text("")
 
 

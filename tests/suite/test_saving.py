@@ -86,7 +86,7 @@ def files(folder):
     return found
 
 
-def stub(figure, folder, name):
+def stub(figure, folder, name, title=None):
     """In place of drawing, which takes long."""
     axes = figure.axes[0]
     (folder / f"{name}.svg").write_text(f"{axes.get_ylabel()}{len(axes.lines)}{len(figure.axes)}")
@@ -355,7 +355,7 @@ def test_epsilons_are_shown_in_it(undrawn, tmp_path, monkeypatch):
     """In the figures of a run; a search for the smallest epsilon is no curve of accuracy."""
     seen = {}
     monkeypatch.setattr(
-        drawing, "save_figure", lambda f, d, name: (seen.update({name: f}), stub(f, d, name))
+        drawing, "save_figure", lambda f, d, name, _: (seen.update({name: f}), stub(f, d, name))
     )
     result = made_up(("embed",))
     infos = {
