@@ -13,8 +13,9 @@ import click
 
 from llm_attack import __version__
 from llm_attack.base import failures
-from llm_attack.base.declare import DIALECT, number, options
+from llm_attack.base.declare import DIALECT
 from llm_attack.base.folder import resolved
+from llm_attack.base.options import Command, Option, number, options
 from llm_attack.reproduce import DEVICE, preset_option
 from llm_attack.theory import fig4, fig6, relation
 from llm_attack.vision import fig1, fig2, fig5, tradeoff
@@ -72,11 +73,11 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
         ctx.default_map = from_yaml(path)
 
 
-class _OfPlan(click.Command):
+class _OfPlan(Command):
     """A command whose options are the settings of a plan, looked up when it is asked for."""
 
     @cached_property
-    def settings(self) -> list[click.Option]:
+    def settings(self) -> list[Option]:
         from llm_attack.suite.plan import Plan
 
         return options(Plan)
@@ -87,30 +88,48 @@ class _OfPlan(click.Command):
         return [first, *self.settings, *others]
 
 
+_progress = click.option(
+    "--progress",
+    cls=Option,
+    group="output",
+    choices=("bar", "json", "quiet"),
+    default="bar",
+    help="How progress is shown.",
+)
+
+
 @main.command(cls=_OfPlan, context_settings={"show_default": True, **DIALECT})
 @click.option(
     "--config",
+    cls=Option,
+    group="output",
     type=click.Path(path_type=Path),
     is_eager=True,
     expose_value=False,
     callback=_read_config,
     help="YAML file with the same names as these options, which go before it.",
 )
-@click.option("--progress", default="bar", help="How progress is shown: bar, json or quiet.")
+@_progress
 @click.option(
     "-o",
     "--output",
+    cls=Option,
+    group="output",
     metavar="PATH",
     help="Folder for tables, figures, report and samples; a run that was stopped goes on there.",
 )
 @click.option(
     "--dry_run",
+    cls=Option,
+    group="output",
     is_flag=True,
     help="Say what the run would take (tokens, FLOP, time on this device, memory); write nothing.",
 )
 @click.option(
     "--revisions",
     "checkpoints",
+    cls=Option,
+    group="model",
     metavar="NAME,...",
     help="Checkpoints of one training, each attacked in a folder of its own, with one table and one"
     " figure of all: revisions on the hub, or subfolders of a local model.",
@@ -130,11 +149,13 @@ class _OfDoctor(_OfPlan):
     """A command with a plan's settings but those that it settles itself."""
 
     _SETTLED = ("attacks", "epsilons", "epsilon_unit", "critical", "epsilon_max", "hookpoints")
+    # of attacks that it does not run, and of several processes
+    _UNUSED = ("decay", "restarts", "rounds", "first_epsilon", "shard", "ray", "ray_workers")
 
     @cached_property
-    def settings(self) -> list[click.Option]:
+    def settings(self) -> list[Option]:
         """The settings of the plan that the user may choose."""
-        own = (*self._SETTLED, "equivalence")
+        own = (*self._SETTLED, *self._UNUSED, "equivalence")
         left = [option for option in super().settings if option.name not in own]
         for option in left:
             option.default = {"loss": "choice", "limit": 10}.get(str(option.name), option.default)
@@ -142,7 +163,7 @@ class _OfDoctor(_OfPlan):
 
 
 @main.command(cls=_OfDoctor, context_settings={"show_default": True, **DIALECT})
-@click.option("--progress", default="bar", help="How progress is shown: bar, json or quiet.")
+@_progress
 def doctor(progress: str, **settings: Any) -> int:
     """Look for a model that hides its gradient: a checklist, from a small run of its own.
 

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import click
 
-from llm_attack.base.declare import DIALECT, declared, is_plain, option_type
+from llm_attack.base.declare import DIALECT, declared
 from llm_attack.base.errors import UsageError, invalid
 from llm_attack.base.failures import one_line
 from llm_attack.base.folder import (
@@ -29,6 +28,7 @@ from llm_attack.base.folder import (
     resolved,
     strangers,
 )
+from llm_attack.base.options import Command, Option, of_setting
 from llm_attack.base.plugins import load_function
 from llm_attack.base.record import hardware, versions, write_json
 from llm_attack.base.redact import redacted
@@ -41,49 +41,10 @@ _SEEDS = 2**62  # torch's generators take integers of 64 bits
 DEVICE = "Where to compute: cpu, cuda, cuda:1, ...; unless given, cuda where there is one"
 
 
-class Numbers(click.ParamType):  # type: ignore[type-arg]  # no parameter before click 8.4
-    """Numbers separated by commas, as a tuple; `kind` is int or float."""
-
-    def __init__(self, kind: type) -> None:
-        self.kind = kind
-        self.name = "integer,..." if kind is int else "number,..."
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[Any, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            if all(map(is_plain, value.split(","))):
-                return tuple(self.kind(part) for part in value.split(","))
-        except ValueError:
-            pass
-        what = "integers" if self.kind is int else "numbers"
-        self.fail(f"{value!r}: must be {what} separated by commas", param, ctx)
-
-
-class Figure(click.Command):
-    """The command of a figure; `settle` is what it does before anything is computed.
-
-    Attributes:
-        groups: names of options by the heading under which the help lists them; those of none are
-            under "Options".
-    """
+class Figure(Command):
+    """The command of a figure; `settle` is what it does before anything is computed."""
 
     settle: Callable[..., tuple[Any, dict[str, Any], Path]]
-    groups: Mapping[str, Sequence[str]] = MappingProxyType({})
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Writes the options under their headings."""
-        headings = {name: heading for heading, names in self.groups.items() for name in names}
-        records: dict[str, list[tuple[str, str]]] = {"Options": []}
-        records |= {heading: [] for heading in self.groups}
-        for option in self.get_params(ctx):
-            record = option.get_help_record(ctx)
-            if record is not None:
-                records[headings.get(str(option.name), "Options")].append(record)
-        for heading, written in records.items():
-            if written:
-                with formatter.section(heading):
-                    formatter.write_dl(written)
 
 
 def figure_command(
@@ -93,7 +54,6 @@ def figure_command(
     effective: str | None = None,
     *,
     without: Sequence[str] = (),
-    groups: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> Figure:
     """The command that runs an experiment with a preset and writes its record.
 
@@ -107,7 +67,6 @@ def figure_command(
             which the record holds; it is imported when the command runs.
         without: settings that are no options: the experiment does not read them, or nobody needs
             another value.
-        groups: of `Figure`.
     """
 
     def settle(preset: str, output: str, **given: Any) -> tuple[Any, dict[str, Any], Path]:
@@ -158,7 +117,7 @@ def figure_command(
         help=run.__doc__,
         context_settings=DIALECT,
     )
-    command.settle, command.groups = settle, groups
+    command.settle = settle
     return command
 
 
@@ -168,8 +127,9 @@ def _options(
     """The options of a figure: preset, folder, and one for each setting but those of `without`."""
     options: list[click.Parameter] = [
         preset_option(),
-        click.Option(
+        Option(
             ["-o", "--output"],
+            group="output",
             metavar="PATH",
             default=str(output),
             show_default=True,
@@ -183,8 +143,8 @@ def _options(
         values = ", ".join(f"{preset}: {value}" for preset, value in shown.items())
         if len(set(shown.values())) == 1:
             values = f"default: {shown['quick']}"
-        text = about.sentence() + (f"  [{values}]" if shown["quick"] else "")
-        options.append(click.Option([f"--{entry.name}"], type=option_type(about), help=text))
+        note = f"  [{values}]" if shown["quick"] else ""
+        options.append(of_setting(entry.name, about, note))
     return options
 
 
@@ -198,8 +158,9 @@ def _shown(value: Any) -> str:
 
 def preset_option() -> click.Option:
     """The option --preset, for one experiment or for all."""
-    return click.Option(
+    return Option(
         ["--preset"],
+        group="output",
         type=click.Choice(PRESET_NAMES),
         default="quick",
         show_default=True,

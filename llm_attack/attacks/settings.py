@@ -65,6 +65,32 @@ class Kind:
         return tuple(name for name in every if reads.get(name, True))
 
     @property
+    def noise(self) -> bool:
+        """Whether it is a draw, and nothing more."""
+        return self.start is not None and not self.gradient
+
+    @property
+    def control(self) -> bool:
+        """Whether it is no attack, but what attacks are compared with."""
+        return self.reverse or not (self.gradient or self.search)
+
+    @property
+    def bounded(self) -> bool:
+        """Whether it does its worst in a ball of one amplitude, so that it is part of a worst case.
+
+        Clean answers, the control that goes the other way, noise that may leave the ball and the
+        searches for the smallest amplitude are not.
+        """
+        moves = self.gradient or self.search or self.start is not None
+        return moves and self.projected and not (self.reverse or self.minimal)
+
+    @property
+    def stepwise(self) -> bool:
+        """Whether it climbs the loss in steps, so that it should not be weaker than one step."""
+        follows = self.gradient and self.iterative and not self.minimal and self.function is None
+        return follows and (self.adaptive or not self.targeted)
+
+    @property
     def reads_values(self) -> bool:
         """Whether it reads the loss of each example, and not only the gradient of their sum."""
         return self.adaptive or self.search or self.function is not None
@@ -150,6 +176,9 @@ def known_attack(name: Any) -> bool:
 
 
 ITERATIVE = ", ".join(name for name, kind in ATTACKS.items() if kind.iterative)
+NOISE = tuple(name for name, kind in ATTACKS.items() if kind.noise)
+BOUNDED_NOISE = tuple(name for name in NOISE if ATTACKS[name].bounded)
+"""Noise of one amplitude, with which attacks of that amplitude are compared; the best first."""
 
 LENGTH_OF_ONES: dict[str, Callable[[int], float]] = {
     "linf": lambda n: 1.0,
@@ -167,7 +196,9 @@ _EPSILON = SettingSpec("radius of the ball", float, minimum=0.0)
 class StepSettings:
     """How an attack steps. What is declared here, every program and model takes."""
 
-    steps: int = setting(10, f"Number of steps of the iterative attacks ({ITERATIVE})", minimum=1)
+    steps: int = setting(
+        10, f"Number of steps of the iterative attacks ({ITERATIVE})", minimum=1, group="attack"
+    )
     step_size: float | None = setting(
         None,
         "Length of a step of the iterative attacks, in the unit of epsilon; unless given, a quarter"
@@ -175,16 +206,21 @@ class StepSettings:
         " given; of fmn the L2 length of the first step, to a corner of the ball unless given",
         minimum=0.0,
         exclusive_minimum=True,
+        group="attack",
     )
-    decay: float = setting(1.0, "Decay of the momentum of mifgsm", minimum=0.0)
+    decay: float = setting(1.0, "Decay of the momentum of mifgsm", minimum=0.0, group="attack")
     restarts: int = setting(
         1,
         "Number of times that apgd, apgdt and critical start, first at the clean point, then at"
         " random ones of the ball; the best counts",
         minimum=1,
+        group="attack",
     )
     rounds: int = setting(
-        12, "Number of amplitudes at which critical tries apgd, to find the smallest", minimum=1
+        12,
+        "Number of amplitudes at which critical tries apgd, to find the smallest",
+        minimum=1,
+        group="attack",
     )
     first_epsilon: float | None = setting(
         None,
@@ -192,9 +228,10 @@ class StepSettings:
         " sixteenth of epsilon unless given",
         minimum=0.0,
         exclusive_minimum=True,
+        group="attack",
     )
     queries: int = setting(
-        100, "Number of points that blocks tries, each a forward pass", minimum=1
+        100, "Number of points that blocks tries, each a forward pass", minimum=1, group="attack"
     )
 
 

@@ -1,22 +1,20 @@
 """Settings, declared once: the fields of a dataclass say what they mean and what they may be.
 
 Validation, command-line options, tables of the documentation and names in results follow from the
-declaration: a new argument is one line. Imports the standard library alone until it is used.
+declaration: a new argument is one line. Imports the standard library alone; `base.options` makes
+options of a command.
 """
 
 from __future__ import annotations
 
 import builtins
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import Field, dataclass, field, fields
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from llm_attack.base.errors import UsageError, closest, invalid
-
-if TYPE_CHECKING:
-    import click
+from llm_attack.base.errors import UsageError, hint, invalid
 
 
 @dataclass(frozen=True)
@@ -26,26 +24,27 @@ class SettingSpec:
     Attributes:
         text: what it means, without a full stop.
         kind: bool, int, float, str, or tuple for what may be a list.
-        also_type: another type allowed.
+        also_type: another type allowed, or several.
         option: of click, what the option's text is turned into; `kind` unless given.
+        group: heading in `--help`.
         choices: the values allowed, if they can be listed.
         minimum: the lowest number allowed.
         exclusive_minimum: whether `minimum` itself is too low.
         allowed: what is allowed, in words, where that cannot be told from the others.
+        parse: makes the value of what was given; it also takes its own values. What it cannot read
+            it returns as it is, for `check` to refuse.
     """
 
     text: str
     kind: type = str
-    also_type: type | None = None
+    also_type: type | tuple[type, ...] | None = None
     option: Any = None
+    group: str = ""
     choices: tuple[str, ...] = ()
     minimum: float | None = None
     exclusive_minimum: bool = False
     allowed: str | None = None
-
-    def sentence(self) -> str:
-        """The meaning, and the values allowed if they can be listed."""
-        return f"{self.text}." + f" One of {', '.join(self.choices)}." * bool(self.choices)
+    parse: Callable[[Any], Any] | None = None
 
     def words(self) -> str:
         """The values allowed, in words."""
@@ -117,6 +116,36 @@ def names(kind: Any) -> list[str]:
     return [entry.name for entry, _ in declared(kind)]
 
 
+def parse(settings: Any) -> None:
+    """Makes values of the settings as they were given; for __post_init__, before `check`.
+
+    The one place where settings, which are frozen, are set.
+
+    Raises:
+        UsageError: a value is not allowed.
+    """
+    for entry, about in declared(settings):
+        if about.parse is not None:
+            object.__setattr__(settings, entry.name, about.parse(getattr(settings, entry.name)))
+
+
+def parts(text: str) -> list[str]:
+    """What stands between the commas of a text; blank parts too."""
+    return [part.strip() for part in text.split(",")]
+
+
+def listed(value: Any) -> Any:
+    """The parts of a text with commas between them, a list or one number as a tuple.
+
+    Anything else is returned as it is.
+    """
+    if isinstance(value, str):
+        return tuple(filter(None, parts(value)))
+    if isinstance(value, Real):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
 def check(settings: Any) -> None:
     """Compares all settings with their declarations; for __post_init__.
 
@@ -135,29 +164,12 @@ def check_names(given: Iterable[Any], known: Sequence[str]) -> None:
     """Raises `UsageError` unless all names are known, with the closest one."""
     for name in given:
         if name not in known:
-            meant = closest(name, known)
-            hint = f"; did you mean {meant!r}?" if meant else ""
-            raise UsageError(f"{name}: must be one of {', '.join(known)}{hint}")
+            raise UsageError(f"{name}: must be one of {', '.join(known)}{hint(name, known)}")
 
 
 def is_plain(text: str) -> bool:
     """Whether a number is written plainly: Python also reads `1_0`, ` 1 ` and other digits."""
     return text.isascii() and "_" not in text and text == text.strip()
-
-
-def number(kind: type) -> Any:
-    """The type of an option that is an int or a float, written plainly."""
-    import click
-
-    base = {int: click.INT, float: click.FLOAT}[kind]
-
-    class Plain(type(base)):  # type: ignore[misc]
-        def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-            if isinstance(value, str) and not is_plain(value):
-                self.fail(f"{value!r} is not a valid {self.name}.", param, ctx)
-            return super().convert(value, param, ctx)
-
-    return Plain()
 
 
 def underscored(name: str) -> str:
@@ -167,38 +179,6 @@ def underscored(name: str) -> str:
 
 # Lets options be typed with hyphens or underscores.
 DIALECT = {"token_normalize_func": underscored}
-
-
-def option_type(about: SettingSpec) -> Any:
-    """What click turns the text of an option into."""
-    import click
-
-    if about.option is not None:
-        return about.option
-    if about.kind in (int, float):
-        return number(about.kind)
-    return click.UNPROCESSED if about.kind is tuple else about.kind  # YAML has lists
-
-
-def options(kind: Any) -> list[click.Option]:
-    """A command-line option for each setting of a dataclass, with the same name and default."""
-    import click
-
-    made = []
-    for entry, about in declared(kind):
-        default = entry.default
-        default = _typed(default) if isinstance(default, tuple) else default
-        made.append(
-            click.Option(
-                [f"--{entry.name}"],
-                default=default,
-                help=about.sentence(),
-                type=option_type(about),
-                is_flag=about.kind is bool,
-                show_default=None if default != "" else False,
-            )
-        )
-    return made
 
 
 def table(*kinds: Any, without: Iterable[str] = ()) -> str:
@@ -214,13 +194,13 @@ def table(*kinds: Any, without: Iterable[str] = ()) -> str:
         if entry.name in left_out:
             continue
         values = " ".join(f"`{choice}`" for choice in about.choices) or about.words()
-        default = _typed(entry.default)
+        default = typed(entry.default)
         default = f"`{default}`" if default else "–"
         rows.append(f"| `{entry.name}` | {values} | {default} | {about.text}. |")
     return "\n".join(rows) + "\n"
 
 
-def _typed(value: Any) -> str:
+def typed(value: Any) -> str:
     """A value as it is typed on a command line; nothing for None."""
     if isinstance(value, tuple):
         return ",".join(map(str, value))

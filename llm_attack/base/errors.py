@@ -31,6 +31,16 @@ def closest(word: object, allowed: Iterable[str]) -> str | None:
     return lower[matches[0]] if matches else None
 
 
+def did_you_mean(meant: object | None) -> str:
+    """The end of a message that suggests something; nothing for None."""
+    return "" if meant is None else f"; did you mean {meant!r}?"
+
+
+def hint(word: object, allowed: Iterable[str]) -> str:
+    """The end of a message about `word` that suggests the closest of what is allowed, if any."""
+    return did_you_mean(closest(word, allowed))
+
+
 def invalid(argument: str, value: object, allowed: str | Iterable[str]) -> UsageError:
     """`UsageError` for `argument=value`.
 
@@ -45,9 +55,8 @@ def invalid(argument: str, value: object, allowed: str | Iterable[str]) -> Usage
     if isinstance(allowed, str):
         return UsageError(f"{argument}={shown}: must be {allowed}")
     allowed = list(allowed)
-    meant = closest(value, allowed)
-    hint = f"; did you mean {meant!r}?" if meant else ""
-    return UsageError(f"{argument}={shown}: must be one of {', '.join(allowed)}{hint}")
+    listed = ", ".join(allowed)
+    return UsageError(f"{argument}={shown}: must be one of {listed}{hint(value, allowed)}")
 
 
 def as_path(argument: str, value: Any) -> Path:

@@ -9,10 +9,11 @@ import platform
 import re
 import time
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from llm_attack import __version__
@@ -37,8 +38,8 @@ _LINES = re.compile("\r\n|[\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 class Stopwatch(dict[str, float]):
     """Seconds by what they went into."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, before: Mapping[str, float] = MappingProxyType({})) -> None:
+        super().__init__(before)
         self._last = time.perf_counter()
 
     def lap(self, name: str) -> float:

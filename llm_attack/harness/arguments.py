@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from llm_attack.base import declare
 from llm_attack.base.declare import SettingSpec
-from llm_attack.base.errors import UsageError, invalid
+from llm_attack.base.errors import UsageError, did_you_mean, invalid
 from llm_attack.lm.settings import AttackSettings, EngineSettings
 
 __all__ = ["check_names", "simple_parse_args_string"]
@@ -91,7 +91,7 @@ def check_names(names: Iterable[str], config: PretrainedConfig | None = None) ->
         meant = get_close_matches(name, known, n=1, cutoff=0.75)
         if not meant and config is None:
             continue
-        hint = f"; did you mean {meant[0]!r}?" if meant else ""
+        hint = did_you_mean(meant[0] if meant else None)
         raise UsageError(
             f"{name}: attacked-hf has no such argument, and nor have hf, from_pretrained or the"
             f" model's config{hint}"

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from llm_attack.harness.patches import replaced
+
 
 @contextmanager
 def encoded_together(tokenizer: Any, texts: Iterable[str]) -> Iterator[None]:
@@ -25,8 +27,5 @@ def encoded_together(tokenizer: Any, texts: Iterable[str]) -> Iterator[None]:
         tokens = known[key].get(text)
         return encode(text, **options) if tokens is None else list(tokens)
 
-    tokenizer.encode = together
-    try:
+    with replaced(tokenizer, encode=together):
         yield
-    finally:
-        del tokenizer.encode

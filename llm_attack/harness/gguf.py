@@ -12,7 +12,8 @@ from typing import Any
 from transformers.utils import logging as transformers_logging
 from transformers.utils.import_utils import is_gguf_available
 
-from llm_attack.base.errors import UsageError, closest
+from llm_attack.base.errors import UsageError, closest, did_you_mean
+from llm_attack.harness.patches import replaced
 
 
 def located(pretrained: Any, gguf_file: str | None) -> tuple[Any, str | None]:
@@ -36,8 +37,7 @@ def located(pretrained: Any, gguf_file: str | None) -> tuple[Any, str | None]:
     if folder.is_dir() and not (folder / gguf_file).is_file():
         there = names_in(folder)
         meant = closest(gguf_file, there) or next(iter(there), None)
-        hint = f"; did you mean {meant!r}?" if meant else ""
-        raise UsageError(f"gguf_file={gguf_file}: must be a file in {folder}{hint}")
+        raise UsageError(f"gguf_file={gguf_file}: must be a file in {folder}{did_you_mean(meant)}")
     if not is_gguf_available():
         raise UsageError(
             f"gguf_file={gguf_file}: must be read by the package gguf, which is missing or too old;"
@@ -57,10 +57,7 @@ def without_progress() -> Iterator[None]:
     from transformers import modeling_gguf_pytorch_utils
 
     reading: Any = modeling_gguf_pytorch_utils  # its bar is not part of its interface
-    bar = reading.tqdm
-    if transformers_logging.get_verbosity() > logging.INFO:
-        reading.tqdm = partial(bar, disable=True)
-    try:
+    quiet = transformers_logging.get_verbosity() > logging.INFO
+    bar = partial(reading.tqdm, disable=True) if quiet else reading.tqdm
+    with replaced(reading, tqdm=bar):
         yield
-    finally:
-        reading.tqdm = bar

@@ -18,6 +18,7 @@ from llm_attack.base.device import check_device
 from llm_attack.base.errors import UsageError, closest, invalid
 from llm_attack.base.failures import one_line
 from llm_attack.harness.gguf import names_in
+from llm_attack.harness.patches import replaced
 from llm_attack.lm.network.hook import frozen
 
 _SHOWN = 3  # names of weights in a message
@@ -218,14 +219,10 @@ def noting(lm: Any) -> Iterator[Unfit]:
     Yields:
         What did not fit.
     """
-    auto = lm.AUTO_MODEL_CLASS
-    lm.AUTO_MODEL_CLASS = unfit = Unfit(auto)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            yield unfit
-    finally:
-        lm.AUTO_MODEL_CLASS = auto
+    unfit = Unfit(lm.AUTO_MODEL_CLASS)
+    with replaced(lm, AUTO_MODEL_CLASS=unfit), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield unfit
 
 
 def check_finite(pretrained: Any, model: torch.nn.Module) -> None:

@@ -53,7 +53,7 @@ from llm_attack.lm.network.scale import CALIBRATION_TEXT, signals_at
 from llm_attack.lm.packing.batches import Batch
 from llm_attack.lm.packing.positions import QUESTION
 from llm_attack.lm.packing.questions import Question
-from llm_attack.lm.settings import AttackSettings, EngineSettings, split_arguments, unread
+from llm_attack.lm.settings import AttackSettings, EngineSettings, places, split_arguments, unread
 from llm_attack.lm.units import Signal
 
 log = logging.getLogger(__name__)
@@ -162,7 +162,7 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         text = torch.tensor([self._text])
         try:
             with reproducible(self.engine_settings.deterministic):
-                units = {condition.epsilon_unit for condition in conditions}
+                units = {condition.amplitude.epsilon.unit for condition in conditions}
                 signals = signals_at(self.model, names, text.to(self.device), units)
         except RuntimeError as error:
             if should_reduce_batch_size(error):
@@ -174,8 +174,10 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         self.signals = [signals[condition.hookpoint] for condition in conditions]
         several = len(names) > 1
         attacks = [
-            condition.resolved(signal, condition.hookpoint if several else None)
-            for condition, signal in zip(conditions, self.signals, strict=True)
+            condition.resolved(signal, place)
+            for condition, signal, place in zip(
+                conditions, self.signals, places(conditions), strict=True
+            )
         ]
         self.attack = attacks[0]
         largest = torch.finfo(self.model.dtype).max
@@ -450,7 +452,7 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         for asked, attack, diagnostics in of_conditions:
             sentences = diagnostics.warnings()
             if attack.name != "none" and attack.epsilon == 0 < asked.attack_in_units.epsilon:
-                unit = asked.epsilon_unit
+                unit = asked.amplitude.epsilon.unit
                 sentences.append(f"nothing was perturbed: one {unit} is 0 at this hookpoint")
             found += [f"{attack.condition}: {sentence}" for sentence in sentences]
         return found

@@ -83,7 +83,7 @@ note_tasks()
 @contextmanager
 def templates_compiled_once() -> Iterator[None]:
     """Caches the templates that lm-eval compiles anew for every question: half of its host time."""
-    with _replaced(utils.env, from_string=functools.lru_cache(4096)(utils.env.from_string)):
+    with replaced(utils.env, from_string=functools.lru_cache(4096)(utils.env.from_string)):
         yield
 
 
@@ -94,7 +94,7 @@ def without_bars() -> Iterator[None]:
     def silent(*args: Any, **kwargs: Any) -> tqdm:
         return tqdm(*args, **{**kwargs, "disable": True})
 
-    with _replaced(model, tqdm=silent), _replaced(task, tqdm=silent):
+    with replaced(model, tqdm=silent), replaced(task, tqdm=silent):
         yield
 
 
@@ -109,7 +109,7 @@ def without_inventory() -> Iterator[None]:
     def nothing(*args: Any) -> None:
         return None
 
-    with _replaced(evaluator, add_env_info=nothing, get_git_commit_hash=nothing):
+    with replaced(evaluator, add_env_info=nothing, get_git_commit_hash=nothing):
         yield
 
 
@@ -125,12 +125,12 @@ def tasks_also_in(folder: Path) -> Iterator[None]:
         paths = [include_path] if isinstance(include_path, (str, Path)) else include_path or []
         init(self, *args, include_path=[*paths, str(folder)], **kwargs)
 
-    with _replaced(TaskManager, __init__=with_ours):
+    with replaced(TaskManager, __init__=with_ours):
         yield
 
 
 @contextmanager
-def _replaced(owner: Any, **values: Any) -> Iterator[None]:
+def replaced(owner: Any, **values: Any) -> Iterator[None]:
     """While it lasts, `owner` has `values` for attributes."""
     own = {name: vars(owner)[name] for name in values if name in vars(owner)}
     for name, value in values.items():

@@ -17,7 +17,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import brier_score, mean
 from numpy.typing import NDArray
 
-from llm_attack.base.errors import UsageError, closest
+from llm_attack.base.errors import UsageError, hint
 from llm_attack.base.failures import one_line
 from llm_attack.harness.gold import (
     Unjudged,
@@ -241,10 +241,8 @@ def check_asked(asked: str, tasks: Mapping[str, Sequence[Instance]]) -> None:
             raise _no_number(asked, name, task_of(requests[0]), metrics[asked], numbers)
         names |= dict.fromkeys(numbers)
     if asked not in names:
-        meant = closest(asked, names)
-        hint = f"; did you mean {meant!r}?" if meant else ""
-        listed = ", ".join(names)
-        raise UsageError(f"score={asked}: must be a score of the tasks, one of {listed}{hint}")
+        listed = f"one of {', '.join(names)}{hint(asked, names)}"
+        raise UsageError(f"score={asked}: must be a score of the tasks, {listed}")
 
 
 def _no_number(asked: str, name: str, task: Any, value: Any, numbers: Sequence[str]) -> UsageError:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 from llm_attack.attacks import ATTACKS, Attack
-from llm_attack.attacks.settings import Kind, StepSettings, step_settings
-from llm_attack.base.declare import check, is_plain, names, setting, underscored
+from llm_attack.attacks.settings import Kind, StepSettings, register_attack, step_settings
+from llm_attack.base.declare import check, names, parse, setting, underscored
 from llm_attack.base.errors import UsageError, invalid
-from llm_attack.lm.losses import LOSSES, ThreatModel, known_loss
+from llm_attack.lm.losses import LOSSES, ThreatModel, known_loss, register_loss
 from llm_attack.lm.packing.positions import ALL, NAMED, check_positions
 from llm_attack.lm.units import (
     ABSOLUTE,
+    EPSILON,
     NEFTUNE,
     UNITS,
+    Amplitude,
+    Epsilon,
     Signal,
     known_unit,
     register_unit,
@@ -31,11 +35,24 @@ CONTEXTS = ("own", "shared")
 PER_TOKEN = "_token"
 NORMS = ("linf", "l2", f"l2{PER_TOKEN}")
 PACKINGS = ("auto", "tree", "off")
-EPSILON = f"a finite number, at least 0, or one with its unit ({', '.join(UNITS)}), such as 0.7rms"
 
 
 def _named(table: dict[str, Any]) -> str:
     return f"one of {', '.join(table)}, or package.module:function of your own"
+
+
+def _loss_name(given: Any) -> Any:
+    return register_loss(given) if callable(given) else given
+
+
+def _unit_name(given: Any) -> Any:
+    return register_unit(given) if callable(given) else given
+
+
+def _attack_name(given: Any) -> Any:
+    if given is None:  # what lm-eval makes of `attack=none` in a string of arguments
+        return "none"
+    return register_attack(given) if callable(given) else given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +74,15 @@ class ThreatSettings(StepSettings):
         " of NEFTune. In L2 each is times the square root of the width. A function of your own gets"
         " the activations of the hookpoint and says how large a unit is in each coordinate",
         allowed=_named({ABSOLUTE: None, **UNITS}),
+        parse=_unit_name,
+        group="threat model",
     )
     norm: str = setting(
         "linf",
         "Norm of the perturbation that epsilon bounds. With l2_token each token's is bounded, with"
         " l2 that of all tokens together",
         choices=NORMS,
+        group="threat model",
     )
     loss: str = setting(
         "sequence",
@@ -72,6 +92,8 @@ class ThreatSettings(StepSettings):
         " the gold; choice is the log odds of the other choices against it, margin the best score"
         " of the others minus the gold's",
         allowed=_named(LOSSES),
+        parse=_loss_name,
+        group="threat model",
     )
     score: str = setting(
         "acc",
@@ -80,6 +102,7 @@ class ThreatSettings(StepSettings):
         " the gold attacks it: it compares log-likelihoods, for acc_norm those per character, for"
         " acc_bytes per byte",
         allowed="the name of a metric",
+        group="task",
     )
     context: str | None = setting(
         None,
@@ -87,30 +110,33 @@ class ThreatSettings(StepSettings):
         " itself (own) or once for all of them (shared). Unless given it is own, but shared where"
         " the loss knows the gold",
         choices=CONTEXTS,
+        group="threat model",
     )
     encode_separately: bool = setting(
         False,
         "Encode each answer apart from its prompt, as lm-eval does for encoder-decoder models."
         " Unless given both are encoded together, as lm-eval does for causal models, and a token"
         " may reach across the place where they meet",
+        group="task",
     )
     positions: str = setting(
         ALL,
         f"Tokens that are perturbed, {', '.join(NAMED)} or a slice such as 2:-1 of those that the"
         " model reads for a request. With question they are those of neither few-shot examples nor"
         " a system prompt; not_first spares the first token",
+        group="threat model",
     )
     hookpoint: str | None = setting(
         None,
         "Module whose output is perturbed, such as model.layers.12; the input embedding unless"
         " given",
         allowed="the dotted path of a module",
+        group="threat model",
     )
-    seed: int = setting(0, "Seed of the random draws")
+    seed: int = setting(0, "Seed of the random draws", group="attack")
 
     def __post_init__(self) -> None:
-        if callable(self.epsilon_unit):
-            object.__setattr__(self, "epsilon_unit", register_unit(self.epsilon_unit))
+        parse(self)
         check(self)
         if not known_unit(self.epsilon_unit):
             raise invalid("epsilon_unit", self.epsilon_unit, (ABSOLUTE, *UNITS))
@@ -129,11 +155,14 @@ class ThreatSettings(StepSettings):
         return LOSSES[self.loss].gold
 
     @property
+    def shared(self) -> bool:
+        """Whether a question's requests have one perturbation of the tokens that they share."""
+        return self.needs_gold if self.context is None else self.context == "shared"
+
+    @property
     def threat(self) -> ThreatModel:
         per_token = self.norm.endswith(PER_TOKEN)
-        return ThreatModel(
-            self.loss, self.context == "shared", per_token, self.seed, self.positions
-        )
+        return ThreatModel(self.loss, self.shared, per_token, self.seed, self.positions)
 
 
 @dataclass(frozen=True)
@@ -148,37 +177,40 @@ class AttackSettings(ThreatSettings):
         "fgsm",
         f"Name of the attack, one of {', '.join(ATTACKS)}, or package.module:function of your own",
         allowed=_named(ATTACKS),
+        parse=_attack_name,
+        group="attack",
     )
-    epsilon: float | str = setting(
+    epsilon: float | str | Epsilon = setting(
         0.01,
         "Amplitude, which is the radius of the ball round the clean point. 0.7rms is 0.7 with"
         " epsilon_unit=rms, and so are 0.1token_norm and 5neftune",
-        also_type=str,
+        also_type=Epsilon,
         allowed=EPSILON,
+        parse=Epsilon.parse,
+        group="attack",
     )
-    attack_in_units: Attack = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.attack is None:  # what lm-eval makes of `attack=none` in a string of arguments
-            object.__setattr__(self, "attack", "none")
-        epsilon, unit = amplitude(self.epsilon)
-        object.__setattr__(self, "epsilon", epsilon)
-        if unit is not None:
-            object.__setattr__(self, "epsilon_unit", unit)
-        attack = Attack(self.attack, epsilon, **step_settings(self))
         super().__post_init__()
-        if self.context is None:
-            object.__setattr__(self, "context", "shared" if self.needs_gold else "own")
-        self._check(attack.kind)
-        in_unit = "" if self.epsilon_unit == ABSOLUTE else self.epsilon_unit
-        in_norm = "" if self.norm == "linf" else f"-{self.norm}"
-        attack = replace(
-            attack,
+        self._check(self.attack_in_units.kind)
+
+    @cached_property
+    def amplitude(self) -> Amplitude:
+        """Epsilon in its unit and norm."""
+        return Amplitude(Epsilon.parse(self.epsilon).in_unit(self.epsilon_unit), self.norm)
+
+    @cached_property
+    def attack_in_units(self) -> Attack:
+        """The attack, with lengths in the unit of epsilon."""
+        epsilon = self.amplitude.epsilon
+        return Attack(
+            self.attack,
+            epsilon.number,
             norm=self.norm.removesuffix(PER_TOKEN),
-            by_size=self.epsilon_unit == NEFTUNE,
-            label=f"{epsilon:g}{in_unit}{in_norm}",
+            by_size=epsilon.unit == NEFTUNE,
+            label=str(self.amplitude),
+            **step_settings(self),
         )
-        object.__setattr__(self, "attack_in_units", attack)
 
     def _check(self, kind: Kind) -> None:
         if (kind.targeted or kind.minimal) and not self.needs_gold:
@@ -194,7 +226,7 @@ class AttackSettings(ThreatSettings):
                 f"norm={self.norm}: must be linf or l2 with attack={self.attack}, which looks for"
                 " one smallest amplitude"
             )
-        if kind.minimal and self.epsilon_unit == NEFTUNE:
+        if kind.minimal and self.amplitude.epsilon.unit == NEFTUNE:
             raise UsageError(
                 f"epsilon_unit={NEFTUNE}: must be another with attack={self.attack}, whose"
                 " amplitudes are compared between questions"
@@ -204,13 +236,18 @@ class AttackSettings(ThreatSettings):
         """The attack in the units of the point; `place`: what its condition's name has besides."""
         attack = self.attack_in_units
         if place is not None:
-            attack = replace(attack, label=f"{attack.label}@{place}")
-        return attack.scaled(size_of(self.epsilon_unit, signal, attack.norm))
+            attack = replace(attack, label=str(replace(self.amplitude, hookpoint=place)))
+        unit = self.amplitude.epsilon.unit or ABSOLUTE
+        return attack.scaled(size_of(unit, signal, attack.norm))
 
     def arguments(self) -> dict[str, Any]:
-        """All arguments with their values."""
-        values = asdict(self)
-        return {name: values[name] for name in names(self)}
+        """All arguments with their values, as they are resolved."""
+        epsilon = self.amplitude.epsilon
+        return {name: getattr(self, name) for name in names(self)} | {
+            "epsilon": epsilon.number,
+            "epsilon_unit": epsilon.unit,
+            "context": "shared" if self.shared else "own",
+        }
 
     @property
     def sources(self) -> dict[str, str]:
@@ -218,7 +255,7 @@ class AttackSettings(ThreatSettings):
         found = {
             "attack_source": ATTACKS[self.attack].source,
             "loss_source": LOSSES[self.loss].source,
-            "unit_source": unit_source(self.epsilon_unit),
+            "unit_source": unit_source(self.amplitude.epsilon.unit),
         }
         return {name: source for name, source in found.items() if source}
 
@@ -237,23 +274,27 @@ class EngineSettings:
         " with off each request has a row, and auto is tree if a trial at the start shows that the"
         " model takes trees",
         choices=PACKINGS,
+        group="engine",
     )
     gradient_checkpointing: bool = setting(
         False,
         "Recompute activations in the backward pass instead of keeping them, which takes less"
         " memory and more time",
+        group="engine",
     )
-    compile: bool = setting(False, "Compile the model's blocks with torch.compile")
+    compile: bool = setting(False, "Compile the model's blocks with torch.compile", group="engine")
     deterministic: bool = setting(
         False,
         "Answers depend on the question alone, to the last bit, whatever batch size, order, limit"
         " and number of processes are. Every question (every request with context=own) is a batch"
         " of its own, without packing, on one thread",
+        group="engine",
     )
     allow_missing_weights: bool = setting(
         False,
         "Go on, with a warning in the results, where weights of the model are missing in the"
         " checkpoint, or some of it have no place in the model",
+        group="model",
     )
 
     def __post_init__(self) -> None:
@@ -265,22 +306,10 @@ class EngineSettings:
             )
 
 
-def amplitude(epsilon: Any, name: str = "epsilon") -> tuple[Any, str | None]:
-    """(number, unit) of an epsilon: 0.7 and "rms" of "0.7rms"; no unit of a number.
-
-    Raises:
-        UsageError: it is a text that is not of that form.
-    """
-    if not isinstance(epsilon, str):
-        return epsilon, None
-    unit = next((unit for unit in UNITS if epsilon.endswith(unit)), None)
-    number = epsilon.removesuffix(unit or "")
-    try:
-        if is_plain(number):
-            return float(number), unit
-    except ValueError:
-        pass
-    raise invalid(name, epsilon, EPSILON)
+def places(conditions: Sequence[AttackSettings]) -> list[str | None]:
+    """The hookpoint that each condition is named with: none where all have the same."""
+    given = [condition.hookpoint for condition in conditions]
+    return given if len({*given}) > 1 else [None] * len(given)
 
 
 def unread(

@@ -1,4 +1,4 @@
-"""Units of amplitudes: what one of them is, in the coordinates of a point of a given scale."""
+"""Amplitudes and their units, and what a unit is in the coordinates of a point of a given scale."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from llm_attack.attacks.settings import LENGTH_OF_ONES
-from llm_attack.base.errors import UsageError
+from llm_attack.base.declare import is_plain
+from llm_attack.base.errors import UsageError, invalid
 from llm_attack.base.failures import one_line
 from llm_attack.base.plugins import check_name, is_own, load_function, name_of, source_hash
 
@@ -41,6 +42,8 @@ UNITS: dict[str, Callable[[Signal], float]] = {
     "token_norm": lambda signal: signal.token_norm * signal.width**-0.5,
     NEFTUNE: lambda signal: signal.width**-0.5,
 }
+
+EPSILON = f"a finite number, at least 0, or one with its unit ({', '.join(UNITS)}), such as 0.7rms"
 
 
 @dataclass(frozen=True)
@@ -124,9 +127,9 @@ def known_unit(name: Any) -> bool:
     return name in [ABSOLUTE, *UNITS]  # a list: also takes what cannot be hashed
 
 
-def unit_source(name: str) -> str:
+def unit_source(name: str | None) -> str:
     """Hash of the source of a unit of the user's own; empty for the units of this package."""
-    return getattr(UNITS.get(name), "source", "")
+    return getattr(UNITS.get(str(name)), "source", "")
 
 
 def size_of(unit: str, signal: Signal, norm: str) -> float:
@@ -140,3 +143,76 @@ def size_of(unit: str, signal: Signal, norm: str) -> float:
     if unit == ABSOLUTE:
         return 1.0
     return UNITS[unit](signal) * LENGTH_OF_ONES[norm](signal.width)
+
+
+@dataclass(frozen=True)
+class Epsilon:
+    """An epsilon with its unit.
+
+    Attributes:
+        number: how many of the unit; `Attack` says which are allowed.
+        unit: `ABSOLUTE` or a key of `UNITS`; None: what the setting `epsilon_unit` says.
+    """
+
+    number: float
+    unit: str | None = None
+
+    @classmethod
+    def parse(cls, given: Any, name: str = "epsilon") -> Epsilon:
+        """The epsilon that was given: an `Epsilon`, a number, or a text such as 0.7rms.
+
+        Raises:
+            UsageError: it is a text of another form; the message calls it `name`.
+        """
+        if isinstance(given, cls):
+            return given
+        if not isinstance(given, str):
+            return cls(given)
+        unit = next((unit for unit in UNITS if given.endswith(unit)), None)
+        number = given.removesuffix(unit or "")
+        try:
+            if is_plain(number):
+                return cls(float(number), unit)
+        except ValueError:
+            pass
+        raise invalid(name, given, EPSILON)
+
+    def __str__(self) -> str:
+        return str(self.plain)
+
+    @property
+    def plain(self) -> float | str:
+        """The number, or the text that gives this epsilon, as it is typed and stored."""
+        if self.unit is None:
+            return self.number
+        short = f"{self.number:g}"
+        return f"{short if float(short) == self.number else self.number}{self.unit}"
+
+    def in_unit(self, unit: str) -> Epsilon:
+        """The same, with this unit if it has none of its own."""
+        return Epsilon(self.number, unit) if self.unit is None else self
+
+
+@dataclass(frozen=True)
+class Amplitude:
+    """How large a perturbation may be, and where: attacks of one amplitude may be compared.
+
+    Attributes:
+        epsilon: with its unit.
+        norm: a key of `lm.settings.NORMS`.
+        hookpoint: the module; None: the only one of its run.
+    """
+
+    epsilon: Epsilon
+    norm: str = "linf"
+    hookpoint: str | None = None
+
+    def __str__(self) -> str:
+        """As the names of conditions have it behind the attack: `0.7rms-l2@model.layers.1`."""
+        return self.shown("" if self.epsilon.unit in (ABSOLUTE, None) else f"{self.epsilon.unit}")
+
+    def shown(self, unit: str) -> str:
+        """The same, with this text for the unit."""
+        norm = "" if self.norm == "linf" else f"-{self.norm}"
+        place = "" if self.hookpoint is None else f"@{self.hookpoint}"
+        return f"{self.epsilon.number:g}{unit}{norm}{place}"

@@ -20,7 +20,7 @@ from llm_attack.harness.patches import without_bars
 from llm_attack.lm.engine.attacked import AttackedBatch
 from llm_attack.lm.engine.diagnostics import LEAST_REACHED
 from llm_attack.lm.network.hook import frozen
-from llm_attack.lm.settings import amplitude
+from llm_attack.lm.units import Epsilon
 from llm_attack.suite.analysis.worst import knows_gold
 from llm_attack.suite.evaluate import silence
 from llm_attack.suite.plan import Plan
@@ -31,7 +31,7 @@ from llm_attack.suite.studies import sanity
 from llm_attack.suite.studies.sanity import FAILS, PASSES, Check
 
 # In units of the RMS: little, more, and as much as there is signal.
-LITTLE, MORE, ALL = "0.02rms", "0.1rms", "1rms"
+LITTLE, MORE, ALL = (Epsilon(number, "rms") for number in (0.02, 0.1, 1.0))
 # All of a kind would take minutes, most of them for `blocks`.
 CONDITIONS = [
     *[("none", LITTLE), ("random", MORE), ("fgsm", MORE), ("blocks", MORE)],
@@ -68,7 +68,7 @@ def doctor(plan: Plan, progress: str) -> list[Check]:
     plan = replace(plan, attacks=attacks, epsilons=epsilons)
     prepared = prepare(plan, progress, console, checked=False)
     lm, known = prepared.lm, {(c.attack, c.epsilon): c for c in plan.conditions}
-    some = [known[attack, amplitude(epsilon)[0]] for attack, epsilon in CONDITIONS]
+    some = [known[of] for of in CONDITIONS]
     lm.use(*some)
     own = own_gradient(prepared)
     try:

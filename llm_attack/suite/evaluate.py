@@ -10,14 +10,13 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from llm_attack.base.declare import names
 from llm_attack.base.errors import UsageError, invalid
 from llm_attack.base.failures import Attempts, ProcessDied, Stopped, failure, held, leave, stop_in
 from llm_attack.base.folder import claim, resolved
@@ -27,7 +26,6 @@ from llm_attack.base.redact import redacted
 from llm_attack.harness.judge import as_json
 from llm_attack.harness.patches import without_bars
 from llm_attack.suite import render, results
-from llm_attack.suite.analysis import critical
 from llm_attack.suite.analysis.conditions import CONDITIONS
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.report import tables
@@ -37,7 +35,7 @@ from llm_attack.suite.run.execute import Processes, execute, prepare
 from llm_attack.suite.run.load import left_as_it_was
 from llm_attack.suite.run.progress import MODES, note, warn, written
 from llm_attack.suite.run.store import STORE, begun, discard
-from llm_attack.suite.studies import hookpoints, revisions, survival
+from llm_attack.suite.studies import hookpoints, revisions
 
 
 @torch.inference_mode(False)
@@ -113,8 +111,8 @@ def _finished(
 
 def _given(plan: Plan) -> dict[str, Any]:
     """The settings of a plan that differ from the defaults, without secrets."""
-    defaults = asdict(Plan())
-    values = {name: redacted(getattr(plan, name)) for name in names(plan)}
+    defaults = Plan().plain()
+    values = {name: redacted(value) for name, value in plan.plain().items()}
     return {name: value for name, value in values.items() if value != defaults[name]}
 
 
@@ -176,18 +174,8 @@ def run(
         attempts = Attempts()
         with attempts("the table"):
             console.print(tables.RunTable(table, title, warnings))
-            whole = tables.of_whole_tasks(table)
-            if whole is not None:
-                console.print(whole.rich("scores of whole tasks"))
-        with attempts("the tables of critical epsilons"):
-            score, samples = critical.score_of(result.run), hookpoints.at_first(result.samples)
-            samples = critical.of_score(samples, result.questions, score)
-            for name, (cells, _) in survival.tables(samples, score).items():
-                console.print(cells.rich(name))
-        with attempts("the table of hookpoints"):
-            table_of_hookpoints = hookpoints.cells(result.table, result.conditions)
-            if table_of_hookpoints is not None:
-                console.print(table_of_hookpoints.rich(hookpoints.TITLE))
+        for name, cells in render.Tables(result, attempts).named().items():
+            console.print(cells.rich(name))
         warn(attempts.lines, progress)
         if folder is not None and progress != "quiet":
             written(f"{folder}: report.html, table.csv, figure.png, samples.parquet")

@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import InitVar, asdict, dataclass, replace
-from itertools import product
+from collections.abc import Sequence
+from dataclasses import InitVar, dataclass, fields, replace
+from functools import cached_property
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from llm_attack.attacks.settings import ATTACKS, register_attack
-from llm_attack.base.declare import SettingSpec, check_names, declared, names, setting, underscored
+from llm_attack.base.declare import (
+    SettingSpec,
+    check_names,
+    declared,
+    listed,
+    names,
+    setting,
+    underscored,
+)
 from llm_attack.base.errors import UsageError, invalid
 from llm_attack.base.failures import one_line
 from llm_attack.base.folder import check_readable
 from llm_attack.base.loaded import LoadedModel, is_loaded
-from llm_attack.lm.losses import LOSSES, known_loss, register_loss
-from llm_attack.lm.settings import (
-    EPSILON,
-    AttackSettings,
-    EngineSettings,
-    ThreatSettings,
-    amplitude,
-    unread,
-)
-from llm_attack.lm.units import ABSOLUTE, UNITS, known_unit
+from llm_attack.lm.losses import LOSSES, known_loss
+from llm_attack.lm.settings import AttackSettings, EngineSettings, ThreatSettings, unread
+from llm_attack.lm.units import ABSOLUTE, EPSILON, UNITS, Epsilon, known_unit
 
 # Settings that say how a plan is carried out or told; answers do not depend on them.
 _HOW = ("device", "equivalence", "shard", "ray", "ray_workers")
@@ -35,7 +37,7 @@ _HOW = ("device", "equivalence", "shard", "ray", "ray_workers")
 WORST = "worst"
 # What is no part of it, as it is no attack of one amplitude: the clean answers, the control, noise
 # that may be larger, the searches for the smallest.
-NO_PART = ("none", "reversed", "gaussian", "fmn", "critical")
+NO_PART = tuple(name for name, kind in ATTACKS.items() if not kind.bounded)
 
 # What `critical=True` adds to the attacks.
 _CRITICAL = ("critical", "fmn")
@@ -50,6 +52,75 @@ _PAIRS = "key=value,..."
 _SHARD = "i/n, with i from 1 to n, such as 2/8"
 _RAY = "local, auto or host:port"
 _ROWS = "auto or an integer, 1 or more"
+
+
+def _given(name: str, value: Any) -> Any:
+    """One value, several, or several in a string with commas between them."""
+    parts = listed(value)
+    if parts == ():
+        raise UsageError(f"{name}=: must name at least one")
+    return parts
+
+
+def _texts(value: Any) -> Any:
+    """A tuple of texts, if it is one of texts and numbers."""
+    if not isinstance(value, tuple):
+        return value
+    return tuple(str(part) if isinstance(part, Real) else part for part in value)
+
+
+def _attacks(given: Any) -> Any:
+    parts = _given("attacks", [given] if callable(given) else given)
+    if not isinstance(parts, tuple):
+        return given
+    return _texts(tuple(register_attack(of) if callable(of) else of for of in parts))
+
+
+def _epsilons(given: Any) -> Any:
+    parts = _given("epsilons", given)
+    if not isinstance(parts, tuple):
+        return given
+    try:
+        found = [Epsilon.parse(part) for part in parts]
+        return tuple(Epsilon(float(of.number), of.unit) for of in found)
+    except (TypeError, ValueError, OverflowError):
+        raise invalid("epsilons", list(parts), _NUMBERS) from None
+
+
+def _epsilon_max(given: Any) -> Epsilon | None:
+    if given is None:
+        return None
+    epsilon = Epsilon.parse(given, "epsilon_max")
+    if not SettingSpec("", float, minimum=0.0).allows(epsilon.number):
+        raise invalid("epsilon_max", epsilon.number, EPSILON)
+    return epsilon
+
+
+def _limit(given: Any) -> Any:
+    number = isinstance(given, (float, Real)) and not isinstance(given, bool)
+    return int(given) if number and 1 <= given <= sys.maxsize and given % 1 == 0 else given
+
+
+def _batch_size(given: Any) -> int | str:
+    if not re.fullmatch("auto|[1-9][0-9]*", str(given)):
+        raise invalid("batch_size", given, _ROWS)
+    return "auto" if given == "auto" else int(given)
+
+
+def _model_args(given: Any) -> dict[str, Any]:
+    if isinstance(given, str) and all("=" in part for part in given.split(",") if part):
+        from llm_attack.harness.arguments import check_string, simple_parse_args_string
+
+        check_string(given)
+        parsed: dict[str, Any] = simple_parse_args_string(given)
+        return parsed
+    if not isinstance(given, dict):
+        raise invalid("model_args", given, _PAIRS)
+    return dict(given)
+
+
+def _device(given: Any) -> Any:
+    return str(given) if type(given).__module__ == "torch" else given  # a torch.device
 
 
 @dataclass(frozen=True)
@@ -67,11 +138,14 @@ class Plan(ThreatSettings, EngineSettings):
         "TinyLlama/TinyLlama_v1.1",
         "Model to attack, a hub id, a local folder, a GGUF file, or demo, which is bundled",
         kind=str,
+        group="model",
     )
     tasks: Sequence[str] = setting(
         ("paper_six",),
         "Tasks, groups, tags or patterns of lm-eval, with commas between them",
         allowed=_NAMES,
+        parse=lambda given: _texts(_given("tasks", given)),
+        group="task",
     )
     attacks: Sequence[Any] = setting(
         ("none", "random", "fgsm", "bim"),
@@ -80,24 +154,32 @@ class Plan(ThreatSettings, EngineSettings):
         " amplitude; it is always there if the loss knows the gold, and else below guessing by"
         " construction, so that it has to be named",
         allowed=_NAMES,
+        parse=_attacks,
+        group="attack",
     )
-    epsilons: Sequence[float | str] = setting(
-        (0.01,),
+    epsilons: Sequence[Any] = setting(
+        (Epsilon(0.01),),
         "Amplitudes, with commas between them. 0.7rms is in units of the RMS whatever epsilon_unit"
         " is",
+        also_type=tuple,
         allowed=_NUMBERS,
+        parse=_epsilons,
+        group="attack",
     )
     critical: bool = setting(
         False,
         "Look for the smallest amplitude that changes the answer, for every question, up to"
         " epsilon_max; adds critical and fmn to the attacks. Needs a loss that knows the gold",
+        group="attack",
     )
-    epsilon_max: float | str | None = setting(
+    epsilon_max: float | str | Epsilon | None = setting(
         None,
         "Largest amplitude of critical and fmn; unless given, the largest of epsilons",
-        also_type=str,
+        also_type=(str, Epsilon),
         option=str,
         allowed=EPSILON,
+        parse=_epsilon_max,
+        group="attack",
     )
     hookpoints: Sequence[str] = setting(
         (),
@@ -106,119 +188,147 @@ class Plan(ThreatSettings, EngineSettings):
         " model.layers.*.mlp; in place of hookpoint",
         kind=tuple,
         allowed=_NAMES,
+        parse=lambda given: _texts(listed(given)) or (),
+        group="threat model",
     )
     limit: float | None = setting(
         None,
         "Questions per task at most; a number below 1 is their share",
         minimum=0.0,
         exclusive_minimum=True,
+        parse=_limit,
+        group="task",
     )
     num_fewshot: int | None = setting(
-        None, "Number of examples before each question; the task's own unless given", minimum=0
+        None,
+        "Number of examples before each question; the task's own unless given",
+        minimum=0,
+        group="task",
     )
     apply_chat_template: bool | str = setting(
-        False, "Put all prompts into the model's chat template", also_type=str
+        False, "Put all prompts into the model's chat template", also_type=str, group="task"
     )
-    fewshot_as_multiturn: bool = setting(False, "Give the examples as turns of a conversation")
-    system_instruction: str | None = setting(None, "Text that is put before all prompts")
-    include_path: str | None = setting(None, "Folder with more tasks of lm-eval")
+    fewshot_as_multiturn: bool = setting(
+        False, "Give the examples as turns of a conversation", group="task"
+    )
+    system_instruction: str | None = setting(
+        None, "Text that is put before all prompts", group="task"
+    )
+    include_path: str | None = setting(None, "Folder with more tasks of lm-eval", group="task")
     batch_size: int | str = setting(
         "auto",
         "Rows of a batch at most; auto takes as many as are good for the device",
         kind=tuple,
         allowed=_ROWS,
+        parse=_batch_size,
+        group="engine",
     )
     equivalence: float | None = setting(
         None,
         "Test as well whether accuracies equal those of none within so many points of a percent",
+        parse=lambda given: float(given) if isinstance(given, int) else given,
+        group="output",
     )
     shard: str | None = setting(
         None,
         "Which share of the work is done here, such as 2/8, the second of eight. All shares write"
         " into the same folder; the first waits for the others, judges and writes",
         allowed=_SHARD,
+        group="cluster",
     )
     ray: str | None = setting(
         None,
         "Ray cluster whose workers answer the batches: its address, auto for that of this machine,"
         " or local, which starts one here. This process judges and writes, alone",
         allowed=_RAY,
+        group="cluster",
     )
     ray_workers: int | None = setting(
         None,
         "Workers on Ray, with a copy of the model each; unless given, one for each GPU of the"
         " cluster, or for each core where the run is on CPUs",
         minimum=1,
+        group="cluster",
     )
     device: str | None = setting(
-        None, "Where to compute, such as cpu or cuda:1; unless given, cuda where there is one"
+        None,
+        "Where to compute, such as cpu or cuda:1; unless given, cuda where there is one",
+        parse=_device,
+        group="engine",
     )
     model_args: dict[str, Any] = setting(
         "",
         "More arguments of attacked-hf, written key=value, with commas between them",
         also_type=dict,
         allowed=_PAIRS,
+        parse=_model_args,
+        group="model",
     )
     tokenizer: InitVar[Any] = None
     name: InitVar[str | None] = None
 
     def __post_init__(self, tokenizer: Any, name: str | None) -> None:
         self._check_loaded(tokenizer, name)
-        if type(self.device).__module__ == "torch":  # a torch.device; no torch is needed here
-            object.__setattr__(self, "device", str(self.device))
-        if callable(self.loss):
-            object.__setattr__(self, "loss", register_loss(self.loss))
-        given = self.attacks if isinstance(self.attacks, (list, tuple)) else (self.attacks,)
-        if any(map(callable, given)):
-            named = [register_attack(of) if callable(of) else of for of in given]
-            object.__setattr__(self, "attacks", named)
         super().__post_init__()
-        for name, kind in (("tasks", str), ("attacks", str), ("epsilons", _epsilon)):
-            object.__setattr__(self, name, _listed(name, getattr(self, name), kind))
-        if self.epsilon_max is not None:
-            number, unit = amplitude(self.epsilon_max, "epsilon_max")
-            if not SettingSpec("", float, minimum=0.0).allows(number):
-                raise invalid("epsilon_max", number, EPSILON)
-            object.__setattr__(self, "epsilon_max", f"{number:g}{unit}" if unit else number)
-        places = _listed("hookpoints", self.hookpoints, str) if self.hookpoints else ()
-        object.__setattr__(self, "hookpoints", places)
-        if places:
-            for name, value in (("hookpoint", self.hookpoint), ("compile", self.compile)):
-                if value:
-                    raise UsageError(f"{name}={value}: must not be given with hookpoints")
+        EngineSettings.__post_init__(self)
+        self._check_hookpoints()
+        self._check_cluster()
+        self._check_equivalence()
+        self._check_questions()
+        self._check_model_args()
+        self._check_worst()
+        self._check_used()
+        self._check_distinct()
+
+    def _check_hookpoints(self) -> None:
+        for name, value in (("hookpoint", self.hookpoint), ("compile", self.compile)):
+            if self.hookpoints and value:
+                raise UsageError(f"{name}={value}: must not be given with hookpoints")
+
+    def _check_cluster(self) -> None:
         if self.shard is not None and self.share is None:
             raise invalid("shard", self.shard, _SHARD)
         if self.ray is not None and not re.fullmatch(r"local|auto|[^\s/]+:\d+", self.ray):
             raise invalid("ray", self.ray, _RAY)
         if self.ray is None and self.ray_workers is not None:
             raise UsageError(f"ray_workers={self.ray_workers}: must go with ray, such as ray=local")
-        if self.equivalence is not None:
-            object.__setattr__(self, "equivalence", within(self.equivalence))
-            if "none" not in self.attacks or set(self.attacks) == {"none"}:
-                raise UsageError(
-                    f"equivalence={self.equivalence:g}: must go with the attack none and others,"
-                    f" which are compared with it; attacks={','.join(self.attacks)}"
-                )
-        for name in ("batch_size", "limit", "model_args"):
-            object.__setattr__(self, name, getattr(self, f"_{name}")())
+
+    def _check_equivalence(self) -> None:
+        if self.equivalence is None:
+            return
+        within(self.equivalence)
+        if "none" not in self.attacks or set(self.attacks) == {"none"}:
+            raise UsageError(
+                f"equivalence={self.equivalence:g}: must go with the attack none and others, which"
+                f" are compared with it; attacks={','.join(self.attacks)}"
+            )
+
+    def _check_questions(self) -> None:
+        if self.limit is not None and self.limit > 1 and not isinstance(self.limit, int):
+            allowed = "a whole number of questions, or a share below 1"
+            raise invalid("limit", self.limit, allowed)
         if self.fewshot_as_multiturn and not self.apply_chat_template:
             raise UsageError(
                 "fewshot_as_multiturn=True: must go with apply_chat_template, whose turns it means"
             )
+
+    def _check_model_args(self) -> None:
         own = {*names(Plan), *names(AttackSettings), "pretrained"}
-        taken = own & set(map(underscored, self.model_args))
+        taken = sorted(own & set(map(underscored, self.model_args)))
         if taken:
-            name = sorted(taken)[0]
-            proper = "model" if name == "pretrained" else name
-            raise UsageError(f"model_args={name}=...: must be given as {proper} of its own")
+            proper = "model" if taken[0] == "pretrained" else taken[0]
+            raise UsageError(f"model_args={taken[0]}=...: must be given as {proper} of its own")
+
+    def _check_worst(self) -> None:
         counted = [c for c in self.conditions if c.attack not in NO_PART]
         if WORST in self.attacks and len(counted) < 2:
             raise UsageError(
                 f"attacks={','.join(self.attacks)}: {WORST} must go with two attacks, or two"
                 f" epsilons of one; {', '.join(NO_PART)} do not count"
             )
-        given = [c.attack_in_units.condition for c in self.conditions]
-        self._check_used()
+
+    def _check_distinct(self) -> None:
+        given = [condition.attack_in_units.condition for condition in self.conditions]
         twice = next((name for name in given if given.count(name) > 1), None)
         if twice:
             raise UsageError(f"attacks, epsilons: the condition {twice} must occur only once")
@@ -265,29 +375,6 @@ class Plan(ThreatSettings, EngineSettings):
                 f" one that does ({', '.join(readers)})"
             )
 
-    def _batch_size(self) -> int | str:
-        size = str(self.batch_size)
-        if not re.fullmatch("auto|[1-9][0-9]*", size):
-            raise invalid("batch_size", self.batch_size, _ROWS)
-        return size if size == "auto" else int(size)
-
-    def _limit(self) -> float | None:
-        limit = self.limit
-        if limit is not None and limit > 1 and (limit % 1 or limit > sys.maxsize):
-            raise invalid("limit", limit, "a whole number of questions, or a share below 1")
-        return limit if limit is None or limit < 1 else int(limit)
-
-    def _model_args(self) -> dict[str, Any]:
-        given = self.model_args
-        if isinstance(given, str) and all("=" in part for part in given.split(",") if part):
-            from llm_attack.harness.arguments import check_string, simple_parse_args_string
-
-            check_string(given)
-            return simple_parse_args_string(given)
-        if not isinstance(given, dict):
-            raise invalid("model_args", given, _PAIRS)
-        return dict(given)
-
     @property
     def share(self) -> tuple[int, int] | None:
         """`shard` as (number from 0, of how many); None: not given, or not of that form."""
@@ -305,23 +392,29 @@ class Plan(ThreatSettings, EngineSettings):
         return path.resolve().name if known else str(self.model)
 
     @property
-    def largest_epsilon(self) -> float | str:
+    def largest_epsilon(self) -> Epsilon:
         """Up to which `critical` and `fmn` look.
 
         Raises:
             UsageError: epsilons have different units, so that none is known to be the largest.
         """
-        if self.epsilon_max is not None:
+        if isinstance(self.epsilon_max, Epsilon):
             return self.epsilon_max
-        if len({amplitude(epsilon)[1] for epsilon in self.epsilons}) > 1:
+        if len({epsilon.unit for epsilon in self.epsilons}) > 1:
             given = ", ".join(map(str, self.epsilons))
             raise UsageError(
                 f"epsilon_max=: must be given where units of epsilons differ ({given})"
             )
-        return max(self.epsilons, key=lambda epsilon: amplitude(epsilon)[0])
+        largest: Epsilon = max(self.epsilons, key=lambda epsilon: epsilon.number)
+        return largest
 
-    @property
-    def conditions(self) -> list[AttackSettings]:
+    def _epsilons_of(self, attack: str) -> Sequence[Epsilon]:
+        if attack in ATTACKS and ATTACKS[attack].minimal:
+            return [self.largest_epsilon]
+        return self.epsilons[:1] if attack == "none" else self.epsilons
+
+    @cached_property
+    def conditions(self) -> tuple[AttackSettings, ...]:
         """`none` once and first, every other attack at every epsilon.
 
         Those that look for the smallest epsilon have the largest alone.
@@ -330,24 +423,20 @@ class Plan(ThreatSettings, EngineSettings):
         more = [name for name in _CRITICAL if self.critical and name not in self.attacks]
         asked = [name for name in self.attacks if name != WORST]
         attacks = sorted([*asked, *more], key=lambda name: name != "none")
-        pairs = []
-        for attack in attacks:
-            kind = ATTACKS.get(attack)
-            if kind is not None and kind.minimal:
-                pairs.append((attack, self.largest_epsilon))
-            else:
-                once = attack == "none"
-                pairs += product([attack], self.epsilons[:1] if once else self.epsilons)
-        return [AttackSettings(attack=a, epsilon=e, **common) for a, e in pairs]
+        return tuple(
+            AttackSettings(attack=attack, epsilon=epsilon, **common)
+            for attack in attacks
+            for epsilon in self._epsilons_of(attack)
+        )
 
-    def conditions_at(self, hookpoints: Sequence[str | None]) -> list[AttackSettings]:
+    def conditions_at(self, hookpoints: Sequence[str | None]) -> tuple[AttackSettings, ...]:
         """The conditions at each of these modules; `none` once."""
-        first, *others = hookpoints
-        found = [replace(condition, hookpoint=first) for condition in self.conditions]
-        attacked = [condition for condition in found if condition.attack != "none"]
-        return found + [
-            replace(condition, hookpoint=name) for name in others for condition in attacked
-        ]
+        return tuple(
+            condition if condition.hookpoint == name else replace(condition, hookpoint=name)
+            for i, name in enumerate(hookpoints)
+            for condition in self.conditions
+            if i == 0 or condition.attack != "none"
+        )
 
     @property
     def evaluation(self) -> dict[str, Any]:
@@ -362,9 +451,18 @@ class Plan(ThreatSettings, EngineSettings):
         given = {name: getattr(self, name) for name in passed}
         return {k: v for k, v in given.items() if v is not None and v is not False}
 
+    def plain(self) -> dict[str, Any]:
+        """Every setting as it is typed and stored."""
+        found = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        epsilon_max, epsilons = found["epsilon_max"], found["epsilons"]
+        found["model"] = str(self.model)  # without the model itself, if it is loaded
+        found["epsilons"] = tuple(epsilon.plain for epsilon in epsilons)
+        found["epsilon_max"] = None if epsilon_max is None else epsilon_max.plain
+        return found
+
     def settings(self) -> dict[str, Any]:
         """All that answers depend on."""
-        return {name: value for name, value in asdict(self).items() if name not in _HOW}
+        return {name: value for name, value in self.plain().items() if name not in _HOW}
 
 
 def within(value: float) -> float:
@@ -376,24 +474,6 @@ def within(value: float) -> float:
     if not 0 < value <= 100:
         raise invalid("equivalence", value, "points of a percent, above 0 and at most 100")
     return float(value)
-
-
-def _epsilon(value: Any) -> float | str:
-    number, unit = amplitude(value)
-    return float(number) if unit is None else f"{number:g}{unit}"
-
-
-def _listed(name: str, value: Any, kind: Callable[[Any], Any]) -> tuple[Any, ...]:
-    """One value, several, or several in a string with commas between them."""
-    if isinstance(value, str):
-        value = [part.strip() for part in value.split(",") if part.strip()]
-    try:
-        values = tuple(map(kind, value if isinstance(value, Iterable) else [value]))
-    except (TypeError, ValueError, OverflowError):
-        raise invalid(name, value, _NUMBERS) from None
-    if not values:
-        raise UsageError(f"{name}=: must name at least one")
-    return values
 
 
 def from_yaml(path: Path) -> dict[str, Any]:

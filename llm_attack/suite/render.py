@@ -20,6 +20,8 @@ from llm_attack.suite.report.tables import Cells
 from llm_attack.suite.results import Result, save_frames
 from llm_attack.suite.studies import claims, hookpoints, sanity, survival
 
+WHOLE = "scores of whole tasks"
+
 # What draw_all draws, and what a reader who cannot see it should know.
 _PICTURES = {
     "figure": (
@@ -56,6 +58,44 @@ _PICTURES = {
 }
 
 
+class Tables:
+    """The tables of a run beside its accuracies, which the terminal, the files and the page share.
+
+    Of several hookpoints the first, but for the table that compares them.
+
+    Attributes:
+        table: accuracies of the first hookpoint.
+        samples: of the first hookpoint, worst cases included, with the score that critical
+            epsilons are of.
+        score: of `critical.score_of`.
+        whole: scores of whole tasks; None where there are none.
+        critical: of `survival.tables`.
+        hookpoints: accuracy by hookpoint; None of one.
+    """
+
+    def __init__(self, result: Result, attempts: Attempts) -> None:
+        self.table, self.samples = map(hookpoints.at_first, (result.table, result.samples))
+        with attempts("worst, what is left after all attacks"):
+            self.samples = hookpoints.at_first(with_worst(result.samples, result.run))
+        self.score, self.searched = critical.score_of(result.run), self.samples
+        self.whole: Cells | None = None
+        self.critical: dict[str, tuple[Cells, pd.DataFrame]] = {}
+        self.hookpoints: Cells | None = None
+        with attempts("the table of the scores of whole tasks"):
+            self.whole = tables.of_whole_tasks(self.table)
+        with attempts("the tables of critical epsilons"):
+            self.searched = critical.of_score(self.samples, result.questions, self.score)
+            self.critical = survival.tables(self.searched, self.score)
+        with attempts("the table of hookpoints"):
+            self.hookpoints = hookpoints.cells(result.table, result.conditions)
+
+    def named(self) -> dict[str, Cells]:
+        """Those that there are, by their titles."""
+        found = {WHOLE: self.whole} | {title: cells for title, (cells, _) in self.critical.items()}
+        found |= {hookpoints.TITLE: self.hookpoints}
+        return {title: cells for title, cells in found.items() if cells is not None}
+
+
 def render(result: Result, folder: Path, run: dict[str, Any]) -> list[str]:
     """Writes tables, then figures, then the report.
 
@@ -66,33 +106,28 @@ def render(result: Result, folder: Path, run: dict[str, Any]) -> list[str]:
     run = hookpoints.shown_of(run, result.table)
     with attempts("table.csv and table.md"):
         tables.save(result.table, folder, run.get("warnings") or ())
-    known = result.conditions
-    samples, table = map(hookpoints.at_first, (result.samples, result.table))
-    with attempts("worst, what is left after all attacks"):
-        samples = hookpoints.at_first(with_worst(result.samples, result.run))
+    known, made = result.conditions, Tables(result, attempts)
+    table, samples = made.table, made.samples
     more: dict[str, Cells] = {}
     with attempts("the table of changes"):
         changed = tables.changes(table)
         more |= {} if changed is None else {"what changed against no attack": changed}
-    with attempts("the table of the scores of whole tasks"):
-        whole = tables.of_whole_tasks(table)
-        more |= {} if whole is None else {"scores of whole tasks": whole}
+    more |= {} if made.whole is None else {WHOLE: made.whole}
     with attempts(claims.TITLE):
         told = claims.claims(samples, result.questions, known=known)
         more |= {claims.TITLE: claims.cells(told)} if told else {}
     with attempts(sanity.TITLE):
         more[sanity.TITLE] = sanity.cells(sanity.checks(samples, run))
-    score, searched = critical.score_of(run), samples
-    with attempts("critical.md and its tables"):
-        searched = critical.of_score(samples, result.questions, score)
-        more |= survival.save(searched, folder, score)
+    more |= {title: cells for title, cells in made.named().items() if title not in more}
+    with attempts("critical.md"):
+        survival.save(made.critical, folder)
     with attempts("layers.md"):
-        more |= hookpoints.save(result.table, folder, known)
+        hookpoints.save(made.hookpoints, folder)
 
     unit = unit_of(run)
     drawn = figures.draw_all(samples, table, folder, unit, attempts)
     others = {
-        "survival": lambda: survival.figure(searched, unit, score),
+        "survival": lambda: survival.figure(made.searched, unit, made.score),
         "layers": lambda: hookpoints.figure(result.table, known),
     }
     with print_style():

@@ -18,12 +18,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.integrate import quad_vec
 from torch import Tensor
 
 Ends = tuple[tuple[float, Any], tuple[float, Any]]
@@ -59,41 +57,6 @@ class Uncertainty:
         margin = torch.as_tensor(self.product - self.bound)
         if not (margin >= -tolerance).all():
             raise ArithmeticError(f"dx·dp is below its bound: by {-margin}")
-
-
-def uncertainty(
-    psi: Callable[[Any], Any], a: float, b: float, slope: Callable[[float], float] | None = None
-) -> Uncertainty:
-    """The relation for a function, integrated adaptively (`scipy.integrate.quad_vec`).
-
-    Args:
-        psi: the packet, of any norm above 0: from a float to a float, or, without `slope`, a
-            torch function from a float64 tensor to one of the same shape.
-        a: left end of the interval; may be -inf.
-        b: right end; may be inf.
-        slope: psi'; by automatic differentiation of `psi` unless given.
-
-    Raises:
-        ValueError: psi is zero on the whole interval, or an integral is not finite.
-    """
-
-    @cache  # the integrals share most of their nodes
-    def at(x: float) -> tuple[float, float]:
-        if slope is not None:
-            return psi(x), slope(x)
-        value, change = _with_slope(psi, torch.tensor(x, dtype=torch.float64))
-        return value.item(), change.item()
-
-    def integrate(integrand: Callable[..., Any], negligible: float) -> float:
-        # least absolute tolerance: reached where the integrand is 0 everywhere
-        options = {"epsrel": 1e-10, "epsabs": max(negligible, 1e-290), "limit": 2000}
-        value, _, info = quad_vec(lambda x: integrand(x, *at(x)), a, b, full_output=True, **options)
-        if info.status not in (0, 2):  # 2: exact but for rounding
-            raise ValueError(f"psi: its integrals do not converge on [{a}, {b}]")
-        return float(value)
-
-    ends = ((a, at(a)[0] if math.isfinite(a) else 0), (b, at(b)[0] if math.isfinite(b) else 0))
-    return _relation(integrate, ends)
 
 
 def uncertainty_on_nodes(

@@ -15,7 +15,7 @@ from llm_attack.base.drawing import COLOURS, new_figure
 from llm_attack.base.errors import invalid
 from llm_attack.base.record import Stopwatch, as_csv, write_text
 from llm_attack.reproduce import figure_command
-from llm_attack.vision.settings import GROUPS, QUICK, ImageSettings
+from llm_attack.vision.settings import QUICK, ImageSettings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,16 +37,23 @@ class Settings(ImageSettings):
     """One data set and one network."""
 
     images: int = setting(
-        10, "Number of right and of wrong test images through which lines are drawn", minimum=1
+        10,
+        "Number of right and of wrong test images through which lines are drawn",
+        minimum=1,
+        group="line",
     )
     lines: int = setting(
-        2, "Number of principal, and of random directions through each image", minimum=1
+        2,
+        "Number of principal, and of random directions through each image",
+        minimum=1,
+        group="line",
     )
     reach: float = setting(
         1.0,
         "Half length of the lines, in units of the points' mean distance from their mean",
         minimum=0,
         exclusive_minimum=True,
+        group="line",
     )
 
 
@@ -226,4 +233,4 @@ def draw(folder: Path) -> None:
 # momentum.
 _NO_OPTIONS = ("attacks", "epsilon", "steps", "load", "save", "momentum")
 
-COMMAND = figure_command("relation", PRESETS, run, without=_NO_OPTIONS, groups=GROUPS)
+COMMAND = figure_command("relation", PRESETS, run, without=_NO_OPTIONS)

@@ -9,7 +9,8 @@ from typing import NamedTuple
 from llm_attack.attacks.settings import ATTACKS
 from llm_attack.base.declare import check, setting
 from llm_attack.base.errors import invalid
-from llm_attack.reproduce import DEVICE, Numbers
+from llm_attack.base.options import Numbers
+from llm_attack.reproduce import DEVICE
 
 # Whose label: always the same, or the class that the network predicts where the packet is.
 PACKETS = ("fixed", "predicted")
@@ -27,22 +28,33 @@ class ToySettings:
         UsageError: a value is out of range; the message names it.
     """
 
-    seeds: int = setting(5, "Number of networks, each with points of its own", minimum=1)
-    epochs: int = setting(500, "Number of passes over the points", minimum=1)
-    points: int = setting(1000, "Number of training points of each network", minimum=1)
-    test_points: int = setting(1000, "Number of points that the accuracies are of", minimum=1)
-    width: int = setting(32, "Number of units in each of the two hidden layers", minimum=1)
-    learning_rate: float = setting(1e-3, "Learning rate of Adam", minimum=0)
-    batch_size: int = setting(1000, "Number of points per step", minimum=1)
+    seeds: int = setting(
+        5, "Number of networks, each with points of its own", minimum=1, group="training"
+    )
+    epochs: int = setting(500, "Number of passes over the points", minimum=1, group="training")
+    points: int = setting(
+        1000, "Number of training points of each network", minimum=1, group="point"
+    )
+    test_points: int = setting(
+        1000, "Number of points that the accuracies are of", minimum=1, group="point"
+    )
+    width: int = setting(
+        32, "Number of units in each of the two hidden layers", minimum=1, group="network"
+    )
+    learning_rate: float = setting(1e-3, "Learning rate of Adam", minimum=0, group="training")
+    batch_size: int = setting(1000, "Number of points per step", minimum=1, group="training")
     attack: str = setting(
         "fgsm",
         "Attack for the robust accuracy",
         choices=tuple(name for name, kind in ATTACKS.items() if not kind.minimal),
+        group="attack",
     )
-    epsilon: float = setting(0.1, "L-infinity amplitude of the attack", minimum=0)
-    label: int = setting(1, "Class whose loss is the fixed packet: 1, that of x1 above 0, or 0")
-    seed: int = setting(0, "The first seed; the others follow")
-    device: str | None = setting(None, DEVICE)
+    epsilon: float = setting(0.1, "L-infinity amplitude of the attack", minimum=0, group="attack")
+    label: int = setting(
+        1, "Class whose loss is the fixed packet: 1, that of x1 above 0, or 0", group="point"
+    )
+    seed: int = setting(0, "The first seed; the others follow", group="engine")
+    device: str | None = setting(None, DEVICE, group="engine")
 
     def __post_init__(self) -> None:
         check(self)
@@ -74,12 +86,14 @@ class SentimentSettings:
         None,
         "CSV file with the columns word, language and label, which is negative, neutral or "
         "positive; unless given, the package's own",
+        group="word",
     )
     embedding_sizes: tuple[int, ...] = setting(
         (8, 16, 32),
         "How many numbers the embedding of a character has, separated by commas",
         minimum=1,
         option=Numbers(int),
+        group="network",
     )
     ngrams: tuple[int, ...] = setting(
         (1,),
@@ -87,26 +101,33 @@ class SentimentSettings:
         " what is embedded, separated by commas",
         minimum=1,
         option=Numbers(int),
+        group="word",
     )
     train_shares: tuple[float, ...] = setting(
         (1.0,),
         "Shares of the training words that are learnt from, separated by commas",
         minimum=0,
         option=Numbers(float),
+        group="word",
     )
     label_noise: tuple[float, ...] = setting(
         (0.0,),
         "Shares of the words learnt from that get one of the other labels, separated by commas",
         minimum=0,
         option=Numbers(float),
+        group="word",
     )
-    seeds: int = setting(10, "Number of networks of each size, each with its own split", minimum=1)
-    epochs: int = setting(1000, "Number of passes over the words", minimum=1)
-    width: int = setting(64, "Number of units in the hidden layer", minimum=1)
-    learning_rate: float = setting(1e-3, "Learning rate of Adam", minimum=0)
-    test_share: float = setting(0.2, "Share of the words held out, between 0 and 1", minimum=0)
-    seed: int = setting(0, "The first seed; the others follow")
-    device: str | None = setting(None, DEVICE)
+    seeds: int = setting(
+        10, "Number of networks of each size, each with its own split", minimum=1, group="training"
+    )
+    epochs: int = setting(1000, "Number of passes over the words", minimum=1, group="training")
+    width: int = setting(64, "Number of units in the hidden layer", minimum=1, group="network")
+    learning_rate: float = setting(1e-3, "Learning rate of Adam", minimum=0, group="training")
+    test_share: float = setting(
+        0.2, "Share of the words held out, between 0 and 1", minimum=0, group="word"
+    )
+    seed: int = setting(0, "The first seed; the others follow", group="engine")
+    device: str | None = setting(None, DEVICE, group="engine")
 
     def __post_init__(self) -> None:
         check(self)

@@ -11,7 +11,7 @@ from llm_attack.base.drawing import COLOURS, new_figure
 from llm_attack.base.errors import UsageError, invalid
 from llm_attack.base.record import Stopwatch, as_csv, write_text
 from llm_attack.reproduce import figure_command
-from llm_attack.vision.settings import EFFECTIVE, GROUPS, KNOWN, QUICK, ImageSettings, shown
+from llm_attack.vision.settings import EFFECTIVE, KNOWN, QUICK, ImageSettings, shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 class Settings(ImageSettings):
     """One data set, one network."""
 
-    images: int = setting(2, "Number of images to show, each of another class", minimum=1)
+    images: int = setting(
+        2, "Number of images to show, each of another class", minimum=1, group="image"
+    )
 
 
 PRESETS = {
@@ -143,4 +145,4 @@ def _said(cell: pd.Series) -> str:
     return f"{cell['prediction']}, {100 * cell['confidence']:.1f} %"
 
 
-COMMAND = figure_command("fig1", PRESETS, run, EFFECTIVE, groups=GROUPS)
+COMMAND = figure_command("fig1", PRESETS, run, EFFECTIVE)

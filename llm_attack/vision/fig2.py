@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_attack.base.declare import setting
+from llm_attack.base.declare import parts, setting
 from llm_attack.base.drawing import COLOURS, nested, new_figure
 from llm_attack.base.record import Stopwatch, as_csv, write_text
 from llm_attack.reproduce import figure_command
 from llm_attack.vision.settings import (
     EFFECTIVE,
-    GROUPS,
     KNOWN,
     QUICK,
     UNBOUNDED,
@@ -42,12 +41,14 @@ class Settings(ImageSettings):
         None,
         "Number of test images that all attacks see, the same for all curves; unless given, all",
         minimum=1,
+        group="image",
     )
     attacked_epochs: int | None = setting(
         None,
         "Number of epochs after which to attack, spread evenly from the first to the last, which"
         " is always one of them; unless given, all",
         minimum=1,
+        group="attack",
     )
 
 
@@ -102,7 +103,7 @@ def curves(
     attacks = stages.listed("attacks", settings.attacks, KNOWN)
     names = stages.networks(settings)
     clock = Stopwatch()
-    sets = dict.fromkeys(name.strip() for name in settings.dataset.split(","))
+    sets = dict.fromkeys(parts(settings.dataset))
     datasets = [load(name, settings) for name in sets]
     clock.lap("data")
     epsilons = {dataset.name: stages.amplitude(settings, dataset, at) for dataset in datasets}
@@ -231,4 +232,4 @@ def _points(axis: Any, group: pd.DataFrame) -> None:
     axis.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
 
 
-COMMAND = figure_command("fig2", PRESETS, run, EFFECTIVE, groups=GROUPS)
+COMMAND = figure_command("fig2", PRESETS, run, EFFECTIVE)

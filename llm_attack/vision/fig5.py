@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from llm_attack.base.declare import setting
 from llm_attack.base.drawing import COLOURS, nested, new_figure
+from llm_attack.base.options import Numbers
 from llm_attack.base.record import as_csv, write_text
 from llm_attack.reproduce import figure_command
 from llm_attack.vision import fig2
-from llm_attack.vision.settings import EFFECTIVE, GROUPS, KNOWN, QUICK, Amplitudes, shown, titled
+from llm_attack.vision.settings import EFFECTIVE, KNOWN, QUICK, Amplitude, shown, titled
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,21 +35,26 @@ class Settings(fig2.Settings):
         "Block whose output is attacked: normalise in all; conv1, conv2, fc1 in cnn; stem, layer1 "
         "to layer4, pool in resnet18; stem, inception3a, inception3b, pool3, inception4a to "
         "inception4e, pool4, inception5a, inception5b, pool in googlenet",
+        group="attack",
     )
     epsilon_unit: str = setting(
         "rms",
         "Unit of epsilon: the features' root mean square, or that of the features",
         choices=("rms", "absolute"),
+        group="attack",
     )
     epsilons: tuple[float, ...] = setting(
         (0.01, 0.02, 0.05, 0.1, 0.2),
         "Amplitudes of the comparison of all splits, in units of the root mean square of what is "
         "attacked",
-        option=Amplitudes(),
+        option=Numbers(Amplitude()),
         minimum=0,
         exclusive_minimum=True,
+        group="attack",
     )
-    split_attacks: str = setting("fgsm,bim", "Attacks of that comparison, separated by commas")
+    split_attacks: str = setting(
+        "fgsm,bim", "Attacks of that comparison, separated by commas", group="attack"
+    )
 
 
 PRESETS = {
@@ -155,4 +161,4 @@ def _splits(axis: Any, table: Any) -> None:
         axis.plot(curve["relative"], curve["accuracy"], linestyle=dashes, **style, **look)
 
 
-COMMAND = figure_command("fig5", PRESETS, run, EFFECTIVE, groups=GROUPS)
+COMMAND = figure_command("fig5", PRESETS, run, EFFECTIVE)

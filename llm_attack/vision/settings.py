@@ -8,12 +8,12 @@ from typing import Any
 import click
 
 from llm_attack.attacks.settings import ATTACKS, ITERATIVE
-from llm_attack.base.declare import check, is_plain, setting
+from llm_attack.base.declare import check, is_plain, parts, setting
 from llm_attack.base.errors import UsageError, invalid
 from llm_attack.reproduce import DEVICE
 
 
-class Amplitude(click.ParamType):  # type: ignore[type-arg]  # see reproduce.Numbers
+class Amplitude(click.ParamType):  # type: ignore[type-arg]  # see options.Numbers
     """A number that may be written as a fraction, such as 8/255."""
 
     name = "number"
@@ -28,16 +28,6 @@ class Amplitude(click.ParamType):  # type: ignore[type-arg]  # see reproduce.Num
         except (ValueError, ArithmeticError):
             pass
         self.fail(f"{value!r}: must be a number or a fraction, such as 8/255", param, ctx)
-
-
-class Amplitudes(click.ParamType):  # type: ignore[type-arg]  # see reproduce.Numbers
-    """Such numbers, separated by commas, as a tuple."""
-
-    name = "number,..."
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[float, ...]:
-        parts = value if isinstance(value, tuple) else value.split(",")
-        return tuple(Amplitude().convert(part, param, ctx) for part in parts)
 
 
 TRAININGS = ("none", "pgd", "trades")
@@ -61,56 +51,86 @@ class ImageSettings:
     dataset: str = setting(
         "digits",
         "Data set: digits, mnist, cifar10, imagefolder:PATH, or any other that `datasets` loads",
+        group="image",
     )
     network: str = setting(
         "cnn",
         "Network to attack: cnn, resnet18, googlenet or package.module:function",
+        group="network",
     )
     weights: str | None = setting(
         None,
         "File of weights, safetensors or torch's, with which the network is attacked as it is",
+        group="network",
     )
     load: str | None = setting(
         None,
         "Network that --save kept, or file of checkpoints, which is attacked as it is; instead of"
         " --network",
+        group="network",
     )
     save: str | None = setting(
-        None, "Folder to keep trained networks in, with their settings and accuracies"
+        None,
+        "Folder to keep trained networks in, with their settings and accuracies",
+        group="network",
     )
-    width: float = setting(1.0, "Factor on the channels of the networks", minimum=0)
+    width: float = setting(
+        1.0, "Factor on the channels of the networks", minimum=0, group="network"
+    )
     attacks: str = setting(
         "ost,fgsm,bim,illc,pgd,sparsefool,sparsefool_unbounded",
         f"Attacks, separated by commas, the unbounded ones of any amplitude: {', '.join(KNOWN)}",
+        group="attack",
     )
     epsilon: float | None = setting(
         None,
         "L-infinity amplitude, such as 8/255; unless given, 0.1 for grey images and for features, "
         "8/255 for images in colour",
         option=Amplitude(),
+        group="attack",
     )
-    steps: int = setting(10, f"Number of steps of the iterative attacks ({ITERATIVE})", minimum=1)
+    steps: int = setting(
+        10, f"Number of steps of the iterative attacks ({ITERATIVE})", minimum=1, group="attack"
+    )
     epochs: int = setting(
-        30, "Number of passes over the training images; 0: attack as it is", minimum=0
+        30,
+        "Number of passes over the training images; 0: attack as it is",
+        minimum=0,
+        group="training",
     )
     train_size: int | None = setting(
-        None, "Number of training images, drawn at random; unless given, all", minimum=1
+        None,
+        "Number of training images, drawn at random; unless given, all",
+        minimum=1,
+        group="image",
     )
     test_size: int | None = setting(
-        None, "Number of test images, drawn at random; unless given, all", minimum=1
+        None, "Number of test images, drawn at random; unless given, all", minimum=1, group="image"
     )
-    batch_size: int = setting(128, "Number of training images per step", minimum=1)
-    learning_rate: float = setting(0.05, "Highest learning rate of the cycle", minimum=0)
-    momentum: float = setting(0.9, "Nesterov momentum of the optimiser", minimum=0)
-    weight_decay: float = setting(5e-4, "Weight decay of the optimiser", minimum=0)
+    batch_size: int = setting(
+        128, "Number of training images per step", minimum=1, group="training"
+    )
+    learning_rate: float = setting(
+        0.05, "Highest learning rate of the cycle", minimum=0, group="training"
+    )
+    momentum: float = setting(
+        0.9, "Nesterov momentum of the optimiser", minimum=0, group="training"
+    )
+    weight_decay: float = setting(
+        5e-4, "Weight decay of the optimiser", minimum=0, group="training"
+    )
     label_smoothing: float = setting(
-        0.1, "Share of the labels that is spread over all classes in training", minimum=0
+        0.1,
+        "Share of the labels that is spread over all classes in training",
+        minimum=0,
+        group="training",
     )
     train_attack: str = setting(
         "none",
         "Attack that the network is trained against: pgd trains with the attacked images (Madry et"
         " al. 2018), trades with both (Zhang et al. 2019)",
         choices=TRAININGS,
+        group="training",
     )
     train_epsilon: float | None = setting(
         None,
@@ -118,11 +138,13 @@ class ImageSettings:
         " images in colour",
         option=Amplitude(),
         minimum=0,
+        group="training",
     )
     train_steps: int | None = setting(
         None,
         "Number of steps of --train_attack; unless given, 7 of pgd and 10 of trades",
         minimum=1,
+        group="training",
     )
     train_step_size: float | None = setting(
         None,
@@ -130,19 +152,25 @@ class ImageSettings:
         option=Amplitude(),
         minimum=0,
         exclusive_minimum=True,
+        group="training",
     )
     trades_beta: float = setting(
-        6.0, "Weight of the divergence of clean and attacked scores in trades", minimum=0
+        6.0,
+        "Weight of the divergence of clean and attacked scores in trades",
+        minimum=0,
+        group="training",
     )
     crop: int | None = setting(
         None,
         "Pixels to shift training images by at most; unless given, an eighth of their size",
         minimum=0,
+        group="training",
     )
     flip: bool | None = setting(
         None,
         "Whether to mirror training images in every other epoch, half of them in the first, true or"
         " false; unless given, those in colour",
+        group="training",
     )
     precision: str = setting(
         "auto",
@@ -150,19 +178,26 @@ class ImageSettings:
         " processors with AMX or AVX-512 for bfloat16 in a training of 5e12 operations or more,"
         " else float32; attacks are always in float32",
         choices=("auto", "float32", "bfloat16"),
+        group="training",
     )
     train_split: str = setting(
-        "train", "Split of the training images, as `datasets` writes it, such as train[:90%]"
+        "train",
+        "Split of the training images, as `datasets` writes it, such as train[:90%]",
+        group="image",
     )
-    test_split: str = setting("test", "Split of the test images, written likewise")
+    test_split: str = setting("test", "Split of the test images, written likewise", group="image")
     image_column: str | None = setting(
-        None, "Column of the images; unless given, the first that holds images"
+        None, "Column of the images; unless given, the first that holds images", group="image"
     )
     label_column: str | None = setting(
-        None, "Column of the labels; unless given, the first that holds class labels, else label"
+        None,
+        "Column of the labels; unless given, the first that holds class labels, else label",
+        group="image",
     )
-    seed: int = setting(0, "Seed of weights, order, augmentation and attacks", minimum=0)
-    device: str | None = setting(None, DEVICE)
+    seed: int = setting(
+        0, "Seed of weights, order, augmentation and attacks", minimum=0, group="engine"
+    )
+    device: str | None = setting(None, DEVICE, group="engine")
 
     def __post_init__(self) -> None:
         check(self)
@@ -178,7 +213,7 @@ class ImageSettings:
         """
         defaults = {entry.name: entry.default for entry in fields(self)}
         for argument, (choices, own) in _READERS.items():
-            used = {name.strip() for name in getattr(self, argument).split(",")}
+            used = {*parts(getattr(self, argument))}
             for name, readers in own.items():
                 value = getattr(self, name)
                 if value != defaults[name] and used.isdisjoint(readers) and used <= choices:
@@ -209,26 +244,6 @@ _READERS: dict[str, tuple[frozenset[str], dict[str, tuple[str, ...]]]] = {
 
 # How the settings take effect: with the network and the width of the file in `load`.
 EFFECTIVE = "llm_attack.vision.checkpoints:settled"
-
-# Headings of the help, and the options under them.
-GROUPS: dict[str, tuple[str, ...]] = {
-    "Data": (
-        *("dataset", "train_size", "test_size", "train_split", "test_split"),
-        *("image_column", "label_column"),
-    ),
-    "Network": ("network", "weights", "load", "save", "width", "widths", "precision"),
-    "Training": (
-        *("epochs", "batch_size", "learning_rate", "weight_decay", "label_smoothing"),
-        *("crop", "flip"),
-    ),
-    "Adversarial training": (
-        *("train_attack", "train_epsilon", "train_steps", "train_step_size", "trades_beta"),
-    ),
-    "Attacks": (
-        *("attacks", "epsilon", "epsilon_unit", "steps", "at", "subset", "attacked_epochs"),
-        *("epsilons", "split_attacks"),
-    ),
-}
 
 # Of all quick presets.
 QUICK: dict[str, Any] = {"dataset": "digits", "width": 0.25, "epochs": 8, "batch_size": 32}

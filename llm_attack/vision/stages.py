@@ -12,6 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from llm_attack.attacks import Attack
+from llm_attack.base.declare import parts
 from llm_attack.base.errors import UsageError, invalid
 from llm_attack.base.failures import one_line
 from llm_attack.base.folder import resolved
@@ -28,7 +29,7 @@ from llm_attack.vision.train import train
 def listed(argument: str, text: str, allowed: Iterable[str]) -> list[str]:
     """The names in `text`, which is separated by commas."""
     allowed = list(allowed)
-    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+    names = list(dict.fromkeys(parts(text)))
     for name in names:
         if name not in allowed:
             raise invalid(argument, name, allowed)
@@ -51,7 +52,7 @@ def networks(settings: ImageSettings) -> list[str]:
 
 
 def _foreign(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if ":" in name]
+    return [name for name in parts(text) if ":" in name]
 
 
 def untrained(dataset: Dataset, name: str, settings: ImageSettings) -> nn.Module:

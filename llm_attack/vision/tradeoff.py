@@ -14,13 +14,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_attack.base.declare import setting
+from llm_attack.base.declare import parts, setting
 from llm_attack.base.drawing import COLOURS, new_figure
 from llm_attack.base.errors import invalid
+from llm_attack.base.options import Numbers
 from llm_attack.base.record import Stopwatch, as_csv, write_text
 from llm_attack.reproduce import figure_command
 from llm_attack.vision import fig2
-from llm_attack.vision.settings import GROUPS, KNOWN, QUICK, TRAININGS, Amplitudes, shown
+from llm_attack.vision.settings import KNOWN, QUICK, TRAININGS, Amplitude, shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,20 +32,24 @@ class Settings(fig2.Settings):
     """Data sets, networks, widths, trainings and seeds may be several here."""
 
     train_attack: str = setting(
-        "none,pgd,trades", "Trainings, separated by commas: none, pgd, trades"
+        "none,pgd,trades", "Trainings, separated by commas: none, pgd, trades", group="training"
     )
     attacks: str = setting(
-        "pgd", fig2.Settings.__dataclass_fields__["attacks"].metadata["about"][0]
+        "pgd", fig2.Settings.__dataclass_fields__["attacks"].metadata["about"][0], group="attack"
     )
     widths: tuple[float, ...] = setting(
         (1.0,),
         "Widths of the networks, in units of --width",
-        option=Amplitudes(),
+        option=Numbers(Amplitude()),
         minimum=0,
         exclusive_minimum=True,
+        group="network",
     )
     seeds: int = setting(
-        1, "Number of seeds, from --seed on, each with networks and a choice of images", minimum=1
+        1,
+        "Number of seeds, from --seed on, each with networks and a choice of images",
+        minimum=1,
+        group="training",
     )
 
 
@@ -91,7 +96,7 @@ def _rows(settings: Settings, folder: Path, clock: Stopwatch) -> Iterator[dict[s
     trainings = stages.listed("train_attack", settings.train_attack, TRAININGS)
     names = stages.networks(settings)
     kinds = list(itertools.product(names, settings.widths))
-    sets = list(dict.fromkeys(name.strip() for name in settings.dataset.split(",")))
+    sets = list(dict.fromkeys(parts(settings.dataset)))
     first = [load(name, settings) for name in sets]
     for dataset, (name, width) in itertools.product(first, kinds):
         stages.amplitude(settings, dataset)
@@ -271,4 +276,4 @@ def _legend(kinds: list[Any], trainings: list[str]) -> list[Any]:
 # Networks are trained here, so none is loaded; nobody varied the momentum.
 _NO_OPTIONS = ("load", "weights", "momentum")
 
-COMMAND = figure_command("tradeoff", PRESETS, run, without=_NO_OPTIONS, groups=GROUPS)
+COMMAND = figure_command("tradeoff", PRESETS, run, without=_NO_OPTIONS)

@@ -100,7 +100,7 @@ def test_by_their_names_as_arguments(tmp_path, monkeypatch):
     (tmp_path / "my_attacks.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     made = AttackSettings(attack="my_attacks:push", loss="my_attacks:margin", epsilon=0.5)
-    assert made.needs_gold and made.context == "shared"
+    assert made.needs_gold and made.shared
     assert made.attack_in_units.condition == "my_attacks:push@0.5"
     for name in ("attack", "loss"):
         with pytest.raises(UsageError, match=f"{name}=my_attacks:pull: must be package.module:"):

@@ -1,10 +1,12 @@
 """Amplitudes in units of the RMS: their names, their values, and what is refused."""
 
+from dataclasses import replace
+
 import pytest
 
 from llm_attack.base.errors import UsageError
 from llm_attack.lm.settings import AttackSettings
-from llm_attack.lm.units import Signal
+from llm_attack.lm.units import Amplitude, Epsilon, Signal
 from llm_attack.suite.evaluate import command
 from llm_attack.suite.plan import Plan
 
@@ -44,11 +46,46 @@ def test_units(unit, of_coordinate, norm):
 
 def test_both_units_in_one_plan():
     plan = Plan(attacks="none,fgsm", epsilons="0.01,0.7rms")
-    assert plan.epsilons == (0.01, "0.7rms")
+    assert plan.epsilons == (Epsilon(0.01), Epsilon(0.7, "rms"))
     attacks = [condition.resolved(Signal(0.5, 576, 9.0)) for condition in plan.conditions]
     assert [a.condition for a in attacks] == ["none", "fgsm@0.01", "fgsm@0.7rms"]
     assert [a.epsilon for a in attacks[1:]] == pytest.approx([0.01, 0.35])
     assert "--epsilons 0.01,0.7rms" in " ".join(command(plan, None))
+
+
+def test_each_epsilon_is_read_once(monkeypatch):
+    read, built = [], []
+    parse, make = Epsilon.parse.__func__, AttackSettings.__post_init__
+
+    def reading(cls, given, *more):
+        read.extend([] if isinstance(given, Epsilon) else [given])
+        return parse(cls, given, *more)
+
+    monkeypatch.setattr(Epsilon, "parse", classmethod(reading))
+    monkeypatch.setattr(
+        AttackSettings, "__post_init__", lambda self: (built.append(self), make(self))[1]
+    )
+    plan = Plan(loss="choice", epsilons="0.01,0.7rms", critical=True, epsilon_max="1rms")
+    assert plan.conditions is plan.conditions
+    assert sorted(plan.conditions_at([None]), key=str) == sorted(plan.conditions, key=str)
+    # none, three attacks at two epsilons, critical, fmn
+    assert len(plan.conditions) == len(built) == 9
+    assert read == ["0.01", "0.7rms", "1rms"]
+    again = replace(plan, seed=1)
+    assert again.epsilons == plan.epsilons and len(read) == 3
+
+
+@pytest.mark.parametrize("number", [0.1234567891, 1e-9, 3.0, 0.7])
+def test_an_epsilon_is_stored_as_it_was_typed(number):
+    for epsilon in (Epsilon(number), Epsilon(number, "rms"), Epsilon(number, "neftune")):
+        assert Epsilon.parse(epsilon.plain) == Epsilon.parse(str(epsilon)) == epsilon
+        assert Plan(epsilons=str(epsilon)).epsilons == (epsilon,)
+
+
+def test_the_label_of_an_amplitude():
+    amplitude = Amplitude(Epsilon(0.70, "rms"), "l2_token", "model.layers.1")
+    assert str(amplitude) == "0.7rms-l2_token@model.layers.1"
+    assert str(Amplitude(Epsilon(0.01, "absolute"))) == str(Amplitude(Epsilon(0.01))) == "0.01"
 
 
 def test_a_step_size_is_in_the_unit_of_its_epsilon():

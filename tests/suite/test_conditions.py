@@ -14,7 +14,8 @@ from test_models import run_of
 from llm_attack.attacks import ATTACKS
 from llm_attack.base.declare import declared, names
 from llm_attack.base.errors import UsageError
-from llm_attack.lm.settings import AttackSettings, EngineSettings
+from llm_attack.lm.settings import AttackSettings, EngineSettings, places
+from llm_attack.lm.units import Epsilon, Signal
 from llm_attack.suite import results
 from llm_attack.suite.analysis.conditions import OF_THE_RUN, Condition, by_name, of_plan, of_run
 from llm_attack.suite.analysis.pairs import paired, unshared
@@ -124,7 +125,7 @@ def pair_of_runs(setting, attack, **more):
             {"condition": {"fgsm@0.01": NAME}, "attack": {"fgsm": attack}}
         )
         record = {**run.run, "attacks": {NAME: {"epsilon_absolute": 0.01, "embedding_rms": 0.1}}}
-        record["conditions"] = {of.name: of.settings() for of in (condition, clean)}
+        record["conditions"] = {of.name: of.record() for of in (condition, clean)}
         table = summarise(samples)
         found.append(replace(run, samples=samples, table=table, run=record | more))
     return found
@@ -271,9 +272,47 @@ def test_names_alone():
     assert by_name(strange)["x@y"].get("epsilon") == 9.0
 
 
+def test_the_record_counts_and_not_the_name():
+    """Names could be anything: amplitudes are read from the record of a run that has one."""
+    plan = Plan(attacks="none,fgsm,bim", epsilons="0,0.5rms", norm="l2", hookpoints="a.1,b.2")
+    settings = plan.conditions_at(["a.1", "b.2"])
+    attacks = [
+        of.resolved(Signal(0.1, 4, 1.0), place)
+        for of, place in zip(settings, places(settings), strict=True)
+    ]
+    made = of_plan(plan, settings, attacks)
+    assert str(made["fgsm@0.5rms-l2@b.2"].amplitude) == "0.5rms-l2@b.2"
+    assert made["none"].amplitude is None
+    assert made["fgsm@0-l2@a.1"].amplitude.epsilon == Epsilon(0, "absolute")
+    assert made["bim@0.5rms-l2@b.2"].elsewhere().name == "bim@0.5rms-l2"
+    record = json.loads(json.dumps({name: of.record() for name, of in made.items()}))
+    renamed = {f"c{i}": of for i, of in enumerate(record.values())}
+    frame = pd.DataFrame({"condition": [*renamed], "attack": [of.name for of in attacks]})
+    read = of_run({"conditions": renamed}, frame.assign(epsilon=0.0))
+    assert [*read.values()] == [*made.values()]
+    assert [of.amplitude for of in read.values()] == [of.amplitude for of in made.values()]
+
+
+def test_names_and_records_tell_the_same_amplitude():
+    plan = Plan(attacks="none,pgd", epsilons="0.01,5neftune,1e-07rms", norm="l2_token")
+    attacks = [of.resolved(Signal(0.1, 4, 1.0)) for of in plan.conditions]
+    made = of_plan(plan, plan.conditions, attacks)
+    frame = pd.DataFrame({"condition": [*made], "attack": [of.name for of in attacks]})
+    named = by_name(frame)
+    assert {n: of.amplitude for n, of in named.items()} == {
+        n: of.amplitude for n, of in made.items()
+    }
+
+
 @pytest.mark.parametrize(
     "damaged",
-    [{"conditions": 3}, {"conditions": {NAME: 1}}, {"conditions": {NAME: {}}}, {"attacks": {}}],
+    [
+        {"conditions": 3},
+        {"conditions": {NAME: 1}},
+        {"conditions": {NAME: {}}},
+        {"attacks": {}},
+        {"conditions": {NAME: {"amplitude": {"epsilon": 1}}}},
+    ],
     ids=str,
 )
 def test_a_damaged_record_is_read_as_an_old_one(damaged):

@@ -55,7 +55,7 @@ def test_plan_reads_flags_lists_and_single_values():
     assert flags.settings() == lists.settings()
     names = [c.attack_in_units.condition for c in flags.conditions]
     assert names == ["none", "fgsm@0.1", "fgsm@0.2"]
-    assert Plan(epsilons=0.1).epsilons == (0.1,)
+    assert Plan(epsilons=0.1).plain()["epsilons"] == (0.1,)
     assert Plan(model_args="dtype=float64,peft=x").model_args == {"dtype": "float64", "peft": "x"}
 
 

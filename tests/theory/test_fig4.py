@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from adaptive import uncertainty
 from scipy.integrate import trapezoid
 from scipy.optimize import brentq
 from scipy.special import expit
@@ -14,7 +15,7 @@ from scipy.special import expit
 from llm_attack.base.errors import UsageError
 from llm_attack.theory.binary import GRID, Toy, labels_of
 from llm_attack.theory.fig4 import draw, run, train
-from llm_attack.theory.packet import Uncertainty, uncertainty
+from llm_attack.theory.packet import Uncertainty
 from llm_attack.theory.settings import PACKETS, ToySettings
 
 SMALL = {"points": 40, "test_points": 200, "width": 8, "epochs": 5, "device": "cpu"}

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from adaptive import uncertainty
 
 from llm_attack.theory.lines import along, principal
-from llm_attack.theory.packet import Uncertainty, uncertainty
+from llm_attack.theory.packet import Uncertainty
 
 DRAW = torch.Generator().manual_seed(0)
 X = torch.randn(3, 2, 4, generator=DRAW, dtype=torch.float64)

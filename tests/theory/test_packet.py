@@ -6,6 +6,7 @@ from dataclasses import astuple
 import numpy as np
 import pytest
 import torch
+from adaptive import uncertainty
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.integrate import simpson
@@ -13,7 +14,6 @@ from scipy.integrate import simpson
 from llm_attack.theory.packet import (
     Uncertainty,
     gauss_legendre,
-    uncertainty,
     uncertainty_on_nodes,
 )
 

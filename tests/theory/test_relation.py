@@ -6,11 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from adaptive import uncertainty
 from torch import nn
 
 from llm_attack.base.errors import UsageError
 from llm_attack.theory import relation
-from llm_attack.theory.packet import uncertainty
 from llm_attack.theory.relation import DIRECTIONS, Settings, means, relations, run
 from llm_attack.vision.data import Images
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from adaptive import uncertainty
 from torch import nn
 
 from llm_attack.attacks import loss_gradient
-from llm_attack.theory.packet import uncertainty
 from llm_attack.vision.data import Images
 from llm_attack.vision.measure import cross_entropy
 from llm_attack.vision.momentum import momentum_spread

@@ -14,7 +14,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm_attack.base.errors import UsageError, closest
+from llm_attack.base.errors import UsageError, closest, hint
 from llm_attack.base.failures import one_line
 from llm_attack.lm.engine.attacked import AttackedBatch
 from llm_attack.lm.engine.probe import equal_logits, made_up
@@ -50,11 +50,9 @@ def expand(model: PreTrainedModel, hookpoints: Sequence[str]) -> list[str | None
             matching = [name for name in names.values() if re.fullmatch(pattern, name)]
             if not matching:
                 shapes = {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names.values()}
-                meant = closest(given, shapes)
-                hint = f"; did you mean {meant!r}?" if meant else ""
                 raise UsageError(
                     f"hookpoints={given}: must match modules of the model, such as"
-                    f" 'model.layers.*.mlp'{hint}"
+                    f" 'model.layers.*.mlp'{hint(given, shapes)}"
                 )
             found += matching
         else:

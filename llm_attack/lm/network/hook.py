@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm_attack.base.errors import UsageError, closest
+from llm_attack.base.errors import UsageError, closest, did_you_mean
 
 
 def resolve(model: PreTrainedModel, hookpoint: str | None) -> nn.Module:
@@ -109,13 +109,12 @@ def faults(
 def _refused(
     hookpoint: str, modules: dict[str, nn.Module], meant: str | None, reason: str = ""
 ) -> UsageError:
-    hint = f"; did you mean {meant!r}?" if meant else ""
     # a transformer block's path: the first name that ends in a number
     ends = (name for name in modules if name.rsplit(".", 1)[-1].isdigit())
     return UsageError(
         f"hookpoint={hookpoint}: must be the dotted path of a module of the model that is run once,"
         " before the head, and gives a tensor of shape (batch, sequence, hidden), such as"
-        f" {next(ends, 'model.layers.0')!r}{reason}{hint}"
+        f" {next(ends, 'model.layers.0')!r}{reason}{did_you_mean(meant)}"
     )
 
 

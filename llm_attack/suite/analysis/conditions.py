@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -19,11 +19,12 @@ from llm_attack.attacks.settings import condition_name
 from llm_attack.base.declare import declared, names
 from llm_attack.base.errors import UsageError
 from llm_attack.lm.losses import LOSSES
-from llm_attack.lm.settings import EMBED, AttackSettings, EngineSettings
-from llm_attack.lm.units import ABSOLUTE, NEFTUNE, UNITS
+from llm_attack.lm.settings import EMBED, AttackSettings, EngineSettings, places
+from llm_attack.lm.units import ABSOLUTE, NEFTUNE, UNITS, Amplitude, Epsilon
 from llm_attack.suite.plan import Plan
 
 CONDITIONS = "conditions"  # where run.json and samples.parquet have them
+_SIZE = "amplitude"  # where the record of a condition has it
 
 # Settings of a plan that are no part of a condition: they choose the model, the questions (which
 # are paired by the hash of their prompts) and the conditions, or say how a run is carried out.
@@ -60,33 +61,33 @@ class Condition:
         name: for people, such as `bim@0.003`; not compared.
         attack: a key of `ATTACKS`, or `worst`.
         values: (setting, value) of each setting that the attack uses, by name.
+        amplitude: of what is perturbed; None of `none`. Not compared: `values` have it.
     """
 
     name: str = field(compare=False)
     attack: str
     values: tuple[tuple[str, Any], ...]
+    amplitude: Amplitude | None = field(default=None, compare=False)
 
     @classmethod
-    def of(cls, name: str, values: Mapping[str, Any]) -> Condition:
+    def of(
+        cls, name: str, values: Mapping[str, Any], amplitude: Amplitude | None = None
+    ) -> Condition:
         """The condition with these settings; those that its attack does not use are left out.
 
         Args:
             name: of the condition.
             values: settings by name, `attack` among them; one that is not there has its default.
+            amplitude: of what is perturbed.
         """
         attack = str(values["attack"])
         known = values if attack not in ATTACKS else {**_DEFAULTS, **values}
         used = _used(attack, {k: v for k, v in known.items() if k != "attack"})
-        return cls(name, attack, tuple(sorted(used.items())))
+        return cls(name, attack, tuple(sorted(used.items())), amplitude)
 
     def get(self, setting: str) -> Any:
         """The value of a setting; None where the attack does not use it."""
         return dict(self.values).get(setting)
-
-    @property
-    def label(self) -> str:
-        """The name without the attack: what conditions of other attacks in the same ball share."""
-        return self.name.removeprefix(condition_name(self.attack, ""))
 
     @property
     def ball(self) -> tuple[Any, ...]:
@@ -100,17 +101,21 @@ class Condition:
 
     def elsewhere(self) -> Condition:
         """The same at the input embedding: what a sweep over hookpoints repeats at each."""
-        place = self.get("hookpoint")
+        if self.amplitude is None:
+            return self
+        amplitude = replace(self.amplitude, hookpoint=None)
         values = tuple(pair for pair in self.values if pair[0] != "hookpoint")
-        return Condition(self.name.removesuffix(f"@{place}"), self.attack, values)
-
-    def named(self, attack: str) -> str:
-        """The name of another attack with this amplitude in this ball."""
-        return condition_name(attack, self.label)
+        return Condition(
+            condition_name(self.attack, str(amplitude)), self.attack, values, amplitude
+        )
 
     def settings(self) -> dict[str, Any]:
-        """All of it by the names of settings, as it is stored."""
+        """All that its numbers depend on, by the names of settings."""
         return {"attack": self.attack, **dict(self.values)}
+
+    def record(self) -> dict[str, Any]:
+        """The condition as `run.json` and the samples have it."""
+        return self.settings() | ({} if self.amplitude is None else {_SIZE: asdict(self.amplitude)})
 
     def differences(self, other: Condition) -> list[tuple[str, Any, Any]]:
         """(setting, value here, value there) of each setting in which two conditions differ.
@@ -172,13 +177,13 @@ def of_plan(
         conditions: their settings.
         attacks: the same, resolved, which have the names.
     """
-    prompt = {name: getattr(plan, name) for name in PROMPT}
-    return {
-        attack.condition: Condition.of(
-            attack.condition, {**prompt, **settings.arguments(), **settings.sources}
-        )
-        for settings, attack in zip(conditions, attacks, strict=True)
-    }
+    prompt, conditions = {name: getattr(plan, name) for name in PROMPT}, [*conditions]
+    found = {}
+    for settings, attack, place in zip(conditions, attacks, places(conditions), strict=True):
+        values = {**prompt, **settings.arguments(), **settings.sources}
+        amplitude = replace(settings.amplitude, hookpoint=place) if attack.name != "none" else None
+        found[attack.condition] = Condition.of(attack.condition, values, amplitude)
+    return found
 
 
 def of_run(run: Mapping[str, Any], frame: pd.DataFrame) -> dict[str, Condition]:
@@ -192,32 +197,46 @@ def of_run(run: Mapping[str, Any], frame: pd.DataFrame) -> dict[str, Condition]:
     stored, attacks = (_mapping(run.get(part)) for part in (CONDITIONS, "attacks"))
     settings = {k: v for k, v in _mapping(run.get("settings")).items() if k in _DEFAULTS}
     found = {}
-    for name, told in _told_by_names(frame).items():
-        values = _mapping(stored.get(name))
+    for name, (told, amplitude) in _told_by_names(frame).items():
+        values = dict(_mapping(stored.get(name)))
+        amplitude = _amplitude(values.pop(_SIZE, None)) or amplitude
         if "attack" not in values:
             of = _mapping(attacks.get(name))
             own = ("epsilon", "epsilon_unit", "norm", "context", "hookpoint")
             values = settings | told | {k: of[k] for k in own if k in of}
-        found[name] = Condition.of(name, values)
+        found[name] = Condition.of(name, values, amplitude)
     return found
 
 
 def by_name(frame: pd.DataFrame) -> dict[str, Condition]:
     """The conditions in a frame as their names tell them, for want of a record."""
-    return {name: Condition.of(name, told) for name, told in _told_by_names(frame).items()}
+    return {name: Condition.of(name, *told) for name, told in _told_by_names(frame).items()}
 
 
-def _told_by_names(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
+def _amplitude(stored: Any) -> Amplitude | None:
+    """The amplitude in the record of a condition; None: there is none, or it is damaged."""
+    try:
+        number, unit = float(stored["epsilon"]["number"]), stored["epsilon"]["unit"]
+        return Amplitude(Epsilon(number, unit), stored["norm"], stored["hookpoint"])
+    except (LookupError, TypeError, ValueError):
+        return None
+
+
+def _told_by_names(frame: pd.DataFrame) -> dict[str, tuple[dict[str, Any], Amplitude | None]]:
+    """Settings and amplitude of each condition, as far as its name and the frame tell them."""
     columns = [name for name in ("condition", "attack", "epsilon", "hookpoint") if name in frame]
-    found = {}
+    found: dict[str, tuple[dict[str, Any], Amplitude | None]] = {}
     for row in frame[columns].drop_duplicates("condition").to_dict("records"):
         name, attack = str(row["condition"]), str(row["attack"])
         values = {"attack": attack, "epsilon": row.get("epsilon", 0.0), "epsilon_unit": ABSOLUTE}
         place = row.get("hookpoint", EMBED)
         values["hookpoint"] = None if place == EMBED else place
-        parts = _LABEL.fullmatch(Condition(name, attack, ()).label)
-        values |= {k: v for k, v in parts.groupdict().items() if v} if parts else {}
-        found[name] = values | {"epsilon": float(values["epsilon"])}
+        parts = _LABEL.fullmatch(name.removeprefix(condition_name(attack, "")))
+        told = {k: v for k, v in parts.groupdict().items() if v} if parts else {}
+        values |= told | {"epsilon": float(told.get("epsilon", values["epsilon"]))}
+        epsilon = Epsilon(values["epsilon"], values["epsilon_unit"])
+        amplitude = Amplitude(epsilon, told.get("norm", "linf"), told.get("hookpoint"))
+        found[name] = values, None if attack == "none" else amplitude
     return found
 
 

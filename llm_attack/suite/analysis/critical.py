@@ -193,17 +193,17 @@ def against_fixed(samples: pd.DataFrame) -> pd.DataFrame:
     """The curves beside the attacks of the run at one epsilon: a row for each pair.
 
     Returns:
-        Columns: `condition` that looked for critical epsilons, `attack`: the condition compared
-        with, `epsilon`, `curve`: the curve's accuracy there, `acc`: the attack's, both means over
-        tasks.
+        Columns: `condition` that looked for critical epsilons, `fixed`: the condition compared
+        with, `attack`: its attack, `epsilon`, `curve`: the curve's accuracy there, `acc`: the
+        attack's, both means over tasks.
     """
     rows = []
     fixed = samples[samples["critical_epsilon"].isna() & (samples["epsilon"] > 0)]
     for condition in looked_for(samples):
         values = list(of_tasks(samples[samples["condition"] == condition]).values())
-        for attack, group in fixed.groupby("condition", sort=False):
-            epsilon = float(group["epsilon"].iloc[0])
-            row = {"condition": condition, "attack": attack, "epsilon": epsilon}
+        for name, group in fixed.groupby("condition", sort=False):
+            attack, epsilon = group["attack"].iloc[0], float(group["epsilon"].iloc[0])
+            row = {"condition": condition, "fixed": name, "attack": attack, "epsilon": epsilon}
             row["curve"] = float(curve(values, np.array([epsilon]))[0])
             row["acc"] = float(right(group).groupby(group["task"]).mean().mean())
             rows.append(row)

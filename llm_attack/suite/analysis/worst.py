@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 from scipy.stats import binomtest
 
+from llm_attack.attacks.settings import ATTACKS, BOUNDED_NOISE, condition_name
 from llm_attack.lm.losses import LOSSES
 from llm_attack.stats import ALPHA
 from llm_attack.suite.analysis.conditions import Condition, Conditions, of_run
@@ -17,8 +18,7 @@ from llm_attack.suite.plan import WORST as WORST
 
 KNOWS_GOLD = "knows_gold"  # where run.json says so
 
-_NOISE = ("random", "uniform")
-SEARCH = "blocks"
+(SEARCH,) = (name for name, kind in ATTACKS.items() if kind.search)
 _PLACE = ["task", "doc_id"]
 
 
@@ -84,20 +84,20 @@ def _worst_cases(
     samples: pd.DataFrame, known: Conditions
 ) -> Iterator[tuple[Condition, float, pd.DataFrame]]:
     """Each worst case: its condition, its epsilon, and the rows that it is the worst of."""
-    for label, epsilon, rows in balls(samples, known):
+    for largest, epsilon, rows in balls(samples, known):
         tried = rows[rows["epsilon"] <= epsilon]
         over = [known[name] for name in tried["condition"].unique()]
         if len(over) < 2:
             continue
-        (largest,) = [c for c in over if c.label == label][:1]
         amplitudes = {name: largest.get(name) for name in ("epsilon", "epsilon_unit")}
         settings = {name: value for c in over for name, value in c.values}
         attacks = ", ".join(sorted(c.name for c in over))
         values = {**settings, **amplitudes, "attacks": attacks}
         own = sorted({str(source) for c in over if (source := c.get("attack_source"))})
         values |= {"attack_source": " ".join(own)} if own else {}
-        name = largest.named(WORST)
-        yield Condition(name, WORST, tuple(sorted(values.items()))), epsilon, tried
+        name = condition_name(WORST, str(largest.amplitude))
+        worst = Condition(name, WORST, tuple(sorted(values.items())), largest.amplitude)
+        yield worst, epsilon, tried
 
 
 def hidden_gradients(samples: pd.DataFrame, known: Conditions) -> list[str]:
@@ -112,27 +112,35 @@ def hidden_gradients(samples: pd.DataFrame, known: Conditions) -> list[str]:
         known: the conditions of the run.
     """
     found = []
-    for label, epsilon, rows in balls(samples, known):
+    for _, epsilon, rows in balls(samples, known):
         here = rows[rows["epsilon"] == epsilon]
         answers = here.assign(right=right(here).astype(float))
         kept = answers.pivot_table(index=_PLACE, columns="attack", values="right", sort=False)
-        others = [name for name in kept if name not in (SEARCH, *_NOISE)]
+        others = [name for name in kept if name not in (SEARCH, *BOUNDED_NOISE)]
         if SEARCH not in kept or not others:
             continue
-        best = min(others, key=lambda name: kept[name].mean())
+        search, best = named(here, SEARCH), min(others, key=lambda name: kept[name].mean())
         searched, followed = kept[SEARCH] <= 0, kept[best] <= 0
         more, less = int((searched & ~followed).sum()), int((followed & ~searched).sum())
         if more > less and binomtest(more, more + less, alternative="greater").pvalue <= ALPHA:
             found.append(
-                f"{SEARCH}@{label} takes no gradient and made {more} questions wrong that {best}"
+                f"{search} takes no gradient and made {more} questions wrong that {best}"
                 f" did not, {less} the other way round: the model hides its gradient, and attacks"
                 " that follow it are too weak"
             )
     return found
 
 
-def balls(frame: pd.DataFrame, known: Conditions) -> Iterator[tuple[str, float, pd.DataFrame]]:
-    """Each amplitude of a ball (`Condition.ball`): its label, epsilon, and all attacks in the ball.
+def named(rows: pd.DataFrame, attack: str) -> str:
+    """The name of the condition of an attack in rows that have one of it."""
+    return str(rows.loc[rows["attack"] == attack, "condition"].iloc[0])
+
+
+def balls(
+    frame: pd.DataFrame, known: Conditions
+) -> Iterator[tuple[Condition, float, pd.DataFrame]]:
+    """Each amplitude of a ball (`Condition.ball`): the first condition of it, epsilon in the units
+    of the point, and all attacks in the ball.
 
     Args:
         frame: with the columns `condition`, `attack` and `epsilon`.
@@ -142,4 +150,4 @@ def balls(frame: pd.DataFrame, known: Conditions) -> Iterator[tuple[str, float, 
     kinds = attacks["condition"].map({name: str(of.ball) for name, of in known.items()})
     for _, rows in attacks.groupby(kinds, sort=False):
         for row in rows.drop_duplicates("epsilon").itertuples():
-            yield known[str(row.condition)].label, float(row.epsilon), rows
+            yield known[str(row.condition)], float(row.epsilon), rows

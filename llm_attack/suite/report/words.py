@@ -29,7 +29,11 @@ _NAMES = {
 
 
 # Of an amplitude: what stands behind the number.
-_UNITS = {"rms": " RMS", "token_norm": " token norms", "neftune": " of NEFTune"}
+_UNITS: dict[str | None, str] = {
+    "rms": " RMS",
+    "token_norm": " token norms",
+    "neftune": " of NEFTune",
+}
 
 
 def in_words(table: pd.DataFrame, known: Conditions | None = None) -> list[str]:
@@ -118,12 +122,10 @@ def _attack(
 
 def _amplitude(condition: Condition, epsilon: float) -> str:
     """As the condition's name has it; in the units of the point beside it if those are others."""
-    unit = str(condition.get("epsilon_unit"))
-    number = f"{condition.get('epsilon'):g}"
-    rest = condition.label.removeprefix(number + ("" if unit == ABSOLUTE else unit))
+    plain, amplitude = f"{epsilon:g}", condition.amplitude
+    unit = "" if amplitude is None else amplitude.epsilon.unit or ABSOLUTE
     known = "" if unit == ABSOLUTE else _UNITS.get(unit, f" {unit}")
-    label = f"{number}{known}{rest}"
-    plain = f"{epsilon:g}"
+    label = plain if amplitude is None else amplitude.shown(known)
     return plain if label == plain else f"{label} ({epsilon:.3g})"
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from llm_attack.base.errors import UsageError, invalid
 from llm_attack.base.failures import look
 from llm_attack.base.folder import clear_drafts
 from llm_attack.base.loaded import LoadedModel
-from llm_attack.base.record import hardware, versions
+from llm_attack.base.record import Stopwatch, hardware, versions
 from llm_attack.base.redact import redacted
 from llm_attack.harness.judge import Judge
 from llm_attack.harness.model import AttackedHFLM
@@ -126,7 +125,7 @@ class Prepared(NamedTuple):
     scores: dict[str, Score]
     work: list[Work]
     mark: dict[str, Any]
-    timings: dict[str, float]
+    timings: Mapping[str, float]
 
 
 @templates_compiled_once()
@@ -142,10 +141,10 @@ def prepare(plan: Plan, progress: str, console: Console, checked: bool = True) -
     Raises:
         UsageError: an argument is not allowed, or the gradient is not that of the model.
     """
-    clock = _Clock()
+    clock = Stopwatch()
     with status(progress, console, "looking up the tasks"):
         manager, tasks = look_up(plan.tasks, plan.include_path)
-    clock.stop("tasks")
+    clock.lap("tasks")
     with status(progress, console, redacted(f"loading {plan.model}")):
         lm = load(plan)
         conditions = plan.conditions
@@ -154,7 +153,7 @@ def prepare(plan: Plan, progress: str, console: Console, checked: bool = True) -
         lm.use(*conditions)
         if checked:
             lm.check_gradient()
-    clock.stop("model")
+    clock.lap("model")
     with status(progress, console, "building the requests"):
         judge = Judge(lm, manager, tasks, **plan.evaluation)
         requests = judge.requests()
@@ -165,8 +164,8 @@ def prepare(plan: Plan, progress: str, console: Console, checked: bool = True) -
         asked = (r for w in work for q in w.batch.questions for r in q.requests)
         read = ((r.tokens, r.n_continuation) for r in asked)
         mark = fingerprint.of_run(plan, lm, requests, read, batches)
-    clock.stop("requests")
-    return Prepared(plan, lm, judge, requests, gold, scores, work, mark, clock.timings)
+    clock.lap("requests")
+    return Prepared(plan, lm, judge, requests, gold, scores, work, mark, clock)
 
 
 @templates_compiled_once()
@@ -184,7 +183,7 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         ProcessDied: another process of this run is gone; what is finished is kept.
     """
     plan, lm, judge, requests, gold, scores, work, mark, _ = prepared
-    clock = _Clock(prepared.timings)
+    clock = Stopwatch(prepared.timings)
     who = Processes.of(plan)
     planned = [w.key for w in work]
     kind = Follower if who.member else Store
@@ -203,7 +202,7 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
             store.wait()
         found = gather(store.contents(), work, len(requests))
         lm.diagnostics = found.diagnostics
-    clock.stop("answers")
+    clock.lap("answers")
     with status(progress, console, "judging"):
         results = [judge.results(answers, i) for i, answers in enumerate(found.answers)]
         questions = rows.questions_of(requests, gold, results[0])
@@ -214,12 +213,13 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         infos = {attack.condition: lm.attack_info(i) for i, attack in enumerate(attacks)}
         known = of_plan(plan, lm.conditions, attacks)
         run: dict[str, Any] = {"settings": plan.settings(), "attacks": infos}
-        run["conditions"] = {name: condition.settings() for name, condition in known.items()}
+        run["conditions"] = {name: condition.record() for name, condition in known.items()}
         run["of_tasks"] = rows.whole_tasks(requests, list(infos), results)
         run[KNOWS_GOLD] = plan.needs_gold
         table = summarise(with_worst(samples, run), infos, run["of_tasks"])
         table = with_equivalence(table, plan.equivalence)
-    clock.stop("judgement")
+    clock.lap("judgement")
+    seconds = {name: round(of, 2) for name, of in clock.items()}
     # where all was finished before, those of this process
     of_threads = {"threads": threads if len(threads) > 1 else threads[0]} if threads else {}
     run |= {
@@ -235,7 +235,7 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         "fingerprint": fingerprint.plain(mark),
         "versions": versions(),
         "hardware": hardware() | {"device": str(lm.device)} | of_threads,
-        "timings": {"processes": who.world, "seconds": clock.timings},
+        "timings": {"processes": who.world, "seconds": seconds},
     }
     return Result(table, samples, questions, redacted(run), dict(zip(infos, results, strict=True)))
 
@@ -248,19 +248,6 @@ def _critical_of_others(attacks: Sequence[Attack], scores: Mapping[str, Score]) 
         return []
     listed = ", ".join(f"{task} ({scores[task].name})" for task in others)
     return [f"critical epsilons are of the likeliest choice, not of the score of {listed}"]
-
-
-class _Clock:
-    """Seconds between calls of `stop`."""
-
-    def __init__(self, timings: dict[str, float] | None = None) -> None:
-        self.timings = dict(timings or {})
-        self._last = time.perf_counter()
-
-    def stop(self, name: str) -> None:
-        now = time.perf_counter()
-        self.timings[name] = round(now - self._last, 2)
-        self._last = now
 
 
 def _answer(prepared: Prepared, store: Store, progress: str, console: Console) -> set[int]:

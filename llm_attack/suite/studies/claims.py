@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pandas as pd
 from scipy.stats import norm
 
+from llm_attack.attacks.settings import ATTACKS, BOUNDED_NOISE, NOISE
 from llm_attack.stats import ALPHA, Mean, auc, detectable, equivalence_test, mean_of
 from llm_attack.suite.analysis.conditions import Conditions, by_name
 from llm_attack.suite.analysis.outcomes import (
@@ -31,9 +32,7 @@ HOLDS, NOT, UNSHOWN = "holds", "does not hold", "not shown"
 TITLE = "the paper's claims"
 WITHIN = 2.0  # points of a percent: differences that are called none
 
-_NOISE = ("random", "uniform", "gaussian")
-_CONTROL = ("random", "uniform")  # noise of the same amplitude, the best first
-_CONTROLS = (*_NOISE, "reversed", "none", WORST)
+_CONTROLS = (*(name for name, kind in ATTACKS.items() if kind.control), WORST)
 
 
 class Claim(NamedTuple):
@@ -72,16 +71,18 @@ def claims(
     by = {str(name): group for name, group in rows.groupby("condition", sort=False)}
     if "none" not in by:
         return []
+    named = {(condition.attack, condition.amplitude): name for name, condition in known.items()}
     made = []
     for name, after in by.items():
         attack = str(after["attack"].iloc[0])
-        if attack in _NOISE:
+        if attack in NOISE:
             text = f"{attack} noise costs accuracy"
             made.append(_costs(text, by["none"], after, questions, within))
         if attack in _CONTROLS:
             continue
         made.append(_costs("the attack costs accuracy", by["none"], after, questions, within))
-        noise = next((by[n] for n in map(known[name].named, _CONTROL) if n in by), None)
+        controls = (named.get((noise, known[name].amplitude)) for noise in BOUNDED_NOISE)
+        noise = next((by[control] for control in controls if control in by), None)
         if noise is not None:
             text = "it costs more than noise of the same amplitude"
             made.append(_costs(text, noise, after, questions, within))

@@ -154,14 +154,7 @@ def _titles(kinds: list[str]) -> list[str]:
     return [".".join(part[shared:]) for part in parts]
 
 
-def save(table: pd.DataFrame, folder: Path, known: Conditions | None = None) -> dict[str, Cells]:
-    """Writes `layers.md` into `folder`.
-
-    Returns:
-        The table by its title; nothing, and nothing is written, of one hookpoint.
-    """
-    written = cells(table, known)
-    if written is None:
-        return {}
-    write_text(folder / "layers.md", written.markdown())
-    return {TITLE: written}
+def save(means: Cells | None, folder: Path) -> None:
+    """Writes `layers.md` into `folder`; nothing where `cells` gave nothing."""
+    if means is not None:
+        write_text(folder / "layers.md", means.markdown())

@@ -16,8 +16,9 @@ from urllib.parse import quote
 import numpy as np
 import pandas as pd
 
+from llm_attack.base.declare import listed
 from llm_attack.base.drawing import draw
-from llm_attack.base.errors import UsageError, closest
+from llm_attack.base.errors import UsageError, hint
 from llm_attack.base.failures import Attempts
 from llm_attack.base.folder import claim
 from llm_attack.base.record import write_text
@@ -65,7 +66,7 @@ def plans(plan: Plan, revisions: str) -> dict[str, Plan]:
         UsageError: one is named twice, is no subfolder, or no name of a revision; or the model is
             neither a folder nor on a hub.
     """
-    given = [name.strip() for name in revisions.split(",") if name.strip()]
+    given = listed(revisions)
     twice = next((name for name in given if given.count(name) > 1), None)
     if twice is not None or not given:
         raise UsageError(
@@ -108,10 +109,9 @@ def _check_subfolders(given: Iterable[str], local: Path) -> None:
     there = sorted(path.name for path in local.iterdir() if path.is_dir())
     for name in given:
         if name not in there:
-            meant = closest(name, there)
-            hint = f"; did you mean {meant!r}?" if meant else ""
             shown = name if name.isprintable() else ascii(name)
-            raise UsageError(f"revisions={shown}: must be a folder in {local}{hint}")
+            text = f"must be a folder in {local}{hint(name, there)}"
+            raise UsageError(f"revisions={shown}: {text}")
         if not any((local / name / config).is_file() for config in _CONFIGS):
             raise UsageError(
                 f"revisions={name}: must be a folder with a model; {local / name} has no"

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from llm_attack.attacks.settings import ATTACKS, BOUNDED_NOISE
 from llm_attack.stats import ALPHA, Mean, mean_of, wilson
 from llm_attack.suite.analysis.conditions import Conditions, of_run
 from llm_attack.suite.analysis.outcomes import gold_margin, right, sources
-from llm_attack.suite.analysis.worst import SEARCH, balls, hidden_gradients, knows_gold
+from llm_attack.suite.analysis.worst import SEARCH, balls, hidden_gradients, knows_gold, named
 from llm_attack.suite.report.tables import Cells
 
 PASSES, FAILS, NOT_APPLICABLE = "passes", "fails", "not applicable"
@@ -29,8 +30,7 @@ _FLOOR = 0.1
 LARGE = 0.5  # of the RMS: amplitudes at which nothing should be left
 _FEW = 10  # questions of which no test says anything
 
-_STEPWISE = ("apgdt", "apgd", "pgd", "bim", "mifgsm")  # the strongest first
-_NOISE = ("random", "uniform")
+_STEPWISE = tuple(name for name, kind in ATTACKS.items() if kind.stepwise)
 
 
 class Check(NamedTuple):
@@ -127,33 +127,33 @@ def _compared(name: str, pairs: Iterable[_Pair], strictly: bool = False) -> Chec
 
 
 def _noise_and_gradient(samples: pd.DataFrame, known: Conditions) -> Iterator[_Pair]:
-    for label, epsilon, rows in balls(samples, known):
+    for _, epsilon, rows in balls(samples, known):
         here = rows[rows["epsilon"] == epsilon]
         by = {str(attack): group for attack, group in here.groupby("attack", sort=False)}
-        noise = next((name for name in _NOISE if name in by), None)
+        noise = next((name for name in BOUNDED_NOISE if name in by), None)
         for name in ("fgsm", *_STEPWISE):
             if noise is not None and name in by:
-                yield f"{name}@{label} below {noise}", by[noise], by[name]
+                yield f"{named(here, name)} below {noise}", by[noise], by[name]
 
 
 def _one_and_many(samples: pd.DataFrame, known: Conditions) -> Iterator[_Pair]:
-    for label, epsilon, rows in balls(samples, known):
+    for _, epsilon, rows in balls(samples, known):
         here = rows[rows["epsilon"] == epsilon]
         by = {str(attack): group for attack, group in here.groupby("attack", sort=False)}
         for name in _STEPWISE:
             if "fgsm" in by and name in by:
-                yield f"{name}@{label} below fgsm", by["fgsm"], by[name]
+                yield f"{named(here, name)} below fgsm", by["fgsm"], by[name]
 
 
 def _small_and_large(samples: pd.DataFrame, known: Conditions) -> Iterator[_Pair]:
     """Neighbouring epsilons of attacks in steps: one step may overshoot."""
-    for label, epsilon, rows in balls(samples, known):
+    for _, epsilon, rows in balls(samples, known):
         for attack, of_attack in rows.groupby("attack", sort=False):
             smaller = of_attack.loc[of_attack["epsilon"] < epsilon, "epsilon"]
             here = of_attack[of_attack["epsilon"] == epsilon]
             if attack in _STEPWISE and len(here) and len(smaller):
                 before = of_attack[of_attack["epsilon"] == smaller.max()]
-                yield f"{attack}@{label} below {before['condition'].iloc[0]}", before, here
+                yield f"{named(here, attack)} below {named(before, attack)}", before, here
 
 
 def _floor(samples: pd.DataFrame, attacks: Mapping[str, Any], knows: bool) -> Check:
@@ -196,11 +196,11 @@ def _search(samples: pd.DataFrame, known: Conditions) -> Check:
     sentences = hidden_gradients(samples, known)
     if sentences:
         return Check(name, FAILS, sentences[0])
-    for label, epsilon, rows in balls(samples, known):
+    for ball, epsilon, rows in balls(samples, known):
         here = rows[rows["epsilon"] == epsilon]
         wrong = (~right(here)).groupby(here["attack"], sort=False).sum()
         followed = [attack for attack in ("fgsm", *_STEPWISE) if attack in wrong]
         if SEARCH in wrong and followed:
             counts = ", ".join(f"{attack} {wrong[attack]}" for attack in (SEARCH, *followed))
-            return Check(name, PASSES, f"wrong answers at {label}: {counts}")
+            return Check(name, PASSES, f"wrong answers at {ball.amplitude}: {counts}")
     return not_applicable(name, f"the run has no {SEARCH} beside an attack by gradient")

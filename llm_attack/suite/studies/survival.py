@@ -109,18 +109,13 @@ def tables(
     return written
 
 
-def save(samples: pd.DataFrame, folder: Path, score: str = critical.ACC) -> dict[str, Cells]:
+def save(written: Mapping[str, tuple[Cells, pd.DataFrame]], folder: Path) -> None:
     """Writes `critical.csv`, `foretold.csv` and `critical.md` into `folder`.
 
     Args:
-        samples: of `critical.of_score`.
+        written: of `tables`; nothing is written of none.
         folder: where to.
-        score: of `critical.score_of`.
-
-    Returns:
-        The tables by their titles; none, and nothing is written, without critical epsilons.
     """
-    written = tables(samples, score)
     for title, name in ((CURVES, "critical"), (FORETOLD, "foretold")):
         if title in written:
             write_text(folder / f"{name}.csv", csv(written[title][1]))
@@ -128,7 +123,6 @@ def save(samples: pd.DataFrame, folder: Path, score: str = critical.ACC) -> dict
     if texts:
         parts = [f"{title.capitalize()}\n\n{cells.markdown()}" for title, cells in texts.items()]
         write_text(folder / "critical.md", "\n".join(parts))
-    return texts
 
 
 def _curves(
@@ -156,9 +150,9 @@ def _curves(
         notes.append(f"all accuracies here are {score}, by which critical epsilons are judged too")
     notes += [
         f"accuracy at {row['epsilon']:.3g}: {row['curve']:.3f} on the curve of {row['condition']},"
-        f" {row['acc']:.3f} under {row['attack']}"
+        f" {row['acc']:.3f} under {row['fixed']}"
         for row in beside.to_dict("records")
-        if row["attack"].startswith(f"{_FIXED}@")
+        if row["attack"] == _FIXED
     ]
     clean = "clean" if score == critical.ACC else f"clean {score}"
     return Cells(["task", "condition", "n", clean, "median", "area", "beyond"], rows, notes)

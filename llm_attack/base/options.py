@@ -1,0 +1,94 @@
+"""Settings as options of a command, which `--help` shows under the headings of their groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import click
+
+from llm_attack.base.declare import SettingSpec, declared, is_plain, parts, typed
+
+_LAST = ("engine", "output", "cluster", "")  # groups that stand behind the others
+_WIDEST = 50  # characters of choices that are shown beside the name
+
+
+def number(kind: type) -> Any:
+    """The type of an option that is an int or a float, written plainly."""
+    base = {int: click.INT, float: click.FLOAT}[kind]
+
+    class Plain(type(base)):  # type: ignore[misc]
+        def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+            if isinstance(value, str) and not is_plain(value):
+                self.fail(f"{value!r} is not a valid {self.name}.", param, ctx)
+            return super().convert(value, param, ctx)
+
+    return Plain()
+
+
+class Numbers(click.ParamType):  # type: ignore[type-arg]  # no parameter before click 8.4
+    """Numbers separated by commas, as a tuple; `one` is int, float or the type of each."""
+
+    def __init__(self, one: Any) -> None:
+        self.one = number(one) if isinstance(one, type) else one
+        self.name = f"{self.one.name},..."
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[Any, ...]:
+        if isinstance(value, tuple):
+            return value
+        return tuple(self.one.convert(part, param, ctx) for part in parts(value))
+
+
+class Option(click.Option):
+    """An option that `--help` shows under the heading `group`, with its choices if it has some."""
+
+    def __init__(
+        self, *names: Any, group: str = "", choices: Iterable[str] = (), **more: Any
+    ) -> None:
+        shown = "|".join(choices)
+        if shown:  # not click.Choice: what is refused is said in one way, wherever it was given
+            more["metavar"] = f"[{shown}]"
+        super().__init__(*names, **more)
+        self.group = group
+
+
+class Command(click.Command):
+    """A command whose `--help` shows its options under the headings of their groups."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The groups in the order of their first options, but for `_LAST`."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for option in self.get_params(ctx):
+            record = option.get_help_record(ctx)
+            if record is not None:
+                groups.setdefault(getattr(option, "group", ""), []).append(record)
+        for name in sorted(groups, key=lambda name: _LAST.index(name) if name in _LAST else -1):
+            with formatter.section(f"{name.capitalize()} options" if name else "Options"):
+                formatter.write_dl(groups[name])
+
+
+def of_setting(name: str, about: SettingSpec, note: str = "", **more: Any) -> Option:
+    """The option of a setting with this name; `note` stands behind its meaning."""
+    kind: Any = about.option
+    if kind is None and about.kind in (int, float):
+        kind = number(about.kind)
+    if kind is None:
+        kind = click.UNPROCESSED if about.kind is tuple else about.kind  # YAML has lists
+    short = len("|".join(about.choices)) <= _WIDEST
+    listed = f" One of {', '.join(about.choices)}." * (not short)
+    text = f"{about.text}.{listed}{note}"
+    choices = about.choices if short else ()
+    return Option([f"--{name}"], type=kind, group=about.group, choices=choices, help=text, **more)
+
+
+def options(kind: Any) -> list[Option]:
+    """A command-line option for each setting of a dataclass, with the same name and default."""
+    made = []
+    for entry, about in declared(kind):
+        default = entry.default
+        default = typed(default) if isinstance(default, tuple) else default
+        shown = None if default != "" else False
+        flag = about.kind is bool
+        more: dict[str, Any] = {"default": default, "is_flag": flag, "show_default": shown}
+        made.append(of_setting(entry.name, about, **more))
+    return made

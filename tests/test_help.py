@@ -1,0 +1,65 @@
+"""What `--help` shows: options under the headings of their groups, with their choices."""
+
+import re
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from llm_attack.attacks.settings import StepSettings
+from llm_attack.base.declare import declared
+from llm_attack.cli import FIGURES, main
+from llm_attack.suite.plan import Plan
+
+COMMANDS = {
+    "run": ["run"],
+    "doctor": ["doctor"],
+    **{str(command.name): ["reproduce", str(command.name)] for command in FIGURES},
+}
+
+
+def shown(words):
+    done = CliRunner().invoke(main, [*words, "--help"], terminal_width=80)
+    assert done.exit_code == 0
+    return done.output
+
+
+def under_headings(text):
+    """The names of options by the headings that they stand under."""
+    parts = re.split(r"^(\w[\w ]*):$", text, flags=re.MULTILINE)[1:]
+    names = [re.findall(r"^  (?:-\w, )?--(\w+)", part, re.MULTILINE) for part in parts[1::2]]
+    return dict(zip(parts[::2], names, strict=True))
+
+
+@pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS)
+def test_every_option_stands_under_a_heading(words):
+    text = shown(words)
+    found = under_headings(text)
+    command = main
+    for word in words:
+        command = command.get_command(None, word)
+    with click.Context(command) as context:
+        everything = [param.opts[-1].lstrip("-") for param in command.get_params(context)]
+    assert found.pop("Options") == ["help"]
+    assert sorted(sum(found.values(), ["help"])) == sorted(everything)
+    assert len(found) >= 4 and max(map(len, text.splitlines())) <= 80
+
+
+def test_headings_of_a_run():
+    found = under_headings(shown(["run"]))
+    assert list(found) == [
+        *(f"{name} options" for name in ("Model", "Task", "Attack", "Threat model", "Engine")),
+        *("Output options", "Cluster options", "Options"),
+    ]
+    assert found["Cluster options"] == ["shard", "ray", "ray_workers"]
+    assert {about.group for _, about in declared(StepSettings)} == {"attack"}
+
+
+def test_choices_are_shown():
+    text = shown(["run"])
+    for entry, about in declared(Plan):
+        if about.choices:
+            assert f"--{entry.name} [{'|'.join(about.choices)}]" in text
+    assert "--progress [bar|json|quiet]" in text
+    # as many attacks as there is no room for beside the name
+    assert "One of none, random," in " ".join(shown(["reproduce", "fig4"]).split())
