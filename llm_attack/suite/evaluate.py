@@ -31,7 +31,7 @@ from llm_attack.suite.plan import Plan
 from llm_attack.suite.report import tables
 from llm_attack.suite.results import LM_EVAL, Result, save_frames
 from llm_attack.suite.run import estimate, fingerprint, on_ray
-from llm_attack.suite.run.execute import Processes, execute, prepare
+from llm_attack.suite.run.execute import Prepared, Processes, execute, prepare
 from llm_attack.suite.run.load import left_as_it_was
 from llm_attack.suite.run.progress import MODES, note, warn, written
 from llm_attack.suite.run.store import STORE, begun, discard
@@ -66,12 +66,7 @@ def evaluate(
     shown = progress if who.first else "quiet"
     console = Console(stderr=True)
     folder = None if output is None else resolved(output)
-    if folder is None and who.world > 1:
-        raise UsageError("output=None: must be a folder, which the processes share")
-    if folder is not None:  # before a model is loaded
-        claim(folder, lambda _: fingerprint.kept(folder) is not None, (STORE, LM_EVAL))
-    if folder is not None and who.first:
-        render.try_out()
+    _check_folder(folder, who)
     with on_ray.cluster(plan), left_as_it_was(plan.model):
         prepared = prepare(plan, shown, console)
         if folder is None:
@@ -80,17 +75,36 @@ def evaluate(
         fingerprint.check(folder, prepared.mark)
         result = _finished(folder, plan, prepared.mark, who, shown, console)
         if result is None:
-            with held(), begun(folder):
-                result = execute(prepared, folder, shown, console)
-                if result is not None:
-                    alone = replace(plan, shard=None, ray=None, ray_workers=None)
-                    loaded = isinstance(plan.model, LoadedModel)
-                    again = call(alone, output) if loaded else command(alone, output)
-                    warn(save(result, folder, again), shown)
+            alone = replace(plan, shard=None, ray=None, ray_workers=None)
+            loaded = isinstance(plan.model, LoadedModel)
+            again = call(alone, output) if loaded else command(alone, output)
+            result = _carried_out(prepared, folder, again, shown, console)
     if not who.first:
         return None
     discard(folder)
     return result
+
+
+def _check_folder(folder: Path | None, who: Processes) -> None:
+    """Whatever can be wrong with the folder, before a model is loaded."""
+    if folder is None:
+        if who.world > 1:
+            raise UsageError("output=None: must be a folder, which the processes share")
+        return
+    claim(folder, lambda _: fingerprint.kept(folder) is not None, (STORE, LM_EVAL))
+    if who.first:
+        render.try_out()
+
+
+def _carried_out(
+    prepared: Prepared, folder: Path, again: list[str] | str, shown: str, console: Console
+) -> Result | None:
+    """Carries out and saves what is left of the run; `again` is the command that repeats it."""
+    with held(), begun(folder):
+        result = execute(prepared, folder, shown, console)
+        if result is not None:
+            warn(save(result, folder, again), shown)
+        return result
 
 
 def _finished(

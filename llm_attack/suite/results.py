@@ -156,14 +156,9 @@ def _fault(frame: pd.DataFrame, name: str) -> str | None:
     """What a stored frame lacks, if anything."""
     if frame.empty:
         return "has no rows"
-    for column, allows in _SCHEMA[name].items():
-        if column not in frame:
-            return f"has no column {column}"
-        if not allows(frame[column]):
-            return f"its column {column} holds {frame[column].dtype}"
-    for column in frame:
-        if column not in _SCHEMA[name]:  # one of the others under a damaged name
-            return f"has a column {column}"
+    of_columns = _fault_of_columns(frame, _SCHEMA[name])
+    if of_columns is not None:
+        return of_columns
     if frame.duplicated(_UNIQUE[name]).any():
         return f"{', '.join(_UNIQUE[name])} are the same in two rows"
     if name == "samples" and not (
@@ -172,6 +167,16 @@ def _fault(frame: pd.DataFrame, name: str) -> str | None:
     ):
         return "answers are not one for each choice"
     return None
+
+
+def _fault_of_columns(frame: pd.DataFrame, schema: dict[str, Callable[[Any], bool]]) -> str | None:
+    for column, allows in schema.items():
+        if column not in frame:
+            return f"has no column {column}"
+        if not allows(frame[column]):
+            return f"its column {column} holds {frame[column].dtype}"
+    # one of the others under a damaged name
+    return next((f"has a column {column}" for column in frame if column not in schema), None)
 
 
 def load(folder: Path, equivalence: float | None = None) -> Result:
