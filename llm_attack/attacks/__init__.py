@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llm_attack.attacks.boundary import deepfool, sparsefool
     from llm_attack.attacks.draws import keys_for, rehashed, signs, uniform
-    from llm_attack.attacks.loop import Objective, least_likely, loss_gradient, perturb, sweep
+    from llm_attack.attacks.loop import (
+        Objective,
+        least_likely,
+        loss_gradient,
+        perturb,
+        perturb_each,
+    )
     from llm_attack.attacks.norms import NORMS, Ball, Groups, widest
     from llm_attack.attacks.settings import ATTACKS, Attack, Kind, register_attack
 
@@ -27,11 +33,11 @@ __all__ = [
     "least_likely",
     "loss_gradient",
     "perturb",
+    "perturb_each",
     "register_attack",
     "rehashed",
     "signs",
     "sparsefool",
-    "sweep",
     "uniform",
     "widest",
 ]
@@ -39,7 +45,9 @@ __all__ = [
 _HOME = {
     **dict.fromkeys(("deepfool", "sparsefool"), "boundary"),
     **dict.fromkeys(("keys_for", "rehashed", "signs", "uniform"), "draws"),
-    **dict.fromkeys(("Objective", "least_likely", "loss_gradient", "perturb", "sweep"), "loop"),
+    **dict.fromkeys(
+        ("Objective", "least_likely", "loss_gradient", "perturb", "perturb_each"), "loop"
+    ),
     **dict.fromkeys(("NORMS", "Ball", "Groups", "widest"), "norms"),
     **dict.fromkeys(("ATTACKS", "Attack", "Kind", "register_attack"), "settings"),
 }

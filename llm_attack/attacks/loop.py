@@ -273,7 +273,7 @@ def _negative(loss: Loss, x: Tensor) -> Tensor:
     return -loss(x)
 
 
-def sweep(
+def perturb_each(
     attacks: Iterable[Attack],
     x: Tensor,
     loss: Loss | None = None,

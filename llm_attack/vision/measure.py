@@ -19,8 +19,8 @@ from llm_attack.attacks import (
     keys_for,
     least_likely,
     perturb,
+    perturb_each,
     sparsefool,
-    sweep,
 )
 from llm_attack.vision.data import Images
 from llm_attack.vision.networks import split
@@ -111,7 +111,7 @@ def attacked(
     low, high = x - like.epsilon, x + like.epsilon
     box = (low, high) if bounds is None else (low.clamp(*bounds), high.clamp(*bounds))
     in_ball = {name: replace(like, name=name) for name in names if name in ATTACKS}
-    swept = sweep(
+    swept = perturb_each(
         [attack for name, attack in in_ball.items() if name != _EACH_CLASS],
         x,
         lambda point: watch.loss(point),

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llm_attack.attacks import Attack, loss_gradient, perturb, sweep
+from llm_attack.attacks import Attack, loss_gradient, perturb, perturb_each
 
 from .helpers import (
     ALL_ATTACKS,
@@ -145,7 +145,7 @@ def test_sweep_leaves_no_trace_between_attacks():
     before, clean = state(network), x.clone()
     attacks = [Attack(name, EPS, steps=2) for name in ALL_ATTACKS]
     given = {**closures("apgdt", loss), "target_loss": loss}
-    for _ in sweep(attacks, x, keys=keys(3), **given):
+    for _ in perturb_each(attacks, x, keys=keys(3), **given):
         assert state(network) == before
         assert same_bits(x, clean)
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from llm_attack.attacks import Attack, least_likely, perturb, sweep
+from llm_attack.attacks import Attack, least_likely, perturb, perturb_each
 
 from .helpers import (
     ADAPTIVE,
@@ -104,7 +104,7 @@ def test_sweep_is_perturb_one_by_one_with_one_clean_gradient(several, problem):
     several = [attack for attack in several if attack.name in (*STEPPING, "apgd", "none", *NOISE)]
     expected = [perturb(attack, x, **options) for attack in several]
     loss, target_loss = Counted(options.pop("loss")), Counted(options.pop("target_loss"))
-    swept = list(sweep(several, x, loss, target_loss=target_loss, **options))
+    swept = list(perturb_each(several, x, loss, target_loss=target_loss, **options))
     assert len(swept) == len(several)
     assert all(same_bits(got, alone) for got, alone in zip(swept, expected, strict=True))
 
@@ -126,16 +126,16 @@ def test_sweep_takes_no_gradient_that_it_was_given_or_does_not_need():
     x = torch.zeros(2, 3)
     loss = Counted(linear(torch.ones(2, 3)))
     given_one = [Attack("fgsm", 0.1), Attack("fgsm", 0.2)]
-    downwards = list(sweep(given_one, x, loss, gradient=-torch.ones(2, 3)))
+    downwards = list(perturb_each(given_one, x, loss, gradient=-torch.ones(2, 3)))
     assert [point.unique().item() for point in downwards] == pytest.approx([-0.1, -0.2])
-    list(sweep([Attack("none"), Attack("random"), Attack("fgsm", 0)], x, loss, keys=keys(2)))
+    list(perturb_each([Attack("none"), Attack("random"), Attack("fgsm", 0)], x, loss, keys=keys(2)))
     assert loss.calls == 0
 
 
 def test_sweep_is_lazy():
     """An attack is made when it is asked for; callers hold one point at a time."""
     loss = Counted(linear(torch.ones(2, 3)))
-    points = sweep([Attack("bim", steps=2), Attack("bim", steps=2)], torch.zeros(2, 3), loss)
+    points = perturb_each([Attack("bim", steps=2), Attack("bim", steps=2)], torch.zeros(2, 3), loss)
     assert loss.calls == 0
     next(points)
     assert loss.calls == 2
