@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llm_attack.attacks.boundary import deepfool, sparsefool
+    from llm_attack.attacks.closures import Known, Losses, Watch
     from llm_attack.attacks.draws import keys_for, rehashed, signs, uniform
     from llm_attack.attacks.loop import (
         Objective,
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
         loss_gradient,
         perturb,
         perturb_each,
+        trajectory,
     )
-    from llm_attack.attacks.norms import NORMS, Ball, Groups, widest
+    from llm_attack.attacks.norms import NORMS, Ball, Elements, Groups, widest
     from llm_attack.attacks.settings import ATTACKS, Attack, Kind, register_attack
 
 __all__ = [
@@ -25,9 +27,13 @@ __all__ = [
     "NORMS",
     "Attack",
     "Ball",
+    "Elements",
     "Groups",
     "Kind",
+    "Known",
+    "Losses",
     "Objective",
+    "Watch",
     "deepfool",
     "keys_for",
     "least_likely",
@@ -38,17 +44,18 @@ __all__ = [
     "rehashed",
     "signs",
     "sparsefool",
+    "trajectory",
     "uniform",
     "widest",
 ]
 
 _HOME = {
     **dict.fromkeys(("deepfool", "sparsefool"), "boundary"),
+    **dict.fromkeys(("Known", "Losses", "Watch"), "closures"),
     **dict.fromkeys(("keys_for", "rehashed", "signs", "uniform"), "draws"),
-    **dict.fromkeys(
-        ("Objective", "least_likely", "loss_gradient", "perturb", "perturb_each"), "loop"
-    ),
-    **dict.fromkeys(("NORMS", "Ball", "Groups", "widest"), "norms"),
+    **dict.fromkeys(("Objective", "least_likely", "loss_gradient"), "loop"),
+    **dict.fromkeys(("perturb", "perturb_each", "trajectory"), "loop"),
+    **dict.fromkeys(("NORMS", "Ball", "Elements", "Groups", "widest"), "norms"),
     **dict.fromkeys(("ATTACKS", "Attack", "Kind", "register_attack"), "settings"),
 }
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from llm_attack.attacks.apgd import Best
 from llm_attack.attacks.draws import rehashed, uniform, words
 from llm_attack.attacks.norms import Ball, widest
 
@@ -21,19 +22,20 @@ _HALVED = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 
 
 def search(
-    evaluate: Callable[[Tensor], Tensor], ball: Ball, keys: Tensor, *, queries: int
+    evaluate: Callable[[Tensor], Tensor], best: Best, keys: Tensor, *, queries: int
 ) -> Tensor:
-    """The best point found, like the point of `ball`.
+    """The best point found, like the point of the ball.
 
     Args:
         evaluate: point -> losses (examples,), raised.
-        ball: what is allowed. An example's elements are all entries of the point's dimensions but
-            the last that move, in their order.
+        best: gets every point. Its ball is what is allowed. An example's elements are all entries
+            of the point's dimensions but the last that move, in their order.
         keys: of the draws, as of `perturb`.
         queries: how many points are tried; the first is one of random signs.
     """
-    best = ball.stay(ball.drawn(ball.norm.on_sphere, keys))
-    most = evaluate(best)
+    ball = best.ball
+    point = ball.stay(ball.drawn(ball.norm.on_sphere, keys))
+    best.offer(point, evaluate(point))
     moves = ball.moves.expand_as(ball.x).any(-1, keepdim=True)
     rank, sizes = _ranks(ball, moves)
     width = ball.x.shape[-1]
@@ -54,11 +56,11 @@ def search(
             inside[..., None] & (column >= left[..., None]) & (column < left[..., None] + columns)
         )
         drawn = ball.drawn(ball.norm.on_sphere, keys)
-        point = ball.stay(torch.where(block, drawn, best))
-        value = evaluate(point)
-        better = value > most
-        best, most = ball.where(better, point, best), torch.where(better, value, most)
-    return best
+        assert best.point is not None
+        point = ball.stay(torch.where(block, drawn, best.point))
+        best.offer(point, evaluate(point))
+    assert best.point is not None
+    return best.point
 
 
 def _ranks(ball: Ball, moving: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,19 +3,123 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llm_attack.attacks.norms import Groups
+from llm_attack.attacks.norms import Elements, Groups
 from llm_attack.attacks.settings import Attack
 from llm_attack.base.errors import shortened
+
+Loss = Callable[[Tensor], Tensor]
 
 
 def leaf(x: Tensor) -> Tensor:
     """`x` by itself, with a gradient; of one that torch.inference_mode made a copy."""
     return (x.clone() if x.is_inference() else x.detach()).requires_grad_(True)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The functions of a point that an attack may ask; which ones, `Kind.closures` says.
+
+    Attributes:
+        loss: returns (N,), ascended by the attacks that are not targeted.
+        target_loss: for the targeted attacks (`ost`, `illc`), which descend it: the loss of the
+            target class, which the caller fixes at the clean point (`least_likely`).
+        target_losses: for `apgdt`, which descends each in turn: the losses of the classes that are
+            not gold.
+        gap: above 0 where the answer is wrong; None: `loss` is. Of what `apgdt` finds the point
+            with the greatest counts; `fmn` follows its gradient, and `critical` asks it whether
+            what `apgd` finds with `loss` is enough.
+    """
+
+    loss: Loss | None = None
+    target_loss: Loss | None = None
+    target_losses: Sequence[Loss] = ()
+    gap: Loss | None = None
+
+    @classmethod
+    def of(cls, given: Losses | Loss | None) -> Losses:
+        """The argument `loss` of `perturb` as losses.
+
+        Raises:
+            TypeError: one of them cannot be called.
+        """
+        if not isinstance(given, Losses):
+            given = cls(given)
+        several = given.target_losses
+        if not isinstance(several, Sequence) or isinstance(several, (str, bytes)):
+            got = type(several).__name__
+            raise TypeError(f"target_losses: must be a list of functions, not {got}")
+        one = {name: getattr(given, name) for name in ("loss", "target_loss", "gap")}
+        check_functions({**one, **{f"target_losses[{i}]": of for i, of in enumerate(several)}})
+        return given
+
+    def checked(self, attack: Attack, n: int) -> Losses:
+        """The same, whose values are checked; `gap` is `loss` unless it was given.
+
+        Raises:
+            ValueError: the attack needs one that was not given.
+        """
+        for name in attack.kind.closures:
+            if not getattr(self, name):
+                raise ValueError(f"attack {attack.name!r} needs {name}")
+        loss, target_loss, gap = (
+            None if closure is None else checked(name, closure, n)
+            for name, closure in (
+                ("loss", self.loss),
+                ("target_loss", self.target_loss),
+                ("gap", self.gap),
+            )
+        )
+        several = [checked("target_losses", closure, n) for closure in self.target_losses]
+        return Losses(loss, target_loss, several, gap or loss)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the caller knows of the clean point, which is then not computed again.
+
+    Attributes:
+        loss: (N,) values of the loss there.
+        gradient: of their sum, like `x`; read where `Attack.uses_clean_gradient`.
+        gap: (N,) values of `Losses.gap` there.
+    """
+
+    loss: Tensor | None = None
+    gradient: Tensor | None = None
+    gap: Tensor | None = None
+
+    def check(self, n: int) -> None:
+        """Raises `ValueError` unless there is a value for each of n examples."""
+        for name in ("loss", "gap"):
+            values = getattr(self, name)
+            if values is not None and values.shape != (n,):
+                raise ValueError(
+                    f"{name}: must be one value for each of {n} examples, ({n},), not"
+                    f" {tuple(values.shape)}"
+                )
+
+
+def _ignore(_: Tensor) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What is told while an attack is at work.
+
+    Attributes:
+        on_gradient: called with every gradient that is used.
+        on_best: called with booleans (N,) where the point that a loss was asked for last is the
+            best so far, of the attacks that return the best that they have seen.
+    """
+
+    on_gradient: Callable[[Tensor], None] = _ignore
+    on_best: Callable[[Tensor], None] = _ignore
 
 
 def check_point(
@@ -39,39 +143,48 @@ def check_point(
         check_bounds(x, bounds, moves=not attack.identity)
     kinds = {"mask": torch.bool, "keys": torch.int64, "gradient": x.dtype}
     for name, tensor in others.items():
-        if tensor is None:
-            continue
-        if not isinstance(tensor, Tensor) or tensor.dtype != kinds[name]:
-            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{name}: must be a tensor of {kinds[name]}, not {got}")
-        whole = tensor.shape == x.shape if name == "gradient" else True
-        if not whole or tensor.shape != x.shape[: tensor.dim()]:
-            raise ValueError(
-                f"{name}: its shape {tuple(tensor.shape)} does not fit that of x, {tuple(x.shape)}"
-            )
+        if tensor is not None:
+            _check_tensor(name, tensor, kinds[name], x)
+
+
+def _check_tensor(name: str, tensor: Any, dtype: torch.dtype, x: Tensor) -> None:
+    if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
+        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{name}: must be a tensor of {dtype}, not {got}")
+    whole = tensor.shape == x.shape if name == "gradient" else True
+    if not whole or tensor.shape != x.shape[: tensor.dim()]:
+        raise ValueError(
+            f"{name}: its shape {tuple(tensor.shape)} does not fit that of x, {tuple(x.shape)}"
+        )
 
 
 def check_groups(x: Tensor, groups: Mapping[str, Groups | None]) -> None:
     """Raises `TypeError` or `ValueError` unless they are groups of the elements of `x`."""
-    for name, of in groups.items():
-        if of is None:
+    for name, group in groups.items():
+        if group is None:
             continue
-        if not isinstance(of, Groups):
-            raise TypeError(f"{name}: must be Groups, not {type(of).__name__}")
-        if of.index.shape != x.shape[: of.index.dim()]:
-            shapes = f"{tuple(of.index.shape)} does not fit that of x, {tuple(x.shape)}"
+        if not isinstance(group, Groups):
+            raise TypeError(f"{name}: must be Groups, not {type(group).__name__}")
+        if group.index.shape != x.shape[: group.index.dim()]:
+            shapes = f"{tuple(group.index.shape)} does not fit that of x, {tuple(x.shape)}"
             raise ValueError(f"{name}: the shape of its index {shapes}")
 
 
-def check_functions(given: Mapping[str, Any], target_losses: Any) -> None:
-    """Raises `TypeError` unless those that are not None can be called, and all `target_losses`."""
-    if not isinstance(target_losses, Sequence) or isinstance(target_losses, (str, bytes)):
-        got = type(target_losses).__name__
-        raise TypeError(f"target_losses: must be a list of functions, not {got}")
-    several = [("target_losses", closure) for closure in target_losses]
-    for name, closure in [*((n, c) for n, c in given.items() if c is not None), *several]:
-        if not callable(closure):
-            raise TypeError(f"{name}: must be a function, not {type(closure).__name__}")
+def check_types(given: Mapping[str, Any]) -> None:
+    """Raises `TypeError` unless arguments of `perturb` are of the classes with their names."""
+    for kind in (Elements, Known, Watch):
+        name = kind.__name__.lower()
+        if not isinstance(given[name], kind):
+            got = type(given[name]).__name__
+            raise TypeError(f"{name}: must be {kind.__name__}, not {got}")
+
+
+def check_functions(functions: Mapping[str, Any]) -> None:
+    """Raises `TypeError` unless those that are not None can be called."""
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            name = name.partition("[")[0]
+            raise TypeError(f"{name}: must be a function, not {type(function).__name__}")
 
 
 def check_floats(x: Tensor) -> None:
@@ -103,7 +216,7 @@ def check_bounds(x: Tensor, bounds: Any, moves: bool = True) -> None:
         raise ValueError(f"x: must lie within bounds={shortened(bounds)}; it goes {reach}")
 
 
-def checked(name: str, closure: Callable[[Tensor], Tensor], n: int) -> Callable[[Tensor], Tensor]:
+def checked(name: str, closure: Loss, n: int) -> Loss:
     """The closure, which raises `TypeError` or `ValueError` unless it returns (n,) values."""
 
     def values_of(x: Tensor) -> Tensor:

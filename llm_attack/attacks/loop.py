@@ -6,8 +6,9 @@ the point is (pixels, features, token embeddings) only the closure knows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,21 +16,25 @@ import torch
 from torch import Tensor
 
 from llm_attack.attacks import blocks
-from llm_attack.attacks.apgd import ascend, best_of
+from llm_attack.attacks.apgd import Best, Hill, ascend
 from llm_attack.attacks.closures import (
+    Known,
+    Loss,
+    Losses,
+    Watch,
     check_functions,
     check_groups,
     check_point,
-    checked,
+    check_types,
     leaf,
 )
 from llm_attack.attacks.draws import rehashed
 from llm_attack.attacks.minimal import bisect, fmn
-from llm_attack.attacks.norms import Ball, Groups
+from llm_attack.attacks.norms import Ball, Elements
 from llm_attack.attacks.settings import Attack, step_settings
 from llm_attack.base.errors import UsageError
 
-Loss = Callable[[Tensor], Tensor]
+_ALL, _NOTHING, _NOBODY = Elements(), Known(), Watch()
 
 
 def loss_gradient(loss: Loss, x: Tensor) -> Tensor:
@@ -61,41 +66,27 @@ def least_likely(scores: Tensor, gold: Tensor) -> Tensor:
 def perturb(
     attack: Attack,
     x: Tensor,
-    loss: Loss | None = None,
+    loss: Losses | Loss | None = None,
     *,
-    target_loss: Loss | None = None,
-    target_losses: Sequence[Loss] = (),
-    gap: Loss | None = None,
     bounds: tuple[float, float] | None = None,
-    mask: Tensor | None = None,
+    elements: Elements = _ALL,
     keys: Tensor | None = None,
-    examples: Groups | None = None,
-    balls: Groups | None = None,
-    gradient: Tensor | None = None,
-    on_gradient: Callable[[Tensor], None] | None = None,
+    known: Known = _NOTHING,
+    watch: Watch = _NOBODY,
 ) -> Tensor:
     """The attacked point.
 
     Args:
         attack: name and settings; same definitions as torchattacks, foolbox and cleverhans.
-        x: the clean point within `bounds`; (N, ...), unless `examples` says otherwise.
-        loss: closure that returns (N,), ascended by the attacks that are not targeted.
-        target_loss: closure for the targeted attacks (`ost`, `illc`), which descend it: the loss of
-            the target class, which the caller fixes at the clean point (`least_likely`).
-        target_losses: closures for `apgdt`, which descends each in turn: the losses of the classes
-            that are not gold.
-        gap: closure that is above 0 where the answer is wrong; None: `loss` is. Of what `apgdt`
-            finds the point with the greatest counts; `fmn` follows its gradient, and `critical`
-            asks it whether what `apgd` finds with `loss` is enough.
+        x: the clean point within `bounds`; (N, ...), unless `elements` say otherwise.
+        loss: closure that returns (N,), ascended by the attacks that are not targeted; `Losses`
+            where the attack needs others.
         bounds: box that the point must stay in, (0, 1) for pixels; None for embeddings, features.
-        mask: booleans of shape x.shape[:k]; where False (padding) the point never moves.
+        elements: which elements of `x` move, and which examples and balls they belong to.
         keys: int64 of shape x.shape[:k], one key per draw (noise, random starts, restarts, blocks);
             None: one for each entry of the first dimension, from torch's generator.
-        examples: which of the N examples each element of `x` belongs to; None: `x` has a row each.
-        balls: which elements share a ball of radius epsilon; None: those of an example.
-        gradient: the first gradient, if the caller has it already (see
-            `Attack.uses_clean_gradient`).
-        on_gradient: called with every gradient that was used.
+        known: what the caller knows of `x`, such as the gradient there.
+        watch: told of gradients and of the best points.
 
     Returns:
         Tensor like `x`, detached: x itself for epsilon 0 and for `none`; else within epsilon of x
@@ -111,63 +102,189 @@ def perturb(
     Networks in the closures should be in evaluation mode (`network.eval()`): in training mode
     dropout draws anew at every step, and batch norm counts every forward in its statistics.
     """
-    check_point(attack, x, bounds, {"mask": mask, "keys": keys, "gradient": gradient})
-    check_groups(x, {"examples": examples, "balls": balls})
-    functions = {"loss": loss, "target_loss": target_loss, "gap": gap, "on_gradient": on_gradient}
-    check_functions(functions, target_losses)
+    more: Any = {"elements": elements, "keys": keys, "known": known, "watch": watch}
+    *_, point = deque(trajectory(attack, x, loss, bounds=bounds, **more), maxlen=1)
+    return point
+
+
+def trajectory(
+    attack: Attack,
+    x: Tensor,
+    loss: Losses | Loss | None = None,
+    *,
+    bounds: tuple[float, float] | None = None,
+    elements: Elements = _ALL,
+    keys: Tensor | None = None,
+    known: Known = _NOTHING,
+    watch: Watch = _NOBODY,
+) -> Iterator[Tensor]:
+    """The attacked point after every step, where steps do not depend on how many there are.
+
+    That is where `Attack.by_steps`; of other attacks there is one point, the result. Arguments and
+    errors are those of `perturb`.
+    """
+    check_types({"elements": elements, "known": known, "watch": watch})
+    tensors = {"mask": elements.mask, "keys": keys, "gradient": known.gradient}
+    check_point(attack, x, bounds, tensors)
+    check_groups(x, {"examples": elements.examples, "balls": elements.balls})
+    check_functions(vars(watch))
+    losses = Losses.of(loss)
     x = x.detach()
     if attack.identity:
-        return x
-    kind = attack.kind
-    given = {"loss": loss, "target_loss": target_loss, "target_losses": target_losses}
-    for name in kind.closures:
-        if not given[name]:
-            raise ValueError(f"attack {attack.name!r} needs {name}")
-    n = len(x) if examples is None else examples.n
-    loss, target_loss, gap = (
-        None if closure is None else checked(name, closure, n)
-        for name, closure in (("loss", loss), ("target_loss", target_loss), ("gap", gap))
-    )
-    target_losses = [checked("target_losses", closure, n) for closure in target_losses]
-    ball = Ball.of(attack, x, bounds=bounds, mask=mask, examples=examples, balls=balls)
+        yield x
+        return
+    ball = Ball.of(attack, x, bounds=bounds, elements=elements)
+    losses = losses.checked(attack, ball.examples.n)
+    known.check(ball.examples.n)
     if attack.draws and keys is None:
         keys = torch.randint(-(2**63), 2**63 - 1, (len(x),), device=x.device)
+    run = _Run(attack, losses, ball, keys, known, watch)
+    if attack.by_steps:
+        yield from run.steps()
+    else:
+        yield run.result()
 
-    def used(slope: Tensor) -> Tensor:
-        if on_gradient is not None:
-            on_gradient(slope)
-        return slope.masked_fill(slope.isnan() | ~ball.moves, 0)
 
-    if kind.function is not None:
-        assert loss is not None and keys is not None
-        return _own(attack, kind.function, Objective(loss, used), ball, keys)
-    if kind.search:
-        assert loss is not None and keys is not None
-        return blocks.search(partial(_value, loss), ball, keys, queries=attack.queries)
-    point = x
-    if kind.start is not None:
-        assert keys is not None
-        point = ball.drawn(getattr(ball.norm, kind.start), keys)
-        point = ball.stay(point) if kind.projected else ball.only_moves(point)
-    if not kind.gradient:
-        return point
-    if kind.adaptive or kind.minimal:
+@dataclass(frozen=True)
+class _Run:
+    """One attack on one point; the fields are the arguments of `perturb`, checked."""
+
+    attack: Attack
+    losses: Losses
+    ball: Ball
+    keys: Tensor | None
+    known: Known
+    watch: Watch
+
+    @property
+    def loss(self) -> Loss:
+        assert self.losses.loss is not None
+        return self.losses.loss
+
+    @property
+    def draws(self) -> Tensor:
+        assert self.keys is not None
+        return self.keys
+
+    def used(self, slope: Tensor) -> Tensor:
+        """What is used of a gradient."""
+        self.watch.on_gradient(slope)
+        return slope.masked_fill(slope.isnan() | ~self.ball.moves, 0)
+
+    def start(self) -> Tensor:
+        """Where steps begin, which is all of the attacks that draw a point."""
+        kind, ball = self.attack.kind, self.ball
+        if kind.start is None:
+            return ball.x
+        point = ball.drawn(getattr(ball.norm, kind.start), self.draws)
+        return ball.stay(point) if kind.projected else ball.only_moves(point)
+
+    def steps(self) -> Iterator[Tensor]:
+        """The point after each step along the gradient."""
+        attack, kind, ball = self.attack, self.attack.kind, self.ball
+        ascended = self.losses.target_loss if kind.targeted else self.losses.loss
+        assert ascended is not None
+        step = -attack.step if kind.targeted or kind.reverse else attack.step
+        point, velocity = self.start(), torch.zeros((), dtype=ball.x.dtype, device=ball.x.device)
+        for i in range(attack.steps if kind.iterative else 1):
+            known = self.known.gradient if i == 0 else None
+            slope = self.used(loss_gradient(ascended, point) if known is None else known)
+            if kind.momentum:
+                slope = velocity = attack.decay * velocity + ball.examples.scaled(slope, 1)
+            point = ball.step(point, slope, step)
+            yield point
+
+    def result(self) -> Tensor:
+        """The point of an attack that is more than steps, or none."""
+        kind = self.attack.kind
+        if kind.function is not None:
+            return self._own(kind.function)
+        if kind.search:
+            best = Best(self.ball, self.watch.on_best)
+            return blocks.search(
+                partial(_value, self.loss), best, self.draws, queries=self.attack.queries
+            )
+        if not kind.gradient:
+            return self.start()
+        return self._nearest() if kind.minimal else self._climbed(self.ball, self.watch)
+
+    def _own(self, function: Callable[..., Any]) -> Tensor:
+        """What an attack of the user's own finds, in the ball."""
+        attack, ball = self.attack, self.ball
+        given = step_settings(attack) | {"step_size": attack.step}
+        settings = {name: given[name] for name in attack.kind.settings}
+        point = function(ball.x, Objective(self.loss, self.used), ball, self.draws, **settings)
+        if not isinstance(point, Tensor) or point.shape != ball.x.shape:
+            got = list(point.shape) if isinstance(point, Tensor) else type(point).__name__
+            raise UsageError(
+                f"attack={attack.name}: must return a point of shape {list(ball.x.shape)}, not"
+                f" {got}"
+            )
+        point = point.detach().to(ball.x)
+        # what does not move keeps its bits
+        return ball.stay(torch.where(point.isnan(), ball.x, point))
+
+    def _climbed(self, ball: Ball, watch: Watch) -> Tensor:
+        """The point of Auto-PGD, from all its starts, with the greatest loss.
+
+        Towards targets it climbs down the loss of each in turn, and the greatest gap counts.
+        """
+        if not self.attack.kind.targeted:
+            clean = _without_nan(self.known.loss), self.known.gradient
+            best = Best(ball, watch.on_best)
+            return self._ascended(self._hill(self.loss, *clean), best)
+        gap = self._hill(self.losses.gap, _without_nan(self.known.gap))
+        best = Best(ball, watch.on_best)
+        # the clean point too: a target that an example does not have leads nowhere
+        if gap.clean_value is None:
+            best.offer(ball.x, gap.value(ball.x))
+        else:
+            best.start(ball.x, gap.clean_value)
+        for target in self.losses.target_losses:
+            point = self._ascended(self._hill(partial(_negative, target)), Best(ball))
+            best.offer(point, gap.value(point))
+        assert best.point is not None
+        return best.point
+
+    def _nearest(self) -> Tensor:
+        """The nearest point with a gap above 0."""
+        attack, ball, watch = self.attack, self.ball, self.watch
+        gap = self._hill(self.losses.gap, _without_nan(self.known.gap))
+        if not attack.kind.adaptive:
+            step = ball.farthest if attack.step_size is None else attack.step_size
+            return fmn(gap, ball, watch, steps=attack.steps, step=step)
+        first = attack.epsilon / 16 if attack.first_epsilon is None else attack.first_epsilon
+        climb = partial(self._climbed, watch=replace(watch, on_best=Watch().on_best))
+        return bisect(climb, gap, ball, watch, rounds=attack.rounds, first=first)
+
+    def _ascended(self, hill: Hill, best: Best) -> Tensor:
+        for start in self._starts(best.ball):
+            ascend(start, hill, best, steps=self.attack.steps, step=self.attack.step)
+        assert best.point is not None
+        return best.point
+
+    def _starts(self, ball: Ball) -> Iterator[Tensor]:
+        yield ball.x
+        keys = self.keys
+        for _ in range(self.attack.restarts - 1):
+            assert keys is not None
+            keys = rehashed(keys)
+            yield ball.stay(ball.drawn(ball.norm.in_ball, keys))
+
+    def _hill(
+        self, loss: Loss | None, value: Tensor | None = None, gradient: Tensor | None = None
+    ) -> Hill:
+        """A loss that is climbed, and what is known of it at the clean point."""
         assert loss is not None
-        targets = target_losses if kind.targeted else ()
-        climb = _Climb(attack, loss, gap or loss, targets, keys, used)
-        return climb.nearest(ball) if kind.minimal else climb(ball)
-    ascended = target_loss if kind.targeted else loss
-    assert ascended is not None
-    step = -attack.step if kind.targeted or kind.reverse else attack.step
-    velocity: Tensor | float = 0.0
-    for i in range(attack.steps if kind.iterative else 1):
-        known = gradient if i == 0 else None
-        slope = loss_gradient(ascended, point) if known is None else known
-        slope = used(slope)
-        if kind.momentum:
-            slope = velocity = attack.decay * velocity + ball.examples.scaled(slope, 1)
-        point = ball.step(point, slope, step)
-    return point
+
+        def slope(point: Tensor) -> tuple[Tensor, Tensor]:
+            values, slope = _with_gradient(loss, point)
+            return values.masked_fill(values.isnan(), -torch.inf), self.used(slope)
+
+        clean_slope = None
+        if value is not None and gradient is not None:
+            clean_slope = self.used(gradient)
+        return Hill(partial(_value, loss), slope, value, clean_slope)
 
 
 def _value(loss: Loss, x: Tensor) -> Tensor:
@@ -198,75 +315,9 @@ class Objective:
         return self.used(loss_gradient(self.loss, point))
 
 
-def _own(
-    attack: Attack, function: Callable[..., Any], loss: Objective, ball: Ball, keys: Tensor
-) -> Tensor:
-    """What an attack of the user's own finds, in the ball."""
-    given = step_settings(attack) | {"step_size": attack.step}
-    settings = {name: given[name] for name in attack.kind.settings}
-    point = function(ball.x, loss, ball, keys, **settings)
-    if not isinstance(point, Tensor) or point.shape != ball.x.shape:
-        got = list(point.shape) if isinstance(point, Tensor) else type(point).__name__
-        raise UsageError(
-            f"attack={attack.name}: must return a point of shape {list(ball.x.shape)}, not {got}"
-        )
-    point = point.detach().to(ball.x)
-    # what does not move keeps its bits
-    return ball.stay(torch.where(point.isnan(), ball.x, point))
-
-
-@dataclass(frozen=True)
-class _Climb:
-    """Auto-PGD, from all its starts, and the searches for the nearest point that rest on it.
-
-    Attributes:
-        attack, loss, gap, keys: as of `perturb`.
-        targets: losses that are lowered, each in turn; none: `loss` is raised.
-        used: a gradient -> what is used of it.
-    """
-
-    attack: Attack
-    loss: Loss
-    gap: Loss
-    targets: Sequence[Loss]
-    keys: Tensor | None
-    used: Callable[[Tensor], Tensor]
-
-    def __call__(self, ball: Ball) -> Tensor:
-        """The point with the greatest loss, or with the greatest gap of those towards targets."""
-        if not self.targets:
-            return self._best(self.loss, ball)
-        # the clean point too: a target that an example does not have leads nowhere
-        found = [ball.x, *(self._best(partial(_negative, target), ball) for target in self.targets)]
-        return best_of(((point, _value(self.gap, point)) for point in found), ball)[0]
-
-    def nearest(self, ball: Ball) -> Tensor:
-        """The nearest point with a gap above 0."""
-        attack, value = self.attack, partial(_value, self.gap)
-        if not attack.kind.adaptive:
-            evaluate = partial(self._evaluated, self.gap)
-            step = ball.farthest if attack.step_size is None else attack.step_size
-            return fmn(evaluate, value, ball, steps=attack.steps, step=step)
-        first = attack.epsilon / 16 if attack.first_epsilon is None else attack.first_epsilon
-        return bisect(self, value, ball, rounds=attack.rounds, first=first)
-
-    def _best(self, way: Loss, ball: Ball) -> Tensor:
-        evaluate = partial(self._evaluated, way)
-        how: Any = {"steps": self.attack.steps, "step": self.attack.step}
-        ways = (ascend(start, evaluate, ball, **how) for start in self._starts(ball))
-        return best_of(ways, ball)[0]
-
-    def _starts(self, ball: Ball) -> Iterator[Tensor]:
-        yield ball.x
-        keys = self.keys
-        for _ in range(self.attack.restarts - 1):
-            assert keys is not None
-            keys = rehashed(keys)
-            yield ball.stay(ball.drawn(ball.norm.in_ball, keys))
-
-    def _evaluated(self, way: Loss, at: Tensor) -> tuple[Tensor, Tensor]:
-        value, slope = _with_gradient(way, at)
-        return value.masked_fill(value.isnan(), -torch.inf), self.used(slope)
+def _without_nan(values: Tensor | None) -> Tensor | None:
+    """What is not a number is never the best."""
+    return None if values is None else values.masked_fill(values.isnan(), -torch.inf)
 
 
 def _negative(loss: Loss, x: Tensor) -> Tensor:
@@ -276,17 +327,19 @@ def _negative(loss: Loss, x: Tensor) -> Tensor:
 def perturb_each(
     attacks: Iterable[Attack],
     x: Tensor,
-    loss: Loss | None = None,
+    loss: Losses | Loss | None = None,
     *,
-    gradient: Tensor | None = None,
+    known: Known = _NOTHING,
     **options: Any,
 ) -> Iterator[Tensor]:
     """The attacked point of each attack in turn; those that start at `x` share its gradient.
 
-    `gradient` and the options are those of `perturb`. Several epsilons of `fgsm` cost one gradient.
+    `known` and the options are those of `perturb`. Several epsilons of `fgsm` cost one gradient.
     """
     for attack in attacks:
         shares = attack.uses_clean_gradient
-        if shares and gradient is None and loss is not None:
-            gradient = loss_gradient(loss, x)
-        yield perturb(attack, x, loss, gradient=gradient if shares else None, **options)
+        ascended = Losses.of(loss).loss
+        missing = known.gradient is None or (attack.kind.adaptive and known.loss is None)
+        if shares and missing and ascended is not None:
+            known = Known(*_with_gradient(ascended, x))
+        yield perturb(attack, x, loss, known=known if shares else _NOTHING, **options)

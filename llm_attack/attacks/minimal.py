@@ -9,6 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from llm_attack.attacks.apgd import Hill
+from llm_attack.attacks.closures import Watch
 from llm_attack.attacks.norms import Ball
 
 # Of FMN, first and last: shares of the first step, and of the radius that it changes by.
@@ -20,14 +22,7 @@ _BEFORE_BRACKETED = 4.0  # by what `bisect` divides an amplitude as long as all 
 _NEAR = 1.002  # it stops where the bracket's ends differ by less
 
 
-def fmn(
-    evaluate: Callable[[Tensor], tuple[Tensor, Tensor]],
-    judge: Callable[[Tensor], Tensor],
-    ball: Ball,
-    *,
-    steps: int,
-    step: Tensor | float,
-) -> Tensor:
+def fmn(hill: Hill, ball: Ball, watch: Watch, *, steps: int, step: Tensor | float) -> Tensor:
     """The Fast Minimum-Norm attack (Pintor et al. 2021), whose steps follow the gradient itself.
 
     Each step is projected on a ball whose radius is the linear estimate of the distance until the
@@ -38,9 +33,9 @@ def fmn(
     step along the last gradient, a little past the estimate. This is not part of the paper.
 
     Args:
-        evaluate: point -> losses (examples,), and their gradient, like the point.
-        judge: point -> losses (examples,), for the last try, which needs no gradient.
+        hill: the loss; the last try needs no gradient.
         ball: the largest that is allowed; its `balls` are its examples.
+        watch: told which points are the shortest so far.
         steps: gradients.
         step: L2 length of the first step, one or (examples,); steps get shorter as a cosine, to a
             hundredth.
@@ -50,7 +45,7 @@ def fmn(
     """
     x, point, best = ball.x, ball.x, ball.x
     first = ball.examples.spread(step, x).to(x.dtype) if isinstance(step, Tensor) else step
-    value, slope = evaluate(x)
+    value, slope = hill.slope(x)
     found = torch.zeros_like(value, dtype=torch.bool)
     length = ball.norm.length(x - x, ball.balls)
     least, radius = torch.full_like(length, math.inf), torch.full_like(length, math.inf)
@@ -58,11 +53,12 @@ def fmn(
         cosine = (1 + math.cos(math.pi * i / steps)) / 2
         size, change = (b + (a - b) * cosine for a, b in (_STEPS, _CHANGES))
         if i:
-            value, slope = evaluate(point)
+            value, slope = hill.slope(point)
             length = ball.norm.length(point - x, ball.balls)
         wrong = value > 0
         better = wrong & (length < least)
         best, least = ball.where(better, point, best), torch.where(better, length, least)
+        watch.on_best(better)
         found = found | wrong
         ahead = length + value.abs() / ball.norm.dual(slope, ball.balls).clamp(min=1e-12)
         near = torch.where(found, radius * (1 + change), ahead)
@@ -77,13 +73,16 @@ def fmn(
     start, far = ball.where(inside, last, x), radius - torch.where(inside, length, 0)
     step = ball.examples.spread(far, x) * ball.norm.direction(slope, ball.balls)
     beyond = replace(ball, scale=radius / ball.epsilon).stay(start + step.to(x.dtype))
-    return ball.where(~found & (judge(beyond) > 0), beyond, best)
+    better = ~found & (hill.value(beyond) > 0)
+    watch.on_best(better)
+    return ball.where(better, beyond, best)
 
 
 def bisect(
     climb: Callable[[Ball], Tensor],
-    evaluate: Callable[[Tensor], Tensor],
+    hill: Hill,
     ball: Ball,
+    watch: Watch,
     *,
     rounds: int,
     first: float,
@@ -92,8 +91,9 @@ def bisect(
 
     Args:
         climb: a ball -> the point that the attack finds there.
-        evaluate: point -> losses (examples,).
+        hill: the loss, of which the values are read.
         ball: the largest that is tried; its `balls` are its examples.
+        watch: told which points are the shortest so far.
         rounds: radii. The first is that of `ball`, the second `first`; then it is divided by
             four as long as that is enough, and then comes the geometric mean of the largest that
             was not enough and the shortest point that was found.
@@ -102,17 +102,22 @@ def bisect(
     Returns:
         The shortest point found; what the attack found in `ball` where that was not enough.
     """
-    best = ball.x
-    shortest = torch.where(evaluate(ball.x) > 0, 0.0, math.inf)
+    best, clean = ball.x, hill.clean_value
+    if clean is None:
+        clean = hill.value(ball.x)
+        watch.on_best(torch.ones_like(clean, dtype=torch.bool))
+    shortest = torch.where(clean > 0, 0.0, math.inf)
     shortest = shortest.to(ball.norm.length(ball.x - ball.x, ball.balls))
     largest = torch.zeros_like(shortest)  # of those that were not enough
     radius = torch.full_like(shortest, ball.epsilon)
     for i in range(rounds):
         point = climb(replace(ball, scale=radius / ball.epsilon))
-        wrong = evaluate(point) > 0
+        wrong = hill.value(point) > 0
         length = ball.norm.length(point - ball.x, ball.balls)
         better = wrong & (length < shortest)
-        best = ball.where(better | (shortest.isinf() & (i == 0)), point, best)
+        taken = better | (shortest.isinf() & (i == 0))
+        watch.on_best(taken)
+        best = ball.where(taken, point, best)
         shortest = torch.where(better, length, shortest)
         largest = torch.where(wrong, largest, torch.maximum(largest, radius))
         open_ = shortest.isfinite() & (shortest > _NEAR * largest) & (shortest > 0)

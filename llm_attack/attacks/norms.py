@@ -145,6 +145,24 @@ NORMS = {
 
 
 @dataclass(frozen=True)
+class Elements:
+    """Which elements of a point move, and which belong together.
+
+    An element is an entry of the point's first dimensions, such as an example or a token.
+
+    Attributes:
+        mask: booleans of shape x.shape[:k]; where False (padding) the point never moves; None: all
+            of it may move.
+        examples: which of the N examples each element belongs to; None: `x` has a row each.
+        balls: which elements share a ball of radius epsilon; None: those of an example.
+    """
+
+    mask: Tensor | None = None
+    examples: Groups | None = None
+    balls: Groups | None = None
+
+
+@dataclass(frozen=True)
 class Ball:
     """Where the points of a batch may go.
 
@@ -175,12 +193,11 @@ class Ball:
         x: Tensor,
         *,
         bounds: tuple[float, float] | None = None,
-        mask: Tensor | None = None,
-        examples: Groups | None = None,
-        balls: Groups | None = None,
+        elements: Elements = Elements(),  # frozen
     ) -> Ball:
         """The ball of an `Attack`; the other arguments are those of `perturb`."""
-        examples = examples or Groups.rows(x)
+        examples, mask = elements.examples or Groups.rows(x), elements.mask
+        balls = elements.balls or examples
         moves = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
         moves = moves.reshape(moves.shape + (1,) * (x.dim() - moves.dim()))
         scale = None
@@ -188,7 +205,7 @@ class Ball:
             sizes = examples.sum(moves.expand_as(x)[..., :1].to(widest(x.device)))
             scale = sizes.clamp(min=1) ** -0.5
         norm = NORMS[attack.norm]
-        return cls(x, attack.epsilon, norm, examples, balls or examples, moves, bounds, scale)
+        return cls(x, attack.epsilon, norm, examples, balls, moves, bounds, scale)
 
     def sized(self, length: Any) -> Any:
         """A length, a number or what broadcasts with `x`, with the factor of each example."""

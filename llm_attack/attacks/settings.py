@@ -302,12 +302,34 @@ class Attack(StepSettings):
     @property
     def uses_clean_gradient(self) -> bool:
         """Whether the first step follows the gradient of the untargeted loss at the clean point,
-        and needs no more of it than that.
+        and needs no more of that point than this, and the loss.
         """
         kind = self.kind
-        others = kind.targeted or kind.start is not None or kind.adaptive or kind.minimal
+        others = kind.targeted or kind.start is not None or (kind.minimal and not kind.adaptive)
         others = others or kind.function is not None
         return kind.gradient and not (others or self.identity)
+
+    @property
+    def by_steps(self) -> bool:
+        """Whether it goes step by step, each of them the same however many follow."""
+        kind = self.kind
+        return kind.gradient and not (kind.adaptive or kind.minimal or kind.function is not None)
+
+    @property
+    def points(self) -> int:
+        """How many points `trajectory` has."""
+        return self.steps if self.by_steps and self.kind.iterative else 1
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether it returns the best of the points that it has asked a loss for."""
+        kind = self.kind
+        return kind.adaptive or kind.search or kind.minimal
+
+    @property
+    def path(self) -> Attack:
+        """The attack with one step: attacks with the same go the same way, some of them farther."""
+        return replace(self, steps=1) if self.by_steps and self.kind.iterative else self
 
     @property
     def draws(self) -> bool:

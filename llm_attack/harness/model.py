@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import astuple
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -21,6 +21,7 @@ from lm_eval.models.huggingface import HFLM
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from llm_attack.attacks import Attack
 from llm_attack.base.device import check_device
 from llm_attack.base.errors import UsageError, invalid, report_usage_errors
 from llm_attack.base.failures import one_line
@@ -38,7 +39,7 @@ from llm_attack.harness.requests import (
 )
 from llm_attack.harness.revision import check_revision
 from llm_attack.lm.engine.diagnostics import Diagnostics
-from llm_attack.lm.engine.engine import Answer, Engine
+from llm_attack.lm.engine.engine import Answer, Engine, Layout
 from llm_attack.lm.engine.generate import attacked_prompts
 from llm_attack.lm.engine.gradient import Finding, examine, refusal
 from llm_attack.lm.engine.hookpoints import scorers
@@ -46,6 +47,7 @@ from llm_attack.lm.engine.probe import longest_tree
 from llm_attack.lm.engine.scatter import by_index
 from llm_attack.lm.engine.scoring import Scorer
 from llm_attack.lm.losses import LOSSES
+from llm_attack.lm.network import half
 from llm_attack.lm.network.blocks import prepare
 from llm_attack.lm.network.hook import frozen, resolve, vocabulary_of
 from llm_attack.lm.network.reproducible import reproducible
@@ -59,6 +61,37 @@ from llm_attack.lm.units import Signal
 log = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "TinyLlama/TinyLlama_v1.1"
+
+
+@dataclass(frozen=True)
+class InUse:
+    """What the model is attacked with, all of it made together by `AttackedHFLM.use`.
+
+    Attributes:
+        conditions: their settings.
+        signals: for each, the scale of what it perturbs.
+        engine: what answers under all of them.
+        text: tokens that the gradient is tried on.
+        diagnostics: of what this process answered so far, for each.
+    """
+
+    conditions: tuple[AttackSettings, ...]
+    signals: tuple[Signal, ...]
+    engine: Engine
+    text: tuple[int, ...]
+    diagnostics: list[Diagnostics] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        self.diagnostics.extend(self.no_diagnostics())
+
+    def no_diagnostics(self) -> list[Diagnostics]:
+        """Those of nothing."""
+        return [Diagnostics() for _ in self.conditions]
+
+    def add(self, sums: Sequence[Mapping[str, float]]) -> None:
+        """Adds what conditions add to their diagnostics."""
+        for diagnostics, of_condition in zip(self.diagnostics, sums, strict=False):
+            diagnostics.add(of_condition)
 
 
 class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
@@ -82,19 +115,14 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
     @torch.inference_mode(False)
     def __init__(self, pretrained: Any = DEFAULT_MODEL, **arguments: Any) -> None:
         _report_if_lm_eval_runs()
-        self.settings, arguments = split_arguments(arguments, AttackSettings)
+        settings, arguments = split_arguments(arguments, AttackSettings)
         self.engine_settings, arguments = split_arguments(arguments, EngineSettings)
         check_names(arguments)
         check_values(arguments)
         self._arguments = arguments
         pretrained = _source(pretrained)
         loading.settle_loaded(pretrained, arguments)
-        if arguments.get("device") is None:
-            arguments["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-        device = arguments["device"] = str(arguments["device"])
-        # lm-eval's command line says cuda:0 if the user says nothing
-        if device != "cuda:0" or not _lm_eval_runs() or any(device in word for word in sys.argv):
-            check_device(device)
+        _set_device(arguments)
         if "trust_remote_code" in arguments:  # a text such as "no" is true
             arguments["trust_remote_code"] = trusted(arguments["trust_remote_code"])
         source = str(MODEL_PATH) if pretrained == "demo" else pretrained
@@ -110,15 +138,30 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
                 f"tp_plan={arguments['tp_plan']}: must be started by torchrun, with a process for"
                 " each part of the model"
             )
+        self._copy: Any = None  # in `gradient_dtype`, once a condition needs it
         self.warnings: list[str] = []
         """What a reader of the results should know of the model, a sentence each."""
+        self._load(pretrained, source, passed)
+        self._check_loaded()
+        prepare(self.model, self.engine_settings, resolve(self.model, settings.hookpoint))
+        self.use(settings)
+        self.check_gradient()
+
+    def _load(self, pretrained: Any, source: Any, passed: dict[str, Any]) -> None:
+        """Has lm-eval load the model.
+
+        Args:
+            pretrained: as it was given.
+            source: what that is.
+            passed: the other arguments of `hf`.
+        """
         try:
             with gguf.without_progress(), loading.untouched(source):
                 super().__init__(source, **passed)
         except (UsageError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # a broken file can make its reader raise anything
-            given = {"pretrained": pretrained, **arguments}
+            given = {"pretrained": pretrained, **self._arguments}
             raise loading.not_loaded(given, hasattr(self, "_config"), error) from error
         if self.backend != "causal":
             raise UsageError(
@@ -126,16 +169,19 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
                 " one"
             )
         self.pretrained = pretrained
-        loading.check_finite(name_of(pretrained), self.model)
+
+    def _check_loaded(self) -> None:
+        """Refuses a model that cannot be computed with, or arguments that do not go with it."""
+        loading.check_finite(name_of(self.pretrained), self.model)
         size = vocabulary_of(self.model)
-        prefix = arguments.get("prefix_token_id")
+        prefix = self._arguments.get("prefix_token_id")
         if prefix is not None and (isinstance(prefix, bool) or prefix not in range(size)):
             raise invalid("prefix_token_id", prefix, f"the id of a token, from 0 to {size - 1}")
         loading.check_float64(self.model, torch.zeros(1, 2, dtype=torch.int64, device=self.device))
-        hookpoint = resolve(self.model, self.settings.hookpoint)
-        prepare(self.model, self.engine_settings, hookpoint)
-        self.use(self.settings)
-        self.check_gradient()
+        name = self.engine_settings.gradient_dtype
+        if name is not None:
+            parts = self._arguments.get("tp_plan")
+            half.check(self.model, name, self.mixed_precision_dtype, parts)
 
     @torch.inference_mode(False)
     def use(self, *conditions: AttackSettings) -> None:
@@ -150,36 +196,53 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
             UsageError: the hookpoint is none of the model's, or conditions differ in more.
         """
         with frozen(self.model):
-            self._use(*conditions)
+            self._now = self._prepared(*conditions)
+        self.diagnostics = self._now.no_diagnostics()
 
-    def _use(self, *conditions: AttackSettings) -> None:
-        settings = conditions[0]
-        for other in conditions[1:]:
-            if other.threat != settings.threat:
-                raise UsageError("conditions of one run must have the same loss, context, seed")
+    def _prepared(self, *conditions: AttackSettings) -> InUse:
+        if any(other.threat != conditions[0].threat for other in conditions):
+            raise UsageError("conditions of one run must have the same loss, context, seed")
         names = list(dict.fromkeys(condition.hookpoint for condition in conditions))
-        self._text = self._known(self.tok_encode(CALIBRATION_TEXT))[: self.max_length]
-        text = torch.tensor([self._text])
+        text = self._known(self.tok_encode(CALIBRATION_TEXT))[: self.max_length]
+        units = {condition.amplitude.epsilon.unit for condition in conditions}
+        by_name = self._signals_at(names, text, units)
+        signals = [by_name[condition.hookpoint] for condition in conditions]
+        attacks = [
+            condition.resolved(signal, place)
+            for condition, signal, place in zip(
+                conditions, signals, places(conditions), strict=True
+            )
+        ]
+        self._check_attacks(attacks)
+        at_names = self._scorers(self.model, names)
+        pad = self._known([self.tokenizer.pad_token_id or 0])[0]
+        engine = Engine(
+            at_names[0],
+            attacks,
+            conditions[0].threat,
+            self.device,
+            self._layout(at_names[0], pad),
+            [at_names[names.index(condition.hookpoint)] for condition in conditions],
+            self._slopes(at_names, names, attacks),
+        )
+        return InUse(conditions, tuple(signals), engine, tuple(text))
+
+    def _signals_at(
+        self, names: Sequence[str | None], text: Sequence[int], units: Collection[str | None]
+    ) -> dict[str | None, Signal]:
+        """The scale of what is perturbed, by hookpoint."""
         try:
             with reproducible(self.engine_settings.deterministic):
-                units = {condition.amplitude.epsilon.unit for condition in conditions}
-                signals = signals_at(self.model, names, text.to(self.device), units)
+                input_ids = torch.tensor([text]).to(self.device)
+                return signals_at(self.model, names, input_ids, units)
         except RuntimeError as error:
             if should_reduce_batch_size(error):
                 raise
             raise UsageError(
                 f"pretrained={name_of(self.pretrained)}: a first forward fails ({one_line(error)})"
             ) from error
-        self.settings, self.conditions = settings, conditions
-        self.signals = [signals[condition.hookpoint] for condition in conditions]
-        several = len(names) > 1
-        attacks = [
-            condition.resolved(signal, place)
-            for condition, signal, place in zip(
-                conditions, self.signals, places(conditions), strict=True
-            )
-        ]
-        self.attack = attacks[0]
+
+    def _check_attacks(self, attacks: Sequence[Attack]) -> None:
         largest = torch.finfo(self.model.dtype).max
         for attack in attacks:
             if attack.epsilon > largest:
@@ -187,34 +250,68 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
                     f"epsilon={attack.epsilon:g}: must be a number of the model's dtype,"
                     f" {self.model.dtype}, of which the largest is {largest:g}"
                 )
-        hookpoint = resolve(self.model, settings.hookpoint)
-        scorer = Scorer(self.model, hookpoint, self.mixed_precision_dtype, self.softmax_dtype)
-        of_names = [scorer]
-        if several:
-            of_names = scorers(scorer, names, self.device)
-        of_conditions = [of_names[names.index(c.hookpoint)] for c in conditions]
-        pad = self._known([self.tokenizer.pad_token_id or 0])[0]
-        packing, exact = self.engine_settings.packing, self.engine_settings.deterministic
-        packing = "off" if exact else packing
+            if attack.name == "fmn" and self.engine_settings.gradient_dtype is not None:
+                raise UsageError(
+                    f"gradient_dtype={self.engine_settings.gradient_dtype}: must be left out with"
+                    " attack=fmn, whose every gradient goes with an answer"
+                )
+
+    def _scorers(self, model: Any, names: Sequence[str | None]) -> list[Scorer]:
+        """One for each hookpoint."""
+        place = resolve(model, names[0])
+        first = Scorer(model, place, self.mixed_precision_dtype, self.softmax_dtype)
+        return scorers(first, names, self.device) if len(names) > 1 else [first]
+
+    def _layout(self, scorer: Scorer, pad: int) -> Layout:
+        """How questions become batches."""
+        settings = self.engine_settings
+        packing = "off" if settings.deterministic else settings.packing
         longest = {"off": 0, "tree": sys.maxsize}.get(packing)
         if longest is None:
             longest = longest_tree(scorer, self.device, pad)
-        how = (settings.threat, self.device, pad, longest, of_conditions)
         divides = self._arguments.get("tp_plan") is None
         # what recomputes or compiles blocks does not know of a cache that they write to
-        alone = self.engine_settings.gradient_checkpointing or self.engine_settings.compile
+        alone = settings.gradient_checkpointing or settings.compile
         prefixes = packing != "off" and not alone
         once = prefixes and divides and self.mixed_precision_dtype is None
-        self.engine = Engine(
-            scorer,
-            attacks,
-            *how,
-            divides=divides,
-            deterministic=exact,
-            prefixes=prefixes,
-            once=once,
-        )
-        self.diagnostics = [Diagnostics() for _ in attacks]
+        return Layout(pad, longest, prefixes, once, divides, settings.deterministic)
+
+    def _slopes(
+        self, at_names: Sequence[Scorer], names: Sequence[str | None], attacks: Sequence[Attack]
+    ) -> dict[Scorer, Scorer]:
+        """For each scorer that of the copy in `gradient_dtype`; none unless that is asked for."""
+        name = self.engine_settings.gradient_dtype
+        if name is None or not any(a.kind.gradient and not a.identity for a in attacks):
+            return {}
+        if self._copy is None:
+            self._copy = half.copied(self.model, name, self.engine_settings, names[0])
+        return dict(zip(at_names, self._scorers(self._copy, names), strict=True))
+
+    @property
+    def copy_bytes(self) -> int:
+        """Of the weights of the copy in `gradient_dtype`; 0: there is none."""
+        weights = [] if self._copy is None else self._copy.parameters()
+        return sum({w.data_ptr(): w.nbytes for w in weights}.values())
+
+    @property
+    def conditions(self) -> tuple[AttackSettings, ...]:
+        """What it is attacked with."""
+        return self._now.conditions
+
+    @property
+    def settings(self) -> AttackSettings:
+        """Those of the first condition."""
+        return self._now.conditions[0]
+
+    @property
+    def engine(self) -> Engine:
+        """What answers under all conditions."""
+        return self._now.engine
+
+    @property
+    def attack(self) -> Attack:
+        """The first condition's, in the units of the point."""
+        return self.engine.attacks[0]
 
     def gradient(self) -> Finding | None:
         """What speaks against the gradient that conditions follow; None: none of them does.
@@ -229,8 +326,9 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         if not followed:
             return None
         _, scorer = min(followed, key=lambda pair: len(pair[1].skip.blocks) if pair[1].skip else 0)
+        scorer = self.engine.slopes.get(scorer, scorer)
         with frozen(self.model), reproducible(self.engine_settings.deterministic):
-            return examine(scorer, self._text, self.device)
+            return examine(scorer, self._now.text, self.device)
 
     def check_gradient(self) -> None:
         """Tries whether the gradient is that of the model, for `warnings`, if a condition needs it.
@@ -238,19 +336,19 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         Raises:
             UsageError: it is not.
         """
-        found = self.gradient()
-        if found is None:
+        finding = self.gradient()
+        if finding is None:
             return
-        if found.fault:
+        if finding.fault:
             name = next(a.name for a in self.engine.attacks if a.kind.gradient)
-            raise UsageError(refusal(name, found.fault))
-        if found.warning and found.warning not in self.warnings:
-            self.warnings.append(found.warning)
+            raise UsageError(refusal(name, finding.fault))
+        if finding.warning and finding.warning not in self.warnings:
+            self.warnings.append(finding.warning)
 
     @property
     def signal(self) -> Signal:
         """The scale of what the first condition perturbs."""
-        return self.signals[0]
+        return self._now.signals[0]
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: Any = None) -> AttackedHFLM:
@@ -281,8 +379,8 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
     @cached_property
     def prefix_token_id(self) -> int:
         """As lm-eval's, which looks it up anew for every text."""
-        found: int = super().prefix_token_id
-        return found
+        token: int = super().prefix_token_id
+        return token
 
     def _get_config(self, *args: Any, **kwargs: Any) -> None:
         super()._get_config(*args, **kwargs)
@@ -370,12 +468,13 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         )
         with frozen(self.model), progress:
             for _, batch in self.engine.answers(self.batches(questions, rows)):
-                found = by_index(batch.answered)
-                for index, of_request in found.items():
+                self._now.add([asdict(sums) for sums in batch.diagnostics])
+                requests = by_index(batch.answered)
+                for index, of_request in requests.items():
                     answers[index] = of_request.answers[0]
                     if keys[index] is not None:  # a window of a longer text has no key
                         self.cache_hook.add_partial("loglikelihood", keys[index], answers[index])
-                progress.update(len(found))
+                progress.update(len(requests))
         return answers
 
     @torch.inference_mode(False)
@@ -387,7 +486,7 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         questions = list(questions)
         self._check_known({t for q in questions for r in q.requests for t in r.tokens})
         with frozen(self.model):
-            self.engine.probe(questions)
+            self.engine.probe(questions, self.tokens_per_batch)
             return self.engine.batches(questions, int(limit), self.tokens_per_batch)
 
     @torch.inference_mode(False)
@@ -408,14 +507,16 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         mask, rotary = options["attention_mask"], self.engine.scorer.rotary
         self._check_known(context[mask.bool()].tolist())
         shortest = int(mask.sum(-1).min())
-        alone = self.engine.deterministic or rotary.scale(shortest) != rotary.scale(max_length)
+        exact = self.engine_settings.deterministic
+        alone = exact or rotary.scale(shortest) != rotary.scale(max_length)
         if len(context) > 1 and alone:
             return self._generate_alone(context, max_length, stop, **options)
         generate: Callable[..., torch.Tensor] = super()._model_generate
-        with frozen(self.model), rotary.fresh(), reproducible(self.engine.deterministic):
+        with frozen(self.model), rotary.fresh(), reproducible(exact):
             if self.attack.identity:
                 return generate(context, max_length, stop, **options)
-            with attacked_prompts(self.engine, context, mask):
+            with attacked_prompts(self.engine, context, mask) as sums:
+                self._now.add([sums])
                 return generate(context, max_length, stop, **options)
 
     def _generate_alone(
@@ -426,36 +527,42 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         for row, keep in zip(context, options.pop("attention_mask").bool(), strict=True):
             left = int((~keep).sum())
             prompt = row[None, left:]
-            (found,) = self._model_generate(prompt, max_length - left, stop, **options)
-            rows.append(torch.cat([row[:left], found]))
+            (text,) = self._model_generate(prompt, max_length - left, stop, **options)
+            rows.append(torch.cat([row[:left], text]))
         pad = self.tokenizer.pad_token_id
         return pad_sequence(rows, batch_first=True, padding_value=pad)
 
     def _pool(self) -> None:
-        """Diagnostics so far, over all processes."""
-        sums = torch.tensor([astuple(d) for d in self.engine.diagnostics], dtype=torch.float64)
+        """Sets `diagnostics`, which lm-eval asks for after the run, to those of all processes."""
+        sums = torch.tensor([astuple(d) for d in self._now.diagnostics], dtype=torch.float64)
         if self.world_size > 1:
             sums = self.accelerator.gather(sums[None].to(self.device)).sum(0).cpu()
         self.diagnostics = [Diagnostics(*row) for row in sums.tolist()]
-        for sentence in self.all_warnings():
+        for sentence in self.all_warnings(self.diagnostics):
             log.warning(sentence)
 
-    def all_warnings(self) -> list[str]:
-        """What a reader of the results should know: of the model, then of each condition."""
-        found = [*self.warnings]
+    def all_warnings(self, diagnostics: Sequence[Diagnostics] | None = None) -> list[str]:
+        """What a reader of the results should know: of the model, then of each condition.
+
+        Args:
+            diagnostics: of each condition; those of the last call of lm-eval unless given.
+        """
+        diagnostics = self.diagnostics if diagnostics is None else diagnostics
+        sentences = [*self.warnings]
         attacks = {condition.attack for condition in self.conditions}
-        found += [
+        sentences += [
             f"{name}={value}: has no effect, as no attack of this run reads it"
             for name, value, _ in unread(self.settings, attacks)
         ]
-        of_conditions = zip(self.conditions, self.engine.attacks, self.diagnostics, strict=True)
-        for asked, attack, diagnostics in of_conditions:
-            sentences = diagnostics.warnings()
+        for asked, attack, of_attack in zip(
+            self.conditions, self.engine.attacks, diagnostics, strict=True
+        ):
+            more = of_attack.warnings()
             if attack.name != "none" and attack.epsilon == 0 < asked.attack_in_units.epsilon:
                 unit = asked.amplitude.epsilon.unit
-                sentences.append(f"nothing was perturbed: one {unit} is 0 at this hookpoint")
-            found += [f"{attack.condition}: {sentence}" for sentence in sentences]
-        return found
+                more.append(f"nothing was perturbed: one {unit} is 0 at this hookpoint")
+            sentences += [f"{attack.condition}: {sentence}" for sentence in more]
+        return sentences
 
     def _refuse_questions(self, requests: Sequence[Instance]) -> None:
         if self.settings.needs_gold:
@@ -476,10 +583,19 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         attack = {**self.attack_info(), "warnings": self.all_warnings()}
         return {**super().get_model_info(), "attack": attack}
 
-    def attack_info(self, condition: int = 0) -> dict[str, Any]:
-        """Resolved settings and diagnostics of a condition; see docs/numbers.md."""
+    def attack_info(
+        self, condition: int = 0, diagnostics: Diagnostics | None = None
+    ) -> dict[str, Any]:
+        """Resolved settings and diagnostics of a condition; see docs/numbers.md.
+
+        Args:
+            condition: its number.
+            diagnostics: of it; those of the last call of lm-eval unless given.
+        """
         settings, attack = self.conditions[condition], self.engine.attacks[condition]
-        signal = self.signals[condition]
+        signal = self._now.signals[condition]
+        diagnostics = self.diagnostics[condition] if diagnostics is None else diagnostics
+        follows = attack.kind.gradient and not attack.identity
         return {
             **settings.arguments(),
             "condition": attack.condition,
@@ -488,7 +604,8 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
             "decay": attack.decay if attack.kind.momentum else None,
             "epsilon_absolute": attack.epsilon,
             "embedding_rms" if settings.hookpoint is None else "hookpoint_rms": signal.rms,
-            **self.diagnostics[condition].report(),
+            "gradient_dtype": self.engine_settings.gradient_dtype if follows else None,
+            **diagnostics.report(),
         }
 
     def set_cache_hook(self, cache_hook: Any) -> None:
@@ -520,6 +637,16 @@ def _source(pretrained: Any) -> Any:
             " through such weights; must be made outside of it"
         )
     return pretrained
+
+
+def _set_device(arguments: dict[str, Any]) -> None:
+    """Sets the argument `device` where it is not given, and checks it."""
+    if arguments.get("device") is None:
+        arguments["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    device = arguments["device"] = str(arguments["device"])
+    # lm-eval's command line says cuda:0 if the user says nothing
+    if device != "cuda:0" or not _lm_eval_runs() or any(device in word for word in sys.argv):
+        check_device(device)
 
 
 def _report_if_lm_eval_runs() -> None:

@@ -35,6 +35,7 @@ CONTEXTS = ("own", "shared")
 PER_TOKEN = "_token"
 NORMS = ("linf", "l2", f"l2{PER_TOKEN}")
 PACKINGS = ("auto", "tree", "off")
+GRADIENT_DTYPES = ("bfloat16",)
 
 
 def _named(table: dict[str, Any]) -> str:
@@ -262,7 +263,9 @@ class AttackSettings(ThreatSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """How `attacked-hf` loads and computes; the numbers of a whole model do not depend on it.
+    """How `attacked-hf` loads and computes.
+
+    The numbers of a whole model depend on `gradient_dtype` alone of these.
 
     Raises:
         UsageError: a value is not allowed.
@@ -288,6 +291,14 @@ class EngineSettings:
         "Answers depend on the question alone, to the last bit, whatever batch size, order, limit"
         " and number of processes are. Every question (every request with context=own) is a batch"
         " of its own, without packing, on one thread",
+        group="engine",
+    )
+    gradient_dtype: str | None = setting(
+        None,
+        "Take gradients of a copy of the model in this dtype, which some processors compute faster."
+        " Answers stay in the model's own dtype. The copy takes memory, and attacked points differ"
+        " slightly",
+        choices=GRADIENT_DTYPES,
         group="engine",
     )
     allow_missing_weights: bool = setting(

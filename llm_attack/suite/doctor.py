@@ -18,6 +18,7 @@ from llm_attack.base.errors import UsageError, invalid
 from llm_attack.base.failures import one_line
 from llm_attack.harness.patches import without_bars
 from llm_attack.lm.engine.attacked import AttackedBatch
+from llm_attack.lm.engine.clean import Needs, clean_pass
 from llm_attack.lm.engine.diagnostics import LEAST_REACHED
 from llm_attack.lm.network.hook import frozen
 from llm_attack.lm.units import Epsilon
@@ -136,7 +137,8 @@ def nothing_changes(prepared: Prepared) -> Check:
     engine, name = prepared.lm.engine, "epsilon 0 equals clean"
     with frozen(prepared.lm.model):
         pack = engine.pack(prepared.work[0].batch).to(engine.device)
-        attacked = AttackedBatch(engine.scorer, pack, engine.threat)
+        point = clean_pass(engine.scorer, pack, engine.threat, Needs())
+        attacked = AttackedBatch(engine.scorer, pack, engine.threat, point)
         clean, at_0 = (attacked.answers(x).log_prob.double() for x in (None, attacked.x))
     share = float((at_0 - clean).abs().mean() / clean.abs().mean())
     verdict = PASSES if share <= _ROUNDING else FAILS
@@ -202,8 +204,10 @@ def _slopes(prepared: Prepared) -> tuple[float, float, float]:
     engine = lm.engine
     pack = engine.pack(replace(batch, questions=batch.questions[:_QUESTIONS])).to(lm.device)
     with frozen(lm.model):
-        attacked = AttackedBatch(engine.scorer, pack, engine.threat)
-        gradient = attacked.gradient
+        clean = clean_pass(engine.scorer, pack, engine.threat, Needs(gradient=True))
+        attacked = AttackedBatch(engine.scorer, pack, engine.threat, clean)
+        gradient = clean.gradient
+        assert gradient is not None
         if attacked.mask is not None:
             gradient = gradient * attacked.mask[..., None]
             if not attacked.mask.any():

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llm_attack.attacks import Attack, Groups, keys_for, perturb
+from llm_attack.attacks import Attack, Elements, Groups, Losses, keys_for, perturb
 from llm_attack.theory.packet import Uncertainty, uncertainty_on_nodes
 from llm_attack.theory.settings import PACKETS, STEP, ToySettings
 from llm_attack.theory.stacked import StackedMLP, cross_entropy, generators, pick, stack
@@ -74,12 +74,10 @@ class Toy:
         attacked = perturb(
             self.attack,
             self.test,
-            lambda x: self.loss(x, labels).flatten(),
-            target_loss=of_other,
-            target_losses=[of_other],
+            Losses(lambda x: self.loss(x, labels).flatten(), of_other, [of_other]),
             bounds=(-1, 1),
             keys=self.keys,
-            examples=Groups(points, points.numel()),
+            elements=Elements(examples=Groups(points, points.numel())),
         )
         with torch.no_grad():
             right_of = [self.network(x).argmax(-1) == labels for x in (self.test, attacked)]

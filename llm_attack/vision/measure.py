@@ -15,6 +15,8 @@ from tqdm import tqdm
 from llm_attack.attacks import (
     ATTACKS,
     Attack,
+    Losses,
+    Watch,
     deepfool,
     keys_for,
     least_likely,
@@ -111,14 +113,17 @@ def attacked(
     low, high = x - like.epsilon, x + like.epsilon
     box = (low, high) if bounds is None else (low.clamp(*bounds), high.clamp(*bounds))
     in_ball = {name: replace(like, name=name) for name in names if name in ATTACKS}
-    swept = perturb_each(
+    losses = Losses(
+        lambda point: watch.loss(point),
+        lambda point: cross_entropy(classifier(point), target),
+    )
+    each = perturb_each(
         [attack for name, attack in in_ball.items() if name != _EACH_CLASS],
         x,
-        lambda point: watch.loss(point),
-        target_loss=lambda point: cross_entropy(classifier(point), target),
+        losses,
         bounds=bounds,
         keys=keys,
-        on_gradient=note,
+        watch=Watch(note),
     )
     for now in names:
         if now in ATTACKS:
@@ -127,7 +132,7 @@ def attacked(
                 others = range(scores.shape[1] - 1)
                 point = _towards_each(in_ball[now], watch, others, bounds, note)
             else:
-                point = next(swept)
+                point = next(each)
             any_counts = ATTACKS[now].reads_values
             yield now, _where(watch.wrong, watch.there, point) if any_counts else point
             continue
@@ -188,11 +193,10 @@ def _towards_each(
         point = perturb(
             attack,
             x[rows],
-            loss,
-            target_losses=[partial(watch.lead, rows=rows, target=target)],
+            Losses(loss, target_losses=[partial(watch.lead, rows=rows, target=target)]),
             bounds=bounds,
             keys=keys[rows],
-            on_gradient=on_gradient,
+            watch=Watch(on_gradient),
         )
         with torch.no_grad():
             value = loss(point)

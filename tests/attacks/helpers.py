@@ -2,7 +2,7 @@
 
 import torch
 
-from llm_attack.attacks import ATTACKS, keys_for, perturb
+from llm_attack.attacks import ATTACKS, Losses, keys_for, perturb
 
 KINDS = ATTACKS.items()
 NOISE = tuple(n for n, kind in KINDS if kind.start and not kind.gradient)
@@ -22,8 +22,8 @@ STEPPING = tuple(name for name in GRADIENT_ATTACKS if name not in ADAPTIVE)  # o
 def closures(name, loss):
     """`loss` in the places where the attack looks for it; what apgdt lowers is its negative."""
     if name == "apgdt":
-        return {"loss": loss, "target_losses": [lambda point: -loss(point)]}
-    return {"target_loss" if name in TARGETED else "loss": loss}
+        return {"loss": Losses(loss, target_losses=[lambda point: -loss(point)])}
+    return {"loss": Losses(target_loss=loss) if name in TARGETED else loss}
 
 
 def attacked(attack, x, loss, **options):
@@ -32,8 +32,8 @@ def attacked(attack, x, loss, **options):
 
 
 def gradients(name, steps=10):
-    """How many an attack takes; apgd wants to know at the end where it is."""
-    return (steps if name in ITERATIVE else 1) + (name in ADAPTIVE)
+    """How many an attack takes."""
+    return steps if name in ITERATIVE else 1
 
 
 def rng(seed):

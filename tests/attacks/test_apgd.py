@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from llm_attack.attacks import NORMS, Attack, Groups, loss_gradient, perturb
-from llm_attack.attacks.apgd import ascend
+from llm_attack.attacks import NORMS, Attack, Elements, Groups, Losses, loss_gradient, perturb
+from llm_attack.attacks.apgd import Best, Hill, ascend
 from llm_attack.attacks.norms import Ball
 
 from .helpers import Counted, keys, linear, rng
@@ -81,15 +81,19 @@ def test_step_sizes_are_halved_at_the_checkpoints():
     """With a loss that only falls: at each it goes back to the start, with half the step."""
     points = []
 
-    def falling(point):
+    def value(point):
         points.append(point.item())
-        return torch.tensor([-float(len(points))]), torch.ones(1, 1)
+        return torch.tensor([-float(len(points))])
+
+    def slope(point):
+        return value(point), torch.ones(1, 1)
 
     start = torch.zeros(1, 1)
     groups, moves = Groups.rows(start), torch.ones(1, 1, dtype=torch.bool)
     ball = Ball(start, 1e9, NORMS["linf"], groups, groups, moves)
-    best, value = ascend(start, falling, ball, steps=100, step=1.0)
-    assert (best.item(), value.item()) == (0, -1)
+    best = Best(ball)
+    assert ascend(start, Hill(value, slope), best, steps=100, step=1.0) == 0
+    assert best.value.item() == -1
     moves = torch.tensor(points).diff()
     back = [i for i in range(1, 100) if moves[i] < 0 <= moves[i - 1]]
     assert back == [22, 41, 57, 70, 80, 87, 93, 99]
@@ -136,8 +140,8 @@ def test_elements_of_an_example_may_lie_anywhere():
         return flat[order.argsort()].reshape(at.x.shape)
 
     flat = at.x.reshape(24, 4, 4)[order]
-    attack = Attack("apgd", 0.25, steps=20)
-    got = perturb(attack, flat, lambda point: at.loss(rows(point)), examples=Groups(owner, 8))
+    attack, mixed = Attack("apgd", 0.25, steps=20), Elements(examples=Groups(owner, 8))
+    got = perturb(attack, flat, lambda point: at.loss(rows(point)), elements=mixed)
     expected = perturb(attack, at.x, at.loss)
     assert (rows(got) - expected).abs().max() <= 1e-9
 
@@ -200,7 +204,7 @@ def test_towards_a_target_equals_autoattack(wide, monkeypatch):
     best, _, value, _ = theirs.attack_single_run(at.x, target, x_init=at.x)
 
     attack = Attack("apgdt", 0.25, steps=40)
-    got = perturb(attack, at.x, at.loss, target_losses=[down], bounds=(0, 1))
+    got = perturb(attack, at.x, Losses(at.loss, target_losses=[down]), bounds=(0, 1))
     assert (got - best).abs().max() <= 1e-9
     assert 99 - down(got) == pytest.approx(value)
 
@@ -221,8 +225,9 @@ def test_of_all_targets_the_one_with_the_greatest_loss_counts():
         return torch.stack([-margin(other)(point) for other in range(1, 5)]).amax(0)
 
     attack, targets = Attack("apgdt", 0.25, steps=20), [margin(other) for other in range(1, 5)]
-    got = perturb(attack, at.x, gap, target_losses=targets)
-    alone = torch.stack([gap(perturb(attack, at.x, gap, target_losses=[t])) for t in targets])
+    got = perturb(attack, at.x, Losses(gap, target_losses=targets))
+    alone = [perturb(attack, at.x, Losses(gap, target_losses=[t])) for t in targets]
+    alone = torch.stack([gap(point) for point in alone])
     assert torch.allclose(gap(got), alone.amax(0), rtol=0, atol=1e-12)
     assert len(set(alone.argmax(0).tolist())) > 1
     assert (gap(got) >= gap(at.attacked(steps=20, bounds=None)) - 1e-9).all()

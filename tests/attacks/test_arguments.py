@@ -5,7 +5,18 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from llm_attack.attacks import Attack, Groups, deepfool, loss_gradient, perturb, sparsefool
+from llm_attack.attacks import (
+    Attack,
+    Elements,
+    Groups,
+    Known,
+    Losses,
+    Watch,
+    deepfool,
+    loss_gradient,
+    perturb,
+    sparsefool,
+)
 
 from .helpers import ALL_ATTACKS, closures, keys, linear, rng
 
@@ -32,20 +43,52 @@ LOSS = linear(W)
         ({"bounds": ("a", "b")}, TypeError, "bounds: must be two numbers"),
         ({"bounds": (0, 0.5)}, ValueError, r"x: must lie within bounds=\(0, 0.5\); it goes from"),
         ({"x": X * torch.nan, "bounds": (0, 1)}, ValueError, "x: must lie within .* nan"),
-        ({"mask": torch.ones(3)}, TypeError, "mask: must be a tensor of torch.bool, not"),
-        ({"mask": torch.ones(4, dtype=torch.bool)}, ValueError, r"mask: its shape \(4,\)"),
-        ({"mask": [True]}, TypeError, "mask: must be a tensor of torch.bool, not list"),
+        (
+            {"elements": Elements(torch.ones(3))},
+            TypeError,
+            "mask: must be a tensor of torch.bool, not",
+        ),
+        (
+            {"elements": Elements(torch.ones(4, dtype=torch.bool))},
+            ValueError,
+            r"mask: its shape \(4,\)",
+        ),
+        (
+            {"elements": Elements([True])},
+            TypeError,
+            "mask: must be a tensor of torch.bool, not list",
+        ),
         ({"keys": torch.ones(3)}, TypeError, "keys: must be a tensor of torch.int64"),
         ({"keys": keys(2)}, ValueError, r"keys: its shape \(2,\)"),
-        ({"examples": 5}, TypeError, "examples: must be Groups, not int"),
-        ({"balls": Groups.rows(X[:2])}, ValueError, r"balls: the shape of its index \(2,\)"),
-        ({"on_gradient": 5}, TypeError, "on_gradient: must be a function, not int"),
-        ({"target_losses": 5}, TypeError, "target_losses: must be a list of functions, not int"),
-        ({"target_losses": [5]}, TypeError, "target_losses: must be a function, not int"),
-        ({"gap": 5}, TypeError, "gap: must be a function, not int"),
-        ({"gradient": X.double()}, TypeError, "gradient: must be a tensor of torch.float32"),
-        ({"gradient": X[:, :2]}, ValueError, r"gradient: its shape \(3, 2\)"),
-        ({"gradient": X[0]}, ValueError, r"gradient: its shape \(4,\)"),
+        ({"elements": Elements(examples=5)}, TypeError, "examples: must be Groups, not int"),
+        (
+            {"elements": Elements(balls=Groups.rows(X[:2]))},
+            ValueError,
+            r"balls: the shape of its index \(2,\)",
+        ),
+        ({"watch": Watch(5)}, TypeError, "on_gradient: must be a function, not int"),
+        (
+            {"loss": Losses(LOSS, target_losses=5)},
+            TypeError,
+            "target_losses: must be a list of functions, not int",
+        ),
+        (
+            {"loss": Losses(LOSS, target_losses=[5])},
+            TypeError,
+            "target_losses: must be a function, not int",
+        ),
+        ({"loss": Losses(LOSS, gap=5)}, TypeError, "gap: must be a function, not int"),
+        (
+            {"known": Known(gradient=X.double())},
+            TypeError,
+            "gradient: must be a tensor of torch.float32",
+        ),
+        ({"known": Known(gradient=X[:, :2])}, ValueError, r"gradient: its shape \(3, 2\)"),
+        ({"elements": Groups.rows(X)}, TypeError, "elements: must be Elements, not Groups"),
+        ({"known": X}, TypeError, "known: must be Known, not Tensor"),
+        ({"watch": print}, TypeError, "watch: must be Watch, not builtin_function_or_method"),
+        ({"known": Known(gap=X)}, ValueError, r"gap: must be one value for each of 3 examples"),
+        ({"known": Known(gradient=X[0])}, ValueError, r"gradient: its shape \(4,\)"),
     ],
     ids=lambda value: value if isinstance(value, str) else getattr(value, "__name__", "given"),
 )

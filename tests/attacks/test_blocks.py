@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llm_attack.attacks import Attack, Groups, perturb, signs
+from llm_attack.attacks import Attack, Elements, Groups, perturb, signs
 from llm_attack.attacks.draws import rehashed
 
 from .helpers import Counted, keys, linear, rng
@@ -86,7 +86,7 @@ def test_masked_elements_do_not_count():
     mask[:, place] = True
     spread = torch.zeros(2, 8, dtype=torch.int64).index_copy(1, place, own)
     loss = lambda p: (w * p[:, place]).sum((1, 2))  # noqa: E731
-    padded = perturb(attack, wide, loss, keys=spread, mask=mask)
+    padded = perturb(attack, wide, loss, keys=spread, elements=Elements(mask))
     assert torch.equal(padded[:, place], alone)
     assert not padded[~mask].any()
 
@@ -99,10 +99,12 @@ def test_elements_of_examples_of_different_sizes(n):
     loss = lambda p: p.new_zeros(index.n).index_add(0, index.index, (w * p).sum(1))  # noqa: E731
     own = torch.arange(4 + n) + 100
     attack = Attack("blocks", 0.5, queries=80)
-    got = perturb(attack, x, loss, keys=own, examples=index)
+    got = perturb(attack, x, loss, keys=own, elements=Elements(examples=index))
     first = lambda p: (w[:4] * p).sum().reshape(1)  # noqa: E731
     one = Groups(torch.zeros(4, dtype=torch.int64), 1)
-    assert torch.equal(got[:4], perturb(attack, x[:4], first, keys=own[:4], examples=one))
+    assert torch.equal(
+        got[:4], perturb(attack, x[:4], first, keys=own[:4], elements=Elements(examples=one))
+    )
     assert (loss(got) > 0).all()
 
 

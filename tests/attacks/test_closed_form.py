@@ -10,9 +10,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llm_attack.attacks import NORMS, Attack, keys_for, least_likely, perturb, signs, uniform
+from llm_attack.attacks import (
+    NORMS,
+    Attack,
+    Elements,
+    Known,
+    Losses,
+    Watch,
+    keys_for,
+    least_likely,
+    perturb,
+    signs,
+    uniform,
+)
 
 from .helpers import (
+    ADAPTIVE,
     ALL_ATTACKS,
     DESCENDING,
     GRADIENT_ATTACKS,
@@ -190,7 +203,7 @@ def test_random_has_either_sign_half_of_the_time():
 def test_flat_coordinates_stay_and_the_callback_sees_them(name):
     x, w = problem(8, (11, 4))
     slopes = []
-    got = attacked(Attack(name, EPS, steps=5), x, linear(w), on_gradient=slopes.append)
+    got = attacked(Attack(name, EPS, steps=5), x, linear(w), watch=Watch(slopes.append))
     assert len(slopes) == gradients(name, 5)
     assert all(torch.equal(slope, w) for slope in slopes)
     start = x + EPS * uniform(keys(8), x) if name == "pgd" else x
@@ -231,7 +244,7 @@ def test_a_given_gradient_stands_for_the_first_one_alone(name):
     loss = Counted(linear(w))
     slopes = []
     attack = Attack(name, EPS, steps=3)
-    attacked(attack, x, loss, gradient=-w, on_gradient=slopes.append)
+    attacked(attack, x, loss, known=Known(gradient=-w), watch=Watch(slopes.append))
     assert loss.calls == (2 if name in ITERATIVE else 0)
     assert torch.equal(slopes[0], -w)
     assert all(torch.equal(slope, w) for slope in slopes[1:])
@@ -241,9 +254,12 @@ def test_a_given_gradient_stands_for_the_first_one_alone(name):
 def test_the_closure_of_the_other_sense_is_not_called(name):
     x, w = problem(3, (7,))
     right, wrong = Counted(linear(w)), Counted(linear(-w))
-    given = {"loss": wrong, "target_loss": wrong, **closures(name, right)}
-    perturb(Attack(name, EPS), x, keys=keys(3), **given)
-    assert right.calls == gradients(name) + 2 * (name == "apgdt")  # which compares by it
+    wanted = "target_loss" if name in TARGETED else "loss"
+    targets = [lambda point: -right(point)] if name == "apgdt" else []
+    given = Losses(**{"loss": wrong, "target_loss": wrong, wanted: right}, target_losses=targets)
+    perturb(Attack(name, EPS), x, given, keys=keys(3))
+    # apgd wants to know at the end where it is; apgdt compares by the loss as well
+    assert right.calls == gradients(name) + (name in ADAPTIVE) + 2 * (name == "apgdt")
     assert wrong.calls == 0
 
 
@@ -253,7 +269,7 @@ def test_missing_closure(name):
     wanted, other = ("target_loss", "loss") if name in TARGETED else ("loss", "target_loss")
     wanted = "target_losses" if name == "apgdt" else wanted
     with pytest.raises(ValueError, match=f"'{name}' needs {wanted}"):
-        perturb(Attack(name, EPS), x, keys=keys(3), **{other: linear(w)})
+        perturb(Attack(name, EPS), x, keys=keys(3), loss=Losses(**{other: linear(w)}))
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -276,6 +292,6 @@ def test_masked_places_stay_and_the_others_move(name, mask_dims):
     mask = torch.rand(x.shape[:mask_dims], generator=rng(3)) < 0.6
     mask[0], mask[1] = True, False
     moves = mask.reshape(mask.shape + (1,) * (3 - mask_dims)).expand_as(x)
-    got = attacked(Attack(name, EPS), x, linear(w), mask=mask)
+    got = attacked(Attack(name, EPS), x, linear(w), elements=Elements(mask))
     direction = signs(keys(4), x) if name == "random" else way(name)
     assert torch.equal(got, torch.where(moves, x + EPS * direction, x))

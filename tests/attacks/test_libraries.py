@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llm_attack.attacks import Attack, least_likely, perturb, uniform
+from llm_attack.attacks import Attack, Losses, Watch, least_likely, perturb, uniform
 
 from .helpers import TARGETED, keys, rng
 
@@ -86,11 +86,10 @@ class Setting:
         return perturb(
             self.attack,
             self.x,
-            against(LABELS),
-            target_loss=against(self.targets),
+            Losses(against(LABELS), against(self.targets)),
             bounds=(0, 1),
             keys=keys(8),
-            on_gradient=large_enough,
+            watch=Watch(large_enough),
         )
 
 

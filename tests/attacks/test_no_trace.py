@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llm_attack.attacks import Attack, loss_gradient, perturb, perturb_each
+from llm_attack.attacks import Attack, Elements, Known, Losses, loss_gradient, perturb, perturb_each
 
 from .helpers import (
     ALL_ATTACKS,
@@ -129,8 +129,8 @@ def test_the_point_is_as_before(name, requires_grad):
     given = [tensor.detach().clone() for tensor in (x, own, slope)]
     version = x._version
     loss = closure(build(training=False))
-    options = {"keys": own, "mask": mask, "bounds": (0, 1), **closures(name, loss)}
-    got = perturb(Attack(name, EPS, steps=3), x, gradient=slope, **options)
+    options = {"keys": own, "elements": Elements(mask), "bounds": (0, 1), **closures(name, loss)}
+    got = perturb(Attack(name, EPS, steps=3), x, known=Known(gradient=slope), **options)
     for tensor, copy in zip((x.detach(), own, slope), given, strict=True):
         assert torch.equal(tensor, copy)
     assert (x.requires_grad, x.grad, x._version) == (requires_grad, None, version)
@@ -139,13 +139,13 @@ def test_the_point_is_as_before(name, requires_grad):
         assert got.data_ptr() != x.data_ptr()
 
 
-def test_sweep_leaves_no_trace_between_attacks():
+def test_perturb_each_leaves_no_trace_between_attacks():
     network, x = build(training=False), point()
     loss = closure(network)
     before, clean = state(network), x.clone()
     attacks = [Attack(name, EPS, steps=2) for name in ALL_ATTACKS]
-    given = {**closures("apgdt", loss), "target_loss": loss}
-    for _ in perturb_each(attacks, x, keys=keys(3), **given):
+    losses = Losses(loss, loss, [lambda point: -loss(point)])
+    for _ in perturb_each(attacks, x, losses, keys=keys(3)):
         assert state(network) == before
         assert same_bits(x, clean)
 

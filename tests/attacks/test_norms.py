@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from llm_attack.attacks import NORMS, Attack, Groups, perturb, uniform
+from llm_attack.attacks import NORMS, Attack, Elements, Groups, perturb, uniform
 from llm_attack.attacks.draws import normal, words
 from llm_attack.attacks.settings import LENGTH_OF_ONES
 
@@ -63,7 +63,7 @@ def test_l2_ball_box_and_mask(seed, name, epsilon, boxed):
     attack = Attack(name, epsilon, steps=3, norm="l2")
     box = (0, 1) if boxed else None
     loss = lambda point: (w * (point + (3 * point).sin())).flatten(1).sum(1)  # noqa: E731
-    got = attacked(attack, x, loss, mask=mask, bounds=box)
+    got = attacked(attack, x, loss, elements=Elements(mask), bounds=box)
     assert name == "gaussian" or (lengths(got - x) <= epsilon * (1 + 1e-12)).all()
     assert torch.equal(got[~mask], x[~mask])
     if boxed:
@@ -117,7 +117,7 @@ def test_examples_are_told_by_an_index(name, norm):
     own = torch.arange(12).reshape(3, 4)
     attack = Attack(name, 0.3, steps=4, norm=norm)
     bent = lambda point, w: (w * (point + (3 * point).sin())).sum(-1)  # noqa: E731
-    options = {} if norm == "linf" else {"examples": Groups.rows(x)}
+    options = {} if norm == "linf" else {"elements": Elements(examples=Groups.rows(x))}
 
     def found(order):
         index = Groups(torch.arange(3).repeat_interleave(4)[order], 3)
@@ -127,7 +127,7 @@ def test_examples_are_told_by_an_index(name, norm):
             of_elements = bent(point, slopes)
             return of_elements.new_zeros(3).index_add(0, index.index, of_elements)
 
-        options = {"keys": own.flatten()[order], "examples": index}
+        options = {"keys": own.flatten()[order], "elements": Elements(examples=index)}
         point = perturb(attack, flat, **closures(name, loss), **options)
         return torch.empty_like(point).index_copy(0, order, point).reshape(x.shape)
 
@@ -144,7 +144,9 @@ def test_balls_of_their_own():
     """An example's loss, and a ball for each of its elements."""
     x, w = torch.randn(2, 3, 4, 5, generator=rng(5), dtype=torch.float64)
     balls = Groups(torch.arange(12).reshape(3, 4), 12)
-    got = perturb(Attack("bim", 0.5, steps=40, norm="l2"), x, linear(w), balls=balls)
+    got = perturb(
+        Attack("bim", 0.5, steps=40, norm="l2"), x, linear(w), elements=Elements(balls=balls)
+    )
     assert torch.allclose(got, x + 0.5 * w / w.norm(dim=-1, keepdim=True), atol=1e-12)
 
 

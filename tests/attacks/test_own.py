@@ -9,7 +9,16 @@ import torch
 from shown import ROOT
 
 from attacks.helpers import grid, keys, linear, rng
-from llm_attack.attacks import ATTACKS, Attack, Groups, perturb, register_attack, uniform
+from llm_attack.attacks import (
+    ATTACKS,
+    Attack,
+    Elements,
+    Groups,
+    Watch,
+    perturb,
+    register_attack,
+    uniform,
+)
 from llm_attack.attacks.draws import rehashed
 from llm_attack.base.errors import UsageError
 from llm_attack.base.plugins import load_function, name_of, source_hash
@@ -99,7 +108,7 @@ def test_what_it_returns_is_kept_in_ball_box_and_mask(register):
     x = torch.full((2, 3, 4), 0.5)
     mask = torch.tensor([[True, False, True], [True, True, True]])
     attack = Attack(register(far, "far"), 0.3)
-    found = perturb(attack, x, linear(x), keys=keys(2), mask=mask, bounds=(0, 0.7))
+    found = perturb(attack, x, linear(x), keys=keys(2), elements=Elements(mask), bounds=(0, 0.7))
     expected = torch.where(mask[..., None], 0.7, 0.5).expand_as(x)
     torch.testing.assert_close(found, expected)
 
@@ -129,7 +138,7 @@ def test_its_gradients_are_counted(register):
     counted = []
     x, w = grid(2, 3), torch.tensor([[1.0, 0.0, float("nan")]]).expand(2, 3)
     attack = Attack(register(once, "once"), 0.5)
-    found = perturb(attack, x, linear(w), on_gradient=counted.append)
+    found = perturb(attack, x, linear(w), watch=Watch(counted.append))
     assert len(counted) == 1
     torch.testing.assert_close(found - x, torch.tensor([[0.5, 0, 0]]).expand(2, 3))
 

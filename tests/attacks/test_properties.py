@@ -8,7 +8,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from llm_attack.attacks import Attack, least_likely, perturb, perturb_each
+from llm_attack.attacks import Attack, Elements, Known, Losses, least_likely, perturb, perturb_each
 
 from .helpers import (
     ADAPTIVE,
@@ -61,11 +61,13 @@ def problems(draw):
         mask = torch.rand(x.shape[: draw(st.integers(1, x.dim()))], generator=generator) < 0.6
     loss = lambda point: (w * (point + (3 * point).sin())).flatten(1).sum(1)  # noqa: E731
     return x, {
-        "loss": loss,
-        "target_loss": lambda point: -loss(point) - (w * point**2).flatten(1).sum(1),
-        "target_losses": [lambda point: -loss(point), lambda point: (w * point).flatten(1).sum(1)],
+        "loss": Losses(
+            loss,
+            lambda point: -loss(point) - (w * point**2).flatten(1).sum(1),
+            [lambda point: -loss(point), lambda point: (w * point).flatten(1).sum(1)],
+        ),
         "bounds": box,
-        "mask": mask,
+        "elements": Elements(mask),
         "keys": keys(n),
     }
 
@@ -88,8 +90,8 @@ def test_ball_box_mask_and_determinism(attack, problem):
         low, high = torch.tensor(options["bounds"], dtype=x.dtype)
         assert (got >= low).all()
         assert (got <= high).all()
-    if options["mask"] is not None:
-        still = ~spread(options["mask"], x)
+    if options["elements"].mask is not None:
+        still = ~spread(options["elements"].mask, x)
         assert torch.equal(bits(got)[still], bits(x)[still])
     if attack.name == "none" or attack.epsilon == 0:
         assert same_bits(got, x)
@@ -99,21 +101,22 @@ def test_ball_box_mask_and_determinism(attack, problem):
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(attacks(), max_size=5), problems())
-def test_sweep_is_perturb_one_by_one_with_one_clean_gradient(several, problem):
+def test_perturb_each_is_perturb_one_by_one_with_one_clean_gradient(several, problem):
     x, options = problem
     several = [attack for attack in several if attack.name in (*STEPPING, "apgd", "none", *NOISE)]
     expected = [perturb(attack, x, **options) for attack in several]
-    loss, target_loss = Counted(options.pop("loss")), Counted(options.pop("target_loss"))
-    swept = list(perturb_each(several, x, loss, target_loss=target_loss, **options))
-    assert len(swept) == len(several)
-    assert all(same_bits(got, alone) for got, alone in zip(swept, expected, strict=True))
+    losses = options.pop("loss")
+    loss, target_loss = Counted(losses.loss), Counted(losses.target_loss)
+    each = list(perturb_each(several, x, Losses(loss, target_loss), **options))
+    assert len(each) == len(several)
+    assert all(same_bits(got, alone) for got, alone in zip(each, expected, strict=True))
 
     steps = {"loss": 0, "target_loss": 0}
     shared = 0
     for attack in several:
         if attack.epsilon > 0 and attack.name in GRADIENT_ATTACKS:
-            n = gradients(attack.name, attack.steps)
-            if attack.name in ("fgsm", "bim", "mifgsm", "reversed"):
+            n = gradients(attack.name, attack.steps) + (attack.name == "apgd")
+            if attack.name in ("fgsm", "bim", "mifgsm", "reversed", "apgd"):
                 shared, n = 1, n - 1
             steps["target_loss" if attack.name in TARGETED else "loss"] += n
     assert loss.calls == steps["loss"] + shared
@@ -122,17 +125,17 @@ def test_sweep_is_perturb_one_by_one_with_one_clean_gradient(several, problem):
         assert same_bits(loss.points[0], x)
 
 
-def test_sweep_takes_no_gradient_that_it_was_given_or_does_not_need():
+def test_perturb_each_takes_no_gradient_that_it_was_given_or_does_not_need():
     x = torch.zeros(2, 3)
     loss = Counted(linear(torch.ones(2, 3)))
     given_one = [Attack("fgsm", 0.1), Attack("fgsm", 0.2)]
-    downwards = list(perturb_each(given_one, x, loss, gradient=-torch.ones(2, 3)))
+    downwards = list(perturb_each(given_one, x, loss, known=Known(gradient=-torch.ones(2, 3))))
     assert [point.unique().item() for point in downwards] == pytest.approx([-0.1, -0.2])
     list(perturb_each([Attack("none"), Attack("random"), Attack("fgsm", 0)], x, loss, keys=keys(2)))
     assert loss.calls == 0
 
 
-def test_sweep_is_lazy():
+def test_perturb_each_is_lazy():
     """An attack is made when it is asked for; callers hold one point at a time."""
     loss = Counted(linear(torch.ones(2, 3)))
     points = perturb_each([Attack("bim", steps=2), Attack("bim", steps=2)], torch.zeros(2, 3), loss)
@@ -171,7 +174,9 @@ def test_masked_infinities_stay_and_harm_nobody(name, dtype):
     x = torch.tensor([[math.inf, -math.inf, 0.0, 0.25]]).to(dtype)
     mask = torch.tensor([[False, False, False, True]])
     loss = linear(torch.ones_like(x))
-    got = perturb(Attack(name, 0.5), x, mask=mask, keys=keys(1), **closures(name, loss))
+    got = perturb(
+        Attack(name, 0.5), x, elements=Elements(mask), keys=keys(1), **closures(name, loss)
+    )
     assert same_bits(got[:, :3], x[:, :3])
     if name in ADAPTIVE:  # whose loss, inf - inf, says nothing of where it would be better
         assert same_bits(got, x)
@@ -188,7 +193,7 @@ def test_negative_zeros_with_a_flat_gradient_stay_negative(name, masked):
     x = torch.full((1, 21), -0.0)
     mask = torch.zeros(1, 21, dtype=torch.bool) if masked else None
     loss = linear(torch.zeros(1, 21))
-    assert same_bits(perturb(Attack(name, 0.1), x, loss, target_loss=loss, mask=mask), x)
+    assert same_bits(perturb(Attack(name, 0.1), x, Losses(loss, loss), elements=Elements(mask)), x)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
@@ -199,7 +204,7 @@ def test_negative_zeros_with_a_flat_gradient_stay_negative(name, masked):
 def test_a_step_larger_than_the_dtype_holds(name, settings, dtype):
     x = torch.ones(1, 4, dtype=dtype)
     loss = linear(torch.tensor([[0, 0, 1, 1]], dtype=dtype))
-    got = perturb(Attack(name, **settings), x, loss, target_loss=loss)
+    got = perturb(Attack(name, **settings), x, Losses(loss, loss))
     assert torch.equal(got[:, :2], x[:, :2])
 
 
@@ -259,8 +264,8 @@ def test_by_size_lengths_are_shared_among_the_elements_that_move(name, norm):
 
     attack = Attack(name, 0.2, steps=4, step_size=0.1, norm=norm)
     shared = replace(attack, by_size=True)
-    got = perturb(shared, x, mask=mask, keys=own, **closures(name, loss([0, 1, 2])))
+    got = perturb(shared, x, elements=Elements(mask), keys=own, **closures(name, loss([0, 1, 2])))
     for i, size in enumerate((4, 1, 2)):
-        row: dict = {"mask": mask[[i]], "keys": own[[i]], **closures(name, loss([i]))}
+        row: dict = {"elements": Elements(mask[[i]]), "keys": own[[i]], **closures(name, loss([i]))}
         expected = perturb(attack.scaled(size**-0.5), x[[i]], **row)
         assert torch.allclose(got[[i]], expected, rtol=0, atol=1e-12)

@@ -105,7 +105,7 @@ def test_step(name, step_size):
 @pytest.mark.parametrize("name", ALL_ATTACKS)
 @pytest.mark.parametrize("epsilon", (0, 0.5))
 def test_which_attacks_start_with_the_clean_gradient(name, epsilon):
-    expected = name in ("fgsm", "bim", "mifgsm", "reversed") and epsilon > 0
+    expected = name in ("fgsm", "bim", "mifgsm", "reversed", "apgd", "critical") and epsilon > 0
     assert Attack(name, epsilon).uses_clean_gradient == expected
 
 

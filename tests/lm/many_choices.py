@@ -7,11 +7,12 @@ The memory is what may be taken beyond what the imports have; prints the peak's 
 
 import resource
 import sys
+from dataclasses import replace
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llm_attack.lm.engine.attacked import AttackedBatch
+from llm_attack.lm.engine.clean import Needs, clean_pass
 from llm_attack.lm.engine.scoring import Scorer
 from llm_attack.lm.losses import ThreatModel
 from llm_attack.lm.packing.pack import pack_rows
@@ -27,18 +28,17 @@ def main(limit: int, more: int) -> None:
     config = LlamaConfig(**sizes, **heads, max_position_embeddings=LENGTH)
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
     scorer = Scorer(model, model.get_input_embeddings())
-    scorer.limit = limit
     tokens = torch.randint(0, 50, (CHOICES, LENGTH)).tolist()
     requests = [Request(tuple(of), 5) for of in tokens]
     gold = [i == 0 for i in range(CHOICES)]
     question = Question(requests, [[i] for i in range(CHOICES)], gold)
-    pack = pack_rows([question], shared=True)
+    pack = replace(pack_rows([question], shared=True), limit=limit)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + more, used + more))
-    surface = AttackedBatch(scorer, pack, ThreatModel("choice", shared=True))
-    assert surface.gradient.isfinite().all() and surface.gradient.any()
+    clean = clean_pass(scorer, pack, ThreatModel("choice", shared=True), Needs(gradient=True))
+    assert clean.gradient.isfinite().all() and clean.gradient.any()
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 

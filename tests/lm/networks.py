@@ -29,6 +29,7 @@ from versions import GPT2_TAKES_TREES, TRANSFORMERS, dtype_of
 from llm_attack.base.errors import UsageError
 from llm_attack.harness.model import AttackedHFLM
 from llm_attack.lm.engine.attacked import AttackedBatch
+from llm_attack.lm.engine.clean import Needs, clean_pass
 from llm_attack.lm.engine.probe import longest_tree
 from llm_attack.lm.engine.scoring import Scorer
 from llm_attack.lm.losses import LOSSES, ThreatModel
@@ -257,6 +258,12 @@ def asked():
     ]
 
 
+def prepared(scorer, pack, threat):
+    """The pack with all that a clean pass gives."""
+    clean = clean_pass(scorer, pack, threat, Needs(gradient=True))
+    return AttackedBatch(scorer, pack, threat, clean)
+
+
 def scorer_of(model, hookpoint=None):
     return Scorer(model, resolve(model, hookpoint), softmax_dtype=torch.float64)
 
@@ -288,14 +295,14 @@ def slope_error(name, hookpoint, loss):
     model = network(name)
     pack = pack_rows(asked(), shared=LOSSES[loss].gold, whole=LOSSES[loss].whole)
     with exact(), frozen(model):
-        surface = AttackedBatch(scorer_of(model, hookpoint), pack, ThreatModel(loss))
-        gradient, h = surface.gradient, 3e-5 * surface.x.square().mean().sqrt()
+        batch = prepared(scorer_of(model, hookpoint), pack, ThreatModel(loss))
+        gradient, h = batch.clean.gradient, 3e-5 * batch.x.square().mean().sqrt()
         drawn = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(0))
         errors = []
         for d in (gradient, drawn):
             d = d / d.norm()
             with torch.no_grad():
-                up, down = (surface.loss(surface.x + s * h * d).sum() for s in (1, -1))
+                up, down = (batch.loss(batch.x + s * h * d).sum() for s in (1, -1))
             errors.append(((gradient * d).sum() - (up - down) / (2 * h)).abs() / gradient.norm())
     return float(max(errors))
 

@@ -17,6 +17,7 @@ from networks import (
     hookpoints,
     longest_tree_of,
     network,
+    prepared,
     refusal,
     scorer_of,
     single,
@@ -27,8 +28,7 @@ from unchanged import unchanged
 from versions import TRANSFORMERS
 
 from llm_attack.attacks import Attack
-from llm_attack.lm.engine.attacked import AttackedBatch
-from llm_attack.lm.engine.engine import Engine
+from llm_attack.lm.engine.engine import Engine, Layout
 from llm_attack.lm.engine.probe import longest_tree
 from llm_attack.lm.losses import LOSSES, ThreatModel
 from llm_attack.lm.network.blocks import blocks
@@ -76,12 +76,12 @@ def test_fgsm_raises_the_loss(name):
     model = network(name)
     pack = pack_rows(asked(), whole=True)
     with exact(), frozen(model):
-        surface = AttackedBatch(scorer_of(model), pack, ThreatModel())
-        epsilon = 1e-5 * float(surface.x.square().mean().sqrt())
-        adversarial, _ = surface.attack(Attack("fgsm", epsilon))
+        batch = prepared(scorer_of(model), pack, ThreatModel())
+        epsilon = 1e-5 * float(batch.x.square().mean().sqrt())
+        adversarial = batch.attack(Attack("fgsm", epsilon)).x
         with torch.no_grad():
-            rise = surface.loss(adversarial).sum() - surface.loss(surface.x).sum()
-        expected = epsilon * float(surface.gradient.abs().sum())
+            rise = batch.loss(adversarial).sum() - batch.loss(batch.x).sum()
+        expected = epsilon * float(batch.clean.gradient.abs().sum())
         assert float(rise) == pytest.approx(expected, rel=0.01)
 
 
@@ -127,14 +127,16 @@ def test_none_equals_stock(name, make):
     found = ours.loglikelihood(requests, disable_tqdm=True)
     assert [ll for ll, _ in found] == pytest.approx([ll for ll, _ in expected], abs=1e-4)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
-    assert (ours.engine.longest_tree > 0) == (ARCHITECTURES[name].trees > 0)
+    assert (ours.engine.layout.longest_tree > 0) == (ARCHITECTURES[name].trees > 0)
 
 
 def attacked(name, threat):
     """Answers under an attack of each sort, and the model that gives them."""
     attacks = [Attack("none"), Attack("fgsm", 0.01), Attack("pgd", 0.01, steps=2)]
     model = network(name)
-    engine = Engine(scorer_of(model), attacks, threat, CPU, 0, longest_tree_of(name))
+    engine = Engine(
+        scorer_of(model), attacks, threat, CPU, Layout(longest_tree=longest_tree_of(name))
+    )
     return list(engine.answers(engine.batches(asked(), 8)))
 
 

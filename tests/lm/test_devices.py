@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 from llm_attack.attacks import Attack
-from llm_attack.lm.engine.engine import Engine
+from llm_attack.lm.engine.engine import Engine, Layout
 from llm_attack.lm.engine.scoring import Scorer
 from llm_attack.lm.losses import ThreatModel
 from llm_attack.lm.network.hook import frozen, resolve
@@ -52,7 +52,7 @@ def test_everything_meets_on_one_device(split, threat, longest_tree, hookpoint):
     """Point, perturbation and scores are where the model begins, wherever the hookpoint is."""
     scorer = Scorer(split, resolve(split, hookpoint))
     scorer.nearest = None  # picks tokens by their content
-    engine = Engine(scorer, ATTACKS, threat, CPU, 0, longest_tree)
+    engine = Engine(scorer, ATTACKS, threat, CPU, Layout(longest_tree=longest_tree))
     (batch,) = engine.batches(QUESTIONS, 8, 1000)
     with frozen(split):
         found = engine.compute(engine.pack(batch))

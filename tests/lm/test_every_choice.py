@@ -4,10 +4,10 @@ from functools import partial
 
 import pytest
 import torch
+from networks import prepared
 
-from llm_attack.attacks import perturb
+from llm_attack.attacks import Elements, Losses, perturb
 from llm_attack.harness.requests import encode, questions_of
-from llm_attack.lm.engine.attacked import AttackedBatch
 from llm_attack.lm.engine.choices import ChoiceScores
 from llm_attack.lm.packing.questions import Question, Request
 
@@ -16,11 +16,11 @@ STRONG = ["apgd", "apgdt", "blocks", "fmn", "critical", "uniform", "gaussian"]
 EPSILON = 0.004
 
 
-def surface(lm, requests):
+def batch_of(lm, requests):
     """All questions of the requests in one pack."""
     questions = questions_of(requests, encode(lm, requests), lm.settings)
     (batch,) = lm.batches(questions)
-    return AttackedBatch(lm.engine.scorer, lm.engine.pack(batch), lm.settings.threat)
+    return prepared(lm.engine.scorer, lm.engine.pack(batch), lm.settings.threat)
 
 
 @pytest.mark.parametrize("gold", [[0], [2], [0, 3]])
@@ -55,7 +55,7 @@ def test_the_layout_does_not_matter(exact, build, task, attack):
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l2_token"])
 def test_first_order_is_the_margin_over_the_dual_norm_of_its_gradient(exact, build, norm):
-    at = surface(exact(loss="margin", norm=norm), build("demo_arc_challenge", 3).instances)
+    at = batch_of(exact(loss="margin", norm=norm), build("demo_arc_challenge", 3).instances)
     found = at.alignment(norm.removesuffix("_token"))[:, 3]
     x = at.x.requires_grad_(True)
     gaps = at.gap(x)
@@ -72,18 +72,18 @@ def test_first_order_is_the_margin_over_the_dual_norm_of_its_gradient(exact, bui
 
 def test_critical_epsilon_is_the_length_of_what_was_found(exact, build):
     lm = exact(attack="critical", loss="margin", epsilon=0.02, steps=5, rounds=6)
-    at = surface(lm, build("demo_arc_challenge", 6).instances)
-    point, _ = at.attack(lm.attack)
-    needed = at.critical_epsilon(lm.attack, point, at.answers(point))
+    at = batch_of(lm, build("demo_arc_challenge", 6).instances)
+    point = at.attack(lm.attack).x
+    critical = at.critical_epsilon(lm.attack, point, at.answers(point))
     wrong = at.gap(at.x) > 0
-    assert torch.equal(needed == 0, wrong)
-    assert needed.isfinite().all() and (at.gap(point) > 0).all()
-    assert torch.allclose((point - at.x).flatten(1).abs().amax(1), needed)
-    assert (needed[~wrong] > 0).all() and (needed <= lm.attack.epsilon).all()
+    assert torch.equal(critical == 0, wrong)
+    assert critical.isfinite().all() and (at.gap(point) > 0).all()
+    assert torch.allclose((point - at.x).flatten(1).abs().amax(1), critical)
+    assert (critical[~wrong] > 0).all() and (critical <= lm.attack.epsilon).all()
     few = exact(attack="critical", loss="margin", epsilon=1e-6)
     (right,) = (~wrong).nonzero(as_tuple=True)
-    censored = surface(few, build("demo_arc_challenge", 6).instances)
-    point, _ = censored.attack(few.attack)
+    censored = batch_of(few, build("demo_arc_challenge", 6).instances)
+    point = censored.attack(few.attack).x
     assert torch.isinf(
         censored.critical_epsilon(few.attack, point, censored.answers(point))[right]
     ).all()
@@ -93,8 +93,8 @@ def test_critical_epsilon_is_the_length_of_what_was_found(exact, build):
 def test_units_of_a_request(exact, build, unit):
     """NEFTune: the L2 norm of the noise is alpha times root(tokens * width) over that, so alpha."""
     lm = exact(attack="random", epsilon=0.5, epsilon_unit=unit)
-    at = surface(lm, build("demo_arc_challenge", 2).instances)
-    point, _ = at.attack(lm.attack)
+    at = batch_of(lm, build("demo_arc_challenge", 2).instances)
+    point = at.attack(lm.attack).x
     noise = point - at.x
     if unit == "neftune":
         lengths = noise.flatten(1).norm(dim=1)
@@ -108,11 +108,16 @@ def test_units_of_a_request(exact, build, unit):
 def test_towards_every_other_choice_is_no_weaker(exact, build):
     """apgdt keeps the best of its ways: as good as apgd down the lead over any one choice."""
     lm = exact(attack="apgdt", loss="margin", epsilon=EPSILON, steps=4)
-    at = surface(lm, build("demo_arc_challenge", 4).instances)
-    point, _ = at.attack(lm.attack)
+    at = batch_of(lm, build("demo_arc_challenge", 4).instances)
+    point = at.attack(lm.attack).x
     reached = at.gap(point)
-    for other in range(at.choices.most_others):
-        way = partial(at.lead, other)
-        options = {"mask": at.mask, "examples": at.examples}
-        alone = perturb(lm.attack, at.x, at.loss, target_losses=[way], gap=at.gap, **options)
+    choices = at.read.choices
+
+    def lead(other, x):
+        return choices.lead(at.read.sums(at.watched(x)), other)
+
+    for other in range(choices.most_others):
+        losses = Losses(at.loss, target_losses=[partial(lead, other)], gap=at.gap)
+        elements = Elements(at.mask, at.examples)
+        alone = perturb(lm.attack, at.x, losses, elements=elements)
         assert (reached >= at.gap(alone) - 1e-6).all()

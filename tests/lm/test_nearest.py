@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from llm_attack.lm.engine.diagnostics import ONE_IN
 from llm_attack.lm.engine.nearest import Nearest
 
 
@@ -92,9 +93,27 @@ def test_in_results(packing, context, build, make):
     assert found["0.001rms"]["nearest_token_unchanged"] == 1
     assert found["0.001rms"]["nearest_token_unchanged_linf"] == 1
     assert found["10rms"]["nearest_token_unchanged"] < 0.5
+    tokens = lm.diagnostics[0].elements / lm.model.config.hidden_size
+    sizes = {of["nearest_token_sample"] for of in found.values()}
+    assert len(sizes) == 1 and abs(sizes.pop() - tokens / ONE_IN) < 5 * (tokens / ONE_IN) ** 0.5
+
+
+@pytest.mark.parametrize("loss", ["sequence", "choice"])
+def test_the_sample_does_not_depend_on_the_batch(loss, build, make):
+    """The same tokens in any order, in batches of any size, as trees and as rows."""
+    requests, found = build("demo_arc_easy", 6).instances, []
+    for batch_size, packing, step in ((8, "tree", 1), (1, "off", -1), (64, "off", 1)):
+        how = {"loss": loss, "packing": packing, "batch_size": batch_size}
+        lm = make(attack="random", epsilon="4rms", **how)
+        lm.loglikelihood(requests[::step], disable_tqdm=True)
+        sums = lm.diagnostics[0]
+        found.append((sums.tokens, sums.nearest_l2, sums.nearest_linf))
+    assert len(set(found)) == 1
+    assert 0 < found[0][1] < found[0][0]
 
 
 def test_only_of_embeddings(build, make):
     lm = make(attack="random", hookpoint="model.layers.0")
     lm.loglikelihood(build("demo_arc_easy").instances, disable_tqdm=True)
     assert lm.attack_info()["nearest_token_unchanged"] is None
+    assert lm.attack_info()["nearest_token_sample"] is None

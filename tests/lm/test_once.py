@@ -3,13 +3,13 @@
 import pytest
 import torch
 from hypothesis import given, settings
-from networks import ARCHITECTURES, CPU, exact, network, scorer_of
+from networks import ARCHITECTURES, CPU, exact, network, prepared, scorer_of
 from test_trees import question, questions
 
 from llm_attack.attacks import Attack
 from llm_attack.lm.engine import probe
-from llm_attack.lm.engine.attacked import AttackedBatch
-from llm_attack.lm.engine.engine import Engine
+from llm_attack.lm.engine.clean import usable_twins
+from llm_attack.lm.engine.engine import Engine, Layout
 from llm_attack.lm.engine.probe import takes_twins
 from llm_attack.lm.losses import ThreatModel
 from llm_attack.lm.network.hook import frozen
@@ -31,11 +31,11 @@ def both(scorer, pack, loss):
     found = []
     for once in (False, True):
         scorer.takes_twins = once
-        surface = AttackedBatch(scorer, pack, ThreatModel(loss))
+        threat = ThreatModel(loss)
         with exact(), frozen(scorer.model):
-            gradient = surface.gradient
-        assert (surface.twins is not None) == once
-        found.append((gradient, *surface.clean, surface.clean_loss))
+            clean = prepared(scorer, pack, threat).clean
+        assert (usable_twins(scorer, pack, threat) is not None) == once
+        found.append((clean.gradient, *clean.scores, clean.loss))
     scorer.takes_twins = False
     return found
 
@@ -77,11 +77,9 @@ def test_products_are_made_once_for_each_node(monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, "linear", counted)
     scorer.takes_twins = True
-    surface = AttackedBatch(scorer, pack, ThreatModel())
-    point = surface.x  # captured before anything else is computed
-    seen.clear()
     with frozen(scorer.model):
-        assert surface.gradient.shape == point.shape
+        clean = prepared(scorer, pack, ThreatModel()).clean
+    assert clean.gradient.shape == clean.x.shape
     scorer.takes_twins = False
     nodes, predictions = len(pack.twins.first), len(pack.twins.entries.slot)
     assert set(seen) == {nodes, predictions}
@@ -138,7 +136,7 @@ def test_siblings_share_a_batch():
     for once in (False, True):
         attacks = [Attack("none"), Attack("fgsm", 0.05), Attack("bim", 0.05, steps=2)]
         with exact(), frozen(scorer.model):
-            engine = Engine(scorer, attacks, ThreatModel(), CPU, once=once)
+            engine = Engine(scorer, attacks, ThreatModel(), CPU, Layout(once=once))
             assert scorer.takes_twins == once
             batches = engine.batches(made, 3)
             answered = [a for _, part in engine.answers(batches) for a in part.answered]

@@ -7,7 +7,8 @@ from test_prefix import asked
 
 from llm_attack.attacks import ATTACKS, Attack, register_attack
 from llm_attack.base.errors import UsageError
-from llm_attack.lm.engine.engine import Engine
+from llm_attack.lm.engine.diagnostics import Diagnostics
+from llm_attack.lm.engine.engine import Engine, Layout
 from llm_attack.lm.losses import LOSSES, ThreatModel, register_loss
 from llm_attack.lm.network.hook import frozen
 from llm_attack.lm.settings import AttackSettings
@@ -47,13 +48,20 @@ def best_of_noise(x, loss, ball, keys):
 
 def answers(attacks, threat, longest_tree=0, questions=None):
     """Log-likelihoods (attacks, requests), and the diagnostics of each attack."""
-    engine = Engine(scorer_of(network("llama")), attacks, threat, CPU, 0, longest_tree)
+    engine = Engine(
+        scorer_of(network("llama")), attacks, threat, CPU, Layout(longest_tree=longest_tree)
+    )
     made = asked(gold=threat.shared, examples=(2, 3), n=4) if questions is None else questions
     with exact(), frozen(engine.scorer.model):
-        found = [a for _, part in engine.answers(engine.batches(made, 100)) for a in part.answered]
+        parts = [part for _, part in engine.answers(engine.batches(made, 100))]
+    found = [a for part in parts for a in part.answered]
+    totals = [Diagnostics() for _ in attacks]
+    for part in parts:
+        for total, sums in zip(totals, part.diagnostics, strict=True):
+            total.add(vars(sums))
     found.sort(key=lambda a: a.question.requests[0].tokens)
     log_likelihoods = [[x for a in found for x, _ in a.answers[i]] for i in range(len(attacks))]
-    return torch.tensor(log_likelihoods).double(), engine.diagnostics
+    return torch.tensor(log_likelihoods).double(), totals
 
 
 @pytest.mark.parametrize("longest_tree", [0, 100])

@@ -2,13 +2,14 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from networks import prepared
 
 from llm_attack.harness.requests import encode, questions_of
-from llm_attack.lm.engine.attacked import AttackedBatch
 
 LIMIT = "400000000"  # bytes
 
@@ -24,14 +25,13 @@ def test_parts_are_the_whole(exact, build, loss):
     assert not rest
     pack = engine.pack(whole)
     with torch.no_grad():
-        x = AttackedBatch(engine.scorer, pack, engine.threat).x
+        x = prepared(engine.scorer, pack, engine.threat).x
     found = []
     for limit in (10**6, 2 * pack.input_ids.shape[1], 1):
-        engine.scorer.limit = limit
-        surface = AttackedBatch(engine.scorer, pack, engine.threat)
-        gradient = surface.gradient
-        answers = surface.answers(x + 0.01).log_prob
-        found.append((surface.clean_loss, gradient, surface.clean.log_prob, answers))
+        pack = replace(pack, limit=limit)
+        at = prepared(engine.scorer, pack, engine.threat)
+        answers, clean = at.answers(x + 0.01).log_prob, at.clean
+        found.append((clean.loss, clean.gradient, clean.scores.log_prob, answers))
         assert len(engine.scorer._forwards(pack)) == {10**6: 1, 1: len(pack.input_ids)}.get(
             limit, len(pack.input_ids) // 2
         )

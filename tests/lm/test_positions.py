@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from networks import prepared
 
 from llm_attack.base.errors import UsageError
 from llm_attack.harness.requests import encode, examples_of, questions_of
-from llm_attack.lm.engine.attacked import AttackedBatch
 from llm_attack.lm.packing.positions import check_positions, of_question, of_request
 from llm_attack.lm.packing.questions import Question, Request
 
@@ -62,11 +62,11 @@ def test_elsewhere_nothing_moves(exact, build, attack, packing, task):
         lm = exact(attack=attack, positions=spec, packing=packing, **options)
         questions = questions_of(task.instances, encode(lm, task.instances), lm.settings)
         (batch,) = lm.batches(questions)
-        surface = AttackedBatch(lm.engine.scorer, lm.engine.pack(batch), lm.settings.threat)
-        point, sums = surface.attack(lm.attack)
-        changed = (point != surface.x).any(-1)
-        assert changed.any() and not (changed & ~surface.mask).any()
-        assert torch.equal(point[~surface.mask], surface.x[~surface.mask])
+        at = prepared(lm.engine.scorer, lm.engine.pack(batch), lm.settings.threat)
+        point, sums, _ = at.attack(lm.attack)
+        changed = (point != at.x).any(-1)
+        assert changed.any() and not (changed & ~at.mask).any()
+        assert torch.equal(point[~at.mask], at.x[~at.mask])
         expected = sum(int(of_question(q, spec).sum()) for q in questions) * point.shape[-1]
         assert sums["elements"] == expected
 
@@ -94,9 +94,9 @@ def test_own_context_by_request(exact, build):
     encoded = encode(lm, task.instances)
     (batch,) = lm.batches(questions_of(task.instances, encoded, lm.settings))
     pack = lm.engine.pack(batch)
-    surface = AttackedBatch(lm.engine.scorer, pack, lm.settings.threat)
-    point, _ = surface.attack(lm.attack)
-    for row, request in zip((point != surface.x).any(-1), pack.requests, strict=True):
+    at = prepared(lm.engine.scorer, pack, lm.settings.threat)
+    point = at.attack(lm.attack).x
+    for row, request in zip((point != at.x).any(-1), pack.requests, strict=True):
         read = len(request.inputs)
         expected = [read + 1 - request.n_continuation <= i < read for i in range(len(row))]
         assert row.tolist() == expected

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from networks import ARCHITECTURES, CPU, exact, longest_tree_of, network, scorer_of
 
 from llm_attack.attacks import Attack
-from llm_attack.lm.engine.engine import BUDGET, Engine
+from llm_attack.lm.engine.diagnostics import Diagnostics
+from llm_attack.lm.engine.engine import BUDGET, Engine, Layout
 from llm_attack.lm.engine.hookpoints import scorers
 from llm_attack.lm.losses import ThreatModel
 from llm_attack.lm.network.hook import frozen
@@ -55,20 +56,25 @@ THREATS = {
 
 
 def answers(name, attacks, threat, prefixes, *, longest_tree=0):
-    """By the request's number among those of all questions; the engine, and its batches."""
+    """By the request's number among those of all questions; diagnostics, and the batches."""
     engine = Engine(
-        scorer_of(network(name)), attacks, threat, CPU, 0, longest_tree, prefixes=prefixes
+        scorer_of(network(name)), attacks, threat, CPU, Layout(0, longest_tree, prefixes)
     )
     made = asked(gold=threat.shared)
     with exact(), frozen(engine.scorer.model):
         batches = engine.batches(made, 100)
-        found = [a for _, part in engine.answers(batches) for a in part.answered]
+        parts = [part for _, part in engine.answers(batches)]
+    found = [a for part in parts for a in part.answered]
+    totals = [Diagnostics() for _ in attacks]
+    for part in parts:
+        for total, sums in zip(totals, part.diagnostics, strict=True):
+            total.add(vars(sums))
     of_request = {}
     for answered in found:
         for i, request in enumerate(answered.question.requests):
             of_request[request.tokens] = [of_attack[i] for of_attack in answered.answers]
     alignments = sorted(a.alignment for a in found if a.alignment)
-    return of_request, alignments, engine, batches
+    return of_request, alignments, totals, batches
 
 
 @pytest.mark.parametrize("longest_tree", [0, 100])
@@ -90,7 +96,7 @@ def test_all_attacks_find_the_same(threat, longest_tree):
             assert list(some) == pytest.approx(list(others), rel=1e-9)
     for some, others in zip(whole[1], behind[1], strict=True):
         assert some == pytest.approx(others, rel=1e-7, nan_ok=True)
-    for some, others in zip(whole[2].diagnostics, behind[2].diagnostics, strict=True):
+    for some, others in zip(whole[2], behind[2], strict=True):
         assert vars(some) == pytest.approx(vars(others), rel=1e-9)
 
 
@@ -132,7 +138,7 @@ def test_clean_answers_share_all_that_is_not_scored(caplog):
 def test_examples_that_differ(caplog):
     """The log says why nothing is shared."""
     engine = Engine(
-        scorer_of(network("llama")), ATTACKS[:2], THREATS["own"], CPU, 0, 0, prefixes=True
+        scorer_of(network("llama")), ATTACKS[:2], THREATS["own"], CPU, Layout(prefixes=True)
     )
     made = [Question([Request((*range(i, i + 20), 7, 8, 9), 1, 3)], [[0]]) for i in range(2, 40, 7)]
     assert {b.prefix for b in engine.batches(made, 8, 100)} == {0}
@@ -144,7 +150,7 @@ def test_two_sets_of_examples():
     found = []
     for prefixes in (False, True):
         engine = Engine(
-            scorer_of(network("llama")), ATTACKS[:3], THREATS["own"], CPU, 0, 0, prefixes=prefixes
+            scorer_of(network("llama")), ATTACKS[:3], THREATS["own"], CPU, Layout(prefixes=prefixes)
         )
         made = asked() + asked(examples=EXAMPLES[::-1])
         with exact(), frozen(engine.scorer.model):
@@ -175,7 +181,7 @@ def test_several_hookpoints_behind_a_prefix():
             many = scorers(scorer_of(network("llama")), [None, "model.layers.0"], CPU)
             assert many[1].skip is not None
             places = [many[0], many[0], many[1]]
-            engine = Engine(many[0], attacks, threat, CPU, 0, 100, places, prefixes=prefixes)
+            engine = Engine(many[0], attacks, threat, CPU, Layout(0, 100, prefixes), places)
             with frozen(many[0].model):
                 batches = engine.batches(asked(), 100)
                 parts = [a for _, part in engine.answers(batches) for a in part.answered]

@@ -9,13 +9,12 @@ import copy
 import pytest
 import torch
 from lm_eval.api.instance import Instance
-from networks import CPU, ROTARY_BY_LENGTH, THRESHOLD, network, scorer_of
+from networks import CPU, ROTARY_BY_LENGTH, THRESHOLD, network, prepared, scorer_of
 from peft import PromptTuningConfig, get_peft_model
 
 from llm_attack.attacks import Attack
 from llm_attack.demo import MODEL_PATH
-from llm_attack.lm.engine.attacked import AttackedBatch
-from llm_attack.lm.engine.engine import Engine
+from llm_attack.lm.engine.engine import Engine, Layout
 from llm_attack.lm.losses import ThreatModel
 from llm_attack.lm.network.hook import frozen
 from llm_attack.lm.packing.pack import pack_rows
@@ -72,7 +71,7 @@ def alone(fresh, request, epsilon=0.0):
 
 
 def engine_of(model, *attacks, longest_tree=99):
-    return Engine(scorer_of(model), attacks, ThreatModel(), CPU, 0, longest_tree)
+    return Engine(scorer_of(model), attacks, ThreatModel(), CPU, Layout(longest_tree=longest_tree))
 
 
 def answers(engine, questions, tokens=10_000):
@@ -136,7 +135,7 @@ def test_a_perturbation_that_choices_share(fresh, loss):
     questions = asked()
     threat = ThreatModel(loss, shared=True)
     pack = pack_rows(questions, shared=True, whole=loss == "sequence")
-    found = AttackedBatch(scorer_of(fresh()), pack, threat).gradient
+    found = prepared(scorer_of(fresh()), pack, threat).clean.gradient
     at = 0
     for question in questions:
         embed = fresh().get_input_embeddings()

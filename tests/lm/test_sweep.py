@@ -6,14 +6,14 @@ import functools
 import numpy as np
 import pytest
 import torch
-from networks import ARCHITECTURES, CPU, network, path_of, scorer_of
+from networks import ARCHITECTURES, CPU, network, path_of, prepared, scorer_of
 from versions import GPT2_TAKES_TREES, TRANSFORMERS
 
 from llm_attack.attacks import Attack
 from llm_attack.base.errors import UsageError
-from llm_attack.lm.engine.attacked import AttackedBatch
-from llm_attack.lm.engine.engine import Engine
-from llm_attack.lm.engine.hookpoints import expand, scorers, share
+from llm_attack.lm.engine.clean import Needs
+from llm_attack.lm.engine.engine import Engine, Layout
+from llm_attack.lm.engine.hookpoints import clean_passes, expand, scorers
 from llm_attack.lm.engine.scatter import by_index
 from llm_attack.lm.losses import ThreatModel
 from llm_attack.lm.network.blocks import known_blocks, recompute
@@ -123,7 +123,7 @@ def test_a_failing_forward_leaves_nothing_behind():
 @pytest.mark.parametrize("name", ["llama", "llama, recomputed", "falcon", "gpt2"])
 @pytest.mark.parametrize("pack", [pack_trees(MADE), pack_rows(MADE, shared=True)])
 def test_one_pass_for_all(pack, name):
-    """Clean points, answers and gradients are those that each surface finds alone.
+    """Clean points, answers and gradients are those that each batch has alone.
 
     Falcon adds the attention's output into that of the MLP, in place.
     """
@@ -135,16 +135,16 @@ def test_one_pass_for_all(pack, name):
         recompute(block)
     names = places(model)
     threat = ThreatModel("choice", shared=True)
-    together = [AttackedBatch(s, pack, threat) for s in scorers(scorer_of(model), names, CPU)]
     with frozen(model):
-        share(together, gradient=True)
-        for name, surface in zip(names, together, strict=True):
-            alone = AttackedBatch(scorer_of(model, name), pack, threat)
-            kept = slice(None) if surface.mask is None else surface.mask
-            assert torch.allclose(surface.gradient[kept], alone.gradient[kept], atol=1e-12)
-            assert surface.gradient[kept].any()
-            assert torch.allclose(surface.x[kept], alone.x[kept], atol=1e-12)
-            assert torch.allclose(surface.clean.log_prob, alone.clean.log_prob, atol=1e-12)
+        together = scorers(scorer_of(model), names, CPU)
+        passes = clean_passes(together, pack, threat, Needs(gradient=True))
+        for name, clean in zip(names, passes, strict=True):
+            batch = prepared(scorer_of(model, name), pack, threat)
+            alone, kept = batch.clean, slice(None) if batch.mask is None else batch.mask
+            assert torch.allclose(clean.gradient[kept], alone.gradient[kept], atol=1e-12)
+            assert clean.gradient[kept].any()
+            assert torch.allclose(clean.x[kept], alone.x[kept], atol=1e-12)
+            assert torch.allclose(clean.scores.log_prob, alone.scores.log_prob, atol=1e-12)
 
 
 @pytest.mark.parametrize("longest", [99, 0])
@@ -161,7 +161,7 @@ def test_answers_are_those_of_a_run_for_each(longest, loss):
     of_conditions = [of_names[0], *(scorer for scorer in of_names for _ in attacks)]
 
     def answers(attacks, scorer, many=()):
-        engine = Engine(scorer, attacks, threat, CPU, 0, longest, many)
+        engine = Engine(scorer, attacks, threat, CPU, Layout(longest_tree=longest), many)
         with frozen(model):
             batches = list(engine.answers(engine.batches(MADE, 8)))
         found = by_index(a for _, batch in batches for a in batch.answered)

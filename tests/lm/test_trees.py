@@ -8,14 +8,15 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from networks import CPU, network, scorer_of
+from networks import CPU, network, prepared, scorer_of
 from unchanged import unchanged
 from versions import GPT2_TAKES_TREES
 
 from llm_attack.attacks import ATTACKS, Attack
 from llm_attack.lm.engine import engine as engines
 from llm_attack.lm.engine.attacked import AttackedBatch
-from llm_attack.lm.engine.engine import Engine
+from llm_attack.lm.engine.clean import Needs, clean_pass
+from llm_attack.lm.engine.engine import Engine, Layout
 from llm_attack.lm.engine.probe import longest_tree, trees_fault
 from llm_attack.lm.losses import ThreatModel
 from llm_attack.lm.network.blocks import blocks, compiled, recompute
@@ -71,7 +72,7 @@ def test_gradients(made, loss):
     pack = pack_trees(made, whole=loss == "sequence")
     threat = ThreatModel(loss, shared=True)
     with frozen(model):
-        found = AttackedBatch(scorer_of(model), pack, threat).gradient
+        found = prepared(scorer_of(model), pack, threat).clean.gradient
     for row, of_question in enumerate(made):
         log_likelihoods, points = [], []
         for request in of_question.requests:
@@ -116,7 +117,7 @@ def test_answers_do_not_depend_on_the_layout(name, norm, made):
     results = []
     for longest, tokens in ((99, 1000), (99, 20), (0, 1000), (9, 1000)):
         scorer = scorer_of(network("gpt2"))
-        engine = Engine(scorer, [attack], threat, CPU, 0, longest)
+        engine = Engine(scorer, [attack], threat, CPU, Layout(longest_tree=longest))
         engine.probe(made)  # with an older transformers GPT-2 takes no trees
         with frozen(scorer.model):
             batches = list(engine.answers(engine.batches(made, 8, tokens)))
@@ -156,7 +157,7 @@ def test_a_long_tree_that_fails_turns_packing_off(monkeypatch, caplog):
     """The longest question of a run is tried too: short trials cannot show everything."""
     scorer = scorer_of(network("llama"))
     made = [question([([2, 3, 4], 1), ([2, 3, 5], 1)])]
-    engine = Engine(scorer, [Attack("none")], ThreatModel(), CPU, 0, 99)
+    engine = Engine(scorer, [Attack("none")], ThreatModel(), CPU, Layout(longest_tree=99))
     monkeypatch.setattr(engines, "trees_fault", lambda *args: "gives other logits")
     with caplog.at_level(logging.WARNING, "llm_attack"):
         assert engine.batches(made, 8)[0].trees
@@ -179,11 +180,10 @@ def test_blocks_that_are_recomputed_or_compiled_change_nothing(change, monkeypat
     gradients = []
     for each in (plain, model):
         with frozen(each):
-            surface = AttackedBatch(
-                scorer_of(each), pack_trees(made), ThreatModel("choice", shared=True)
-            )
-            gradients.append(surface.gradient)
-            assert surface.clean.log_prob.isfinite().all()
+            threat = ThreatModel("choice", shared=True)
+            clean = prepared(scorer_of(each), pack_trees(made), threat).clean
+            gradients.append(clean.gradient)
+            assert clean.scores.log_prob.isfinite().all()
     assert torch.allclose(*gradients, rtol=1e-9, atol=1e-12)
 
 
@@ -199,10 +199,10 @@ def test_recomputing_keeps_what_is_put_inside_of_a_block(hookpoint):
     for each in (plain, model):
         with frozen(each), unchanged(each):
             pack, threat = pack_trees(made), ThreatModel("choice", shared=True)
-            surface = AttackedBatch(scorer_of(each, hookpoint), pack, threat)
-            attacked.append(surface.attack(Attack("bim", 0.3, steps=3))[0])
+            batch = prepared(scorer_of(each, hookpoint), pack, threat)
+            attacked.append(batch.attack(Attack("bim", 0.3, steps=3)).x)
     assert torch.equal(*attacked)
-    assert not torch.equal(attacked[0], surface.x)
+    assert not torch.equal(attacked[0], batch.x)
 
 
 def test_recomputing_keeps_less():
@@ -217,9 +217,9 @@ def test_recomputing_keeps_less():
             return tensor
 
         with frozen(model), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            surface = AttackedBatch(scorer_of(model), pack_trees(made), ThreatModel(shared=True))
-            x = surface.x.requires_grad_()
-            surface.loss(x)
+            scorer, made_pack, threat = scorer_of(model), pack_trees(made), ThreatModel(shared=True)
+            clean = clean_pass(scorer, made_pack, threat, Needs())
+            AttackedBatch(scorer, made_pack, threat, clean).loss(clean.x.requires_grad_())
         return sum(sizes)
 
     plain = network("llama")

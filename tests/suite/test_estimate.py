@@ -10,12 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from llm_attack.attacks import Attack
 from llm_attack.cli import main
 from llm_attack.harness.requests import by_question, encode, questions_of
-from llm_attack.lm.engine.attacked import AttackedBatch
+from llm_attack.lm.engine.clean import Needs, clean_pass
 from llm_attack.lm.network.hook import frozen
 from llm_attack.lm.packing.batches import Batch
 from llm_attack.lm.packing.prefix import start
 from llm_attack.lm.settings import AttackSettings
-from llm_attack.suite.run.cost import Passes, Sizes, passes
+from llm_attack.suite.run.cost import Sizes, passes
 from llm_attack.suite.run.estimate import Counts
 
 ATTACKS = [
@@ -36,41 +36,44 @@ def pack_of(lm, requests):
     return lm.engine.pack(batch), batch
 
 
-def test_passes_are_those_of_the_engine(make, asked, monkeypatch):
-    """All attacks at once, which share the clean gradient, and each alone."""
-    lm = make(attn_implementation="eager")
-    every = [AttackSettings(name, loss="choice", **more) for name, more in ATTACKS]
-    seen = []
-    forward, gradient = AttackedBatch._watched, torch.autograd.grad
-    monkeypatch.setattr(
-        AttackedBatch,
-        "_watched",
-        lambda s, x: (seen.append(torch.is_grad_enabled()), forward(s, x))[1],
-    )
-    monkeypatch.setattr(
-        torch.autograd, "grad", lambda *a, **k: (seen.append("backward"), gradient(*a, **k))[1]
-    )
-    answers = AttackedBatch.answers
-    monkeypatch.setattr(
-        AttackedBatch,
-        "answers",
-        lambda s, x: (seen.append("clean" if x is None else "answers"), answers(s, x))[1],
-    )
+@pytest.mark.parametrize("apart", [False, True])
+def test_passes_are_those_of_the_engine(make, asked, apart):
+    """All attacks at once, which share the clean gradient, and each alone; counted at the head."""
+    lm = make(attn_implementation="eager", **({"gradient_dtype": "bfloat16"} if apart else {}))
+    every = [
+        AttackSettings(name, loss="choice", **more)
+        for name, more in ATTACKS
+        if not (apart and name == "fmn")
+    ]
+    forwards, backwards = [], []
+
+    def look(module, args, output):
+        forwards.append(output.requires_grad)
+        if output.requires_grad:
+            output.register_hook(lambda _: backwards.append(1))
+
     for chosen in (every, *([one] for one in every)):
         lm.use(*chosen)
         pack, _ = pack_of(lm, asked)
-        seen.clear()
-        lm.engine.compute(pack)
+        forwards.clear(), backwards.clear()
+        models = {scorer.model for scorer in (lm.engine.scorer, *lm.engine.slopes.values())}
+        handles = [m.get_output_embeddings().register_forward_hook(look) for m in models]
+        with frozen(lm.model):
+            lm.engine.compute(pack)
+        for handle in handles:
+            handle.remove()
         others = max(len(q.gold) for q in pack.questions) - 1
-        found = Passes(*(seen.count(kind) for kind in ("backward", False, "answers", "clean")))
-        assert found == passes(lm.engine.attacks, others)._replace(first=0)
+        estimated = passes(lm.engine.attacks, others, apart=bool(lm.engine.slopes))
+        assert len(backwards) == estimated.gradients == sum(forwards)
+        without = estimated.losses + estimated.answers + estimated.clean
+        assert forwards.count(False) == without
 
 
 def test_the_smallest_amplitude_costs_no_more_than_its_rounds():
     """What `critical` needs depends on the question; the estimate is below the bound."""
     attack = Attack("critical", 0.1, steps=3, rounds=5)
     found = passes([attack], 3)
-    assert found.gradients <= 1 + 5 * (3 + 1)
+    assert found.gradients <= 1 + 5 * 3
     assert found.gradients > 1 + 3 + 1
 
 
@@ -138,10 +141,9 @@ def test_flop_saved_by_computing_once(make, asked):
     counted = {}
     for once in (False, True):
         scorer.takes_twins = once
-        attacked = AttackedBatch(scorer, pack, lm.engine.threat)
-        assert attacked.x is not None
         with FlopCounterMode(display=False) as counter, frozen(lm.model):
-            assert attacked.gradient.shape == attacked.x.shape
+            clean = clean_pass(scorer, pack, lm.engine.threat, Needs(gradient=True))
+        assert clean.gradient.shape == clean.x.shape
         counted[once] = counter.get_total_flops()
     saved = sizes.gradient(pack, watched) - sizes.gradient(pack, watched, once=True)
     assert counted[False] - counted[True] == saved > 0

@@ -1,23 +1,75 @@
-"""One batch prepared for attack: its clean embeddings, random keys and loss functions."""
+"""One batch prepared for attack: its clean pass, random keys and loss functions."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from llm_attack.attacks import NORMS, Attack, Ball, Groups, least_likely, perturb, widest
-from llm_attack.lm.engine.choices import ChoiceScores, sum_by
+from llm_attack.attacks import (
+    NORMS,
+    Attack,
+    Ball,
+    Elements,
+    Groups,
+    Known,
+    Losses,
+    Watch,
+    trajectory,
+    widest,
+)
+from llm_attack.lm.engine import diagnostics
+from llm_attack.lm.engine.choices import sum_by
+from llm_attack.lm.engine.clean import BatchLoss, CleanPass, answers_of, expand
 from llm_attack.lm.engine.scoring import Scorer, Scores
-from llm_attack.lm.losses import LOSSES, ThreatModel
-from llm_attack.lm.packing.pack import Pack, Twins
+from llm_attack.lm.losses import ThreatModel
+from llm_attack.lm.packing.pack import Pack
 
-_ROUNDING = 4.0  # of a sum of log-probabilities, in units of its last place
+
+class Attacked(NamedTuple):
+    """What an attack found for a batch.
+
+    Attributes:
+        x: the attacked point.
+        sums: what it adds to the sums of `Diagnostics`, by name.
+        scores: of the continuations' tokens there; None: the attack did not look at that point.
+    """
+
+    x: Tensor
+    sums: dict[str, Tensor]
+    scores: Scores | None
+
+
+@dataclass(frozen=True)
+class Slopes:
+    """The copy of the model that gradients are taken of, in a dtype of fewer bits.
+
+    Attributes:
+        scorer: with the copy.
+        below: clean activations of the copy, as of `CleanPass`.
+    """
+
+    scorer: Scorer
+    below: Tensor | None = None
+
+    def scores(self, pack: Pack, x: Tensor) -> Scores:
+        """Of the watched predictions at a point, (B, L, H)."""
+        return self.scorer(pack, pack.watched, x.to(self.scorer.model.dtype), self.below)
 
 
 class AttackedBatch:
-    """One pack, with its clean point, its answers, and the loss that attacks raise.
+    """One pack with its clean pass, and the loss that attacks raise.
+
+    Args:
+        scorer: the model and the hookpoint.
+        pack: the batch.
+        threat: the loss, and what the attacker may touch.
+        clean: the clean pass, with what the attacks need of it.
+        slopes: what takes the gradients, where that is another model than `scorer`'s.
 
     Attributes:
         x: the clean point: (B, L, H), or (U, H) where the pack has nodes.
@@ -25,24 +77,22 @@ class AttackedBatch:
             nowhere.
     """
 
-    def __init__(self, scorer: Scorer, pack: Pack, threat: ThreatModel) -> None:
+    def __init__(
+        self,
+        scorer: Scorer,
+        pack: Pack,
+        threat: ThreatModel,
+        clean: CleanPass,
+        slopes: Slopes | None = None,
+    ) -> None:
         self.scorer, self.pack, self.threat = scorer, pack, threat
-        self.below: Tensor | None = None
-        """(B, L, H) clean activations that forwards start from; None: they are whole."""
+        self.clean, self.slopes = clean, slopes
+        self.read = BatchLoss(pack, threat)
 
-    @cached_property
+    @property
     def x(self) -> Tensor:
-        return self.of_nodes(self.scorer.point(self.pack))
-
-    def of_nodes(self, values: Tensor, total: bool = False) -> Tensor:
-        """(B, L, H) values as those of the point: at a token of each node, or the sum over all."""
-        if self.pack.first is None or self.pack.node is None:
-            return values
-        values = values.flatten(0, 1)
-        if not total:
-            return values[self.pack.first]
-        sums = values.new_zeros(len(self.pack.first), values.shape[-1])
-        return sums.index_add(0, self.pack.node.flatten(), values)
+        assert self.clean.x is not None
+        return self.clean.x
 
     @property
     def _precise(self) -> torch.dtype:
@@ -53,10 +103,6 @@ class AttackedBatch:
         if self.pack.moves is not None:
             return self.pack.moves
         return self.pack.mask if self.pack.first is None else None
-
-    def expand(self, x: Tensor) -> Tensor:
-        """`x` as the hookpoint's output, (B, L, H)."""
-        return x if self.pack.node is None else x[self.pack.node]
 
     @cached_property
     def keys(self) -> Tensor:
@@ -78,104 +124,93 @@ class AttackedBatch:
         n = self.x.shape[:-1].numel()
         return Groups(torch.arange(n, device=self.x.device).reshape(self.x.shape[:-1]), n)
 
-    @cached_property
-    def choices(self) -> ChoiceScores:
-        return ChoiceScores(self.pack.questions, self.pack.input_ids.device)
+    @property
+    def elements(self) -> Elements:
+        return Elements(self.mask, self.examples, self.balls)
+
+    # -- what attacks ask at a point -------------------------------------------------------------
+
+    def watched(self, x: Tensor, slopes: Slopes | None = None) -> Scores:
+        """Scores of what the loss reads at a point; by `slopes`, if given."""
+        x = expand(self.pack, x)
+        if slopes is not None:
+            return slopes.scores(self.pack, x)
+        return self.scorer(self.pack, self.pack.watched, x, self.clean.below)
 
     def loss(self, x: Tensor) -> Tensor:
         """The loss that attacks ascend: (requests,), or (questions,) where it knows the gold."""
-        return self.loss_of(self._watched(x))
-
-    def _watched(self, x: Tensor) -> Scores:
-        return self.scorer(self.pack, self.pack.watched, self.expand(x), self.below)
-
-    def loss_of(self, scores: Scores) -> Tensor:
-        kind = LOSSES[self.threat.loss]
-        return kind.value(self._sums(scores), self.choices if kind.gold else None)
-
-    def _loss_of_examples(self, x: Tensor) -> Tensor:
-        """(examples,) the same: of a question the sum over its requests where these share it."""
-        values = self.loss(x)
-        if len(values) == self.examples.n:
-            return values
-        sizes = [len(q.requests) for q in self.pack.questions]
-        return sum_by(values, _owners(sizes).to(values.device), len(sizes))
-
-    def target_loss(self, x: Tensor) -> Tensor:
-        """The loss of the target choice, (questions,), which targeted attacks descend."""
-        return self.choices.margin(self._sums_at(x), self.target)
+        return self.read.value(self.watched(x))
 
     def gap(self, x: Tensor) -> Tensor:
-        """(questions,) `ChoiceScores.gap`: above 0 the answer is wrong.
-
-        Scores that differ by less than `_ROUNDING` count as right, unless they are equal: lm-eval
-        adds up in the precision of the log-probabilities, where they may be the other way round.
-        """
-        found = self._watched(x)
-        sums = self._sums(found)
-        gap, best = self.choices.gap(sums), self.choices.matrix(sums).detach().amax(-1)
-        rounding = _ROUNDING * torch.finfo(found.log_prob.dtype).eps * best.abs()
-        return torch.where(gap > torch.finfo(gap.dtype).tiny, gap - rounding, gap)
-
-    def lead(self, other: int, x: Tensor) -> Tensor:
-        """(questions,) `ChoiceScores.lead` over one of the other choices."""
-        return self.choices.lead(self._sums_at(x), other)
-
-    def _sums_at(self, x: Tensor) -> Tensor:
-        return self._sums(self._watched(x))
-
-    def _sums(self, scores: Scores) -> Tensor:
-        """(requests,) log-probabilities of the tokens that the loss reads."""
-        return sum_by(scores.log_prob, self.pack.watched.request, len(self.pack.requests))
-
-    @cached_property
-    def target(self) -> Tensor:
-        """(questions, choices) booleans: the choice least likely at the clean point, never gold."""
-        log_probs, _ = self.clean
-        choices = self.choices
-        n = len(self.pack.requests)
-        scores = choices.matrix(sum_by(log_probs, self.pack.scored.request, n))
-        scores = scores.masked_fill(~choices.exists, torch.inf)
-        columns = torch.arange(scores.shape[1], device=scores.device)
-        return columns == least_likely(scores, choices.gold)[:, None]
-
-    @cached_property
-    def clean(self) -> Scores:
-        """Scores of the continuations' tokens at the clean point."""
-        return self.answers(None)
-
-    @cached_property
-    def gradient(self) -> Tensor:
-        """Gradient of the loss at the clean point; the forward for it sets `clean` as well."""
-        twins = self.twins
-        with torch.enable_grad():
-            x = self.x.detach().requires_grad_(True)
-            if twins is None:
-                scores = self._watched(x)
-                values = self.loss_of(scores)
-                (gradient,) = torch.autograd.grad(values.sum(), x)
-            else:
-                once = self.scorer.at_twins(self.pack, twins, x, self.below)
-                of_entries = LOSSES[self.threat.loss].value(once.log_prob, None)
-                (gradient,) = torch.autograd.grad(of_entries.sum(), x)
-                scores = Scores(*(s.detach()[twins.of_entry] for s in once))
-                values = self.loss_of(scores)
-        self.clean_loss = values.detach()
-        self.clean = Scores(*(s.detach()[self.pack.kept] for s in scores))
-        return gradient
-
-    @property
-    def twins(self) -> Twins | None:
-        """What rows have in common, where it is computed once: of losses that sum over tokens."""
-        usable = self.scorer.takes_twins and LOSSES[self.threat.loss].additive
-        return self.pack.twins if usable and self.scorer.together(self.pack) else None
+        """(questions,) `BatchLoss.gap`."""
+        return self.read.gap(self.watched(x))
 
     def answers(self, x: Tensor | None) -> Scores:
-        """The same as `clean` at the point `x`; None: nothing is put at the hookpoint."""
+        """Scores of the continuations' tokens at `x`; None: nothing is put at the hookpoint."""
         with torch.no_grad():
             if x is None:
                 return self.scorer(self.pack, self.pack.scored)
-            return self.scorer(self.pack, self.pack.scored, self.expand(x), self.below)
+            point = expand(self.pack, x)
+            return self.scorer(self.pack, self.pack.scored, point, self.clean.below)
+
+    @cached_property
+    def target(self) -> Tensor:
+        """(questions, choices) booleans: the choice that targeted attacks step towards."""
+        assert self.clean.scores is not None
+        return self.read.target(self.clean.scores)
+
+    def of_examples(self, values: Tensor) -> Tensor:
+        """(examples,) values: of a question the sum over its requests where these share it."""
+        if len(values) == self.examples.n:
+            return values
+        return sum_by(values, self._question_of_requests, self.examples.n)
+
+    @cached_property
+    def _question_of_requests(self) -> Tensor:
+        sizes = [len(q.requests) for q in self.pack.questions]
+        return _owners(sizes).to(self.pack.input_ids.device)
+
+    # -- attacks ---------------------------------------------------------------------------------
+
+    def attack(self, attack: Attack) -> Attacked:
+        """The attacked point, the diagnostics, and the answers there if they are known."""
+        return self.attacks([attack])[0]
+
+    def attacks(self, family: Sequence[Attack]) -> list[Attacked]:
+        """The same of attacks that differ in `steps` alone: one run of the most steps.
+
+        Each point is that of a run of its own, to the last bit.
+        """
+        longest = max(family, key=lambda attack: attack.points)
+        ends = {attack.points: attack for attack in family}
+        look = _Look(self, self.slopes if longest.kind.gradient else None)
+        found: dict[int, Attacked] = {}
+        points = trajectory(
+            longest,
+            self.x,
+            look.losses(longest),
+            elements=self.elements,
+            keys=self.keys if longest.draws else None,
+            known=self._known(longest),
+            watch=Watch(look.count, look.keep),
+        )
+        for i, x in enumerate(points, 1):
+            if i - 1 in found:  # where the gradient of this step was taken
+                found[i - 1] = found[i - 1]._replace(scores=look.last)
+            if i in ends:
+                scores = look.best if longest.keeps_best else None
+                found[i] = Attacked(x, self._sums(ends[i], x, look.zeros), scores)
+        return [found[attack.points] for attack in family]
+
+    def _known(self, attack: Attack) -> Known:
+        """What an attack need not compute anew of the clean point."""
+        clean, gap = self.clean, None
+        if clean.scores is not None and self.read.kind.gold and not self.read.kind.whole:
+            gap = self.read.gap(clean.scores)
+        if clean.gradient is None or not attack.uses_clean_gradient:
+            return Known(gap=gap)
+        assert clean.loss is not None
+        return Known(self.of_examples(clean.loss), clean.gradient, gap)
 
     def alignment(self, norm: str) -> Tensor:
         """(examples, 4): of the clean point x and the gradient g there, x·g, x·x, g·g, and the
@@ -185,62 +220,18 @@ class AttackedBatch:
         loss's distance from 0 over the dual norm of g; it is NaN where 0 is not where answers
         become wrong, as of the losses that do not know the gold.
         """
-        x, g = (part.to(self._precise) for part in (self.x, self.gradient))
+        assert self.clean.gradient is not None and self.clean.loss is not None
+        x, g = (part.to(self._precise) for part in (self.x, self.clean.gradient))
         if self.mask is not None:
             x, g = (part * self.mask[..., None] for part in (x, g))
         sums = [self.examples.sum(part) for part in (x * g, x * x, g * g)]
         estimate = torch.full_like(sums[0], torch.nan)
-        if self.knows_gold:
+        if self.read.kind.gold:
             dual = NORMS[norm].dual(g, self.balls)
             if self.balls is not self.examples:
                 dual = self.examples.sum(dual.reshape(*x.shape[:-1], 1))
-            estimate = self.clean_loss.neg().clamp(min=0) / dual
+            estimate = self.clean.loss.neg().clamp(min=0) / dual
         return torch.stack([part.to(estimate) for part in (*sums, estimate)], -1)
-
-    def attack(self, attack: Attack) -> tuple[Tensor, dict[str, Tensor]]:
-        """The attacked point, and what it adds to the sums of `Diagnostics`, by name."""
-        wide = widest(self.x.device)
-        moves = torch.ones_like(self.x[..., :1]) if self.mask is None else self.mask[..., None]
-        elements = moves.sum(dtype=wide) * self.x.shape[-1]
-        zeros: list[Tensor] = []
-
-        def count(gradient: Tensor) -> None:
-            zeros.append((moves * ((gradient == 0) | gradient.isnan())).sum(dtype=wide))
-
-        adversarial = perturb(
-            attack,
-            self.x,
-            self._loss_of_examples,
-            target_loss=self.target_loss,
-            target_losses=self._leads if attack.kind.targeted else (),
-            gap=self.gap if self.knows_gold else None,
-            mask=self.mask,
-            keys=self.keys if attack.draws else None,
-            examples=self.examples,
-            balls=self.balls,
-            gradient=self.gradient if attack.uses_clean_gradient else None,
-            on_gradient=count,
-        )
-        clean = self.x.to(self._precise)
-        noise = adversarial.to(self._precise) - clean
-        return adversarial, {
-            "signal": (clean.square() * moves).sum(dtype=wide),
-            "noise": noise.square().sum(dtype=wide),
-            "elements": elements,
-            "zero_gradients": sum(zeros, 0 * elements),
-            "gradients": elements * len(zeros),
-            **self._moved(attack, noise),
-            **self._nearest(adversarial),
-        }
-
-    @property
-    def knows_gold(self) -> bool:
-        return LOSSES[self.threat.loss].gold
-
-    @property
-    def _leads(self) -> list[partial[Tensor]]:
-        """The gold's lead over each of the other choices, as closures; 0 where there are none."""
-        return [partial(self.lead, other) for other in range(max(1, self.choices.most_others))]
 
     def critical_epsilon(self, attack: Attack, adversarial: Tensor, scores: Scores) -> Tensor:
         """(questions,) norm of the perturbation that makes the answer wrong; inf where it is right.
@@ -251,52 +242,122 @@ class AttackedBatch:
             scores: the answers there.
         """
         n = len(self.pack.requests)
-        gap = self.choices.gap(sum_by(scores.log_prob, self.pack.scored.request, n))
-        rows = self.examples
-        length = NORMS[attack.norm].length(adversarial - self.x, rows)
-        return torch.where(gap > 0, length, torch.inf)
+        sums = sum_by(scores.log_prob, self.pack.scored.request, n)
+        length = NORMS[attack.norm].length(adversarial - self.x, self.examples)
+        return torch.where(self.read.choices.gap(sums) > 0, length, torch.inf)
 
-    def _moved(self, attack: Attack, noise: Tensor) -> dict[str, Tensor]:
-        """How far the examples moved, and how much of a step rounding takes.
-
-        A step here is as long in every coordinate. That of an attack in L2 is longer in some, so
-        that it loses less; what it loses in all is seen in how far the examples moved.
-        """
-        wide, kind = widest(self.x.device), attack.kind
-        ball = Ball.of(attack, self.x, mask=self.mask, examples=self.examples, balls=self.balls)
-        even = ball.norm.direction(ball.moves.expand_as(self.x).to(wide), ball.balls)
-        step = even * ball.sized(attack.step)
-        ends = [(self.x + s.to(self.x.dtype)).to(wide) - self.x.to(wide) for s in (step, -step)]
-        lost = sum(((end.abs() < step.abs() / 2) & ball.moves).sum(dtype=wide) for end in ends)
-        still = (self.examples.largest(noise) == 0).sum(dtype=wide)
-        found = {
-            "steps": 2 * ball.moves.expand_as(self.x).sum(dtype=wide),
-            "lost": torch.as_tensor(lost),
+    def _sums(self, attack: Attack, x: Tensor, zeros: Sequence[Tensor]) -> dict[str, Tensor]:
+        """What an attack that ends at `x` adds to the diagnostics."""
+        wide = widest(self.x.device)
+        moves = torch.ones_like(self.x[..., :1]) if self.mask is None else self.mask[..., None]
+        elements = moves.sum(dtype=wide) * self.x.shape[-1]
+        clean = self.x.to(self._precise)
+        noise = x.to(self._precise) - clean
+        ball = Ball.of(attack, self.x, elements=self.elements)
+        return {
+            "signal": (clean.square() * moves).sum(dtype=wide),
+            "noise": noise.square().sum(dtype=wide),
+            "elements": elements,
+            "zero_gradients": sum(zeros, 0 * elements),
+            "gradients": elements * len(zeros),
+            **diagnostics.moved(attack, ball, noise),
+            **self._nearest(x),
         }
-        if kind.minimal:  # which moves what is right, and no farther than it must
-            return found
-        found |= {"examples": torch.full_like(still, self.examples.n), "still": still}
-        if kind.adaptive or kind.search:  # which may stay inside of the ball
-            return found
-        length = attack.epsilon
-        if kind.iterative and kind.start is None:
-            length = min(length, attack.steps * attack.step)
-        asked = ball.sized(length)
-        shares = ball.norm.length(noise / asked, ball.balls).clamp(max=1)
-        moving = ball.balls.largest(even) > 0
-        reached = torch.where(moving, shares, 0).sum()
-        return found | {"balls": moving.sum(dtype=wide), "reached": reached}
 
-    def _nearest(self, adversarial: Tensor) -> dict[str, Tensor]:
+    def _nearest(self, x: Tensor) -> dict[str, Tensor]:
         """Tokens looked up in the vocabulary, and of those the unchanged ones in L2 and in Linf."""
         if self.scorer.nearest is None:
             return {}
         ids, first = self.pack.input_ids.flatten(), self.pack.first
         ids = ids if first is None else ids[first]
-        kept = slice(None) if self.mask is None else self.mask.flatten()
-        l2, linf = self.scorer.nearest.unchanged(adversarial.flatten(0, -2)[kept], ids[kept])
+        chosen = diagnostics.sampled(self.keys.to(x.device), x)
+        if self.mask is not None:
+            chosen = chosen & self.mask
+        chosen = chosen.flatten()
+        l2, linf = self.scorer.nearest.unchanged(x.flatten(0, -2)[chosen], ids[chosen])
         sums = {"tokens": torch.ones_like(l2), "nearest_l2": l2, "nearest_linf": linf}
         return {name: of_tokens.sum() for name, of_tokens in sums.items()}
+
+
+class _Look:
+    """What an attack sees on its way, which need not be computed again at its end.
+
+    Args:
+        batch: the batch.
+        slopes: what computes the losses, where that is not the model whose answers count.
+
+    Attributes:
+        last: scores at the point that it looked at last.
+        best: for each example, scores at the point that it told to `keep`; None: it told nothing,
+            or the scores are not those of the model whose answers count.
+        zeros: of each gradient it used, coordinates that are zero.
+    """
+
+    def __init__(self, batch: AttackedBatch, slopes: Slopes | None) -> None:
+        self.batch, self.slopes = batch, slopes
+        self.last: Scores | None = None
+        self.best = None if slopes is not None else batch.clean.scores
+        self.zeros: list[Tensor] = []
+
+    def losses(self, attack: Attack) -> Losses:
+        """The losses of an attack, which look at what they evaluate."""
+        batch, gold = self.batch, self.batch.read.kind.gold
+        targets: list[partial[Tensor]] = []
+        if attack.kind.targeted and attack.kind.adaptive:
+            others = range(max(1, batch.read.choices.most_others))
+            targets = [partial(self._lead, other) for other in others]
+        one = attack.kind.targeted and not attack.kind.adaptive
+        gap = self._gap if gold else None
+        return Losses(self._loss, self._target_loss if one else None, targets, gap)
+
+    def _see(self, x: Tensor) -> Scores:
+        scores = self.batch.watched(x, self.slopes)
+        if self.slopes is None:
+            self.last = answers_of(self.batch.pack, scores)
+        return scores
+
+    def _loss(self, x: Tensor) -> Tensor:
+        return self.batch.of_examples(self.batch.read.value(self._see(x)))
+
+    def _target_loss(self, x: Tensor) -> Tensor:
+        """The loss of the target choice, (questions,), which targeted attacks descend."""
+        read = self.batch.read
+        return read.choices.margin(read.sums(self._see(x)), self.batch.target)
+
+    def _lead(self, other: int, x: Tensor) -> Tensor:
+        """(questions,) the gold's lead over one of the other choices; 0 where there is none."""
+        read = self.batch.read
+        return read.choices.lead(read.sums(self._see(x)), other)
+
+    def _gap(self, x: Tensor) -> Tensor:
+        if self.slopes is not None:  # whether an answer is wrong, its own model says
+            return self.batch.gap(x)
+        return self.batch.read.gap(self._see(x))
+
+    def count(self, gradient: Tensor) -> None:
+        """Counts what is zero in a gradient that is used."""
+        mask, wide = self.batch.mask, widest(gradient.device)
+        zero = (gradient == 0) | gradient.isnan()
+        self.zeros.append((zero if mask is None else zero & mask[..., None]).sum(dtype=wide))
+
+    def keep(self, better: Tensor) -> None:
+        """The point looked at last is the best so far of the examples where `better`."""
+        if self.last is None:
+            return
+        if self.best is None:
+            self.best = self.last
+            return
+        chosen = better[self._example]
+        pairs = zip(self.last, self.best, strict=True)
+        self.best = Scores(*(torch.where(chosen, last, best) for last, best in pairs))
+
+    @cached_property
+    def _example(self) -> Tensor:
+        """(E,) the example of each scored prediction."""
+        request = self.batch.pack.scored.request
+        if self.batch.examples.n == len(self.batch.pack.requests):
+            return request
+        return self.batch._question_of_requests[request]
 
 
 def _owners(sizes: list[int]) -> Tensor:

@@ -6,12 +6,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import log10
 
+import torch
+from torch import Tensor
+
+from llm_attack.attacks import Attack, Ball, widest
+from llm_attack.attacks.draws import words
+
 # Share of a perturbation that may be lost to rounding without a word.
 MUCH_LOST = 0.01
 # Share of examples that may stay where they are without a word.
 MUCH_STILL = 0.01
 # Share of the amplitude asked for that a perturbation has at least, or a reader is told.
 LEAST_REACHED = 0.5
+# Of so many tokens one is looked up in the vocabulary, on the average.
+ONE_IN = 8
 
 
 @dataclass
@@ -23,7 +31,8 @@ class Diagnostics:
         elements: coordinates of the points.
         zero_gradients: coordinates where a gradient was exactly zero (or NaN): no step was made.
         gradients: coordinates of all gradients taken.
-        tokens: that were looked up in the vocabulary (`Nearest`), where the points are embeddings.
+        tokens: that were looked up in the vocabulary (`Nearest`), where the points are embeddings;
+            a sample (`sampled`).
         steps, lost: coordinates where a step from the clean point was tried, in either direction,
             and those of them that it would have moved by less than half of it, because the numbers
             there are that far apart. The step is as long in every coordinate.
@@ -76,6 +85,7 @@ class Diagnostics:
             "not_finite": int(self.not_finite),
             "nearest_token_unchanged": _ratio(self.nearest_l2, self.tokens),
             "nearest_token_unchanged_linf": _ratio(self.nearest_linf, self.tokens),
+            "nearest_token_sample": int(self.tokens) or None,
         }
 
     def warnings(self) -> list[str]:
@@ -103,6 +113,54 @@ class Diagnostics:
                 " the model's dtype can tell apart there"
             )
         return found
+
+
+def moved(attack: Attack, ball: Ball, noise: Tensor) -> dict[str, Tensor]:
+    """How far the examples moved, and how much of a step rounding takes: sums of `Diagnostics`.
+
+    A step here is as long in every coordinate. That of an attack in L2 is longer in some, so that
+    it loses less; what it loses in all is seen in how far the examples moved.
+
+    Args:
+        attack: what moved them.
+        ball: where it did.
+        noise: by how much, like the point.
+    """
+    x, kind, wide = ball.x, attack.kind, widest(ball.x.device)
+    even = ball.norm.direction(ball.moves.expand_as(x).to(wide), ball.balls)
+    step = even * ball.sized(attack.step)
+    ends = [(x + s.to(x.dtype)).to(wide) - x.to(wide) for s in (step, -step)]
+    lost = sum(((end.abs() < step.abs() / 2) & ball.moves).sum(dtype=wide) for end in ends)
+    still = (ball.examples.largest(noise) == 0).sum(dtype=wide)
+    sums = {
+        "steps": 2 * ball.moves.expand_as(x).sum(dtype=wide),
+        "lost": torch.as_tensor(lost),
+    }
+    if kind.minimal:  # which moves what is right, and no farther than it must
+        return sums
+    sums |= {"examples": torch.full_like(still, ball.examples.n), "still": still}
+    if kind.adaptive or kind.search:  # which may stay inside of the ball
+        return sums
+    length = attack.epsilon
+    if kind.iterative and kind.start is None:
+        length = min(length, attack.steps * attack.step)
+    shares = ball.norm.length(noise / ball.sized(length), ball.balls).clamp(max=1)
+    moving = ball.balls.largest(even) > 0
+    reached = torch.where(moving, shares, 0).sum()
+    return sums | {"balls": moving.sum(dtype=wide), "reached": reached}
+
+
+def sampled(keys: Tensor, x: Tensor) -> Tensor:
+    """Which tokens of a point are looked up: booleans of shape x.shape[:-1].
+
+    One of `ONE_IN`, by a hash of the token's own key: whatever batch it is in.
+
+    Args:
+        keys: of `Pack.keys`: of rows, or of tokens.
+        x: the point.
+    """
+    hashes = words(keys, x[..., :1])[..., 0]
+    return hashes % ONE_IN == 0
 
 
 def _ratio(part: float, whole: float) -> float | None:

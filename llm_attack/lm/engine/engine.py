@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,9 +14,10 @@ from torch import Tensor
 
 from llm_attack.attacks import Attack
 from llm_attack.base.errors import UsageError
-from llm_attack.lm.engine.attacked import AttackedBatch
+from llm_attack.lm.engine.attacked import Attacked, AttackedBatch, Slopes
+from llm_attack.lm.engine.clean import CleanPass, Needs
 from llm_attack.lm.engine.diagnostics import Diagnostics
-from llm_attack.lm.engine.hookpoints import share
+from llm_attack.lm.engine.hookpoints import clean_passes
 from llm_attack.lm.engine.probe import fault, takes_twins, trees_fault
 from llm_attack.lm.engine.scoring import Scorer, Scores
 from llm_attack.lm.losses import LOSSES, ThreatModel
@@ -77,6 +78,29 @@ class Computed(NamedTuple):
     critical_epsilons: list[Tensor | None]
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How questions become batches.
+
+    Attributes:
+        pad: token id for padding; its value has no influence.
+        longest_tree: a question that is a longer tree gets a row per request; 0: all do.
+        prefixes: whether tokens that questions begin with, and that do not move, are computed once.
+        once: whether the clean forward of requests that are attacked alone may compute once what
+            they have in common; a trial decides.
+        divides: whether batches are halved when memory runs out. Not where other processes hold
+            parts of the model, and may have memory left.
+        deterministic: every question is a batch of its own, computed to the same bits each time.
+    """
+
+    pad: int = 0
+    longest_tree: int = 0
+    prefixes: bool = False
+    once: bool = False
+    divides: bool = True
+    deterministic: bool = False
+
+
 @dataclass
 class Engine:
     """Answers questions under a list of attacks.
@@ -84,66 +108,52 @@ class Engine:
     Args:
         scorer: the model.
         attacks: with epsilons in the units of the point.
-        scorers: for each attack, that of its hookpoint; none: `scorer` for all.
         threat: loss and context of the attacks.
         device: where packs are put.
-        pad: token id for padding; its value has no influence.
-        longest_tree: a question that is a longer tree gets a row per request; 0: all do.
-        divides: whether batches are halved when memory runs out. Not where other processes hold
-            parts of the model, and may have memory left.
-        deterministic: every question is a batch of its own, computed to the same bits each time.
-        prefixes: whether tokens that questions begin with, and that do not move, are computed once.
-        once: whether the clean forward of requests that are attacked alone may compute once what
-            they have in common; a trial decides.
+        layout: how questions become batches.
+        scorers: for each attack, that of its hookpoint; none: `scorer` for all.
+        slopes: for each scorer the one that takes the gradients in its place; none: itself does.
     """
 
     scorer: Scorer
     attacks: Sequence[Attack]
     threat: ThreatModel
     device: torch.device
-    pad: int = 0
-    longest_tree: int = 0
+    layout: Layout = Layout()  # frozen
     scorers: Sequence[Scorer] = ()
-    divides: bool = True
-    deterministic: bool = False
-    prefixes: bool = False
-    once: bool = False
-    diagnostics: list[Diagnostics] = field(init=False)
+    slopes: Mapping[Scorer, Scorer] = field(default_factory=dict)
     _tried: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self.scorers = self.scorers or [self.scorer] * len(self.attacks)
-        self.diagnostics = [Diagnostics() for _ in self.attacks]
         self.clean = all(a.identity for a in self.attacks)
-        if not (self.threat.shared or self.clean):
-            self.longest_tree = 0  # every request is perturbed differently
-        if (
-            self.once
-            and any(a.uses_clean_gradient for a in self.attacks)
-            and not self.threat.shared
-        ):
-            for scorer in dict.fromkeys(self.scorers):
-                scorer.takes_twins = takes_twins(scorer, self.device, self.pad)
+        if not (self.threat.shared or self.clean):  # every request is perturbed differently
+            self.layout = replace(self.layout, longest_tree=0)
+        shares = any(a.uses_clean_gradient for a in self.attacks)
+        if self.layout.once and shares and not self.threat.shared:
+            for scorer in dict.fromkeys([*self.scorers, *self.slopes.values()]):
+                scorer.takes_twins = takes_twins(scorer, self.device, self.layout.pad)
 
-    def probe(self, questions: Iterable[Question]) -> None:
+    def probe(self, questions: Iterable[Question], tokens: int | None = None) -> None:
         """Tries the longest tree of `questions`, and packs none from now on if it fails.
 
         The model takes short ones, or `longest_tree` would be 0, but those cannot show everything.
         """
-        trees, _ = layouts(questions, self._takes_tree, self.threat.shared)
+        takes_tree = partial(self._takes_tree, tokens or self._budget)
+        trees, _ = layouts(questions, takes_tree, self.threat.shared)
         longest = max((q for (q,) in trees), key=lambda q: len(q.trie), default=None)
         if longest is None or len(longest.trie) <= self._tried:
             return
         self._tried = len(longest.trie)
-        wrong = trees_fault(self.scorer, [longest], self.device, self.pad)
+        wrong = trees_fault(self.scorer, [longest], self.device, self.layout.pad)
         if wrong:
             log.warning("packing: off, as a tree of %d tokens %s", self._tried, wrong)
-            self.longest_tree = 0
+            self.layout = replace(self.layout, longest_tree=0)
 
-    def _takes_tree(self, question: Question) -> bool:
+    def _takes_tree(self, tokens: int, question: Question) -> bool:
         """Whether it is no longer than trees may be, and its requests may share a forward."""
         scales = {self.scorer.rotary.scale(len(r.inputs)) for r in question.requests}
-        most = min(self.longest_tree, max(self.scorer.limit, 2 * question.longest))
+        most = min(self.layout.longest_tree, max(tokens, 2 * question.longest))
         return len(scales) == 1 and len(question.trie) <= most
 
     def batches(
@@ -157,15 +167,13 @@ class Engine:
             tokens: of a batch at most, padding included, unless a question has more; None: what is
                 good for the device.
         """
-        rows = 1 if self.deterministic else rows
+        rows = 1 if self.layout.deterministic else rows
         tokens = tokens or self._budget
-        for scorer in (self.scorer, *self.scorers):
-            scorer.limit = tokens
-        layout = layouts(questions, self._takes_tree, self.threat.shared)
+        layout = layouts(questions, partial(self._takes_tree, tokens), self.threat.shared)
         return [
-            Batch(batch, shape is of_tree, prefix)
+            Batch(batch, shape is of_tree, prefix, tokens)
             for waiting, shape in zip(layout, (of_tree, of_rows), strict=True)
-            for prefix, members in self._groups(waiting, shape is of_tree)
+            for prefix, members in self._groups(waiting, shape is of_tree, tokens)
             for batch in batched(members, partial(shape, prefix=prefix), rows, tokens)
         ]
 
@@ -173,18 +181,23 @@ class Engine:
     def _budget(self) -> int:
         return BUDGET.get(self.device.type, BUDGET["cpu"])
 
-    def _groups(self, families: Sequence[Family], trees: bool) -> list[tuple[int, list[Family]]]:
+    def _groups(
+        self, families: Sequence[Family], trees: bool, tokens: int
+    ) -> list[tuple[int, list[Family]]]:
         """The families by the prefix that is computed once, and how long it is."""
         everything = [(0, [*families])]
         positions = None if self.clean else self.threat.positions
-        if not self.prefixes or positions == ALL:
+        if not self.layout.prefixes or positions == ALL:
             return everything
         questions = [q for family in families for q in family]
         scale = self.scorer.rotary.scale
         # short and long requests may have other frequencies, hence other keys
         starts = [start(q, positions) if scale(q.longest) == scale(0) else () for q in questions]
-        found = groups(starts, self._budget)
-        by_prefix = [(n, [[questions[i]] for i in numbers]) for n, numbers in found if numbers]
+        by_prefix = [
+            (n, [[questions[i]] for i in numbers])
+            for n, numbers in groups(starts, self._budget)
+            if numbers
+        ]
         longest, members = max(by_prefix, key=lambda group: group[0], default=(0, []))
         if not longest:
             if positions == QUESTION and any(starts):
@@ -192,52 +205,54 @@ class Engine:
                     "prefix: computed for each question, as few of them share what they begin with"
                 )
             return everything
-        trial = Batch(members[0], trees, longest)
+        trial = Batch(members[0], trees, longest, tokens)
         packs = [self.pack(b).to(self.device) for b in (trial, replace(trial, prefix=0))]
         wrong = fault(self.scorer, *packs)
         if wrong:
             log.warning("prefix: computed for each question, as its cache %s", wrong)
-            self.prefixes = False
+            self.layout = replace(self.layout, prefixes=False)
             return everything
         return by_prefix
 
     def answers(self, todo: Iterable[Batch]) -> Iterator[tuple[Batch, Found]]:
-        """Yields each batch with what was found: to each request alone where it is attacked alone.
+        """Yields each batch with its answers: of each request alone where it is attacked alone.
 
         Batches that run out of memory are halved, and so are those after them that are as large.
         """
-        waiting = [(batch, [batch]) for batch in todo][::-1]
+        waiting = [*todo][::-1]
         limit: int | None = None  # tokens, once memory has run out
         ready: Pack | None = None
         while waiting:
-            batch, parts = waiting.pop()
-            found = Found([], [Diagnostics() for _ in self.attacks])
+            batch, found = waiting.pop(), Found([], [Diagnostics() for _ in self.attacks])
+            parts = [batch]
             while parts:
                 part = parts.pop()
                 if limit is not None and part.tokens > limit and len(part.questions) > 1:
                     parts.extend(part.halves())
                     continue
-                pack = self.pack(part) if ready is None or part is not batch else ready
+                pack = ready or self.pack(part)
                 ready = None
-                try:
-                    with reproducible(self.deterministic):
-                        computed = self.compute(pack)
-                except Exception as error:
-                    alone = len(part.questions) == 1 or not self.divides
-                    if alone or not should_reduce_batch_size(error):
-                        raise
-                    computed = None  # what the traceback keeps alive is free only after the handler
+                computed = self._computed(pack)
                 if computed is None:
                     clear_device_cache(garbage_collection=True)
                     limit = part.tokens // 2
                     parts.append(part)
                     continue
                 if not parts and waiting and limit is None:  # while the device is still at work
-                    ready = self.pack(waiting[-1][0])
+                    ready = self.pack(waiting[-1])
                 self._collect(pack, computed, found)
-            for totals, of_batch in zip(self.diagnostics, found.diagnostics, strict=True):
-                totals.add(asdict(of_batch))
             yield batch, found
+
+    def _computed(self, pack: Pack) -> Computed | None:
+        """The results for a pack; None: memory has run out, and it can be halved."""
+        try:
+            with reproducible(self.layout.deterministic):
+                return self.compute(pack)
+        except Exception as error:
+            alone = len(pack.questions) == 1 or not self.layout.divides
+            if alone or not should_reduce_batch_size(error):
+                raise
+        return None  # what the traceback keeps alive is free only after the handler
 
     def pack(self, batch: Batch) -> Pack:
         """One batch as tensors, on the host."""
@@ -245,35 +260,69 @@ class Engine:
         how: dict[str, Any] = {"whole": whole, "positions": self.threat.positions}
         how["prefix"] = batch.prefix
         if batch.trees:
-            return pack_trees(batch.questions, self.pad, **how)
-        return pack_rows(batch.questions, self.pad, shared=self.threat.shared, **how)
+            pack = pack_trees(batch.questions, self.layout.pad, **how)
+        else:
+            shared = self.threat.shared
+            pack = pack_rows(batch.questions, self.layout.pad, shared=shared, **how)
+        return replace(pack, limit=batch.limit)
 
     def compute(self, pack: Pack) -> Computed:
         """Runs one batch under all attacks; nothing waits for the device."""
         pack = pack.to(self.device)
-        attacked_batches = {
-            s: AttackedBatch(s, pack, self.threat) for s in dict.fromkeys(self.scorers)
-        }
-        aligned = any(a.uses_clean_gradient or a.kind.minimal for a in self.attacks)
-        first = attacked_batches[self.scorers[0]]
-        if len(attacked_batches) > 1:
-            share(list(attacked_batches.values()), aligned)
-        # before all else, because its forward gives the clean answers too
-        alignment = first.alignment(self.attacks[0].norm) if aligned else None
-        found = Computed([], [], alignment, [])
-        for attack, scorer in zip(self.attacks, self.scorers, strict=True):
-            attacked, x, scores = attacked_batches[scorer], None, first.clean
-            sums: dict[str, Tensor] = {}
-            if not attack.identity:
-                x, sums = attacked.attack(attack)
-                scores = attacked.answers(x)
+        needs = Needs.of(self.attacks)
+        batches = self.prepared(pack, needs)
+        first = batches[self.scorers[0]]
+        alignment = first.alignment(self.attacks[0].norm) if needs.gradient else None
+        computed = Computed([], [], alignment, [])
+        for attack, scorer, end in zip(
+            self.attacks, self.scorers, self._ends(batches), strict=True
+        ):
+            at = batches[scorer]
+            if end is None:  # the clean point
+                scores, x = first.clean.scores, at.clean.x
+                assert scores is not None
+            else:
+                x = end.x
+                scores = at.answers(x) if end.scores is None else end.scores
             critical = None
             if attack.kind.minimal:
-                critical = attacked.critical_epsilon(attack, attacked.x if x is None else x, scores)
-            found.scores.append(scores)
-            found.sums.append(sums)
-            found.critical_epsilons.append(critical)
+                assert x is not None
+                critical = at.critical_epsilon(attack, x, scores)
+            computed.scores.append(scores)
+            computed.sums.append({} if end is None else end.sums)
+            computed.critical_epsilons.append(critical)
+        return computed
+
+    def prepared(self, pack: Pack, needs: Needs) -> dict[Scorer, AttackedBatch]:
+        """The pack at each hookpoint, with its clean pass."""
+        scorers = list(dict.fromkeys(self.scorers))
+        if not self.slopes:
+            passes = clean_passes(scorers, pack, self.threat, needs)
+            return {
+                scorer: AttackedBatch(scorer, pack, self.threat, clean)
+                for scorer, clean in zip(scorers, passes, strict=True)
+            }
+        passes = clean_passes(scorers, pack, self.threat, replace(needs, gradient=False))
+        others = [self.slopes[scorer] for scorer in scorers]
+        halves = clean_passes(others, pack, self.threat, replace(needs, answers=False))
+        found = {}
+        for scorer, other, clean, half in zip(scorers, others, passes, halves, strict=True):
+            slopes, both = Slopes(other, half.below), _with_slopes(clean, half)
+            found[scorer] = AttackedBatch(scorer, pack, self.threat, both, slopes)
         return found
+
+    def _ends(self, batches: Mapping[Scorer, AttackedBatch]) -> list[Attacked | None]:
+        """What every attack found; None of those that stay. Those on the same way go it once."""
+        ends: list[Attacked | None] = [None] * len(self.attacks)
+        ways: dict[tuple[Scorer, Attack], list[int]] = {}
+        for i, (attack, scorer) in enumerate(zip(self.attacks, self.scorers, strict=True)):
+            if not attack.identity:
+                ways.setdefault((scorer, attack.path), []).append(i)
+        for (scorer, _), numbers in ways.items():
+            found = batches[scorer].attacks([self.attacks[i] for i in numbers])
+            for i, end in zip(numbers, found, strict=True):
+                ends[i] = end
+        return ends
 
     def _collect(self, pack: Pack, computed: Computed, found: Found) -> None:
         """Adds the batch's answers to `found`; waits for the device.
@@ -287,28 +336,40 @@ class Engine:
             self.attacks, computed.scores, computed.sums, found.diagnostics, strict=True
         ):
             totals.add({name: float(value) for name, value in sums.items()})
-            # summed as lm-eval sums them: at -1000 the last place of float32 is 1e-4
-            parts = scores.log_prob.cpu().split(sizes)
-            sums_of_parts = torch.stack([part.sum() for part in parts])
-            bad = int((~sums_of_parts.isfinite()).sum())
+            of_attack, bad = _summed(scores, sizes)
             if bad and attack.identity:
                 raise UsageError(
-                    f"attack={attack.name}: {bad} of {len(parts)} log-likelihoods are not finite,"
+                    f"attack={attack.name}: {bad} of {len(sizes)} log-likelihoods are not finite,"
                     " without a perturbation; must be a model, and a dtype, that gives numbers"
                 )
             totals.add({"not_finite": bad})
-            log_likelihoods = sums_of_parts.tolist()
-            greedy = [bool(part.all()) for part in scores.greedy.cpu().split(sizes)]
-            answers.append(list(zip(log_likelihoods, greedy, strict=True)))
-        alignments: list[Any] = [None] * len(pack.questions)
+            answers.append(of_attack)
+        n = len(pack.questions)
+        alignments: list[Any] = [None] * n
         if computed.alignment is not None:
             alignments = [tuple(row) for row in computed.alignment.tolist()]
-        nothing = [None] * len(pack.questions)
-        critical = [nothing if of is None else of.tolist() for of in computed.critical_epsilons]
+        critical = [[None] * n if c is None else c.tolist() for c in computed.critical_epsilons]
         at = 0
-        for i, (question, alignment) in enumerate(zip(pack.questions, alignments, strict=True)):
+        for i, question in enumerate(pack.questions):
             end = at + len(question.requests)
             of_question = [of_attack[at:end] for of_attack in answers]
             amplitudes = [of_attack[i] for of_attack in critical]
-            found.answered.append(Answered(question, of_question, alignment, amplitudes))
+            found.answered.append(Answered(question, of_question, alignments[i], amplitudes))
             at = end
+
+
+def _summed(scores: Scores, sizes: list[int]) -> tuple[list[Answer], int]:
+    """An answer for so many predictions each, and how many of them are not finite.
+
+    Summed as lm-eval sums them: at -1000 the last place of float32 is 1e-4.
+    """
+    sums = torch.stack([part.sum() for part in scores.log_prob.cpu().split(sizes)])
+    greedy = [bool(part.all()) for part in scores.greedy.cpu().split(sizes)]
+    return list(zip(sums.tolist(), greedy, strict=True)), int((~sums.isfinite()).sum())
+
+
+def _with_slopes(clean: CleanPass, half: CleanPass) -> CleanPass:
+    """A clean pass with the loss and the gradient of another, in its own dtype."""
+    if half.gradient is None or clean.x is None:
+        return clean
+    return replace(clean, loss=half.loss, gradient=half.gradient.to(clean.x.dtype))

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llm_attack.lm.engine.attacked import AttackedBatch
+from llm_attack.lm.engine.clean import Needs
 from llm_attack.lm.engine.engine import Engine
 from llm_attack.lm.network.hook import edit_output
 from llm_attack.lm.packing.pack import pack_rows
@@ -17,13 +17,14 @@ from llm_attack.lm.packing.questions import Question, Request
 
 
 @contextmanager
-def attacked_prompts(engine: Engine, context: Tensor, mask: Tensor) -> Iterator[None]:
+def attacked_prompts(engine: Engine, context: Tensor, mask: Tensor) -> Iterator[dict[str, float]]:
     """While it lasts, the first forward over `context` reads attacked prompts.
 
     The loss is the negative log-likelihood of each prompt (`sequence`); each is attacked alone.
+    Yields what the attack adds to the sums of `Diagnostics`.
 
     Args:
-        engine: with one attack; its diagnostics are added to.
+        engine: with one attack.
         context: (B, L) token ids, padded on the left.
         mask: (B, L), 0 on padding.
     """
@@ -31,10 +32,10 @@ def attacked_prompts(engine: Engine, context: Tensor, mask: Tensor) -> Iterator[
     prompts = [row[keep.bool()].tolist() for row, keep in zip(context, mask, strict=True)]
     questions = [Question([Request(tuple(prompt), 0)], [[0]]) for prompt in prompts]
     how: dict[str, Any] = {"whole": True, "positions": engine.threat.positions}
-    pack = pack_rows(questions, engine.pad, **how).to(engine.device)
-    attacked = AttackedBatch(engine.scorer, pack, replace(engine.threat, shared=False))
-    adversarial, sums = attacked.attack(engine.attacks[0])
-    engine.diagnostics[0].add({name: float(value) for name, value in sums.items()})
+    pack = pack_rows(questions, engine.layout.pad, **how).to(engine.device)
+    (attack,) = engine.attacks
+    needs = replace(Needs.of([attack]), answers=False)
+    adversarial, sums, _ = engine.prepared(pack, needs)[engine.scorer].attack(attack)
     prefilled = False
 
     def put(output: Tensor) -> Tensor:
@@ -50,4 +51,4 @@ def attacked_prompts(engine: Engine, context: Tensor, mask: Tensor) -> Iterator[
         return output
 
     with edit_output(engine.scorer.hookpoint, put):
-        yield
+        yield {name: float(value) for name, value in sums.items()}

@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,9 +17,17 @@ from transformers import PreTrainedModel
 
 from llm_attack.base.errors import UsageError, closest, hint
 from llm_attack.base.failures import one_line
-from llm_attack.lm.engine.attacked import AttackedBatch
+from llm_attack.lm.engine.clean import (
+    BatchLoss,
+    CleanPass,
+    Needs,
+    answers_of,
+    clean_pass,
+    of_nodes,
+)
 from llm_attack.lm.engine.probe import equal_logits, made_up
-from llm_attack.lm.engine.scoring import Scorer
+from llm_attack.lm.engine.scoring import Scorer, Scores
+from llm_attack.lm.losses import ThreatModel
 from llm_attack.lm.network.blocks import Skip, known_blocks
 from llm_attack.lm.network.hook import edit_output, faults, resolve
 from llm_attack.lm.packing.pack import Pack, pack_rows
@@ -204,39 +213,92 @@ def _captured(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]
                 del seen[module]
 
 
-def share(attacked_batches: Sequence[AttackedBatch], gradient: bool) -> None:
-    """Gives attacked batches of one pack their clean points, answers and gradients from one pass.
+def clean_passes(
+    scorers: Sequence[Scorer], pack: Pack, threat: ThreatModel, needs: Needs
+) -> list[CleanPass]:
+    """The clean passes of a pack at several hookpoints: one pass for all of them.
+
+    Where rows have different frequencies there is one for each hookpoint.
 
     Args:
-        attacked_batches: of one pack, which differ in their hookpoints.
+        scorers: of the hookpoints, each once.
+        pack: the batch.
+        threat: with the loss.
+        needs: what all attacks need of them.
+    """
+    first, *others = scorers
+    if not others:
+        return [clean_pass(first, pack, threat, needs)]
+    if not first.together(pack):
+        apart = [clean_pass(first, pack, threat, needs)]
+        more = replace(needs, answers=False)
+        apart += [clean_pass(scorer, pack, threat, more) for scorer in others]
+        return [replace(clean, scores=apart[0].scores) for clean in apart]
+    shared = _Shared(first, pack, threat, needs.gradient)
+    found = shared.run(scorers)
+    missing = replace(needs, answers=False)
+    return [
+        found[scorer]
+        if scorer in found
+        else replace(clean_pass(scorer, pack, threat, missing), scores=shared.answers)
+        for scorer in scorers
+    ]
+
+
+@dataclass
+class _Shared:
+    """One clean pass for several hookpoints.
+
+    Args:
+        scorer: of the first hookpoint.
+        pack: the batch.
+        threat: with the loss.
         gradient: whether gradients are needed.
     """
-    first = attacked_batches[0]
-    pack, scorer = first.pack, first.scorer
-    if not scorer.together(pack):
-        return  # rows of different frequencies, each by itself
-    embedding = scorer.model.get_input_embeddings()
-    modules = [s.scorer.hookpoint for s in attacked_batches]
-    modules += [s.scorer.skip.blocks[-1] for s in attacked_batches if s.scorer.skip is not None]
-    with ExitStack() as stack:
-        stack.enter_context(torch.set_grad_enabled(gradient))
-        if gradient:  # so that there is a graph: parameters have no gradients
-            leaf = edit_output(embedding, lambda x: x.detach().requires_grad_(True))
-            stack.enter_context(leaf)
-        with _captured(modules) as seen:
-            scores = scorer(pack, pack.watched)
-        found = [attacked for attacked in attacked_batches if attacked.scorer.hookpoint in seen]
-        if gradient:
-            values = first.loss_of(scores)
-            points = [seen[attacked.scorer.hookpoint] for attacked in found]
-            slopes = torch.autograd.grad(values.sum(), points)
-    clean = type(scores)(*(s.detach()[pack.kept] for s in scores))
-    for i, attacked in enumerate(found):
-        attacked.clean = clean
-        attacked.x = attacked.of_nodes(scorer.whole(pack, seen[attacked.scorer.hookpoint].detach()))
-        skip = attacked.scorer.skip
-        if skip is not None and skip.blocks[-1] in seen:
-            attacked.below = scorer.whole(pack, seen[skip.blocks[-1]].detach())
-        if gradient:
-            attacked.clean_loss = values.detach()
-            attacked.gradient = attacked.of_nodes(scorer.whole(pack, slopes[i]), total=True)
+
+    scorer: Scorer
+    pack: Pack
+    threat: ThreatModel
+    gradient: bool
+    answers: Scores = field(init=False)
+
+    def run(self, scorers: Sequence[Scorer]) -> dict[Scorer, CleanPass]:
+        """The clean passes of those hookpoints that are run."""
+        modules = [s.hookpoint for s in scorers]
+        modules += [s.skip.blocks[-1] for s in scorers if s.skip is not None]
+        with ExitStack() as stack:
+            stack.enter_context(torch.set_grad_enabled(self.gradient))
+            if self.gradient:  # so that there is a graph: parameters have no gradients
+                embedding = self.scorer.model.get_input_embeddings()
+                leaf = edit_output(embedding, lambda x: x.detach().requires_grad_(True))
+                stack.enter_context(leaf)
+            with _captured(modules) as seen:
+                scores = self.scorer(self.pack, self.pack.watched)
+            self.answers = answers_of(self.pack, scores)
+            run = [scorer for scorer in scorers if scorer.hookpoint in seen]
+            slopes: Sequence[Tensor | None] = [None] * len(run)
+            values = None
+            if self.gradient:
+                values = BatchLoss(self.pack, self.threat).value(scores)
+                points = [seen[scorer.hookpoint] for scorer in run]
+                slopes = torch.autograd.grad(values.sum(), points)
+                values = values.detach()
+        return {
+            scorer: CleanPass(
+                x=of_nodes(self.pack, self._whole(seen[scorer.hookpoint].detach())),
+                scores=self.answers,
+                loss=values,
+                gradient=None if slope is None else of_nodes(self.pack, self._whole(slope), True),
+                below=self._below(scorer, seen),
+            )
+            for scorer, slope in zip(run, slopes, strict=True)
+        }
+
+    def _whole(self, part: Tensor) -> Tensor:
+        return self.scorer.whole(self.pack, part)
+
+    def _below(self, scorer: Scorer, seen: Mapping[nn.Module, Tensor]) -> Tensor | None:
+        skip = scorer.skip
+        if skip is None or skip.blocks[-1] not in seen:
+            return None
+        return self._whole(seen[skip.blocks[-1]].detach())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -93,8 +92,6 @@ class Scorer:
         self.skip: Skip | None = None
         self.takes_twins = False
         """Whether the clean forward with a gradient computes once what rows have in common."""
-        self.limit = sys.maxsize
-        """Tokens of a forward at most, unless a row has more."""
         self.nearest = None
         if isinstance(hookpoint, nn.Embedding) and hookpoint is model.get_input_embeddings():
             self.nearest = Nearest(hookpoint, hookpoint.num_embeddings)
@@ -169,7 +166,7 @@ class Scorer:
 
     def _divides(self, pack: Pack) -> bool:
         """Whether the pack is too large for one forward."""
-        return pack.space > self.limit and len(pack.input_ids) > 1
+        return pack.space > pack.limit and len(pack.input_ids) > 1
 
     def _part(
         self, pack: Pack, forward: Forward, entries: Entries, point: Tensor | None, below: Any
@@ -222,7 +219,7 @@ class Scorer:
         found, before = [], len(pack.prefix)
         for scale, of in rows.items():
             length = whole or longest[scale]
-            step = max(1, self.limit // space(length, before))
+            step = max(1, pack.limit // space(length, before))
             parts = [of[i : i + step] for i in range(0, len(of), step)]
             found += [Forward(part, pack.inputs.part(part, length - before)) for part in parts]
         return found

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llm_attack.lm.packing.prefix import space
 from llm_attack.lm.packing.questions import Question, Request
@@ -43,12 +44,17 @@ def of_tree(question: Question, prefix: int = 0) -> Shape:
 class Batch:
     """Questions that go through the model together, as trees or with a row per request.
 
-    The first `prefix` tokens of all rows are the same, and computed once.
+    Attributes:
+        questions: which.
+        trees: whether they are.
+        prefix: so many first tokens of all rows are the same, and computed once.
+        limit: tokens of a forward at most, unless a row has more.
     """
 
     questions: list[Question]
     trees: bool
     prefix: int = 0
+    limit: int = sys.maxsize
 
     @property
     def tokens(self) -> int:
@@ -60,7 +66,7 @@ class Batch:
         """Two batches, the last first."""
         middle = len(self.questions) // 2
         parts = self.questions[middle:], self.questions[:middle]
-        return [Batch(part, self.trees, self.prefix) for part in parts]
+        return [replace(self, questions=part) for part in parts]
 
 
 Family = list[Question]

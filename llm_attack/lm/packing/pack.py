@@ -6,6 +6,7 @@ question, which is a tree: what its requests share as a prefix stands there once
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -129,6 +130,7 @@ class Pack:
         prefix: the first tokens of every row, which are computed once: none of them moves, and no
             prediction is looked at before the last of them.
         twins: tokens that rows have in common, where there are so many that it pays.
+        limit: tokens of a forward at most, unless a row has more.
     """
 
     questions: Sequence[Question]
@@ -144,6 +146,7 @@ class Pack:
     moves: Tensor | None = None
     prefix: tuple[int, ...] = ()
     twins: Twins | None = None
+    limit: int = sys.maxsize
 
     @cached_property
     def requests(self) -> list[Request]:

@@ -162,6 +162,7 @@ def _used(attack: str, values: Mapping[str, Any]) -> dict[str, Any]:
         # the targeted ones and `fmn` follow scores of choices, whatever the loss makes of them
         "loss": not kind.search and (not kind.gradient or kind.targeted or attack == "fmn"),
         "seed": not of.draws,
+        "gradient_dtype": not kind.gradient,
     }
     unused["loss_source"] = unused["loss"]
     return {name: value for name, value in found.items() if not unused.get(name)}
@@ -178,6 +179,8 @@ def of_plan(
         attacks: the same, resolved, which have the names.
     """
     prompt, conditions = {name: getattr(plan, name) for name in PROMPT}, [*conditions]
+    if plan.gradient_dtype is not None:
+        prompt["gradient_dtype"] = plan.gradient_dtype
     found = {}
     for settings, attack, place in zip(conditions, attacks, places(conditions), strict=True):
         values = {**prompt, **settings.arguments(), **settings.sources}

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llm_attack.attacks import Attack, perturb
+from llm_attack.attacks import Attack, Known, Losses, perturb
+from llm_attack.lm.engine.clean import Needs
 from llm_attack.lm.network.blocks import known_blocks
 from llm_attack.lm.packing.pack import Pack
 
@@ -22,7 +23,7 @@ class Passes(NamedTuple):
         gradients: forward and backward of the loss.
         losses: forwards of the loss alone.
         answers: forwards for the answers under a perturbation.
-        clean: forwards for the answers without one.
+        clean: forwards for the answers without one, where no gradient's gives them.
         first: of the gradients, those at the clean point, which conditions share: 1 or 0.
     """
 
@@ -37,36 +38,63 @@ class Passes(NamedTuple):
         return Passes(*(a + b for a, b in zip(self, other, strict=True)))
 
 
-def passes(attacks: Sequence[Attack], others: int) -> Passes:
+def passes(
+    attacks: Sequence[Attack], others: int, *, apart: bool = False, hookpoints: int = 1
+) -> Passes:
     """What `Engine.compute` does under all attacks.
 
     Args:
-        attacks: the conditions.
+        attacks: the conditions, those of a hookpoint only.
         others: choices that are not gold, of the question that has the most.
+        apart: whether another model takes the gradients, so that they give no answers.
+        hookpoints: at how many the attacks are made.
     """
-    shared = any(a.uses_clean_gradient or a.kind.minimal for a in attacks)
-    total = Passes(gradients=1, first=1) if shared else Passes(clean=1)
+    needs = Needs.of(attacks)
+    clean = needs.answers if hookpoints == 1 else True  # it gives the points of all hookpoints
+    total = Passes(gradients=1, first=1) if needs.gradient else Passes()
+    if clean and (apart or not needs.gradient):
+        total = total.plus(Passes(clean=1))
+    if apart and needs.point and hookpoints > 1 and not needs.gradient:
+        total = total.plus(Passes(clean=1))
+    known = needs.answers or (needs.gradient and not apart)
+    ways: dict[Attack, list[Attack]] = {}
     for attack in attacks:
         if not attack.identity:
-            total = total.plus(_of_attack(attack, others)).plus(Passes(answers=1))
+            ways.setdefault(attack.path, []).append(attack)
+    for family in ways.values():
+        longest = max(family, key=lambda attack: attack.steps)
+        looked = not (apart and longest.kind.gradient)  # whose answers its losses are
+        answers = int(not longest.keeps_best) if looked else len(family)
+        of_family = _of_attack(longest, others, known).plus(Passes(answers=answers))
+        total = total.plus(Passes(*(n * hookpoints for n in of_family)))
     return total
 
 
-def _of_attack(attack: Attack, others: int) -> Passes:
+def _of_attack(attack: Attack, others: int, clean: bool) -> Passes:
     """Counted, not known by name: the attack runs on a point of four numbers and a linear loss,
     which crosses 0 inside of the ball, so that the searches for the smallest amplitude go on.
+
+    Args:
+        attack: the condition.
+        others: as of `passes`.
+        clean: whether the clean answers are known.
     """
     x = torch.zeros(1, 2, 2, dtype=torch.float64)
     counts = {True: 0, False: 0}
 
-    def loss(point: Tensor) -> Tensor:
-        counts[torch.is_grad_enabled()] += 1
+    def value(point: Tensor) -> Tensor:
         return point.flatten(1).sum(-1) - attack.epsilon / 3
 
-    known = torch.ones_like(x) if attack.uses_clean_gradient else None
+    def loss(point: Tensor) -> Tensor:
+        counts[torch.is_grad_enabled()] += 1
+        return value(point)
+
+    gap = value(x) if clean else None
+    known = Known(gap=gap)
+    if attack.uses_clean_gradient:
+        known = Known(value(x), torch.ones_like(x), gap)
     keys = torch.zeros(1, dtype=torch.int64)
-    many = [loss] * max(1, others)
-    perturb(attack, x, loss, target_loss=loss, target_losses=many, keys=keys, gradient=known)
+    perturb(attack, x, Losses(loss, loss, [loss] * max(1, others)), keys=keys, known=known)
     return Passes(gradients=counts[True], losses=counts[False])
 
 

@@ -17,7 +17,10 @@ from llm_attack.attacks import Attack
 from llm_attack.base.errors import UsageError, invalid
 from llm_attack.harness.requests import by_question
 from llm_attack.lm.engine.attacked import AttackedBatch
+from llm_attack.lm.engine.clean import Needs, clean_pass, usable_twins
 from llm_attack.lm.engine.engine import Engine
+from llm_attack.lm.engine.scoring import Scorer
+from llm_attack.lm.losses import ThreatModel
 from llm_attack.lm.network.hook import frozen
 from llm_attack.lm.packing.pack import Pack
 from llm_attack.lm.packing.questions import Request
@@ -103,23 +106,27 @@ class Estimate:
         seconds: of computing; neither loading the model nor tables and figures.
         weights: bytes of parameters and buffers.
         activations: bytes of the largest batch.
+        copied: bytes of the weights' copy that gradients are taken of, by the name of its dtype.
     """
 
     counts: Counts
     rates: Rates
     weights: int
     activations: int
+    copied: tuple[str, int] | None = None
     seconds: float = field(init=False)
 
     def __post_init__(self) -> None:
-        of = self.counts, self.rates
-        self.seconds = of[0].gradients * of[1].gradient + of[0].forwards * of[1].forward
+        counts, rates = self.counts, self.rates
+        self.seconds = counts.gradients * rates.gradient + counts.forwards * rates.forward
 
     def lines(self) -> dict[str, str]:
         """As it is shown."""
         n, rates = self.counts, self.rates
         share = n.tokens_packed / max(1, n.tokens_asked)
         rate = n.flop / self.seconds if self.seconds else 0.0
+        name, copied = self.copied or ("", 0)
+        copy = f" and {_size(copied)} for a copy of them in {name}" if copied else ""
         return {
             "questions": f"{n.questions:,}",
             "requests": f"{n.requests:,}",
@@ -128,8 +135,9 @@ class Estimate:
             "FLOP": f"{n.flop:.3g} ({n.gradients / max(1, n.flop):.0%} of them with gradients)",
             "time": f"{timedelta(seconds=round(self.seconds))} ({self.seconds:.3g} s) at"
             f" {rate:.3g} FLOP/s, measured for {rates.seconds:.1f} s",
-            "memory": f"{_size(self.weights + self.activations)}: weights {_size(self.weights)},"
-            f" activations of the largest batch about {_size(self.activations)}",
+            "memory": f"{_size(self.weights + copied + self.activations)}: weights"
+            f" {_size(self.weights)}{copy}, activations of the largest batch about"
+            f" {_size(self.activations)}",
         }
 
 
@@ -153,7 +161,13 @@ def estimate(prepared: Prepared, seconds: float = SECONDS) -> Estimate:
     sizes = Sizes.of(model, lm.engine_settings.gradient_checkpointing)
     batches = [work.batch for work in prepared.work]
     others = max((len(q.gold) - 1 for b in batches for q in b.questions), default=0)
-    todo = passes(engine.attacks, others)
+    places = list(dict.fromkeys(engine.scorers))
+    first = [
+        attack
+        for attack, scorer in zip(engine.attacks, engine.scorers, strict=True)
+        if scorer is places[0]
+    ]
+    todo = passes(first, others, apart=bool(engine.slopes), hookpoints=len(places))
     counts = Counts(len(by_question(prepared.requests)), len(prepared.requests))
     for batch in batches:
         counts.add(engine.pack(batch), sizes, todo, engine.scorer.takes_twins)
@@ -172,7 +186,9 @@ def estimate(prepared: Prepared, seconds: float = SECONDS) -> Estimate:
     logits = counts.positions * sizes.vocabulary * itemsize
     passing = _LIVE * counts.largest * sizes.widest * itemsize
     kept = round(rates.kept * counts.largest)
-    return Estimate(counts, rates, sum(tensors.values()), kept + passing + logits)
+    copied = (str(lm.engine_settings.gradient_dtype), lm.copy_bytes) if lm.copy_bytes else None
+    weights = sum(tensors.values())
+    return Estimate(counts, rates, weights, kept + passing + logits, copied)
 
 
 class Calibration:
@@ -198,19 +214,22 @@ class Calibration:
         """Runs a batch."""
         attack = self.engine.attacks[-1]
         noise = Attack("random", attack.epsilon, norm=attack.norm)
-        attacked = AttackedBatch(
-            self.engine.scorers[-1], pack.to(self.engine.device), self.engine.threat
-        )
+        engine, scorer = self.engine, self.engine.scorers[-1]
+        pack = pack.to(engine.device)
         watched, scored = len(pack.watched.positions), len(pack.scored.positions)
         if self.gradients:
-            once = attacked.twins is not None
+            follows = engine.slopes.get(scorer, scorer)
+            once = usable_twins(follows, pack, engine.threat) is not None
             both = self.sizes.gradient(pack, watched, once)
+            needs = Needs(gradient=True)
             with saved_tensors_hooks(self._keep, lambda tensor: tensor):
-                self._timed(0, lambda: attacked.gradient.sum(), both)
+                self._timed(0, lambda: _slope(follows, pack, engine.threat, needs).sum(), both)
             self.tokens += pack.space
 
         def forward() -> Tensor:
-            x = None if attack.identity else attacked.attack(noise)[0]
+            clean = clean_pass(scorer, pack, engine.threat, Needs(point=not attack.identity))
+            attacked = AttackedBatch(scorer, pack, engine.threat, clean)
+            x = None if attack.identity else attacked.attack(noise).x
             return attacked.answers(x).log_prob.sum()
 
         self._timed(1, forward, self.sizes.forward(pack, scored))
@@ -234,10 +253,16 @@ class Calibration:
         return Rates(gradient, forward, self.bytes / max(1, self.tokens), self.seconds)
 
 
-def show(found: Estimate, name: str) -> Table:
+def _slope(scorer: Scorer, pack: Pack, threat: ThreatModel, needs: Needs) -> Tensor:
+    gradient = clean_pass(scorer, pack, threat, needs).gradient
+    assert gradient is not None
+    return gradient
+
+
+def show(estimated: Estimate, name: str) -> Table:
     """The table of an estimate."""
     table = Table(title=f"{name}: what the run would take", show_header=False)
-    for label, value in found.lines().items():
+    for label, value in estimated.lines().items():
         table.add_row(label, value)
     return table
 

@@ -201,7 +201,6 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         with status(progress, console, "waiting for the other processes"):
             store.wait()
         found = gather(store.contents(), work, len(requests))
-        lm.diagnostics = found.diagnostics
     clock.lap("answers")
     with status(progress, console, "judging"):
         results = [judge.results(answers, i) for i, answers in enumerate(found.answers)]
@@ -210,7 +209,10 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         places = [condition.hookpoint or EMBED for condition in lm.conditions]
         samples = rows.samples_of(questions, requests, scores, attacks, places, results, found)
         samples = critical.judged(samples, critical.score_of({"settings": plan.settings()}))
-        infos = {attack.condition: lm.attack_info(i) for i, attack in enumerate(attacks)}
+        infos = {
+            attack.condition: lm.attack_info(i, found.diagnostics[i])
+            for i, attack in enumerate(attacks)
+        }
         known = of_plan(plan, lm.conditions, attacks)
         run: dict[str, Any] = {"settings": plan.settings(), "attacks": infos}
         run["conditions"] = {name: condition.record() for name, condition in known.items()}
@@ -227,7 +229,7 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         "model_name": plan.model_name,
         "equivalence": plan.equivalence,
         "warnings": [
-            *lm.all_warnings(),
+            *lm.all_warnings(found.diagnostics),
             *hidden_gradients(samples, known),
             *(f"{name}: {text}" for name, text in critical.stalled(samples).items()),
             *_critical_of_others(attacks, scores),

@@ -11,7 +11,7 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -40,7 +40,7 @@ _SHARE = 0.9  # of a GPU, for a worker: one on each, and some is left for a driv
 
 def threads_of(lm: AttackedHFLM) -> int:
     """The number of torch's threads for the batches of a model in this process."""
-    return 1 if lm.engine.deterministic else torch.get_num_threads()
+    return 1 if lm.engine_settings.deterministic else torch.get_num_threads()
 
 
 class Worker:
@@ -49,11 +49,10 @@ class Worker:
     Args:
         plan: with the device.
         conditions: of the run.
-        tokens: of a batch at most, by which larger questions are cut into parts.
     """
 
-    def __init__(self, plan: Plan, conditions: list[AttackSettings], tokens: int) -> None:
-        self.plan, self.conditions, self.tokens = plan, conditions, tokens
+    def __init__(self, plan: Plan, conditions: Sequence[AttackSettings]) -> None:
+        self.plan, self.conditions = plan, conditions
 
     @cached_property
     def lm(self) -> AttackedHFLM:
@@ -61,8 +60,6 @@ class Worker:
         lm = load(self.plan)
         lm.use(*self.conditions)
         lm.check_gradient()  # of the kernels of this device
-        for scorer in (lm.engine.scorer, *lm.engine.scorers):
-            scorer.limit = self.tokens
         return lm
 
     def ready(self) -> tuple[dict[str, Any], int]:
@@ -181,9 +178,8 @@ def answers(
         torch.cuda.empty_cache()
     actor = ray.remote(num_cpus=1, num_gpus=_SHARE if gpu else 0)(Worker)
     given = replace(plan, ray=None, ray_workers=None, device=lm.device.type)
-    arguments = (given, lm.conditions, lm.engine.scorer.limit)
     kind = "GPU" if gpu else "CPU"
-    workers = _Workers(ray, lambda: actor.remote(*arguments), waiting, say)
+    workers = _Workers(ray, lambda: actor.remote(given, lm.conditions), waiting, say)
     while workers.busy_or_waiting():
         look()
         for batch, result in workers.finished(plan.ray_workers, kind):

@@ -1,0 +1,173 @@
+"""The clean pass of a pack: its point, its answers, and the gradient of the loss, unperturbed.
+
+One forward gives the answers, and with a backward the gradient, so it runs once for all attacks,
+and only as far as one of them needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from llm_attack.attacks import Attack, least_likely
+from llm_attack.lm.engine.choices import ChoiceScores, sum_by
+from llm_attack.lm.engine.scoring import Scorer, Scores
+from llm_attack.lm.losses import LOSSES, ThreatModel
+from llm_attack.lm.packing.pack import Pack, Twins
+
+_ROUNDING = 4.0  # of a sum of log-probabilities, in units of its last place
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What attacks need of the clean pass.
+
+    Attributes:
+        point: the clean point.
+        answers: the scores there.
+        gradient: the gradient of the loss there, and the answers, which its forward gives.
+    """
+
+    point: bool = True
+    answers: bool = False
+    gradient: bool = False
+
+    @classmethod
+    def of(cls, attacks: Iterable[Attack]) -> Needs:
+        """What these attacks need."""
+        every = list(attacks)
+        minimal = any(a.kind.minimal for a in every)
+        # one target: the choice that is least likely at the clean point
+        targets = any(a.kind.targeted and not a.kind.adaptive for a in every if not a.identity)
+        answers = targets or minimal or any(a.identity for a in every)
+        gradient = minimal or any(a.uses_clean_gradient for a in every)
+        return cls(not all(a.identity for a in every), answers, gradient)
+
+
+@dataclass(frozen=True)
+class CleanPass:
+    """What is known of a pack without a perturbation; None: nothing needs it.
+
+    Attributes:
+        x: the clean point: (B, L, H), or (U, H) where the pack has nodes.
+        scores: of the continuations' tokens (`Pack.scored`).
+        loss: its values, as of `BatchLoss.value`.
+        gradient: of their sum at the clean point, like `x`.
+        below: (B, L, H) clean activations that forwards start from; None: they are whole.
+    """
+
+    x: Tensor | None = None
+    scores: Scores | None = None
+    loss: Tensor | None = None
+    gradient: Tensor | None = None
+    below: Tensor | None = None
+
+
+class BatchLoss:
+    """What a loss makes of the scores of a pack.
+
+    Args:
+        pack: the batch.
+        threat: its loss.
+    """
+
+    def __init__(self, pack: Pack, threat: ThreatModel) -> None:
+        self.pack, self.kind = pack, LOSSES[threat.loss]
+
+    @cached_property
+    def choices(self) -> ChoiceScores:
+        return ChoiceScores(self.pack.questions, self.pack.input_ids.device)
+
+    def sums(self, scores: Scores) -> Tensor:
+        """(requests,) log-probabilities of the tokens that the loss reads (`Pack.watched`)."""
+        return sum_by(scores.log_prob, self.pack.watched.request, len(self.pack.requests))
+
+    def value(self, scores: Scores) -> Tensor:
+        """The loss that attacks ascend: (requests,), or (questions,) where it knows the gold."""
+        return self.kind.value(self.sums(scores), self.choices if self.kind.gold else None)
+
+    def gap(self, scores: Scores) -> Tensor:
+        """(questions,) `ChoiceScores.gap`: above 0 the answer is wrong.
+
+        Scores that differ by less than `_ROUNDING` count as right, unless they are equal: lm-eval
+        adds up in the precision of the log-probabilities, where they may be the other way round.
+        """
+        sums = self.sums(scores)
+        gap, best = self.choices.gap(sums), self.choices.matrix(sums).detach().amax(-1)
+        rounding = _ROUNDING * torch.finfo(scores.log_prob.dtype).eps * best.abs()
+        return torch.where(gap > torch.finfo(gap.dtype).tiny, gap - rounding, gap)
+
+    def target(self, clean: Scores) -> Tensor:
+        """(questions, choices) booleans: the choice least likely at the clean point, never gold."""
+        choices = self.choices
+        sums = sum_by(clean.log_prob, self.pack.scored.request, len(self.pack.requests))
+        scores = choices.matrix(sums).masked_fill(~choices.exists, torch.inf)
+        columns = torch.arange(scores.shape[1], device=scores.device)
+        return columns == least_likely(scores, choices.gold)[:, None]
+
+
+def clean_pass(scorer: Scorer, pack: Pack, threat: ThreatModel, needs: Needs) -> CleanPass:
+    """The clean pass at one hookpoint.
+
+    Args:
+        scorer: the model and the hookpoint.
+        pack: the batch.
+        threat: with the loss.
+        needs: what of it is needed.
+    """
+    x = of_nodes(pack, scorer.point(pack)) if needs.point or needs.gradient else None
+    if needs.gradient:
+        assert x is not None
+        return _with_gradient(scorer, pack, threat, x)
+    if not needs.answers:
+        return CleanPass(x)
+    with torch.no_grad():
+        return CleanPass(x, scorer(pack, pack.scored))
+
+
+def _with_gradient(scorer: Scorer, pack: Pack, threat: ThreatModel, x: Tensor) -> CleanPass:
+    loss, twins = BatchLoss(pack, threat), usable_twins(scorer, pack, threat)
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_(True)
+        if twins is None:
+            scores = scorer(pack, pack.watched, expand(pack, leaf))
+            values = loss.value(scores)
+            (gradient,) = torch.autograd.grad(values.sum(), leaf)
+        else:
+            once = scorer.at_twins(pack, twins, leaf, None)
+            of_entries = loss.kind.value(once.log_prob, None)
+            (gradient,) = torch.autograd.grad(of_entries.sum(), leaf)
+            scores = Scores(*(s.detach()[twins.of_entry] for s in once))
+            values = loss.value(scores)
+    return CleanPass(x, answers_of(pack, scores), values.detach(), gradient)
+
+
+def answers_of(pack: Pack, watched: Scores) -> Scores:
+    """The scores of `Pack.scored` among those of `Pack.watched`, without a gradient."""
+    return Scores(*(s.detach()[pack.kept] for s in watched))
+
+
+def usable_twins(scorer: Scorer, pack: Pack, threat: ThreatModel) -> Twins | None:
+    """What rows have in common, where it is computed once: of losses that sum over tokens."""
+    usable = scorer.takes_twins and LOSSES[threat.loss].additive
+    return pack.twins if usable and scorer.together(pack) else None
+
+
+def of_nodes(pack: Pack, values: Tensor, total: bool = False) -> Tensor:
+    """(B, L, H) values as those of the point: at a token of each node, or the sum over all."""
+    if pack.first is None or pack.node is None:
+        return values
+    values = values.flatten(0, 1)
+    if not total:
+        return values[pack.first]
+    sums = values.new_zeros(len(pack.first), values.shape[-1])
+    return sums.index_add(0, pack.node.flatten(), values)
+
+
+def expand(pack: Pack, x: Tensor) -> Tensor:
+    """`x` as the hookpoint's output, (B, L, H)."""
+    return x if pack.node is None else x[pack.node]

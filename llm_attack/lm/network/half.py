@@ -1,0 +1,81 @@
+"""A copy of a model in a dtype of fewer bits, of which gradients are taken."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from llm_attack.base.errors import UsageError
+from llm_attack.lm.network.blocks import known_blocks, prepare
+from llm_attack.lm.network.hook import resolve
+from llm_attack.lm.settings import EngineSettings
+
+
+def check(model: PreTrainedModel, name: str, autocast: torch.dtype | None, parts: Any) -> None:
+    """Refuses a `gradient_dtype` that makes no sense for a model.
+
+    Args:
+        model: the model.
+        name: of the dtype.
+        autocast: dtype of mixed precision, or None.
+        parts: `tp_plan`, by which processes have parts of the model each; None: they have not.
+
+    Raises:
+        UsageError: its weights are quantised, split or computed with in mixed precision, or have no
+            more bits than the dtype.
+    """
+    dtype: torch.dtype = getattr(torch, name)
+    wrong = ""
+    if getattr(model.config, "quantization_config", None) is not None:
+        wrong = "a model without quantisation, whose weights can be converted"
+    elif parts is not None:
+        wrong = f"left out with tp_plan={parts}, where no process has the whole model"
+    elif autocast is not None:
+        wrong = f"left out with mixed precision, which computes in {autocast}"
+    elif model.dtype.itemsize <= dtype.itemsize:
+        wrong = f"of fewer bits than the model's dtype, which is {model.dtype}"
+    elif any(hasattr(module, "_hf_hook") for module in model.modules()):
+        wrong = "left out where the model is split over devices, or in part on none"
+    if wrong:
+        raise UsageError(f"gradient_dtype={name}: must be {wrong}")
+
+
+def copied(
+    model: PreTrainedModel, name: str, settings: EngineSettings, hookpoint: str | None
+) -> PreTrainedModel:
+    """The copy, with its blocks as of `prepare`. Buffers, such as frequencies, keep their dtype.
+
+    Args:
+        model: what is copied.
+        name: of the dtype.
+        settings: as of `prepare`.
+        hookpoint: as of `resolve`.
+
+    Raises:
+        UsageError: another library has changed what a module runs.
+    """
+    own = known_blocks(model) if settings.gradient_checkpointing or settings.compile else []
+    changed = [module for module in model.modules() if "forward" in vars(module)]
+    strange = next((type(m).__name__ for m in changed if m not in own), None)
+    if strange is not None:
+        raise UsageError(
+            f"gradient_dtype={name}: must be left out where another library has changed the forward"
+            f" of modules ({strange}), which a copy would not have"
+        )
+    dtype = getattr(torch, name)
+    memo: dict[int, Any] = {
+        id(weight): nn.Parameter(weight.detach().to(dtype), requires_grad=False)
+        for weight in model.parameters()
+        if weight.is_floating_point()
+    }
+    found: PreTrainedModel = copy.deepcopy(model, memo)
+    for module in found.modules():
+        vars(module).pop("forward", None)
+    found.config.dtype = dtype
+    prepare(found, settings, resolve(found, hookpoint))
+    found.eval()
+    return found
