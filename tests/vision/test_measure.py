@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from llm_attack.attacks import Attack, deepfool, keys_for, least_likely, perturb, sparsefool
+from llm_attack.attacks import Attack, Losses, deepfool, keys_for, least_likely, perturb, sparsefool
 from llm_attack.vision.data import Images
 from llm_attack.vision.measure import Examples, attacked, cross_entropy, frozen, measure
 from llm_attack.vision.networks import build
@@ -135,15 +135,11 @@ def test_the_attacks_are_those_of_the_package():
     net, data = network().eval().requires_grad_(False), images(20)
     x, keys = data.scaled(), torch.tensor([keys_for(5, [i]) for i in range(20)])
     target = least_likely(net(x), data.labels)
-    options = {
-        "loss": lambda p: cross_entropy(net(p), data.labels),
-        "target_loss": lambda p: cross_entropy(net(p), target),
-        "bounds": (0, 1),
-        "keys": keys,
-    }
-    options["target_losses"] = [
-        partial(dlr, net, data.labels, other) for other in range(net(x).shape[1] - 1)
-    ]
+    losses = Losses(
+        lambda p: cross_entropy(net(p), data.labels),
+        lambda p: cross_entropy(net(p), target),
+        [partial(dlr, net, data.labels, other) for other in range(net(x).shape[1] - 1)],
+    )
     noise = ("random", "uniform", "gaussian")
     names = (*SEARCHES, *noise, "reversed", "mifgsm", "apgd", "apgdt", "blocks", *SIX[:-1])
     assert set(names) == set(KNOWN)
@@ -161,7 +157,7 @@ def test_the_attacks_are_those_of_the_package():
         if name in searched:
             wanted = searched[name]
         else:
-            wanted = perturb(Attack(name, 0.07, steps=4), x, **options)
+            wanted = perturb(Attack(name, 0.07, steps=4), x, losses, bounds=(0, 1), keys=keys)
         if name in ("apgd", "apgdt", "blocks"):  # where nothing on the way was wrong
             same = net(point).argmax(1) == data.labels
             assert torch.equal(point[same], wanted[same]) and same.any()
