@@ -204,7 +204,7 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
     clock.lap("answers")
     with status(progress, console, "judging"):
         results = [judge.results(answers, i) for i, answers in enumerate(found.answers)]
-        questions = rows.questions_of(requests, gold, results[0])
+        questions = rows.question_rows(requests, gold, results[0])
         attacks = lm.engine.attacks
         places = [condition.hookpoint or EMBED for condition in lm.conditions]
         samples = rows.samples_of(questions, requests, scores, attacks, places, results, found)
