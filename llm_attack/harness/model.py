@@ -51,7 +51,7 @@ from llm_attack.lm.network import half
 from llm_attack.lm.network.blocks import prepare
 from llm_attack.lm.network.hook import frozen, resolve, vocabulary_of
 from llm_attack.lm.network.reproducible import reproducible
-from llm_attack.lm.network.scale import CALIBRATION_TEXT, signals_at
+from llm_attack.lm.network.signals import CALIBRATION_TEXT, signals_at
 from llm_attack.lm.packing.batches import Batch
 from llm_attack.lm.packing.positions import QUESTION
 from llm_attack.lm.packing.questions import Question
