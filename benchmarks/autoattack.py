@@ -24,7 +24,7 @@ from llm_attack.attacks import Attack, keys_for
 from llm_attack.base.declare import DIALECT
 from llm_attack.base.record import hardware, versions, write_json
 from llm_attack.vision.checkpoints import read_metadata, settled
-from llm_attack.vision.data import load
+from llm_attack.vision.data import load_dataset
 from llm_attack.vision.measure import Examples, attacked, frozen
 from llm_attack.vision.settings import Amplitude, ImageSettings
 from llm_attack.vision.stages import amplitude, untrained
@@ -78,7 +78,7 @@ def autoattack(network, x, labels, *, epsilon):
 def main(path, images, epsilon, steps, restarts, queries, output):
     about = read_metadata(path)
     settings = settled(ImageSettings(load=path, epsilon=epsilon, dataset=about["dataset"]))
-    data = load(settings.dataset, settings)
+    data = load_dataset(settings.dataset, settings)
     network = untrained(data, settings.network, settings)
     x, labels = data.test[:images].scaled(), data.test.labels[:images]
     epsilon = amplitude(settings, data)

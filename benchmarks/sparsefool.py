@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from llm_attack.attacks import sparsefool
 from llm_attack.base.declare import DIALECT
 from llm_attack.base.record import hardware, versions, write_json
-from llm_attack.vision.data import load
+from llm_attack.vision.data import load_dataset
 from llm_attack.vision.measure import frozen
 from llm_attack.vision.settings import ImageSettings
 from llm_attack.vision.stages import untrained
@@ -56,7 +56,7 @@ def main(dataset, network, epochs, train_size, batch, rounds, authors, output):
         batch_size=32,
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
-    images = load(dataset, settings)
+    images = load_dataset(dataset, settings)
     classifier = untrained(images, network, settings)
     for epoch, loss, _ in train(classifier, images.train, settings, []):
         print(f"epoch {epoch} of {epochs}, loss {loss:.4f}")

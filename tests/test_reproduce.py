@@ -134,7 +134,7 @@ def test_hyphens_are_as_good_as_underscores():
         (["fig4", "--epoch", "3"], "--epochs"),
         (["fig4", "-o", "file"], "output=file: must be a folder"),
         (["fig4", "-o", "file/sub"], "output=file/sub: must be a folder"),
-        (["fig6", "--embedding_sizes", "8,x"], "'8,x': must be integers"),
+        (["fig6", "--embedding_sizes", "8,x"], "'x' is not a valid integer"),
         (["fig6", "--embedding_sizes", "8,0"], r"embedding_sizes=\(8, 0\): must be .*1 or more"),
         (["fig6", "--words", "none.csv"], "words=none.csv: must be a CSV file"),
         (["fig5000"], "fig5000"),

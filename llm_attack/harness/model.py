@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -51,7 +51,7 @@ from llm_attack.lm.network import half
 from llm_attack.lm.network.blocks import prepare
 from llm_attack.lm.network.hook import frozen, resolve, vocabulary_of
 from llm_attack.lm.network.reproducible import reproducible
-from llm_attack.lm.network.scale import CALIBRATION_TEXT, signals_at
+from llm_attack.lm.network.signals import CALIBRATION_TEXT, signals_at
 from llm_attack.lm.packing.batches import Batch
 from llm_attack.lm.packing.positions import QUESTION
 from llm_attack.lm.packing.questions import Question
@@ -204,7 +204,8 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
             raise UsageError("conditions of one run must have the same loss, context, seed")
         names = list(dict.fromkeys(condition.hookpoint for condition in conditions))
         text = self._known(self.tok_encode(CALIBRATION_TEXT))[: self.max_length]
-        by_name = self._signals_at(conditions, names, text)
+        units = {condition.amplitude.epsilon.unit for condition in conditions}
+        by_name = self._signals_at(names, text, units)
         signals = [by_name[condition.hookpoint] for condition in conditions]
         attacks = [
             condition.resolved(signal, place)
@@ -227,17 +228,13 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         return InUse(conditions, tuple(signals), engine, tuple(text))
 
     def _signals_at(
-        self,
-        conditions: Sequence[AttackSettings],
-        names: Sequence[str | None],
-        text: Sequence[int],
+        self, names: Sequence[str | None], text: Sequence[int], units: Collection[str | None]
     ) -> dict[str | None, Signal]:
         """The scale of what is perturbed, by hookpoint."""
         try:
             with reproducible(self.engine_settings.deterministic):
-                units = {condition.epsilon_unit for condition in conditions}
-                tokens = torch.tensor([text]).to(self.device)
-                return signals_at(self.model, names, tokens, units)
+                input_ids = torch.tensor([text]).to(self.device)
+                return signals_at(self.model, names, input_ids, units)
         except RuntimeError as error:
             if should_reduce_batch_size(error):
                 raise

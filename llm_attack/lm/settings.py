@@ -257,7 +257,7 @@ class AttackSettings(ThreatSettings):
         found = {
             "attack_source": ATTACKS[self.attack].source,
             "loss_source": LOSSES[self.loss].source,
-            "unit_source": unit_source(self.epsilon_unit),
+            "unit_source": unit_source(self.amplitude.epsilon.unit),
         }
         return {name: source for name, source in found.items() if source}
 
@@ -300,6 +300,7 @@ class EngineSettings:
         " Answers stay in the model's own dtype. The copy takes memory, and attacked points differ"
         " slightly",
         choices=GRADIENT_DTYPES,
+        group="engine",
     )
     allow_missing_weights: bool = setting(
         False,

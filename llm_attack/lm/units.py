@@ -128,9 +128,9 @@ def known_unit(name: Any) -> bool:
     return name in [ABSOLUTE, *UNITS]  # a list: also takes what cannot be hashed
 
 
-def unit_source(name: str) -> str:
+def unit_source(name: str | None) -> str:
     """Hash of the source of a unit of the user's own; empty for the units of this package."""
-    return getattr(UNITS.get(name), "source", "")
+    return getattr(UNITS.get(str(name)), "source", "")
 
 
 def size_of(unit: str, signal: Signal, norm: str) -> float:

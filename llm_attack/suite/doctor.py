@@ -69,7 +69,7 @@ def doctor(plan: Plan, progress: str) -> list[Check]:
     plan = replace(plan, attacks=attacks, epsilons=epsilons)
     prepared = prepare(plan, progress, console, checked=False)
     lm, known = prepared.lm, {(c.attack, c.epsilon): c for c in plan.conditions}
-    some = [known[of] for of in CONDITIONS]
+    some = [known[pair] for pair in CONDITIONS]
     lm.use(*some)
     own = own_gradient(prepared)
     try:

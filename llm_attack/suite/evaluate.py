@@ -97,7 +97,7 @@ def _check_folder(folder: Path | None, who: Processes) -> None:
 
 
 def _carried_out(
-    prepared: Prepared, folder: Path, again: str | list[str], shown: str, console: Console
+    prepared: Prepared, folder: Path, again: list[str] | str, shown: str, console: Console
 ) -> Result | None:
     """Carries out and saves what is left of the run; `again` is the command that repeats it."""
     with held(), begun(folder):

@@ -455,7 +455,7 @@ class Plan(ThreatSettings, EngineSettings):
         """Every setting as it is typed and stored."""
         found = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         epsilon_max, epsilons = found["epsilon_max"], found["epsilons"]
-        found["model"] = str(self.model)  # of a loaded one the name
+        found["model"] = str(self.model)  # without the model itself, if it is loaded
         found["epsilons"] = tuple(epsilon.plain for epsilon in epsilons)
         found["epsilon_max"] = None if epsilon_max is None else epsilon_max.plain
         return found

@@ -59,7 +59,7 @@ class Result:
     Attributes:
         table: accuracies and tests, a row per task and condition; see `summary.summarise`.
         samples: a row per question and condition; see `frames.samples_of`.
-        questions: a row per question; see `frames.questions_of`.
+        questions: a row per question; see `rows.question_rows`.
         run: what is needed to repeat it: settings, versions, hardware, timings, and for each
             condition its settings as resolved and its diagnostics (`attacks`), and what it is
             (`conditions.Condition`).

@@ -71,13 +71,13 @@ def run(settings: Settings, folder: Path) -> dict[str, Any]:
     import pandas as pd
 
     from llm_attack.vision import stages
-    from llm_attack.vision.data import load
+    from llm_attack.vision.data import load_dataset
 
     clock = Stopwatch()
     name, *others = stages.networks(settings)
     if others:
         raise invalid("network", settings.network, "one network")
-    dataset = load(settings.dataset, settings)
+    dataset = load_dataset(settings.dataset, settings)
     clock.lap("data")
     table = pd.DataFrame(_rows(dataset, name, settings, clock))
     write_text(folder / "lines.csv", as_csv(table, "%.6g"))

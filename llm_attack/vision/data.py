@@ -71,7 +71,7 @@ class Dataset:
         return self.train.pixels.shape[1], self.train.pixels.shape[2]
 
 
-def load(name: str, settings: ImageSettings) -> Dataset:
+def load_dataset(name: str, settings: ImageSettings) -> Dataset:
     """The data set, decoded, on the device and with the splits, sizes and columns of `settings`.
 
     Args:

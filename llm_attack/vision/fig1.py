@@ -42,7 +42,7 @@ def run(settings: Settings, folder: Path) -> dict[str, Any]:
 
     from llm_attack.attacks import Attack, keys_for
     from llm_attack.vision import checkpoints, stages
-    from llm_attack.vision.data import load
+    from llm_attack.vision.data import load_dataset
     from llm_attack.vision.measure import Examples, attacked, frozen
 
     settings = checkpoints.settled(settings)
@@ -53,7 +53,7 @@ def run(settings: Settings, folder: Path) -> dict[str, Any]:
     if "," in settings.dataset:
         raise UsageError(f"dataset={settings.dataset}: must be one data set")
     clock = Stopwatch()
-    dataset = load(settings.dataset, settings)
+    dataset = load_dataset(settings.dataset, settings)
     clock.lap("data")
     if settings.images > len(dataset.classes):
         raise invalid("images", settings.images, f"at most {len(dataset.classes)}, one a class")

@@ -96,7 +96,7 @@ def curves(
     import pandas as pd
 
     from llm_attack.vision import checkpoints, stages
-    from llm_attack.vision.data import load
+    from llm_attack.vision.data import load_dataset
     from llm_attack.vision.networks import split
 
     settings = checkpoints.settled(settings)
@@ -104,7 +104,7 @@ def curves(
     names = stages.networks(settings)
     clock = Stopwatch()
     sets = dict.fromkeys(parts(settings.dataset))
-    datasets = [load(name, settings) for name in sets]
+    datasets = [load_dataset(name, settings) for name in sets]
     clock.lap("data")
     epsilons = {dataset.name: stages.amplitude(settings, dataset, at) for dataset in datasets}
     pairs = [(dataset, name) for dataset in datasets for name in names]

@@ -86,7 +86,7 @@ def run(settings: Settings, folder: Path) -> dict[str, Any]:
 def _rows(settings: Settings, folder: Path, clock: Stopwatch) -> Iterator[dict[str, Any]]:
     """Trains and attacks all networks; the rows of `measure`, with dp, of each."""
     from llm_attack.vision import stages
-    from llm_attack.vision.data import load
+    from llm_attack.vision.data import load_dataset
     from llm_attack.vision.momentum import momentum_spread
 
     for name in ("load", "weights"):
@@ -97,14 +97,14 @@ def _rows(settings: Settings, folder: Path, clock: Stopwatch) -> Iterator[dict[s
     names = stages.networks(settings)
     kinds = list(itertools.product(names, settings.widths))
     sets = list(dict.fromkeys(parts(settings.dataset)))
-    first = [load(name, settings) for name in sets]
+    first = [load_dataset(name, settings) for name in sets]
     for dataset, (name, width) in itertools.product(first, kinds):
         stages.amplitude(settings, dataset)
         stages.untrained(dataset, name, replace(settings, width=settings.width * width))
     clock.lap("data")
     for seed, i in itertools.product(range(settings.seeds), range(len(sets))):
         here = replace(settings, seed=settings.seed + seed)
-        dataset = first[i] if seed == 0 else load(sets[i], here)
+        dataset = first[i] if seed == 0 else load_dataset(sets[i], here)
         few = dataset.test[: settings.subset]
         clock.lap("data")
         for (name, times), training in itertools.product(kinds, trainings):

@@ -10,7 +10,7 @@ from llm_attack import Plan, evaluate
 from llm_attack.base.errors import UsageError
 from llm_attack.base.plugins import name_of
 from llm_attack.cli import main
-from llm_attack.lm.network.scale import CALIBRATION_TEXT
+from llm_attack.lm.network.signals import CALIBRATION_TEXT
 from llm_attack.lm.settings import AttackSettings
 from llm_attack.lm.units import UNITS, register_unit
 

@@ -18,7 +18,7 @@ from llm_attack.lm.engine.scatter import by_index
 from llm_attack.lm.losses import ThreatModel
 from llm_attack.lm.network.blocks import known_blocks, recompute
 from llm_attack.lm.network.hook import capture, frozen, try_out
-from llm_attack.lm.network.scale import signals_at
+from llm_attack.lm.network.signals import signals_at
 from llm_attack.lm.packing.pack import pack_rows, pack_trees
 from llm_attack.lm.packing.questions import Question, Request
 from llm_attack.lm.settings import AttackSettings

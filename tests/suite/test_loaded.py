@@ -239,7 +239,7 @@ def test_the_plan_is_a_value(tokenizer):
     assert json.loads(json.dumps(plan.settings()))["model"] == "mine"
     assert type(plan.settings()["model"]) is str
     text = call(plan, "out")
-    assert text.startswith("evaluate(Plan(model, tokenizer=tokenizer, name='mine', tasks=(")
+    assert text.startswith("evaluate(Plan(model, tokenizer=tokenizer, name='mine', ")
     assert text.endswith("output='out')  # in Python, where model is a LlamaForCausalLM")
     made = eval(
         text.replace("evaluate(", "dict(plan=", 1),

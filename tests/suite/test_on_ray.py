@@ -61,8 +61,8 @@ class Ray(types.ModuleType):
         assert worker is on_ray.Worker
         return types.SimpleNamespace(remote=self._start)
 
-    def _start(self, plan, conditions, tokens):
-        assert (plan.ray, plan.device, conditions, tokens) == (None, "cpu", "conditions", 768)
+    def _start(self, plan, conditions):
+        assert (plan.ray, plan.device, conditions) == (None, "cpu", "conditions")
         self.workers += 1
         number = self.workers
 
@@ -96,12 +96,9 @@ class Ray(types.ModuleType):
 def answers(monkeypatch):
     """All that `on_ray.answers` yields on a cluster, and what it says."""
     monkeypatch.setattr("llm_attack.suite.run.fingerprint.of_model", lambda _: {"weights": "same"})
-    scorer = types.SimpleNamespace(limit=768)
-    engine = types.SimpleNamespace(scorer=scorer)
     lm = types.SimpleNamespace(
         device=torch.device("cpu"),
         conditions="conditions",
-        engine=engine,
         model=torch.nn.Linear(1, 1),
     )
 
@@ -269,7 +266,7 @@ def test_threads_are_those_that_compute(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     for deterministic, threads in ((False, 7), (True, 1)):
         engine = types.SimpleNamespace(deterministic=deterministic)
-        assert on_ray.threads_of(types.SimpleNamespace(engine=engine)) == threads
+        assert on_ray.threads_of(types.SimpleNamespace(engine_settings=engine)) == threads
 
 
 def test_without_ray(monkeypatch):

@@ -179,14 +179,14 @@ def dropping(model):
 
 
 def examined(monkeypatch, spoil, *options):
-    load = run.load
+    load = run.load_model
 
     def spoilt(plan):
         lm = load(plan)
         spoil(lm.model)
         return lm
 
-    monkeypatch.setattr(run, "load", spoilt)
+    monkeypatch.setattr(run, "load_model", spoilt)
     words = ["doctor", "--model", "demo", "--tasks", "demo_piqa,demo_arc_easy", "--progress=quiet"]
     found = CliRunner().invoke(cli.main, [*words, "--device=cpu", *options])
     lines = [line for line in found.stdout.splitlines() if line.startswith("  ")]

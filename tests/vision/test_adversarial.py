@@ -10,7 +10,7 @@ from torch import nn
 from llm_attack.attacks import uniform
 from llm_attack.vision import fig2
 from llm_attack.vision.adversarial import adversarial_examples, divergence, objective
-from llm_attack.vision.data import load
+from llm_attack.vision.data import load_dataset
 from llm_attack.vision.networks import build
 from llm_attack.vision.train import train
 
@@ -177,7 +177,7 @@ def test_divergence_of_two_coins():
 
 @pytest.fixture(scope="module")
 def images():
-    return load("digits", fig2.Settings(train_size=96)).train
+    return load_dataset("digits", fig2.Settings(train_size=96)).train
 
 
 def run(images, settings, stop_at=None, seen=None, **options):

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from llm_attack.base.errors import UsageError
 from llm_attack.cli import main
 from llm_attack.vision import checkpoints, fig1, fig2, stages
-from llm_attack.vision.data import load
+from llm_attack.vision.data import load_dataset
 from llm_attack.vision.settings import shown
 
 SMALL = {"width": 0.1, "epochs": 1, "train_size": 64, "test_size": 30, "batch_size": 16}
@@ -117,7 +117,7 @@ def test_what_a_kept_network_says_of_itself(kept):
 def test_a_network_of_somebody_else(theirs, form):
     """Table and gallery; the accuracy is that of its weights."""
     settings = fig2.Settings(attacks="fgsm,bim")
-    images = load("digits", settings)
+    images = load_dataset("digits", settings)
     weights = linear(images.train)
     (save_file if form == "safetensors" else torch.save)(weights, f"weights.{form}")
     x, labels = images.test.scaled().flatten(1), images.test.labels
@@ -198,7 +198,9 @@ def test_weights_of_another_network(kept):
     with pytest.raises(
         UsageError, match=r"weights=.*: must be weights of this network.*\(RuntimeError: Missing"
     ) as x:
-        stages.untrained(load("digits", fig1.Settings()), "cnn", fig1.Settings(weights=str(file)))
+        stages.untrained(
+            load_dataset("digits", fig1.Settings()), "cnn", fig1.Settings(weights=str(file))
+        )
     assert "\n" not in str(x.value)
 
 
@@ -241,7 +243,7 @@ def test_a_checkpoint_is_attacked_again(kept, tmp_path):
 @pytest.fixture(scope="module")
 def crafted(tmp_path_factory):
     """Writes a file of the weights of a small network that says of itself what it is told."""
-    dataset = load("digits", fig1.Settings())
+    dataset = load_dataset("digits", fig1.Settings())
     network = stages.untrained(dataset, "cnn", fig1.Settings(width=0.1))
     file = tmp_path_factory.mktemp("crafted") / "x.safetensors"
 
@@ -334,7 +336,7 @@ def test_checkpoints_that_say_what_is_not_so(tmp_path_factory, crafted, name, va
 
 
 def test_a_width_that_no_network_can_have():
-    dataset = load("digits", fig1.Settings())
+    dataset = load_dataset("digits", fig1.Settings())
     for width in (1e300, 1e6):
         with pytest.raises(UsageError, match=r"^width=1.*: must be a number .* at most 1000$"):
             stages.untrained(dataset, "cnn", fig1.Settings(width=width))

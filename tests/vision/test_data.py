@@ -14,7 +14,7 @@ from llm_attack.vision.settings import ImageSettings
 
 
 def load(name, **settings):
-    return data.load(name, ImageSettings(**settings))
+    return data.load_dataset(name, ImageSettings(**settings))
 
 
 def rng(seed=0):

@@ -447,7 +447,7 @@ def test_colour_images_are_mirrored_and_grey_ones_are_not(tmp_path, monkeypatch)
         return data.Dataset(name, ("a", "b"), images, images)
 
     monkeypatch.setattr("llm_attack.vision.train.augment", augment)
-    monkeypatch.setattr(data, "load", load)
+    monkeypatch.setattr(data, "load_dataset", load)
     options = {"dataset": "grey,colour", "width": 0.1, "attacks": "fgsm", "epochs": 1}
     fig2.run(fig2.Settings(**options), tmp_path / "one")
     fig2.run(fig2.Settings(**options, network="cnn,resnet18", flip=True, crop=0), tmp_path / "two")

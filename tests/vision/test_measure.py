@@ -140,7 +140,6 @@ def test_the_attacks_are_those_of_the_package():
         lambda p: cross_entropy(net(p), target),
         [partial(dlr, net, data.labels, other) for other in range(net(x).shape[1] - 1)],
     )
-    options = {"loss": losses, "bounds": (0, 1), "keys": keys}
     noise = ("random", "uniform", "gaussian")
     names = (*SEARCHES, *noise, "reversed", "mifgsm", "apgd", "apgdt", "blocks", *SIX[:-1])
     assert set(names) == set(KNOWN)
@@ -158,7 +157,7 @@ def test_the_attacks_are_those_of_the_package():
         if name in searched:
             wanted = searched[name]
         else:
-            wanted = perturb(Attack(name, 0.07, steps=4), x, **options)
+            wanted = perturb(Attack(name, 0.07, steps=4), x, losses, bounds=(0, 1), keys=keys)
         if name in ("apgd", "apgdt", "blocks"):  # where nothing on the way was wrong
             same = net(point).argmax(1) == data.labels
             assert torch.equal(point[same], wanted[same]) and same.any()

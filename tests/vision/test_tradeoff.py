@@ -12,7 +12,7 @@ from llm_attack.base.errors import UsageError
 from llm_attack.cli import main
 from llm_attack.stats import rank_correlation
 from llm_attack.vision import fig2, stages, tradeoff
-from llm_attack.vision.data import load
+from llm_attack.vision.data import load_dataset
 from llm_attack.vision.momentum import momentum_spread
 
 SMALL = {"width": 0.25, "epochs": 2, "train_size": 32, "test_size": 40, "batch_size": 16}
@@ -39,7 +39,12 @@ def test_the_command(tmp_path, monkeypatch):
 
     settings = fig2.Settings(**SMALL, train_attack="trades", seed=1)
     network, rows = stages.trained(
-        load("digits", settings), "cnn", settings, ["fgsm"], tradeoff.Stopwatch(), epsilon=0.1
+        load_dataset("digits", settings),
+        "cnn",
+        settings,
+        ["fgsm"],
+        tradeoff.Stopwatch(),
+        epsilon=0.1,
     )
     of = table[(table["training"] == "trades") & (table["seed"] == 1) & (table["width"] == 0.25)]
     both = of.set_index(["epoch", "condition"])
@@ -47,7 +52,7 @@ def test_the_command(tmp_path, monkeypatch):
         assert both.loc[(row["epoch"], row["condition"]), "accuracy"] == pytest.approx(
             row["accuracy"]
         ) or row["condition"] in ("lowest", "highest")
-    few = load("digits", settings).test[: tradeoff.PRESETS["quick"].subset]
+    few = load_dataset("digits", settings).test[: tradeoff.PRESETS["quick"].subset]
     spread = momentum_spread(network, few)
     assert both.loc[(2, "none"), "dp"] == pytest.approx(spread, rel=1e-4)
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from llm_attack.base.errors import UsageError
 from llm_attack.vision import fig2, stages
-from llm_attack.vision.data import load
+from llm_attack.vision.data import load_dataset
 from llm_attack.vision.networks import build
 from llm_attack.vision.precision import mixed_precision
 from llm_attack.vision.train import one_cycle, train
@@ -22,7 +22,7 @@ PLAIN = replace(SETTINGS, crop=0, flip=False)
 
 @pytest.fixture(scope="module")
 def images():
-    return load("digits", fig2.Settings(train_size=200)).train
+    return load_dataset("digits", fig2.Settings(train_size=200)).train
 
 
 def network(images, name="resnet18", width=0.1):
@@ -232,7 +232,7 @@ def test_a_resumed_run_keeps_its_precision(images, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_bfloat16_learns_as_well_within_the_spread_of_seeds():
     """Accuracy on new images of five seeds each: the means differ by less than the seeds do."""
-    data = load("digits", fig2.Settings())
+    data = load_dataset("digits", fig2.Settings())
     found = {}
     for precision in ("float32", "bfloat16"):
         for seed in range(5):

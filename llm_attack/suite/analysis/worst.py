@@ -84,7 +84,7 @@ def _worst_cases(
     samples: pd.DataFrame, known: Conditions
 ) -> Iterator[tuple[Condition, float, pd.DataFrame]]:
     """Each worst case: its condition, its epsilon, and the rows that it is the worst of."""
-    for largest, epsilon, rows in balls(samples, known):
+    for largest, epsilon, rows in comparable_attacks(samples, known):
         tried = rows[rows["epsilon"] <= epsilon]
         over = [known[name] for name in tried["condition"].unique()]
         if len(over) < 2:
@@ -112,7 +112,7 @@ def hidden_gradients(samples: pd.DataFrame, known: Conditions) -> list[str]:
         known: the conditions of the run.
     """
     found = []
-    for _, epsilon, rows in balls(samples, known):
+    for _, epsilon, rows in comparable_attacks(samples, known):
         here = rows[rows["epsilon"] == epsilon]
         answers = here.assign(right=right(here).astype(float))
         kept = answers.pivot_table(index=_PLACE, columns="attack", values="right", sort=False)
@@ -136,7 +136,7 @@ def named(rows: pd.DataFrame, attack: str) -> str:
     return str(rows.loc[rows["attack"] == attack, "condition"].iloc[0])
 
 
-def balls(
+def comparable_attacks(
     frame: pd.DataFrame, known: Conditions
 ) -> Iterator[tuple[Condition, float, pd.DataFrame]]:
     """Each amplitude of a ball (`Condition.ball`): the first condition of it, epsilon in the units

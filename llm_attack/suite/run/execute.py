@@ -39,7 +39,7 @@ from llm_attack.suite.analysis.worst import KNOWS_GOLD, hidden_gradients, with_w
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.results import LM_EVAL, Result
 from llm_attack.suite.run import fingerprint, on_ray, rows
-from llm_attack.suite.run.load import load
+from llm_attack.suite.run.load import load_model
 from llm_attack.suite.run.progress import RunProgress, note, status
 from llm_attack.suite.run.store import Follower, Store, all_here
 from llm_attack.suite.run.work import RunningAccuracy, Work, gather, work_of
@@ -146,7 +146,7 @@ def prepare(plan: Plan, progress: str, console: Console, checked: bool = True) -
         manager, tasks = look_up(plan.tasks, plan.include_path)
     clock.lap("tasks")
     with status(progress, console, redacted(f"loading {plan.model}")):
-        lm = load(plan)
+        lm = load_model(plan)
         conditions = plan.conditions
         if plan.hookpoints:
             conditions = plan.conditions_at(expand(lm.model, plan.hookpoints))
@@ -204,7 +204,7 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
     clock.lap("answers")
     with status(progress, console, "judging"):
         results = [judge.results(answers, i) for i, answers in enumerate(found.answers)]
-        questions = rows.questions_of(requests, gold, results[0])
+        questions = rows.question_rows(requests, gold, results[0])
         attacks = lm.engine.attacks
         places = [condition.hookpoint or EMBED for condition in lm.conditions]
         samples = rows.samples_of(questions, requests, scores, attacks, places, results, found)

@@ -50,7 +50,9 @@ def of_run(
     settings = plan.settings() | {"model_args": without_secrets(plan.model_args)}
     settings = redacted({k: v for k, v in settings.items() if k not in ("tasks", "include_path")})
     own = {name: ATTACKS[name].source for name in plan.attacks if name in ATTACKS}
-    own |= {plan.loss: LOSSES[plan.loss].source, plan.epsilon_unit: unit_source(plan.epsilon_unit)}
+    own[plan.loss] = LOSSES[plan.loss].source
+    units = {condition.amplitude.epsilon.unit for condition in plan.conditions}
+    own |= {str(unit): unit_source(unit) for unit in sorted(map(str, units))}
     own = {name: source for name, source in own.items() if source}
     return {
         **settings,

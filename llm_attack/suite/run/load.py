@@ -14,7 +14,7 @@ from llm_attack.lm.settings import EngineSettings
 from llm_attack.suite.plan import Plan
 
 
-def load(plan: Plan) -> AttackedHFLM:
+def load_model(plan: Plan) -> AttackedHFLM:
     """The model, under the plan's first condition.
 
     Raises:

@@ -30,7 +30,7 @@ from llm_attack.lm.packing.batches import Batch
 from llm_attack.lm.settings import AttackSettings
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.run import fingerprint
-from llm_attack.suite.run.load import load
+from llm_attack.suite.run.load import load_model
 
 PAUSE = 1.0  # seconds, at most, between two looks at how large the cluster is
 LONGEST = 30.0  # seconds for which the head of a cluster may be gone, and an answer be on its way
@@ -57,7 +57,7 @@ class Worker:
     @cached_property
     def lm(self) -> AttackedHFLM:
         """Loaded by the first call, whose errors are those of loading."""
-        lm = load(self.plan)
+        lm = load_model(self.plan)
         lm.use(*self.conditions)
         lm.check_gradient()  # of the kernels of this device
         return lm

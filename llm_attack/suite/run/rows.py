@@ -73,7 +73,7 @@ def scores_of(requests: Sequence[Instance], asked: str) -> dict[str, Score]:
     return found
 
 
-def questions_of(
+def question_rows(
     requests: Sequence[Instance],
     right_of: Mapping[tuple[str, Any], list[bool]],
     results: dict[str, Any],
@@ -142,7 +142,7 @@ def samples_of(
     `AttackedBatch.alignment`; where the loss knows the gold).
 
     Args:
-        questions: of `questions_of`.
+        questions: of `question_rows`.
         requests: all requests of the run.
         scored: of `scores_of`.
         attacks: of the conditions.

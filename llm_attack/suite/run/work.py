@@ -48,7 +48,7 @@ class Work(NamedTuple):
             "alignments": [
                 (n, parts.alignment) for n, parts in requests if parts.alignment is not None
             ],
-            "needed": [
+            "critical_epsilons": [
                 (n, parts.critical_epsilons)
                 for n, parts in requests
                 if any(x is not None for x in parts.critical_epsilons)
@@ -101,7 +101,8 @@ def gather(contents: Mapping[Key, Any], work: Sequence[Work], n: int) -> Gathere
             for of_condition, (log_likelihood, greedy) in zip(answers, of_request, strict=True):
                 of_condition[number] = (log_likelihood, greedy)
         alignments.update(content["alignments"])
-        critical_epsilons.update(content.get("needed", []))
+        epsilons = content.get("critical_epsilons", content.get("needed", []))  # its earlier name
+        critical_epsilons.update(epsilons)
         for total, sums in zip(totals, content["diagnostics"], strict=True):
             total.add(sums)
     return Gathered(answers, totals, alignments, critical_epsilons)

@@ -154,7 +154,7 @@ def _titles(kinds: list[str]) -> list[str]:
     return [".".join(part[shared:]) for part in parts]
 
 
-def save(written: Cells | None, folder: Path) -> None:
+def save(means: Cells | None, folder: Path) -> None:
     """Writes `layers.md` into `folder`; nothing where `cells` gave nothing."""
-    if written is not None:
-        write_text(folder / "layers.md", written.markdown())
+    if means is not None:
+        write_text(folder / "layers.md", means.markdown())

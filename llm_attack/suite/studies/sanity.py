@@ -17,7 +17,13 @@ from llm_attack.attacks.settings import ATTACKS, BOUNDED_NOISE
 from llm_attack.stats import ALPHA, Mean, mean_of, wilson
 from llm_attack.suite.analysis.conditions import Conditions, of_run
 from llm_attack.suite.analysis.outcomes import gold_margin, right, sources
-from llm_attack.suite.analysis.worst import SEARCH, balls, hidden_gradients, knows_gold, named
+from llm_attack.suite.analysis.worst import (
+    SEARCH,
+    comparable_attacks,
+    hidden_gradients,
+    knows_gold,
+    named,
+)
 from llm_attack.suite.report.tables import Cells
 
 PASSES, FAILS, NOT_APPLICABLE = "passes", "fails", "not applicable"
@@ -127,7 +133,7 @@ def _compared(name: str, pairs: Iterable[_Pair], strictly: bool = False) -> Chec
 
 
 def _noise_and_gradient(samples: pd.DataFrame, known: Conditions) -> Iterator[_Pair]:
-    for _, epsilon, rows in balls(samples, known):
+    for _, epsilon, rows in comparable_attacks(samples, known):
         here = rows[rows["epsilon"] == epsilon]
         by = {str(attack): group for attack, group in here.groupby("attack", sort=False)}
         noise = next((name for name in BOUNDED_NOISE if name in by), None)
@@ -137,7 +143,7 @@ def _noise_and_gradient(samples: pd.DataFrame, known: Conditions) -> Iterator[_P
 
 
 def _one_and_many(samples: pd.DataFrame, known: Conditions) -> Iterator[_Pair]:
-    for _, epsilon, rows in balls(samples, known):
+    for _, epsilon, rows in comparable_attacks(samples, known):
         here = rows[rows["epsilon"] == epsilon]
         by = {str(attack): group for attack, group in here.groupby("attack", sort=False)}
         for name in _STEPWISE:
@@ -147,7 +153,7 @@ def _one_and_many(samples: pd.DataFrame, known: Conditions) -> Iterator[_Pair]:
 
 def _small_and_large(samples: pd.DataFrame, known: Conditions) -> Iterator[_Pair]:
     """Neighbouring epsilons of attacks in steps: one step may overshoot."""
-    for _, epsilon, rows in balls(samples, known):
+    for _, epsilon, rows in comparable_attacks(samples, known):
         for attack, of_attack in rows.groupby("attack", sort=False):
             smaller = of_attack.loc[of_attack["epsilon"] < epsilon, "epsilon"]
             here = of_attack[of_attack["epsilon"] == epsilon]
@@ -196,7 +202,7 @@ def _search(samples: pd.DataFrame, known: Conditions) -> Check:
     sentences = hidden_gradients(samples, known)
     if sentences:
         return Check(name, FAILS, sentences[0])
-    for ball, epsilon, rows in balls(samples, known):
+    for ball, epsilon, rows in comparable_attacks(samples, known):
         here = rows[rows["epsilon"] == epsilon]
         wrong = (~right(here)).groupby(here["attack"], sort=False).sum()
         followed = [attack for attack in ("fgsm", *_STEPWISE) if attack in wrong]

@@ -30,7 +30,7 @@ def signals_at(
     model: PreTrainedModel,
     hookpoints: Sequence[str | None],
     input_ids: Tensor,
-    units: Collection[str] = (),
+    units: Collection[str | None] = (),
 ) -> dict[str | None, Signal]:
     """Of what is perturbed at each hookpoint; None: the input embedding.
 
@@ -48,7 +48,7 @@ def signals_at(
         try_out(model, paths, input_ids)
     places = {name: resolve(model, name) for name in hookpoints}
     embedding: Any = model.get_input_embeddings()
-    own = [unit for name in units if isinstance(unit := UNITS.get(name), OwnUnit)]
+    own = [unit for name in units if isinstance(unit := UNITS.get(str(name)), OwnUnit)]
     others = [name for name, module in places.items() if own or module is not embedding]
     signals: dict[str | None, Signal] = {}
     if others:
