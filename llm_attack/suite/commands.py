@@ -15,7 +15,6 @@ from llm_attack.base.record import write_text
 from llm_attack.suite import render, results
 from llm_attack.suite.analysis.equivalence import with_equivalence
 from llm_attack.suite.analysis.pairs import paired, unshared
-from llm_attack.suite.analysis.worst import with_worst
 from llm_attack.suite.report import tables
 from llm_attack.suite.report.layout import print_style
 from llm_attack.suite.results import Result
@@ -78,7 +77,7 @@ def _compare_two(
     equivalence: float | None,
 ) -> None:
     a, b = found
-    samples = [with_worst(run.samples, run.run) for run in found]
+    samples = [run.worst() for run in found]
     content = samples[0], a.questions, samples[1], b.questions
     known = a.conditions, b.conditions
     frame = with_equivalence(paired(*content, conditions=known), equivalence)

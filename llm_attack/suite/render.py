@@ -12,7 +12,6 @@ from llm_attack.base.drawing import draw
 from llm_attack.base.errors import UsageError
 from llm_attack.base.failures import Attempts
 from llm_attack.suite.analysis import critical
-from llm_attack.suite.analysis.worst import with_worst
 from llm_attack.suite.report import figures, tables
 from llm_attack.suite.report.layout import panels, print_style, unit_of
 from llm_attack.suite.report.page import Picture, page_template, write_report
@@ -69,7 +68,7 @@ def render(result: Result, folder: Path, run: dict[str, Any]) -> list[str]:
     known = result.conditions
     samples, table = map(hookpoints.at_first, (result.samples, result.table))
     with attempts("worst, what is left after all attacks"):
-        samples = hookpoints.at_first(with_worst(result.samples, result.run))
+        samples = hookpoints.at_first(result.worst())
     more: dict[str, Cells] = {}
     with attempts("the table of changes"):
         changed = tables.changes(table)

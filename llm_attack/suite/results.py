@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ class Result:
             condition its settings as resolved and its diagnostics (`attacks`), and what it is
             (`conditions.Condition`).
         lm_eval: for each condition, lm-eval's own results; empty when read from a folder.
+        judged: of `with_worst`, where that is known; see `worst`.
     """
 
     table: pd.DataFrame
@@ -66,6 +67,11 @@ class Result:
     questions: pd.DataFrame
     run: dict[str, Any]
     lm_eval: dict[str, dict[str, Any]]
+    judged: pd.DataFrame | None = field(default=None, repr=False, compare=False)
+
+    def worst(self) -> pd.DataFrame:
+        """The samples, and for each amplitude the worst case over the attacks."""
+        return with_worst(self.samples, self.run) if self.judged is None else self.judged
 
     @property
     def conditions(self) -> dict[str, Condition]:
@@ -167,11 +173,19 @@ def _fault(frame: pd.DataFrame, name: str) -> str | None:
     if frame.duplicated(_UNIQUE[name]).any():
         return f"{', '.join(_UNIQUE[name])} are the same in two rows"
     if name == "samples" and not (
-        frame["log_likelihoods"].map(np.size).eq(frame["n_choices"]).all()
+        _lengths(frame["log_likelihoods"]) == frame["n_choices"].tolist()
         and frame["prediction"].between(0, frame["n_choices"] - 1).all()
     ):
         return "answers are not one for each choice"
     return None
+
+
+def _lengths(column: pd.Series) -> list[int] | None:
+    """Of the lists in a column; None where it holds something else."""
+    try:
+        return list(map(len, column))
+    except TypeError:
+        return None
 
 
 def load(folder: Path, equivalence: float | None = None) -> Result:
@@ -208,7 +222,7 @@ def load(folder: Path, equivalence: float | None = None) -> Result:
     table = summarise(samples, run.get("attacks"), run.get("of_tasks"))
     within = run.get("equivalence") if equivalence is None else equivalence
     table, run = with_equivalence(table, within), run | {"equivalence": within}
-    return Result(table, found["samples"], found["questions"], run, {})
+    return Result(table, found["samples"], found["questions"], run, {}, samples)
 
 
 def set_aside(folder: Path) -> list[Path]:

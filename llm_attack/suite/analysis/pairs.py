@@ -82,7 +82,7 @@ def paired(
     of_a, of_b = ({key: f"{key}_{run}" for key in _OUTCOMES} for run in "ab")
     rows = []
     for _, group in pairs.groupby("task", sort=False):  # of either run, what its values need
-        values = [*group["acc_a"], *group["acc_b"]]
+        values = group[["acc_a", "acc_b"]].to_numpy(float).ravel()
         pairs.loc[group.index, "kind"] = kind_of(values, group["kind"].iloc[0])
     for (task, condition), group in pairs.groupby(KEYS, sort=False):
         n, found = len(group), compared(group, of_a, of_b)
@@ -105,8 +105,8 @@ def paired(
 
 def _check_scores(a: pd.DataFrame, b: pd.DataFrame) -> None:
     """Raises `UsageError` where a task has another score in one run than in the other."""
-    of_a, of_b = (dict(zip(of["task"], of["score"], strict=True)) for of in (a, b))
-    for task in of_a.keys() & of_b.keys():
+    of_a, of_b = (of.drop_duplicates("task").set_index("task")["score"] for of in (a, b))
+    for task in of_a.index.intersection(of_b.index):
         if of_a[task] != of_b[task]:
             raise UsageError(
                 f"compare: the score of {task} is {of_a[task]} in one run and {of_b[task]} in the"

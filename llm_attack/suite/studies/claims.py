@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import pandas as pd
-from scipy.stats import norm
+from scipy.special import ndtr, ndtri
 
 from llm_attack.stats import ALPHA, Mean, auc, detectable, equivalence_test, mean_of
 from llm_attack.suite.analysis.conditions import Conditions, by_name
 from llm_attack.suite.analysis.outcomes import (
     LOWER,
     chances,
-    gold_margin,
+    measured,
     right,
     sources,
     with_scores,
@@ -67,7 +67,7 @@ def claims(
         known: the conditions of the run; as their names tell unless given.
     """
     known = by_name(samples) if known is None else known
-    rows = with_scores(samples).assign(margin=gold_margin(samples), chance=chances(samples))
+    rows = with_scores(samples).assign(**measured(samples), chance=chances(samples))
     rows = rows.assign(source=sources(rows), right=right(rows))
     by = {str(name): of for name, of in rows.groupby("condition", sort=False)}
     if "none" not in by:
@@ -140,9 +140,9 @@ def _guesses(after: pd.DataFrame, within: float) -> Iterator[Claim]:
     if over.empty:
         return
     found = mean_of([(of["over"], of["source"]) for _, of in over.groupby("task", sort=False)])
-    error = (found.high - found.value) / norm.ppf(1 - ALPHA / 2)
-    equal = float(norm.sf((within - abs(found.value)) / error)) if error > 0 else 1.0
-    differs = float(norm.sf((abs(found.value) - within) / error)) if error > 0 else 1.0
+    error = (found.high - found.value) / ndtri(1 - ALPHA / 2)
+    equal = float(ndtr((abs(found.value) - within) / error)) if error > 0 else 1.0
+    differs = float(ndtr((within - abs(found.value)) / error)) if error > 0 else 1.0
     verdict = HOLDS if equal <= ALPHA else NOT if differs <= ALPHA else UNSHOWN
     yield Claim(
         "its accuracy is that of guessing",

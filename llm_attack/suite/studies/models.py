@@ -39,7 +39,7 @@ FEWEST = 4  # models, for an interval of their rank correlation
 
 def names(folders: Sequence[Path], runs: Sequence[Result]) -> list[str]:
     """Names of the models; where two have the same, those of their folders."""
-    found = [str(of.run["model_name"] or of.run["model"]) for of in runs]
+    found = [str(of.run.get("model_name") or of.run.get("model")) for of in runs]
     return found if len(set(found)) == len(found) else [str(folder) for folder in folders]
 
 

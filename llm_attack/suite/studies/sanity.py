@@ -15,7 +15,7 @@ import pandas as pd
 
 from llm_attack.stats import ALPHA, Mean, mean_of, wilson
 from llm_attack.suite.analysis.conditions import Conditions, of_run
-from llm_attack.suite.analysis.outcomes import gold_margin, right, sources
+from llm_attack.suite.analysis.outcomes import measured, right, sources
 from llm_attack.suite.analysis.worst import SEARCH, balls, hidden_gradients, knows_gold
 from llm_attack.suite.report.tables import Cells
 
@@ -71,7 +71,7 @@ def checks(samples: pd.DataFrame, run: Mapping[str, Any]) -> list[Check]:
 
 def outcome(samples: pd.DataFrame, knows: bool) -> pd.Series:
     """What the attacks lower: the gold's margin, or the choices' mean log-likelihood, in nats."""
-    return gold_margin(samples) if knows else samples["log_likelihoods"].map(np.mean)
+    return measured(samples)["margin" if knows else "log_likelihood"]
 
 
 def cells(found: Iterable[Check]) -> Cells:
