@@ -19,6 +19,7 @@ ALPHA = 0.05  # level of the tests; the intervals cover 1 - ALPHA
 POWER = 0.8
 DRAWS = 99_999
 _ALL = 7  # pairs whose permutations are all tried
+_SURE = 82  # exponent of Hoeffding's inequality (1963), from which on no draw gets there
 _SIGNS = 16  # clusters whose signs are all tried
 
 
@@ -45,7 +46,7 @@ def binomial(n: int, p: float) -> np.ndarray:
     every term is the product of positive numbers, so that the relative error is of rounding alone.
     """
     if p in (0, 1):
-        return np.eye(n + 1)[round(n * p)]
+        return np.asarray(np.eye(n + 1)[round(n * p)])
     k = np.arange(n)
     ratio = (n - k) / (k + 1) * (p / (1 - p))  # of k + 1 successes to k
     best = min(n, int((n + 1) * p))
@@ -160,6 +161,11 @@ def _by_draws(
         n: of each task, its questions.
         far: the distance.
     """
+    squares = sum(
+        count * (k / size) ** 2 for of, size in zip(counts, n, strict=True) for k, count in of
+    )
+    if squares and far**2 / (2 * squares) > _SURE:
+        return 1 / (DRAWS + 1)
     rng, drawn = np.random.default_rng(0), np.zeros(DRAWS)
     for of, size in zip(counts, n, strict=True):
         for k, count in of:

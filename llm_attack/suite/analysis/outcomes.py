@@ -39,7 +39,7 @@ def kind_of(values: Iterable[float], least: str = CHOICE) -> str:
 
 def counted(rows: pd.DataFrame) -> bool:
     """Whether the score of one task's questions is 0 or 1, so that it can be counted."""
-    return bool(rows["kind"].isin([CHOICE, BINARY]).all())
+    return rows["kind"].iloc[0] in (CHOICE, BINARY)
 
 
 def goodness(samples: pd.DataFrame, column: str = "acc") -> pd.Series:

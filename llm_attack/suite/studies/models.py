@@ -78,7 +78,9 @@ def across(runs: Mapping[str, Result]) -> pd.DataFrame:
         samples = of.samples
         places = zip(samples["task"], samples["doc_id"].astype(str), strict=True)
         some = samples[[place in kept for place in places]]
-        table = summarise(with_worst(some, of.run), of.run.get("attacks"))
+        table = of.table
+        if len(some) < len(samples) or of.run.get("of_tasks"):
+            table = summarise(with_worst(some, of.run), of.run.get("attacks"))
         renamed = {of_runs[name]: known for known, of_runs in names.items()}
         table = table[(table["task"] == MEAN) & table["condition"].isin(renamed)]
         tables[name] = table.set_index(table["condition"].map(renamed))

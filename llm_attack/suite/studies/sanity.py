@@ -57,6 +57,7 @@ def checks(samples: pd.DataFrame, run: Mapping[str, Any]) -> list[Check]:
     """
     knows, known = knows_gold(run), of_run(run, samples)
     some = samples.assign(outcome=outcome(samples, knows), source=sources(samples))
+    some = some.drop(columns="log_likelihoods")  # the rest is selected from again and again
     return [
         _compared(
             "random is weaker than the gradient", _noise_and_gradient(some, known), strictly=True
