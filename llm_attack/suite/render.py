@@ -12,7 +12,7 @@ from llm_attack.base.drawing import draw
 from llm_attack.base.errors import UsageError
 from llm_attack.base.failures import Attempts
 from llm_attack.suite.analysis import critical
-from llm_attack.suite.report import figures, tables
+from llm_attack.suite.report import figures, summary_file, tables
 from llm_attack.suite.report.layout import panels, print_style, unit_of
 from llm_attack.suite.report.page import Picture, page_template, write_report
 from llm_attack.suite.report.tables import Cells
@@ -66,6 +66,8 @@ def render(result: Result, folder: Path, run: dict[str, Any]) -> list[str]:
     with attempts("table.csv and table.md"):
         tables.save(result.table, folder, run.get("warnings") or ())
     known = result.conditions
+    with attempts(summary_file.FILE):
+        summary_file.save(result.table, folder, run, known)
     samples, table = map(hookpoints.at_first, (result.samples, result.table))
     with attempts("worst, what is left after all attacks"):
         samples = hookpoints.at_first(result.worst())
