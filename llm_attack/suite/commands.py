@@ -13,14 +13,15 @@ from llm_attack.base.failures import Attempts
 from llm_attack.base.folder import check_writable, claim_file, resolved, resolved_file
 from llm_attack.base.record import write_text
 from llm_attack.suite import render, results
+from llm_attack.suite.analysis.drops import differences
 from llm_attack.suite.analysis.equivalence import with_equivalence
 from llm_attack.suite.analysis.pairs import paired, unshared
 from llm_attack.suite.report import tables
 from llm_attack.suite.report.layout import print_style
 from llm_attack.suite.results import Result
 from llm_attack.suite.run.progress import warn, written
+from llm_attack.suite.studies import drops, models
 from llm_attack.suite.studies import leaderboard as board
-from llm_attack.suite.studies import models
 
 
 def report(folder: Path, equivalence: float | None) -> None:
@@ -81,14 +82,38 @@ def _compare_two(
     content = samples[0], a.questions, samples[1], b.questions
     known = a.conditions, b.conditions
     frame = with_equivalence(paired(*content, conditions=known), equivalence)
-    text = tables.csv(frame)
+    of_drops = differences(*content, conditions=known)
+    text, text_of_drops = tables.csv(frame), tables.csv(of_drops)
     if output is not None:
         claim_file(output, text.splitlines()[0], "a comparison of two runs")
+        beside = output.with_name(f"{output.stem}-drops.csv")
+        claim_file(beside, text_of_drops.splitlines()[0], "a comparison of drops")
+        pictures = [beside.with_suffix(f".{form}") for form in ("png", "svg")]
+        strange = [path for path in pictures if path.exists() and not beside.exists()]
+        if strange:
+            raise UsageError(
+                f"output={output}: the figure beside it would replace {strange[0]}; must be another"
+                " name, such as pair.csv"
+            )
     notes = unshared(*content, conditions=known)
-    cells = tables.comparison(frame, (str(folders[0]), str(folders[1])), notes)
+    names = [
+        f"{folder} ({models.name_of(of.run)})" for folder, of in zip(folders, found, strict=True)
+    ]
+    cells = tables.comparison(frame, (names[0], names[1]), notes)
     Console().print(cells.rich("b against a, accuracy"))
+    more = drops.amplitudes(of_drops, a, b)
+    if of_drops.empty:
+        Console().print(*more, sep="\n", markup=False)
+    else:
+        Console().print(drops.cells(of_drops, more).rich(drops.TITLE))
     if output is not None:
         write_text(output, text)
+        if not of_drops.empty:
+            write_text(beside, text_of_drops)
+            attempts = Attempts()
+            with print_style():
+                draw(beside.parent, beside.stem, lambda: drops.figure(of_drops), attempts)
+            warn(attempts.lines)
 
 
 def _compare_many(runs: dict[str, Result], output: Path | None) -> None:

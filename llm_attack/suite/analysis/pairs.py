@@ -56,7 +56,7 @@ def paired(
     Raises:
         UsageError: the runs share no task, no condition or no question.
     """
-    samples_a, samples_b, _ = _aligned(samples_a, samples_b, conditions)
+    samples_a, samples_b, _ = aligned_samples(samples_a, samples_b, conditions)
     for key in KEYS:
         ours, theirs = samples_a[key].unique(), samples_b[key].unique()
         if not set(ours) & set(theirs):
@@ -124,7 +124,7 @@ def unshared(
     """Sentences on conditions that differ, and on what `paired` leaves out besides single
     questions, one for each kind.
     """
-    samples_a, samples_b, sentences = _aligned(samples_a, samples_b, conditions)
+    samples_a, samples_b, sentences = aligned_samples(samples_a, samples_b, conditions)
     for key in KEYS:
         for run, ours, theirs in (("a", samples_a, samples_b), ("b", samples_b, samples_a)):
             alone = [x for x in ours[key].unique() if x not in set(theirs[key])]
@@ -138,7 +138,7 @@ def unshared(
     return sentences
 
 
-def _aligned(
+def aligned_samples(
     samples_a: pd.DataFrame,
     samples_b: pd.DataFrame,
     conditions: tuple[Conditions, Conditions] | None,

@@ -31,7 +31,7 @@ _MEASURED = [
     *("p_mcnemar", "lost", "gained", "gold_probability_drop", "gold_probability_drop_low"),
     "gold_probability_drop_high",
 ]
-_EVEN = 0.02  # relative epsilons that differ by less count as equal
+EVEN = 0.02  # relative epsilons that differ by less count as equal
 # Whose looks tell models apart.
 _LOOKS = ("fgsm", "bim", "random", "pgd", "ost", "illc", "apgd", "mifgsm", "blocks", "gaussian")
 FEWEST = 4  # models, for an interval of their rank correlation
@@ -39,8 +39,24 @@ FEWEST = 4  # models, for an interval of their rank correlation
 
 def names(folders: Sequence[Path], runs: Sequence[Result]) -> list[str]:
     """Names of the models; where two have the same, those of their folders."""
-    found = [str(of.run.get("model_name") or of.run.get("model")) for of in runs]
+    found = [name_of(run.run) for run in runs]
     return found if len(set(found)) == len(found) else [str(folder) for folder in folders]
+
+
+def name_of(run: Mapping[str, Any]) -> str:
+    """A model's name, with its revision and adapter, which make another model of it.
+
+    Args:
+        run: what `run.json` holds.
+    """
+    name = str(run.get("model_name") or run.get("model"))
+    arguments = (run.get("settings") or {}).get("model_args") or {}
+    for argument, sign in (("revision", "@"), ("subfolder", "/"), ("peft", "+"), ("delta", "+")):
+        of = arguments.get(argument) if isinstance(arguments, Mapping) else None
+        short = str(of).rstrip("/").rpartition("/")[2] if argument in ("peft", "delta") else str(of)
+        if of and short not in name:
+            name += f"{sign}{short}"
+    return name
 
 
 def across(runs: Mapping[str, Result]) -> pd.DataFrame:
@@ -95,7 +111,7 @@ def across(runs: Mapping[str, Result]) -> pd.DataFrame:
     rows = []
     for condition, (name, table) in itertools.product(conditions, tables.items()):
         clean, here = table.loc["none"], table.loc[condition]
-        rms = _rms(runs[name].run["attacks"], here["hookpoint"])
+        rms = rms_of(runs[name].run["attacks"], here["hookpoint"])
         rows.append(
             {
                 **{"condition": condition, "model": name, "n": here["n"]},
@@ -138,7 +154,7 @@ def unshared(runs: Mapping[str, Result]) -> list[str]:
     return _shared(runs)[1]
 
 
-def _rms(attacks: Mapping[str, Any], hookpoint: str) -> float:
+def rms_of(attacks: Mapping[str, Any], hookpoint: str) -> float:
     """Of what is perturbed there, as the conditions of a run say it; NaN where none does."""
     for of in attacks.values():
         if (of.get("hookpoint") or EMBED) == hookpoint:
@@ -160,7 +176,7 @@ def trends(frame: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for condition, rows_of in frame.groupby("condition", sort=False):
         relative = rows_of["epsilon_relative"]
-        even = relative.notna().all() and np.ptp(relative) <= _EVEN * relative.mean()
+        even = relative.notna().all() and np.ptp(relative) <= EVEN * relative.mean()
         found = Mean(*4 * (np.nan,))
         if len(rows_of) >= FEWEST:
             found = rank_correlation(rows_of["clean"], rows_of["drop"])
