@@ -12,10 +12,11 @@ from llm_attack.base.errors import UsageError, as_path
 from llm_attack.base.failures import Attempts
 from llm_attack.base.folder import check_writable, claim_file, resolved, resolved_file
 from llm_attack.base.record import write_text
-from llm_attack.suite import render, results
+from llm_attack.suite import logged, render, results
 from llm_attack.suite.analysis.drops import differences
 from llm_attack.suite.analysis.equivalence import with_equivalence
 from llm_attack.suite.analysis.pairs import paired, unshared
+from llm_attack.suite.analysis.summary import MEAN
 from llm_attack.suite.report import tables
 from llm_attack.suite.report.layout import print_style
 from llm_attack.suite.results import Result
@@ -49,6 +50,15 @@ def compare(
     pictures = [table.with_suffix(f".{form}") for form in ("png", "svg")] if table else []
     if path is not None and path in (table, *pictures):
         raise UsageError(f"leaderboard={leaderboard}: must be another file than output's")
+    places = [logged.folder_of(folder) for folder in folders]
+    of_lm_eval = [place for place in places if place is not None]
+    if of_lm_eval:
+        if len(of_lm_eval) < len(folders):
+            other = next(str(of) for of, at in zip(folders, places, strict=True) if at is None)
+            raise UsageError(f"compare: {other} is no run of lm_eval and another is; must be alike")
+        if len(folders) != 2 or path is not None:
+            raise UsageError("compare: runs of lm_eval are compared in twos, without a leaderboard")
+        return _compare_logged(of_lm_eval, table, equivalence)
     found = [results.load(folder) for folder in folders]
     runs = dict(zip(models.names(folders, found), found, strict=True))
     if path is not None:
@@ -114,6 +124,28 @@ def _compare_two(
             with print_style():
                 draw(beside.parent, beside.stem, lambda: drops.figure(of_drops), attempts)
             warn(attempts.lines)
+
+
+def _compare_logged(places: Sequence[Path], output: Path | None, equivalence: float | None) -> None:
+    """Two runs of lm_eval, question by question."""
+    a, b = (logged.load(place) for place in places)
+    notes = logged.differences(a, b)
+    frame = paired(a.samples, a.questions, b.samples, b.questions)
+    frame = with_equivalence(frame, equivalence)
+    frame = frame.drop(columns=[name for name in frame if "gold" in name])
+    text = tables.csv(frame)
+    if output is not None:
+        claim_file(output, text.splitlines()[0], "a comparison of two runs")
+    for row in frame[frame["task"] == MEAN].to_dict("records"):
+        if row["detectable"] == row["detectable"]:
+            found = f"{row['detectable']:.1f} points"
+            notes.append(f"the smallest mean difference that so many questions show: {found}")
+    notes += unshared(a.samples, a.questions, b.samples, b.questions)
+    names = [f"{place} ({of.name})" for place, of in zip(places, (a, b), strict=True)]
+    cells = tables.comparison(frame, (names[0], names[1]), notes)
+    Console().print(cells.rich("b against a"))
+    if output is not None:
+        write_text(output, text)
 
 
 def _compare_many(runs: dict[str, Result], output: Path | None) -> None:
