@@ -232,7 +232,8 @@ def compare(folders: tuple[Path, ...], **settings: Any) -> None:
     """Compare runs on the questions that all of them asked.
 
     Of two, the second with the first, in pairs, task by task. Of more, usually of a model each:
-    clean accuracy against drop, and whether the one foretells the other.
+    clean accuracy against drop, and whether the one foretells the other. Two folders of lm_eval
+    --log_samples are compared as well.
     """
     from llm_attack.suite import commands
 

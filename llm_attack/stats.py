@@ -1,22 +1,25 @@
-"""Intervals and exact tests of shares of right answers; numbers in, numbers out."""
+"""Intervals and exact tests of shares of right answers; numbers in, numbers out.
+
+Does without `scipy.stats`: importing that takes longer than all that a small report computes.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import reduce
+from functools import cache, lru_cache, reduce
 from itertools import permutations
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import expit, logit
-from scipy.stats import binom, norm, rankdata, t
+from scipy.special import bdtrc, expit, logit, ndtr, ndtri, stdtr, stdtrit
 
 ALPHA = 0.05  # level of the tests; the intervals cover 1 - ALPHA
 POWER = 0.8
 DRAWS = 99_999
 _ALL = 7  # pairs whose permutations are all tried
+_SURE = 82  # exponent of Hoeffding's inequality (1963), from which on no draw gets there
 _SIGNS = 16  # clusters whose signs are all tried
 
 
@@ -29,11 +32,56 @@ def wilson(right: float, n: float) -> tuple[float, float]:
         right: answers; divided by `design_effect` where questions share sources.
         n: questions, likewise.
     """
-    z, share = float(norm.isf(ALPHA / 2)), float(right / n)
+    z, share = float(-ndtri(ALPHA / 2)), float(right / n)
     middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
     # Rounding must not put the share itself outside: 0 of n and n of n lie on the interval's edge.
     return max(0.0, min(middle - half, share)), min(1.0, max(middle + half, share))
+
+
+def binomial(n: int, p: float) -> np.ndarray:
+    """(n + 1,) probability of 0, 1, ..., n successes of n, each of probability p.
+
+    From the likeliest number to both sides by the ratio of neighbours, then divided by the sum:
+    every term is the product of positive numbers, so that the relative error is of rounding alone.
+    """
+    if p in (0, 1):
+        return np.asarray(np.eye(n + 1)[round(n * p)])
+    k = np.arange(n)
+    ratio = (n - k) / (k + 1) * (p / (1 - p))  # of k + 1 successes to k
+    best = min(n, int((n + 1) * p))
+    start = [1e280]  # the smallest terms are rounded once, at the end
+    below, above = (np.cumprod([*start, *of]) for of in (1 / ratio[:best][::-1], ratio[best:]))
+    terms = np.concatenate([below[:0:-1], above])
+    return np.asarray(terms / terms.sum())
+
+
+@cache
+def fair(n: int) -> np.ndarray:
+    """(n + 1,) probability of 0, 1, ..., n heads of n fair coins, each rounded once."""
+    ways = [1]
+    for k in range(n // 2):
+        ways.append(ways[-1] * (n - k) // (k + 1))
+    half = [way / 2**n for way in ways]  # of whole numbers of any size
+    return np.array(half + half[: (n + 1) // 2][::-1])
+
+
+def more_often(more: int, less: int) -> float:
+    """One-sided p-value of `more` against `less` of pairs that differ (McNemar's exact test)."""
+    return float(bdtrc(more - 1, more + less, 0.5))
+
+
+def ranks(values: ArrayLike) -> np.ndarray:
+    """Ranks along the last axis from 1 on, the mean of them for ties; NaN where a row has one."""
+    return np.asarray(np.apply_along_axis(_ranks, -1, np.asarray(values, dtype=float)))
+
+
+def _ranks(row: np.ndarray) -> np.ndarray:
+    if np.isnan(row).any():
+        return np.full(len(row), np.nan)
+    there = np.sort(row)
+    below, to = (np.searchsorted(there, row, side) for side in ("left", "right"))
+    return np.asarray((below + to + 1) / 2)
 
 
 def guessing(chances: ArrayLike) -> np.ndarray:
@@ -49,7 +97,9 @@ def guessing(chances: ArrayLike) -> np.ndarray:
         (n + 1,) probability of 0, 1, ..., n right answers.
     """
     values, counts = np.unique(np.asarray(chances, dtype=float), return_counts=True)
-    groups = (binom.pmf(np.arange(n + 1), n, p) for p, n in zip(values, counts, strict=True))
+    groups = (
+        fair(int(n)) if p == 0.5 else binomial(n, p) for p, n in zip(values, counts, strict=True)
+    )
     return reduce(np.convolve, groups)
 
 
@@ -92,16 +142,36 @@ def sign_test(net: Sequence[ArrayLike], n: Sequence[int]) -> float:
         pmf = np.ones(1)  # of the sum over clusters plus its largest, in steps of one
         for size, count in (pair for of in kinds for pair in zip(*of, strict=True)):
             steps = np.zeros(2 * size * count + 1)
-            steps[:: 2 * size] = binom.pmf(np.arange(count + 1), count, 0.5)
+            steps[:: 2 * size] = fair(int(count))
             pmf = np.convolve(pmf, steps)
         far = np.abs(np.arange(len(pmf)) - len(pmf) // 2)
         return min(1.0, float(pmf[far >= abs(sums.sum())].sum()))
+    counts = tuple(tuple(zip(*(part.tolist() for part in of), strict=True)) for of in kinds)
+    return _by_draws(counts, tuple(n), abs(float((sums / np.array(n)).sum())))
+
+
+@lru_cache(maxsize=256)  # a report tests the same change in its table and among the claims
+def _by_draws(
+    counts: tuple[tuple[tuple[int, int], ...], ...], n: tuple[int, ...], far: float
+) -> float:
+    """Two-sided p-value of a mean over tasks that is `far` from 0, by drawn signs.
+
+    Args:
+        counts: of each task, (size, clusters whose change is of that size).
+        n: of each task, its questions.
+        far: the distance.
+    """
+    squares = sum(
+        count * (k / size) ** 2 for of, size in zip(counts, n, strict=True) for k, count in of
+    )
+    if squares and far**2 / (2 * squares) > _SURE:
+        return 1 / (DRAWS + 1)
     rng, drawn = np.random.default_rng(0), np.zeros(DRAWS)
-    for of, size in zip(kinds, n, strict=True):
-        for k, count in zip(*of, strict=True):
+    for of, size in zip(counts, n, strict=True):
+        for k, count in of:
             drawn += k * (2 * rng.binomial(count, 0.5, DRAWS) - count) / size
     # with a little slack: the sums are of floats
-    reached = np.count_nonzero(np.abs(drawn) >= abs((sums / np.array(n)).sum()) - 1e-12)
+    reached = np.count_nonzero(np.abs(drawn) >= far - 1e-12)
     return float((reached + 1) / (DRAWS + 1))
 
 
@@ -147,7 +217,7 @@ def design_effect(values: ArrayLike, clusters: ArrayLike) -> float:
     together = k / (k - 1) * (np.bincount(labels, away) ** 2).sum() / n**2
     quantile = 1 - ALPHA / 2
     return max(
-        1.0, float(together / alone * (t.ppf(quantile, k - 1) / t.ppf(quantile, n - 1)) ** 2)
+        1.0, float(together / alone * (stdtrit(k - 1, quantile) / stdtrit(n - 1, quantile)) ** 2)
     )
 
 
@@ -197,8 +267,8 @@ def mean_of(tasks: Sequence[tuple[ArrayLike, ArrayLike]]) -> Mean:
     if not error > 0:  # nothing varies, or it is not known whether anything does
         return Mean(value, value + error, value + error, error if error else float(value == 0))
     k = variance.sum() ** 2 / (variance**2 / freedom).sum()
-    half = float(t.ppf(1 - ALPHA / 2, k)) * error
-    return Mean(value, value - half, value + half, float(2 * t.sf(abs(value) / error, k)))
+    half = float(stdtrit(k, 1 - ALPHA / 2)) * error
+    return Mean(value, value - half, value + half, float(2 * stdtr(k, -abs(value) / error)))
 
 
 def paired_error(lost: ArrayLike, gained: ArrayLike, n: ArrayLike) -> Any:
@@ -221,7 +291,7 @@ def detectable(errors: ArrayLike) -> float:
     Args:
         errors: (tasks,) standard errors of each task's difference.
     """
-    return float((norm.ppf(1 - ALPHA / 2) + norm.ppf(POWER)) * error_of_mean(errors))
+    return float((ndtri(1 - ALPHA / 2) + ndtri(POWER)) * error_of_mean(errors))
 
 
 def error_of_mean(errors: ArrayLike) -> Any:
@@ -245,7 +315,7 @@ def equivalence_test(difference: ArrayLike, error: ArrayLike, within: float) -> 
     Returns:
         (...) p-values; NaN where the error is.
     """
-    return norm.sf((within - np.abs(difference)) / np.asarray(error, dtype=float))
+    return ndtr((np.abs(difference) - within) / np.asarray(error, dtype=float))
 
 
 def holm(p_values: ArrayLike) -> np.ndarray:
@@ -266,7 +336,7 @@ def spearman(x: ArrayLike, y: ArrayLike) -> np.ndarray:
 
     Not `scipy.stats.spearmanr`, which takes one pair of rows at a time and tests it.
     """
-    a, b = (of - of.mean(-1, keepdims=True) for of in (rankdata(of, axis=-1) for of in (x, y)))
+    a, b = (of - of.mean(-1, keepdims=True) for of in (ranks(of) for of in (x, y)))
     with np.errstate(invalid="ignore", divide="ignore"):
         found = (a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
     return np.asarray(np.clip(found, -1, 1))
@@ -281,9 +351,9 @@ def auroc(values: ArrayLike, larger: ArrayLike) -> np.ndarray:
     """
     larger = np.asarray(larger)
     upper, n = larger.sum(-1), larger.shape[-1]
-    ranks = (rankdata(values, axis=-1) * larger).sum(-1)
+    sums = (ranks(values) * larger).sum(-1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray((ranks - upper * (upper + 1) / 2) / (upper * (n - upper)))
+        return np.asarray((sums - upper * (upper + 1) / 2) / (upper * (n - upper)))
 
 
 def rank_correlation(x: ArrayLike, y: ArrayLike) -> Mean:
@@ -297,7 +367,7 @@ def rank_correlation(x: ArrayLike, y: ArrayLike) -> Mean:
         x: (n,) numbers.
         y: (n,) numbers.
     """
-    first, second = (rankdata(of) for of in (x, y))
+    first, second = (ranks(of) for of in (x, y))
     n = len(first)
     if n < 4 or len(set(first)) == 1 or len(set(second)) == 1:
         return Mean(*4 * (np.nan,))
@@ -328,7 +398,7 @@ def auc(smaller: ArrayLike, larger: ArrayLike) -> Mean:
     """
     x, y = (np.asarray(of, dtype=float) for of in (smaller, larger))
     n, m = len(x), len(y)
-    together, alone = rankdata(np.concatenate([x, y])), (rankdata(x), rankdata(y))
+    together, alone = ranks(np.concatenate([x, y])), (ranks(x), ranks(y))
     # of each number, the share of the other sample on its right side
     of_x = 1 - (together[:n] - alone[0]) / m
     of_y = (together[n:] - alone[1]) / n
@@ -338,9 +408,9 @@ def auc(smaller: ArrayLike, larger: ArrayLike) -> Mean:
     # half a pair keeps apart from 0 and 1, where the variance is 0
     error = np.sqrt(of_x.var(ddof=1) / n + of_y.var(ddof=1) / m + 0.25 / (n * m) ** 2)
     kept = np.clip(value, 0.5 / (n * m), 1 - 0.5 / (n * m))
-    half = norm.ppf(1 - ALPHA / 2) * error / (kept * (1 - kept))
+    half = ndtri(1 - ALPHA / 2) * error / (kept * (1 - kept))
     low, high = (expit(logit(kept) + sign * half) for sign in (-1, 1))
-    p_value = float(2 * norm.sf(abs(value - 0.5) / error))
+    p_value = float(2 * ndtr(-abs(value - 0.5) / error))
     return Mean(value, min(float(low), value), max(float(high), value), p_value)
 
 
@@ -351,7 +421,7 @@ def rank_interval(value: ArrayLike, n: int) -> tuple[Any, Any]:
     perfect correlation it is that alone.
     """
     of = np.clip(np.asarray(value, dtype=float), -1, 1)
-    half = norm.ppf(1 - ALPHA / 2) * np.sqrt((1 + of**2 / 2) / (n - 3))
+    half = ndtri(1 - ALPHA / 2) * np.sqrt((1 + of**2 / 2) / (n - 3))
     with np.errstate(divide="ignore"):
         middle = np.arctanh(of)
     return np.tanh(middle - half), np.tanh(middle + half)
@@ -365,7 +435,7 @@ def paired_interval(lost: float, gained: float, n: float) -> tuple[float, float]
     Lydersen and Laake 2014 (doi:10.1002/sim.6148).
     """
     down, up = (lost + 1) / (n + 2), (gained + 1) / (n + 2)
-    half = norm.ppf(1 - ALPHA / 2) * np.sqrt((up + down - (up - down) ** 2) / (n + 2))
+    half = ndtri(1 - ALPHA / 2) * np.sqrt((up + down - (up - down) ** 2) / (n + 2))
     return max(-1.0, float(up - down - half)), min(1.0, float(up - down + half))
 
 

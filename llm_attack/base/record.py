@@ -7,10 +7,12 @@ import math
 import os
 import platform
 import re
+import subprocess
 import time
 import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
@@ -151,6 +153,26 @@ def versions() -> dict[str, str]:
     names = ("torch", "transformers", "lm-eval", "accelerate", "datasets", "numpy")
     python = platform.python_version()
     return {"llm-attack": __version__, "python": python, **{n: version(n) for n in names}}
+
+
+def git_revision() -> str | None:
+    """The commit that the package runs from; None where it is not in a checkout of its own."""
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here)]
+    try:
+        # of another project's checkout, in which this is installed, it would say nothing
+        for words in (["ls-files", "--error-unmatch", Path(__file__).name], ["rev-parse", "HEAD"]):
+            done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=10)
+            if done.returncode:
+                return None
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def hardware() -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -12,17 +13,18 @@ from llm_attack.base.errors import UsageError, as_path
 from llm_attack.base.failures import Attempts
 from llm_attack.base.folder import check_writable, claim_file, resolved, resolved_file
 from llm_attack.base.record import write_text
-from llm_attack.suite import render, results
+from llm_attack.suite import logged, render, results
+from llm_attack.suite.analysis.drops import differences
 from llm_attack.suite.analysis.equivalence import with_equivalence
 from llm_attack.suite.analysis.pairs import paired, unshared
-from llm_attack.suite.analysis.worst import with_worst
+from llm_attack.suite.analysis.summary import MEAN
 from llm_attack.suite.report import paper, tables
 from llm_attack.suite.report.layout import paper_style, print_style
 from llm_attack.suite.report.tables import Cells
 from llm_attack.suite.results import Result
 from llm_attack.suite.run.progress import warn, written
+from llm_attack.suite.studies import drops, models
 from llm_attack.suite.studies import leaderboard as board
-from llm_attack.suite.studies import models
 
 
 def report(
@@ -68,6 +70,16 @@ def compare(
         raise UsageError(f"leaderboard={leaderboard}: must be another file than output's")
     if wanted and table is not None:
         _claim_for_paper(table, wanted)
+    places = [logged.folder_of(folder) for folder in folders]
+    of_lm_eval = [place for place in places if place is not None]
+    if of_lm_eval:
+        if len(of_lm_eval) < len(folders):
+            other = next(str(of) for of, at in zip(folders, places, strict=True) if at is None)
+            raise UsageError(f"compare: {other} is no run of lm_eval and another is; must be alike")
+        if len(folders) != 2 or path is not None:
+            raise UsageError("compare: runs of lm_eval are compared in twos, without a leaderboard")
+        cells = _compare_logged(of_lm_eval, table, equivalence)
+        return _write_for_paper(table, wanted, cells, "b against a", intervals, {})
     found = [results.load(folder) for folder in folders]
     runs = dict(zip(models.names(folders, found), found, strict=True))
     if path is not None:
@@ -76,13 +88,26 @@ def compare(
         cells = _compare_two(folders, found, table, equivalence)
     if len(folders) > 2:
         cells = _compare_many(runs, table, "pdf" in wanted)
-    if "tex" in wanted and table is not None:
-        title = ("models" if len(folders) > 2 else "b against a") + ", accuracy"
-        write_text(table.with_suffix(".tex"), paper.table_of_cells(cells, title, intervals))
-        write_text(table.parent / paper.CITATION, paper.bibtex(found[0].run))
+    title = ("models" if len(folders) > 2 else "b against a") + ", accuracy"
+    if len(folders) > 1:
+        _write_for_paper(table, wanted, cells, title, intervals, found[0].run)
     if path is not None:
         board.add(path, runs)
         written(path)
+
+
+def _write_for_paper(
+    table: Path | None,
+    wanted: Sequence[str],
+    cells: Cells,
+    title: str,
+    intervals: str,
+    run: dict[str, Any],
+) -> None:
+    """The comparison in LaTeX beside its CSV file, if it is asked for, and what to cite."""
+    if "tex" in wanted and table is not None:
+        write_text(table.with_suffix(".tex"), paper.table_of_cells(cells, title, intervals))
+        write_text(table.parent / paper.CITATION, paper.bibtex(run))
 
 
 def _claim_for_paper(table: Path, wanted: Sequence[str]) -> None:
@@ -112,16 +137,65 @@ def _compare_two(
     equivalence: float | None,
 ) -> Cells:
     a, b = found
-    samples = [with_worst(run.samples, run.run) for run in found]
+    samples = [run.worst() for run in found]
     content = samples[0], a.questions, samples[1], b.questions
     known = a.conditions, b.conditions
     frame = with_equivalence(paired(*content, conditions=known), equivalence)
+    of_drops = differences(*content, conditions=known)
+    text, text_of_drops = tables.csv(frame), tables.csv(of_drops)
+    if output is not None:
+        claim_file(output, text.splitlines()[0], "a comparison of two runs")
+        beside = output.with_name(f"{output.stem}-drops.csv")
+        claim_file(beside, text_of_drops.splitlines()[0], "a comparison of drops")
+        pictures = [beside.with_suffix(f".{form}") for form in ("png", "svg")]
+        strange = [path for path in pictures if path.exists() and not beside.exists()]
+        if strange:
+            raise UsageError(
+                f"output={output}: the figure beside it would replace {strange[0]}; must be another"
+                " name, such as pair.csv"
+            )
+    notes = unshared(*content, conditions=known)
+    names = [
+        f"{folder} ({models.name_of(of.run)})" for folder, of in zip(folders, found, strict=True)
+    ]
+    cells = tables.comparison(frame, (names[0], names[1]), notes)
+    Console().print(cells.rich("b against a, accuracy"))
+    more = drops.amplitudes(of_drops, a, b)
+    if of_drops.empty:
+        Console().print(*more, sep="\n", markup=False)
+    else:
+        Console().print(drops.cells(of_drops, more).rich(drops.TITLE))
+    if output is not None:
+        write_text(output, text)
+        if not of_drops.empty:
+            write_text(beside, text_of_drops)
+            attempts = Attempts()
+            with print_style():
+                draw(beside.parent, beside.stem, lambda: drops.figure(of_drops), attempts)
+            warn(attempts.lines)
+    return cells
+
+
+def _compare_logged(
+    places: Sequence[Path], output: Path | None, equivalence: float | None
+) -> Cells:
+    """Two runs of lm_eval, question by question."""
+    a, b = (logged.load(place) for place in places)
+    notes = logged.differences(a, b)
+    frame = paired(a.samples, a.questions, b.samples, b.questions)
+    frame = with_equivalence(frame, equivalence)
+    frame = frame.drop(columns=[name for name in frame if "gold" in name])
     text = tables.csv(frame)
     if output is not None:
         claim_file(output, text.splitlines()[0], "a comparison of two runs")
-    notes = unshared(*content, conditions=known)
-    cells = tables.comparison(frame, (str(folders[0]), str(folders[1])), notes)
-    Console().print(cells.rich("b against a, accuracy"))
+    for row in frame[frame["task"] == MEAN].to_dict("records"):
+        if row["detectable"] == row["detectable"]:
+            found = f"{row['detectable']:.1f} points"
+            notes.append(f"the smallest mean difference that so many questions show: {found}")
+    notes += unshared(a.samples, a.questions, b.samples, b.questions)
+    names = [f"{place} ({of.name})" for place, of in zip(places, (a, b), strict=True)]
+    cells = tables.comparison(frame, (names[0], names[1]), notes)
+    Console().print(cells.rich("b against a"))
     if output is not None:
         write_text(output, text)
     return cells

@@ -14,8 +14,7 @@ from llm_attack.base.errors import UsageError
 from llm_attack.base.failures import Attempts
 from llm_attack.base.record import write_text
 from llm_attack.suite.analysis import critical
-from llm_attack.suite.analysis.worst import with_worst
-from llm_attack.suite.report import figures, paper, tables
+from llm_attack.suite.report import figures, paper, summary_file, tables
 from llm_attack.suite.report.layout import panels, paper_style, print_style, unit_of
 from llm_attack.suite.report.page import Picture, page_template, write_report
 from llm_attack.suite.report.tables import Cells
@@ -82,7 +81,7 @@ class Tables:
     def __init__(self, result: Result, attempts: Attempts) -> None:
         self.table, self.samples = map(hookpoints.at_first, (result.table, result.samples))
         with attempts("worst, what is left after all attacks"):
-            self.samples = hookpoints.at_first(with_worst(result.samples, result.run))
+            self.samples = hookpoints.at_first(result.worst())
         self.score, self.searched = critical.score_of(result.run), self.samples
         self.whole: Cells | None = None
         self.critical: dict[str, tuple[Cells, pd.DataFrame]] = {}
@@ -113,6 +112,8 @@ def render(result: Result, folder: Path, run: dict[str, Any]) -> list[str]:
     with attempts("table.csv and table.md"):
         tables.save(result.table, folder, run.get("warnings") or ())
     known, made = result.conditions, Tables(result, attempts)
+    with attempts(summary_file.FILE):
+        summary_file.save(result.table, folder, run, known)
     table, samples = made.table, made.samples
     more: dict[str, Cells] = {}
     with attempts("the table of changes"):
@@ -170,7 +171,7 @@ def for_paper(
     run = hookpoints.shown_of(result.run, result.table)
     table = hookpoints.at_first(result.table)
     few, unit, score = paper.shown(table), unit_of(run), critical.score_of(run)
-    samples = hookpoints.at_first(with_worst(result.samples, result.run))
+    samples = hookpoints.at_first(result.worst())
     searched = critical.of_score(samples, result.questions, score)
     makers: dict[str, Callable[[], Figure | None]] = {
         "figure": lambda: figures.bars(few),

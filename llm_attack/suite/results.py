@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +64,7 @@ class Result:
             condition its settings as resolved and its diagnostics (`attacks`), and what it is
             (`conditions.Condition`).
         lm_eval: for each condition, lm-eval's own results; empty when read from a folder.
+        judged: of `with_worst`, where that is known; see `worst`.
     """
 
     table: pd.DataFrame
@@ -71,6 +72,11 @@ class Result:
     questions: pd.DataFrame
     run: dict[str, Any]
     lm_eval: dict[str, dict[str, Any]]
+    judged: pd.DataFrame | None = field(default=None, repr=False, compare=False)
+
+    def worst(self) -> pd.DataFrame:
+        """The samples, and for each amplitude the worst case over the attacks."""
+        return with_worst(self.samples, self.run) if self.judged is None else self.judged
 
     def figure(self, name: str, *, paper: bool = False) -> Figure:
         """A figure of the run, to show, to change or to save.
@@ -86,7 +92,7 @@ class Result:
             raise invalid("figure", name, figures.FIGURES)
         first = self.table["hookpoint"].iloc[0]
         table = self.table[self.table["hookpoint"] == first]
-        samples = with_worst(self.samples, self.run)
+        samples = self.worst()
         samples = samples[samples["hookpoint"] == first]
         with paper_style() if paper else print_style():
             drawn = figures.FIGURES[name](samples, table, unit_of(self.run))
@@ -189,7 +195,7 @@ def _fault(frame: pd.DataFrame, name: str) -> str | None:
     if frame.duplicated(_UNIQUE[name]).any():
         return f"{', '.join(_UNIQUE[name])} are the same in two rows"
     if name == "samples" and not (
-        frame["log_likelihoods"].map(np.size).eq(frame["n_choices"]).all()
+        _lengths(frame["log_likelihoods"]) == frame["n_choices"].tolist()
         and frame["prediction"].between(0, frame["n_choices"] - 1).all()
     ):
         return "answers are not one for each choice"
@@ -204,6 +210,14 @@ def _fault_of_columns(frame: pd.DataFrame, schema: dict[str, Callable[[Any], boo
             return f"its column {column} holds {frame[column].dtype}"
     # one of the others under a damaged name
     return next((f"has a column {column}" for column in frame if column not in schema), None)
+
+
+def _lengths(column: pd.Series) -> list[int] | None:
+    """Of the lists in a column; None where it holds something else."""
+    try:
+        return list(map(len, column))
+    except TypeError:
+        return None
 
 
 def load(folder: Path, equivalence: float | None = None) -> Result:
@@ -241,7 +255,7 @@ def load(folder: Path, equivalence: float | None = None) -> Result:
     table = summarise(samples, run.get("attacks"), run.get("of_tasks"))
     within = run.get("equivalence") if equivalence is None else equivalence
     table, run = with_equivalence(table, within), run | {"equivalence": within}
-    return Result(table, found["samples"], found["questions"], run, {})
+    return Result(table, found["samples"], found["questions"], run, {}, samples)
 
 
 def set_aside(folder: Path) -> list[Path]:

@@ -1,6 +1,10 @@
 """On a model that knows something: what is true is likely, and attacks do what their names say."""
 
+import copy
+
+import numpy as np
 import pytest
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
@@ -46,6 +50,29 @@ def test_as_in_stock(lm, requests, answers):
     stock = HFLM(pretrained=lm.model, tokenizer=lm.tokenizer)
     expected = [ll for ll, _ in stock.loglikelihood(requests, disable_tqdm=True)]
     assert answers["none"] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["hellaswag", "piqa"])
+def test_nearer_to_float64_than_stock(lm, build, real_data, task):
+    """Of ten real questions with long choices: by the mean, in squares, and at the most.
+
+    Not of each request: roundings of one may cancel in stock by chance.
+    """
+    asked = build(task, 10).instances
+    exact_model = copy.deepcopy(lm.model).double()
+    exact = HFLM(pretrained=exact_model, tokenizer=lm.tokenizer, softmax_dtype=torch.float64)
+    stock = HFLM(pretrained=lm.model, tokenizer=lm.tokenizer, batch_size=16)
+    lm.use(type(lm.settings)(attack="none"))
+    reference, ours, theirs = (
+        np.array([ll for ll, _ in of.loglikelihood(asked, disable_tqdm=True)])
+        for of in (exact, lm, stock)
+    )
+    here, there = abs(ours - reference), abs(theirs - reference)
+    assert 0 < here.mean() <= there.mean()
+    assert (here**2).sum() <= (there**2).sum()
+    assert here.max() <= there.max()
+    assert abs(ours - theirs).max() <= here.max() + there.max()
 
 
 def test_sign_flip(answers):

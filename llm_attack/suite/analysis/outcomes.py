@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 
 import numpy as np
 import pandas as pd
@@ -28,7 +29,8 @@ def with_scores(samples: pd.DataFrame) -> pd.DataFrame:
 
 def kind_of(values: Iterable[float], least: str = CHOICE) -> str:
     """The kind of a score: `least`, or what these values of it need beyond that."""
-    found = np.array([value for value in values if not np.isnan(value)], dtype=float)
+    found = np.fromiter(values, dtype=float)
+    found = found[~np.isnan(found)]
     if least in (CHOICE, BINARY) and np.isin(found, (0, 1)).all():
         return least
     within = ((found >= 0) & (found <= 1)).all()
@@ -37,7 +39,7 @@ def kind_of(values: Iterable[float], least: str = CHOICE) -> str:
 
 def counted(rows: pd.DataFrame) -> bool:
     """Whether the score of one task's questions is 0 or 1, so that it can be counted."""
-    return bool(rows["kind"].isin([CHOICE, BINARY]).all())
+    return rows["kind"].iloc[0] in (CHOICE, BINARY)
 
 
 def goodness(samples: pd.DataFrame, column: str = "acc") -> pd.Series:
@@ -62,12 +64,10 @@ def measured(samples: pd.DataFrame) -> dict[str, pd.Series]:
     """What log-likelihoods come to, per row and by name: `gold_probability`, `log_likelihood` (mean
     of the choices, in nats) and `margin` (`gold_margin`); those of `with_worst` as they stand.
     """
-    found = {
-        "gold_probability": gold_probability,
-        "log_likelihood": lambda of: of["log_likelihoods"].map(np.mean),
-        "margin": gold_margin,
-    }
-    return {name: samples[name] if name in samples else of(samples) for name, of in found.items()}
+    missing = {name: of for name, of in _MEASURES.items() if name not in samples}
+    made = _per_row(samples, list(missing.values())) if missing else []
+    found = dict(zip(missing, made, strict=True))
+    return {name: found[name] if name in found else samples[name] for name in _MEASURES}
 
 
 def chances(samples: pd.DataFrame) -> pd.Series:
@@ -84,17 +84,7 @@ def gold_margin(samples: pd.DataFrame) -> pd.Series:
 
     NaN where a question has no other choice, or where the difference is not a number.
     """
-    pairs = zip(samples["log_likelihoods"], samples["gold"], strict=True)
-    return pd.Series([_margin(*pair) for pair in pairs], samples.index, dtype=float)
-
-
-def _margin(log_likelihoods: Iterable[float], gold: Iterable[int]) -> float:
-    right = set(gold)
-    best = {True: -np.inf, False: -np.inf}
-    for i, value in enumerate(log_likelihoods):
-        best[i in right] = max(best[i in right], value)
-    margin = best[True] - best[False]
-    return margin if np.isfinite(margin) else np.nan
+    return _per_row(samples, [_margin])[0]
 
 
 def gold_probability(samples: pd.DataFrame) -> pd.Series:
@@ -103,16 +93,62 @@ def gold_probability(samples: pd.DataFrame) -> pd.Series:
     By the likelihoods of the choices as they are, which `acc` compares. Unlike `acc` it tells a
     narrow answer from a sure one, so that its mean varies less. NaN where no number is finite.
     """
-    pairs = zip(samples["log_likelihoods"], samples["gold"], strict=True)
-    return pd.Series([_share(*pair) for pair in pairs], samples.index, dtype=float)
+    return _per_row(samples, [_share])[0]
 
 
-def _share(log_likelihoods: Iterable[float], gold: Iterable[int]) -> float:
-    scores = np.array(log_likelihoods, dtype=float)
-    if not np.isfinite(scores.max()):
-        return np.nan
-    weights = np.exp(scores - scores.max())
-    return float(weights[list(gold)].sum() / weights.sum())
+def log_likelihood(samples: pd.DataFrame) -> pd.Series:
+    """Mean log-likelihood of a question's choices, per row, in nats."""
+    return _per_row(samples, [_mean])[0]
+
+
+def _margin(scores: np.ndarray, gold: np.ndarray) -> np.ndarray:
+    known = ~np.isnan(scores)
+    best = [np.where(of & known, scores, -np.inf).max(1) for of in (gold, ~gold)]
+    with np.errstate(invalid="ignore"):
+        found = best[0] - best[1]
+    return np.where(np.isfinite(found), found, np.nan)
+
+
+def _share(scores: np.ndarray, gold: np.ndarray) -> np.ndarray:
+    best = scores.max(1, keepdims=True)
+    with np.errstate(invalid="ignore"):
+        weights = np.exp(scores - best)
+        found = np.where(gold, weights, 0.0).sum(1) / weights.sum(1)
+    return np.where(np.isfinite(best[:, 0]), found, np.nan)
+
+
+def _mean(scores: np.ndarray, _: np.ndarray) -> np.ndarray:
+    return np.asarray(scores.mean(1))
+
+
+_Measure = Callable[[np.ndarray, np.ndarray], np.ndarray]
+_MEASURES: dict[str, _Measure] = {
+    "gold_probability": _share,
+    "log_likelihood": _mean,
+    "margin": _margin,
+}
+
+
+def _per_row(samples: pd.DataFrame, measures: Sequence[_Measure]) -> list[pd.Series]:
+    """Numbers per row, made of all questions with as many choices at once.
+
+    Args:
+        samples: with `log_likelihoods` and `gold`.
+        measures: each makes (rows,) numbers of (rows, choices) log-likelihoods, and of whether each
+            choice is gold.
+    """
+    lists, golds = samples["log_likelihoods"].to_numpy(), samples["gold"].to_numpy()
+    lengths = np.fromiter(map(len, lists), int, len(lists))
+    found = np.full((len(measures), len(lists)), np.nan)
+    for length in np.unique(lengths):
+        (rows,) = np.nonzero(lengths == length)
+        scores = np.concatenate(lists[rows]).astype(float).reshape(len(rows), length)
+        of_rows = golds[rows]
+        owner = np.repeat(np.arange(len(rows)), np.fromiter(map(len, of_rows), int, len(rows)))
+        gold = np.zeros((len(rows), length), dtype=bool)
+        gold[owner, np.fromiter(chain.from_iterable(of_rows), int, len(owner))] = True
+        found[:, rows] = [of(scores, gold) for of in measures]
+    return [pd.Series(of, samples.index, dtype=float) for of in found]
 
 
 def sources(samples: pd.DataFrame) -> pd.Series:

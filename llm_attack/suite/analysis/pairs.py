@@ -56,7 +56,7 @@ def paired(
     Raises:
         UsageError: the runs share no task, no condition or no question.
     """
-    samples_a, samples_b, _ = _aligned(samples_a, samples_b, conditions)
+    samples_a, samples_b, _ = aligned_samples(samples_a, samples_b, conditions)
     for key in KEYS:
         ours, theirs = samples_a[key].unique(), samples_b[key].unique()
         if not set(ours) & set(theirs):
@@ -82,7 +82,7 @@ def paired(
     of_a, of_b = ({key: f"{key}_{run}" for key in _OUTCOMES} for run in "ab")
     rows = []
     for _, group in pairs.groupby("task", sort=False):  # of either run, what its values need
-        values = [*group["acc_a"], *group["acc_b"]]
+        values = group[["acc_a", "acc_b"]].to_numpy(float).ravel()
         pairs.loc[group.index, "kind"] = kind_of(values, group["kind"].iloc[0])
     for (task, condition), group in pairs.groupby(KEYS, sort=False):
         n, found = len(group), compared(group, of_a, of_b)
@@ -105,8 +105,8 @@ def paired(
 
 def _check_scores(a: pd.DataFrame, b: pd.DataFrame) -> None:
     """Raises `UsageError` where a task has another score in one run than in the other."""
-    of_a, of_b = (dict(zip(of["task"], of["score"], strict=True)) for of in (a, b))
-    for task in of_a.keys() & of_b.keys():
+    of_a, of_b = (of.drop_duplicates("task").set_index("task")["score"] for of in (a, b))
+    for task in of_a.index.intersection(of_b.index):
         if of_a[task] != of_b[task]:
             raise UsageError(
                 f"compare: the score of {task} is {of_a[task]} in one run and {of_b[task]} in the"
@@ -124,7 +124,7 @@ def unshared(
     """Sentences on conditions that differ, and on what `paired` leaves out besides single
     questions, one for each kind.
     """
-    samples_a, samples_b, sentences = _aligned(samples_a, samples_b, conditions)
+    samples_a, samples_b, sentences = aligned_samples(samples_a, samples_b, conditions)
     for key in KEYS:
         for run, ours, theirs in (("a", samples_a, samples_b), ("b", samples_b, samples_a)):
             alone = [x for x in ours[key].unique() if x not in set(theirs[key])]
@@ -138,7 +138,7 @@ def unshared(
     return sentences
 
 
-def _aligned(
+def aligned_samples(
     samples_a: pd.DataFrame,
     samples_b: pd.DataFrame,
     conditions: tuple[Conditions, Conditions] | None,

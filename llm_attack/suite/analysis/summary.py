@@ -51,6 +51,16 @@ OF_TASK = "task_"  # what the columns of scores over a whole task begin with
 _OF_CONDITION = ("attack", "hookpoint", "epsilon")
 # of a question, from `none` to another condition
 _CHANGING = ["acc", "gold_probability", "log_likelihood", "margin"]
+_SUMMARISED = [
+    *KEYS,
+    *_OF_CONDITION,
+    *SCORE,
+    "n_choices",
+    "source",
+    "chance",
+    "acc_norm",
+    *_CHANGING,
+]
 _COUNTS = ["n", "clusters", "n_choices_min", "n_choices_max", "lost", "gained", "left_out"]
 
 
@@ -115,7 +125,7 @@ def summarise(
     of_none = samples.loc[is_none, [*place, *_CHANGING]]
     clean = samples[place].merge(of_none, how="left", validate="many_to_one")[_CHANGING]
     clean = clean.mask(is_none).add_prefix("clean_")
-    groups = samples.join(clean).groupby(KEYS, sort=False)
+    groups = samples[_SUMMARISED].join(clean).groupby(KEYS, sort=False)
     table = pd.DataFrame([{**dict(zip(KEYS, k, strict=True)), **_row(g)} for k, g in groups])
     table["p_chance_holm"] = holm_over_tasks(table, "p_chance")
     table["p_mcnemar_holm"] = holm_over_tasks(table, "p_mcnemar")

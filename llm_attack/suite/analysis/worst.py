@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
-from scipy.stats import binomtest
 
 from llm_attack.attacks.settings import ATTACKS, BOUNDED_NOISE, condition_name
 from llm_attack.lm.losses import LOSSES
-from llm_attack.stats import ALPHA
+from llm_attack.stats import ALPHA, more_often
 from llm_attack.suite.analysis.conditions import Condition, Conditions, of_run
 from llm_attack.suite.analysis.outcomes import goodness, measured, right
 from llm_attack.suite.plan import NO_PART
@@ -60,13 +60,17 @@ def with_worst(samples: pd.DataFrame, run: Mapping[str, Any]) -> pd.DataFrame:
     outcomes = measured(samples)
     lowest = ["acc", "acc_norm", *outcomes]
     with_outcomes = samples.assign(**outcomes, acc_norm=samples["acc_norm"].astype(float))
+    questions = with_outcomes.groupby(_PLACE, sort=False).ngroup()
     parts = [with_outcomes]
     for condition, epsilon, tried in _worst_cases(with_outcomes, of_run(run, samples)):
         good = tried.assign(acc=goodness(tried))
-        order = good.sort_values(["acc", "margin"], kind="stable").drop_duplicates(_PLACE)
-        first = tried[_PLACE].drop_duplicates().merge(order, on=_PLACE).drop(columns=lowest)
-        first = first.join(good.groupby(_PLACE)[lowest].min(), on=_PLACE)
-        first = first.assign(acc=goodness(first))
+        places = np.unique(questions[tried.index], return_inverse=True)[1]
+        order = np.lexsort((good["margin"], good["acc"]))  # the worst first
+        worst = order[np.unique(places[order], return_index=True)[1]]
+        least = good.groupby(places)[lowest].min().set_index(good.index[worst])
+        first = good.iloc[worst].assign(**least)
+        appeared = np.argsort(np.unique(places, return_index=True)[1])
+        first = first.assign(acc=goodness(first)).iloc[appeared]
         named = first.assign(condition=condition.name, attack=WORST, epsilon=epsilon)
         parts.append(named[list(with_outcomes.columns)])
     return samples if len(parts) == 1 else pd.concat(parts, ignore_index=True)
@@ -122,7 +126,7 @@ def hidden_gradients(samples: pd.DataFrame, known: Conditions) -> list[str]:
         search, best = named(here, SEARCH), min(others, key=lambda name: kept[name].mean())
         searched, followed = kept[SEARCH] <= 0, kept[best] <= 0
         more, less = int((searched & ~followed).sum()), int((followed & ~searched).sum())
-        if more > less and binomtest(more, more + less, alternative="greater").pvalue <= ALPHA:
+        if more > less and more_often(more, less) <= ALPHA:
             found.append(
                 f"{search} takes no gradient and made {more} questions wrong that {best}"
                 f" did not, {less} the other way round: the model hides its gradient, and attacks"

@@ -15,6 +15,7 @@ import json
 import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -224,12 +225,18 @@ def columns(samples: pd.DataFrame, questions: pd.DataFrame) -> dict[str, Any]:
             [None if pd.isna(p) else int(p) for p in rows["prediction"]]
             for rows in of_conditions.values()
         ],
-        "log_likelihoods": [
-            [_finite(values) if hasattr(values, "__len__") else None for values in column]
-            for column in (rows["log_likelihoods"] for rows in of_conditions.values())
-        ],
+        "log_likelihoods": [_lists(rows["log_likelihoods"]) for rows in of_conditions.values()],
         **({"value": values} if values else {}),
     }
+
+
+def _lists(column: pd.Series) -> list[list[float | None] | None]:
+    """`_finite` of each list in a column, of all of them at once; None where there is none."""
+    there = column.notna().tolist()
+    lists = [of for of, known in zip(column, there, strict=True) if known]
+    flat = iter(_finite(chain.from_iterable(lists)))
+    lengths = iter(map(len, lists))
+    return [list(islice(flat, next(lengths))) if known else None for known in there]
 
 
 def _finite(values: Iterable[float]) -> list[float | None]:

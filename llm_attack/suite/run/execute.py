@@ -20,7 +20,7 @@ from llm_attack.base.errors import UsageError, invalid
 from llm_attack.base.failures import look
 from llm_attack.base.folder import clear_drafts
 from llm_attack.base.loaded import LoadedModel
-from llm_attack.base.record import Stopwatch, hardware, versions
+from llm_attack.base.record import Stopwatch, git_revision, hardware, now, versions
 from llm_attack.base.redact import redacted
 from llm_attack.harness.judge import Judge
 from llm_attack.harness.model import AttackedHFLM
@@ -236,8 +236,9 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         ],
         "fingerprint": fingerprint.plain(mark),
         "versions": versions(),
+        "git_revision": git_revision(),
         "hardware": hardware() | {"device": str(lm.device)} | of_threads,
-        "timings": {"processes": who.world, "seconds": seconds},
+        "timings": {"processes": who.world, "seconds": seconds, "date": now()},
     }
     return Result(table, samples, questions, redacted(run), dict(zip(infos, results, strict=True)))
 

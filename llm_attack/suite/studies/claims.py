@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import pandas as pd
-from scipy.stats import norm
+from scipy.special import ndtr, ndtri
 
 from llm_attack.attacks.settings import ATTACKS, BOUNDED_NOISE, NOISE
 from llm_attack.stats import ALPHA, Mean, auc, detectable, equivalence_test, mean_of
@@ -18,7 +18,7 @@ from llm_attack.suite.analysis.conditions import Conditions, by_name
 from llm_attack.suite.analysis.outcomes import (
     LOWER,
     chances,
-    gold_margin,
+    measured,
     right,
     sources,
     with_scores,
@@ -66,7 +66,7 @@ def claims(
         known: the conditions of the run; as their names tell unless given.
     """
     known = by_name(samples) if known is None else known
-    rows = with_scores(samples).assign(margin=gold_margin(samples), chance=chances(samples))
+    rows = with_scores(samples).assign(**measured(samples), chance=chances(samples))
     rows = rows.assign(source=sources(rows), right=right(rows))
     by = {str(name): group for name, group in rows.groupby("condition", sort=False)}
     if "none" not in by:
@@ -143,9 +143,9 @@ def _guesses(after: pd.DataFrame, within: float) -> Iterator[Claim]:
     distance = mean_of(
         [(task["over"], task["source"]) for _, task in over.groupby("task", sort=False)]
     )
-    error = (distance.high - distance.value) / norm.ppf(1 - ALPHA / 2)
-    equal = float(norm.sf((within - abs(distance.value)) / error)) if error > 0 else 1.0
-    differs = float(norm.sf((abs(distance.value) - within) / error)) if error > 0 else 1.0
+    error = (distance.high - distance.value) / ndtri(1 - ALPHA / 2)
+    equal = float(ndtr((abs(distance.value) - within) / error)) if error > 0 else 1.0
+    differs = float(ndtr((within - abs(distance.value)) / error)) if error > 0 else 1.0
     verdict = HOLDS if equal <= ALPHA else NOT if differs <= ALPHA else UNSHOWN
     yield Claim(
         "its accuracy equals guessing",

@@ -31,7 +31,7 @@ _MEASURED = [
     *("p_mcnemar", "lost", "gained", "gold_probability_drop", "gold_probability_drop_low"),
     "gold_probability_drop_high",
 ]
-_EVEN = 0.02  # relative epsilons that differ by less count as equal
+EVEN = 0.02  # relative epsilons that differ by less count as equal
 # Whose looks tell models apart.
 _LOOKS = ("fgsm", "bim", "random", "pgd", "ost", "illc", "apgd", "mifgsm", "blocks", "gaussian")
 FEWEST = 4  # models, for an interval of their rank correlation
@@ -39,8 +39,24 @@ FEWEST = 4  # models, for an interval of their rank correlation
 
 def names(folders: Sequence[Path], runs: Sequence[Result]) -> list[str]:
     """Names of the models; where two have the same, those of their folders."""
-    named = [result.run["model_name"] for result in runs]
+    named = [name_of(result.run) for result in runs]
     return named if len(set(named)) == len(named) else [str(folder) for folder in folders]
+
+
+def name_of(run: Mapping[str, Any]) -> str:
+    """A model's name, with its revision and adapter, which make another model of it.
+
+    Args:
+        run: what `run.json` holds.
+    """
+    name = str(run.get("model_name") or run.get("model"))
+    arguments = (run.get("settings") or {}).get("model_args") or {}
+    for argument, sign in (("revision", "@"), ("subfolder", "/"), ("peft", "+"), ("delta", "+")):
+        of = arguments.get(argument) if isinstance(arguments, Mapping) else None
+        short = str(of).rstrip("/").rpartition("/")[2] if argument in ("peft", "delta") else str(of)
+        if of and short not in name:
+            name += f"{sign}{short}"
+    return name
 
 
 def across(runs: Mapping[str, Result]) -> pd.DataFrame:
@@ -78,7 +94,9 @@ def across(runs: Mapping[str, Result]) -> pd.DataFrame:
         samples = result.samples
         places = zip(samples["task"], samples["doc_id"].astype(str), strict=True)
         some = samples[[place in kept for place in places]]
-        table = summarise(with_worst(some, result.run), result.run.get("attacks"))
+        table = result.table
+        if len(some) < len(samples) or result.run.get("of_tasks"):
+            table = summarise(with_worst(some, result.run), result.run.get("attacks"))
         renamed = {of_runs[name]: known for known, of_runs in names.items()}
         table = table[(table["task"] == MEAN) & table["condition"].isin(renamed)]
         tables[name] = table.set_index(table["condition"].map(renamed))
@@ -93,7 +111,7 @@ def across(runs: Mapping[str, Result]) -> pd.DataFrame:
     rows = []
     for condition, (name, table) in itertools.product(conditions, tables.items()):
         clean, here = table.loc["none"], table.loc[condition]
-        rms = _rms(runs[name].run["attacks"], here["hookpoint"])
+        rms = rms_of(runs[name].run["attacks"], here["hookpoint"])
         rows.append(
             {
                 **{"condition": condition, "model": name, "n": here["n"]},
@@ -136,7 +154,7 @@ def unshared(runs: Mapping[str, Result]) -> list[str]:
     return _shared(runs)[1]
 
 
-def _rms(attacks: Mapping[str, Any], hookpoint: str) -> float:
+def rms_of(attacks: Mapping[str, Any], hookpoint: str) -> float:
     """The root mean square at a hookpoint, as a run recorded it; NaN if it did not."""
     for info in attacks.values():
         if (info.get("hookpoint") or EMBED) == hookpoint:
@@ -158,7 +176,7 @@ def trends(frame: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for condition, rows_of in frame.groupby("condition", sort=False):
         relative = rows_of["epsilon_relative"]
-        even = relative.notna().all() and np.ptp(relative) <= _EVEN * relative.mean()
+        even = relative.notna().all() and np.ptp(relative) <= EVEN * relative.mean()
         correlation = Mean(*4 * (np.nan,))
         if len(rows_of) >= FEWEST:
             correlation = rank_correlation(rows_of["clean"], rows_of["drop"])

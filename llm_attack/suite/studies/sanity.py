@@ -16,7 +16,7 @@ import pandas as pd
 from llm_attack.attacks.settings import ATTACKS, BOUNDED_NOISE
 from llm_attack.stats import ALPHA, Mean, mean_of, wilson
 from llm_attack.suite.analysis.conditions import Conditions, of_run
-from llm_attack.suite.analysis.outcomes import gold_margin, right, sources
+from llm_attack.suite.analysis.outcomes import measured, right, sources
 from llm_attack.suite.analysis.worst import (
     SEARCH,
     comparable_attacks,
@@ -63,6 +63,7 @@ def checks(samples: pd.DataFrame, run: Mapping[str, Any]) -> list[Check]:
     """
     knows, known = knows_gold(run), of_run(run, samples)
     some = samples.assign(outcome=outcome(samples, knows), source=sources(samples))
+    some = some.drop(columns="log_likelihoods")  # the rest is selected from again and again
     return [
         _compared(
             "random is weaker than the gradient", _noise_and_gradient(some, known), strictly=True
@@ -77,7 +78,7 @@ def checks(samples: pd.DataFrame, run: Mapping[str, Any]) -> list[Check]:
 
 def outcome(samples: pd.DataFrame, knows: bool) -> pd.Series:
     """The value that attacks lower: the gold's margin, or the mean log-likelihood, in nats."""
-    return gold_margin(samples) if knows else samples["log_likelihoods"].map(np.mean)
+    return measured(samples)["margin" if knows else "log_likelihood"]
 
 
 def cells(checked: Iterable[Check]) -> Cells:

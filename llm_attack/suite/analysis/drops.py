@@ -1,0 +1,101 @@
+"""Is one model more robust than another? The paired difference of their drops.
+
+A drop is how much worse a score is under an attack than under `none`. Its difference between two
+runs is found question by question, so that questions on which both models lose cancel.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from llm_attack.base.errors import UsageError
+from llm_attack.stats import Mean, mean_of, sign_test
+from llm_attack.suite.analysis.conditions import Conditions
+from llm_attack.suite.analysis.outcomes import LOWER, sources, with_scores
+from llm_attack.suite.analysis.pairs import aligned_samples
+from llm_attack.suite.analysis.summary import MEAN, holm_over_tasks
+
+_PLACE = ["task", "doc_id"]
+_COLUMNS = [
+    *("task", "condition", "n", "drop_a", "drop_b", "difference"),
+    *("difference_low", "difference_high", "p", "p_holm"),
+]
+
+
+def differences(
+    samples_a: pd.DataFrame,
+    questions_a: pd.DataFrame,
+    samples_b: pd.DataFrame,
+    questions_b: pd.DataFrame,
+    conditions: tuple[Conditions, Conditions] | None = None,
+) -> pd.DataFrame:
+    """Drops of run b less those of run a, on the questions that both asked in the same words.
+
+    Args:
+        samples_a: a row per question and condition, as in `samples.parquet`.
+        questions_a: a row per question, as in `questions.parquet`.
+        samples_b: of the other run.
+        questions_b: of the other run.
+        conditions: of the runs; None: conditions of the same name are the same. Conditions with the
+            same name and other settings are not compared.
+
+    Returns:
+        A row per task and condition that both runs have beside `none`, then for every condition the
+        mean over tasks. Columns: `task`, `condition`, `n` questions, `drop_a`, `drop_b` and
+        `difference` = b - a in points of a percent: above 0 where a is the more robust;
+        `difference_low`, `difference_high`: its paired 95 % interval, by clusters of questions
+        (`stats.mean_of`); `p`: test of no difference (`stats.sign_test`), of the mean stratified by
+        task; `p_holm`: adjusted over tasks. Empty where there is no such condition, or no `none`.
+    """
+    known = set(samples_a["condition"]) & set(samples_b["condition"])
+    if conditions is not None:
+        a_of, b_of = conditions
+        samples_a, samples_b, _ = aligned_samples(samples_a, samples_b, conditions)
+        same = {name for name, of in a_of.items() if any(of == there for there in b_of.values())}
+        known = set(samples_a["condition"]) & set(samples_b["condition"]) & same
+    attacks = [name for name in samples_a["condition"].unique() if name in known - {"none"}]
+    if "none" not in known or not attacks:
+        return pd.DataFrame(columns=_COLUMNS)
+    question = [*_PLACE, "doc_hash"]
+    asked = questions_a[question].merge(questions_b[question])[_PLACE]
+    a = with_scores(samples_a).assign(source=sources(samples_a))
+    sides = [
+        asked.merge(run.pivot(index=_PLACE, columns="condition", values="acc"), on=_PLACE)
+        for run in (a, samples_b)
+    ]
+    of_question = a.drop_duplicates(_PLACE)[[*_PLACE, "source", "better"]]
+    about = asked.merge(of_question, on=_PLACE, how="left")
+    if len(about) != len(sides[0]) or len(about) != len(sides[1]):
+        raise UsageError("compare: a run has questions without answers")
+    sign = np.where(about["better"] == LOWER, -1.0, 1.0)
+    rows = []
+    for condition in attacks:
+        drops = [sign * (side["none"] - side[condition]).to_numpy(float) for side in sides]
+        frame = about.assign(a=drops[0], b=drops[1], step=drops[1] - drops[0])
+        of_tasks = frame.dropna(subset="step").groupby("task", sort=False)
+        tasks = {str(task): of for task, of in of_tasks}
+        each = [_row(task, condition, [of]) for task, of in tasks.items()]
+        rows += each
+        if tasks:
+            rows.append(_row(MEAN, condition, list(tasks.values())))
+    found = pd.DataFrame(rows, columns=_COLUMNS)
+    means = found["task"] == MEAN
+    found["p_holm"] = found["p"]
+    found.loc[~means, "p_holm"] = holm_over_tasks(found[~means], "p")
+    return pd.concat([found[~means], found[means]], ignore_index=True)
+
+
+def _row(task: str, condition: str, tasks: list[pd.DataFrame]) -> dict[str, object]:
+    """One task, or the mean over several."""
+    steps = [(of["step"].to_numpy(float), of["source"].to_numpy()) for of in tasks]
+    found: Mean = mean_of(steps)
+    net = [np.bincount(np.unique(of, return_inverse=True)[1], step) for step, of in steps]
+    low, high = (found.low, found.high) if found.high > found.low else (np.nan, np.nan)
+    drop_a, drop_b = (float(np.mean([of[run].mean() for of in tasks])) for run in "ab")
+    return {
+        **{"task": task, "condition": condition, "n": sum(map(len, tasks))},
+        **{"drop_a": 100 * drop_a, "drop_b": 100 * drop_b, "difference": 100 * found.value},
+        **{"difference_low": 100 * low, "difference_high": 100 * high},
+        "p": sign_test(net, list(map(len, tasks))),
+    }

@@ -1,0 +1,169 @@
+"""Runs of lm_eval itself, as `lm_eval --log_samples` writes them: any model, any task.
+
+Read for `llm-attack compare`, which pairs two of them question by question. Nothing of lm-eval is
+imported.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from llm_attack.base.errors import UsageError
+from llm_attack.base.failures import one_line
+from llm_attack.harness.sources import clusters
+from llm_attack.suite.analysis.outcomes import ACC, BINARY, CHOICE, HIGHER, LOWER, kind_of
+
+_SAMPLES = re.compile(r"samples_(?P<task>.+)_(?P<date>\d{4}-\d\d-\d\dT[\d-]+(\.\d+)?)\.jsonl")
+_OF_CHOICES = (ACC, "acc_norm", "acc_bytes")
+_NEEDED = ("doc_id", "doc_hash", "filter")
+
+
+class Logged(NamedTuple):
+    """A run of lm_eval.
+
+    Attributes:
+        name: of the model, as lm_eval has it.
+        samples: a row per question, with the columns that `pairs.paired` needs; condition `none`.
+        questions: a row per question: `task`, `doc_id`, `doc_hash`: lm-eval's, of the question
+            itself, and `prompt_hash`, of the prompt, or None.
+    """
+
+    name: str
+    samples: pd.DataFrame
+    questions: pd.DataFrame
+
+
+def folder_of(folder: Path) -> Path | None:
+    """Where a run of lm_eval lies: `folder`, or the folder of the one model in it; None: nowhere.
+
+    Raises:
+        UsageError: there are several models.
+    """
+    if (folder / "run.json").exists() or not folder.is_dir():
+        return None
+    places = [folder, *(path for path in sorted(folder.iterdir()) if path.is_dir())]
+    found = [path for path in places if any(_newest(path))]
+    if len(found) > 1:
+        listed = ", ".join(path.name for path in found)
+        raise UsageError(
+            f"{folder}: holds lm_eval's samples of several models ({listed}); name one"
+        )
+    return found[0] if found else None
+
+
+def load(folder: Path) -> Logged:
+    """The newest samples of each task in a folder of `folder_of`.
+
+    Raises:
+        UsageError: a file cannot be read, or a task has no score of a single question.
+    """
+    result, rows = _results(folder), []
+    for task, path in _newest(folder).items():
+        samples = list(_lines(path))
+        if not samples:
+            raise UsageError(f"{path}: has no samples")
+        filters = list(dict.fromkeys(str(sample["filter"]) for sample in samples))
+        for name in filters:
+            some = [sample for sample in samples if str(sample["filter"]) == name]
+            shown = task if len(filters) == 1 else f"{task} ({name})"
+            rows += _rows(path, task, shown, some, result)
+    frame = pd.DataFrame(rows)
+    if frame.duplicated(["task", "doc_id"]).any():
+        raise UsageError(f"{folder}: a question is there twice; must be of one run")
+    name = str(result.get("model_name") or folder.name)
+    questions = frame[["task", "doc_id", "doc_hash", "prompt_hash"]]
+    return Logged(name, frame.drop(columns=["doc_hash", "prompt_hash"]), questions)
+
+
+def differences(a: Logged, b: Logged) -> list[str]:
+    """Sentences on what a reader must know of the pairs.
+
+    Raises:
+        UsageError: the runs share no question.
+    """
+    key = ["task", "doc_id", "doc_hash"]
+    both = a.questions.merge(b.questions, on=key, suffixes=("_a", "_b"))
+    if both.empty:
+        raise UsageError(
+            "compare: the runs share no question: no task has a doc_id with the same doc_hash in"
+            " both"
+        )
+    other = int((both["prompt_hash_a"] != both["prompt_hash_b"]).sum())
+    if not other:
+        return []
+    return [f"{other} of {len(both)} questions were asked with another prompt in a than in b"]
+
+
+def _newest(folder: Path) -> dict[str, Path]:
+    """The last file of each task."""
+    found = {}
+    for path in sorted(folder.glob("samples_*.jsonl"), key=lambda path: path.name):
+        parts = _SAMPLES.fullmatch(path.name)
+        if parts is not None:  # of one task they are sorted by date
+            found[parts["task"]] = path
+    return found
+
+
+def _results(folder: Path) -> dict[str, Any]:
+    """What lm_eval says of the run; nothing where its file is not there."""
+    for path in sorted(folder.glob("results_*.json"), reverse=True):
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{path}: cannot be read ({one_line(error)})") from error
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                sample = json.loads(line)
+                missing = [name for name in _NEEDED if name not in sample]
+                if missing:
+                    raise UsageError(f"{path}: line {number} has no {missing[0]}")
+                yield sample
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"{path}: cannot be read ({one_line(error)})") from error
+
+
+def _rows(
+    path: Path, task: str, shown: str, samples: list[dict[str, Any]], result: dict[str, Any]
+) -> list[dict[str, Any]]:
+    first = samples[0]
+    metrics = [str(name) for name in first.get("metrics") or _OF_CHOICES]
+    metrics = [name for name in metrics if all(_is_number(of.get(name)) for of in samples)]
+    if not metrics:
+        raise UsageError(f"{path}: has no score of a single question that is a number")
+    score = ACC if ACC in metrics else metrics[0]
+    higher = (result.get("higher_is_better") or {}).get(task) or {}
+    values = [float(sample[score]) for sample in samples]
+    chosen = score in _OF_CHOICES and len(first.get("resps") or ()) > 1
+    about = {
+        **{"task": shown, "condition": "none", "attack": "none", "hookpoint": "embed"},
+        **{"epsilon": 0.0, "score": score, "kind": kind_of(values, CHOICE if chosen else BINARY)},
+        "better": LOWER if higher.get(score) is False else HIGHER,
+        # the second outcome needs the gold, which a sample does not always say
+        **dict.fromkeys(("gold_probability", "log_likelihood", "margin"), np.nan),
+    }
+    of_source = clusters([sample.get("doc") for sample in samples])
+    return [
+        {
+            **{**about, "doc_id": int(sample["doc_id"]), "acc": value, "cluster": source},
+            **{key: sample.get(key) for key in ("doc_hash", "prompt_hash")},
+        }
+        for sample, value, source in zip(samples, values, of_source, strict=True)
+    ]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (bool, int, float)) and math.isfinite(value)
