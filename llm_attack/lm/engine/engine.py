@@ -17,9 +17,10 @@ from llm_attack.base.errors import UsageError
 from llm_attack.lm.engine.attacked import AttackedBatch
 from llm_attack.lm.engine.diagnostics import Diagnostics
 from llm_attack.lm.engine.hookpoints import share
-from llm_attack.lm.engine.probe import fault, takes_twins, trees_fault
+from llm_attack.lm.engine.probe import fault, longest_flat, takes_twins, trees_fault
 from llm_attack.lm.engine.scoring import Scorer, Scores
 from llm_attack.lm.losses import LOSSES, ThreatModel
+from llm_attack.lm.network.lean import Lean
 from llm_attack.lm.network.reproducible import reproducible
 from llm_attack.lm.packing.batches import Batch, Family, batched, layouts, of_rows, of_tree
 from llm_attack.lm.packing.pack import Pack, pack_rows, pack_trees
@@ -117,13 +118,15 @@ class Engine:
         self.clean = all(a.identity for a in self.attacks)
         if not (self.threat.shared or self.clean):
             self.longest_tree = 0  # every request is perturbed differently
-        if (
-            self.once
-            and any(a.uses_clean_gradient for a in self.attacks)
-            and not self.threat.shared
-        ):
-            for scorer in dict.fromkeys(self.scorers):
-                scorer.takes_twins = takes_twins(scorer, self.device, self.pad)
+        if self.once:
+            for scorer in (self.scorer, *self.scorers):
+                scorer.lean = scorer.lean or Lean(scorer.model)
+        if self.once and not (self.threat.shared or self.clean):
+            if {*self.scorers} == {self.scorer}:  # a sweep's forwards start at blocks
+                self.scorer.longest_flat = longest_flat(self.scorer, self.device, self.pad)
+            if any(a.uses_clean_gradient for a in self.attacks):
+                for scorer in dict.fromkeys(self.scorers):
+                    scorer.takes_twins = takes_twins(scorer, self.device, self.pad)
 
     def probe(self, questions: Iterable[Question]) -> None:
         """Tries the longest tree of `questions`, and packs none from now on if it fails.

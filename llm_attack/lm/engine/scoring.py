@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from llm_attack.lm.engine.flat import row_by_row, sequence
 from llm_attack.lm.engine.nearest import Nearest
 from llm_attack.lm.engine.once import gathered, products_once
 from llm_attack.lm.network.blocks import Skip
 from llm_attack.lm.network.hook import capture, edit_input, edit_output
+from llm_attack.lm.network.lean import Lean
 from llm_attack.lm.network.rotary import Rotary
-from llm_attack.lm.packing.pack import Entries, Inputs, Pack, Twins
+from llm_attack.lm.packing.pack import Entries, Flat, Inputs, Pack, Twins
 from llm_attack.lm.packing.prefix import Prefixes, space
 
 
@@ -93,6 +95,10 @@ class Scorer:
         self.skip: Skip | None = None
         self.takes_twins = False
         """Whether the clean forward with a gradient computes once what rows have in common."""
+        self.longest_flat = 0
+        """Length up to which rows go through the model without their padding; 0: none do."""
+        self.lean: Lean | None = None
+        """Norms and rotary embeddings that take the place of the model's own."""
         self.limit = sys.maxsize
         """Tokens of a forward at most, unless a row has more."""
         self.nearest = None
@@ -155,10 +161,12 @@ class Scorer:
 
         All rows go through the model in one forward (`together`).
         """
-        shape = tuple(pack.input_ids.shape)
-        with products_once(self.model, twins, shape):
-            (forward,) = self._forwards(pack)
-            logits = self._logits(pack, forward, twins.entries.positions, point, below, twins)
+        (forward,) = self._forwards(pack)
+        flat = self._flat(pack, forward)
+        shape = tuple(pack.input_ids.shape) if flat is None else (1, len(flat.real))
+        of_forward = twins if flat is None else twins.flat(flat)
+        with products_once(self.model, of_forward, shape):
+            logits = self._logits(pack, forward, twins.entries.positions, point, below, of_forward)
         return self._look_up(pack, twins.entries, logits)
 
     def _look_up(self, pack: Pack, entries: Entries, logits: Tensor) -> Scores:
@@ -248,10 +256,15 @@ class Scorer:
     ) -> Tensor:
         """The same of one forward, which has all `positions`: those of `twins`, if given."""
         inputs = forward.inputs
-        rows, columns = inputs.tokens.shape
-        if rows * columns != pack.input_ids.numel():
+        flat = self._flat(pack, forward)
+        if flat is not None:
+            positions = flat.number[positions]
+            point, below = (None if x is None else sequence(x, flat) for x in (point, below))
+            inputs = _without_padding(inputs, flat)
+        elif inputs.tokens.numel() != pack.input_ids.numel():
             _, positions = forward.among(positions, pack)
             point, below = (None if x is None else x[forward.place] for x in (point, below))
+        rows, columns = inputs.tokens.shape
         seen = False
 
         def gather(hidden: Tensor) -> Tensor:
@@ -272,11 +285,19 @@ class Scorer:
                 stack.enter_context(edit_output(self.hookpoint, put))
             if self.head is not None:
                 stack.enter_context(edit_input(self.head, gather))
+            if flat is not None:
+                stack.enter_context(row_by_row(flat))
             logits: Tensor = self._forward(inputs).logits
         if seen:
             return logits.flatten(0, 1)  # a view: the backward of a selection fills zeros
         logits = logits[:, logits.shape[1] - columns :]
         return logits.reshape(rows * columns, -1)[positions.to(logits.device)]
+
+    def _flat(self, pack: Pack, forward: Forward) -> Flat | None:
+        """How the rows of a forward are read without their padding, if they are."""
+        if pack.flat is None or forward.rows is not None or self.longest_flat < pack.flat.shape[1]:
+            return None
+        return pack.flat
 
     def _forward(self, inputs: Inputs) -> Any:
         options: dict[str, Any] = dict(self.options)
@@ -294,10 +315,18 @@ class Scorer:
         """What a forward over `tokens` runs in."""
         mixed = self.autocast is not None
         with (
+            nullcontext() if self.lean is None else self.lean.used(),
             self.rotary.fresh(),
             torch.autocast(tokens.device.type, dtype=self.autocast, enabled=mixed),
         ):
             yield
+
+
+def _without_padding(inputs: Inputs, flat: Flat) -> Inputs:
+    """One sequence of all rows' tokens at the positions that they have there."""
+    depth = (flat.real % flat.shape[1]).unsqueeze(0)
+    tokens = inputs.tokens.flatten()[flat.real].unsqueeze(0)
+    return Inputs(tokens, depth, depth.new_ones(1, 1))
 
 
 def _copied(point: Tensor, output: Tensor) -> Tensor:
