@@ -357,12 +357,15 @@ class _LogSoftmaxAt(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, slot: Tensor, target: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        best = logits.argmax(-1)
+        best = likeliest(logits)
         top = logits.gather(-1, best[:, None]).to(dtype)
         rest = torch.empty_like(top)  # odds against the likeliest token
-        for part in _slices(logits):
-            odds = (logits[part].to(dtype) - top[part]).exp_()
-            odds.scatter_(-1, best[part, None], 0)
+        slices = _slices(logits)
+        memory = logits.new_empty(logits[slices[0]].shape if slices else 0, dtype=dtype)
+        for part in slices:
+            odds = memory[: len(top[part])]
+            torch.sub(logits[part].to(dtype), top[part], out=odds)
+            odds.exp_().scatter_(-1, best[part, None], 0)
             torch.sum(odds, -1, keepdim=True, out=rest[part])
         ctx.save_for_backward(logits, best, top, rest, slot, target)
         ctx.dtype = dtype
@@ -380,13 +383,37 @@ class _LogSoftmaxAt(torch.autograd.Function):
         scale = total[:, None] / (1 + rest)
         gradient = torch.empty_like(logits)
         for part in _slices(logits):
-            odds = (logits[part].to(ctx.dtype) - top[part]).exp_()
-            gradient[part] = odds.mul_(-scale[part])
+            wide = logits[part].to(ctx.dtype)
+            # in place where it is of the same dtype
+            odds = gradient[part] if wide.dtype == gradient.dtype else torch.empty_like(wide)
+            torch.sub(wide, top[part], out=odds)
+            gradient[part] = odds.exp_().mul_(-scale[part])
         # the likeliest token's own, without the difference 1 - p
         own = (of_best * rest[:, 0] - (total - of_best)) / (1 + rest[:, 0])
         gradient.scatter_(-1, best[:, None], own[:, None].to(gradient))
         others = (upstream * ~sure).to(gradient)
         return gradient.index_put_((slot, target), others, accumulate=True), None, None, None
+
+
+_BLOCK = 256  # of the vocabulary
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """(P,) argmax of logits (P, V): the first of equal ones.
+
+    On a CPU the largest value of a block is found five times faster than its place.
+    """
+    whole = logits.shape[-1] // _BLOCK * _BLOCK
+    if logits.device.type != "cpu" or not whole:
+        return logits.argmax(-1)
+    blocks = logits[:, :whole].unflatten(-1, (-1, _BLOCK))
+    largest, block = blocks.amax(-1).max(-1)
+    found = block * _BLOCK
+    found += blocks[torch.arange(len(block)), block].argmax(-1)
+    if whole == logits.shape[-1]:
+        return found
+    last, place = logits[:, whole:].max(-1)
+    return torch.where((last > largest) | (last.isnan() & ~largest.isnan()), whole + place, found)
 
 
 def _slices(logits: Tensor) -> list[slice]:
