@@ -11,13 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llm_attack.lm.packing.pack import Flat
-
-try:
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-except ImportError:  # of another release: the trial raises
-    ALL_ATTENTION_FUNCTIONS = {}
 
 ATTENTION = "sdpa"
 """The attention that is understood: it is causal where it has no mask."""

@@ -408,7 +408,7 @@ def likeliest(logits: Tensor) -> Tensor:
         return logits.argmax(-1)
     blocks = logits[:, :whole].unflatten(-1, (-1, _BLOCK))
     largest, block = blocks.amax(-1).max(-1)
-    found = block * _BLOCK
+    found: Tensor = block * _BLOCK
     found += blocks[torch.arange(len(block)), block].argmax(-1)
     if whole == logits.shape[-1]:
         return found
