@@ -69,6 +69,8 @@ def runs_of(
 ) -> dict[str, Callable[[], Answers]]:
     """What is measured: answers to `requests` by name."""
     model = lm.model
+    for scorer in ours.engine.scorers:
+        scorer.nearest = None  # a diagnostic, which no other computes
     stock = HFLM(model, tokenizer=lm.tokenizer, batch_size=BATCH, device=str(lm.device))
     encoded = [(r.tokens, r.n_continuation) for r in encode(lm, requests)]
     epsilon = ours.attack.epsilon

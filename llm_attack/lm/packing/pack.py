@@ -64,12 +64,15 @@ class Flat:
     number: Tensor
 
     @classmethod
-    def of(cls, mask: Tensor) -> Flat:
-        """Of `mask` (B, L), which is False on padding."""
-        (real,) = mask.flatten().nonzero(as_tuple=True)
-        number = real.new_zeros(mask.numel())
-        number[real] = torch.arange(len(real), device=real.device)
-        return cls((mask.shape[0], mask.shape[1]), real, number)
+    def of(cls, lengths: Sequence[int]) -> Flat | None:
+        """Of rows of so many tokens; None where there is too little padding."""
+        mask = np.arange(max(lengths)) < np.array(lengths)[:, None]
+        (real,) = mask.ravel().nonzero()
+        if len(real) > _MOST_REAL * mask.size:
+            return None
+        number = np.zeros(mask.size, np.int64)
+        number[real] = np.arange(len(real))
+        return cls((mask.shape[0], mask.shape[1]), *map(torch.from_numpy, (real, number)))
 
     def to(self, device: torch.device) -> Flat:
         """The same with its tensors on `device`."""
@@ -256,8 +259,8 @@ def pack_rows(
     """
     rows = [build([r.inputs]) for q in questions for r in q.requests]
     pack = _pack(questions, rows, pad, whole, prefix, twins=not (shared or prefix))
-    if not prefix and pack.mask.sum() < _MOST_REAL * pack.mask.numel():
-        pack = replace(pack, flat=Flat.of(pack.mask))
+    if not prefix:
+        pack = replace(pack, flat=Flat.of([len(row) for row in rows]))
     if not shared:
         return _with_moves(pack, [of_request(r, positions) for r in pack.requests], positions)
     node = np.zeros(pack.input_ids.shape, np.int64)
