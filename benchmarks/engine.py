@@ -27,6 +27,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import beside
 import click
 import torch
 from lm_eval.api.instance import Instance
@@ -395,6 +396,38 @@ def show(rows: list[dict[str, Any]], console: Console) -> dict[str, float]:
     return means
 
 
+def _beside(
+    bench: Bench,
+    requests: dict[str, list[Instance]],
+    others: list[str],
+    turns: int,
+    console: Console,
+    output: Path | None,
+    name: str | None,
+) -> None:
+    """Ours beside `others`; see `beside`."""
+    unknown = [other for other in others if other not in beside.OTHERS]
+    if unknown:
+        raise click.UsageError(f"--beside={','.join(unknown)}: must be of {beside.OTHERS}")
+    first = next(iter(requests.values()))
+    plain = bench.ours([AttackSettings("none")], first)
+    rows = beside.beside(
+        plain, lambda of: bench.ours([beside.settings()], of), requests, others, turns, console
+    )
+    if output is not None:
+        params = click.get_current_context().params
+        content = {
+            "settings": {k: v for k, v in params.items() if k not in ("output", "name", "model")},
+            "threads": torch.get_num_threads(),
+            "tasks": rows,
+            "hardware": hardware(),
+            "versions": versions(),
+        }
+        path = output / f"{name or 'beside'}.json"
+        write_json(path, content)
+        console.print(f"written: {path}")
+
+
 @click.command(context_settings={"show_default": True, **DIALECT})
 @click.option("--tasks", default=",".join(SYNTHETIC), help="Of the six benchmarks.")
 @click.option("--tokens", default=6000, help="Of the requests of each task.")
@@ -418,6 +451,11 @@ def show(rows: list[dict[str, Any]], console: Console) -> dict[str, float]:
     help="Measured beside stock; `none` always is.",
 )
 @click.option("--compile", "compiled", is_flag=True, help="Ours with compile=True.")
+@click.option(
+    "--beside",
+    "others",
+    help="In place of all else: the default attack beside these, of plain,torchattacks.",
+)
 @click.option("--output", type=click.Path(path_type=Path), help="Folder for the JSON file.")
 @click.option("--name", help="Of the JSON file; the device and shape unless given.")
 def main(
@@ -433,6 +471,7 @@ def main(
     device: str,
     conditions: tuple[str, ...],
     compiled: bool,
+    others: str | None,
     output: Path | None,
     name: str | None,
 ) -> None:
@@ -450,6 +489,9 @@ def main(
         requests = synthetic_requests(names, tokens)
     positions = "question" if shots else "all"
     bench = Bench(network, tokenizer, {"compile": compiled}, positions)
+    if others is not None:
+        _beside(bench, requests, others.split(","), repeats, console, output, name)
+        return
     sizes = [int(size) for size in batch_sizes.split(",")]
     labels = list(dict.fromkeys(("none", *conditions)))
     rows = []

@@ -8,7 +8,7 @@ so that next to nothing is padding.
 import torch
 
 
-def answers(model, requests, epsilon, batch_size=8):
+def answers(model, requests, epsilon, batch_size=8, step=None):
     """(log-likelihood, is_greedy) of the continuation of each request under attack.
 
     Args:
@@ -16,6 +16,8 @@ def answers(model, requests, epsilon, batch_size=8):
         requests: (tokens, number of the last of them that are the continuation) of each.
         epsilon: absolute amplitude.
         batch_size: requests of a batch.
+        step: attacked embeddings of clean ones, of what they predict, and of what of it is no
+            padding; None: the step that is written here.
     """
     found = [None] * len(requests)
     order = sorted(range(len(requests)), key=lambda i: -len(requests[i][0]))
@@ -28,13 +30,17 @@ def answers(model, requests, epsilon, batch_size=8):
         real = torch.arange(target.shape[1]) < length[:, None] - 1
         continuation = torch.tensor([requests[i][1] for i in part])
         scored = real & (torch.arange(target.shape[1]) >= (length - 1 - continuation)[:, None])
-        x = model.get_input_embeddings()(inputs).detach().requires_grad_(True)
-        log_prob = model(inputs_embeds=x).logits.log_softmax(-1)
-        loss = -(log_prob.gather(-1, target[..., None])[..., 0] * real).sum()
-        (gradient,) = torch.autograd.grad(loss, x)
-        del log_prob, loss
+        x = model.get_input_embeddings()(inputs).detach()
+        if step is None:
+            x.requires_grad_(True)
+            log_prob = model(inputs_embeds=x).logits.log_softmax(-1)
+            loss = -(log_prob.gather(-1, target[..., None])[..., 0] * real).sum()
+            (gradient,) = torch.autograd.grad(loss, x)
+            del log_prob, loss
+            attacked = x.detach() + epsilon * gradient.sign() * real[..., None]
+        else:
+            attacked = step(x, target, real)
         with torch.no_grad():
-            attacked = x + epsilon * gradient.sign() * real[..., None]
             log_prob = model(inputs_embeds=attacked).logits.log_softmax(-1)
         values = (log_prob.gather(-1, target[..., None])[..., 0] * scored).sum(-1)
         greedy = ((log_prob.argmax(-1) == target) | ~scored).all(-1)

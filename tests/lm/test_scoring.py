@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from llm_attack.lm.engine.scoring import Scorer, _slices
+from llm_attack.lm.engine.scoring import Scorer, _slices, likeliest
 from llm_attack.lm.packing.pack import pack_rows, pack_trees
 from llm_attack.lm.packing.questions import Question, Request
 
@@ -130,3 +130,17 @@ def test_slices_are_of_the_same_size_and_hold_each_row_once():
     assert ends(300, 2**19, device="meta") == [(0, 128), (128, 256), (256, 384)]
     assert ends(0, 5) == []
     assert ends(2, 0) == [(0, 2**20)]
+
+
+@pytest.mark.parametrize("size", [3, 256, 300, 512, 700])
+def test_the_likeliest_is_the_first_of_equal_ones(size):
+    """Also among values that are not numbers, which are the largest for torch.argmax too."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(9, (200, size), generator=generator).float()
+    assert torch.equal(likeliest(logits), logits.argmax(-1))
+    logits[:, -1] = torch.inf
+    assert torch.equal(likeliest(logits), logits.argmax(-1))
+    logits[::2, size // 2] = torch.nan
+    logits[::3, -1] = torch.nan
+    assert torch.equal(likeliest(logits), logits.argmax(-1))
+    assert likeliest(logits[:0]).shape == (0,)

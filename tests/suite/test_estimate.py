@@ -96,7 +96,9 @@ def test_flop_are_those_that_torch_counts(make, asked, loss, checkpointing):
     # torch recomputes a block up to what its backward needs, not the product behind that
     last = sum(b.mlp.down_proj.weight.numel() for b in lm.model.model.layers) * checkpointing
     expected = counts.flop - 2 * last * pack.input_ids.numel() * todo.gradients
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    # which torch knows where it is not in place
+    unknown = {torch.ops.aten.addmm_: lambda _, a, b, **rest: 2 * a[0] * a[1] * b[1]}
+    with FlopCounterMode(display=False, custom_mapping=unknown) as counter, torch.no_grad():
         lm.engine.compute(pack)
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.02)
     assert counts.tokens_packed == batch.tokens

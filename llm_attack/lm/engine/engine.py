@@ -18,9 +18,10 @@ from llm_attack.lm.engine.attacked import Attacked, AttackedBatch, Slopes
 from llm_attack.lm.engine.clean import CleanPass, Needs
 from llm_attack.lm.engine.diagnostics import Diagnostics
 from llm_attack.lm.engine.hookpoints import clean_passes
-from llm_attack.lm.engine.probe import fault, takes_twins, trees_fault
+from llm_attack.lm.engine.probe import fault, longest_flat, takes_twins, trees_fault
 from llm_attack.lm.engine.scoring import Scorer, Scores
 from llm_attack.lm.losses import LOSSES, ThreatModel
+from llm_attack.lm.network.lean import Lean
 from llm_attack.lm.network.reproducible import reproducible
 from llm_attack.lm.packing.batches import Batch, Family, batched, layouts, of_rows, of_tree
 from llm_attack.lm.packing.pack import Pack, pack_rows, pack_trees
@@ -127,12 +128,28 @@ class Engine:
     def __post_init__(self) -> None:
         self.scorers = self.scorers or [self.scorer] * len(self.attacks)
         self.clean = all(a.identity for a in self.attacks)
-        if not (self.threat.shared or self.clean):  # every request is perturbed differently
+        alone = not (self.threat.shared or self.clean)
+        if alone:  # every request is perturbed differently
             self.layout = replace(self.layout, longest_tree=0)
-        shares = any(a.uses_clean_gradient for a in self.attacks)
-        if self.layout.once and shares and not self.threat.shared:
-            for scorer in dict.fromkeys([*self.scorers, *self.slopes.values()]):
-                scorer.takes_twins = takes_twins(scorer, self.device, self.layout.pad)
+        if self.layout.once:
+            self._try_shortcuts(alone)
+
+    def _try_shortcuts(self, alone: bool) -> None:
+        """Lets the scorers take the shorter ways to the same numbers that a trial allows.
+
+        Args:
+            alone: whether every request is attacked by itself.
+        """
+        first, pad = (self.scorer, *self.slopes.values()), self.layout.pad
+        scorers = dict.fromkeys([*first, *self.scorers])
+        for scorer in scorers:
+            scorer.lean = scorer.lean or Lean(scorer.model)
+        if alone and {*self.scorers} == {self.scorer}:  # a sweep's forwards start at blocks
+            for scorer in dict.fromkeys(first):
+                scorer.longest_flat = longest_flat(scorer, self.device, pad)
+        if alone and any(a.uses_clean_gradient for a in self.attacks):
+            for scorer in scorers:
+                scorer.takes_twins = takes_twins(scorer, self.device, pad)
 
     def probe(self, questions: Iterable[Question], tokens: int | None = None) -> None:
         """Tries the longest tree of `questions`, and packs none from now on if it fails.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,16 +19,54 @@ from llm_attack.lm.packing.pack import Twins
 
 
 class _Product(torch.autograd.Function):
-    """(B x L, N) products of a linear layer, from those of one token of each node."""
+    """(N, M) products of a linear layer, from those of one token of each node.
+
+    The gradient is added to that of the other layers of the same input, in place.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, some: Tensor, linear: nn.Linear, node: Tensor) -> Tensor:
-        ctx.weight = linear.weight
-        return nn.functional.linear(some, linear.weight, linear.bias).index_select(0, node)
+    def forward(ctx: Any, x: Tensor, linear: nn.Linear, given: _Input) -> Tensor:
+        ctx.weight, ctx.given = linear.weight, given
+        product = nn.functional.linear(given.some, linear.weight, linear.bias)
+        return product.index_select(0, given.node)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        return upstream @ ctx.weight, None, None, None
+        if ctx.given.gradient is None:
+            ctx.given.gradient = upstream @ ctx.weight
+        else:
+            ctx.given.gradient.addmm_(upstream, ctx.weight)
+        return None, None, None
+
+
+class _Fan(torch.autograd.Function):
+    """What several products have as their input: to it goes the gradient that they have added."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, given: _Input) -> Tensor:
+        ctx.given = given
+        ctx.set_materialize_grads(False)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None) -> Any:
+        gradient, ctx.given.gradient = ctx.given.gradient, None
+        return gradient, None
+
+
+@dataclass
+class _Input:
+    """An input of linear layers.
+
+    Attributes:
+        some: (U, M) a token of each node.
+        node: (N,) the node of each token.
+        gradient: (N, M) so far.
+    """
+
+    some: Tensor
+    node: Tensor
+    gradient: Tensor | None = None
 
 
 class _Gathered(torch.autograd.Function):
@@ -68,16 +107,17 @@ def products_once(model: nn.Module, twins: Twins, shape: tuple[int, ...]) -> Ite
         for module in model.modules()
         if type(module) is nn.Linear and module is not head and "forward" not in vars(module)
     ]
-    last: list[Any] = [None, None]  # an input, and its tokens of each node: often of several layers
+    last: list[Any] = [None, None, None]  # an input, which is often that of several layers
 
     def of(module: nn.Linear) -> Any:
         def forward(x: Tensor) -> Tensor:
             if x.shape[:-1] != shape:
                 return nn.functional.linear(x, module.weight, module.bias)
-            flat = x.reshape(-1, x.shape[-1])
             if last[0] is not x:
-                last[:] = x, flat.detach().index_select(0, twins.first)
-            product: Tensor = _Product.apply(flat, last[1], module, twins.node)  # type: ignore[no-untyped-call]
+                flat = x.reshape(-1, x.shape[-1])
+                given = _Input(flat.detach().index_select(0, twins.first), twins.node)
+                last[:] = x, given, _Fan.apply(flat, given)  # type: ignore[no-untyped-call]
+            product: Tensor = _Product.apply(last[2], module, last[1])  # type: ignore[no-untyped-call]
             return product.view(*shape, -1)
 
         return forward

@@ -14,7 +14,7 @@ from torch import Tensor
 from llm_attack.base.failures import one_line
 from llm_attack.lm.engine.scoring import Scorer
 from llm_attack.lm.network.hook import vocabulary_of
-from llm_attack.lm.packing.pack import Pack, pack_rows, pack_trees
+from llm_attack.lm.packing.pack import Pack, Twins, pack_rows, pack_trees
 from llm_attack.lm.packing.questions import Question, Request
 
 # A layer that looks back no further counts rows, not a tree's positions, or loses its window to the
@@ -40,11 +40,52 @@ def longest_tree(scorer: Scorer, device: torch.device, pad: int = 0) -> int:
     if wrong:
         log.warning("packing: off, as a trial of trees %s; every request gets a row", wrong)
         return 0
+    return _window(scorer)
+
+
+def _window(scorer: Scorer) -> int:
+    """How far back the layers look that look back least."""
     config = scorer.model.config
     configs = (config, getattr(config, "get_text_config", lambda: config)())
     sizes = [getattr(c, name, None) for c in configs for name in WINDOWS]
     windows = chain.from_iterable(s if isinstance(s, (list, tuple)) else [s] for s in sizes)
     return min([w for w in windows if isinstance(w, int) and w > 0], default=sys.maxsize)
+
+
+def longest_flat(scorer: Scorer, device: torch.device, pad: int = 0) -> int:
+    """The length up to which rows may go through the model without padding: found out by trying.
+
+    Log-probabilities and gradients of made-up questions have to be those of rows with padding.
+    """
+    pack = pack_rows(made_up(scorer), pad, whole=True).to(device)
+    if pack.flat is None or not scorer.together(pack):
+        return 0
+    found = []
+    for length in (0, _window(scorer)):
+        scorer.longest_flat = length
+        try:
+            found.append(_slopes(scorer, pack, None))
+        except Exception as error:
+            scorer.longest_flat = 0
+            if should_reduce_batch_size(error):
+                raise
+            log.info("padding: computed as well: %s: %s", type(error).__name__, error)
+            return 0
+    scorer.longest_flat = 0
+    return length if all(equal_logits(scorer, b, a) for a, b in zip(*found, strict=True)) else 0
+
+
+def _slopes(scorer: Scorer, pack: Pack, twins: Twins | None) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of what is watched, or of twins, and the gradient of their sum."""
+    x = scorer.point(pack).requires_grad_(True)
+    with torch.enable_grad():
+        if twins is None:
+            log_prob = scorer(pack, pack.watched, x).log_prob
+        else:
+            log_prob = scorer.at_twins(pack, twins, x, None).log_prob
+        (gradient,) = torch.autograd.grad(log_prob.sum(), x)
+    log_prob = log_prob.detach()
+    return log_prob if twins is None else log_prob[twins.of_entry], gradient
 
 
 def trees_fault(
@@ -113,20 +154,12 @@ def takes_twins(scorer: Scorer, device: torch.device, pad: int = 0) -> bool:
     if twins is None or not scorer.together(pack):
         return False
     found = []
-    for once in (False, True):
-        x = scorer.point(pack).requires_grad_(True)
+    for once in (None, twins):
         try:
-            with torch.enable_grad():
-                if once:
-                    of_entries = scorer.at_twins(pack, twins, x, None).log_prob
-                else:
-                    of_entries = scorer(pack, pack.watched, x).log_prob
-                (gradient,) = torch.autograd.grad(of_entries.sum(), x)
+            found.append(_slopes(scorer, pack, once))
         except Exception as error:
             if should_reduce_batch_size(error):
                 raise
             log.info("twins: computed for each row: %s: %s", type(error).__name__, error)
             return False
-        log_prob = of_entries.detach()
-        found.append((log_prob[twins.of_entry] if once else log_prob, gradient))
-    return all(equal_logits(scorer, b.float(), a) for a, b in zip(*found, strict=True))
+    return all(equal_logits(scorer, b, a) for a, b in zip(*found, strict=True))

@@ -24,6 +24,7 @@ from llm_attack.lm.packing.questions import Question, Request
 from llm_attack.lm.packing.trie import Trie, build
 
 _MOST_NODES = 0.8  # of the tokens: with more, copying to twins costs as much as is saved
+_MOST_REAL = 0.97  # of the positions: with more, copying costs as much as padding
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,36 @@ class Entries:
 
 
 @dataclass(frozen=True)
+class Flat:
+    """Rows of B x L positions as one sequence of the N tokens in them, without padding.
+
+    Attributes:
+        shape: (B, L).
+        real: (N,) flat position in the rows of each token, ascending.
+        number: (B x L,) which of the N each position is; 0 on padding.
+    """
+
+    shape: tuple[int, int]
+    real: Tensor
+    number: Tensor
+
+    @classmethod
+    def of(cls, lengths: Sequence[int]) -> Flat | None:
+        """Of rows of so many tokens; None where there is too little padding."""
+        mask = np.arange(max(lengths)) < np.array(lengths)[:, None]
+        (real,) = mask.ravel().nonzero()
+        if len(real) > _MOST_REAL * mask.size:
+            return None
+        number = np.zeros(mask.size, np.int64)
+        number[real] = np.arange(len(real))
+        return cls((mask.shape[0], mask.shape[1]), *map(torch.from_numpy, (real, number)))
+
+    def to(self, device: torch.device) -> Flat:
+        """The same with its tensors on `device`."""
+        return Flat(self.shape, _send(self.real, device), _send(self.number, device))
+
+
+@dataclass(frozen=True)
 class Twins:
     """Which tokens of rows are the same behind the same prefix: twins, which share a node.
 
@@ -71,6 +102,17 @@ class Twins:
         """The same with its tensors on `device`."""
         parts = {k: _send(v, device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, entries=self.entries.to(device), **parts)
+
+    def flat(self, flat: Flat) -> Twins:
+        """The same with places in the sequence of `flat` for those in the rows."""
+        positions = flat.number[self.entries.positions]
+        return replace(
+            self,
+            node=self.node[flat.real],
+            first=flat.number[self.first],
+            entries=replace(self.entries, positions=positions),
+            at=flat.number[self.at],
+        )
 
 
 class Inputs(NamedTuple):
@@ -131,6 +173,7 @@ class Pack:
             prediction is looked at before the last of them.
         twins: tokens that rows have in common, where there are so many that it pays.
         limit: tokens of a forward at most, unless a row has more.
+        flat: with a row per request the rows without padding, where there is so much that it pays.
     """
 
     questions: Sequence[Question]
@@ -147,6 +190,7 @@ class Pack:
     prefix: tuple[int, ...] = ()
     twins: Twins | None = None
     limit: int = sys.maxsize
+    flat: Flat | None = None
 
     @cached_property
     def requests(self) -> list[Request]:
@@ -158,7 +202,7 @@ class Pack:
         moved: dict[str, Any] = {
             name: _send(value, device) if isinstance(value, Tensor) else value.to(device)
             for name, value in content.items()
-            if isinstance(value, (Entries, Tensor, Twins))
+            if isinstance(value, (Entries, Flat, Tensor, Twins))
         }
         return replace(self, **moved)
 
@@ -218,6 +262,8 @@ def pack_rows(
     """
     rows = [build([r.inputs]) for q in questions for r in q.requests]
     pack = _pack(questions, rows, pad, whole, prefix, twins=not (shared or prefix))
+    if not prefix:
+        pack = replace(pack, flat=Flat.of([len(row) for row in rows]))
     if not shared:
         return _with_moves(pack, [of_request(r, positions) for r in pack.requests], positions)
     node = np.zeros(pack.input_ids.shape, np.int64)
