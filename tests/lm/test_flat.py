@@ -7,7 +7,7 @@ from networks import ARCHITECTURES, CPU, exact, network, scorer_of
 from test_trees import question, questions
 
 from llm_attack.attacks import Attack
-from llm_attack.lm.engine.engine import Engine
+from llm_attack.lm.engine.engine import Engine, Layout
 from llm_attack.lm.engine.probe import longest_flat
 from llm_attack.lm.losses import ThreatModel
 from llm_attack.lm.network.hook import frozen
@@ -95,7 +95,7 @@ def test_answers_are_those_of_rows():
     found = []
     for once in (False, True):
         with exact(), frozen(scorer.model):
-            engine = Engine(scorer, attacks, ThreatModel(), CPU, once=once)
+            engine = Engine(scorer, attacks, ThreatModel(), CPU, Layout(once=once))
             assert (scorer.longest_flat > 0) == once
             batches = engine.batches(ASKED, 8)
             answered = [a for _, part in engine.answers(batches) for a in part.answered]
