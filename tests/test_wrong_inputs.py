@@ -235,7 +235,7 @@ def test_traceback_is_shown_when_asked_for(world):
 def test_what_nobody_expected(world, monkeypatch):
     """It says where its traceback is, and has an exit code of its own."""
 
-    def broken(*_):
+    def broken(*_, **__):
         raise RuntimeError("three\nlines\nlong")
 
     monkeypatch.setattr("llm_attack.suite.commands.report", broken)
@@ -251,7 +251,7 @@ def test_what_nobody_expected(world, monkeypatch):
 def test_errors_of_the_system(world, monkeypatch):
     """A full disk is no mistake of the user's."""
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("llm_attack.suite.commands.report", full)

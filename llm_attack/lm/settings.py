@@ -28,8 +28,6 @@ from llm_attack.lm.units import (
     unit_source,
 )
 
-GRADIENT_DTYPES = ("bfloat16",)
-
 EMBED, LAYERS = "embed", "layers"
 """Hookpoints with names of their own: the input embedding, and the output of every block."""
 
@@ -37,6 +35,7 @@ CONTEXTS = ("own", "shared")
 PER_TOKEN = "_token"
 NORMS = ("linf", "l2", f"l2{PER_TOKEN}")
 PACKINGS = ("auto", "tree", "off")
+GRADIENT_DTYPES = ("bfloat16",)
 
 
 def _named(table: dict[str, Any]) -> str:

@@ -90,7 +90,7 @@ def test_another_source_is_another_run(tmp_path, monkeypatch):
     assert done.exit_code == 0, done.output
     assert "fgsm@0.01mine (unit_source=" in (tmp_path / "c.csv").read_text()
     assert CliRunner().invoke(main, ["report", folders[0]]).exit_code == 0
-    assert "amplitude 0.01 mine (" in (tmp_path / "a" / "report.html").read_text()
+    assert "FGSM at 0.01 mine: " in (tmp_path / "a" / "report.html").read_text()
 
 
 def test_the_command(tmp_path, monkeypatch):

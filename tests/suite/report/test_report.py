@@ -148,7 +148,7 @@ def test_an_amplitude_of_nothing():
     drops = {"none": 0.0, "fgsm@0": 0.0}
     rows = [("arc", condition, 0.9, drop, 1.0, ABOVE) for condition, drop in drops.items()]
     _, fgsm = in_words(table(rows, {c: (0.9, d) for c, d in drops.items()}))
-    assert "at amplitude 0 (90.0 % left" in fgsm
+    assert fgsm == "FGSM at 0: no detectable change (90.0 %)."
 
 
 def test_one_task_is_named_and_not_counted():
