@@ -46,8 +46,9 @@ _PARTS_SINCE: dict[str, type] = {
     "of_tasks": dict,
 }
 _RECORD: dict[str, type] = {
-    **dict.fromkeys(("command", "model"), str),
+    "command": str,
     **dict.fromkeys(("settings", "attacks", "fingerprint"), dict),
+    "model": str,
     **_PARTS_SINCE,
 }
 

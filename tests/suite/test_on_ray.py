@@ -7,7 +7,7 @@ import socket
 import sqlite3
 import sys
 import types
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -383,10 +383,16 @@ def test_it_is_stopped_and_goes_on_without_ray(tmp_path, alone, number, code):
 def test_a_part_of_ray_is_killed(tmp_path, alone, part):
     """The run ends by itself and says so; it goes on without Ray."""
     command = Command(tmp_path, *ON_RAY)
-    until(lambda: stored(tmp_path) > 0)
+    until(lambda: stored(tmp_path) > 0 and answering(command.pid))
+    held = answering(command.pid)  # so that the run cannot end before
+    for worker in held:
+        os.kill(worker, signal.SIGSTOP)
     (pid,) = [pid for pid, title in descendants(command.pid) if title.split("\0")[0].endswith(part)]
     os.kill(pid, signal.SIGKILL)
     assert command.wait(120) == 1, command.err
+    for worker in held:
+        with suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGKILL)
     *_, last = command.err.splitlines()
     says = "Ray on this machine, its raylet, died" if part != "gcs_server" else "Ray's head, "
     assert last.startswith(f"error: {says}") or " workers died, " in last
