@@ -60,13 +60,13 @@ def deepfool(
     if bounds is not None:
         check_bounds(x, bounds)
     x = x.detach()
-    found = x.clone()
+    perturbed = x.clone()
     active, _ = _to_fool(scores, x, labels)
     if len(active):
         box = _rows(_box(bounds, x), active)
         r, _, _ = _boundary(scores, x[active], overshoot, steps, classes, on_gradient, box)
-        found[active] = _boxed(x[active] + (1 + overshoot) * r, box)
-    return found
+        perturbed[active] = _boxed(x[active] + (1 + overshoot) * r, box)
+    return perturbed
 
 
 def sparsefool(
@@ -113,7 +113,7 @@ def sparsefool(
     if bounds is not None:
         check_bounds(x, bounds)
     x = x.detach()
-    found, point = x.clone(), x.clone()
+    perturbed, point = x.clone(), x.clone()
     active, predicted = _to_fool(scores, x, labels)
     whole = _box(bounds, x)
     for _ in range(steps):
@@ -127,11 +127,11 @@ def sparsefool(
             on_gradient(normal)
         moved = _sparsest(start, normal, (lambda_ * r * normal).flatten(1).sum(1), box)
         point[active] = moved
-        found[active] = _boxed(x[active] + (1 + overshoot) * (moved - x[active]), box)
-        fooled = _predict(scores, found[active]) != predicted[active]
+        perturbed[active] = _boxed(x[active] + (1 + overshoot) * (moved - x[active]), box)
+        fooled = _predict(scores, perturbed[active]) != predicted[active]
         stuck = (moved == start).flatten(1).all(1)  # every further search would end here, too
         active = active[~(fooled | stuck)]
-    return found
+    return perturbed
 
 
 def _boundary(

@@ -73,7 +73,9 @@ def _attacks(given: Any) -> Any:
     parts = _given("attacks", [given] if callable(given) else given)
     if not isinstance(parts, tuple):
         return given
-    return _texts(tuple(register_attack(of) if callable(of) else of for of in parts))
+    return _texts(
+        tuple(register_attack(attack) if callable(attack) else attack for attack in parts)
+    )
 
 
 def _epsilons(given: Any) -> Any:
@@ -81,8 +83,8 @@ def _epsilons(given: Any) -> Any:
     if not isinstance(parts, tuple):
         return given
     try:
-        found = [Epsilon.parse(part) for part in parts]
-        return tuple(Epsilon(float(of.number), of.unit) for of in found)
+        epsilons = [Epsilon.parse(part) for part in parts]
+        return tuple(Epsilon(float(epsilon.number), epsilon.unit) for epsilon in epsilons)
     except (TypeError, ValueError, OverflowError):
         raise invalid("epsilons", list(parts), _NUMBERS) from None
 
@@ -378,10 +380,10 @@ class Plan(ThreatSettings, EngineSettings):
     @property
     def share(self) -> tuple[int, int] | None:
         """`shard` as (number from 0, of how many); None: not given, or not of that form."""
-        found = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", str(self.shard))
-        if found is None:
+        parts = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", str(self.shard))
+        if parts is None:
             return None
-        part, whole = found.groups()
+        part, whole = parts.groups()
         return (int(part) - 1, int(whole)) if 1 <= int(part) <= int(whole) else None
 
     @property
@@ -453,12 +455,12 @@ class Plan(ThreatSettings, EngineSettings):
 
     def plain(self) -> dict[str, Any]:
         """Every setting as it is typed and stored."""
-        found = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        epsilon_max, epsilons = found["epsilon_max"], found["epsilons"]
-        found["model"] = str(self.model)  # without the model itself, if it is loaded
-        found["epsilons"] = tuple(epsilon.plain for epsilon in epsilons)
-        found["epsilon_max"] = None if epsilon_max is None else epsilon_max.plain
-        return found
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        epsilon_max, epsilons = values["epsilon_max"], values["epsilons"]
+        values["model"] = str(self.model)  # without the model itself, if it is loaded
+        values["epsilons"] = tuple(epsilon.plain for epsilon in epsilons)
+        values["epsilon_max"] = None if epsilon_max is None else epsilon_max.plain
+        return values
 
     def settings(self) -> dict[str, Any]:
         """All that answers depend on."""
@@ -525,8 +527,8 @@ def _read_yaml(text: str) -> Any:
         """Numbers as JSON has them: YAML 1.1 reads 1_0, 010 and 1:30 as 10, 8 and 90."""
 
         yaml_implicit_resolvers = {  # noqa: RUF012
-            first: [pair for pair in of if not pair[0].endswith((":int", ":float"))]
-            for first, of in yaml.SafeLoader.yaml_implicit_resolvers.items()
+            first: [pair for pair in resolvers if not pair[0].endswith((":int", ":float"))]
+            for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
         }
 
     digits = r"((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?"
