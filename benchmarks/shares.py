@@ -15,7 +15,7 @@ import os
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,19 @@ PARTS = ("forward", "backward", "head", "nearest")
 
 def now() -> float:
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def timed(function: Callable[..., Any], seconds: Counter[str], part: str) -> Callable[..., Any]:
+    """The function, whose seconds are added to those of a part."""
+
+    def call(*args: Any) -> Any:
+        start = now()
+        try:
+            return function(*args)
+        finally:
+            seconds[part] += now() - start
+
+    return call
 
 
 @contextmanager
@@ -83,19 +96,6 @@ def watched(lm: AttackedHFLM) -> Iterator[Counter[str]]:
         found["head"] += now() - started[0]
         found["backward"] -= now() - started[0]
 
-    def timed_look_up(*args: Any) -> Any:
-        start = now()
-        scores = look_up(*args)
-        found["head"] += now() - start
-        return scores
-
-    def timed_nearest(*args: Any) -> Any:
-        start = now()
-        try:
-            return unchanged(*args)
-        finally:
-            found["nearest"] += now() - start
-
     def timed_grad(*args: Any, **kwargs: Any) -> Any:
         started[0] = start = now()
         gradients = grad(*args, **kwargs)
@@ -106,8 +106,9 @@ def watched(lm: AttackedHFLM) -> Iterator[Counter[str]]:
         return gradients
 
     handles = [head.register_forward_pre_hook(before), head.register_forward_hook(after)]
-    model.forward, torch.autograd.grad, scoring.look_up = timed_forward, timed_grad, timed_look_up
-    nearest.unchanged = timed_nearest  # type: ignore[method-assign]
+    model.forward, torch.autograd.grad = timed_forward, timed_grad
+    scoring.look_up = timed(look_up, found, "head")
+    nearest.unchanged = timed(unchanged, found, "nearest")  # type: ignore[method-assign]
     start = now()
     try:
         yield found

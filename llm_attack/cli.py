@@ -68,7 +68,7 @@ def eval_(arguments: tuple[str, ...]) -> None:
 def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:
     """Makes the settings in a YAML file the defaults of the other options."""
     if path is not None:
-        from llm_attack.suite.plan import from_yaml
+        from llm_attack.suite.config import from_yaml
 
         ctx.default_map = from_yaml(path)
 

@@ -51,7 +51,9 @@ def binomial(n: int, p: float) -> np.ndarray:
     ratio = (n - k) / (k + 1) * (p / (1 - p))  # of k + 1 successes to k
     best = min(n, int((n + 1) * p))
     start = [1e280]  # the smallest terms are rounded once, at the end
-    below, above = (np.cumprod([*start, *of]) for of in (1 / ratio[:best][::-1], ratio[best:]))
+    below, above = (
+        np.cumprod([*start, *ratios]) for ratios in (1 / ratio[:best][::-1], ratio[best:])
+    )
     terms = np.concatenate([below[:0:-1], above])
     return np.asarray(terms / terms.sum())
 
@@ -128,25 +130,27 @@ def sign_test(net: Sequence[ArrayLike], n: Sequence[int]) -> float:
             of the changes of its questions' scores.
         n: of each task, its questions.
     """
-    changed = [np.asarray(of, dtype=float) for of in net]
-    changed = [of[of != 0] for of in changed]
+    changed = [np.asarray(changes, dtype=float) for changes in net]
+    changed = [changes[changes != 0] for changes in changed]
     if not all(
-        (of == np.rint(of)).all() and (np.abs(of) <= size).all()
-        for of, size in zip(changed, n, strict=True)
+        (changes == np.rint(changes)).all() and (np.abs(changes) <= size).all()
+        for changes, size in zip(changed, n, strict=True)
     ):
-        return _by_signs(np.concatenate([of / k for of, k in zip(changed, n, strict=True)]))
-    changed = [of.astype(int) for of in changed]
-    kinds = [np.unique(np.abs(of), return_counts=True) for of in changed]
-    sums = np.array([of.sum() for of in changed])
+        return _by_signs(
+            np.concatenate([changes / k for changes, k in zip(changed, n, strict=True)])
+        )
+    changed = [changes.astype(int) for changes in changed]
+    kinds = [np.unique(np.abs(changes), return_counts=True) for changes in changed]
+    sums = np.array([changes.sum() for changes in changed])
     if len(set(n)) == 1:
         pmf = np.ones(1)  # of the sum over clusters plus its largest, in steps of one
-        for size, count in (pair for of in kinds for pair in zip(*of, strict=True)):
+        for size, count in (pair for kind in kinds for pair in zip(*kind, strict=True)):
             steps = np.zeros(2 * size * count + 1)
             steps[:: 2 * size] = fair(int(count))
             pmf = np.convolve(pmf, steps)
         far = np.abs(np.arange(len(pmf)) - len(pmf) // 2)
         return min(1.0, float(pmf[far >= abs(sums.sum())].sum()))
-    counts = tuple(tuple(zip(*(part.tolist() for part in of), strict=True)) for of in kinds)
+    counts = tuple(tuple(zip(*(part.tolist() for part in kind), strict=True)) for kind in kinds)
     return _by_draws(counts, tuple(n), abs(float((sums / np.array(n)).sum())))
 
 
@@ -162,13 +166,15 @@ def _by_draws(
         far: the distance.
     """
     squares = sum(
-        count * (k / size) ** 2 for of, size in zip(counts, n, strict=True) for k, count in of
+        count * (k / size) ** 2
+        for of_task, size in zip(counts, n, strict=True)
+        for k, count in of_task
     )
     if squares and far**2 / (2 * squares) > _SURE:
         return 1 / (DRAWS + 1)
     rng, drawn = np.random.default_rng(0), np.zeros(DRAWS)
-    for of, size in zip(counts, n, strict=True):
-        for k, count in of:
+    for of_task, size in zip(counts, n, strict=True):
+        for k, count in of_task:
             drawn += k * (2 * rng.binomial(count, 0.5, DRAWS) - count) / size
     # with a little slack: the sums are of floats
     reached = np.count_nonzero(np.abs(drawn) >= far - 1e-12)
@@ -338,8 +344,8 @@ def spearman(x: ArrayLike, y: ArrayLike) -> np.ndarray:
     """
     a, b = (of - of.mean(-1, keepdims=True) for of in (ranks(of) for of in (x, y)))
     with np.errstate(invalid="ignore", divide="ignore"):
-        found = (a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
-    return np.asarray(np.clip(found, -1, 1))
+        correlation = (a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
+    return np.asarray(np.clip(correlation, -1, 1))
 
 
 def auroc(values: ArrayLike, larger: ArrayLike) -> np.ndarray:
@@ -367,7 +373,7 @@ def rank_correlation(x: ArrayLike, y: ArrayLike) -> Mean:
         x: (n,) numbers.
         y: (n,) numbers.
     """
-    first, second = (ranks(of) for of in (x, y))
+    first, second = (ranks(values) for values in (x, y))
     n = len(first)
     if n < 4 or len(set(first)) == 1 or len(set(second)) == 1:
         return Mean(*4 * (np.nan,))
@@ -396,7 +402,7 @@ def auc(smaller: ArrayLike, larger: ArrayLike) -> Mean:
         smaller: (n,) numbers that are claimed to be the smaller ones.
         larger: (m,) the others.
     """
-    x, y = (np.asarray(of, dtype=float) for of in (smaller, larger))
+    x, y = (np.asarray(values, dtype=float) for values in (smaller, larger))
     n, m = len(x), len(y)
     together, alone = ranks(np.concatenate([x, y])), (ranks(x), ranks(y))
     # of each number, the share of the other sample on its right side
@@ -420,10 +426,10 @@ def rank_interval(value: ArrayLike, n: int) -> tuple[Any, Any]:
     Of Fisher's z with the variance of Bonett and Wright 2000 (doi:10.1007/BF02294183). Of a
     perfect correlation it is that alone.
     """
-    of = np.clip(np.asarray(value, dtype=float), -1, 1)
-    half = ndtri(1 - ALPHA / 2) * np.sqrt((1 + of**2 / 2) / (n - 3))
+    bounded = np.clip(np.asarray(value, dtype=float), -1, 1)
+    half = ndtri(1 - ALPHA / 2) * np.sqrt((1 + bounded**2 / 2) / (n - 3))
     with np.errstate(divide="ignore"):
-        middle = np.arctanh(of)
+        middle = np.arctanh(bounded)
     return np.tanh(middle - half), np.tanh(middle + half)
 
 

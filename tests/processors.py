@@ -37,7 +37,7 @@ def tested(torch_set: str, onednn_set: str, mkl_set: str, threads: int, argument
     ignored = [f"--ignore={path}" for path in OTHER]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=0"]
     workers = max(1, (os.cpu_count() or 1) // threads)
-    command += ["--durations-min=20", f"-n{workers}", "--dist=loadfile", *ignored]
+    command += ["--durations-min=20", f"-n{workers}", "--dist=worksteal", *ignored]
     command += arguments or list(map(str, NUMERICAL))
     run = subprocess.Popen(
         command, cwd=TESTS.parent, env=os.environ | environment, stdout=subprocess.PIPE, text=True

@@ -29,7 +29,8 @@ from llm_attack.cli import main
 from llm_attack.demo import MODEL_PATH
 from llm_attack.harness.model import AttackedHFLM
 from llm_attack.suite import render, results
-from llm_attack.suite.plan import Plan, from_yaml
+from llm_attack.suite.config import from_yaml
+from llm_attack.suite.plan import Plan
 
 SMALL = "--epochs 1 --device cpu -o out"
 COMMANDS = {

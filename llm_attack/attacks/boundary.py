@@ -8,6 +8,7 @@ stops by itself and leaves the batch: what it costs and becomes does not depend 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,16 @@ Box = tuple[Tensor, Tensor]
 
 _LEAST = 1e-4  # the shortest step, of DeepFool (L2) and along one coordinate
 _BEYOND = 1e-3  # by how much the linear solver passes the hyperplane
+
+
+class _Search(NamedTuple):
+    """How DeepFool looks for a boundary; see `deepfool`."""
+
+    scores: Scores
+    overshoot: float
+    steps: int
+    classes: int
+    on_gradient: OnGradient | None
 
 
 def deepfool(
@@ -60,13 +71,14 @@ def deepfool(
     if bounds is not None:
         check_bounds(x, bounds)
     x = x.detach()
-    found = x.clone()
+    perturbed = x.clone()
     active, _ = _to_fool(scores, x, labels)
     if len(active):
         box = _rows(_box(bounds, x), active)
-        r, _, _ = _boundary(scores, x[active], overshoot, steps, classes, on_gradient, box)
-        found[active] = _boxed(x[active] + (1 + overshoot) * r, box)
-    return found
+        search = _Search(scores, overshoot, steps, classes, on_gradient)
+        r, _, _ = _boundary(search, x[active], box)
+        perturbed[active] = _boxed(x[active] + (1 + overshoot) * r, box)
+    return perturbed
 
 
 def sparsefool(
@@ -113,56 +125,49 @@ def sparsefool(
     if bounds is not None:
         check_bounds(x, bounds)
     x = x.detach()
-    found, point = x.clone(), x.clone()
+    perturbed, point = x.clone(), x.clone()
     active, predicted = _to_fool(scores, x, labels)
     whole = _box(bounds, x)
+    search = _Search(scores, overshoot, deepfool_steps, classes, on_gradient)
     for _ in range(steps):
         if not len(active):
             break
         start, box = point[active], _rows(whole, active)
-        r, left, reached = _boundary(scores, start, overshoot, deepfool_steps, classes, on_gradient)
+        r, left, reached = _boundary(search, start)
         pair = torch.stack((left, reached), dim=1)
         normal = _slopes(scores, start + r, pair)[1][:, 0]
         if on_gradient is not None:
             on_gradient(normal)
         moved = _sparsest(start, normal, (lambda_ * r * normal).flatten(1).sum(1), box)
         point[active] = moved
-        found[active] = _boxed(x[active] + (1 + overshoot) * (moved - x[active]), box)
-        fooled = _predict(scores, found[active]) != predicted[active]
+        perturbed[active] = _boxed(x[active] + (1 + overshoot) * (moved - x[active]), box)
+        fooled = _predict(scores, perturbed[active]) != predicted[active]
         stuck = (moved == start).flatten(1).all(1)  # every further search would end here, too
         active = active[~(fooled | stuck)]
-    return found
+    return perturbed
 
 
-def _boundary(
-    scores: Scores,
-    x: Tensor,
-    overshoot: float,
-    steps: int,
-    classes: int,
-    on_gradient: OnGradient | None,
-    box: Box | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _boundary(search: _Search, x: Tensor, box: Box | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """DeepFool's perturbation of `x` without the overshoot, the classes it left and it reached."""
     with torch.no_grad():
-        first = scores(x)
-    candidates = first.topk(min(classes, first.shape[1]), dim=1).indices
+        first = search.scores(x)
+    candidates = first.topk(min(search.classes, first.shape[1]), dim=1).indices
     left = candidates[:, 0]
     reached = left.clone()
     r = torch.zeros_like(x)
     active = torch.arange(len(x), device=x.device)
-    for _ in range(steps):
+    for _ in range(search.steps):
         if not len(active):
             break
         start, before = x[active], r[active]
-        gaps, slopes = _slopes(scores, start + before, candidates[active])
+        gaps, slopes = _slopes(search.scores, start + before, candidates[active])
         norms = slopes.flatten(2).norm(dim=2)
         distance = torch.where(norms > 0, gaps.abs() / norms, torch.inf)
         nearest = distance.argmin(1, keepdim=True)
         rows = torch.arange(len(active), device=x.device)
         slope = slopes[rows, nearest[:, 0]]
-        if on_gradient is not None:
-            on_gradient(slope)
+        if search.on_gradient is not None:
+            search.on_gradient(slope)
         flat = norms.gather(1, nearest) == 0  # no class has a gradient: nowhere to go
         length = distance.gather(1, nearest).clamp(min=_LEAST) / norms.gather(1, nearest)
         length = torch.where(flat, 0, length).reshape(-1, *[1] * (x.dim() - 1))
@@ -170,8 +175,8 @@ def _boundary(
         limits = _rows(box, active)
         if limits is not None:
             r[active] = _boxed(start + r[active], limits) - start
-        tested = _boxed(start + (1 + overshoot) * r[active], limits)
-        reached[active] = _predict(scores, tested)
+        tested = _boxed(start + (1 + search.overshoot) * r[active], limits)
+        reached[active] = _predict(search.scores, tested)
         stuck = (r[active] == before).flatten(1).all(1)  # in a corner, or without a gradient
         active = active[(reached[active] == left[active]) & ~stuck]
     return r, left, reached

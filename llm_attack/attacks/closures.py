@@ -55,7 +55,9 @@ class Losses:
             got = type(several).__name__
             raise TypeError(f"target_losses: must be a list of functions, not {got}")
         one = {name: getattr(given, name) for name in ("loss", "target_loss", "gap")}
-        check_functions({**one, **{f"target_losses[{i}]": of for i, of in enumerate(several)}})
+        check_functions(
+            {**one, **{f"target_losses[{i}]": function for i, function in enumerate(several)}}
+        )
         return given
 
     def checked(self, attack: Attack, n: int) -> Losses:

@@ -46,7 +46,7 @@ def fmn(hill: Hill, ball: Ball, watch: Watch, *, steps: int, step: Tensor | floa
     x, point, best = ball.x, ball.x, ball.x
     first = ball.examples.spread(step, x).to(x.dtype) if isinstance(step, Tensor) else step
     value, slope = hill.slope(x)
-    found = torch.zeros_like(value, dtype=torch.bool)
+    fooled = torch.zeros_like(value, dtype=torch.bool)
     length = ball.norm.length(x - x, ball.balls)
     least, radius = torch.full_like(length, math.inf), torch.full_like(length, math.inf)
     for i in range(steps):
@@ -59,9 +59,9 @@ def fmn(hill: Hill, ball: Ball, watch: Watch, *, steps: int, step: Tensor | floa
         better = wrong & (length < least)
         best, least = ball.where(better, point, best), torch.where(better, length, least)
         watch.on_best(better)
-        found = found | wrong
+        fooled = fooled | wrong
         ahead = length + value.abs() / ball.norm.dual(slope, ball.balls).clamp(min=1e-12)
-        near = torch.where(found, radius * (1 + change), ahead)
+        near = torch.where(fooled, radius * (1 + change), ahead)
         radius = torch.where(wrong, torch.minimum(radius * (1 - change), least), near)
         radius = radius.clamp(max=ball.epsilon)
         last = point
@@ -73,7 +73,7 @@ def fmn(hill: Hill, ball: Ball, watch: Watch, *, steps: int, step: Tensor | floa
     start, far = ball.where(inside, last, x), radius - torch.where(inside, length, 0)
     step = ball.examples.spread(far, x) * ball.norm.direction(slope, ball.balls)
     beyond = replace(ball, scale=radius / ball.epsilon).stay(start + step.to(x.dtype))
-    better = ~found & (hill.value(beyond) > 0)
+    better = ~fooled & (hill.value(beyond) > 0)
     watch.on_best(better)
     return ball.where(better, beyond, best)
 

@@ -195,7 +195,7 @@ def question_set(name: str, seed: int = SEED, count: int = QUESTIONS_PER_SET) ->
 def training_texts(world: World, count: int) -> Iterator[str]:
     """`count` short texts that tell all factors, all laws and every fact that is not held out."""
     rng = random.Random(f"text/{world.seed}")
-    told = world.pairs(held_out=False)
+    stated = world.pairs(held_out=False)
     makers = list(MAKERS.values())
     for _ in range(count):
         shape = rng.randrange(10)
@@ -204,12 +204,12 @@ def training_texts(world: World, count: int) -> Iterator[str]:
         elif shape == 1:
             yield _factor(world, rng)
         elif shape == 2:
-            thing, relation = rng.choice(told)
+            thing, relation = rng.choice(stated)
             yield f"A {thing.name} {_predicate(relation, world.value(thing, relation))}."
         else:
             question = None
             while question is None:
-                question = rng.choice(makers)(world, rng, rng.choice(told), False)
+                question = rng.choice(makers)(world, rng, rng.choice(stated), False)
             yield question.texts()[question.gold]
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, field
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import asdict, astuple
 from functools import cached_property
 from typing import Any
 
@@ -22,13 +22,13 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from llm_attack.attacks import Attack
-from llm_attack.base.device import check_device
-from llm_attack.base.errors import UsageError, invalid, report_usage_errors
+from llm_attack.base.errors import UsageError, invalid
 from llm_attack.base.failures import one_line
 from llm_attack.base.loaded import name_of
 from llm_attack.demo import MODEL_PATH
 from llm_attack.harness import cache, gguf, hashes, loading
 from llm_attack.harness.arguments import check_names, check_string, check_values, trusted
+from llm_attack.harness.in_use import InUse
 from llm_attack.harness.requests import (
     TokenRequest,
     check_score,
@@ -38,6 +38,7 @@ from llm_attack.harness.requests import (
     with_siblings,
 )
 from llm_attack.harness.revision import check_revision
+from llm_attack.harness.start import report_if_lm_eval_runs, set_device, source_of
 from llm_attack.lm.engine.diagnostics import Diagnostics
 from llm_attack.lm.engine.engine import Answer, Engine, Layout
 from llm_attack.lm.engine.generate import attacked_prompts
@@ -55,43 +56,12 @@ from llm_attack.lm.network.signals import CALIBRATION_TEXT, signals_at
 from llm_attack.lm.packing.batches import Batch
 from llm_attack.lm.packing.positions import QUESTION
 from llm_attack.lm.packing.questions import Question
-from llm_attack.lm.settings import AttackSettings, EngineSettings, places, split_arguments, unread
+from llm_attack.lm.settings import AttackSettings, EngineSettings, places, split_arguments
 from llm_attack.lm.units import Signal
 
 log = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "TinyLlama/TinyLlama_v1.1"
-
-
-@dataclass(frozen=True)
-class InUse:
-    """What the model is attacked with, all of it made together by `AttackedHFLM.use`.
-
-    Attributes:
-        conditions: their settings.
-        signals: for each, the scale of what it perturbs.
-        engine: what answers under all of them.
-        text: tokens that the gradient is tried on.
-        diagnostics: of what this process answered so far, for each.
-    """
-
-    conditions: tuple[AttackSettings, ...]
-    signals: tuple[Signal, ...]
-    engine: Engine
-    text: tuple[int, ...]
-    diagnostics: list[Diagnostics] = field(default_factory=list, init=False)
-
-    def __post_init__(self) -> None:
-        self.diagnostics.extend(self.no_diagnostics())
-
-    def no_diagnostics(self) -> list[Diagnostics]:
-        """Those of nothing."""
-        return [Diagnostics() for _ in self.conditions]
-
-    def add(self, sums: Sequence[Mapping[str, float]]) -> None:
-        """Adds what conditions add to their diagnostics."""
-        for diagnostics, of_condition in zip(self.diagnostics, sums, strict=False):
-            diagnostics.add(of_condition)
 
 
 class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
@@ -114,15 +84,15 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
 
     @torch.inference_mode(False)
     def __init__(self, pretrained: Any = DEFAULT_MODEL, **arguments: Any) -> None:
-        _report_if_lm_eval_runs()
+        report_if_lm_eval_runs()
         settings, arguments = split_arguments(arguments, AttackSettings)
         self.engine_settings, arguments = split_arguments(arguments, EngineSettings)
         check_names(arguments)
         check_values(arguments)
         self._arguments = arguments
-        pretrained = _source(pretrained)
+        pretrained = source_of(pretrained)
         loading.settle_loaded(pretrained, arguments)
-        _set_device(arguments)
+        set_device(arguments)
         if "trust_remote_code" in arguments:  # a text such as "no" is true
             arguments["trust_remote_code"] = trusted(arguments["trust_remote_code"])
         source = str(MODEL_PATH) if pretrained == "demo" else pretrained
@@ -550,21 +520,7 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
             diagnostics: of each condition; those of the last call of lm-eval unless given.
         """
         diagnostics = self.diagnostics if diagnostics is None else diagnostics
-        sentences = [*self.warnings]
-        attacks = {condition.attack for condition in self.conditions}
-        sentences += [
-            f"{name}={value}: has no effect, as no attack of this run reads it"
-            for name, value, _ in unread(self.settings, attacks)
-        ]
-        for asked, attack, of_attack in zip(
-            self.conditions, self.engine.attacks, diagnostics, strict=True
-        ):
-            more = of_attack.warnings()
-            if attack.name != "none" and attack.epsilon == 0 < asked.attack_in_units.epsilon:
-                unit = asked.amplitude.epsilon.unit
-                more.append(f"nothing was perturbed: one {unit} is 0 at this hookpoint")
-            sentences += [f"{attack.condition}: {sentence}" for sentence in more]
-        return sentences
+        return [*self.warnings, *self._now.warnings(diagnostics)]
 
     def _refuse_questions(self, requests: Sequence[Instance]) -> None:
         if self.settings.needs_gold:
@@ -594,21 +550,8 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
             condition: its number.
             diagnostics: of it; those of the last call of lm-eval unless given.
         """
-        settings, attack = self.conditions[condition], self.engine.attacks[condition]
-        signal = self._now.signals[condition]
         diagnostics = self.diagnostics[condition] if diagnostics is None else diagnostics
-        follows = attack.kind.gradient and not attack.identity
-        return {
-            **settings.arguments(),
-            "condition": attack.condition,
-            "steps": attack.steps if attack.kind.iterative else None,
-            "step_size": attack.step if attack.kind.iterative else None,
-            "decay": attack.decay if attack.kind.momentum else None,
-            "epsilon_absolute": attack.epsilon,
-            "embedding_rms" if settings.hookpoint is None else "hookpoint_rms": signal.rms,
-            "gradient_dtype": self.engine_settings.gradient_dtype if follows else None,
-            **diagnostics.report(),
-        }
+        return self._now.info(condition, diagnostics, self.engine_settings.gradient_dtype)
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         """Takes lm-eval's cache, unless its file was written under other settings."""
@@ -621,42 +564,3 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
             settings |= hashes.of_model(self) | {"generation": hashes.generation(self.model)}
             cache.guard(cache_hook.dbdict, settings, cache_hook.dbdict.filename)
         super().set_cache_hook(cache_hook)
-
-
-def _source(pretrained: Any) -> Any:
-    """`pretrained` as a text or a model.
-
-    Raises:
-        UsageError: it is neither, nor a path; or no gradient can go through its weights.
-    """
-    if isinstance(pretrained, (str, os.PathLike)):
-        return os.fspath(pretrained)
-    if not isinstance(pretrained, torch.nn.Module) or not hasattr(pretrained, "config"):
-        raise invalid("pretrained", pretrained, "a model id, a path or a model of transformers")
-    if any(weight.is_inference() for weight in pretrained.parameters()):
-        raise UsageError(
-            "pretrained: the model was made under torch.inference_mode, and gradients cannot go"
-            " through such weights; must be made outside of it"
-        )
-    return pretrained
-
-
-def _set_device(arguments: dict[str, Any]) -> None:
-    """Sets the argument `device` where it is not given, and checks it."""
-    if arguments.get("device") is None:
-        arguments["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-    device = arguments["device"] = str(arguments["device"])
-    # lm-eval's command line says cuda:0 if the user says nothing
-    if device != "cuda:0" or not _lm_eval_runs() or any(device in word for word in sys.argv):
-        check_device(device)
-
-
-def _report_if_lm_eval_runs() -> None:
-    """One line instead of a traceback, if this process is lm-eval's command line."""
-    if _lm_eval_runs():
-        report_usage_errors()
-
-
-def _lm_eval_runs() -> bool:
-    main = getattr(sys.modules.get("__main__"), "__spec__", None)
-    return "lm_eval.__main__" in sys.modules or getattr(main, "name", None) == "lm_eval.__main__"

@@ -74,12 +74,18 @@ def register_loss(
     name = name_of(function) if name is None else name
     check_name("name", name)
     try:
-        needed = [of for of in signature(function).parameters.values() if of.default is of.empty]
+        required = [
+            parameter
+            for parameter in signature(function).parameters.values()
+            if parameter.default is parameter.empty
+        ]
     except ValueError:  # of what is compiled to C
-        needed = []
-    if len(needed) not in (1, 2) or any(of.kind not in _POSITIONAL for of in needed):
+        required = []
+    if len(required) not in (1, 2) or any(
+        parameter.kind not in _POSITIONAL for parameter in required
+    ):
         raise UsageError(f"loss={name}: must take sums, or sums and choices")
-    gold = len(needed) == 2
+    gold = len(required) == 2
     whole = whole or bool(getattr(function, "whole", False))
     value = _checked(name, function, gold)
     known = LOSSES.get(name)
@@ -96,15 +102,15 @@ def _checked(
     """The function as a `value`, which refuses what is not one value per example."""
 
     def value(sums: Tensor, choices: Any) -> Tensor:
-        found: Tensor = function(sums, choices) if gold else function(sums)
+        loss: Tensor = function(sums, choices) if gold else function(sums)
         shape = choices.gold.shape[:1] if gold else sums.shape
-        if getattr(found, "shape", None) != shape:
-            what = list(getattr(found, "shape", ())) or type(found).__name__
+        if getattr(loss, "shape", None) != shape:
+            what = list(getattr(loss, "shape", ())) or type(loss).__name__
             raise UsageError(
                 f"loss={name}: must return a value for each {'question' if gold else 'request'},"
                 f" shape {list(shape)}, not {what}"
             )
-        return found
+        return loss
 
     return value
 

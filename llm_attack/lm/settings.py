@@ -215,7 +215,7 @@ class AttackSettings(ThreatSettings):
 
     def _check(self, kind: Kind) -> None:
         if (kind.targeted or kind.minimal) and not self.needs_gold:
-            knowing = " or ".join(f"loss={name}" for name, of in LOSSES.items() if of.gold)
+            knowing = " or ".join(f"loss={name}" for name, loss in LOSSES.items() if loss.gold)
             what = (
                 "looks for the nearest wrong answer" if kind.minimal else "steps towards a choice"
             )
@@ -253,12 +253,12 @@ class AttackSettings(ThreatSettings):
     @property
     def sources(self) -> dict[str, str]:
         """Hashes of the source of an attack, a loss and a unit of the user's own, if they are."""
-        found = {
+        sources = {
             "attack_source": ATTACKS[self.attack].source,
             "loss_source": LOSSES[self.loss].source,
             "unit_source": unit_source(self.amplitude.epsilon.unit),
         }
-        return {name: source for name, source in found.items() if source}
+        return {name: source for name, source in sources.items() if source}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,10 +341,10 @@ def unread(
         for name in names(StepSettings)
     }
     defaults = {entry.name: entry.default for entry in fields(settings)}
-    for name, of in {**readers, **others}.items():
+    for name, read_by in {**readers, **others}.items():
         value = getattr(settings, name)
-        if of and value != defaults[name] and not set(attacks).intersection(of):
-            yield name, value, list(of)
+        if read_by and value != defaults[name] and not set(attacks).intersection(read_by):
+            yield name, value, list(read_by)
 
 
 Settings = TypeVar("Settings", AttackSettings, EngineSettings)

@@ -40,7 +40,7 @@ def report(
     result = results.load(folder, equivalence)
     warn(render.render(result, folder, result.run))
     warn(render.for_paper(result, folder, wanted, intervals))
-    written(f"{folder}: report.html, tables, figures{''.join(f', {of}' for of in wanted)}")
+    written(f"{folder}: report.html, tables, figures{''.join(f', {name}' for name in wanted)}")
 
 
 def compare(
@@ -53,47 +53,66 @@ def compare(
 ) -> None:
     """The command `llm-attack compare`: runs on the questions that all of them asked."""
     wanted = paper.formats_of(formats)
-    if wanted and output is None:
-        raise UsageError(
-            f"format={formats}: must go with output, a CSV file, beside which they are"
-        )
-    if "pdf" in wanted and len(folders) < 3:
-        raise UsageError(f"format={formats}: must be tex with two folders, which have no figure")
     table, path = _file("output", output), _file("leaderboard", leaderboard)
     folders = [as_path("folders", folder) for folder in folders]
-    if len(folders) < 2 and leaderboard is None:
-        raise UsageError(f"compare: must have two folders or more, not {len(folders)}")
-    if equivalence is not None and len(folders) != 2:
-        raise UsageError(f"equivalence={equivalence:g}: must go with two folders")
-    pictures = [table.with_suffix(f".{form}") for form in ("png", "svg")] if table else []
-    if path is not None and path in (table, *pictures):
-        raise UsageError(f"leaderboard={leaderboard}: must be another file than output's")
-    if wanted and table is not None:
-        _claim_for_paper(table, wanted)
+    _check(len(folders), table, path, equivalence, wanted)
     places = [logged.folder_of(folder) for folder in folders]
     of_lm_eval = [place for place in places if place is not None]
     if of_lm_eval:
-        if len(of_lm_eval) < len(folders):
-            other = next(str(of) for of, at in zip(folders, places, strict=True) if at is None)
-            raise UsageError(f"compare: {other} is no run of lm_eval and another is; must be alike")
-        if len(folders) != 2 or path is not None:
-            raise UsageError("compare: runs of lm_eval are compared in twos, without a leaderboard")
+        _check_logged(folders, places, path)
         cells = _compare_logged(of_lm_eval, table, equivalence)
         return _write_for_paper(table, wanted, cells, "b against a", intervals, {})
-    found = [results.load(folder) for folder in folders]
-    runs = dict(zip(models.names(folders, found), found, strict=True))
+    compared = [results.load(folder) for folder in folders]
+    runs = dict(zip(models.names(folders, compared), compared, strict=True))
     if path is not None:
         board.check(path, runs)
-    if len(folders) == 2:
-        cells = _compare_two(folders, found, table, equivalence)
-    if len(folders) > 2:
-        cells = _compare_many(runs, table, "pdf" in wanted)
-    title = ("models" if len(folders) > 2 else "b against a") + ", accuracy"
     if len(folders) > 1:
-        _write_for_paper(table, wanted, cells, title, intervals, found[0].run)
+        if len(folders) == 2:
+            cells = _compare_two(folders, compared, table, equivalence)
+        else:
+            cells = _compare_many(runs, table, "pdf" in wanted)
+        title = ("models" if len(folders) > 2 else "b against a") + ", accuracy"
+        _write_for_paper(table, wanted, cells, title, intervals, compared[0].run)
     if path is not None:
         board.add(path, runs)
         written(path)
+
+
+def _check(
+    n: int,
+    table: Path | None,
+    leaderboard: Path | None,
+    equivalence: float | None,
+    wanted: Sequence[str],
+) -> None:
+    """Refuses options of `compare` that do not go with each other, or with `n` folders."""
+    listed = ",".join(wanted)
+    if wanted and table is None:
+        raise UsageError(f"format={listed}: must go with output, a CSV file, beside which they are")
+    if "pdf" in wanted and n < 3:
+        raise UsageError(f"format={listed}: must be tex with two folders, which have no figure")
+    if n < 2 and leaderboard is None:
+        raise UsageError(f"compare: must have two folders or more, not {n}")
+    if equivalence is not None and n != 2:
+        raise UsageError(f"equivalence={equivalence:g}: must go with two folders")
+    pictures = [table.with_suffix(f".{form}") for form in ("png", "svg")] if table else []
+    if leaderboard is not None and leaderboard in (table, *pictures):
+        raise UsageError(f"leaderboard={leaderboard}: must be another file than output's")
+    if wanted and table is not None:
+        _claim_for_paper(table, wanted)
+
+
+def _check_logged(
+    folders: Sequence[Path], places: Sequence[Path | None], leaderboard: Path | None
+) -> None:
+    """Refuses runs of lm_eval that cannot be compared."""
+    for folder, place in zip(folders, places, strict=True):
+        if place is None:
+            raise UsageError(
+                f"compare: {folder} is no run of lm_eval and another is; must be alike"
+            )
+    if len(folders) != 2 or leaderboard is not None:
+        raise UsageError("compare: runs of lm_eval are compared in twos, without a leaderboard")
 
 
 def _write_for_paper(
@@ -132,12 +151,12 @@ def _file(argument: str, given: str | None) -> Path | None:
 
 def _compare_two(
     folders: Sequence[Path],
-    found: Sequence[Result],
+    compared: Sequence[Result],
     output: Path | None,
     equivalence: float | None,
 ) -> Cells:
-    a, b = found
-    samples = [run.worst() for run in found]
+    a, b = compared
+    samples = [run.worst() for run in compared]
     content = samples[0], a.questions, samples[1], b.questions
     known = a.conditions, b.conditions
     frame = with_equivalence(paired(*content, conditions=known), equivalence)
@@ -156,7 +175,8 @@ def _compare_two(
             )
     notes = unshared(*content, conditions=known)
     names = [
-        f"{folder} ({models.name_of(of.run)})" for folder, of in zip(folders, found, strict=True)
+        f"{folder} ({models.name_of(result.run)})"
+        for folder, result in zip(folders, compared, strict=True)
     ]
     cells = tables.comparison(frame, (names[0], names[1]), notes)
     Console().print(cells.rich("b against a, accuracy"))
@@ -190,10 +210,10 @@ def _compare_logged(
         claim_file(output, text.splitlines()[0], "a comparison of two runs")
     for row in frame[frame["task"] == MEAN].to_dict("records"):
         if row["detectable"] == row["detectable"]:
-            found = f"{row['detectable']:.1f} points"
-            notes.append(f"the smallest mean difference that so many questions show: {found}")
+            smallest = f"{row['detectable']:.1f} points"
+            notes.append(f"the smallest mean difference that so many questions show: {smallest}")
     notes += unshared(a.samples, a.questions, b.samples, b.questions)
-    names = [f"{place} ({of.name})" for place, of in zip(places, (a, b), strict=True)]
+    names = [f"{place} ({run.name})" for place, run in zip(places, (a, b), strict=True)]
     cells = tables.comparison(frame, (names[0], names[1]), notes)
     Console().print(cells.rich("b against a"))
     if output is not None:

@@ -209,12 +209,12 @@ def _run_revisions(plan: Plan, given: str, typed: str, progress: str) -> None:
                 note(progress, Console(stderr=True), name)
             revision = str(each.model_args.get("revision", name))  # as it is on the hub
             runs[revision] = evaluate(each, output=output / name, progress=progress)
-    found = {name: result for name, result in runs.items() if result is not None}
+    finished = {name: result for name, result in runs.items() if result is not None}
     if not who.first:
         return
-    frame = revisions.along(found)
+    frame = revisions.along(finished)
     warn(revisions.save(frame, output), progress)
-    cells = revisions.cells(frame, revisions.equal(found))
+    cells = revisions.cells(frame, revisions.equal(finished))
     Console().print(cells.rich(f"{plan.model}: its revisions under attack"))
     if progress != "quiet":
         written(f"{output}: revisions.csv, revisions.png, a folder of each")
@@ -283,9 +283,9 @@ def save(result: Result, folder: Path, command: list[str] | str) -> list[str]:
     samples.attrs[CONDITIONS] = result.run.get(CONDITIONS, {})
     save_frames(folder, samples=samples, questions=result.questions)
     attempts = Attempts()
-    for name, found in result.lm_eval.items():
+    for name, judged in result.lm_eval.items():
         with attempts(f"{LM_EVAL}/results_{name}.json"):
-            write_text(folder / LM_EVAL / f"results_{name}.json", as_json(found))
+            write_text(folder / LM_EVAL / f"results_{name}.json", as_json(judged))
     text = command if isinstance(command, str) else shlex.join(command)
     run = {"command": text, **result.run}
     failed = [*attempts.lines, *render.render(result, folder, run)]

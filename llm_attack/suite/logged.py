@@ -50,13 +50,13 @@ def folder_of(folder: Path) -> Path | None:
     if (folder / "run.json").exists() or not folder.is_dir():
         return None
     places = [folder, *(path for path in sorted(folder.iterdir()) if path.is_dir())]
-    found = [path for path in places if any(_newest(path))]
-    if len(found) > 1:
-        listed = ", ".join(path.name for path in found)
+    holding = [path for path in places if any(_newest(path))]
+    if len(holding) > 1:
+        listed = ", ".join(path.name for path in holding)
         raise UsageError(
             f"{folder}: holds lm_eval's samples of several models ({listed}); name one"
         )
-    return found[0] if found else None
+    return holding[0] if holding else None
 
 
 def load(folder: Path) -> Logged:
@@ -104,22 +104,22 @@ def differences(a: Logged, b: Logged) -> list[str]:
 
 def _newest(folder: Path) -> dict[str, Path]:
     """The last file of each task."""
-    found = {}
+    newest = {}
     for path in sorted(folder.glob("samples_*.jsonl"), key=lambda path: path.name):
         parts = _SAMPLES.fullmatch(path.name)
         if parts is not None:  # of one task they are sorted by date
-            found[parts["task"]] = path
-    return found
+            newest[parts["task"]] = path
+    return newest
 
 
 def _results(folder: Path) -> dict[str, Any]:
     """What lm_eval says of the run; nothing where its file is not there."""
     for path in sorted(folder.glob("results_*.json"), reverse=True):
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UsageError(f"{path}: cannot be read ({one_line(error)})") from error
-        return found if isinstance(found, dict) else {}
+        return content if isinstance(content, dict) else {}
     return {}
 
 
@@ -141,7 +141,7 @@ def _rows(
 ) -> list[dict[str, Any]]:
     first = samples[0]
     metrics = [str(name) for name in first.get("metrics") or _OF_CHOICES]
-    metrics = [name for name in metrics if all(_is_number(of.get(name)) for of in samples)]
+    metrics = [name for name in metrics if all(_is_number(sample.get(name)) for sample in samples)]
     if not metrics:
         raise UsageError(f"{path}: has no score of a single question that is a number")
     score = ACC if ACC in metrics else metrics[0]

@@ -1,4 +1,4 @@
-"""Plans of runs: conditions over tasks with one model; from flags, a YAML file or a call."""
+"""Plans of runs: conditions over tasks with one model."""
 
 from __future__ import annotations
 
@@ -14,20 +14,15 @@ from typing import Any
 from llm_attack.attacks.settings import ATTACKS, register_attack
 from llm_attack.base.declare import (
     SettingSpec,
-    check_names,
-    declared,
     listed,
     names,
     setting,
     underscored,
 )
 from llm_attack.base.errors import UsageError, invalid
-from llm_attack.base.failures import one_line
-from llm_attack.base.folder import check_readable
 from llm_attack.base.loaded import LoadedModel, is_loaded
-from llm_attack.lm.losses import LOSSES, known_loss
 from llm_attack.lm.settings import AttackSettings, EngineSettings, ThreatSettings, unread
-from llm_attack.lm.units import ABSOLUTE, EPSILON, UNITS, Epsilon, known_unit
+from llm_attack.lm.units import EPSILON, Epsilon
 
 # Settings that say how a plan is carried out or told; answers do not depend on them.
 _HOW = ("device", "equivalence", "shard", "ray", "ray_workers")
@@ -73,7 +68,9 @@ def _attacks(given: Any) -> Any:
     parts = _given("attacks", [given] if callable(given) else given)
     if not isinstance(parts, tuple):
         return given
-    return _texts(tuple(register_attack(of) if callable(of) else of for of in parts))
+    return _texts(
+        tuple(register_attack(attack) if callable(attack) else attack for attack in parts)
+    )
 
 
 def _epsilons(given: Any) -> Any:
@@ -81,8 +78,8 @@ def _epsilons(given: Any) -> Any:
     if not isinstance(parts, tuple):
         return given
     try:
-        found = [Epsilon.parse(part) for part in parts]
-        return tuple(Epsilon(float(of.number), of.unit) for of in found)
+        epsilons = [Epsilon.parse(part) for part in parts]
+        return tuple(Epsilon(float(epsilon.number), epsilon.unit) for epsilon in epsilons)
     except (TypeError, ValueError, OverflowError):
         raise invalid("epsilons", list(parts), _NUMBERS) from None
 
@@ -378,10 +375,10 @@ class Plan(ThreatSettings, EngineSettings):
     @property
     def share(self) -> tuple[int, int] | None:
         """`shard` as (number from 0, of how many); None: not given, or not of that form."""
-        found = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", str(self.shard))
-        if found is None:
+        parts = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", str(self.shard))
+        if parts is None:
             return None
-        part, whole = found.groups()
+        part, whole = parts.groups()
         return (int(part) - 1, int(whole)) if 1 <= int(part) <= int(whole) else None
 
     @property
@@ -453,12 +450,12 @@ class Plan(ThreatSettings, EngineSettings):
 
     def plain(self) -> dict[str, Any]:
         """Every setting as it is typed and stored."""
-        found = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        epsilon_max, epsilons = found["epsilon_max"], found["epsilons"]
-        found["model"] = str(self.model)  # without the model itself, if it is loaded
-        found["epsilons"] = tuple(epsilon.plain for epsilon in epsilons)
-        found["epsilon_max"] = None if epsilon_max is None else epsilon_max.plain
-        return found
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        epsilon_max, epsilons = values["epsilon_max"], values["epsilons"]
+        values["model"] = str(self.model)  # without the model itself, if it is loaded
+        values["epsilons"] = tuple(epsilon.plain for epsilon in epsilons)
+        values["epsilon_max"] = None if epsilon_max is None else epsilon_max.plain
+        return values
 
     def settings(self) -> dict[str, Any]:
         """All that answers depend on."""
@@ -474,73 +471,3 @@ def within(value: float) -> float:
     if not 0 < value <= 100:
         raise invalid("equivalence", value, "points of a percent, above 0 and at most 100")
     return float(value)
-
-
-def from_yaml(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file, whose keys are those of `Plan`.
-
-    Raises:
-        UsageError: the file cannot be read, is no mapping, or has an unknown key.
-    """
-    import yaml
-
-    check_readable(path, "config")
-    try:
-        content = _read_yaml(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
-        text = f"cannot be read ({one_line(error)}); must be a YAML file"
-        raise UsageError(f"config={path}: {text}") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"config={path}: must be a mapping, such as attacks: [none, fgsm]")
-    content = {underscored(str(key)): value for key, value in content.items()}
-    allowed = {entry.name: about for entry, about in declared(Plan)} | {
-        "output": SettingSpec("", str)
-    }
-    try:
-        check_names(content, list(allowed))
-        for key, value in content.items():
-            if value is not None and not allowed[key].allows(value):
-                raise invalid(key, value, allowed[key].choices or allowed[key].words())
-            if key == "loss" and isinstance(value, str) and not known_loss(value):
-                raise invalid(key, value, LOSSES)
-            if key == "epsilon_unit" and isinstance(value, str) and not known_unit(value):
-                raise invalid(key, value, (ABSOLUTE, *UNITS))
-    except UsageError as error:
-        raise UsageError(f"config={path}: {error}") from None
-    return content
-
-
-def _number(text: str) -> int | float:
-    try:
-        return int(text)
-    except ValueError:
-        return float(text.replace(".inf", "inf").replace(".nan", "nan"))
-
-
-def _read_yaml(text: str) -> Any:
-    """The content of a YAML text; of a key that is there twice, YAML itself would take the last."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML is not typed
-        """Numbers as JSON has them: YAML 1.1 reads 1_0, 010 and 1:30 as 10, 8 and 90."""
-
-        yaml_implicit_resolvers = {  # noqa: RUF012
-            first: [pair for pair in of if not pair[0].endswith((":int", ":float"))]
-            for first, of in yaml.SafeLoader.yaml_implicit_resolvers.items()
-        }
-
-    digits = r"((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?"
-    of_number = rf"[-+]?({digits}|\.inf|\.nan)$"
-    Loader.add_implicit_resolver("!number", re.compile(of_number), list("-+.0123456789"))
-    Loader.add_constructor("!number", lambda loader, node: _number(node.value))
-
-    def mapping(loader: Any, node: Any) -> dict[Any, Any]:
-        keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"{key} is there twice")
-        content: dict[Any, Any] = loader.construct_mapping(node, deep=True)
-        return content
-
-    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
-    return yaml.load(text, Loader)

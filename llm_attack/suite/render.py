@@ -96,9 +96,9 @@ class Tables:
 
     def named(self) -> dict[str, Cells]:
         """Those that there are, by their titles."""
-        found = {WHOLE: self.whole} | {title: cells for title, (cells, _) in self.critical.items()}
-        found |= {hookpoints.TITLE: self.hookpoints}
-        return {title: cells for title, cells in found.items() if cells is not None}
+        titled = {WHOLE: self.whole} | {title: cells for title, (cells, _) in self.critical.items()}
+        titled |= {hookpoints.TITLE: self.hookpoints}
+        return {title: cells for title, cells in titled.items() if cells is not None}
 
 
 def render(result: Result, folder: Path, run: dict[str, Any]) -> list[str]:
@@ -121,8 +121,8 @@ def render(result: Result, folder: Path, run: dict[str, Any]) -> list[str]:
         more |= {} if changed is None else {"what changed against no attack": changed}
     more |= {} if made.whole is None else {WHOLE: made.whole}
     with attempts(claims.TITLE):
-        told = claims.claims(samples, result.questions, known=known)
-        more |= {claims.TITLE: claims.cells(told)} if told else {}
+        verdicts = claims.claims(samples, result.questions, known=known)
+        more |= {claims.TITLE: claims.cells(verdicts)} if verdicts else {}
     with attempts(sanity.TITLE):
         more[sanity.TITLE] = sanity.cells(sanity.checks(samples, run))
     more |= {title: cells for title, cells in made.named().items() if title not in more}

@@ -156,34 +156,34 @@ def load_frames(folder: Path) -> dict[str, pd.DataFrame]:
         UsageError: there is none in `folder`, or a file of it cannot be read or is not of a run.
     """
     folder = as_path("folder", folder)
-    found = {}
+    frames = {}
     for name in FRAMES:
         path = folder / f"{name}.parquet"
         try:
             with path.open("rb") as file:
-                found[name] = pd.read_parquet(file, page_checksum_verification=True)
+                frames[name] = pd.read_parquet(file, page_checksum_verification=True)
         except FileNotFoundError:
             raise UsageError(
                 f"{folder}: has no {path.name}; must be the folder of a finished run"
             ) from None
         except (OSError, TypeError, ValueError) as error:  # TypeError: of a damaged dtype
             raise UsageError(f"{path}: cannot be read ({one_line(error)})") from error
-        if name == "samples" and {"task", "acc"} <= {*found[name]}:
-            found[name] = with_scores(found[name])
-        found[name] = found[name].assign(
+        if name == "samples" and {"task", "acc"} <= {*frames[name]}:
+            frames[name] = with_scores(frames[name])
+        frames[name] = frames[name].assign(
             **{
-                column: of
-                for column, of in _COLUMNS_SINCE[name].items()
-                if column not in found[name]
+                column: default
+                for column, default in _COLUMNS_SINCE[name].items()
+                if column not in frames[name]
             }
         )
-        fault = _fault(found[name], name)
+        fault = _fault(frames[name], name)
         if fault:
             raise UsageError(f"{path}: {fault}; must be of a finished run")
-    pairs = found["samples"][_UNIQUE["questions"]].drop_duplicates()
-    if len(pairs.merge(found["questions"][_UNIQUE["questions"]])) < len(pairs):
+    pairs = frames["samples"][_UNIQUE["questions"]].drop_duplicates()
+    if len(pairs.merge(frames["questions"][_UNIQUE["questions"]])) < len(pairs):
         raise UsageError(f"{folder}: samples.parquet has questions that questions.parquet has not")
-    return found
+    return frames
 
 
 def _fault(frame: pd.DataFrame, name: str) -> str | None:
@@ -250,13 +250,13 @@ def load(folder: Path, equivalence: float | None = None) -> Result:
                 " finished run"
             )
     run = {**run, "model_name": run.get("model_name") or run["model"]}
-    found = load_frames(folder)
-    run = {"conditions": found["samples"].attrs.pop(CONDITIONS, {}), **run}
-    samples = with_worst(found["samples"], run)
+    frames = load_frames(folder)
+    run = {"conditions": frames["samples"].attrs.pop(CONDITIONS, {}), **run}
+    samples = with_worst(frames["samples"], run)
     table = summarise(samples, run.get("attacks"), run.get("of_tasks"))
     within = run.get("equivalence") if equivalence is None else equivalence
     table, run = with_equivalence(table, within), run | {"equivalence": within}
-    return Result(table, found["samples"], found["questions"], run, {}, samples)
+    return Result(table, frames["samples"], frames["questions"], run, {}, samples)
 
 
 def set_aside(folder: Path) -> list[Path]:

@@ -361,7 +361,7 @@ def frozen(network: nn.Module) -> Iterator[None]:
     On a GPU convolutions are in float32; cuDNN's default is TF32, which has ten of its 23 bits.
     """
     modes = [(module, module.training) for module in network.modules()]
-    needed = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
+    before = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
     network.eval().requires_grad_(False)
     rounded = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
@@ -371,5 +371,5 @@ def frozen(network: nn.Module) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = rounded
         for module, mode in modes:
             module.training = mode
-        for parameter, needs in needed:
+        for parameter, needs in before:
             parameter.requires_grad_(needs)

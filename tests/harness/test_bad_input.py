@@ -46,7 +46,7 @@ def test_the_device_that_lm_evals_command_line_makes_up(make, monkeypatch, words
     """Without a word of the user's it is cuda:0, which stands for whatever is there."""
     monkeypatch.setattr(sys, "argv", words)
     monkeypatch.setitem(sys.modules, "lm_eval.__main__", sys)
-    monkeypatch.setattr("llm_attack.harness.model.report_usage_errors", lambda: None)
+    monkeypatch.setattr("llm_attack.harness.start.report_usage_errors", lambda: None)
     if len(words) == 1:
         assert make(device="cuda:0").device.type == "cpu"
         return

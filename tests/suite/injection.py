@@ -19,7 +19,7 @@ import sqlite3
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,33 +148,18 @@ def _drawn_from_now_on_as_in(folder: Path) -> None:
     for function, name in of.items():
         drawn = Drawn(name) if (folder / f"{name}.svg").exists() else None
         setattr(figures, function, lambda *_, drawn=drawn: drawn)
+    render.panels = lambda *_: (Drawn("figure"),)  # of `try_out`
 
 
 def watch(folder: Path, fault: Fault | None) -> None:
     """Logs this process's durable operations in `folder`/run from now on, and lets `fault` be."""
     run = folder / "run"
     log = os.open(folder / "operations", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
-    numbers = itertools.count()
 
     def inside(path: Any) -> bool:
         return run in (path := Path(os.path.abspath(path)), *path.parents)
 
-    @contextmanager
-    def operation(name: str) -> Iterator[None]:
-        number = next(numbers)
-        os.write(log, f"{name}\n".encode())
-        kind = fault.kind if fault and number >= fault.number else None
-        if kind == "before":
-            _die()
-        if kind == "full" and name in GROWING:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        if kind == "read-only":
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-        try:
-            yield
-        finally:
-            if kind == "after":
-                _die()
+    operation = _operations(log, fault)
 
     def wrap(name: str, counts: Callable[..., bool]) -> None:
         plain = getattr(os, name)
@@ -203,6 +188,30 @@ def watch(folder: Path, fault: Fault | None) -> None:
     wrap("open", created)
     _watch_files(operation, inside)
     _watch_databases(operation)
+
+
+def _operations(log: int, fault: Fault | None) -> Callable[[str], AbstractContextManager[None]]:
+    """operation(name): its name is logged in `log`, and `fault` strikes where it should."""
+    numbers = itertools.count()
+
+    @contextmanager
+    def operation(name: str) -> Iterator[None]:
+        number = next(numbers)
+        os.write(log, f"{name}\n".encode())
+        kind = fault.kind if fault and number >= fault.number else None
+        if kind == "before":
+            _die()
+        if kind == "full" and name in GROWING:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if kind == "read-only":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        try:
+            yield
+        finally:
+            if kind == "after":
+                _die()
+
+    return operation
 
 
 def _watch_files(operation: Callable[[str], Any], inside: Callable[[Any], bool]) -> None:

@@ -184,7 +184,7 @@ class AttackedBatch:
         longest = max(family, key=lambda attack: attack.points)
         ends = {attack.points: attack for attack in family}
         look = _Look(self, self.slopes if longest.kind.gradient else None)
-        found: dict[int, Attacked] = {}
+        attacked: dict[int, Attacked] = {}
         points = trajectory(
             longest,
             self.x,
@@ -195,12 +195,12 @@ class AttackedBatch:
             watch=Watch(look.count, look.keep),
         )
         for i, x in enumerate(points, 1):
-            if i - 1 in found:  # where the gradient of this step was taken
-                found[i - 1] = found[i - 1]._replace(scores=look.last)
+            if i - 1 in attacked:  # where the gradient of this step was taken
+                attacked[i - 1] = attacked[i - 1]._replace(scores=look.last)
             if i in ends:
                 scores = look.best if longest.keeps_best else None
-                found[i] = Attacked(x, self._sums(ends[i], x, look.zeros), scores)
-        return [found[attack.points] for attack in family]
+                attacked[i] = Attacked(x, self._sums(ends[i], x, look.zeros), scores)
+        return [attacked[attack.points] for attack in family]
 
     def _known(self, attack: Attack) -> Known:
         """What an attack need not compute anew of the clean point."""

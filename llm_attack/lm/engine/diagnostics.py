@@ -90,29 +90,31 @@ class Diagnostics:
 
     def warnings(self) -> list[str]:
         """What speaks against the numbers of the condition, a sentence each."""
-        found = []
+        messages = []
         if self.not_finite:
-            found.append(f"{self.not_finite:.0f} answers have a log-likelihood that is not finite")
+            messages.append(
+                f"{self.not_finite:.0f} answers have a log-likelihood that is not finite"
+            )
         still = _ratio(self.still, self.examples) or 0.0
         if still == 1:
-            found.append("nothing was perturbed: the answers are those without an attack")
+            messages.append("nothing was perturbed: the answers are those without an attack")
         elif still > MUCH_STILL:
-            found.append(
+            messages.append(
                 f"{self.still:.0f} of {self.examples:.0f} points were not perturbed at all (each a"
                 " request, or a question where its requests share a perturbation)"
             )
         reached = _ratio(self.reached, self.balls)
         if still < 1 and reached is not None and reached < LEAST_REACHED:
-            found.append(
+            messages.append(
                 f"the perturbation has {100 * reached:.2g} % of the amplitude that was asked for"
             )
         lost = _ratio(self.lost, self.steps) or 0.0
         if lost > MUCH_LOST:
-            found.append(
+            messages.append(
                 f"{100 * lost:.0f} % of the perturbation is lost to rounding: epsilon is below what"
                 " the model's dtype can tell apart there"
             )
-        return found
+        return messages
 
 
 def moved(attack: Attack, ball: Ball, noise: Tensor) -> dict[str, Tensor]:

@@ -56,7 +56,7 @@ class Answered(NamedTuple):
 
 
 @dataclass
-class Found:
+class BatchResult:
     """The answers to a batch, and each attack's diagnostics."""
 
     answered: list[Answered]
@@ -231,7 +231,7 @@ class Engine:
             return everything
         return by_prefix
 
-    def answers(self, todo: Iterable[Batch]) -> Iterator[tuple[Batch, Found]]:
+    def answers(self, todo: Iterable[Batch]) -> Iterator[tuple[Batch, BatchResult]]:
         """Yields each batch with its answers: of each request alone where it is attacked alone.
 
         Batches that run out of memory are halved, and so are those after them that are as large.
@@ -240,7 +240,7 @@ class Engine:
         limit: int | None = None  # tokens, once memory has run out
         ready: Pack | None = None
         while waiting:
-            batch, found = waiting.pop(), Found([], [Diagnostics() for _ in self.attacks])
+            batch, result = waiting.pop(), BatchResult([], [Diagnostics() for _ in self.attacks])
             parts = [batch]
             while parts:
                 part = parts.pop()
@@ -257,8 +257,8 @@ class Engine:
                     continue
                 if not parts and waiting and limit is None:  # while the device is still at work
                     ready = self.pack(waiting[-1])
-                self._collect(pack, computed, found)
-            yield batch, found
+                self._collect(pack, computed, result)
+            yield batch, result
 
     def _computed(self, pack: Pack) -> Computed | None:
         """The results for a pack; None: memory has run out, and it can be halved."""
@@ -322,11 +322,11 @@ class Engine:
         passes = clean_passes(scorers, pack, self.threat, replace(needs, gradient=False))
         others = [self.slopes[scorer] for scorer in scorers]
         halves = clean_passes(others, pack, self.threat, replace(needs, answers=False))
-        found = {}
+        prepared = {}
         for scorer, other, clean, half in zip(scorers, others, passes, halves, strict=True):
             slopes, both = Slopes(other, half.below), _with_slopes(clean, half)
-            found[scorer] = AttackedBatch(scorer, pack, self.threat, both, slopes)
-        return found
+            prepared[scorer] = AttackedBatch(scorer, pack, self.threat, both, slopes)
+        return prepared
 
     def _ends(self, batches: Mapping[Scorer, AttackedBatch]) -> list[Attacked | None]:
         """What every attack found; None of those that stay. Those on the same way go it once."""
@@ -336,12 +336,12 @@ class Engine:
             if not attack.identity:
                 ways.setdefault((scorer, attack.path), []).append(i)
         for (scorer, _), numbers in ways.items():
-            found = batches[scorer].attacks([self.attacks[i] for i in numbers])
-            for i, end in zip(numbers, found, strict=True):
+            attacked = batches[scorer].attacks([self.attacks[i] for i in numbers])
+            for i, end in zip(numbers, attacked, strict=True):
                 ends[i] = end
         return ends
 
-    def _collect(self, pack: Pack, computed: Computed, found: Found) -> None:
+    def _collect(self, pack: Pack, computed: Computed, result: BatchResult) -> None:
         """Adds the batch's answers to `found`; waits for the device.
 
         Raises:
@@ -350,7 +350,7 @@ class Engine:
         sizes = [r.n_continuation for r in pack.requests]
         answers: list[list[Answer]] = []
         for attack, scores, sums, totals in zip(
-            self.attacks, computed.scores, computed.sums, found.diagnostics, strict=True
+            self.attacks, computed.scores, computed.sums, result.diagnostics, strict=True
         ):
             totals.add({name: float(value) for name, value in sums.items()})
             of_attack, bad = _summed(scores, sizes)
@@ -371,7 +371,7 @@ class Engine:
             end = at + len(question.requests)
             of_question = [of_attack[at:end] for of_attack in answers]
             amplitudes = [of_attack[i] for of_attack in critical]
-            found.answered.append(Answered(question, of_question, alignments[i], amplitudes))
+            result.answered.append(Answered(question, of_question, alignments[i], amplitudes))
             at = end
 
 

@@ -84,10 +84,10 @@ def examine(scorer: Scorer, text: Sequence[int], device: torch.device) -> Findin
     parts = [tuple(text[i : i + TOKENS + 1]) for i in range(0, len(text), TOKENS + 1)]
     first = Finding()
     for part in [of for of in parts if len(of) > 1][:_PARTS]:
-        found = _examined(scorer, part, device)
-        if found.fault or not found.warning:
-            return found
-        first = first if first.warning else found
+        finding = _examined(scorer, part, device)
+        if finding.fault or not finding.warning:
+            return finding
+        first = first if first.warning else finding
     return first
 
 
@@ -128,11 +128,11 @@ def _examined(scorer: Scorer, tokens: tuple[int, ...], device: torch.device) -> 
     apart = _apart(of_rows, gradient) / max(_apart(gradient, torch.zeros_like(gradient)), 1e-300)
     if apart > WRONG and noise <= rounding:
         return Finding(f"which differs by {apart:.0%} between batches of 1 and of {_ROWS} rows")
-    found = judged(_slopes(scorer, tokens, x, gradient), x.dtype, eps)
+    finding = judged(_slopes(scorer, tokens, x, gradient), x.dtype, eps)
     if noise > rounding:  # slopes say nothing then
         text = f"logits of the same text differ by {noise:.2g} from call to call"
-        return Finding("", f"{text}, so that no number here is exact", found.figure)
-    return found
+        return Finding("", f"{text}, so that no number here is exact", finding.figure)
+    return finding
 
 
 def judged(slopes: _Slopes, dtype: torch.dtype, eps: float) -> Finding:
@@ -155,19 +155,21 @@ def judged(slopes: _Slopes, dtype: torch.dtype, eps: float) -> Finding:
     error = (measured - claimed).abs()
     scale = torch.maximum(measured.abs(), claimed.abs()).clamp(min=max(typical, 1e-300))
     share = error / scale
-    told = [j for j in range(len(steps)) if steps[j] >= 2 * torch.finfo(dtype).eps]
-    small = [min(j, len(steps) - 2 * _FARTHER) + _FARTHER for j in told]
-    rounding = [(error * steps)[:, at:].max() / steps[j] for j, at in zip(told, small, strict=True)]
-    likely = [j for j in told if rounding[j] <= scale[0, j]] or told[:1]
+    resolved = [j for j in range(len(steps)) if steps[j] >= 2 * torch.finfo(dtype).eps]
+    small = [min(j, len(steps) - 2 * _FARTHER) + _FARTHER for j in resolved]
+    rounding = [
+        (error * steps)[:, at:].max() / steps[j] for j, at in zip(resolved, small, strict=True)
+    ]
+    likely = [j for j in resolved if rounding[j] <= scale[0, j]] or resolved[:1]
     best = min(likely, key=lambda j: float(share[:, j].max()))
     worst = float(share[:, best].max())
-    numbers = (", ".join(f"{x:.3g}" for x in of[:, best]) for of in (measured, claimed))
+    numbers = (", ".join(f"{x:.3g}" for x in values[:, best]) for values in (measured, claimed))
     figure = "slopes {} by finite differences, {} by the gradient".format(*numbers)
     if worst <= max(_SLIGHT, _DIGITS * eps**0.5):
         return Finding(figure=figure)
     signed, clear = measured - claimed, False
     for i in range(len(error)):
-        for j in reversed(told[2:]):
+        for j in reversed(resolved[2:]):
             if j + _FARTHER >= len(steps) or error[i, j] < 4 * rounding[j] or share[i, j] <= WRONG:
                 continue
             steady = (signed[i, j] - signed[i, j - 1]).abs() <= error[i, j] / 4
@@ -198,10 +200,10 @@ def _pack(tokens: tuple[int, ...], rows: int, device: torch.device) -> Pack:
 
 def _losses(scorer: Scorer, pack: Pack, logits: Tensor) -> Tensor:
     """(rows,) negative log-likelihoods."""
-    of = pack.scored
-    slot, target = of.slot.to(logits.device), of.target.to(logits.device)
-    found = look_up(logits, slot, target, scorer.softmax_dtype).log_prob
-    return -sum_by(found.to(pack.input_ids.device), of.request, len(pack.requests))
+    scored = pack.scored
+    slot, target = scored.slot.to(logits.device), scored.target.to(logits.device)
+    log_prob = look_up(logits, slot, target, scorer.softmax_dtype).log_prob
+    return -sum_by(log_prob.to(pack.input_ids.device), scored.request, len(pack.requests))
 
 
 def _gradient(scorer: Scorer, pack: Pack, x: Tensor) -> tuple[Tensor, Tensor]:

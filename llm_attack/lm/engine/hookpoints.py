@@ -48,12 +48,12 @@ def expand(model: PreTrainedModel, hookpoints: Sequence[str]) -> list[str | None
         UsageError: one of them is no module's.
     """
     names = {module: name for name, module in model.named_modules()}
-    found: list[str | None] = []
+    expanded: list[str | None] = []
     for given in hookpoints:
         if given == EMBED:
-            found.append(None)
+            expanded.append(None)
         elif given == LAYERS:
-            found += _layers(model, names)
+            expanded += _layers(model, names)
         elif "*" in given:
             pattern = re.escape(given).replace(r"\*", "[^.]+")
             matching = [name for name in names.values() if re.fullmatch(pattern, name)]
@@ -63,7 +63,7 @@ def expand(model: PreTrainedModel, hookpoints: Sequence[str]) -> list[str | None
                     f"hookpoints={given}: must match modules of the model, such as"
                     f" 'model.layers.*.mlp'{hint(given, shapes)}"
                 )
-            found += matching
+            expanded += matching
         else:
             meant = closest(given, (EMBED, LAYERS))
             if meant and "." not in given:
@@ -72,25 +72,25 @@ def expand(model: PreTrainedModel, hookpoints: Sequence[str]) -> list[str | None
                     f" you mean {meant!r}?"
                 )
             resolve(model, given)
-            found.append(given)
-    found = list(dict.fromkeys(found))
+            expanded.append(given)
+    expanded = list(dict.fromkeys(expanded))
     embedding = names.get(model.get_input_embeddings())
-    if None in found and embedding in found:
+    if None in expanded and embedding in expanded:
         raise UsageError(f"hookpoints={EMBED},{embedding}: must name each module once")
-    return found
+    return expanded
 
 
 def _layers(model: PreTrainedModel, names: Mapping[nn.Module, str]) -> list[str]:
     """The names of the blocks that text goes through; those of a vision tower are none of them."""
     blocks = {names[block]: block for block in known_blocks(model)}
     text = torch.arange(6).repeat(2, 1).to(next(model.get_input_embeddings().parameters()).device)
-    found = [*faults(model, blocks, text)] if blocks else []
-    if not found:
+    usable = [*faults(model, blocks, text)] if blocks else []
+    if not usable:
         raise UsageError(
             f"hookpoints={LAYERS}: must be modules by name for {type(model).__name__}, whose blocks"
             " transformers does not name"
         )
-    return found
+    return usable
 
 
 def scorers(base: Scorer, hookpoints: Sequence[str | None], device: torch.device) -> list[Scorer]:
@@ -101,25 +101,25 @@ def scorers(base: Scorer, hookpoints: Sequence[str | None], device: torch.device
         hookpoints: as of `expand`.
         device: where the trial is made.
     """
-    found = [base]
+    all_scorers = [base]
     for name in hookpoints[1:]:
         scorer = copy.copy(base)
         scorer.hookpoint, scorer.nearest = resolve(base.model, name), None
         if name is None:
             scorer = Scorer(base.model, scorer.hookpoint, base.autocast, base.softmax_dtype)
-        found.append(scorer)
+        all_scorers.append(scorer)
     rest = _rest(base, device)
-    for scorer in found:
+    for scorer in all_scorers:
         scorer.skip = _skip(scorer.hookpoint, rest)
-    refused = _refused([scorer for scorer in found if scorer.skip is not None], device)
+    refused = _refused([scorer for scorer in all_scorers if scorer.skip is not None], device)
     for scorer in refused:
         scorer.skip = None
     if refused:
-        names = (str(name) for name, s in zip(hookpoints, found, strict=True) if s in refused)
+        names = (str(name) for name, s in zip(hookpoints, all_scorers, strict=True) if s in refused)
         log.warning(
             "hookpoints: whole forwards, as the others change or fail at %s", ", ".join(names)
         )
-    return found
+    return all_scorers
 
 
 def _rest(base: Scorer, device: torch.device) -> dict[nn.Module, tuple[Any, ...] | None]:
@@ -137,9 +137,9 @@ def _rest(base: Scorer, device: torch.device) -> dict[nn.Module, tuple[Any, ...]
         for handle in handles:
             handle.remove()
     return {
-        block: tuple(found[0][1:]) if isinstance(found[0], tuple) else None
-        for block, found in outputs.items()
-        if len(found) == 1
+        block: tuple(calls[0][1:]) if isinstance(calls[0], tuple) else None
+        for block, calls in outputs.items()
+        if len(calls) == 1
     }
 
 
@@ -235,11 +235,11 @@ def clean_passes(
         apart += [clean_pass(scorer, pack, threat, more) for scorer in others]
         return [replace(clean, scores=apart[0].scores) for clean in apart]
     shared = _Shared(first, pack, threat, needs.gradient)
-    found = shared.run(scorers)
+    passes = shared.run(scorers)
     missing = replace(needs, answers=False)
     return [
-        found[scorer]
-        if scorer in found
+        passes[scorer]
+        if scorer in passes
         else replace(clean_pass(scorer, pack, threat, missing), scores=shared.answers)
         for scorer in scorers
     ]

@@ -42,13 +42,13 @@ def blocks(model: PreTrainedModel, argument: str) -> list[nn.Module]:
     Raises:
         UsageError: none are known of this model; `argument` is what asked for them.
     """
-    found = known_blocks(model)
-    if not found:
+    known = known_blocks(model)
+    if not known:
         raise UsageError(
             f"{argument}=True: must be False for {type(model).__name__}, whose blocks transformers"
             " does not name"
         )
-    return found
+    return known
 
 
 def known_blocks(model: PreTrainedModel) -> list[nn.Module]:
@@ -56,7 +56,7 @@ def known_blocks(model: PreTrainedModel) -> list[nn.Module]:
 
     Of those that are inside of others (Mamba's mixers) the outermost.
     """
-    found = [
+    candidates = [
         block
         for module in model.modules()
         if isinstance(module, PreTrainedModel)
@@ -64,8 +64,8 @@ def known_blocks(model: PreTrainedModel) -> list[nn.Module]:
         for block in module.modules()
         if type(block).__name__ in names
     ]
-    inside = {module for block in found for module in block.modules() if module is not block}
-    return [block for block in dict.fromkeys(found) if block not in inside]
+    inside = {module for block in candidates for module in block.modules() if module is not block}
+    return [block for block in dict.fromkeys(candidates) if block not in inside]
 
 
 def recompute(block: nn.Module) -> None:
@@ -103,8 +103,8 @@ def _again(hooks: Sequence[tuple[nn.Module, dict[int, Callable[..., Any]]]]) -> 
             _set_hooks(module, then)
         yield
     finally:
-        for (module, _), of in zip(hooks, now, strict=True):
-            _set_hooks(module, of)
+        for (module, _), before in zip(hooks, now, strict=True):
+            _set_hooks(module, before)
 
 
 def _set_hooks(module: nn.Module, hooks: dict[int, Callable[..., Any]]) -> None:

@@ -72,10 +72,10 @@ def copied(
         for weight in model.parameters()
         if weight.is_floating_point()
     }
-    found: PreTrainedModel = copy.deepcopy(model, memo)
-    for module in found.modules():
+    copied_model: PreTrainedModel = copy.deepcopy(model, memo)
+    for module in copied_model.modules():
         vars(module).pop("forward", None)
-    found.config.dtype = dtype
-    prepare(found, settings, resolve(found, hookpoint))
-    found.eval()
-    return found
+    copied_model.config.dtype = dtype
+    prepare(copied_model, settings, resolve(copied_model, hookpoint))
+    copied_model.eval()
+    return copied_model

@@ -48,17 +48,19 @@ def try_out(model: PreTrainedModel, hookpoints: Iterable[str], input_ids: Tensor
     """
     rows = input_ids[:, :6].repeat(2, 1)  # two: some modules have one output for all rows
     given = {name: resolve(model, name) for name in hookpoints}
-    found = faults(model, given, rows)
-    hookpoint = next((name for name in given if found.get(name, "is not run")), None)
+    fault_of = faults(model, given, rows)
+    hookpoint = next((name for name in given if fault_of.get(name, "is not run")), None)
     if hookpoint is None:
         return
     modules = dict(model.named_modules())
     good = [
-        name for name, of in faults(model, modules, rows).items() if not of or name == hookpoint
+        name
+        for name, fault in faults(model, modules, rows).items()
+        if not fault or name == hookpoint
     ]
     before = good[: good.index(hookpoint)] if hookpoint in good else []
     meant = before[-1] if before else closest(hookpoint, {*good} - {hookpoint})
-    fault = found.get(hookpoint, "is not run")
+    fault = fault_of.get(hookpoint, "is not run")
     raise _refused(hookpoint, modules, meant, f"; this one {fault}")
 
 
@@ -69,7 +71,7 @@ def faults(
 
     Found in a forward over `input_ids`, (B, L); those that are not run are missing.
     """
-    found: dict[str, str] = {}
+    fault_of: dict[str, str] = {}
     runs = dict.fromkeys(modules, 0)
     gathered = False
 
@@ -82,15 +84,15 @@ def faults(
             runs[name] += 1
             first = output[0] if isinstance(output, tuple) and output else output
             if runs[name] > 1:
-                found[name] = f"is run {runs[name]} times"
+                fault_of[name] = f"is run {runs[name]} times"
             elif gathered:
-                found[name] = "is at or behind the head"
+                fault_of[name] = "is at or behind the head"
             elif not isinstance(first, Tensor):
-                found[name] = f"gives a {type(first).__name__}"
+                fault_of[name] = f"gives a {type(first).__name__}"
             elif first.dim() != 3 or first.shape[:2] != input_ids.shape:
-                found[name] = f"gives {tuple(first.shape)} for {tuple(input_ids.shape)} tokens"
+                fault_of[name] = f"gives {tuple(first.shape)} for {tuple(input_ids.shape)} tokens"
             else:
-                found[name] = ""
+                fault_of[name] = ""
 
         return look
 
@@ -103,7 +105,7 @@ def faults(
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return fault_of
 
 
 def _refused(

@@ -118,7 +118,9 @@ def batched(
         tokens = [(r.tokens, r.n_continuation) for r in question.requests]
         return -shapes[id(question)].length, tokens
 
-    ordered = sorted((sorted(family, key=key) for family in families), key=lambda of: key(of[0]))
+    ordered = sorted(
+        (sorted(family, key=key) for family in families), key=lambda family: key(family[0])
+    )
     result: list[list[Question]] = []
     filled = Shape(0, 0)
     for question in (q for family in ordered for q in family):

@@ -36,13 +36,13 @@ def check_positions(positions: str) -> None:
 def _slice(positions: str) -> slice:
     parts = positions.split(":")
     try:
-        found = slice(*(int(part) if part else None for part in parts))
-        found.indices(1)  # a step of 0 is refused
+        parsed = slice(*(int(part) if part else None for part in parts))
+        parsed.indices(1)  # a step of 0 is refused
     except (TypeError, ValueError):
         parts = []
     if len(parts) < 2 or not all(map(is_plain, parts)):
         raise invalid("positions", positions, [*NAMED, "a slice such as 2:-1"])
-    return found
+    return parsed
 
 
 def of_request(request: Request, positions: str) -> NDArray[np.bool_]:

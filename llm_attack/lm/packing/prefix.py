@@ -62,7 +62,7 @@ def groups(starts: Sequence[tuple[int, ...]], least: int) -> list[tuple[int, lis
         tokens = (b - a - 1) * int(common[a : b - 1].min()) if b - a > 1 else 0
         return tokens if tokens >= least else 0
 
-    found, alone, waiting = [], list[int](), [(0, len(order))]
+    sharing, alone, waiting = [], list[int](), [(0, len(order))]
     while waiting:
         a, b = waiting.pop()
         if b - a < 2:
@@ -75,8 +75,8 @@ def groups(starts: Sequence[tuple[int, ...]], least: int) -> list[tuple[int, lis
         if not whole or sum(saved(*part) for part in parts) > whole:
             waiting += parts
         else:
-            found.append((int(shared.min()), sorted(order[a:b])))
-    return [*sorted(found), (0, sorted(alone))]
+            sharing.append((int(shared.min()), sorted(order[a:b])))
+    return [*sorted(sharing), (0, sorted(alone))]
 
 
 def _common(some: Sequence[int], others: Sequence[int]) -> int:

@@ -59,10 +59,10 @@ def compared(pairs: pd.DataFrame, before: Mapping[str, str], after: Mapping[str,
     source = np.unique(pairs["source"], return_inverse=True)[1]
     gold = (pairs[after["gold_probability"]] - pairs[before["gold_probability"]]).to_numpy(float)
     net = sign * np.bincount(source, step)
-    found = (_of_counts if counted(pairs) else _of_numbers)(step, source, sign)
-    error = found.pop("_error")
+    columns = (_of_counts if counted(pairs) else _of_numbers)(step, source, sign)
+    error = columns.pop("_error")
     return {
-        **found,
+        **columns,
         "detectable": 100 * detectable([error]),
         "p_mcnemar": sign_test([net], [len(pairs)]),
         **_of_gold([(gold, source)]),
@@ -86,11 +86,11 @@ def _of_counts(step: np.ndarray, source: np.ndarray, sign: int) -> dict[str, Any
 
 def _of_numbers(step: np.ndarray, source: np.ndarray, sign: int) -> dict[str, Any]:
     """What is said of a change of any other scores."""
-    found, error = mean_of([(step, source)]), standard_error(step, source)
-    low, high = (found.low, found.high) if error > 0 else (np.nan, np.nan)
+    mean, error = mean_of([(step, source)]), standard_error(step, source)
+    low, high = (mean.low, mean.high) if error > 0 else (np.nan, np.nan)
     return {
         **dict.fromkeys(("lost", "gained"), pd.NA),
-        **{"difference": 100 * found.value},
+        **{"difference": 100 * mean.value},
         **{"difference_low": 100 * low, "difference_high": 100 * high},
         "design_effect": design_effect(step, source),
         "_error": error,
@@ -98,11 +98,11 @@ def _of_numbers(step: np.ndarray, source: np.ndarray, sign: int) -> dict[str, An
 
 
 def _of_gold(tasks: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
-    found = mean_of(tasks)
-    ends = (found.value, found.low, found.high)
+    mean = mean_of(tasks)
+    ends = (mean.value, mean.low, mean.high)
     names = ("gold_difference", "gold_difference_low", "gold_difference_high")
     return {k: 100 * x for k, x in zip(names, ends, strict=True)} | {
-        "p_gold_probability": found.p_value
+        "p_gold_probability": mean.p_value
     }
 
 
@@ -113,14 +113,14 @@ def pooled(group: pd.DataFrame) -> dict[str, Any]:
         return {}
     p_value = sign_test([change.net for change in changes], group["n"].tolist())
     gold = _of_gold([(change.gold, change.source) for change in changes])
-    found = {"p_mcnemar": p_value, "p_mcnemar_holm": p_value}
-    found["detectable"] = 100 * detectable([change.error for change in changes])
-    return found | (gold if "gold_difference" in group else as_drops(gold))
+    columns = {"p_mcnemar": p_value, "p_mcnemar_holm": p_value}
+    columns["detectable"] = 100 * detectable([change.error for change in changes])
+    return columns | (gold if "gold_difference" in group else as_drops(gold))
 
 
-def as_drops(found: dict[str, Any], better: str = HIGHER) -> dict[str, Any]:
+def as_drops(columns: dict[str, Any], better: str = HIGHER) -> dict[str, Any]:
     """Differences of `compared` as drops: how much worse, whichever direction is better."""
-    rest = dict(found)
+    rest = dict(columns)
     for name, drop in DROPS.items():
         if name in rest:
             value, low, high = (rest.pop(f"{name}{end}") for end in ("", "_low", "_high"))

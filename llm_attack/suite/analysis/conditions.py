@@ -123,12 +123,12 @@ class Condition:
         Settings that one of the two does not use follow from others that differ, and are left out.
         """
         here, there = self.settings(), other.settings()
-        found = [
+        differing = [
             (name, here.get(name), there.get(name))
             for name in {**here, **there}
             if name not in here or name not in there or here[name] != there[name]
         ]
-        return [of for of in found if of[0] in here and of[0] in there] or found
+        return [entry for entry in differing if entry[0] in here and entry[0] in there] or differing
 
 
 Conditions = Mapping[str, Condition]
@@ -139,33 +139,33 @@ def _used(attack: str, values: Mapping[str, Any]) -> dict[str, Any]:
     kind = ATTACKS.get(attack)
     if kind is None:  # of another version, or of the user's own: as it was recorded
         return dict(values)
-    found = {name: value for name, value in values.items() if kind.uses(name)}
-    if attack == "none" or not found["epsilon"]:
+    used = {name: value for name, value in values.items() if kind.uses(name)}
+    if attack == "none" or not used["epsilon"]:
         still = PROMPT if attack == "none" else (*PROMPT, "epsilon")
-        return {name: value for name, value in found.items() if name in still}
-    loss = LOSSES.get(str(found["loss"]))
+        return {name: value for name, value in used.items() if name in still}
+    loss = LOSSES.get(str(used["loss"]))
     gold = kind.targeted or kind.minimal or (loss is not None and loss.gold)
-    if found["context"] is None:
-        found["context"] = "shared" if gold else "own"
-    if found["hookpoint"] is None:
-        found["hookpoint"] = EMBED
+    if used["context"] is None:
+        used["context"] = "shared" if gold else "own"
+    if used["hookpoint"] is None:
+        used["hookpoint"] = EMBED
     try:
-        steps = {name: found[name] for name in ("step_size", "restarts") if name in found}
-        of = Attack(attack, found["epsilon"], **steps)
+        steps = {name: used[name] for name in ("step_size", "restarts") if name in used}
+        resolved = Attack(attack, used["epsilon"], **steps)
     except UsageError:  # of a damaged record
-        return found
+        return used
     if kind.iterative and (kind.adaptive or not kind.minimal):  # `fmn` has none unless given
-        found["step_size"] = of.step
-    if found.get("first_epsilon", 0) is None:
-        found["first_epsilon"] = of.epsilon / 16
+        used["step_size"] = resolved.step
+    if used.get("first_epsilon", 0) is None:
+        used["first_epsilon"] = resolved.epsilon / 16
     unused = {
         # the targeted ones and `fmn` follow scores of choices, whatever the loss makes of them
         "loss": not kind.search and (not kind.gradient or kind.targeted or attack == "fmn"),
-        "seed": not of.draws,
+        "seed": not resolved.draws,
         "gradient_dtype": not kind.gradient,
     }
     unused["loss_source"] = unused["loss"]
-    return {name: value for name, value in found.items() if not unused.get(name)}
+    return {name: value for name, value in used.items() if not unused.get(name)}
 
 
 def of_plan(
@@ -181,12 +181,12 @@ def of_plan(
     prompt, conditions = {name: getattr(plan, name) for name in PROMPT}, [*conditions]
     if plan.gradient_dtype is not None:
         prompt["gradient_dtype"] = plan.gradient_dtype
-    found = {}
+    by_condition = {}
     for settings, attack, place in zip(conditions, attacks, places(conditions), strict=True):
         values = {**prompt, **settings.arguments(), **settings.sources}
         amplitude = replace(settings.amplitude, hookpoint=place) if attack.name != "none" else None
-        found[attack.condition] = Condition.of(attack.condition, values, amplitude)
-    return found
+        by_condition[attack.condition] = Condition.of(attack.condition, values, amplitude)
+    return by_condition
 
 
 def of_run(run: Mapping[str, Any], frame: pd.DataFrame) -> dict[str, Condition]:
@@ -199,21 +199,21 @@ def of_run(run: Mapping[str, Any], frame: pd.DataFrame) -> dict[str, Condition]:
     """
     stored, attacks = (_mapping(run.get(part)) for part in (CONDITIONS, "attacks"))
     settings = {k: v for k, v in _mapping(run.get("settings")).items() if k in _DEFAULTS}
-    found = {}
-    for name, (told, amplitude) in _told_by_names(frame).items():
+    conditions = {}
+    for name, (named, amplitude) in _from_names(frame).items():
         values = dict(_mapping(stored.get(name)))
         amplitude = _amplitude(values.pop(_SIZE, None)) or amplitude
         if "attack" not in values:
-            of = _mapping(attacks.get(name))
+            described = _mapping(attacks.get(name))
             own = ("epsilon", "epsilon_unit", "norm", "context", "hookpoint")
-            values = settings | told | {k: of[k] for k in own if k in of}
-        found[name] = Condition.of(name, values, amplitude)
-    return found
+            values = settings | named | {k: described[k] for k in own if k in described}
+        conditions[name] = Condition.of(name, values, amplitude)
+    return conditions
 
 
 def by_name(frame: pd.DataFrame) -> dict[str, Condition]:
     """The conditions in a frame as their names tell them, for want of a record."""
-    return {name: Condition.of(name, *told) for name, told in _told_by_names(frame).items()}
+    return {name: Condition.of(name, *named) for name, named in _from_names(frame).items()}
 
 
 def _amplitude(stored: Any) -> Amplitude | None:
@@ -225,22 +225,22 @@ def _amplitude(stored: Any) -> Amplitude | None:
         return None
 
 
-def _told_by_names(frame: pd.DataFrame) -> dict[str, tuple[dict[str, Any], Amplitude | None]]:
+def _from_names(frame: pd.DataFrame) -> dict[str, tuple[dict[str, Any], Amplitude | None]]:
     """Settings and amplitude of each condition, as far as its name and the frame tell them."""
     columns = [name for name in ("condition", "attack", "epsilon", "hookpoint") if name in frame]
-    found: dict[str, tuple[dict[str, Any], Amplitude | None]] = {}
+    conditions: dict[str, tuple[dict[str, Any], Amplitude | None]] = {}
     for row in frame[columns].drop_duplicates("condition").to_dict("records"):
         name, attack = str(row["condition"]), str(row["attack"])
         values = {"attack": attack, "epsilon": row.get("epsilon", 0.0), "epsilon_unit": ABSOLUTE}
         place = row.get("hookpoint", EMBED)
         values["hookpoint"] = None if place == EMBED else place
         parts = _LABEL.fullmatch(name.removeprefix(condition_name(attack, "")))
-        told = {k: v for k, v in parts.groupdict().items() if v} if parts else {}
-        values |= told | {"epsilon": float(told.get("epsilon", values["epsilon"]))}
+        named = {k: v for k, v in parts.groupdict().items() if v} if parts else {}
+        values |= named | {"epsilon": float(named.get("epsilon", values["epsilon"]))}
         epsilon = Epsilon(values["epsilon"], values["epsilon_unit"])
-        amplitude = Amplitude(epsilon, told.get("norm", "linf"), told.get("hookpoint"))
-        found[name] = values, None if attack == "none" else amplitude
-    return found
+        amplitude = Amplitude(epsilon, named.get("norm", "linf"), named.get("hookpoint"))
+        conditions[name] = values, None if attack == "none" else amplitude
+    return conditions
 
 
 def aligned(a: Conditions, b: Conditions) -> tuple[dict[str, str], dict[str, str], list[str]]:

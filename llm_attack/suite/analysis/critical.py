@@ -65,9 +65,9 @@ def judged(samples: pd.DataFrame, score: str) -> pd.DataFrame:
     wrong = _right(samples, score) == 0
     clean = samples.loc[wrong & (samples["condition"] == "none"), _PLACE]
     at_first = pd.MultiIndex.from_frame(samples[_PLACE]).isin(pd.MultiIndex.from_frame(clean))
-    found = samples["critical_epsilon"].clip(upper=samples["epsilon"]).where(wrong, np.inf)
-    found = found.mask(at_first, 0.0).where(samples["critical_epsilon"].notna())
-    return samples.assign(critical_epsilon=found)
+    critical = samples["critical_epsilon"].clip(upper=samples["epsilon"]).where(wrong, np.inf)
+    critical = critical.mask(at_first, 0.0).where(samples["critical_epsilon"].notna())
+    return samples.assign(critical_epsilon=critical)
 
 
 def of_score(samples: pd.DataFrame, questions: pd.DataFrame, score: str) -> pd.DataFrame:
@@ -85,7 +85,7 @@ def of_score(samples: pd.DataFrame, questions: pd.DataFrame, score: str) -> pd.D
         return samples
     lengths = samples[_PLACE].merge(questions[[*_PLACE, "lengths"]], how="left")["lengths"]
     pairs = zip(samples["log_likelihoods"], lengths, strict=True)
-    return samples.assign(log_likelihoods=[np.divide(values, of) for values, of in pairs])
+    return samples.assign(log_likelihoods=[np.divide(values, length) for values, length in pairs])
 
 
 def _right(samples: pd.DataFrame, score: str) -> pd.Series:
@@ -96,7 +96,7 @@ def _right(samples: pd.DataFrame, score: str) -> pd.Series:
 
 def stalled(samples: pd.DataFrame) -> dict[str, str]:
     """For each condition of `fmn` with censored questions what has to be said of them."""
-    found = {}
+    sentences = {}
     others = samples[(samples["attack"] == "critical") & np.isfinite(samples["critical_epsilon"])]
     for condition in looked_for(samples):
         rows = samples[samples["condition"] == condition]
@@ -110,8 +110,8 @@ def stalled(samples: pd.DataFrame) -> dict[str, str]:
         if "critical" in set(samples["attack"]):
             known = len(censored[_PLACE].merge(others[_PLACE].drop_duplicates()))
             text += f"; critical found one for {known} of them"
-        found[condition] = text
-    return found
+        sentences[condition] = text
+    return sentences
 
 
 def looked_for(samples: pd.DataFrame) -> list[str]:
@@ -123,7 +123,7 @@ def looked_for(samples: pd.DataFrame) -> list[str]:
 
 def curve(values: Sequence[Numbers], epsilons: Numbers) -> Numbers:
     """(epsilons,) mean over tasks of the share of critical epsilons above each epsilon."""
-    shares = [1 - np.searchsorted(np.sort(of), epsilons, "right") / len(of) for of in values]
+    shares = [1 - np.searchsorted(np.sort(task), epsilons, "right") / len(task) for task in values]
     return np.asarray(np.mean(shares, axis=0))
 
 
@@ -134,7 +134,7 @@ def half_life(values: Sequence[Numbers]) -> float:
     fewer fell, NaN where none was right.
     """
     all_values = np.concatenate(values)
-    weights = np.concatenate([np.full(len(of), 1 / len(of)) for of in values])
+    weights = np.concatenate([np.full(len(task), 1 / len(task)) for task in values])
     right = all_values > 0
     order = np.argsort(all_values[right])
     fallen = weights[right][order].cumsum()
@@ -149,7 +149,7 @@ def area(values: Sequence[Numbers], largest: float) -> float:
     """Area under the curve from 0 to `largest`, over `largest`: the mean accuracy up to there."""
     if largest == 0:
         return float(curve(values, np.zeros(1))[0])
-    return float(np.mean([np.minimum(of, largest).mean() / largest for of in values]))
+    return float(np.mean([np.minimum(task, largest).mean() / largest for task in values]))
 
 
 def robustness(samples: pd.DataFrame) -> pd.DataFrame:
@@ -176,15 +176,15 @@ def robustness(samples: pd.DataFrame) -> pd.DataFrame:
                 "epsilon_max": largest,
                 "n": sum(map(len, values)),
                 "acc": float(curve(values, np.zeros(1))[0]),
-                "censored": int(sum(np.isinf(of).sum() for of in values)),
+                "censored": int(sum(np.isinf(task).sum() for task in values)),
             }
             statistics: dict[str, Callable[[Sequence[Numbers]], float]] = {
                 "median": half_life,
                 "area": partial(area, largest=largest),
             }
-            for name, of in statistics.items():
-                low, high = _interval([of(again) for again in drawn])
-                row |= {name: of(values), f"{name}_low": low, f"{name}_high": high}
+            for name, statistic in statistics.items():
+                low, high = _interval([statistic(again) for again in drawn])
+                row |= {name: statistic(values), f"{name}_low": low, f"{name}_high": high}
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -228,7 +228,7 @@ def foretold(samples: pd.DataFrame) -> pd.DataFrame:
     clean = samples[samples["condition"] == "none"]
     if clean.empty or not looked_for(samples) or clean["first_order"].isna().all():
         return pd.DataFrame()
-    known = pd.DataFrame({name: of(clean) for name, of in _FORETELL.items()})
+    known = pd.DataFrame({name: predictor(clean) for name, predictor in _FORETELL.items()})
     known = pd.concat([clean[_PLACE], known], axis=1)[right(clean)].dropna()
     rows = []
     for condition, group in samples.groupby("condition", sort=False):
@@ -247,19 +247,19 @@ def foretold(samples: pd.DataFrame) -> pd.DataFrame:
 
 
 def _measured(pairs: pd.DataFrame, measure: str) -> Iterator[dict[str, Any]]:
-    of = _MEASURES[measure]
+    measured = _MEASURES[measure]
     outcome = pairs["outcome"].to_numpy(float)
     groups = [index for _, index in sorted(pairs.groupby("task", sort=False).indices.items())]
     again = np.array([np.concatenate(draw) for draw in _redrawn(groups)])
-    found, drawn = {}, {}
+    values, drawn = {}, {}
     for name in _FORETELL:
         known = pairs[name].to_numpy(float)
-        found[name] = of(known[None], outcome[None])[0]
-        drawn[name] = of(known[again], outcome[again])
+        values[name] = measured(known[None], outcome[None])[0]
+        drawn[name] = measured(known[again], outcome[again])
     name = f"{_PROBE} - {_BASELINE}"
-    for of_all in (found, drawn):
+    for of_all in (values, drawn):
         of_all[name] = of_all[_PROBE] - of_all[_BASELINE]
-    for name, value in found.items():
+    for name, value in values.items():
         low, high = _interval(drawn[name])
         yield {"predictor": name, "n": len(pairs), "value": value, "low": low, "high": high}
 
@@ -280,7 +280,7 @@ def _redrawn(values: Sequence[NDArray[Any]]) -> Iterator[list[NDArray[Any]]]:
     """Each task's values drawn again with replacement, `RESAMPLES` times; always the same draws."""
     generator = np.random.default_rng(0)
     for _ in range(RESAMPLES):
-        yield [of[generator.integers(len(of), size=len(of))] for of in values]
+        yield [task[generator.integers(len(task), size=len(task))] for task in values]
 
 
 def _interval(values: Sequence[float] | Numbers) -> tuple[float, float]:

@@ -52,7 +52,11 @@ def differences(
     if conditions is not None:
         a_of, b_of = conditions
         samples_a, samples_b, _ = aligned_samples(samples_a, samples_b, conditions)
-        same = {name for name, of in a_of.items() if any(of == there for there in b_of.values())}
+        same = {
+            name
+            for name, condition in a_of.items()
+            if any(condition == there for there in b_of.values())
+        }
         known = set(samples_a["condition"]) & set(samples_b["condition"]) & same
     attacks = [name for name in samples_a["condition"].unique() if name in known - {"none"}]
     if "none" not in known or not attacks:
@@ -74,28 +78,28 @@ def differences(
         drops = [sign * (side["none"] - side[condition]).to_numpy(float) for side in sides]
         frame = about.assign(a=drops[0], b=drops[1], step=drops[1] - drops[0])
         of_tasks = frame.dropna(subset="step").groupby("task", sort=False)
-        tasks = {str(task): of for task, of in of_tasks}
-        each = [_row(task, condition, [of]) for task, of in tasks.items()]
+        tasks = {str(task): frame for task, frame in of_tasks}
+        each = [_row(task, condition, [frame]) for task, frame in tasks.items()]
         rows += each
         if tasks:
             rows.append(_row(MEAN, condition, list(tasks.values())))
-    found = pd.DataFrame(rows, columns=_COLUMNS)
-    means = found["task"] == MEAN
-    found["p_holm"] = found["p"]
-    found.loc[~means, "p_holm"] = holm_over_tasks(found[~means], "p")
-    return pd.concat([found[~means], found[means]], ignore_index=True)
+    table = pd.DataFrame(rows, columns=_COLUMNS)
+    means = table["task"] == MEAN
+    table["p_holm"] = table["p"]
+    table.loc[~means, "p_holm"] = holm_over_tasks(table[~means], "p")
+    return pd.concat([table[~means], table[means]], ignore_index=True)
 
 
 def _row(task: str, condition: str, tasks: list[pd.DataFrame]) -> dict[str, object]:
     """One task, or the mean over several."""
-    steps = [(of["step"].to_numpy(float), of["source"].to_numpy()) for of in tasks]
-    found: Mean = mean_of(steps)
-    net = [np.bincount(np.unique(of, return_inverse=True)[1], step) for step, of in steps]
-    low, high = (found.low, found.high) if found.high > found.low else (np.nan, np.nan)
-    drop_a, drop_b = (float(np.mean([of[run].mean() for of in tasks])) for run in "ab")
+    steps = [(task["step"].to_numpy(float), task["source"].to_numpy()) for task in tasks]
+    mean: Mean = mean_of(steps)
+    net = [np.bincount(np.unique(source, return_inverse=True)[1], step) for step, source in steps]
+    low, high = (mean.low, mean.high) if mean.high > mean.low else (np.nan, np.nan)
+    drop_a, drop_b = (float(np.mean([task[run].mean() for task in tasks])) for run in "ab")
     return {
         **{"task": task, "condition": condition, "n": sum(map(len, tasks))},
-        **{"drop_a": 100 * drop_a, "drop_b": 100 * drop_b, "difference": 100 * found.value},
+        **{"drop_a": 100 * drop_a, "drop_b": 100 * drop_b, "difference": 100 * mean.value},
         **{"difference_low": 100 * low, "difference_high": 100 * high},
         "p": sign_test(net, list(map(len, tasks))),
     }

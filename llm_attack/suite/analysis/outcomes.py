@@ -23,17 +23,17 @@ def with_scores(samples: pd.DataFrame) -> pd.DataFrame:
     samples = samples.assign(**{k: v for k, v in missing.items() if k not in samples})
     if "kind" not in samples:
         values = samples["acc"].groupby(samples["task"], sort=False)
-        samples["kind"] = samples["task"].map({task: kind_of(of) for task, of in values})
+        samples["kind"] = samples["task"].map({task: kind_of(scores) for task, scores in values})
     return samples
 
 
 def kind_of(values: Iterable[float], least: str = CHOICE) -> str:
     """The kind of a score: `least`, or what these values of it need beyond that."""
-    found = np.fromiter(values, dtype=float)
-    found = found[~np.isnan(found)]
-    if least in (CHOICE, BINARY) and np.isin(found, (0, 1)).all():
+    scores = np.fromiter(values, dtype=float)
+    scores = scores[~np.isnan(scores)]
+    if least in (CHOICE, BINARY) and np.isin(scores, (0, 1)).all():
         return least
-    within = ((found >= 0) & (found <= 1)).all()
+    within = ((scores >= 0) & (scores <= 1)).all()
     return SHARE if within and least != NUMBER else NUMBER
 
 
@@ -64,10 +64,10 @@ def measured(samples: pd.DataFrame) -> dict[str, pd.Series]:
     """What log-likelihoods come to, per row and by name: `gold_probability`, `log_likelihood` (mean
     of the choices, in nats) and `margin` (`gold_margin`); those of `with_worst` as they stand.
     """
-    missing = {name: of for name, of in _MEASURES.items() if name not in samples}
+    missing = {name: measure for name, measure in _MEASURES.items() if name not in samples}
     made = _per_row(samples, list(missing.values())) if missing else []
-    found = dict(zip(missing, made, strict=True))
-    return {name: found[name] if name in found else samples[name] for name in _MEASURES}
+    computed = dict(zip(missing, made, strict=True))
+    return {name: computed[name] if name in computed else samples[name] for name in _MEASURES}
 
 
 def chances(samples: pd.DataFrame) -> pd.Series:
@@ -103,18 +103,18 @@ def log_likelihood(samples: pd.DataFrame) -> pd.Series:
 
 def _margin(scores: np.ndarray, gold: np.ndarray) -> np.ndarray:
     known = ~np.isnan(scores)
-    best = [np.where(of & known, scores, -np.inf).max(1) for of in (gold, ~gold)]
+    best = [np.where(choices & known, scores, -np.inf).max(1) for choices in (gold, ~gold)]
     with np.errstate(invalid="ignore"):
-        found = best[0] - best[1]
-    return np.where(np.isfinite(found), found, np.nan)
+        margin = best[0] - best[1]
+    return np.where(np.isfinite(margin), margin, np.nan)
 
 
 def _share(scores: np.ndarray, gold: np.ndarray) -> np.ndarray:
     best = scores.max(1, keepdims=True)
     with np.errstate(invalid="ignore"):
         weights = np.exp(scores - best)
-        found = np.where(gold, weights, 0.0).sum(1) / weights.sum(1)
-    return np.where(np.isfinite(best[:, 0]), found, np.nan)
+        share = np.where(gold, weights, 0.0).sum(1) / weights.sum(1)
+    return np.where(np.isfinite(best[:, 0]), share, np.nan)
 
 
 def _mean(scores: np.ndarray, _: np.ndarray) -> np.ndarray:
@@ -139,7 +139,7 @@ def _per_row(samples: pd.DataFrame, measures: Sequence[_Measure]) -> list[pd.Ser
     """
     lists, golds = samples["log_likelihoods"].to_numpy(), samples["gold"].to_numpy()
     lengths = np.fromiter(map(len, lists), int, len(lists))
-    found = np.full((len(measures), len(lists)), np.nan)
+    columns = np.full((len(measures), len(lists)), np.nan)
     for length in np.unique(lengths):
         (rows,) = np.nonzero(lengths == length)
         scores = np.concatenate(lists[rows]).astype(float).reshape(len(rows), length)
@@ -147,8 +147,8 @@ def _per_row(samples: pd.DataFrame, measures: Sequence[_Measure]) -> list[pd.Ser
         owner = np.repeat(np.arange(len(rows)), np.fromiter(map(len, of_rows), int, len(rows)))
         gold = np.zeros((len(rows), length), dtype=bool)
         gold[owner, np.fromiter(chain.from_iterable(of_rows), int, len(owner))] = True
-        found[:, rows] = [of(scores, gold) for of in measures]
-    return [pd.Series(of, samples.index, dtype=float) for of in found]
+        columns[:, rows] = [measure(scores, gold) for measure in measures]
+    return [pd.Series(column, samples.index, dtype=float) for column in columns]
 
 
 def sources(samples: pd.DataFrame) -> pd.Series:

@@ -85,14 +85,14 @@ def paired(
         values = group[["acc_a", "acc_b"]].to_numpy(float).ravel()
         pairs.loc[group.index, "kind"] = kind_of(values, group["kind"].iloc[0])
     for (task, condition), group in pairs.groupby(KEYS, sort=False):
-        n, found = len(group), compared(group, of_a, of_b)
+        n, change = len(group), compared(group, of_a, of_b)
         rows.append(
             {
                 **{"task": task, "condition": condition, "n": n},
                 **{key: group[key].iloc[0] for key in SCORE},
                 **{"left_out": asked_of_task[task] - n, "clusters": group["source"].nunique()},
                 **{key: group[key].mean() for key in ("acc_a", "acc_b")},
-                **found,
+                **change,
             }
         )
     frame = pd.DataFrame(rows)
@@ -105,7 +105,7 @@ def paired(
 
 def _check_scores(a: pd.DataFrame, b: pd.DataFrame) -> None:
     """Raises `UsageError` where a task has another score in one run than in the other."""
-    of_a, of_b = (of.drop_duplicates("task").set_index("task")["score"] for of in (a, b))
+    of_a, of_b = (samples.drop_duplicates("task").set_index("task")["score"] for samples in (a, b))
     for task in of_a.index.intersection(of_b.index):
         if of_a[task] != of_b[task]:
             raise UsageError(
@@ -148,7 +148,7 @@ def aligned_samples(
         return samples_a, samples_b, []
     *names, sentences = aligned(*conditions)
     a, b = (
-        run.assign(condition=run["condition"].map(of))
-        for run, of in zip((samples_a, samples_b), names, strict=True)
+        run.assign(condition=run["condition"].map(new_names))
+        for run, new_names in zip((samples_a, samples_b), names, strict=True)
     )
     return a, b, sentences

@@ -133,7 +133,7 @@ def summarise(
     side = np.where(table["acc"] > table["baseline"], ABOVE, BELOW)
     verdict = np.where(differs, side, INDISTINGUISHABLE)
     table["verdict"] = pd.Series(verdict, dtype=object).where(table["p_chance"].notna())
-    ratio = {name: of.get("snr_db") for name, of in (attacks or {}).items()}
+    ratio = {name: info.get("snr_db") for name, info in (attacks or {}).items()}
     table["snr_db"] = table["condition"].map(ratio).astype(float)
     plain = ("baseline", "snr_db", "gold_probability", "log_likelihood_change", "margin_change")
     table, columns = _with_scores_of_tasks(table, of_tasks or {})
@@ -145,9 +145,11 @@ def _with_scores_of_tasks(
 ) -> tuple[pd.DataFrame, list[str]]:
     """The table with a column for each score of a whole task; and the columns of the result."""
     places = zip(table["condition"], table["task"], strict=True)
-    found = [of_tasks.get(condition, {}).get(task, {}) for condition, task in places]
-    names = list(dict.fromkeys(name for of in found for name in of))
-    more = {f"{OF_TASK}{name}": [of.get(name, np.nan) for of in found] for name in names}
+    scores = [of_tasks.get(condition, {}).get(task, {}) for condition, task in places]
+    names = list(dict.fromkeys(name for of_place in scores for name in of_place))
+    more = {
+        f"{OF_TASK}{name}": [of_place.get(name, np.nan) for of_place in scores] for name in names
+    }
     columns = [*_TABLE, *more]
     plain = (table[SCORE] == [ACC, CHOICE, HIGHER]).all(axis=None)
     if plain and not more:

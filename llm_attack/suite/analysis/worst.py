@@ -78,10 +78,10 @@ def with_worst(samples: pd.DataFrame, run: Mapping[str, Any]) -> pd.DataFrame:
 
 def conditions(samples: pd.DataFrame, run: Mapping[str, Any]) -> dict[str, Condition]:
     """The conditions of `with_worst`, by name. A worst case is what was tried, and how."""
-    found = of_run(run, samples)
+    known = of_run(run, samples)
     if wanted(run):
-        found |= {case.name: case for case, _, _ in _worst_cases(samples, found)}
-    return found
+        known |= {case.name: case for case, _, _ in _worst_cases(samples, known)}
+    return known
 
 
 def _worst_cases(
@@ -115,7 +115,7 @@ def hidden_gradients(samples: pd.DataFrame, known: Conditions) -> list[str]:
         samples: a row per question and condition.
         known: the conditions of the run.
     """
-    found = []
+    sentences = []
     for _, epsilon, rows in comparable_attacks(samples, known):
         here = rows[rows["epsilon"] == epsilon]
         answers = here.assign(right=right(here).astype(float))
@@ -127,12 +127,12 @@ def hidden_gradients(samples: pd.DataFrame, known: Conditions) -> list[str]:
         searched, followed = kept[SEARCH] <= 0, kept[best] <= 0
         more, less = int((searched & ~followed).sum()), int((followed & ~searched).sum())
         if more > less and more_often(more, less) <= ALPHA:
-            found.append(
+            sentences.append(
                 f"{search} takes no gradient and made {more} questions wrong that {best}"
                 f" did not, {less} the other way round: the model hides its gradient, and attacks"
                 " that follow it are too weak"
             )
-    return found
+    return sentences
 
 
 def named(rows: pd.DataFrame, attack: str) -> str:
@@ -151,7 +151,9 @@ def comparable_attacks(
         known: the conditions of the run.
     """
     attacks = frame[~frame["attack"].isin([WORST, *NO_PART]) & (frame["epsilon"] > 0)]
-    kinds = attacks["condition"].map({name: str(of.ball) for name, of in known.items()})
+    kinds = attacks["condition"].map(
+        {name: str(condition.ball) for name, condition in known.items()}
+    )
     for _, rows in attacks.groupby(kinds, sort=False):
         for row in rows.drop_duplicates("epsilon").itertuples():
             yield known[str(row.condition)], float(row.epsilon), rows

@@ -99,8 +99,10 @@ def bars(table: pd.DataFrame) -> Figure:
     scored = "score" in table
     bottom, top = (0.0, 1.0) if not scored else _range(table)
     with print_style():
-        needed = scaled(0.11) * len(conditions) + 0.1
-        figure, parts, inches = rows_of_tasks(list(table["task"].unique()), needed, height=1.75)
+        inches_of_row = scaled(0.11) * len(conditions) + 0.1
+        figure, parts, inches = rows_of_tasks(
+            list(table["task"].unique()), inches_of_row, height=1.75
+        )
         step = min(0.86 / len(conditions), 0.3 / inches)
         for axes, tasks in parts:
             of_tasks = table.drop_duplicates("task").set_index("task").loc[tasks]

@@ -122,11 +122,11 @@ def unit_of(run: Mapping[str, Any]) -> Unit:
     Args:
         run: what `run.json` holds, of one hookpoint.
     """
-    given = [of for of in run.get("attacks", {}).values() if of.get("attack") != "none"]
-    units = sorted({of.get("epsilon_unit", ABSOLUTE) for of in given})
+    given = [attack for attack in run.get("attacks", {}).values() if attack.get("attack") != "none"]
+    units = sorted({attack.get("epsilon_unit", ABSOLUTE) for attack in given})
     if len(units) > 1:
         return Unit(f" (absolute; given in {' and '.join(units)})")
-    lengths = [(of.get("epsilon"), of.get("epsilon_absolute")) for of in given]
+    lengths = [(attack.get("epsilon"), attack.get("epsilon_absolute")) for attack in given]
     sizes = [absolute / epsilon for epsilon, absolute in lengths if epsilon and absolute]
     if units in ([], [ABSOLUTE]) or not sizes:
         return OF_POINT

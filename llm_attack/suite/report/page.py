@@ -136,7 +136,9 @@ def write_report(
         strongest=strongest(table) or names[0],
         clean="none" in data["conditions"],
         changes=_CHANGES,
-        columns=[of for of in _COLUMNS if "value" in data or not of[0].startswith("value_")],
+        columns=[
+            column for column in _COLUMNS if "value" in data or not column[0].startswith("value_")
+        ],
         scored="score" in table,
         score_notes=OF_SCORES if "score" in table else [],
         count=len(data["id"]),
@@ -233,7 +235,7 @@ def columns(samples: pd.DataFrame, questions: pd.DataFrame) -> dict[str, Any]:
 def _lists(column: pd.Series) -> list[list[float | None] | None]:
     """`_finite` of each list in a column, of all of them at once; None where there is none."""
     there = column.notna().tolist()
-    lists = [of for of, known in zip(column, there, strict=True) if known]
+    lists = [entry for entry, known in zip(column, there, strict=True) if known]
     flat = iter(_finite(chain.from_iterable(lists)))
     lengths = iter(map(len, lists))
     return [list(islice(flat, next(lengths))) if known else None for known in there]
@@ -277,23 +279,23 @@ def _abreast(table: pd.DataFrame) -> list[str]:
 
 def _measures(table: pd.DataFrame) -> Cells:
     """What else was measured of each condition, over all tasks: a row for each."""
-    of = means(table)
-    rows = [[str(c), *(of[name][c] for name in of)] for c in table["condition"].unique()]
-    return Cells(["condition", *of], rows, [])
+    columns = means(table)
+    rows = [[str(c), *(columns[name][c] for name in columns)] for c in table["condition"].unique()]
+    return Cells(["condition", *columns], rows, [])
 
 
 def _common(attacks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The settings that all attacks share, where there are two or more."""
-    of = [settings for name, settings in attacks.items() if name != "none"]
-    if len(of) < 2:
+    attacked = [settings for name, settings in attacks.items() if name != "none"]
+    if len(attacked) < 2:
         return {}
-    return {k: v for k, v in of[0].items() if all(k in x and x[k] == v for x in of)}
+    return {k: v for k, v in attacked[0].items() if all(k in x and x[k] == v for x in attacked)}
 
 
 def _different(attacks: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The settings and diagnostics that differ between attacks."""
     keys = dict.fromkeys(key for settings in attacks.values() for key in settings)
-    named = all(of.get("condition") == name for name, of in attacks.items())
+    named = all(settings.get("condition") == name for name, settings in attacks.items())
     hidden = {*_common(attacks), *(["condition"] if named else [])}  # the rows have it
     return [key for key in keys if key not in hidden]
 
@@ -318,7 +320,7 @@ def _value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, dict):
-        return ", ".join(f"{key}: {_value(of)}" for key, of in value.items()) or "–"
+        return ", ".join(f"{key}: {_value(entry)}" for key, entry in value.items()) or "–"
     if isinstance(value, (list, tuple)):
         return ", ".join(map(_value, value)) or "–"
     return str(value)

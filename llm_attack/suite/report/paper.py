@@ -87,17 +87,19 @@ def formats_of(given: str | None) -> tuple[str, ...]:
     Raises:
         UsageError: one of them is none.
     """
-    found = tuple(part.strip() for part in given.split(",")) if given else ()
-    for name in found:
+    formats = tuple(part.strip() for part in given.split(",")) if given else ()
+    for name in formats:
         if name not in FORMATS:
             raise invalid("format", name, FORMATS)
-    return found
+    return formats
 
 
 def escaped(text: object) -> str:
     """Text as LaTeX sets it, without letters that have no form."""
     plain = " ".join(str(text).split())
-    return "".join(_SPECIAL.get(of, of if of.isprintable() else "") for of in plain)
+    return "".join(
+        _SPECIAL.get(character, character if character.isprintable() else "") for character in plain
+    )
 
 
 def shown(table: pd.DataFrame) -> pd.DataFrame:
@@ -127,12 +129,12 @@ def table_of_run(table: pd.DataFrame, run: Mapping[str, Any], intervals: str = "
     for task, rows in few.groupby("task", sort=False):
         if task == MEAN and few["task"].nunique() == 2:
             continue  # of one task
-        of = {row["condition"]: row for row in rows.to_dict("records")}
+        row_of = {row["condition"]: row for row in rows.to_dict("records")}
         counts = "kind" not in rows or rows["kind"].isin([CHOICE, BINARY]).all()
         factor, digits = (100, 1) if counts else (1, 3)
         cells, ends = [], []
         for name in conditions:
-            row = of[name]
+            row = row_of[name]
             mark = _marks(row)
             marks |= set(mark)
             value = _number(factor * row["acc"], digits)
@@ -175,7 +177,7 @@ def _with_ends(
         cells = [f"{a} ({b})" if b else a for a, b in zip(cells, ends, strict=True)]
     lines = [_row([name, *cells, *last])]
     if intervals == "below" and any(ends):
-        small = [rf"{{\scriptsize {of}}}" if of else "" for of in ends]
+        small = [rf"{{\scriptsize {interval}}}" if interval else "" for interval in ends]
         lines.append(_row(["", *small, *[""] * len(last)]))
     return lines
 
@@ -224,15 +226,15 @@ def caption(
     if sizes.nunique() == 1:
         on = f"{_listed(names)}, $n = {sizes.iloc[0]}$ questions{' each' if len(names) > 1 else ''}"
     else:
-        on = _listed([f"{of} ($n = {n}$)" for of, n in zip(names, sizes, strict=True)])
+        on = _listed([f"{task} ($n = {n}$)" for task, n in zip(names, sizes, strict=True)])
     said = [
         f"{what if title is None else escaped(title)} of"
         f" {escaped(run.get('model_name') or run.get('model') or 'the model')} on {on}"
         + (f", {shots} shots" if shots else "")
     ]
     known = of_run(run, table)
-    attacks = [of for name, of in known.items() if of.attack not in ("none", WORST)]
-    attacks = [of for of in attacks if of.name in set(table["condition"])]
+    attacks = [attack for name, attack in known.items() if attack.attack not in ("none", WORST)]
+    attacks = [attack for attack in attacks if attack.name in set(table["condition"])]
     said += _threat(attacks, settings) if attacks else []
     if len(shown(table)) < len(table) and title is None:
         said.append("Of each attack the largest of the amplitudes that were tried is shown")
@@ -260,22 +262,22 @@ def caption(
 def _threat(attacks: Sequence[Condition], settings: Mapping[str, Any]) -> list[str]:
     """Threat model and amplitudes, a sentence each."""
 
-    def of(name: str) -> list[Any]:
+    def values(name: str) -> list[Any]:
         return list(dict.fromkeys(x.get(name) for x in attacks if x.get(name) is not None))
 
-    balls = [_BALLS.get(str(norm), escaped(norm)) for norm in of("norm") or ["linf"]]
+    balls = [_BALLS.get(str(norm), escaped(norm)) for norm in values("norm") or ["linf"]]
     loss = str(settings.get("loss"))
     gold = LOSSES[loss].gold if loss in LOSSES else None
     knows = {True: ", which knows the answer", False: ", which does not know the answer", None: ""}
-    places = [str(place) for place in of("hookpoint") if place != EMBED]
+    places = [str(place) for place in values("hookpoint") if place != EMBED]
     where = f" at {_listed([escaped(place) for place in places])}" if places else ""
     named = f"\\texttt{{{escaped(loss)}}}{knows[gold]}"
     parts = [f"Threat model: white box{where}, {_listed(balls)}, loss {named}"]
-    context = of("context")
+    context = values("context")
     if context:
         each = {"own": "one for each choice", "shared": "one for what the choices share"}
         parts[0] += f"; perturbations: {_listed([each.get(str(c), escaped(c)) for c in context])}"
-    positions = [p for p in of("positions") if p != "all"]
+    positions = [p for p in values("positions") if p != "all"]
     parts[0] += f"; perturbed positions: {escaped(_listed(positions))}" if positions else ""
     by_unit: dict[str, list[str]] = {}
     for one in attacks:
@@ -371,9 +373,9 @@ def _head(condition: Condition) -> tuple[str, str]:
 
 
 def _marks(row: Mapping[Any, Any]) -> list[str]:
-    found = [_MARKS[row["verdict"]]] if row["verdict"] in (INDISTINGUISHABLE, BELOW) else []
+    marks = [_MARKS[row["verdict"]]] if row["verdict"] in (INDISTINGUISHABLE, BELOW) else []
     # null, for `none` and for means without a test, compares false
-    return found + ([_MARKS[""]] if row["p_mcnemar_holm"] > ALPHA else [])
+    return marks + ([_MARKS[""]] if row["p_mcnemar_holm"] > ALPHA else [])
 
 
 def _number(value: float, digits: int) -> str:

@@ -129,7 +129,7 @@ def accuracies(
     some = table[table["condition"].isin(conditions)]
     under = means(some, intervals) if metric == "acc" else {}
     empty = [""] * (2 if scored else 1)
-    rows += [[name, *empty, *(of[c] for c in conditions), ""] for name, of in under.items()]
+    rows += [[name, *empty, *(values[c] for c in conditions), ""] for name, values in under.items()]
     name = "mean of each task's score" if scored else metric
     shown = f"{name} (95 % interval)" if intervals else name
     notes = [f"{shown}; n: questions; baseline: accuracy of random guesses"]
@@ -216,7 +216,7 @@ def means(table: pd.DataFrame, intervals: bool = True) -> dict[str, dict[str, st
     attacked = mean[mean["attack"] != "none"]
     in_names = map(condition_name, attacked["attack"], map("{:g}".format, attacked["epsilon"]))
     some["epsilon"] = list(in_names) != list(attacked.index)
-    return {name: of for name, of in shown.items() if some[name]}
+    return {name: values for name, values in shown.items() if some[name]}
 
 
 def changes(table: pd.DataFrame) -> Cells | None:

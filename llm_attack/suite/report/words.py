@@ -89,12 +89,15 @@ def headlines(table: pd.DataFrame, known: Conditions | None = None) -> list[Head
     worst = strongest(table)
     if worst is not None and worst in set(mean["condition"]):
         meanings[worst] = f"under the strongest attack, {_named(mean, worst, known)}"
-    found = []
+    lines = []
     for condition, meaning in meanings.items():
         for row in mean[mean["condition"] == condition].to_dict("records"):
-            found.append(Headline(_shown(mean, row["acc"]), meaning, _ends(mean, row)))
+            lines.append(Headline(_shown(mean, row["acc"]), meaning, _ends(mean, row)))
     guess = mean["baseline"].dropna()
-    return [*found, *(Headline(_shown(mean, of), "by guessing") for of in guess.iloc[:1])]
+    return [
+        *lines,
+        *(Headline(_shown(mean, accuracy), "by guessing") for accuracy in guess.iloc[:1]),
+    ]
 
 
 def in_words(table: pd.DataFrame, known: Conditions | None = None) -> list[str]:
@@ -165,7 +168,7 @@ def _attack(mean: pd.DataFrame, tasks: pd.DataFrame, known: Conditions) -> str:
         )
     if not any(changed):
         at = f" at {sizes[0]}" if len(rows) == 1 else f" at {sizes[0]} to {sizes[-1]}"
-        low, high = (_shown(mean, of(row["acc"] for row in rows)) for of in (min, max))
+        low, high = (_shown(mean, end(row["acc"] for row in rows)) for end in (min, max))
         acc = left if low == high else f"{low.removesuffix(' %')} to {high}"
         least = max(row["detectable"] for row in rows)
         could = f"; with {last['n']:,} questions we could detect {least:.1f} points"
@@ -179,8 +182,8 @@ def _attack(mean: pd.DataFrame, tasks: pd.DataFrame, known: Conditions) -> str:
         if first > 0:
             said += f" Below {sizes[first]} no detectable change."
     else:
-        found = [size for size, one in zip(sizes, changed, strict=True) if one]
-        said = f"no detectable change ({left}), but at {_listed(found)} there is one."
+        where = [size for size, one in zip(sizes, changed, strict=True) if one]
+        said = f"no detectable change ({left}), but at {_listed(where)} there is one."
     return f"{name} at {sizes[-1]}: {said}" + _left(rows, sizes, tasks) + _equivalent(last)
 
 
@@ -235,10 +238,10 @@ def _changed(mean: dict[Any, Any], tasks: pd.DataFrame) -> bool:
 
 def _left(rows: list[dict[Any, Any]], sizes: list[str], tasks: pd.DataFrame) -> str:
     """From which amplitude nothing is left; else at how many tasks, at the largest one."""
-    of = [tasks[tasks["condition"] == row["condition"]] for row in rows]
+    of_conditions = [tasks[tasks["condition"] == row["condition"]] for row in rows]
     none_left = [
         bool(row["acc"] <= row["baseline"] and (some["verdict"] != ABOVE).all())
-        for row, some in zip(rows, of, strict=True)
+        for row, some in zip(rows, of_conditions, strict=True)
     ]
     if none_left[-1]:
         first = max((i + 1 for i, one in enumerate(none_left) if not one), default=0)
@@ -246,17 +249,17 @@ def _left(rows: list[dict[Any, Any]], sizes: list[str], tasks: pd.DataFrame) -> 
         return (
             f" {'Nothing' if last else f'From {sizes[first]} on nothing'} is left above guessing."
         )
-    tested = of[-1][of[-1]["verdict"].notna()]
+    tested = of_conditions[-1][of_conditions[-1]["verdict"].notna()]
     above = int((tested["verdict"] == ABOVE).sum())
-    if tested.empty or (above == len(tested) and len(tested) < len(of[-1])):
+    if tested.empty or (above == len(tested) and len(tested) < len(of_conditions[-1])):
         return ""
-    if len(of[-1]) == 1:
+    if len(of_conditions[-1]) == 1:
         return f" It {'stays' if above else 'is not'} above guessing."
     if above in (0, len(tested)):
         return f" {'Every task stays' if above else 'No task is'} above guessing."
     part = number(len(tested) - above).capitalize()
     verb = "is" if len(tested) - above == 1 else "are"
-    return f" {part} of the {number(len(of[-1]))} tasks {verb} not above guessing."
+    return f" {part} of the {number(len(of_conditions[-1]))} tasks {verb} not above guessing."
 
 
 def _equivalent(mean: dict[Any, Any]) -> str:

@@ -73,12 +73,12 @@ class Processes(NamedTuple):
         Raises:
             UsageError: they make no sense.
         """
-        found = {"RANK": "0", "WORLD_SIZE": "1"}
-        for name in found:
-            found[name] = os.environ.get(name, found[name])
-            if not re.fullmatch("[0-9]{1,9}", found[name]):
-                raise invalid(name, found[name], "an integer, as torchrun sets it")
-        rank, world = map(int, found.values())
+        launch = {"RANK": "0", "WORLD_SIZE": "1"}
+        for name in launch:
+            launch[name] = os.environ.get(name, launch[name])
+            if not re.fullmatch("[0-9]{1,9}", launch[name]):
+                raise invalid(name, launch[name], "an integer, as torchrun sets it")
+        rank, world = map(int, launch.values())
         if world > 1 and isinstance(plan.model, LoadedModel):
             raise UsageError(
                 f"model={plan.model}: must be a name or a path with WORLD_SIZE={world}, as a model"
@@ -200,17 +200,17 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
             return None
         with status(progress, console, "waiting for the other processes"):
             store.wait()
-        found = gather(store.contents(), work, len(requests))
+        gathered = gather(store.contents(), work, len(requests))
     clock.lap("answers")
     with status(progress, console, "judging"):
-        results = [judge.results(answers, i) for i, answers in enumerate(found.answers)]
+        results = [judge.results(answers, i) for i, answers in enumerate(gathered.answers)]
         questions = rows.question_rows(requests, gold, results[0])
         attacks = lm.engine.attacks
         places = [condition.hookpoint or EMBED for condition in lm.conditions]
-        samples = rows.samples_of(questions, requests, scores, attacks, places, results, found)
+        samples = rows.samples_of(questions, requests, scores, attacks, places, results, gathered)
         samples = critical.judged(samples, critical.score_of({"settings": plan.settings()}))
         infos = {
-            attack.condition: lm.attack_info(i, found.diagnostics[i])
+            attack.condition: lm.attack_info(i, gathered.diagnostics[i])
             for i, attack in enumerate(attacks)
         }
         known = of_plan(plan, lm.conditions, attacks)
@@ -221,7 +221,7 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         table = summarise(with_worst(samples, run), infos, run["of_tasks"])
         table = with_equivalence(table, plan.equivalence)
     clock.lap("judgement")
-    seconds = {name: round(of, 2) for name, of in clock.items()}
+    seconds = {name: round(duration, 2) for name, duration in clock.items()}
     # where all was finished before, those of this process
     of_threads = {"threads": threads if len(threads) > 1 else threads[0]} if threads else {}
     run |= {
@@ -229,7 +229,7 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         "model_name": plan.model_name,
         "equivalence": plan.equivalence,
         "warnings": [
-            *lm.all_warnings(found.diagnostics),
+            *lm.all_warnings(gathered.diagnostics),
             *hidden_gradients(samples, known),
             *(f"{name}: {text}" for name, text in critical.stalled(samples).items()),
             *_critical_of_others(attacks, scores),
@@ -246,7 +246,9 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
 def _critical_of_others(attacks: Sequence[Attack], scores: Mapping[str, Score]) -> list[str]:
     """A sentence where critical epsilons are not of the scores that are reported."""
     of_choices = ("acc", "acc_norm", "acc_bytes")
-    others = [task for task, of in scores.items() if not (of.choice and of.name in of_choices)]
+    others = [
+        task for task, score in scores.items() if not (score.choice and score.name in of_choices)
+    ]
     if not others or not any(attack.kind.minimal for attack in attacks):
         return []
     listed = ", ".join(f"{task} ({scores[task].name})" for task in others)
@@ -277,11 +279,11 @@ def _answer(prepared: Prepared, store: Store, progress: str, console: Console) -
         say = partial(note, progress, console)
         answers = on_ray.answers(prepared.plan, lm, batches, say, threads)
     with RunProgress(progress, console, conditions, total, done) as bar:
-        for batch, found in answers:
+        for batch, result in answers:
             store.watch()
             fingerprint.check(store.folder.parent, prepared.mark)
             of_batch = todo[id(batch)]
-            content = of_batch.content(found)
+            content = of_batch.content(result)
             store.add(of_batch.key, content)
             bar.add(len(of_batch), running.add(content["answers"]))
             look()

@@ -94,11 +94,11 @@ def check(folder: Path, mark: dict[str, Any]) -> None:
     Raises:
         UsageError: it is another run, and the message says what differs; or batches have no mark.
     """
-    found = kept(folder)
-    if found is None:
+    stored = kept(folder)
+    if stored is None:
         _check_batches(folder)
     else:
-        check_same(folder, found, plain(mark))
+        check_same(folder, stored, plain(mark))
 
 
 def keep(folder: Path, mark: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from llm_attack.base.errors import UsageError, invalid
 from llm_attack.base.failures import ProcessDied, held, look, one_line
 from llm_attack.base.folder import differences
 from llm_attack.harness.model import AttackedHFLM
-from llm_attack.lm.engine.engine import Found
+from llm_attack.lm.engine.engine import BatchResult
 from llm_attack.lm.network.hook import frozen
 from llm_attack.lm.packing.batches import Batch
 from llm_attack.lm.settings import AttackSettings
@@ -66,7 +66,7 @@ class Worker:
         """The model's part of the fingerprint, and the number of threads."""
         return fingerprint.of_model(self.lm), threads_of(self.lm)
 
-    def answer(self, batch: Batch) -> Found:
+    def answer(self, batch: Batch) -> BatchResult:
         """The answers to a batch."""
         with frozen(self.lm.model):
             ((_, answers),) = self.lm.engine.answers([batch])
@@ -148,7 +148,7 @@ def answers(
     todo: Iterable[Batch],
     say: Callable[[str], None],
     threads: set[int],
-) -> Iterator[tuple[Batch, Found]]:
+) -> Iterator[tuple[Batch, BatchResult]]:
     """Batches with their answers, by the workers of `cluster`, in the order in which they finish.
 
     There is a worker for every GPU (on CPUs, for every core) of the cluster as it is and as it

@@ -31,7 +31,7 @@ def grouped(requests: Sequence[Instance]) -> dict[tuple[str, Any], list[int]]:
     """Numbers of the requests of each question, (task, doc_id), in order of its choices."""
     groups = [distinct(requests, numbers) for numbers in by_question(requests)]
     first = [requests[numbers[0]] for numbers in groups]
-    return {(str(r.task_name), r.doc_id): of for r, of in zip(first, groups, strict=True)}
+    return {(str(r.task_name), r.doc_id): group for r, group in zip(first, groups, strict=True)}
 
 
 def gold_of(requests: Sequence[Instance]) -> dict[tuple[str, Any], list[bool]]:
@@ -40,13 +40,13 @@ def gold_of(requests: Sequence[Instance]) -> dict[tuple[str, Any], list[bool]]:
     Raises:
         UsageError: a question has no choices with gold labels.
     """
-    found = {}
+    golds = {}
     for (task, doc_id), numbers in grouped(requests).items():
         try:
-            found[task, doc_id] = gold.gold_choices([requests[n] for n in numbers])
+            golds[task, doc_id] = gold.gold_choices([requests[n] for n in numbers])
         except gold.Unlabelled as error:
             raise scores.refused(task, requests[numbers[0]], error) from error
-    return found
+    return golds
 
 
 def scores_of(requests: Sequence[Instance], asked: str) -> dict[str, Score]:
@@ -63,14 +63,14 @@ def scores_of(requests: Sequence[Instance], asked: str) -> dict[str, Score]:
     for (task, _), numbers in grouped(requests).items():
         of_tasks.setdefault(task, []).append([requests[n] for n in numbers])
     scores.check_asked(asked, {task: questions[0] for task, questions in of_tasks.items()})
-    found = {}
+    score_of = {}
     for task, questions in of_tasks.items():
         try:
-            found[task] = scores.of_task(questions, asked)
+            score_of[task] = scores.of_task(questions, asked)
         except gold.Unlabelled as error:
             raise scores.refused(task, questions[0][0], error) from error
-        scores.check(task, questions, found[task])
-    return found
+        scores.check(task, questions, score_of[task])
+    return score_of
 
 
 def question_rows(
@@ -127,7 +127,7 @@ def samples_of(
     attacks: Sequence[Attack],
     hookpoints: Sequence[str],
     results: Sequence[dict[str, Any]],
-    found: Gathered,
+    gathered: Gathered,
 ) -> pd.DataFrame:
     """A row per question and condition.
 
@@ -148,28 +148,28 @@ def samples_of(
         attacks: of the conditions.
         hookpoints: of the conditions.
         results: lm-eval's, for each condition.
-        found: of `work.gather`.
+        gathered: of `work.gather`.
     """
     groups = grouped(requests)
     judged = [
         {
             (task, sample["doc_id"]): sample
-            for task, samples in found["samples"].items()
+            for task, samples in judged_samples["samples"].items()
             for sample in _first_filter(samples)
         }
-        for found in results
+        for judged_samples in results
     ]
     rows = []
     for question in questions.to_dict("records"):
         place = question["task"], question["doc_id"]
         numbers = groups[place]
-        alignments = [found.alignments[n] for n in numbers if n in found.alignments]
+        alignments = [gathered.alignments[n] for n in numbers if n in gathered.alignments]
         cosine = _cosine(alignments)
-        critical_epsilons = found.critical_epsilons.get(numbers[0], [None] * len(attacks))
+        critical_epsilons = gathered.critical_epsilons.get(numbers[0], [None] * len(attacks))
         score, asked = scored[place[0]], [requests[n] for n in numbers]
         gold_ones = set(question["gold"])
         of_conditions = zip(
-            attacks, hookpoints, judged, found.answers, critical_epsilons, strict=True
+            attacks, hookpoints, judged, gathered.answers, critical_epsilons, strict=True
         )
         for attack, hookpoint, samples, answers, critical in of_conditions:
             known = alignments and hookpoint == hookpoints[0]  # where the gradient was taken
@@ -220,16 +220,19 @@ def whole_tasks(
 ) -> dict[str, dict[str, dict[str, float]]]:
     """For each condition and task, lm-eval's numbers that are no mean over questions."""
     tasks = {str(r.task_name): gold.task_of(r) for r in requests}
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    whole: dict[str, dict[str, dict[str, float]]] = {}
     for condition, result in zip(conditions, results, strict=True):
-        for task, of in tasks.items():
+        for task, task_result in tasks.items():
             kept = _first_filter(result["samples"][task])[0]
-            names = {n: f"{n},{kept['filter']}" for n in scores.of_whole_tasks(of, kept["metrics"])}
+            names = {
+                n: f"{n},{kept['filter']}"
+                for n in scores.of_whole_tasks(task_result, kept["metrics"])
+            }
             values = {n: result["results"][task].get(key) for n, key in names.items()}
             numbers = {n: float(x) for n, x in values.items() if isinstance(x, (int, float))}
             if numbers:
-                found.setdefault(condition, {})[task] = numbers
-    return found
+                whole.setdefault(condition, {})[task] = numbers
+    return whole
 
 
 def _first_filter(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:

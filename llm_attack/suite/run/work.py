@@ -13,7 +13,7 @@ from llm_attack.harness.model import AttackedHFLM
 from llm_attack.harness.requests import Instance, by_question, distinct, encode, questions_of
 from llm_attack.harness.scores import Score
 from llm_attack.lm.engine.diagnostics import Diagnostics
-from llm_attack.lm.engine.engine import Answer, Found
+from llm_attack.lm.engine.engine import Answer, BatchResult
 from llm_attack.lm.engine.scatter import by_index
 from llm_attack.lm.packing.batches import Batch
 from llm_attack.suite.run.store import Key
@@ -40,7 +40,7 @@ class Work(NamedTuple):
             for question in self.batch.questions
         ]
 
-    def content(self, result: Found) -> dict[str, Any]:
+    def content(self, result: BatchResult) -> dict[str, Any]:
         """The finished batch as it is kept: numbers of requests, and what belongs to each."""
         requests = [(self.numbers[i], parts) for i, parts in by_index(result.answered).items()]
         return {

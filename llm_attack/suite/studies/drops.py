@@ -58,23 +58,23 @@ def amplitudes(frame: pd.DataFrame, a: Result, b: Result) -> list[str]:
         return [
             f"the runs share no attack with the same settings: only none is compared; {RELATIVE}"
         ]
-    found = []
+    sentences = []
     for condition in frame["condition"].unique():
         relative = [_relative(run.run.get("attacks") or {}, condition) for run in (a, b)]
         if abs(relative[0] - relative[1]) > EVEN * max(relative):
-            found.append(
+            sentences.append(
                 f"{condition} is {relative[0]:.3g} RMS of the embeddings in a and {relative[1]:.3g}"
                 f" in b: the attacks are not equally strong; {RELATIVE}"
             )
-    return found
+    return sentences
 
 
 def _relative(attacks: Mapping[str, Mapping[str, object]], condition: str) -> float:
-    of = attacks.get(condition) or {}
-    absolute = of.get("epsilon_absolute")
+    attack = attacks.get(condition) or {}
+    absolute = attack.get("epsilon_absolute")
     if not isinstance(absolute, (int, float)):
         return np.nan
-    return absolute / rms_of(attacks, str(of.get("hookpoint") or "embed"))
+    return absolute / rms_of(attacks, str(attack.get("hookpoint") or "embed"))
 
 
 def figure(frame: pd.DataFrame) -> Figure:

@@ -52,9 +52,13 @@ def name_of(run: Mapping[str, Any]) -> str:
     name = str(run.get("model_name") or run.get("model"))
     arguments = (run.get("settings") or {}).get("model_args") or {}
     for argument, sign in (("revision", "@"), ("subfolder", "/"), ("peft", "+"), ("delta", "+")):
-        of = arguments.get(argument) if isinstance(arguments, Mapping) else None
-        short = str(of).rstrip("/").rpartition("/")[2] if argument in ("peft", "delta") else str(of)
-        if of and short not in name:
+        value = arguments.get(argument) if isinstance(arguments, Mapping) else None
+        short = (
+            str(value).rstrip("/").rpartition("/")[2]
+            if argument in ("peft", "delta")
+            else str(value)
+        )
+        if value and short not in name:
             name += f"{sign}{short}"
     return name
 

@@ -1,0 +1,51 @@
+"""Before a model is loaded: what it is, the device, and how errors are shown."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import torch
+
+from llm_attack.base.device import check_device
+from llm_attack.base.errors import UsageError, invalid, report_usage_errors
+
+
+def source_of(pretrained: Any) -> Any:
+    """`pretrained` as a text or a model.
+
+    Raises:
+        UsageError: it is neither, nor a path; or no gradient can go through its weights.
+    """
+    if isinstance(pretrained, (str, os.PathLike)):
+        return os.fspath(pretrained)
+    if not isinstance(pretrained, torch.nn.Module) or not hasattr(pretrained, "config"):
+        raise invalid("pretrained", pretrained, "a model id, a path or a model of transformers")
+    if any(weight.is_inference() for weight in pretrained.parameters()):
+        raise UsageError(
+            "pretrained: the model was made under torch.inference_mode, and gradients cannot go"
+            " through such weights; must be made outside of it"
+        )
+    return pretrained
+
+
+def set_device(arguments: dict[str, Any]) -> None:
+    """Sets the argument `device` where it is not given, and checks it."""
+    if arguments.get("device") is None:
+        arguments["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    device = arguments["device"] = str(arguments["device"])
+    # lm-eval's command line says cuda:0 if the user says nothing
+    if device != "cuda:0" or not _lm_eval_runs() or any(device in word for word in sys.argv):
+        check_device(device)
+
+
+def report_if_lm_eval_runs() -> None:
+    """One line instead of a traceback, if this process is lm-eval's command line."""
+    if _lm_eval_runs():
+        report_usage_errors()
+
+
+def _lm_eval_runs() -> bool:
+    main = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return "lm_eval.__main__" in sys.modules or getattr(main, "name", None) == "lm_eval.__main__"
