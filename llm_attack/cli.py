@@ -134,6 +134,22 @@ _progress = click.option(
     help="Checkpoints of one training, each attacked in a folder of its own, with one table and one"
     " figure of all: revisions on the hub, or subfolders of a local model.",
 )
+@click.option(
+    "--fail_under",
+    cls=Option,
+    group="output",
+    metavar="CONDITION=SHARE,...",
+    help="Exit code 3 if the mean accuracy may be lower: worst=0.3 (every attack), fgsm=0.3,"
+    " none=0.5. The lower end of the 95 % interval counts; with 0.3:point, the estimate.",
+)
+@click.option(
+    "--fail_drop",
+    cls=Option,
+    group="output",
+    metavar="POINTS",
+    help="Exit code 3 if an attack may cost more points of mean accuracy. The upper end of the 95 %"
+    " interval counts; with 2:point, the estimate.",
+)
 def run(**settings: Any) -> None:
     """Compare attacks over tasks: accuracy, tests, figures and a report.
 
@@ -224,6 +240,12 @@ def report(folder: Path, **settings: Any) -> None:
     "--leaderboard",
     metavar="PATH",
     help="CSV file to which a row for each model and condition is appended.",
+)
+@click.option(
+    "--fail_drop",
+    metavar="POINTS",
+    help="Exit code 3 if the second of two runs may be worse by more points of mean accuracy, under"
+    " any condition. The upper end of the 95 % interval counts; with 2:point, the estimate.",
 )
 @_equivalence
 @_format

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from rich.console import Console
 
 from llm_attack.base.drawing import draw
@@ -13,7 +14,7 @@ from llm_attack.base.errors import UsageError, as_path
 from llm_attack.base.failures import Attempts
 from llm_attack.base.folder import check_writable, claim_file, resolved, resolved_file
 from llm_attack.base.record import write_text
-from llm_attack.suite import logged, render, results
+from llm_attack.suite import logged, render, results, thresholds
 from llm_attack.suite.analysis.drops import differences
 from llm_attack.suite.analysis.equivalence import with_equivalence
 from llm_attack.suite.analysis.pairs import paired, unshared
@@ -50,6 +51,7 @@ def compare(
     equivalence: float | None,
     formats: str | None = None,
     intervals: str = "below",
+    fail_drop: str | None = None,
 ) -> None:
     """The command `llm-attack compare`: runs on the questions that all of them asked."""
     wanted = paper.formats_of(formats)
@@ -63,6 +65,9 @@ def compare(
     folders = [as_path("folders", folder) for folder in folders]
     if len(folders) < 2 and leaderboard is None:
         raise UsageError(f"compare: must have two folders or more, not {len(folders)}")
+    limits = thresholds.drop(fail_drop)
+    if limits and len(folders) != 2:
+        raise UsageError(f"fail_drop={fail_drop}: must go with two folders")
     if equivalence is not None and len(folders) != 2:
         raise UsageError(f"equivalence={equivalence:g}: must go with two folders")
     pictures = [table.with_suffix(f".{form}") for form in ("png", "svg")] if table else []
@@ -78,14 +83,17 @@ def compare(
             raise UsageError(f"compare: {other} is no run of lm_eval and another is; must be alike")
         if len(folders) != 2 or path is not None:
             raise UsageError("compare: runs of lm_eval are compared in twos, without a leaderboard")
-        cells = _compare_logged(of_lm_eval, table, equivalence)
-        return _write_for_paper(table, wanted, cells, "b against a", intervals, {})
+        cells, frame = _compare_logged(of_lm_eval, table, equivalence)
+        _write_for_paper(table, wanted, cells, "b against a", intervals, {})
+        return thresholds.fail(thresholds.check_pair(frame, limits))
     found = [results.load(folder) for folder in folders]
     runs = dict(zip(models.names(folders, found), found, strict=True))
     if path is not None:
         board.check(path, runs)
+    missed: list[str] = []
     if len(folders) == 2:
-        cells = _compare_two(folders, found, table, equivalence)
+        cells, frame = _compare_two(folders, found, table, equivalence)
+        missed = thresholds.check_pair(frame, limits)
     if len(folders) > 2:
         cells = _compare_many(runs, table, "pdf" in wanted)
     title = ("models" if len(folders) > 2 else "b against a") + ", accuracy"
@@ -94,6 +102,7 @@ def compare(
     if path is not None:
         board.add(path, runs)
         written(path)
+    thresholds.fail(missed)
 
 
 def _write_for_paper(
@@ -135,7 +144,8 @@ def _compare_two(
     found: Sequence[Result],
     output: Path | None,
     equivalence: float | None,
-) -> Cells:
+) -> tuple[Cells, pd.DataFrame]:
+    """Two runs in pairs: what is shown, and the frame of `paired`."""
     a, b = found
     samples = [run.worst() for run in found]
     content = samples[0], a.questions, samples[1], b.questions
@@ -173,12 +183,12 @@ def _compare_two(
             with print_style():
                 draw(beside.parent, beside.stem, lambda: drops.figure(of_drops), attempts)
             warn(attempts.lines)
-    return cells
+    return cells, frame
 
 
 def _compare_logged(
     places: Sequence[Path], output: Path | None, equivalence: float | None
-) -> Cells:
+) -> tuple[Cells, pd.DataFrame]:
     """Two runs of lm_eval, question by question."""
     a, b = (logged.load(place) for place in places)
     notes = logged.differences(a, b)
@@ -198,7 +208,7 @@ def _compare_logged(
     Console().print(cells.rich("b against a"))
     if output is not None:
         write_text(output, text)
-    return cells
+    return cells, frame
 
 
 def _compare_many(runs: dict[str, Result], output: Path | None, pdf: bool) -> Cells:

@@ -8,7 +8,7 @@ import shlex
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from llm_attack.base.record import write_json, write_text
 from llm_attack.base.redact import redacted
 from llm_attack.harness.judge import as_json
 from llm_attack.harness.patches import without_bars
-from llm_attack.suite import render, results
+from llm_attack.suite import render, results, thresholds
 from llm_attack.suite.analysis.conditions import CONDITIONS
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.report import tables
@@ -36,6 +36,7 @@ from llm_attack.suite.run.load import left_as_it_was
 from llm_attack.suite.run.progress import MODES, note, warn, written
 from llm_attack.suite.run.store import STORE, begun, discard
 from llm_attack.suite.studies import hookpoints, revisions
+from llm_attack.suite.thresholds import Threshold
 
 
 @torch.inference_mode(False)
@@ -160,15 +161,18 @@ def run(
     progress: str,
     dry_run: bool,
     checkpoints: str | None = None,
+    fail_under: str | None = None,
+    fail_drop: str | None = None,
     **settings: Any,
 ) -> None:
     """The command `llm-attack run`."""
     plan = Plan(**settings)
+    limits = [*thresholds.under(fail_under, plan), *thresholds.drop(fail_drop, plan)]
     if checkpoints is not None:
         if dry_run or output is None:
             wrong = "without dry_run" if dry_run else "with output, a folder for all of them"
             raise UsageError(f"revisions={checkpoints}: must be given {wrong}")
-        return _run_revisions(plan, checkpoints, output, progress)
+        return _run_revisions(plan, checkpoints, output, progress, limits)
     if dry_run:
         silence()
         with without_bars():
@@ -193,9 +197,12 @@ def run(
         warn(attempts.lines, progress)
         if folder is not None and progress != "quiet":
             written(f"{folder}: report.html, table.csv, figure.png, samples.parquet")
+        thresholds.fail(thresholds.check_run(result.table, limits))
 
 
-def _run_revisions(plan: Plan, given: str, typed: str, progress: str) -> None:
+def _run_revisions(
+    plan: Plan, given: str, typed: str, progress: str, limits: Sequence[Threshold]
+) -> None:
     of_each = revisions.plans(plan, given)
     output = resolved(typed)
     revisions.check(output, of_each)
@@ -218,6 +225,8 @@ def _run_revisions(plan: Plan, given: str, typed: str, progress: str) -> None:
     Console().print(cells.rich(f"{plan.model}: its revisions under attack"))
     if progress != "quiet":
         written(f"{output}: revisions.csv, revisions.png, a folder of each")
+    missed = {name: thresholds.check_run(of.table, limits) for name, of in found.items()}
+    thresholds.fail(f"{name}: {text}" for name, lines in missed.items() for text in lines)
 
 
 @contextmanager
