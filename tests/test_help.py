@@ -47,7 +47,6 @@ def test_every_option_stands_under_a_heading(words):
 
 def test_headings_of_a_run():
     found = under_headings(shown(["run"]))
-    assert found.pop("Examples") == []
     assert list(found) == [
         *(f"{name} options" for name in ("Model", "Task", "Attack", "Threat model", "Engine")),
         *("Output options", "Cluster options", "Options"),
@@ -92,6 +91,6 @@ def test_three_examples_each_which_can_be_read():
             with found.make_context(name, list(rest)) as context:
                 known = {param.name for param in found.get_params(context)}
                 assert set(context.params) <= known
-                if "epsilons" in context.params and "attacks" in context.params:
+                if words == ("run",):
                     own = {entry.name for entry, _ in declared(Plan)}
                     Plan(**{k: v for k, v in context.params.items() if k in own})
