@@ -14,9 +14,10 @@ import click
 from llm_attack import __version__
 from llm_attack.base import failures
 from llm_attack.base.declare import DIALECT
+from llm_attack.base.errors import UsageError
 from llm_attack.base.folder import resolved
-from llm_attack.base.options import Command, Option, number, options
-from llm_attack.reproduce import DEVICE, preset_option
+from llm_attack.base.options import Command, Option, examples, number, options
+from llm_attack.reproduce import DEVICE, OUT, preset_option
 from llm_attack.theory import fig4, fig6, relation
 from llm_attack.vision import fig1, fig2, fig5, tradeoff
 
@@ -94,11 +95,28 @@ _progress = click.option(
     group="output",
     choices=("bar", "json", "quiet"),
     default="bar",
-    help="How progress is shown.",
+    help="How progress is shown: off a terminal, bar is a line per stage and every 30 seconds.",
+)
+_verbose = click.option(
+    "-v",
+    "--verbose",
+    cls=Option,
+    group="output",
+    count=True,
+    show_default=False,
+    help="Show the logs of this package and of the libraries; -vv: those for debugging as well.",
 )
 
 
-@main.command(cls=_OfPlan, context_settings={"show_default": True, **DIALECT})
+@main.command(
+    cls=_OfPlan,
+    context_settings={"show_default": True, **DIALECT},
+    epilog=examples(
+        "llm-attack run --model demo --tasks demo_six -o out/demo",
+        "llm-attack run --model TinyLlama/TinyLlama_v1.1 --epsilons 0.7rms --dry_run",
+        "llm-attack run --model demo --tasks demo_piqa --fail_under worst=0.3",
+    ),
+)
 @click.option(
     "--config",
     cls=Option,
@@ -110,6 +128,7 @@ _progress = click.option(
     help="YAML file with the same names as these options, which go before it.",
 )
 @_progress
+@_verbose
 @click.option(
     "-o",
     "--output",
@@ -133,6 +152,22 @@ _progress = click.option(
     metavar="NAME,...",
     help="Checkpoints of one training, each attacked in a folder of its own, with one table and one"
     " figure of all: revisions on the hub, or subfolders of a local model.",
+)
+@click.option(
+    "--fail_under",
+    cls=Option,
+    group="output",
+    metavar="CONDITION=SHARE,...",
+    help="Exit code 3 if the mean accuracy may be lower: worst=0.3 (every attack), fgsm=0.3,"
+    " none=0.5. The lower end of the 95 % interval counts; with 0.3:point, the estimate.",
+)
+@click.option(
+    "--fail_drop",
+    cls=Option,
+    group="output",
+    metavar="POINTS",
+    help="Exit code 3 if an attack may cost more points of mean accuracy. The upper end of the 95 %"
+    " interval counts; with 2:point, the estimate.",
 )
 def run(**settings: Any) -> None:
     """Compare attacks over tasks: accuracy, tests, figures and a report.
@@ -162,9 +197,18 @@ class _OfDoctor(_OfPlan):
         return left
 
 
-@main.command(cls=_OfDoctor, context_settings={"show_default": True, **DIALECT})
+@main.command(
+    cls=_OfDoctor,
+    context_settings={"show_default": True, **DIALECT},
+    epilog=examples(
+        "llm-attack doctor --model demo --tasks demo_six",
+        "llm-attack doctor --model models/mine --limit 50",
+        "llm-attack doctor --model models/mine --model_args peft=models/adapter",
+    ),
+)
 @_progress
-def doctor(progress: str, **settings: Any) -> int:
+@_verbose
+def doctor(progress: str, verbose: int, **settings: Any) -> int:
     """Look for a model that hides its gradient: a checklist, from a small run of its own.
 
     Ends with exit code 1 where a check fails: attacks on such a model say nothing.
@@ -172,7 +216,7 @@ def doctor(progress: str, **settings: Any) -> int:
     from llm_attack.suite.doctor import ATTACKS, EPSILONS, command
     from llm_attack.suite.plan import Plan
 
-    return command(Plan(attacks=ATTACKS, epsilons=EPSILONS, **settings), progress)
+    return command(Plan(attacks=ATTACKS, epsilons=EPSILONS, **settings), progress, verbose)
 
 
 _FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -200,7 +244,13 @@ _intervals = click.option(
 )
 
 
-@main.command()
+@main.command(
+    epilog=examples(
+        "llm-attack report out/demo",
+        "llm-attack report out/demo --equivalence 2",
+        "llm-attack report out/demo --format pdf,tex --intervals beside",
+    )
+)
 @click.argument("folder", type=_FOLDER)
 @_equivalence
 @_format
@@ -212,7 +262,13 @@ def report(folder: Path, **settings: Any) -> None:
     commands.report(folder, **settings)
 
 
-@main.command()
+@main.command(
+    epilog=examples(
+        "llm-attack compare out/base out/tuned -o pair.csv",
+        "llm-attack compare out/released out/new --fail_drop 2",
+        "llm-attack compare out/a out/b out/c -o models.csv --leaderboard board.csv",
+    )
+)
 @click.argument("folders", type=_FOLDER, nargs=-1, required=True)
 @click.option(
     "-o",
@@ -224,6 +280,12 @@ def report(folder: Path, **settings: Any) -> None:
     "--leaderboard",
     metavar="PATH",
     help="CSV file to which a row for each model and condition is appended.",
+)
+@click.option(
+    "--fail_drop",
+    metavar="POINTS",
+    help="Exit code 3 if the second of two runs may be worse by more points of mean accuracy, under"
+    " any condition. The upper end of the 95 % interval counts; with 2:point, the estimate.",
 )
 @_equivalence
 @_format
@@ -240,7 +302,13 @@ def compare(folders: tuple[Path, ...], **settings: Any) -> None:
     commands.compare(folders, **settings)
 
 
-@main.group()
+@main.group(
+    epilog=examples(
+        "llm-attack reproduce fig4",
+        "llm-attack reproduce fig2 --preset paper -o out/fig2-paper",
+        "llm-attack reproduce all --seed 1 -o out/seed-1",
+    )
+)
 def reproduce() -> None:
     """Reproduce the other experiments of the paper: a figure, its numbers and their record."""
 
@@ -249,12 +317,30 @@ for _command in FIGURES:
     reproduce.add_command(_command)
 
 
-@reproduce.command("all", params=[preset_option()])
+@reproduce.command("fig3", add_help_option=False, context_settings={"ignore_unknown_options": True})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def fig3(arguments: tuple[str, ...]) -> None:
+    """Fig. 3, of language models, is `llm-attack run`."""
+    raise UsageError(
+        "reproduce fig3: Fig. 3 is llm-attack run, such as llm-attack run --model"
+        " TinyLlama/TinyLlama_v1.1 -o out/fig3"
+    )
+
+
+@reproduce.command(
+    "all",
+    params=[preset_option()],
+    epilog=examples(
+        "llm-attack reproduce all",
+        "llm-attack reproduce all --preset paper -o out/paper",
+        "llm-attack reproduce all --seed 1 -o out/seed-1",
+    ),
+)
 @click.option(
     "-o",
     "--output",
     metavar="PATH",
-    default="results",
+    default=OUT,
     show_default=True,
     help="Folder for a folder of each figure.",
 )

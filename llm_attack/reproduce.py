@@ -28,7 +28,7 @@ from llm_attack.base.folder import (
     resolved,
     strangers,
 )
-from llm_attack.base.options import Command, Option, of_setting
+from llm_attack.base.options import Command, Option, examples, of_setting
 from llm_attack.base.plugins import load_function
 from llm_attack.base.record import hardware, versions, write_json
 from llm_attack.base.redact import redacted
@@ -37,6 +37,7 @@ PRESET_NAMES = ("quick", "paper")
 # Says whose an unfinished folder is; subfolders of results.
 _STARTED, _PARTS = "started.json", ("checkpoints",)
 _COMMAND = "llm-attack reproduce"
+OUT = "out"  # where results go unless --output says otherwise; results/ holds the stored ones
 _SEEDS = 2**62  # torch's generators take integers of 64 bits
 DEVICE = "Where to compute: cpu, cuda, cuda:1, ...; unless given, cuda where there is one"
 
@@ -58,7 +59,7 @@ def figure_command(
     """The command that runs an experiment with a preset and writes its record.
 
     Args:
-        name: of the command; the results go to results/`name` unless --output says otherwise.
+        name: of the command; the results go to out/`name` unless --output says otherwise.
         presets: settings (a dataclass of fields by `declare.setting`, `seed` and `device` among
             them) by their names, those of `PRESET_NAMES`.
         run: takes settings and a folder; writes figure and CSV there; returns the headline
@@ -109,12 +110,17 @@ def figure_command(
         (folder / _STARTED).unlink(missing_ok=True)
         click.echo(f"written: {folder}, in {seconds['all']:.1f} s")
 
-    default_output = Path("results", name)
+    default_output = Path(OUT, name)
     command = Figure(
         name,
         callback=callback,
         params=_options(presets, default_output, without),
         help=run.__doc__,
+        epilog=examples(
+            f"{_COMMAND} {name}",
+            f"{_COMMAND} {name} --preset paper -o {OUT}/{name}-paper",
+            f"{_COMMAND} {name} --seed 1 --device cpu -o {OUT}/{name}-1",
+        ),
         context_settings=DIALECT,
     )
     command.settle = settle

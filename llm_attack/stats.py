@@ -115,6 +115,24 @@ def chance_test(right: int, chances: ArrayLike) -> float:
     return min(1.0, float(pmf[pmf <= pmf[right] * (1 + 1e-7)].sum()))
 
 
+def tells_from_guessing(chances: ArrayLike) -> bool:
+    """Whether so many questions tell a model half-way between guessing and perfect from guessing.
+
+    That is: whether `chance_test` finds it at `ALPHA` with power `POWER`. With 10 questions of two
+    choices it does not, and 8 right answers of them are no sign of guessing.
+
+    Args:
+        chances: (n,) probability to guess each question right.
+    """
+    guess = np.asarray(chances, dtype=float)
+    pmf, half = guessing(guess), guessing((1 + guess) / 2)
+    found = [
+        right > guess.sum() and pmf[pmf <= pmf[right] * (1 + 1e-7)].sum() <= ALPHA
+        for right in range(len(pmf))
+    ]
+    return bool(half[found].sum() >= POWER)
+
+
 def sign_test(net: Sequence[ArrayLike], n: Sequence[int]) -> float:
     """Two-sided p-value of the mean over tasks of the net change: signs of clusters, by chance.
 
@@ -298,6 +316,25 @@ def detectable(errors: ArrayLike) -> float:
         errors: (tasks,) standard errors of each task's difference.
     """
     return float((ndtri(1 - ALPHA / 2) + ndtri(POWER)) * error_of_mean(errors))
+
+
+def planned(sizes: ArrayLike, discordance: float) -> float:
+    """The smallest drop of the mean over tasks that a run of so many questions will show.
+
+    As `detectable`, before anything is computed (R. J. Connor 1987, doi:10.2307/2531961, without
+    the term of the second order): a share `discordance` of the questions is assumed to change, or
+    as many as the drop itself needs.
+
+    Args:
+        sizes: (tasks,) questions of each task, independent of each other.
+        discordance: share of the questions whose answer changes, lost and gained.
+
+    Returns:
+        A share; 1 or more: no drop is found.
+    """
+    n = np.asarray(sizes, dtype=float)
+    drop = detectable(np.sqrt(discordance / n))
+    return drop if drop <= discordance else detectable(np.sqrt(1 / n)) ** 2
 
 
 def error_of_mean(errors: ArrayLike) -> Any:

@@ -137,6 +137,12 @@ RULES = (
     ),
     Rule(r"llm-attack eval --model_args .*", FEW, changes=(*MODEL, *TASKS), more="--limit 2"),
     Rule(
+        r"llm-attack run .* --fail_under .*",
+        f"{FEW}, which show nothing: thresholds that nothing misses",
+        changes=((r"--fail_under \S+ --fail_drop \S+", "--fail_under worst=0 --fail_drop 100"),),
+        more="--limit 2",
+    ),
+    Rule(
         r"llm-attack run --model demo --tasks demo_six --shard 1/2 -o shared",
         f"{FEW}; it would wait for the other share",
         changes=(("--shard 1/2 -o shared", "--shard 1/1 -o share"),),
@@ -196,6 +202,11 @@ RULES = (
         ),
         more="--tasks demo_piqa --limit 4",
         needs="accelerate",
+    ),
+    Rule(
+        r"llm-attack compare DIR_A DIR_B --fail_drop 2",
+        "few questions, which show nothing: a threshold that nothing misses",
+        changes=(("--fail_drop 2", "--fail_drop 100"),),
     ),
     Rule(r"llm-attack (report DIR|compare DIR_A DIR_B)( --equivalence \d+)?", "as shown"),
     Rule(r"llm-attack (report DIR|compare DIR_A DIR_B) --format (pdf,)?tex.*", "as shown"),

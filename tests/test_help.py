@@ -63,3 +63,34 @@ def test_choices_are_shown():
     assert "--progress [bar|json|quiet]" in text
     # as many attacks as there is no room for beside the name
     assert "One of none, random," in " ".join(shown(["reproduce", "fig4"]).split())
+
+
+def every_command(command, words=()):
+    """Each command with a help of its own, and its words."""
+    if words[-1:] not in (("eval",), ("fig3",)):  # lm-eval's own, and one that is another command
+        yield command, words
+    for name in getattr(command, "commands", {}):
+        yield from every_command(command.commands[name], (*words, name))
+
+
+def test_three_examples_each_which_can_be_read():
+    """Names and values of options are right; files and folders are the reader's."""
+    for command, words in every_command(main):
+        if not words:
+            continue
+        given = [line.strip() for line in (command.epilog or "").splitlines()[2:]]
+        assert len(given) == 3 and all(f"  {line}" in shown(words) for line in given), words
+        assert len(set(given)) == 3
+        for line in given:
+            program, *rest = line.split()
+            assert program == "llm-attack"
+            found = main
+            while hasattr(found, "commands"):
+                name, *rest = rest
+                found = found.commands[name]
+            with found.make_context(name, list(rest)) as context:
+                known = {param.name for param in found.get_params(context)}
+                assert set(context.params) <= known
+                if words == ("run",):
+                    own = {entry.name for entry, _ in declared(Plan)}
+                    Plan(**{k: v for k, v in context.params.items() if k in own})

@@ -42,7 +42,7 @@ def test_presets():
 def test_fig4_in_the_default_folder():
     done = reproduce("fig4", *TINY)
     assert done.exit_code == 0, done.output
-    run = json.loads(Path("results/fig4/run.json").read_text())
+    run = json.loads(Path("out/fig4/run.json").read_text())
     assert run["command"] == f"llm-attack reproduce fig4 --preset quick {' '.join(TINY)}"
     assert run["settings"] | {"seeds": 2, "epochs": 2, "device": "cpu"} == run["settings"]
     assert run["settings"]["epsilon"] == fig4.PRESETS["quick"].epsilon
@@ -50,7 +50,7 @@ def test_fig4_in_the_default_folder():
     assert {"torch", "llm-attack"} <= set(run["versions"])
     assert run["hardware"]["cores"]
     assert len(run["results"]["last_epoch"]["dx_predicted"]) == 2
-    assert set(pd.read_csv("results/fig4/curves.csv").seed) == {0, 1}
+    assert set(pd.read_csv("out/fig4/curves.csv").seed) == {0, 1}
 
 
 def test_fig6_in_a_folder_of_ones_own():
@@ -63,7 +63,7 @@ def test_fig6_in_a_folder_of_ones_own():
     assert run["settings"]["embedding_sizes"] == [1, 2]
     assert run["settings"]["width"] == fig6.PRESETS["paper"].width
     assert set(run["seconds"]) == {"size 1", "size 2", "all"}
-    assert not Path("results").exists()
+    assert not Path("out", "fig6").exists() and not Path("results").exists()
 
 
 @pytest.fixture
@@ -138,6 +138,8 @@ def test_hyphens_are_as_good_as_underscores():
         (["fig6", "--embedding_sizes", "8,0"], r"embedding_sizes=\(8, 0\): must be .*1 or more"),
         (["fig6", "--words", "none.csv"], "words=none.csv: must be a CSV file"),
         (["fig5000"], "fig5000"),
+        (["fig3"], "Fig. 3 is llm-attack run"),
+        (["fig3", "--preset", "paper", "--help"], "Fig. 3 is llm-attack run"),
     ),
 )
 def test_bad_input(arguments, message, tmp_path):

@@ -40,7 +40,7 @@ def options(command):
     for name, value in zip(words[::2], words[1::2], strict=True):
         number = f"{float(Fraction(value)):g}" if re.fullmatch(r"\d+/\d+", value) else value
         found[{"-o": "output"}.get(name, name.removeprefix("--").replace("-", "_"))] = number
-    defaults = {"preset": "quick", "output": f"results/{figure}"}
+    defaults = {"preset": "quick", "output": f"out/{figure}"}
     return figure, {k: v for k, v in found.items() if defaults.get(k) != v}
 
 

@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 import yaml
 from click.testing import CliRunner
+from evaluation import said
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from lm_eval.models.huggingface import HFLM
@@ -213,7 +214,7 @@ def test_wrong_input(case, world, untouched, monkeypatch):
     done = CliRunner().invoke(main, words_of(case["command"]))
     now = contents(world)
     shutil.rmtree("out", ignore_errors=True)  # of a case that is not refused
-    lines = done.stderr.splitlines()
+    lines = said(done.stderr)
     assert done.exit_code == 2, (done.output, done.exception)
     assert re.search(case["says"], lines[-1]), lines
     assert "Traceback" not in done.output

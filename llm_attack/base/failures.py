@@ -4,6 +4,7 @@
 |---|---|
 | 1 | the machine failed: disk, memory, another process of the run |
 | 2 | bad input; nothing was written |
+| 3 | the results miss a threshold of the user's; everything was written |
 | 70 | something that nobody expected; the line names the file with the traceback |
 | 130, 143 | stopped by Ctrl-C, or by SIGTERM |
 """
@@ -60,6 +61,10 @@ class Stopped(BaseException):
 
 class ProcessDied(Exception):
     """Another process of the run ended before its share of the work was done."""
+
+
+class ThresholdMissed(Exception):
+    """The results are written, and do not reach what the user asked for."""
 
 
 class NotWritten(OSError):
@@ -148,6 +153,8 @@ def failure(error: BaseException) -> Failure:
     error = stop_in(error) or error
     if isinstance(error, UsageError):
         return Failure(2, f"error: {text}")
+    if isinstance(error, ThresholdMissed):
+        return Failure(3, f"failed: {text}")
     if isinstance(error, click.UsageError):
         return Failure(2, redacted(f"error: {error.format_message()}"))
     if isinstance(error, (KeyboardInterrupt, click.Abort)):  # click makes the one into the other

@@ -44,6 +44,11 @@ class Numbers(click.ParamType):  # type: ignore[type-arg]  # no parameter before
             raise
 
 
+def examples(*commands: str) -> str:
+    """The end of a `--help`: command lines to begin with."""
+    return "\n".join(["\b", "Examples:", *(f"  {command}" for command in commands)])
+
+
 class Option(click.Option):
     """An option that `--help` shows under the heading `group`, with its choices if it has some."""
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from rich.console import Console
 
 from llm_attack.base.drawing import draw
@@ -13,7 +14,7 @@ from llm_attack.base.errors import UsageError, as_path
 from llm_attack.base.failures import Attempts
 from llm_attack.base.folder import check_writable, claim_file, resolved, resolved_file
 from llm_attack.base.record import write_text
-from llm_attack.suite import logged, render, results
+from llm_attack.suite import logged, render, results, thresholds
 from llm_attack.suite.analysis.drops import differences
 from llm_attack.suite.analysis.equivalence import with_equivalence
 from llm_attack.suite.analysis.pairs import paired, unshared
@@ -50,25 +51,32 @@ def compare(
     equivalence: float | None,
     formats: str | None = None,
     intervals: str = "below",
+    fail_drop: str | None = None,
 ) -> None:
     """The command `llm-attack compare`: runs on the questions that all of them asked."""
     wanted = paper.formats_of(formats)
     table, path = _file("output", output), _file("leaderboard", leaderboard)
     folders = [as_path("folders", folder) for folder in folders]
     _check(len(folders), table, path, equivalence, wanted)
+    limits = thresholds.drop(fail_drop)
+    if limits and len(folders) != 2:
+        raise UsageError(f"fail_drop={fail_drop}: must go with two folders")
     places = [logged.folder_of(folder) for folder in folders]
     of_lm_eval = [place for place in places if place is not None]
     if of_lm_eval:
         _check_logged(folders, places, path)
-        cells = _compare_logged(of_lm_eval, table, equivalence)
-        return _write_for_paper(table, wanted, cells, "b against a", intervals, {})
+        cells, frame = _compare_logged(of_lm_eval, table, equivalence)
+        _write_for_paper(table, wanted, cells, "b against a", intervals, {})
+        return thresholds.fail(thresholds.check_pair(frame, limits))
     compared = [results.load(folder) for folder in folders]
     runs = dict(zip(models.names(folders, compared), compared, strict=True))
     if path is not None:
         board.check(path, runs)
+    missed: list[str] = []
     if len(folders) > 1:
         if len(folders) == 2:
-            cells = _compare_two(folders, compared, table, equivalence)
+            cells, frame = _compare_two(folders, compared, table, equivalence)
+            missed = thresholds.check_pair(frame, limits)
         else:
             cells = _compare_many(runs, table, "pdf" in wanted)
         title = ("models" if len(folders) > 2 else "b against a") + ", accuracy"
@@ -76,6 +84,7 @@ def compare(
     if path is not None:
         board.add(path, runs)
         written(path)
+    thresholds.fail(missed)
 
 
 def _check(
@@ -154,7 +163,8 @@ def _compare_two(
     compared: Sequence[Result],
     output: Path | None,
     equivalence: float | None,
-) -> Cells:
+) -> tuple[Cells, pd.DataFrame]:
+    """Two runs in pairs: what is shown, and the frame of `paired`."""
     a, b = compared
     samples = [run.worst() for run in compared]
     content = samples[0], a.questions, samples[1], b.questions
@@ -193,12 +203,12 @@ def _compare_two(
             with print_style():
                 draw(beside.parent, beside.stem, lambda: drops.figure(of_drops), attempts)
             warn(attempts.lines)
-    return cells
+    return cells, frame
 
 
 def _compare_logged(
     places: Sequence[Path], output: Path | None, equivalence: float | None
-) -> Cells:
+) -> tuple[Cells, pd.DataFrame]:
     """Two runs of lm_eval, question by question."""
     a, b = (logged.load(place) for place in places)
     notes = logged.differences(a, b)
@@ -218,7 +228,7 @@ def _compare_logged(
     Console().print(cells.rich("b against a"))
     if output is not None:
         write_text(output, text)
-    return cells
+    return cells, frame
 
 
 def _compare_many(runs: dict[str, Result], output: Path | None, pdf: bool) -> Cells:

@@ -219,9 +219,9 @@ def _slopes(prepared: Prepared) -> tuple[float, float, float]:
     return float(gradient.abs().sum()), float(measured), float(step)
 
 
-def command(plan: Plan, progress: str) -> int:
+def command(plan: Plan, progress: str, verbose: int = 0) -> int:
     """Prints the list; returns the exit code, 1 where a check fails."""
-    silence()
+    silence(verbose)
     with without_bars():
         checks = doctor(plan, progress)
     console = Console()

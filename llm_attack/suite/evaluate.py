@@ -8,8 +8,8 @@ import shlex
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from llm_attack.base.record import write_json, write_text
 from llm_attack.base.redact import redacted
 from llm_attack.harness.judge import as_json
 from llm_attack.harness.patches import without_bars
-from llm_attack.suite import render, results
+from llm_attack.suite import render, results, thresholds
 from llm_attack.suite.analysis.conditions import CONDITIONS
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.report import tables
@@ -36,6 +36,7 @@ from llm_attack.suite.run.load import left_as_it_was
 from llm_attack.suite.run.progress import MODES, note, warn, written
 from llm_attack.suite.run.store import STORE, begun, discard
 from llm_attack.suite.studies import hookpoints, revisions
+from llm_attack.suite.thresholds import Threshold
 
 
 @torch.inference_mode(False)
@@ -48,7 +49,8 @@ def evaluate(
         plan: model, tasks, attacks, epsilons, ...
         output: the run's folder, where it goes on if it was interrupted, and all outputs are
             written; None: nothing is kept.
-        progress: bar, json or quiet.
+        progress: bar (off a terminal: a line per stage, and every 30 seconds), json, or quiet: also
+            the bars and logs of the libraries are silent meanwhile.
 
     Returns:
         A `Result` with the pandas frames `table`, `samples` and `questions`; None on all processes
@@ -67,7 +69,11 @@ def evaluate(
     console = Console(stderr=True)
     folder = None if output is None else resolved(output)
     _check_folder(folder, who)
-    with on_ray.cluster(plan), left_as_it_was(plan.model):
+    with (
+        silenced() if progress == "quiet" else nullcontext(),
+        on_ray.cluster(plan),
+        left_as_it_was(plan.model),
+    ):
         prepared = prepare(plan, shown, console)
         if folder is None:
             with tempfile.TemporaryDirectory() as nowhere, held():
@@ -160,23 +166,27 @@ def run(
     progress: str,
     dry_run: bool,
     checkpoints: str | None = None,
+    fail_under: str | None = None,
+    fail_drop: str | None = None,
+    verbose: int = 0,
     **settings: Any,
 ) -> None:
     """The command `llm-attack run`."""
     plan = Plan(**settings)
+    limits = [*thresholds.under(fail_under, plan), *thresholds.drop(fail_drop, plan)]
     if checkpoints is not None:
         if dry_run or output is None:
             wrong = "without dry_run" if dry_run else "with output, a folder for all of them"
             raise UsageError(f"revisions={checkpoints}: must be given {wrong}")
-        return _run_revisions(plan, checkpoints, output, progress)
+        return _run_revisions(plan, checkpoints, output, progress, limits, verbose)
     if dry_run:
-        silence()
+        silence(verbose)
         with without_bars():
             estimated = estimate.dry_run(plan, progress)
         return Console().print(estimate.show(estimated, plan.model_name))
     again = shlex.join(command(plan, output))
     folder = None if output is None else resolved(output)
-    silence()
+    silence(verbose)
     with without_bars(), _stops_are_explained(again, folder, Processes.of(plan).first):
         result = evaluate(plan, output=output, progress=progress)
     if result is not None:
@@ -193,14 +203,17 @@ def run(
         warn(attempts.lines, progress)
         if folder is not None and progress != "quiet":
             written(f"{folder}: report.html, table.csv, figure.png, samples.parquet")
+        thresholds.fail(thresholds.check_run(result.table, limits))
 
 
-def _run_revisions(plan: Plan, given: str, typed: str, progress: str) -> None:
+def _run_revisions(
+    plan: Plan, given: str, typed: str, progress: str, limits: Sequence[Threshold], verbose: int
+) -> None:
     of_each = revisions.plans(plan, given)
     output = resolved(typed)
     revisions.check(output, of_each)
     again = shlex.join([*command(plan, typed), "--revisions", given])
-    silence()
+    silence(verbose)
     runs: dict[str, Result | None] = {}
     who = Processes.of(plan)
     with without_bars(), _stops_are_explained(again, output, who.first):
@@ -218,6 +231,8 @@ def _run_revisions(plan: Plan, given: str, typed: str, progress: str) -> None:
     Console().print(cells.rich(f"{plan.model}: its revisions under attack"))
     if progress != "quiet":
         written(f"{output}: revisions.csv, revisions.png, a folder of each")
+    missed = {name: thresholds.check_run(of.table, limits) for name, of in found.items()}
+    thresholds.fail(f"{name}: {text}" for name, lines in missed.items() for text in lines)
 
 
 @contextmanager
@@ -250,16 +265,50 @@ def _stops_are_explained(again: str, output: Path | None, first: bool) -> Iterat
             signal.signal(signal.SIGTERM, before)
 
 
-def silence() -> None:
-    """Silences the bars and logs of the libraries, which would break up ours."""
+LIBRARIES = ("lm_eval", "transformers", "datasets", "accelerate", "huggingface_hub")
+
+
+def silence(verbose: int = 0) -> None:
+    """Silences the bars of the libraries, which would break up ours, and their logs.
+
+    Args:
+        verbose: 0: of the libraries errors alone; 1: what they and this package inform of; 2 or
+            more: also what is for debugging.
+    """
     import datasets
     import transformers
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    for name in ("lm_eval", "transformers", "datasets", "accelerate", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    level = (logging.ERROR, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+    for name in LIBRARIES:
+        logging.getLogger(name).setLevel(level)
+    if verbose:
+        logging.getLogger("llm_attack").setLevel(level)
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """`silence`, and lm-eval's bars, while the context lasts."""
+    import datasets
+    import transformers
+
+    bars = transformers.utils.logging
+    levels = {name: logging.getLogger(name).level for name in LIBRARIES}
+    shown = bars.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
+    silence()
+    try:
+        with without_bars():
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        if shown[0]:
+            bars.enable_progress_bar()
+        if not shown[1]:
+            datasets.enable_progress_bars()
 
 
 def save(result: Result, folder: Path, command: list[str] | str) -> list[str]:

@@ -10,6 +10,7 @@ import sys
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+from evaluation import said
 from processes import RUN, Command, computed, contents, until
 from rich.console import Console
 
@@ -30,7 +31,7 @@ def refused(*arguments):
     """The one line that a command ends with."""
     done = CliRunner().invoke(main, [*map(str, arguments)])
     assert done.exit_code == 2, (done.output, done.exception)
-    (line,) = done.stderr.splitlines()
+    (line,) = said(done.stderr)
     assert line.startswith("error: ")
     return line
 
@@ -198,7 +199,7 @@ def test_another_run(finished, tmp_path, whole):
     before = contents(tmp_path / "run")
     other = Command(tmp_path, *RUN, "--epsilons", "0.02", "--tasks", "demo_piqa")
     assert other.wait() == 2
-    (line,) = other.err.splitlines()
+    (line,) = said(other.err)
     assert "run: holds a run with other settings (epsilons: [0.01] there, [0.02] here; " in line
     assert 'tasks.demo_winogrande: "' in line and '" there, null here' in line
     assert contents(tmp_path / "run") == before
@@ -251,7 +252,7 @@ def test_damaged_samples(finished, tmp_path, whole, how):
         path.unlink()
     again = Command(tmp_path, *RUN)
     assert again.wait() == 0, again.err
-    note = json.loads(again.err.splitlines()[0])["text"]
+    note = json.loads(said(again.err)[0])["text"]
     assert "samples.parquet" in note and "moved aside, computed again" in note
     assert computed(tmp_path) == 2 * whole[1]
     found = contents(folder)
@@ -281,7 +282,7 @@ def test_damaged_store(tmp_path, whole, how):
     again = Command(tmp_path, *RUN)
     assert again.wait() == 0, again.err
     if how != "empty":
-        note = json.loads(again.err.splitlines()[0])["text"]
+        note = json.loads(said(again.err)[0])["text"]
         assert "part-0.sqlite: cannot be read; moved aside, computed again: " in note
         assert note.endswith("part-0.corrupt")
     assert contents(tmp_path / "run") == whole[0]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from evaluation import said
 
 from llm_attack import Plan, evaluate
 from llm_attack.base.drawing import new_figure
@@ -30,7 +31,7 @@ def invoke(*words):
 def refused(*words):
     done = invoke(*words)
     assert done.exit_code == 2, (done.output, done.exception)
-    (line,) = done.stderr.splitlines()
+    (line,) = said(done.stderr)
     return line
 
 

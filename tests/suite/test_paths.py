@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from evaluation import said
 
 from llm_attack import Plan, evaluate
 from llm_attack.base import folder
@@ -39,7 +40,7 @@ FILES = {"compare": ["compare", "run", "run", "-o"], "board": ["compare", "run",
 def refused(*words):
     done = CliRunner().invoke(main, [*words])
     assert done.exit_code == 2, (done.output, done.exception)
-    (line,) = done.stderr.splitlines()
+    (line,) = said(done.stderr)
     return line
 
 
@@ -233,7 +234,7 @@ def test_a_disk_that_takes_nothing(monkeypatch, words, number, code):
     before = tree()
     done = CliRunner().invoke(main, words)
     assert done.exit_code == code and os.strerror(number) in done.stderr, done.output
-    assert len(done.stderr.splitlines()) == 1 and tree() == before
+    assert len(said(done.stderr)) == 1 and tree() == before
 
 
 def test_the_trial_leaves_no_trace():

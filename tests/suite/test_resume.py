@@ -112,7 +112,8 @@ def test_stopped(tmp_path, whole, number, code):
     os.kill(command.pid, number)
     assert command.wait() == code
     *lines, last = command.err.splitlines()
-    assert all(json.loads(line)["event"] == "progress" for line in lines)
+    events = [json.loads(line)["event"] for line in lines]
+    assert events[:3] == ["stage"] * 3 and set(events) == {"stage", "progress"}
     before, again = last.split("to go on: ")
     assert before == "stopped; what is finished is kept; "
     assert _in_a_shell(tmp_path, again) == 0

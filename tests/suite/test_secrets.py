@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
+from evaluation import said
 from lm_eval.tasks import TaskManager
 
 import llm_attack
@@ -179,7 +180,7 @@ def test_messages_have_no_secret():
     for words in (["--model", url], ["--model_args", f"token={SECRET},dtipe=x"], ["--loss", TOKEN]):
         done = CliRunner().invoke(main, ["run", "--model", "demo", "--tasks", "demo_piqa", *words])
         assert done.exit_code == 2 and not seen(done.output), done.output
-        assert done.stderr.startswith("error: ")
+        assert said(done.stderr)[0].startswith("error: ")
 
 
 def test_a_cache_has_no_secret():

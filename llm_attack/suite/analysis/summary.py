@@ -13,7 +13,16 @@ import numpy as np
 import pandas as pd
 
 from llm_attack.base.errors import UsageError
-from llm_attack.stats import ALPHA, chance_test, design_effect, holm, mean_interval, mean_of, wilson
+from llm_attack.stats import (
+    ALPHA,
+    chance_test,
+    design_effect,
+    holm,
+    mean_interval,
+    mean_of,
+    tells_from_guessing,
+    wilson,
+)
 from llm_attack.suite.analysis.changes import DROPS, as_drops, compared, pooled
 from llm_attack.suite.analysis.outcomes import (
     ACC,
@@ -30,6 +39,8 @@ from llm_attack.suite.analysis.outcomes import (
 
 ABOVE, BELOW = "above guessing", "below guessing"
 INDISTINGUISHABLE = "indistinguishable from guessing"
+TOO_FEW = "too few questions to tell from guessing"
+_ENOUGH = 200  # questions that tell, whatever the number of choices; not computed for more
 MEAN = "mean"  # stands in the column `task` of rows with the mean over tasks
 
 # columns of the frame of `table.csv`, in order
@@ -131,7 +142,7 @@ def summarise(
     table["p_mcnemar_holm"] = holm_over_tasks(table, "p_mcnemar")
     differs = table["p_chance_holm"] <= ALPHA
     side = np.where(table["acc"] > table["baseline"], ABOVE, BELOW)
-    verdict = np.where(differs, side, INDISTINGUISHABLE)
+    verdict = np.where(differs, side, np.where(table["_tells"], INDISTINGUISHABLE, TOO_FEW))
     table["verdict"] = pd.Series(verdict, dtype=object).where(table["p_chance"].notna())
     ratio = {name: info.get("snr_db") for name, info in (attacks or {}).items()}
     table["snr_db"] = table["condition"].map(ratio).astype(float)
@@ -176,6 +187,7 @@ def _row(group: pd.DataFrame) -> dict[str, Any]:
         **{key: group[key].iloc[0] for key in SCORE},
         "baseline": group["chance"].mean(),
         "p_chance": np.nan,
+        "_tells": len(group) > _ENOUGH or tells_from_guessing(group["chance"]),
         "gold_probability": group["gold_probability"].mean(),
         **_accuracy(group, "acc"),
         **_accuracy(group, "acc_norm"),

@@ -21,7 +21,7 @@ from llm_attack.lm.units import ABSOLUTE
 from llm_attack.stats import ALPHA
 from llm_attack.suite.analysis.conditions import Condition, of_run
 from llm_attack.suite.analysis.outcomes import BINARY, CHOICE
-from llm_attack.suite.analysis.summary import BELOW, INDISTINGUISHABLE, MEAN
+from llm_attack.suite.analysis.summary import BELOW, INDISTINGUISHABLE, MEAN, TOO_FEW
 from llm_attack.suite.analysis.worst import WORST
 from llm_attack.suite.report.tables import Cells, score_of
 from llm_attack.suite.report.words import ATTACK_NAMES
@@ -44,10 +44,11 @@ _SPECIAL = {
     **{"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}"},
     **{"–": "--", "−": "$-$", "→": r"$\rightarrow$", "±": r"$\pm$", "∞": r"$\infty$"},
     **{"†": r"\dag{}", "‡": r"\ddag{}", "§": r"\S{}", "¶": r"\P{}", "≈": r"$\approx$"},
+    "°": r"$^\circ$",
     "\xa0": "~",
 }
 
-_MARKS = {INDISTINGUISHABLE: r"\dag", BELOW: r"\ddag", "": r"\S"}
+_MARKS = {INDISTINGUISHABLE: r"\dag", BELOW: r"\ddag", TOO_FEW: r"\circ", "": r"\S"}
 
 _BALLS = {
     "linf": r"$\ell_\infty$ ball of radius $\epsilon$ round each embedding",
@@ -250,6 +251,7 @@ def caption(
     meanings = {
         r"\dag": f"{INDISTINGUISHABLE} (exact test)",
         r"\ddag": f"{BELOW} (exact test)",
+        r"\circ": TOO_FEW,
         r"\S": "not distinguishable from no attack (exact McNemar test)",
     }
     of_marks = [f"$^{{{mark}}}$ {text}" for mark, text in meanings.items() if mark in set(marks)]
@@ -373,7 +375,7 @@ def _head(condition: Condition) -> tuple[str, str]:
 
 
 def _marks(row: Mapping[Any, Any]) -> list[str]:
-    marks = [_MARKS[row["verdict"]]] if row["verdict"] in (INDISTINGUISHABLE, BELOW) else []
+    marks = [_MARKS[row["verdict"]]] if row["verdict"] in _MARKS else []
     # null, for `none` and for means without a test, compares false
     return marks + ([_MARKS[""]] if row["p_mcnemar_holm"] > ALPHA else [])
 

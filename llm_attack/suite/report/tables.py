@@ -18,18 +18,26 @@ from llm_attack.attacks.settings import condition_name
 from llm_attack.base.record import without_formulas, write_text
 from llm_attack.stats import ALPHA
 from llm_attack.suite.analysis.outcomes import ACC, CHOICE, LOWER
-from llm_attack.suite.analysis.summary import BELOW, INDISTINGUISHABLE, MEAN, OF_TASK, SEVERAL
+from llm_attack.suite.analysis.summary import (
+    BELOW,
+    INDISTINGUISHABLE,
+    MEAN,
+    OF_TASK,
+    SEVERAL,
+    TOO_FEW,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
     from rich.table import Table
 
 GUESSES, WORSE, UNCHANGED, EQUIVALENT = "†", "‡", "§", "≈"
-WARNED = "¶"
+FEW, WARNED = "°", "¶"
 _TEST = f"Holm over tasks, {ALPHA:g}"
 _MARKS = {
     GUESSES: f"{INDISTINGUISHABLE} (exact test, {_TEST})",
     WORSE: f"{BELOW} (exact test, {_TEST})",
+    FEW: f"{TOO_FEW}: a model half-way from guessing to perfect would be missed as well",
     UNCHANGED: f"not distinguishable from none (McNemar test, {_TEST}; of the mean stratified)",
     EQUIVALENT: f"equivalent to none within ±{{within:g}} points (two one-sided tests, {_TEST})",
     WARNED: "see the warning of this condition",
@@ -358,7 +366,7 @@ def _cell(text: str) -> str:
 
 
 def _marks(row: dict[str, Any]) -> str:
-    mark = {INDISTINGUISHABLE: GUESSES, BELOW: WORSE}.get(row["verdict"], "")
+    mark = {INDISTINGUISHABLE: GUESSES, BELOW: WORSE, TOO_FEW: FEW}.get(row["verdict"], "")
     # null, for `none` and for means, compares false
     mark += UNCHANGED if row["p_mcnemar_holm"] > ALPHA else ""
     return mark + (EQUIVALENT if row.get("p_equivalence_holm", np.nan) <= ALPHA else "")

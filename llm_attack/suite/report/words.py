@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import nan
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from llm_attack.lm.units import ABSOLUTE
 from llm_attack.stats import ALPHA
 from llm_attack.suite.analysis.conditions import Condition, Conditions, by_name
 from llm_attack.suite.analysis.outcomes import LOWER
-from llm_attack.suite.analysis.summary import ABOVE, MEAN
+from llm_attack.suite.analysis.summary import ABOVE, MEAN, TOO_FEW
 from llm_attack.suite.analysis.worst import WORST
 from llm_attack.suite.report.tables import score_of
 
@@ -138,7 +139,11 @@ def in_words(table: pd.DataFrame, known: Conditions | None = None) -> list[str]:
     guess = mean["baseline"].iloc[0]
     if pd.notna(guess):
         start += f" Guessing gives {_shown(mean, guess)}."
-    at_guess = tasks.loc[(tasks["attack"] == "none") & (tasks["verdict"] != ABOVE), "task"]
+    verdict = tasks["verdict"].where(tasks["attack"] == "none")
+    few = tasks.loc[verdict == TOO_FEW, "task"]
+    if len(few):
+        start += f" Too few questions to tell from guessing: {_listed(few.tolist())}."
+    at_guess = tasks.loc[(tasks["attack"] == "none") & ~verdict.isin([ABOVE, TOO_FEW]), "task"]
     if len(at_guess) and pd.notna(guess):
         start += f" Not above guessing even without an attack: {_listed(at_guess.tolist())}."
     attacks = mean[mean["attack"] != "none"].groupby("attack", sort=False)
@@ -166,6 +171,11 @@ def _attack(mean: pd.DataFrame, tasks: pd.DataFrame, known: Conditions) -> str:
         return f"{name} at {sizes[-1]}: {left} left{f' ({ends})' if ends else ''}." + _left(
             rows, sizes, tasks
         )
+    if not any(changed) and _shows_nothing(last):
+        verb = "lost" if last["drop"] > 0 else "gained"
+        size = _points(last["drop"], nan, nan)
+        said = f"{number(last['n'])} questions cannot show a change ({size} {verb})."
+        return f"{name} at {sizes[-1]}: {said}"
     if not any(changed):
         at = f" at {sizes[0]}" if len(rows) == 1 else f" at {sizes[0]} to {sizes[-1]}"
         low, high = (_shown(mean, end(row["acc"] for row in rows)) for end in (min, max))
@@ -236,11 +246,16 @@ def _changed(mean: dict[Any, Any], tasks: pd.DataFrame) -> bool:
     return bool(p <= ALPHA)
 
 
+def _shows_nothing(mean: dict[Any, Any]) -> bool:
+    """Whether the sign test finds no change even where every question was lost."""
+    return bool(2 * 0.5 ** int(mean["n"]) > ALPHA)
+
+
 def _left(rows: list[dict[Any, Any]], sizes: list[str], tasks: pd.DataFrame) -> str:
     """From which amplitude nothing is left; else at how many tasks, at the largest one."""
     of_conditions = [tasks[tasks["condition"] == row["condition"]] for row in rows]
     none_left = [
-        bool(row["acc"] <= row["baseline"] and (some["verdict"] != ABOVE).all())
+        bool(row["acc"] <= row["baseline"] and not some["verdict"].isin([ABOVE, TOO_FEW]).any())
         for row, some in zip(rows, of_conditions, strict=True)
     ]
     if none_left[-1]:
@@ -249,6 +264,8 @@ def _left(rows: list[dict[Any, Any]], sizes: list[str], tasks: pd.DataFrame) -> 
         return (
             f" {'Nothing' if last else f'From {sizes[first]} on nothing'} is left above guessing."
         )
+    if (of_conditions[-1]["verdict"] == TOO_FEW).any():
+        return ""
     tested = of_conditions[-1][of_conditions[-1]["verdict"].notna()]
     above = int((tested["verdict"] == ABOVE).sum())
     if tested.empty or (above == len(tested) and len(tested) < len(of_conditions[-1])):

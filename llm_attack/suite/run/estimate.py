@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -24,6 +25,7 @@ from llm_attack.lm.losses import ThreatModel
 from llm_attack.lm.network.hook import frozen
 from llm_attack.lm.packing.pack import Pack
 from llm_attack.lm.packing.questions import Request
+from llm_attack.stats import ALPHA, POWER, planned
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.run.cost import Passes, Sizes, passes
 from llm_attack.suite.run.execute import Prepared, Processes, prepare
@@ -31,6 +33,7 @@ from llm_attack.suite.run.progress import MODES
 
 _LIVE = 4  # activations of a block's greatest width that exist at once, besides those kept
 SECONDS = 2.0  # of calibration
+DISCORDANCE = (0.1, 0.3)  # shares of the questions that may change their answer under an attack
 
 
 @dataclass
@@ -107,6 +110,7 @@ class Estimate:
         weights: bytes of parameters and buffers.
         activations: bytes of the largest batch.
         copied: bytes of the weights' copy that gradients are taken of, by the name of its dtype.
+        sizes: questions of each task.
     """
 
     counts: Counts
@@ -114,6 +118,7 @@ class Estimate:
     weights: int
     activations: int
     copied: tuple[str, int] | None = None
+    sizes: tuple[int, ...] = ()
     seconds: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -138,6 +143,7 @@ class Estimate:
             "memory": f"{_size(self.weights + copied + self.activations)}: weights"
             f" {_size(self.weights)}{copy}, activations of the largest batch about"
             f" {_size(self.activations)}",
+            **({"smallest drop it shows": _shows(self.sizes)} if self.sizes else {}),
         }
 
 
@@ -188,7 +194,10 @@ def estimate(prepared: Prepared, seconds: float = SECONDS) -> Estimate:
     kept = round(rates.kept * counts.largest)
     copied = (str(lm.engine_settings.gradient_dtype), lm.copy_bytes) if lm.copy_bytes else None
     weights = sum(tensors.values())
-    return Estimate(counts, rates, weights, kept + passing + logits, copied)
+    asked = Counter(prepared.requests[n[0]].task_name for n in by_question(prepared.requests))
+    compares = {"none"} < {attack.name for attack in engine.attacks}
+    n = tuple(asked.values()) if compares else ()
+    return Estimate(counts, rates, weights, kept + passing + logits, copied, n)
 
 
 class Calibration:
@@ -271,6 +280,20 @@ def _answered(pack: Pack) -> Iterator[tuple[Request, list[int]]]:
     """The requests of a pack, and which of the run's they answer."""
     for question in pack.questions:
         yield from zip(question.requests, question.answers, strict=True)
+
+
+def _shows(sizes: Sequence[int]) -> str:
+    """The smallest drop of the mean that so many questions show, for each of `DISCORDANCE`."""
+    said = {}
+    for share in DISCORDANCE:
+        drop = planned(sizes, share)
+        if drop >= 1:
+            return "none: so few questions show no drop"
+        assumed = f"{share:.0%} of the questions change their answer"
+        said[assumed if drop <= share else "no question changes for the better"] = drop
+    cases = [f"{100 * drop:.1f} points if {assumed}" for assumed, drop in said.items()]
+    mean = f"mean over {len(sizes)} tasks, " if len(sizes) > 1 else ""
+    return f"{', '.join(cases)} (assumed; {mean}power {POWER:g} at level {ALPHA:g})"
 
 
 def _size(n: int) -> str:

@@ -1,11 +1,13 @@
-"""Shows how far a run is: as a bar, as lines of JSON, or not at all."""
+"""Shows how far a run is: as a bar, as lines off a terminal, as lines of JSON, or not at all."""
 
 from __future__ import annotations
 
 import json
+import logging
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 from rich.columns import Columns
@@ -15,7 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 MODES = ("bar", "json", "quiet")
 
 PAUSE = 10.0  # seconds between two lines of JSON
-SHOWN = 12  # conditions below the bar
+PLAIN_PAUSE = 30.0  # and between two plain lines
+SHOWN = 12  # conditions below the bar, or in a plain line
+
+log = logging.getLogger(__name__)
 
 
 class _Bar(Progress):
@@ -43,6 +48,7 @@ class RunProgress:
         self, mode: str, console: Console, conditions: Sequence[str], total: int, done: int = 0
     ) -> None:
         self.mode, self.console, self.total, self.before = mode, console, total, done
+        self.plain = mode == "bar" and not console.is_terminal
         self.done = done
         self.judged = 0
         self.right = dict.fromkeys(conditions, 0.0)
@@ -54,12 +60,16 @@ class RunProgress:
         self._bar = self._bars.add_task("", total=total - done)
 
     def __enter__(self) -> RunProgress:
-        if self.mode == "bar":
+        if self.plain:
+            self._plain_line()
+        elif self.mode == "bar":
             self._bars.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.mode == "bar":
+        if self.plain:
+            self._plain_line()
+        elif self.mode == "bar":
             self._bars.stop()
         elif self.mode == "json":
             self._line()
@@ -71,16 +81,31 @@ class RunProgress:
         for of_question in right:
             for name, value in zip(self.right, of_question, strict=True):
                 self.right[name] += value
-        lines = [f"{name} {value:.3f}" for name, value in self.accuracy().items()]
-        more = len(lines) - SHOWN
-        self._bars.below = [*lines[:SHOWN], *([f"and {more} more"] if more > 0 else [])]
+        self._bars.below = self._accuracies()
         self._bars.update(self._bar, advance=requests)
         if self.mode == "json" and time.monotonic() - self._last >= PAUSE:
             self._line()
+        if self.plain and time.monotonic() - self._last >= PLAIN_PAUSE:
+            self._plain_line()
 
     def accuracy(self) -> dict[str, float]:
         """So far, under each condition."""
         return {name: n / self.judged for name, n in self.right.items()} if self.judged else {}
+
+    def _accuracies(self) -> list[str]:
+        lines = [f"{name} {value:.3f}" for name, value in self.accuracy().items()]
+        more = len(lines) - SHOWN
+        return [*lines[:SHOWN], *([f"and {more} more"] if more > 0 else [])]
+
+    def _plain_line(self) -> None:
+        self._last = time.monotonic()
+        new, seconds = self.done - self.before, self._last - self._start
+        said = [f"{self.done:,} of {self.total:,} requests"]
+        if new and seconds:
+            left = timedelta(seconds=round(seconds * (self.total - self.done) / new))
+            said += [f"{new / seconds:.3g} a second", f"{left} left"]
+        so_far = f"; accuracy so far: {', '.join(self._accuracies())}" if self.judged else ""
+        _print(self.console, ", ".join(said) + so_far)
 
     def _line(self) -> None:
         self._last = time.monotonic()
@@ -100,14 +125,31 @@ class RunProgress:
 def note(mode: str, console: Console, text: str) -> None:
     """Says what the user should know, whatever the mode."""
     if mode == "json":
-        print(json.dumps({"event": "note", "text": text}), file=console.file, flush=True)
+        _event(console, "note", text)
     else:  # above the bar, where there is one
-        console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+        _print(console, text)
 
 
-def status(mode: str, console: Console, text: str) -> AbstractContextManager[Any]:
-    """Shows what is being done before the bar."""
-    return console.status(text) if mode == "bar" else nullcontext()
+@contextmanager
+def status(mode: str, console: Console, text: str) -> Iterator[None]:
+    """Shows what is being done before and after the bar: as a spinner, or as a line."""
+    start = time.monotonic()
+    if mode == "json":
+        _event(console, "stage", text)
+    elif mode == "bar" and not console.is_terminal:
+        _print(console, text)
+    spinner = mode == "bar" and console.is_terminal
+    with console.status(text) if spinner else nullcontext():
+        yield
+    log.info("%s: %.1f s", text, time.monotonic() - start)
+
+
+def _event(console: Console, kind: str, text: str) -> None:
+    print(json.dumps({"event": kind, "text": text}), file=console.file, flush=True)
+
+
+def _print(console: Console, text: str) -> None:
+    console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def warn(lines: Iterable[str], progress: str = "bar") -> None:
