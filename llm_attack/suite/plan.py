@@ -81,8 +81,7 @@ def _epsilons(given: Any) -> Any:
     if not isinstance(parts, tuple):
         return given
     try:
-        found = [Epsilon.parse(part) for part in parts]
-        return tuple(Epsilon(float(of.number), of.unit) for of in found)
+        return tuple(Epsilon.parse(part) for part in parts)
     except (TypeError, ValueError, OverflowError):
         raise invalid("epsilons", list(parts), _NUMBERS) from None
 
