@@ -19,7 +19,7 @@ from llm_attack.base import drawing
 from llm_attack.base.errors import UsageError
 from llm_attack.base.failures import Attempts
 from llm_attack.cli import main
-from llm_attack.suite import evaluate, render
+from llm_attack.suite import evaluate, render, results
 from llm_attack.suite.analysis import critical
 from llm_attack.suite.analysis.summary import summarise
 from llm_attack.suite.analysis.worst import with_worst
@@ -44,7 +44,7 @@ FAULTS = {
     "save of tables": (tables, "table.csv", {"table.csv", "table.md"}),
     "claims": (claims, claims.TITLE, set()),
     "checks": (sanity, sanity.TITLE, set()),
-    "with_worst": (render, "worst", set()),
+    "with_worst": (results, "worst", set()),
     "write_report": (render, "report.html", {"report.html"}),
     "as_json": (evaluate, "lm_eval/results_none.json", {"lm_eval/results_none.json"}),
 }
