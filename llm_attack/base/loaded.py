@@ -42,9 +42,15 @@ class LoadedModel(str):
         loaded.model, loaded.tokenizer = model, tokenizer
         return loaded
 
-    def __deepcopy__(self, memo: Any) -> str:
-        """The name alone: records of settings are copies."""
-        return str(self)
+    def __deepcopy__(self, memo: Any) -> LoadedModel:
+        """Itself: by its name alone, a copied plan would load other weights."""
+        return self
+
+    def __reduce__(self) -> Any:
+        raise UsageError(
+            f"model={self}: is loaded, in this process alone; must be the name of a model to be"
+            " pickled"
+        )
 
 
 def is_loaded(model: Any) -> bool:

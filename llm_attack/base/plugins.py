@@ -86,10 +86,15 @@ def _content(function: Any) -> Iterator[str]:
     if not hasattr(call, "__code__"):  # compiled to C
         yield _text(function)
         return
+    code = call.__code__
     try:
         yield inspect.getsource(inspect.getmodule(call) or call)
     except (OSError, TypeError):
-        yield _text(list(_compiled(call.__code__)))
+        yield _text(list(_compiled(code)))
+    # which of the functions of that text; lambdas have one name, and several may be in a line
+    yield _text([call.__qualname__, code.co_firstlineno])
+    if call.__name__ == "<lambda>":
+        yield _text(list(_compiled(code)))
     held = [cell.cell_contents for cell in call.__closure__ or ()]
     yield _text([held, call.__defaults__, call.__kwdefaults__, getattr(owner, "__dict__", {})])
 

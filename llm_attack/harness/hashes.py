@@ -13,6 +13,9 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel
 
+from llm_attack.base.plugins import source_hash
+from llm_attack.lm.network.blocks import known_blocks
+
 DIGITS = 16  # of a SHA-256, in hexadecimal
 
 # Of a configuration: where a model is from, not what it computes.
@@ -23,8 +26,14 @@ _STATE = ("truncation", "padding")
 
 
 def of_model(lm: HFLM) -> dict[str, str]:
-    """Hashes of a model's weights, configuration and tokenizer, and its dtype."""
+    """Hashes of a model's weights, configuration and tokenizer, and its dtype.
+
+    Of a model that was loaded before, also of what its owner made of it (`state`).
+    """
+    loaded = isinstance(lm.pretrained, torch.nn.Module)
+    found = state(lm.model) if loaded else []
     return {
+        **({"state": digest(map(_plain, found))} if found else {}),
         "weights": weights(lm.model),
         "config": digest([_config(lm.model), *_adapters(lm.model)]),
         "tokenizer": digest(_tokenizer(lm.tokenizer)),
@@ -40,6 +49,30 @@ def weights(model: torch.nn.Module) -> str:
     of one core for 1.07e9 parameters in float32, 1.4 s in bfloat16.
     """
     return digest(part for item in model.state_dict().items() for part in _parts(*item))
+
+
+def state(model: torch.nn.Module) -> list[list[Any]]:
+    """What modules compute besides what their weights say.
+
+    Returns:
+        For each module with any: its name, and the adapters that are active, or the hash of the
+        source of a hook or of a `forward` that replaces that of its class. What these read from
+        elsewhere is not known.
+    """
+    found: list[list[Any]] = []
+    blocks = set(known_blocks(model))  # whose `forward` is replaced here, see `prepare`
+    for name, module in model.named_modules():
+        own = vars(module).get("forward")
+        if own is not None and module not in blocks and not hasattr(module, "_hf_hook"):
+            found.append([name, "forward", source_hash(own)])
+        disabled = getattr(module, "_disable_adapters", None)  # of a layer of peft
+        if disabled is not None:
+            active = getattr(module, "active_adapters", getattr(module, "_active_adapter", None))
+            scale = getattr(module, "scaling", None)
+            found.append([name, "adapters", bool(disabled), active, scale])
+        for kind in ("_forward_pre_hooks", "_forward_hooks"):
+            found += [[name, kind, source_hash(hook)] for hook in vars(module)[kind].values()]
+    return found
 
 
 def generation(model: Any) -> str:

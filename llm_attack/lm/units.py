@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from inspect import signature
@@ -103,6 +104,8 @@ def register_unit(function: Callable[[Any], Any], name: str | None = None) -> st
     """
     name = name_of(function) if name is None else name
     check_name("name", name)
+    if re.match(r"\W|\d|[eE]\d+$", name):  # 1e5 is a number, and no e5
+        raise invalid("name", name, "a name that begins with a letter, and is no part of a number")
     known = UNITS.get(name)
     if name == ABSOLUTE or (known is not None and getattr(known, "function", None) != function):
         raise ValueError(f"name={name}: must be a name that no unit has")
@@ -165,17 +168,16 @@ class Epsilon:
         Raises:
             UsageError: it is none of these; the message calls it `name`.
         """
-        if isinstance(given, cls):
-            return given
-        text = given if isinstance(given, str) else ""
-        unit = next((unit for unit in UNITS if text.endswith(unit)), None)
-        number = text.removesuffix(unit or "")
+        number, unit = (given.number, given.unit) if isinstance(given, cls) else (given, None)
+        if isinstance(given, str):
+            ends = [unit for unit in (ABSOLUTE, *UNITS) if given.endswith(unit)]
+            rest = re.sub(r"^[-+]?[\d.]+(e[-+]?\d+)?", "", given)
+            unit = max(ends, key=len, default=rest if is_own(rest) else None)
+            number = given.removesuffix(unit or "")
         try:
-            if number and is_plain(number):
-                return cls(float(number), unit)
-            if isinstance(given, Real) and not isinstance(given, bool):
-                float(given)  # which refuses integers beyond the floats
-                return cls(given)  # type: ignore[arg-type]  # numbers are no floats for mypy
+            plain = is_plain(number) if isinstance(given, str) else isinstance(number, Real)
+            if plain and not isinstance(number, bool) and (unit is None or known_unit(unit)):
+                return cls(float(number) + 0.0, unit)  # no -0
         except (ValueError, OverflowError):
             pass
         raise invalid(name, given, EPSILON)

@@ -231,7 +231,7 @@ def _run_revisions(
     Console().print(cells.rich(f"{plan.model}: its revisions under attack"))
     if progress != "quiet":
         written(f"{output}: revisions.csv, revisions.png, a folder of each")
-    missed = {name: thresholds.check_run(of.table, limits) for name, of in found.items()}
+    missed = {name: thresholds.check_run(run.table, limits) for name, run in finished.items()}
     thresholds.fail(f"{name}: {text}" for name, lines in missed.items() for text in lines)
 
 

@@ -65,7 +65,9 @@ def load(folder: Path) -> Logged:
     Raises:
         UsageError: a file cannot be read, or a task has no score of a single question.
     """
-    result, rows = _results(folder), []
+    results, rows = _results(folder), []
+    # a later run of other tasks says nothing of these
+    higher = {task: of for result in results for task, of in _higher(result).items()}
     for task, path in _newest(folder).items():
         samples = list(_lines(path))
         if not samples:
@@ -74,11 +76,12 @@ def load(folder: Path) -> Logged:
         for name in filters:
             some = [sample for sample in samples if str(sample["filter"]) == name]
             shown = task if len(filters) == 1 else f"{task} ({name})"
-            rows += _rows(path, task, shown, some, result)
+            rows += _rows(path, task, shown, some, higher.get(task) or {})
     frame = pd.DataFrame(rows)
     if frame.duplicated(["task", "doc_id"]).any():
         raise UsageError(f"{folder}: a question is there twice; must be of one run")
-    name = str(result.get("model_name") or folder.name)
+    names = [str(result["model_name"]) for result in results if result.get("model_name")]
+    name = [folder.name, *names][-1]
     questions = frame[["task", "doc_id", "doc_hash", "prompt_hash"]]
     return Logged(name, frame.drop(columns=["doc_hash", "prompt_hash"]), questions)
 
@@ -112,15 +115,21 @@ def _newest(folder: Path) -> dict[str, Path]:
     return newest
 
 
-def _results(folder: Path) -> dict[str, Any]:
-    """What lm_eval says of the run; nothing where its file is not there."""
-    for path in sorted(folder.glob("results_*.json"), reverse=True):
+def _results(folder: Path) -> list[dict[str, Any]]:
+    """What lm_eval says of each of its runs there, the oldest first."""
+    found = []
+    for path in sorted(folder.glob("results_*.json")):
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            found.append(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
             raise UsageError(f"{path}: cannot be read ({one_line(error)})") from error
-        return content if isinstance(content, dict) else {}
-    return {}
+    return [result for result in found if isinstance(result, dict)]
+
+
+def _higher(result: dict[str, Any]) -> dict[str, Any]:
+    """For each task whether more is better, by metric."""
+    of_tasks = result.get("higher_is_better")
+    return of_tasks if isinstance(of_tasks, dict) else {}
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -131,13 +140,14 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
                 missing = [name for name in _NEEDED if name not in sample]
                 if missing:
                     raise UsageError(f"{path}: line {number} has no {missing[0]}")
+                int(sample["doc_id"])  # the rest relies on it
                 yield sample
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"{path}: cannot be read ({one_line(error)})") from error
 
 
 def _rows(
-    path: Path, task: str, shown: str, samples: list[dict[str, Any]], result: dict[str, Any]
+    path: Path, task: str, shown: str, samples: list[dict[str, Any]], higher: dict[str, Any]
 ) -> list[dict[str, Any]]:
     first = samples[0]
     metrics = [str(name) for name in first.get("metrics") or _OF_CHOICES]
@@ -145,7 +155,6 @@ def _rows(
     if not metrics:
         raise UsageError(f"{path}: has no score of a single question that is a number")
     score = ACC if ACC in metrics else metrics[0]
-    higher = (result.get("higher_is_better") or {}).get(task) or {}
     values = [float(sample[score]) for sample in samples]
     chosen = score in _OF_CHOICES and len(first.get("resps") or ()) > 1
     about = {

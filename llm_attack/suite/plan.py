@@ -78,8 +78,7 @@ def _epsilons(given: Any) -> Any:
     if not isinstance(parts, tuple):
         return given
     try:
-        epsilons = [Epsilon.parse(part) for part in parts]
-        return tuple(Epsilon(float(epsilon.number), epsilon.unit) for epsilon in epsilons)
+        return tuple(Epsilon.parse(part) for part in parts)
     except (TypeError, ValueError, OverflowError):
         raise invalid("epsilons", list(parts), _NUMBERS) from None
 

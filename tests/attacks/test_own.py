@@ -223,6 +223,15 @@ def test_the_hash_of_what_has_no_file_of_its_own(this, other):
     assert source_hash(this()) == source_hash(this()) != source_hash(other())
 
 
+def test_functions_of_one_file_differ():
+    """Lambdas have the same name, and the text of their file is the same."""
+    functions = [lambda x: x, lambda x: -x, lambda x: x + 1, lambda x: x + 2, lambda x: x.sin()]
+    functions += [lambda x: x.cos(), lambda x: x]
+    hashes = [source_hash(function) for function in functions]
+    assert len(set(hashes)) == len(hashes)
+    assert hashes == [source_hash(function) for function in functions]
+
+
 def far_by(x, loss, ball, keys, k):
     return x + k
 

@@ -12,7 +12,7 @@ from llm_attack.base.plugins import name_of
 from llm_attack.cli import main
 from llm_attack.lm.network.signals import CALIBRATION_TEXT
 from llm_attack.lm.settings import AttackSettings
-from llm_attack.lm.units import UNITS, register_unit
+from llm_attack.lm.units import UNITS, Epsilon, register_unit
 
 MEDIAN = "examples.median_norm:median_norm"
 LAYER = "model.layers.1"
@@ -138,6 +138,25 @@ def test_a_function_of_other_parameters(function):
     with pytest.raises(UsageError, match="epsilon_unit=strange: must take activations"):
         register_unit(function, "strange")
     assert "strange" not in UNITS
+
+
+def test_units_whose_names_end_alike():
+    """The longest is meant; none may look like a part of a number."""
+    for name in ("my_rms", "halfmy_rms"):
+        register_unit(rms, name)
+        assert Epsilon.parse(f"0.5{name}") == Epsilon(0.5, name)
+    for name in ("0", "5rms", "e5", "E10", ".x", "-2"):
+        with pytest.raises(UsageError, match=f"name={name}: must be a name that begins"):
+            register_unit(rms, name)
+
+
+def test_one_of_the_users_own_in_an_epsilon(tmp_path, monkeypatch):
+    """As the command in `run.json` has it, in a process that does not know the unit yet."""
+    (tmp_path / "units_of_mine.py").write_text("def size(activations):\n    return 2.0\n")
+    monkeypatch.chdir(tmp_path)
+    settings = AttackSettings(epsilon="5e-1units_of_mine:size")
+    assert settings.epsilon == Epsilon(0.5, "units_of_mine:size")
+    assert settings.attack_in_units.condition == "fgsm@0.5units_of_mine:size"
 
 
 def test_names():

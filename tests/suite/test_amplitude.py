@@ -1,7 +1,10 @@
 """Amplitudes in units of the RMS: their names, their values, and what is refused."""
 
+import json
 from dataclasses import replace
+from fractions import Fraction
 
+import numpy as np
 import pytest
 
 from llm_attack.base.errors import UsageError
@@ -76,6 +79,32 @@ def test_an_epsilon_is_stored_as_it_was_typed(number):
     for epsilon in (Epsilon(number), Epsilon(number, "rms"), Epsilon(number, "neftune")):
         assert Epsilon.parse(epsilon.plain) == Epsilon.parse(str(epsilon)) == epsilon
         assert Plan(epsilons=str(epsilon)).epsilons == (epsilon,)
+
+
+def test_epsilons_of_other_types_are_plain_numbers():
+    for given in (np.float32(0.5), np.float64(0.5), Fraction(1, 2), "+0.5", ".5", "5e-1"):
+        found = Plan(epsilons=[given]).epsilons[0]
+        assert found == Epsilon(0.5) and type(found.number) is float
+        assert json.loads(json.dumps(AttackSettings(epsilon=given).epsilon.number)) == 0.5
+    assert str(Plan(epsilons="-0").conditions[-1].amplitude) == "0"
+    for given in ("0,-0.0", "0.1,1e-1", [Epsilon(0.1, "absolute"), 0.1]):
+        with pytest.raises(UsageError, match="must occur only once"):
+            Plan(epsilons=given)
+
+
+@pytest.mark.parametrize("given", [Epsilon(0.1, "foo"), Epsilon("x"), Epsilon(True), "0.1foo:bar"])
+def test_an_epsilon_that_is_none(given):
+    for what in ({"epsilons": [given]}, {"epsilon_max": given, "attacks": "critical"}):
+        with pytest.raises(UsageError, match="epsilon"):
+            Plan(loss="choice", **what)
+
+
+def test_an_absolute_epsilon_is_typed_so():
+    """Also in a run whose other epsilons have a unit."""
+    plan = Plan(epsilons=[Epsilon(0.1, "absolute"), 0.1], epsilon_unit="rms", attacks="fgsm")
+    assert [of.attack_in_units.condition for of in plan.conditions] == ["fgsm@0.1", "fgsm@0.1rms"]
+    again = Plan(epsilons=",".join(map(str, plan.plain()["epsilons"])), epsilon_unit="rms")
+    assert again.epsilons == plan.epsilons
 
 
 def test_the_label_of_an_amplitude():

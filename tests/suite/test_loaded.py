@@ -2,7 +2,9 @@
 
 import copy
 import json
+import pickle
 import sys
+from types import MethodType
 
 import numpy as np
 import pytest
@@ -15,8 +17,10 @@ from llm_attack.base.errors import UsageError
 from llm_attack.base.loaded import LoadedModel
 from llm_attack.cli import main
 from llm_attack.demo import MODEL_PATH
+from llm_attack.harness import hashes
 from llm_attack.suite import results
 from llm_attack.suite.evaluate import call
+from llm_attack.suite.run.load import load_model
 
 GIVEN = {"tasks": "demo_piqa", "attacks": ["none", "random", "bim"], "limit": 3, "steps": 3}
 
@@ -144,6 +148,51 @@ def test_tied_weights(tied, name, tokenizer):
     assert result.run["model_name"] == (name or MODEL_PATH.name)
 
 
+def halved(module, args, output):
+    return output / 2
+
+
+def doubled(module, args, output):
+    return output * 2
+
+
+def mark(model, tokenizer):
+    """The part of the model in the fingerprint of its runs."""
+    return hashes.of_model(load_model(Plan(model, tokenizer=tokenizer, device="cpu", **GIVEN)))
+
+
+def test_hooks_of_its_own_make_another_model(tokenizer):
+    model = loaded()
+    mlp, marks = model.model.layers[0].mlp, [mark(model, tokenizer)]
+    for hook in (halved, lambda *_: None, doubled):
+        handle = mlp.register_forward_hook(hook)
+        marks.append(mark(model, tokenizer))
+        assert mark(model, tokenizer) == marks[-1]
+        handle.remove()
+    assert mark(model, tokenizer) == marks[0]
+    mlp.forward = MethodType(lambda self, x: self.down_proj(self.up_proj(x)), mlp)
+    marks.append(mark(model, tokenizer))
+    assert len({json.dumps(of) for of in marks}) == len(marks)
+
+
+def test_adapters_that_are_active_make_the_model(tokenizer):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(loaded(), config)
+    model.add_adapter("other", config)
+    marks = [mark(model, tokenizer)]
+    with model.disable_adapter():
+        marks.append(mark(model, tokenizer))
+    assert mark(model, tokenizer) == marks[0]
+    model.set_adapter("other")
+    marks.append(mark(model, tokenizer))
+    model.base_model.model.model.layers[0].self_attn.q_proj.scale_layer(2)
+    marks.append(mark(model, tokenizer))
+    assert len({of["weights"] for of in marks}) == 1
+    assert len({json.dumps(of) for of in marks}) == 4
+
+
 def test_adapters(tokenizer):
     """A model of peft gives what it gives with its adapter merged; epsilon 0 changes nothing."""
     peft = pytest.importorskip("peft", reason="peft is not installed")
@@ -235,6 +284,9 @@ def test_the_plan_is_a_value(tokenizer):
     model = loaded()
     plan = replace(Plan(model, tokenizer=tokenizer, name="mine", **GIVEN), limit=2)
     assert isinstance(plan.model, LoadedModel) and plan.model.model is model
+    assert copy.deepcopy(plan).model is plan.model  # never other weights by the same name
+    with pytest.raises(UsageError, match="model=mine: is loaded, in this process alone"):
+        pickle.dumps(plan)
     assert plan.model.tokenizer is tokenizer
     assert json.loads(json.dumps(plan.settings()))["model"] == "mine"
     assert type(plan.settings()["model"]) is str

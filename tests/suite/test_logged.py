@@ -93,6 +93,23 @@ def test_any_score(tmp_path):
     assert pd.read_csv(tmp_path / "pair.csv")["difference"].iloc[0] == pytest.approx(25)
 
 
+def test_a_later_run_of_other_tasks_does_not_say_which_is_better(tmp_path):
+    for name, values in (("a", (0.2, 0.4)), ("b", (0.9, 0.8))):
+        folder = write(tmp_path / name, scores=values, metric="ter")
+        for year, task, of in (("2026", "t", {"ter": False}), ("2027", "other", {"acc": True})):
+            content = {"higher_is_better": {task: of}, "model_name": f"org/{name}{year}"}
+            (folder / f"results_{year}{DATE[4:]}.json").write_text(json.dumps(content), "utf-8")
+        run = logged.load(folder)
+        assert set(run.samples["better"]) == {"lower"} and run.name == f"org/{name}2027"
+
+
+@pytest.mark.parametrize("doc_id", ["first", None, [1]])
+def test_a_question_without_a_number_is_one_line(doc_id, tmp_path):
+    done = compare(write(tmp_path / "a", doc_id=doc_id), write(tmp_path / "b"))
+    assert done.exit_code == 2 and "cannot be read" in done.output
+    assert len(done.output.splitlines()) == 1
+
+
 def test_filters_are_tasks_of_their_own_and_the_newest_file_counts(tmp_path):
     write(tmp_path, scores=[0.0, 0.0], date="2025-01-02T03-04-05.678901")
     path = write(tmp_path, scores=[1.0, 1.0]) / f"samples_t_{DATE}.jsonl"
