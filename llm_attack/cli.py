@@ -116,20 +116,16 @@ _progress = click.option(
     cls=Option,
     group="output",
     metavar="PATH",
-    help=(
-        "Folder for tables, figures, report and samples. To continue a stopped run, give its"
-        " folder."
-    ),
+    help="Folder for tables, figures, report and samples. To continue a stopped run, give its"
+    " folder.",
 )
 @click.option(
     "--dry_run",
     cls=Option,
     group="output",
     is_flag=True,
-    help=(
-        "Print what the run would need (tokens, FLOP, time on this device, memory), and write"
-        " nothing."
-    ),
+    help="Print what the run would need (tokens, FLOP, time on this device, memory), and write"
+    " nothing.",
 )
 @click.option(
     "--revisions",
@@ -137,10 +133,8 @@ _progress = click.option(
     cls=Option,
     group="model",
     metavar="NAME,...",
-    help=(
-        "Checkpoints of one training: revisions on the hub, or subfolders of a local model. Each"
-        " is attacked in a folder of its own. One table and one figure show all."
-    ),
+    help="Checkpoints of one training: revisions on the hub, or subfolders of a local model. Each"
+    " is attacked in a folder of its own. One table and one figure show all.",
 )
 def run(**settings: Any) -> None:
     """Compare attacks over tasks: accuracy, tests, figures and a report.
@@ -196,10 +190,8 @@ _format = click.option(
     "--format",
     "formats",
     metavar="FORMAT,...",
-    help=(
-        "Also write files for a paper: pdf (figures at the width of a column), tex (the table in"
-        " LaTeX with its caption, and references in llm_attack.bib), or both."
-    ),
+    help="Also write files for a paper: pdf (figures at the width of a column), tex (the table in"
+    " LaTeX with its caption, and references in llm_attack.bib), or both.",
 )
 _intervals = click.option(
     "--intervals",

@@ -78,7 +78,7 @@ def register_loss(
     except ValueError:  # of what is compiled to C
         needed = []
     if len(needed) not in (1, 2) or any(of.kind not in _POSITIONAL for of in needed):
-        raise UsageError(f"loss={name}: must take sums, or sums and choices")
+        raise UsageError(f"loss={name}: must take the arguments sums, or sums and choices")
     gold = len(needed) == 2
     whole = whole or bool(getattr(function, "whole", False))
     value = _checked(name, function, gold)

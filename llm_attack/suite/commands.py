@@ -55,19 +55,22 @@ def compare(
     wanted = paper.formats_of(formats)
     if wanted and output is None:
         raise UsageError(
-            f"format={formats}: must go with output, a CSV file, beside which they are"
+            f"format={formats}: needs output, a CSV file; the other files are written beside it"
         )
     if "pdf" in wanted and len(folders) < 3:
-        raise UsageError(f"format={formats}: must be tex with two folders, which have no figure")
+        raise UsageError(
+            f"format={formats}: must be tex with two folders, because their comparison has no"
+            " figure"
+        )
     table, path = _file("output", output), _file("leaderboard", leaderboard)
     folders = [as_path("folders", folder) for folder in folders]
     if len(folders) < 2 and leaderboard is None:
-        raise UsageError(f"compare: must have two folders or more, not {len(folders)}")
+        raise UsageError(f"compare: needs two folders or more, not {len(folders)}")
     if equivalence is not None and len(folders) != 2:
-        raise UsageError(f"equivalence={equivalence:g}: must go with two folders")
+        raise UsageError(f"equivalence={equivalence:g}: needs exactly two folders")
     pictures = [table.with_suffix(f".{form}") for form in ("png", "svg")] if table else []
     if path is not None and path in (table, *pictures):
-        raise UsageError(f"leaderboard={leaderboard}: must be another file than output's")
+        raise UsageError(f"leaderboard={leaderboard}: must be another file than output")
     if wanted and table is not None:
         _claim_for_paper(table, wanted)
     places = [logged.folder_of(folder) for folder in folders]
@@ -75,9 +78,12 @@ def compare(
     if of_lm_eval:
         if len(of_lm_eval) < len(folders):
             other = next(str(of) for of, at in zip(folders, places, strict=True) if at is None)
-            raise UsageError(f"compare: {other} is no run of lm_eval and another is; must be alike")
+            raise UsageError(
+                f"compare: {other} is not a run of lm_eval, but another folder is; all must be of"
+                " the same kind"
+            )
         if len(folders) != 2 or path is not None:
-            raise UsageError("compare: runs of lm_eval are compared in twos, without a leaderboard")
+            raise UsageError("compare: needs exactly two runs of lm_eval, and no leaderboard")
         cells = _compare_logged(of_lm_eval, table, equivalence)
         return _write_for_paper(table, wanted, cells, "b against a", intervals, {})
     found = [results.load(folder) for folder in folders]
@@ -115,10 +121,10 @@ def _claim_for_paper(table: Path, wanted: Sequence[str]) -> None:
     if table.suffix in (".tex", ".pdf", ".bib"):
         raise UsageError(f"output={table}: must be a CSV file, such as {table.stem}.csv")
     if "tex" in wanted:
-        claim_file(table.with_suffix(".tex"), paper.HEAD, "a table of ours")
+        claim_file(table.with_suffix(".tex"), paper.HEAD, "a table of llm-attack")
         claim_file(table.parent / paper.CITATION, paper.BIBTEX.splitlines()[0], "what to cite")
     if "pdf" in wanted and table.with_suffix(".pdf").exists() and not table.exists():
-        raise UsageError(f"output={table}: the figure beside it would replace a file there")
+        raise UsageError(f"output={table}: the figure beside it would replace a file")
 
 
 def _file(argument: str, given: str | None) -> Path | None:
@@ -151,8 +157,8 @@ def _compare_two(
         strange = [path for path in pictures if path.exists() and not beside.exists()]
         if strange:
             raise UsageError(
-                f"output={output}: the figure beside it would replace {strange[0]}; must be another"
-                " name, such as pair.csv"
+                f"output={output}: the figure beside it would replace {strange[0]}; must be"
+                " another name, such as pair.csv"
             )
     notes = unshared(*content, conditions=known)
     names = [
@@ -191,7 +197,7 @@ def _compare_logged(
     for row in frame[frame["task"] == MEAN].to_dict("records"):
         if row["detectable"] == row["detectable"]:
             found = f"{row['detectable']:.1f} points"
-            notes.append(f"the smallest mean difference that so many questions show: {found}")
+            notes.append(f"smallest mean difference that this many questions can show: {found}")
     notes += unshared(a.samples, a.questions, b.samples, b.questions)
     names = [f"{place} ({of.name})" for place, of in zip(places, (a, b), strict=True)]
     cells = tables.comparison(frame, (names[0], names[1]), notes)

@@ -54,7 +54,7 @@ def folder_of(folder: Path) -> Path | None:
     if len(found) > 1:
         listed = ", ".join(path.name for path in found)
         raise UsageError(
-            f"{folder}: holds lm_eval's samples of several models ({listed}); name one"
+            f"{folder}: contains samples of several models ({listed}); name the folder of one model"
         )
     return found[0] if found else None
 
@@ -77,7 +77,7 @@ def load(folder: Path) -> Logged:
             rows += _rows(path, task, shown, some, result)
     frame = pd.DataFrame(rows)
     if frame.duplicated(["task", "doc_id"]).any():
-        raise UsageError(f"{folder}: a question is there twice; must be of one run")
+        raise UsageError(f"{folder}: a question occurs twice; must be the samples of one run")
     name = str(result.get("model_name") or folder.name)
     questions = frame[["task", "doc_id", "doc_hash", "prompt_hash"]]
     return Logged(name, frame.drop(columns=["doc_hash", "prompt_hash"]), questions)
@@ -93,13 +93,12 @@ def differences(a: Logged, b: Logged) -> list[str]:
     both = a.questions.merge(b.questions, on=key, suffixes=("_a", "_b"))
     if both.empty:
         raise UsageError(
-            "compare: the runs share no question: no task has a doc_id with the same doc_hash in"
-            " both"
+            "compare: the runs share no question: no doc_id of a task has the same doc_hash in both"
         )
     other = int((both["prompt_hash_a"] != both["prompt_hash_b"]).sum())
     if not other:
         return []
-    return [f"{other} of {len(both)} questions were asked with another prompt in a than in b"]
+    return [f"{other} of {len(both)} questions have different prompts in a and b"]
 
 
 def _newest(folder: Path) -> dict[str, Path]:
@@ -143,7 +142,7 @@ def _rows(
     metrics = [str(name) for name in first.get("metrics") or _OF_CHOICES]
     metrics = [name for name in metrics if all(_is_number(of.get(name)) for of in samples)]
     if not metrics:
-        raise UsageError(f"{path}: has no score of a single question that is a number")
+        raise UsageError(f"{path}: has no numeric score for each question")
     score = ACC if ACC in metrics else metrics[0]
     higher = (result.get("higher_is_better") or {}).get(task) or {}
     values = [float(sample[score]) for sample in samples]

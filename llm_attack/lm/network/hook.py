@@ -49,7 +49,7 @@ def try_out(model: PreTrainedModel, hookpoints: Iterable[str], input_ids: Tensor
     rows = input_ids[:, :6].repeat(2, 1)  # two: some modules have one output for all rows
     given = {name: resolve(model, name) for name in hookpoints}
     found = faults(model, given, rows)
-    hookpoint = next((name for name in given if found.get(name, "is not run")), None)
+    hookpoint = next((name for name in given if found.get(name, "does not run")), None)
     if hookpoint is None:
         return
     modules = dict(model.named_modules())
@@ -58,8 +58,8 @@ def try_out(model: PreTrainedModel, hookpoints: Iterable[str], input_ids: Tensor
     ]
     before = good[: good.index(hookpoint)] if hookpoint in good else []
     meant = before[-1] if before else closest(hookpoint, {*good} - {hookpoint})
-    fault = found.get(hookpoint, "is not run")
-    raise _refused(hookpoint, modules, meant, f"; this one {fault}")
+    fault = found.get(hookpoint, "does not run")
+    raise _refused(hookpoint, modules, meant, f"; this module {fault}")
 
 
 def faults(
@@ -82,13 +82,15 @@ def faults(
             runs[name] += 1
             first = output[0] if isinstance(output, tuple) and output else output
             if runs[name] > 1:
-                found[name] = f"is run {runs[name]} times"
+                found[name] = f"runs {runs[name]} times"
             elif gathered:
-                found[name] = "is at or behind the head"
+                found[name] = "is the head, or runs after it"
             elif not isinstance(first, Tensor):
-                found[name] = f"gives a {type(first).__name__}"
+                found[name] = f"returns a {type(first).__name__}"
             elif first.dim() != 3 or first.shape[:2] != input_ids.shape:
-                found[name] = f"gives {tuple(first.shape)} for {tuple(input_ids.shape)} tokens"
+                found[name] = (
+                    f"returns shape {tuple(first.shape)} for {tuple(input_ids.shape)} tokens"
+                )
             else:
                 found[name] = ""
 
@@ -112,8 +114,8 @@ def _refused(
     # a transformer block's path: the first name that ends in a number
     ends = (name for name in modules if name.rsplit(".", 1)[-1].isdigit())
     return UsageError(
-        f"hookpoint={hookpoint}: must be the dotted path of a module of the model that is run once,"
-        " before the head, and gives a tensor of shape (batch, sequence, hidden), such as"
+        f"hookpoint={hookpoint}: must be the dotted path of a module that runs once, before the"
+        " head, and returns a tensor of shape (batch, sequence, hidden), such as"
         f" {next(ends, 'model.layers.0')!r}{reason}{did_you_mean(meant)}"
     )
 
