@@ -160,7 +160,7 @@ def failure(error: BaseException) -> Failure:
         return Failure(1, f"error: out of memory ({text})")
     reader = _reader(error)
     if reader and isinstance(error, _COMPLAINTS) and getattr(error, "errno", None) is None:
-        return Failure(2, f"error: {reader} raised {type(error).__name__}: {text}")
+        return Failure(2, f"error: {reader} refuses this: {type(error).__name__}: {text}")
     if isinstance(error, (ProcessDied, OSError)):
         return Failure(1, f"error: {text}")
     return Failure(70, f"error: unexpected {type(error).__name__}: {text}; see {_log(error)}")

@@ -199,7 +199,7 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     """The differences between two marks, a line each."""
     there, here = _flat(there), _flat(here)
     return [
-        f"{key}: {_short(there.get(key))} in the folder, {_short(here.get(key))} now"
+        f"{key}: {_short(there.get(key))} there, {_short(here.get(key))} here"
         for key in {**there, **here}
         if there.get(key) != here.get(key)
     ]

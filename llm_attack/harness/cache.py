@@ -45,7 +45,7 @@ def guard(cache: MutableMapping[str, Any], settings: dict[str, Any], filename: s
         )
     written = json.loads(mark)
     differing = [
-        f"{k}={written.get(k, _UNKNOWN)} in the file, {k}={settings.get(k, _UNKNOWN)} now"
+        f"{k}={written.get(k, _UNKNOWN)} there, {k}={settings.get(k, _UNKNOWN)} now"
         for k in sorted(written.keys() | settings.keys())
         if written.get(k) != settings.get(k)
     ]
