@@ -48,7 +48,7 @@ class _Commands(click.Group):
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="llm-attack")
-@click.option(failures.TRACEBACK, is_flag=True, help="Show the traceback of an error as well.")
+@click.option(failures.TRACEBACK, is_flag=True, help="Also show the traceback of an error.")
 def main(traceback: bool) -> None:
     """How much of a language model's accuracy survives a perturbation of its embeddings?"""
 
@@ -125,7 +125,7 @@ _verbose = click.option(
     is_eager=True,
     expose_value=False,
     callback=_read_config,
-    help="YAML file with the same names as these options, which go before it.",
+    help="YAML file with these options. Options on the command line override the file.",
 )
 @_progress
 @_verbose
@@ -135,14 +135,16 @@ _verbose = click.option(
     cls=Option,
     group="output",
     metavar="PATH",
-    help="Folder for tables, figures, report and samples; a run that was stopped goes on there.",
+    help="Folder for tables, figures, report and samples. To continue a stopped run, give its"
+    " folder.",
 )
 @click.option(
     "--dry_run",
     cls=Option,
     group="output",
     is_flag=True,
-    help="Say what the run would take (tokens, FLOP, time on this device, memory); write nothing.",
+    help="Print what the run would need (tokens, FLOP, time on this device, memory), and write"
+    " nothing.",
 )
 @click.option(
     "--revisions",
@@ -150,8 +152,8 @@ _verbose = click.option(
     cls=Option,
     group="model",
     metavar="NAME,...",
-    help="Checkpoints of one training, each attacked in a folder of its own, with one table and one"
-    " figure of all: revisions on the hub, or subfolders of a local model.",
+    help="Checkpoints of one training: revisions on the hub, or subfolders of a local model. Each"
+    " is attacked in a folder of its own. One table and one figure show all.",
 )
 @click.option(
     "--fail_under",
@@ -224,7 +226,7 @@ _equivalence = click.option(
     "--equivalence",
     type=number(float),
     metavar="POINTS",
-    help="Test as well whether accuracies are equal within so many points of a percent.",
+    help="Also test whether accuracies are equal within this many percentage points.",
 )
 
 
@@ -232,15 +234,15 @@ _format = click.option(
     "--format",
     "formats",
     metavar="FORMAT,...",
-    help="Write for a paper as well: pdf (figures at a column's width), tex (the table in LaTeX,"
-    " with its caption, and what to cite in llm_attack.bib), or both.",
+    help="Also write files for a paper: pdf (figures at the width of a column), tex (the table in"
+    " LaTeX with its caption, and references in llm_attack.bib), or both.",
 )
 _intervals = click.option(
     "--intervals",
     type=click.Choice(["below", "beside", "none"]),
     default="below",
     show_default=True,
-    help="Where the table in LaTeX has its intervals.",
+    help="Place of the intervals in the LaTeX table.",
 )
 
 
@@ -274,12 +276,12 @@ def report(folder: Path, **settings: Any) -> None:
     "-o",
     "--output",
     metavar="PATH",
-    help="CSV file; of more than two runs there is a figure beside it.",
+    help="CSV file for the table. With more than two runs, a figure is written beside it.",
 )
 @click.option(
     "--leaderboard",
     metavar="PATH",
-    help="CSV file to which a row for each model and condition is appended.",
+    help="CSV file that gets a row for each model and condition. It may exist already.",
 )
 @click.option(
     "--fail_drop",
@@ -342,7 +344,7 @@ def fig3(arguments: tuple[str, ...]) -> None:
     metavar="PATH",
     default=OUT,
     show_default=True,
-    help="Folder for a folder of each figure.",
+    help="Folder that gets a subfolder for each figure.",
 )
 @click.option("--device", help=DEVICE)
 @click.option("--seed", type=number(int), help="First seed of every experiment.")

@@ -39,7 +39,10 @@ _STARTED, _PARTS = "started.json", ("checkpoints",)
 _COMMAND = "llm-attack reproduce"
 OUT = "out"  # where results go unless --output says otherwise; results/ holds the stored ones
 _SEEDS = 2**62  # torch's generators take integers of 64 bits
-DEVICE = "Where to compute: cpu, cuda, cuda:1, ...; unless given, cuda where there is one"
+DEVICE = (
+    "Device to compute on: cpu, cuda, cuda:1, ... The default is cuda if there is a GPU, and else"
+    " cpu"
+)
 
 
 class Figure(Command):
@@ -170,7 +173,10 @@ def preset_option() -> click.Option:
         type=click.Choice(PRESET_NAMES),
         default="quick",
         show_default=True,
-        help="Settings small enough for a laptop, or of the paper's sizes; options override them.",
+        help=(
+            "Settings for a laptop (small), or the sizes of the paper (paper). Options override"
+            " them."
+        ),
     )
 
 
@@ -206,7 +212,7 @@ def _is_same(folder: Path, name: str, head: dict[str, Any], names: list[str]) ->
             program, there = record["command"].split()[:3], {**record["settings"]}
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UsageError(
-                f"output={folder}: {mark} there cannot be read as that of an experiment"
+                f"output={folder}: {mark} in this folder is not the record of an experiment"
                 f" ({one_line(error)}); must be another folder"
             ) from error
         if names == [_STARTED]:
@@ -231,6 +237,6 @@ def pick_device(name: str | None) -> str:
     try:
         torch.zeros(1, dtype=torch.float64, device=name).cpu()  # from "meta" nothing comes back
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
-        allowed = f"cpu, cuda, or another that torch can use here ({one_line(error)})"
+        allowed = f"cpu, cuda, or another device that torch can use here ({one_line(error)})"
         raise invalid("device", name, allowed) from error
     return name

@@ -68,6 +68,9 @@ def test_library(one_task):
     assert list(names["wide"]) == sorted(names["table"].index.unique("condition"))
     exec(loaded, names)
     assert names["result"].run["model_name"] == "half" and len(names["result"].samples) == 6 * 2
+    (loaded,) = blocks("how/model.md")
+    exec(loaded, names)
+    assert len(names["result"].samples) == 6 * 4
     exec(attack, names)
     assert 0 < (names["attacked"] - names["x"]).abs().max() <= 8 / 255 + 1e-6
 

@@ -201,9 +201,10 @@ class StepSettings:
     )
     step_size: float | None = setting(
         None,
-        "Length of a step of the iterative attacks, in the unit of epsilon; unless given, a quarter"
-        " of epsilon. Of apgd, apgdt and critical it is the first step's, twice epsilon unless"
-        " given; of fmn the L2 length of the first step, to a corner of the ball unless given",
+        "Length of a step of the iterative attacks, in the unit of epsilon. The default is a"
+        " quarter of epsilon. For apgd, apgdt and critical it is the first step; the default is"
+        " twice epsilon. For fmn it is the L2 length of the first step; by default the step"
+        " reaches a corner of the ball",
         minimum=0.0,
         exclusive_minimum=True,
         group="attack",
@@ -211,27 +212,30 @@ class StepSettings:
     decay: float = setting(1.0, "Decay of the momentum of mifgsm", minimum=0.0, group="attack")
     restarts: int = setting(
         1,
-        "Number of times that apgd, apgdt and critical start, first at the clean point, then at"
-        " random ones of the ball; the best counts",
+        "Number of times that apgd, apgdt and critical start. The first start is the clean point,"
+        " and the others are random points of the ball. The best result counts",
         minimum=1,
         group="attack",
     )
     rounds: int = setting(
         12,
-        "Number of amplitudes at which critical tries apgd, to find the smallest",
+        "Number of amplitudes at which critical tries apgd to find the smallest",
         minimum=1,
         group="attack",
     )
     first_epsilon: float | None = setting(
         None,
-        "The second amplitude that critical tries, after epsilon, in the unit of epsilon; a"
-        " sixteenth of epsilon unless given",
+        "Second amplitude that critical tries, after epsilon, in the unit of epsilon. The default"
+        " is a sixteenth of epsilon",
         minimum=0.0,
         exclusive_minimum=True,
         group="attack",
     )
     queries: int = setting(
-        100, "Number of points that blocks tries, each a forward pass", minimum=1, group="attack"
+        100,
+        "Number of points that blocks tries; each costs a forward pass",
+        minimum=1,
+        group="attack",
     )
 
 

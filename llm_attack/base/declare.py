@@ -58,7 +58,7 @@ class SettingSpec:
                 "" if self.minimum is None else f", {bound} {self.minimum:g}"
             )
         minimum = "" if self.minimum is None else f", {self.minimum:g} or more"
-        several = f"values with commas between them{minimum}"
+        several = f"values, separated by commas{minimum}"
         return {bool: "True or False", str: "a text"}.get(self.kind, several)
 
     def allows(self, value: Any) -> bool:

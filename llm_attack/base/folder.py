@@ -57,7 +57,7 @@ def resolved_file(path: str | os.PathLike[str], argument: str = "output") -> Pat
     text = os.fspath(path)
     parent, name = os.path.split(os.path.expanduser(text))
     if text.strip() and name in ("", ".", ".."):
-        raise invalid(argument, text, "the name of a file, not that of a folder")
+        raise invalid(argument, text, "the name of a file, not of a folder")
     return _followed(parent, text, argument) / name
 
 
@@ -151,14 +151,14 @@ def claim(folder: Path, marked: Callable[[list[str]], bool], parts: Sequence[str
     for part in parts:
         if (folder / part).is_symlink():
             raise UsageError(
-                f"output={folder}: {part} there is a link; must be a folder, or not exist yet"
+                f"output={folder}: contains the link {part}; it must be a folder, or not exist yet"
             )
     names = strangers(folder, parts)  # before the mark, which other processes write first
     if names and not marked(names):
         shown = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
         raise UsageError(
-            f"output={folder}: holds {shown}, and no mark of a run; must be a new folder, an empty"
-            " one, or that of the same run"
+            f"output={folder}: contains {shown}, but no run; must be a new folder, an empty"
+            " folder, or the folder of the same run"
         )
 
 
@@ -190,8 +190,8 @@ def check_same(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> Non
     differing = differences(there, here)
     if differing:
         raise UsageError(
-            f"output={folder}: holds a run with other settings ({'; '.join(differing)}); must be"
-            " the same run, or another folder"
+            f"output={folder}: contains a run with other settings ({'; '.join(differing)}); must"
+            " be another folder, or have the same settings"
         )
 
 
@@ -223,8 +223,8 @@ def claim_file(path: Path, first_line: str, what: str, argument: str = "output")
     except OSError:
         free = False
     if not free:
-        fault = f"is a link, not a file of {what}" if path.is_symlink() else f"is not of {what}"
-        raise UsageError(f"{argument}={path}: {fault}; must be a file of one, or not exist yet")
+        fault = f"is a link, and not {what}" if path.is_symlink() else f"is not {what}"
+        raise UsageError(f"{argument}={path}: {fault}; must be such a file, or not exist yet")
 
 
 def _begins(path: Path, line: str) -> bool:

@@ -29,14 +29,14 @@ class LoadedModel(str):
     def __new__(cls, model: Any, tokenizer: Any = None, name: str | None = None) -> LoadedModel:
         kind = type(model).__name__
         if not hasattr(model, "config"):
-            raise UsageError(f"model={kind}: must be a model of transformers, or the name of one")
+            raise UsageError(f"model={kind}: must be a model of transformers, or its name")
         if name is not None and (not isinstance(name, str) or not name.strip()):
             raise invalid("name", name, "a text")
         source = getattr(model.config, "name_or_path", "")
         if tokenizer is None and not source:
             raise UsageError(
-                f"tokenizer=None: must be given with a loaded {kind}, which does not say where it"
-                " is from"
+                f"tokenizer=None: must be given, because the loaded {kind} does not know the path"
+                " it was loaded from"
             )
         loaded = super().__new__(cls, name or source or kind)
         loaded.model, loaded.tokenizer = model, tokenizer

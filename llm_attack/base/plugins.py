@@ -59,7 +59,10 @@ def check_name(argument: str, name: Any) -> None:
         UsageError: it is none of letters, digits and `_ . : < > -`, or is `worst`.
     """
     if not isinstance(name, str) or not re.fullmatch(r"[\w.:<>-]+", name) or name == "worst":
-        allowed = "letters, digits, and any of _ . : < > -, and not worst, which is taken"
+        allowed = (
+            "letters, digits, and any of _ . : < > -, and must not be worst, which has another"
+            " meaning"
+        )
         raise invalid(argument, name, allowed)
 
 

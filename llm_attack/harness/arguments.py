@@ -93,8 +93,8 @@ def check_names(names: Iterable[str], config: PretrainedConfig | None = None) ->
             continue
         hint = did_you_mean(meant[0] if meant else None)
         raise UsageError(
-            f"{name}: attacked-hf has no such argument, and nor have hf, from_pretrained or the"
-            f" model's config{hint}"
+            f"{name}: is no argument of attacked-hf, hf, from_pretrained or the model's"
+            f" configuration{hint}"
         )
 
 
@@ -150,7 +150,7 @@ def check_string(arguments: str) -> None:
     given = [declare.underscored(name.strip()) for name, _, _ in pairs]
     for name, (_, _, value) in zip(given, pairs, strict=True):
         if given.count(name) > 1:
-            raise UsageError(f"{name}={value}: must be given once")
+            raise UsageError(f"{name}={value}: must be given only once")
         if not declare.is_plain(value.strip()) and _is_number(value):
             raise invalid(name, value, "a number in plain digits, such as 10")
 

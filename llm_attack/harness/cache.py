@@ -40,8 +40,8 @@ def guard(cache: MutableMapping[str, Any], settings: dict[str, Any], filename: s
         return
     if mark is None:
         raise UsageError(
-            f"use_cache={filename}: this file holds the answers of another model than attacked-hf;"
-            " must be a new file or one written under the same settings"
+            f"use_cache={filename}: this file contains answers that attacked-hf did not write;"
+            " must be a new file, or one with the same settings"
         )
     written = json.loads(mark)
     differing = [
@@ -51,8 +51,9 @@ def guard(cache: MutableMapping[str, Any], settings: dict[str, Any], filename: s
     ]
     if differing:
         raise UsageError(
-            f"use_cache={filename}: this file was written under other settings, or by"
-            f" another model ({'; '.join(differing)}); must be a new file or one of the same"
+            f"use_cache={filename}: this file was written with other settings or another model"
+            f" ({'; '.join(differing)}); must be a new file, or one with the same settings and"
+            " model"
         )
 
 
@@ -66,5 +67,6 @@ def refuse_ambiguous(questions: Sequence[Question], asked: Sequence[Instance]) -
             if seen.setdefault(request.args, content) != content:
                 raise UsageError(
                     f"use_cache: task {request.task_name} has a request that belongs to two"
-                    " questions, which lm-eval's cache cannot tell apart; run it without use_cache"
+                    " questions; lm-eval's cache cannot distinguish them, so run it without"
+                    " use_cache"
                 )

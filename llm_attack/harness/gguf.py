@@ -40,8 +40,8 @@ def located(pretrained: Any, gguf_file: str | None) -> tuple[Any, str | None]:
         raise UsageError(f"gguf_file={gguf_file}: must be a file in {folder}{did_you_mean(meant)}")
     if not is_gguf_available():
         raise UsageError(
-            f"gguf_file={gguf_file}: must be read by the package gguf, which is missing or too old;"
-            " pip install -U gguf"
+            f"gguf_file={gguf_file}: needs the package gguf, which is missing or too old; pip"
+            " install -U gguf"
         )
     return pretrained, gguf_file
 

@@ -33,7 +33,7 @@ class Unlabelled(Exception):
         remedy: what must be otherwise.
     """
 
-    remedy = "must be a task of which every question has choices and a gold label"
+    remedy = "must be a task in which every question has choices and a label"
 
 
 class Unjudged(Unlabelled):
@@ -64,8 +64,8 @@ def _noted(request: Instance) -> Noted:
     note = noted(request)
     if note is None:
         raise UsageError(
-            f"task {request.task_name}: loss=choice and context=shared need requests that an"
-            " lm-eval task built after llm_attack.harness.model was imported"
+            f"task {request.task_name}: loss=choice and context=shared need requests of an"
+            " lm-eval task that was built after the import of llm_attack.harness.model"
         )
     return note
 
@@ -85,12 +85,12 @@ def gold_choices(requests: Sequence[Instance]) -> list[bool]:
     choices = choices_of(task, first.doc)
     if len(requests) == 1 and not choices:
         raise Unlabelled(
-            f"has one continuation and no choices (output_type: {task.OUTPUT_TYPE}), so that"
-            " there is no guessing to compare with"
+            f"has one continuation and no choices (output_type: {task.OUTPUT_TYPE}), so it has no"
+            " chance level to compare with"
         )
     n = len(choices) or len(requests)
     if len(requests) not in (n, 2 * n):
-        raise Unlabelled(f"has {n} choices and {len(requests)} requests, which do not match")
+        raise Unlabelled(f"has {n} choices but {len(requests)} requests")
     if by_lm_eval(task):
         return _named(_target(task, first.doc), choices)
     gold = _asked(task, first, n, len(requests))
@@ -109,7 +109,7 @@ def judged(request: Instance, results: Sequence[tuple[float, bool]]) -> dict[str
         metrics: dict[str, Any] = task_of(request).process_results(request.doc, list(results))
     except Exception as error:  # a user's own Python
         raise Unjudged(
-            f"cannot be judged, as process_results of the task raises {one_line(error)}"
+            f"cannot be judged, because process_results of the task raises {one_line(error)}"
         ) from error
     return metrics
 
@@ -161,7 +161,7 @@ def _named(target: Any, choices: Sequence[str]) -> list[bool]:
     """Whether `target` names each choice, by the rules of lm-eval."""
     targets = list(target) if isinstance(target, (list, tuple)) else [target]
     if not targets or any(label is None for label in targets):
-        raise Unlabelled(f"has no gold label (doc_to_target gives {target})")
+        raise Unlabelled(f"has no label (doc_to_target gives {target})")
     if isinstance(target, str):
         targets = [i for i, choice in enumerate(choices) if choice == target][:1]
     gold = [i in targets for i in range(len(choices))]
@@ -169,7 +169,7 @@ def _named(target: Any, choices: Sequence[str]) -> list[bool]:
         listed = (
             ", ".join(map(repr, choices)) if isinstance(target, str) else f"0 to {len(gold) - 1}"
         )
-        raise Unlabelled(f"has the gold label {target!r}, which is none of its choices ({listed})")
+        raise Unlabelled(f"has the label {target!r}, which is none of its choices ({listed})")
     return gold
 
 
@@ -191,7 +191,7 @@ def _stated(task: Task, request: Instance) -> list[bool]:
     with suppress(Exception):  # such a task need not have a target
         target = _target(task, request.doc)
     if target is None:
-        raise Unlabelled("has no gold label: neither process_results nor doc_to_target gives one")
+        raise Unlabelled("has no label: process_results and doc_to_target give none")
     return _named(target, choices_of(task, request.doc))
 
 

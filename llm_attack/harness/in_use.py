@@ -50,7 +50,7 @@ class InUse:
         """
         attacks = {condition.attack for condition in self.conditions}
         sentences = [
-            f"{name}={value}: has no effect, as no attack of this run reads it"
+            f"{name}={value}: has no effect, because no attack of this run uses it"
             for name, value, _ in unread(self.conditions[0], attacks)
         ]
         for asked, attack, of_attack in zip(
@@ -59,7 +59,7 @@ class InUse:
             more = of_attack.warnings()
             if attack.name != "none" and attack.epsilon == 0 < asked.attack_in_units.epsilon:
                 unit = asked.amplitude.epsilon.unit
-                more.append(f"nothing was perturbed: one {unit} is 0 at this hookpoint")
+                more.append(f"nothing was perturbed: the unit {unit} is 0 at this hookpoint")
             sentences += [f"{attack.condition}: {sentence}" for sentence in more]
         return sentences
 

@@ -94,15 +94,16 @@ class Judge:
             raise
         except OSError as error:
             raise UsageError(
-                f"{asked_for}: their data cannot be had ({one_line(error)}); must"
-                " be in the cache of datasets, or on a hub that can be reached"
+                f"{asked_for}: the data of the tasks cannot be loaded ({one_line(error)}); they"
+                " must be in the cache of datasets, or on a hub that can be reached"
             ) from error
         except Exception as error:  # a task is a user's YAML and Python: it can raise anything
             raise UsageError(
-                f"{asked_for}: cannot be built ({one_line(error)}); must be what lm-eval can build"
+                f"{asked_for}: cannot be built ({one_line(error)}); must be tasks that lm-eval"
+                " can build"
             ) from error
         if not stand.requests:
-            raise UsageError(f"{asked_for}: there is no question; must be tasks that have some")
+            raise UsageError(f"{asked_for}: no questions were found; must be tasks with questions")
         for task in {id(task): task for task in map(task_of, stand.requests)}.values():
             _check_all_asked(task, self.options.get("limit"))
             # lm-eval builds anew at each evaluation: as costly as judging
@@ -156,8 +157,8 @@ def _check_all_asked(task: Any, limit: float | None) -> None:
     missing = sorted(set(range(n)) - {request.doc_id for request in task.instances})
     if missing:
         raise UsageError(
-            f"tasks={task.config.task}: question {missing[0]} has no choices; must be a task of"
-            " which every question has some"
+            f"tasks={task.config.task}: question {missing[0]} has no choices; must be a task in"
+            " which every question has choices"
         )
 
 

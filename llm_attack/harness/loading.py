@@ -49,7 +49,7 @@ def check_arguments(source: Any, arguments: dict[str, Any]) -> None:
         for name in _OF_LOADING:
             if name in given and not (name == "dtype" and str(given[name]) in same):
                 raise UsageError(
-                    f"{name}={given[name]}: must be left out where pretrained is a loaded model"
+                    f"{name}={given[name]}: must be left out if pretrained is a loaded model"
                 )
     for one, other in _EXCLUSIVE:
         if one in given and other in given:
@@ -59,7 +59,7 @@ def check_arguments(source: Any, arguments: dict[str, Any]) -> None:
             _check_package(f"{name}={given[name]}", package)
     if arguments.get("enable_thinking") and arguments.get("think_end_token") is None:
         raise UsageError(
-            "enable_thinking=True: must go with think_end_token, the token that ends the thinking"
+            "enable_thinking=True: needs think_end_token, the token that ends the thinking"
         )
 
 
@@ -79,7 +79,8 @@ def settle_loaded(model: Any, arguments: dict[str, Any]) -> None:
         device = torch.device(given)
         if device.type != model.device.type or device.index not in (None, model.device.index):
             raise UsageError(
-                f"device={given}: must be left out, or be {model.device}, where the loaded model is"
+                f"device={given}: must be left out, or be {model.device}, the device of the"
+                " loaded model"
             )
     arguments["device"] = str(model.device)
     if "tokenizer" in arguments and not isinstance(arguments["tokenizer"], str):
@@ -125,7 +126,7 @@ def quantization(arguments: dict[str, Any]) -> Any:
     options = {name: arguments.pop(name) for name in [*arguments] if name.startswith(_OF_BITS)}
     if options and not wanted:
         name, value = next(iter(options.items()))
-        raise UsageError(f"{name}={value}: must go with load_in_4bit=True or load_in_8bit=True")
+        raise UsageError(f"{name}={value}: needs load_in_4bit=True or load_in_8bit=True")
     if not wanted:
         return given
     if len(wanted) > 1 or given is not None:
@@ -206,8 +207,8 @@ class Unfit:
     def sentences(self) -> list[str]:
         """The weights that did not fit, a sentence for each kind."""
         parts = {
-            "weights that the checkpoint lacks, drawn at random": self.missing,
-            "weights of the checkpoint that the model has no place for": self.unexpected,
+            "weights that are missing in the checkpoint and were drawn at random": self.missing,
+            "weights of the checkpoint that the model does not use": self.unexpected,
         }
         return [f"{what}: {len(names)} ({_some(names)})" for what, names in parts.items() if names]
 
@@ -237,8 +238,8 @@ def check_finite(pretrained: Any, model: torch.nn.Module) -> None:
             bad = int((~_isfinite(weight)).sum())
             if bad:
                 raise UsageError(
-                    f"pretrained={pretrained}: {bad} values of the weight {name} are not finite;"
-                    " must be a model whose weights are numbers"
+                    f"pretrained={pretrained}: {bad} values of the weight {name} are NaN or"
+                    " infinite; must be a model with finite weights"
                 )
 
 
@@ -266,9 +267,9 @@ def check_float64(model: Any, tokens: torch.Tensor) -> None:
     if before not in (None, "eager"):
         model.set_experts_implementation("eager")
         if _refusal(model, tokens) is None:
-            hint = "; must go with experts_implementation=eager"
+            hint = "; needs experts_implementation=eager"
         model.set_experts_implementation(before)
-    raise UsageError(f"dtype=float64: the model refuses it ({one_line(error)}){hint}") from error
+    raise UsageError(f"dtype=float64: the model raises {one_line(error)}{hint}") from error
 
 
 def _refusal(model: Any, tokens: torch.Tensor) -> RuntimeError | None:

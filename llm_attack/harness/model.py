@@ -105,8 +105,8 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         self._quantization = loading.quantization(passed)
         if arguments.get("tp_plan") is not None and "RANK" not in os.environ:
             raise UsageError(
-                f"tp_plan={arguments['tp_plan']}: must be started by torchrun, with a process for"
-                " each part of the model"
+                f"tp_plan={arguments['tp_plan']}: must be started by torchrun, with one process"
+                " for each part of the model"
             )
         # lm-eval 0.4.9 does not keep it; later ones set it again
         self.enable_thinking = arguments.get("enable_thinking")
@@ -138,7 +138,7 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         if self.backend != "causal":
             raise UsageError(
                 f"pretrained={name_of(pretrained)}: is an encoder-decoder model; must be a causal"
-                " one"
+                " model"
             )
         self.pretrained = pretrained
 
@@ -173,7 +173,7 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
 
     def _prepared(self, *conditions: AttackSettings) -> InUse:
         if any(other.threat != conditions[0].threat for other in conditions):
-            raise UsageError("conditions of one run must have the same loss, context, seed")
+            raise UsageError("conditions of one run must have the same loss, context and seed")
         names = list(dict.fromkeys(condition.hookpoint for condition in conditions))
         text = self._known(self.tok_encode(CALIBRATION_TEXT))[: self.max_length]
         units = {condition.amplitude.epsilon.unit for condition in conditions}
@@ -211,7 +211,8 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
             if should_reduce_batch_size(error):
                 raise
             raise UsageError(
-                f"pretrained={name_of(self.pretrained)}: a first forward fails ({one_line(error)})"
+                f"pretrained={name_of(self.pretrained)}: the first forward pass fails"
+                f" ({one_line(error)})"
             ) from error
 
     def _check_attacks(self, attacks: Sequence[Attack]) -> None:
@@ -220,12 +221,12 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
             if attack.epsilon > largest:
                 raise UsageError(
                     f"epsilon={attack.epsilon:g}: must be a number of the model's dtype,"
-                    f" {self.model.dtype}, of which the largest is {largest:g}"
+                    f" {self.model.dtype}, whose largest number is {largest:g}"
                 )
             if attack.name == "fmn" and self.engine_settings.gradient_dtype is not None:
                 raise UsageError(
                     f"gradient_dtype={self.engine_settings.gradient_dtype}: must be left out with"
-                    " attack=fmn, whose every gradient goes with an answer"
+                    " attack=fmn, which needs an answer with every gradient"
                 )
 
     def _scorers(self, model: Any, names: Sequence[str | None]) -> list[Scorer]:
@@ -342,8 +343,8 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
             token = min(unknown)
             raise UsageError(
                 f"tokenizer={self.tokenizer.name_or_path}: gives the token {token}"
-                f" ({self.tokenizer.convert_ids_to_tokens(token)!r}), and the model has embeddings"
-                f" of 0 to {size - 1}; must be the tokenizer of this model"
+                f" ({self.tokenizer.convert_ids_to_tokens(token)!r}), but the model has embeddings"
+                f" for 0 to {size - 1}; must be the tokenizer of this model"
             )
 
     # -- loading -----------------------------------------------------------------------------------
@@ -366,8 +367,8 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         self.warnings += unfit.sentences()
         if self.warnings and not self.engine_settings.allow_missing_weights:
             raise UsageError(
-                f"pretrained={pretrained}: {'; '.join(self.warnings)}; must be a whole checkpoint"
-                " of this architecture, or allow_missing_weights=True"
+                f"pretrained={pretrained}: {'; '.join(self.warnings)}; must be a complete"
+                " checkpoint of this architecture, or allow_missing_weights=True"
             )
 
     def _create_tokenizer(self, *args: Any, **kwargs: Any) -> None:
@@ -376,9 +377,9 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         given = self._arguments.get("prefix_token_id") is not None
         if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None and not given:
             raise UsageError(
-                f"tokenizer={tokenizer.name_or_path}: has neither a BOS nor an EOS token, and"
-                " lm-eval needs one as the prefix of empty contexts; must be a tokenizer that has"
-                " one, or give prefix_token_id="
+                f"tokenizer={tokenizer.name_or_path}: has no BOS and no EOS token, but lm-eval"
+                " needs one before empty contexts; must be a tokenizer with such a token, or give"
+                " prefix_token_id="
             )
 
     # -- answering ---------------------------------------------------------------------------------
@@ -525,13 +526,13 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
     def _refuse_questions(self, requests: Sequence[Instance]) -> None:
         if self.settings.needs_gold:
             raise UsageError(
-                f"loss={self.settings.loss}: task {requests[0].task_name} is not a multiple-choice"
-                " task with gold labels; use loss=sequence"
+                f"loss={self.settings.loss}: task {requests[0].task_name} is not a"
+                " multiple-choice task with labels; use loss=sequence"
             )
         if self.settings.positions == QUESTION:
             raise UsageError(
-                f"positions={QUESTION}: task {requests[0].task_name} asks for no continuation of a"
-                " question; must be another, such as not_first"
+                f"positions={QUESTION}: task {requests[0].task_name} has no continuations of a"
+                " question; must be another value, such as not_first"
             )
 
     # -- what the results say of themselves --------------------------------------------------------

@@ -109,7 +109,8 @@ def examples_of(request: Instance) -> str:
     if at < 0:
         raise UsageError(
             f"positions={QUESTION}: the prompt of task {request.task_name}, question"
-            f" {request.doc_id}, does not hold its text; must be another, such as not_first"
+            f" {request.doc_id}, does not contain its text; must be another value, such as"
+            " not_first"
         )
     return context[:at].rstrip(" ")  # a space is part of the word behind it
 
@@ -212,11 +213,13 @@ def _refuse_unfit(lm: HFLM, request: Instance, tokens: TokenRequest) -> None:
         return
     whole = lm.tok_encode("".join(request.args))
     alone, together = ([lm.tok_decode([t]) for t in tokens[-3:]] for tokens in (context, whole))
-    hint = "" if lm.settings.encode_separately else "; encode_separately=True encodes it alone"
+    hint = (
+        "" if lm.settings.encode_separately else "; encode_separately=True tokenises it separately"
+    )
     raise UsageError(
-        f"{_place(request)}: the answer {request.args[1]!r} has no token of its own. With it the"
-        f" prompt has {len(whole)} tokens, the last of which are {together}; without it"
-        f" {len(context)}, the last of which are {alone}{hint}"
+        f"{_place(request)}: the answer {request.args[1]!r} has no token of its own. The prompt"
+        f" with the answer has {len(whole)} tokens and ends in {together}; the prompt without it"
+        f" has {len(context)} and ends in {alone}{hint}"
     )
 
 
@@ -231,11 +234,11 @@ def _warn(lm: HFLM, requests: Sequence[Instance], encoded: Sequence[TokenRequest
             of_task[2] += lm.tok_encode("".join(request.args))[: len(context)] != context
     for task, (n, cut, across) in counts.items():
         sentences = {
-            f"task {task}: {cut} of {n} requests are longer than max_length={lm.max_length} and"
-            " lose tokens at their start": cut,
-            f"task {task}: in {across} of {n} requests a token reaches across the end of the"
-            " prompt, so the model reads other text than the task has; encode_separately=True"
-            " avoids it": across,
+            f"task {task}: {cut} of {n} requests are longer than max_length={lm.max_length}, so"
+            " their first tokens are cut off": cut,
+            f"task {task}: in {across} of {n} requests, one token contains the end of the prompt"
+            " and the start of the answer. The model does not read the prompt as the task has it;"
+            " encode_separately=True avoids this": across,
         }
         lm.warnings += [s for s, wrong in sentences.items() if wrong and s not in lm.warnings]
 

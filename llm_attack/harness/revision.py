@@ -29,8 +29,8 @@ def check_revision(pretrained: Any, source: Any, arguments: Mapping[str, Any]) -
     if revision in (None, DEFAULT) or any(map(_on_hub, sources)):
         return
     raise UsageError(
-        f"revision={revision}: must be left out with pretrained={name_of(pretrained)}, which is not"
-        " loaded from a hub and has no revisions"
+        f"revision={revision}: must be left out with pretrained={name_of(pretrained)}, which has"
+        " no revisions, because it is not loaded from a hub"
     )
 
 

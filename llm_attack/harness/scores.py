@@ -186,7 +186,9 @@ def check(name: str, questions: Sequence[Sequence[Instance]], score: Score) -> N
             except Unlabelled as error:
                 raise refused(name, requests[0], error) from error
             if score.reported and score.name not in metrics:
-                raise refused(name, requests[0], Unjudged(f"has no {score.name}, as others have"))
+                raise refused(
+                    name, requests[0], Unjudged(f"has no {score.name}, but other questions have it")
+                )
             judgements.append(metrics)
         failure = _not_aggregated(task.aggregation(), judgements)
         if failure is None:
@@ -249,12 +251,13 @@ def _no_number(asked: str, name: str, task: Any, value: Any, numbers: Sequence[s
     """The error for a score whose value of a question tests cannot compare."""
     if asked != ACC and of_whole_tasks(task, [asked]):
         return UsageError(
-            f"score={asked}: {name} has it of the whole task alone, so no question has a value to"
-            " compare; use score=acc, which reports it beside accuracy"
+            f"score={asked}: {name} has this score only for the whole task, so no question has a"
+            " value to compare; use score=acc, which also reports this score"
         )
     way_out = "must be left out of the tasks"
     if numbers:
-        way_out = f"must be another score of it, such as {', '.join(numbers)}"
+        way_out = f"must be another score of this task, such as {', '.join(numbers)}"
     return UsageError(
-        f"score={asked}: {name} gives a question {value!r:.60}, which is no number; {way_out}"
+        f"score={asked}: {name} gives a question the value {value!r:.60}, which is not a number;"
+        f" {way_out}"
     )

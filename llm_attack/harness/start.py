@@ -24,8 +24,8 @@ def source_of(pretrained: Any) -> Any:
         raise invalid("pretrained", pretrained, "a model id, a path or a model of transformers")
     if any(weight.is_inference() for weight in pretrained.parameters()):
         raise UsageError(
-            "pretrained: the model was made under torch.inference_mode, and gradients cannot go"
-            " through such weights; must be made outside of it"
+            "pretrained: the model was made under torch.inference_mode, so it has no gradients;"
+            " must be made outside of it"
         )
     return pretrained
 

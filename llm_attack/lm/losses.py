@@ -84,7 +84,7 @@ def register_loss(
     if len(required) not in (1, 2) or any(
         parameter.kind not in _POSITIONAL for parameter in required
     ):
-        raise UsageError(f"loss={name}: must take sums, or sums and choices")
+        raise UsageError(f"loss={name}: must take the arguments sums, or sums and choices")
     gold = len(required) == 2
     whole = whole or bool(getattr(function, "whole", False))
     value = _checked(name, function, gold)

@@ -66,71 +66,72 @@ class ThreatSettings(StepSettings):
 
     epsilon_unit: str = setting(
         "absolute",
-        f"Unit of epsilon and step_size, one of {', '.join((ABSOLUTE, *UNITS))}, or"
-        " package.module:function of your own, so that models of different scale can be compared."
-        " With rms it is the root mean square of the embedding matrix, or of the activations at"
-        " another hookpoint; with token_norm it is the amplitude at which a token's perturbation is"
-        " as long as the embeddings are on the average; with neftune it is one over the square root"
-        " of the perturbed coordinates of the question (or request), so that epsilon is the alpha"
-        " of NEFTune. In L2 each is times the square root of the width. A function of your own gets"
-        " the activations of the hookpoint and says how large a unit is in each coordinate",
+        f"Unit of epsilon and step_size: one of {', '.join((ABSOLUTE, *UNITS))}, or"
+        " package.module:function of your own. Relative units make models of different scale"
+        " comparable. With rms, one unit is the root mean square of the embedding matrix, or of"
+        " the activations at another hookpoint. With token_norm, one unit gives each token's"
+        " perturbation the mean length of the embeddings. With neftune, it is one over the square"
+        " root of the number of perturbed coordinates of the question (or request), so epsilon is"
+        " the alpha of NEFTune. In L2, each unit is multiplied by the square root of the width. A"
+        " function of your own gets the activations of the hookpoint and returns the size of a"
+        " unit in each coordinate",
         allowed=_named({ABSOLUTE: None, **UNITS}),
         parse=_unit_name,
         group="threat model",
     )
     norm: str = setting(
         "linf",
-        "Norm of the perturbation that epsilon bounds. With l2_token each token's is bounded, with"
-        " l2 that of all tokens together",
+        "Norm of the perturbation that epsilon bounds. With l2_token it bounds each token's"
+        " perturbation, with l2 the perturbation of all tokens together",
         choices=NORMS,
         group="threat model",
     )
     loss: str = setting(
         "sequence",
-        f"What the attack raises, one of {', '.join(LOSSES)}, or package.module:function of your"
-        " own. The loss sequence is the negative log-likelihood of all tokens of a request,"
-        " continuation that of its continuation alone. With choice and margin the attacker knows"
-        " the gold; choice is the log odds of the other choices against it, margin the best score"
-        " of the others minus the gold's",
+        f"Loss that the attack raises: one of {', '.join(LOSSES)}, or package.module:function of"
+        " your own. With sequence, it is the negative log-likelihood of all tokens of a request;"
+        " with continuation, of the continuation only. With choice and margin, the adversary knows"
+        " the label. The loss choice is the log odds of the wrong choices against the right one."
+        " The loss margin is the best score of the wrong choices minus the score of the right one",
         allowed=_named(LOSSES),
         parse=_loss_name,
         group="threat model",
     )
     score: str = setting(
         "acc",
-        "Score of the tasks that is reported, a metric of lm-eval such as acc, acc_norm or"
-        " brier_score. A task that does not have it reports acc, or what it has. A loss that knows"
-        " the gold attacks it: it compares log-likelihoods, for acc_norm those per character, for"
+        "Score to report: a metric of lm-eval, such as acc, acc_norm or brier_score. A task"
+        " without it reports acc, or else another of its scores. A loss that knows the label"
+        " attacks the same score. It compares log-likelihoods; for acc_norm per character, for"
         " acc_bytes per byte",
         allowed="the name of a metric",
         group="task",
     )
     context: str | None = setting(
         None,
-        "Whether the tokens that the requests of a question share are perturbed in each request by"
-        " itself (own) or once for all of them (shared). Unless given it is own, but shared where"
-        " the loss knows the gold",
+        "How to perturb the tokens that the requests of a question share: separately for each"
+        " request (own), or once for all of them (shared). The default is shared if the loss knows"
+        " the label, and else own",
         choices=CONTEXTS,
         group="threat model",
     )
     encode_separately: bool = setting(
         False,
-        "Encode each answer apart from its prompt, as lm-eval does for encoder-decoder models."
-        " Unless given both are encoded together, as lm-eval does for causal models, and a token"
-        " may reach across the place where they meet",
+        "Tokenise each answer separately from its prompt, as lm-eval does for encoder-decoder"
+        " models. The default is to tokenise both together, as lm-eval does for causal models."
+        " Then one token may contain the end of the prompt and the start of the answer",
         group="task",
     )
     positions: str = setting(
         ALL,
-        f"Tokens that are perturbed, {', '.join(NAMED)} or a slice such as 2:-1 of those that the"
-        " model reads for a request. With question they are those of neither few-shot examples nor"
-        " a system prompt; not_first spares the first token",
+        f"Tokens to perturb: {', '.join(NAMED)}, or a slice such as 2:-1 of the tokens that the"
+        " model reads for a request. With question, few-shot examples and the system prompt are"
+        " not perturbed; with not_first, the first token is not",
         group="threat model",
     )
     hookpoint: str | None = setting(
         None,
-        "Module whose output is perturbed, such as model.layers.12; the input embedding unless"
-        " given",
+        "Module whose output is perturbed, such as model.layers.12. The default is the input"
+        " embedding",
         allowed="the dotted path of a module",
         group="threat model",
     )
@@ -146,8 +147,8 @@ class ThreatSettings(StepSettings):
         check_positions(self.positions)
         if self.needs_gold and self.context == "own":
             raise UsageError(
-                f"context=own: must be shared with loss={self.loss}, which has one perturbation per"
-                " question"
+                f"context=own: must be shared with loss={self.loss}, which has one perturbation"
+                " for each question"
             )
 
     @property
@@ -176,15 +177,15 @@ class AttackSettings(ThreatSettings):
 
     attack: str = setting(
         "fgsm",
-        f"Name of the attack, one of {', '.join(ATTACKS)}, or package.module:function of your own",
+        f"Name of the attack: one of {', '.join(ATTACKS)}, or package.module:function of your own",
         allowed=_named(ATTACKS),
         parse=_attack_name,
         group="attack",
     )
     epsilon: float | str | Epsilon = setting(
         0.01,
-        "Amplitude, which is the radius of the ball round the clean point. 0.7rms is 0.7 with"
-        " epsilon_unit=rms, and so are 0.1token_norm and 5neftune",
+        "Amplitude (perturbation budget): the radius of the ball around the clean point. A suffix"
+        " names the unit: 0.7rms, 0.1token_norm, 5neftune",
         also_type=Epsilon,
         allowed=EPSILON,
         parse=Epsilon.parse,
@@ -229,8 +230,8 @@ class AttackSettings(ThreatSettings):
             )
         if kind.minimal and self.amplitude.epsilon.unit == NEFTUNE:
             raise UsageError(
-                f"epsilon_unit={NEFTUNE}: must be another with attack={self.attack}, whose"
-                " amplitudes are compared between questions"
+                f"epsilon_unit={NEFTUNE}: must be another unit with attack={self.attack}, which"
+                " compares amplitudes between questions"
             )
 
     def resolved(self, signal: Signal, place: str | None = None) -> Attack:
@@ -273,38 +274,38 @@ class EngineSettings:
 
     packing: str = setting(
         "auto",
-        "Layout of a question's requests. With tree the tokens that they share are computed once,"
-        " with off each request has a row, and auto is tree if a trial at the start shows that the"
-        " model takes trees",
+        "Layout of a question's requests. With tree, shared tokens are computed once; with off,"
+        " each request has a row. With auto, it is tree if a trial at the start shows that the"
+        " model supports it",
         choices=PACKINGS,
         group="engine",
     )
     gradient_checkpointing: bool = setting(
         False,
-        "Recompute activations in the backward pass instead of keeping them, which takes less"
+        "Recompute activations in the backward pass instead of keeping them. This takes less"
         " memory and more time",
         group="engine",
     )
     compile: bool = setting(False, "Compile the model's blocks with torch.compile", group="engine")
     deterministic: bool = setting(
         False,
-        "Answers depend on the question alone, to the last bit, whatever batch size, order, limit"
-        " and number of processes are. Every question (every request with context=own) is a batch"
-        " of its own, without packing, on one thread",
+        "Make answers equal to the last bit for every batch size, order, limit and number of"
+        " processes. Every question (with context=own every request) is a batch of its own,"
+        " without packing, on one thread",
         group="engine",
     )
     gradient_dtype: str | None = setting(
         None,
-        "Take gradients of a copy of the model in this dtype, which some processors compute faster."
-        " Answers stay in the model's own dtype. The copy takes memory, and attacked points differ"
+        "Take gradients of a copy of the model in this dtype, which is faster on some processors."
+        " Answers stay in the model's own dtype. The copy needs memory, and attacked points differ"
         " slightly",
         choices=GRADIENT_DTYPES,
         group="engine",
     )
     allow_missing_weights: bool = setting(
         False,
-        "Go on, with a warning in the results, where weights of the model are missing in the"
-        " checkpoint, or some of it have no place in the model",
+        "Continue, with a warning in the results, if weights of the model are missing in the"
+        " checkpoint, or if the checkpoint contains weights that the model does not use",
         group="model",
     )
 
@@ -312,8 +313,8 @@ class EngineSettings:
         check(self)
         if self.deterministic and self.packing == "tree":
             raise UsageError(
-                "packing=tree: must be auto or off with deterministic=True, as whether a tree may"
-                " be one is tried on the longest"
+                "packing=tree: must be auto or off with deterministic=True, because the longest"
+                " tree of a run decides whether the model can use trees"
             )
 
 

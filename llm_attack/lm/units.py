@@ -175,7 +175,7 @@ class Epsilon:
             unit = max(ends, key=len, default=rest if is_own(rest) else None)
             number = given.removesuffix(unit or "")
         try:
-            plain = is_plain(number) if isinstance(given, str) else isinstance(number, Real)
+            plain = is_plain(str(number)) if isinstance(given, str) else isinstance(number, Real)
             if plain and not isinstance(number, bool) and (unit is None or known_unit(unit)):
                 return cls(float(number) + 0.0, unit)  # no -0
         except (ValueError, OverflowError):

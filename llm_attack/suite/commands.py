@@ -60,7 +60,7 @@ def compare(
     _check(len(folders), table, path, equivalence, wanted)
     limits = thresholds.drop(fail_drop)
     if limits and len(folders) != 2:
-        raise UsageError(f"fail_drop={fail_drop}: must go with two folders")
+        raise UsageError(f"fail_drop={fail_drop}: needs exactly two folders")
     places = [logged.folder_of(folder) for folder in folders]
     of_lm_eval = [place for place in places if place is not None]
     if of_lm_eval:
@@ -97,16 +97,20 @@ def _check(
     """Refuses options of `compare` that do not go with each other, or with `n` folders."""
     listed = ",".join(wanted)
     if wanted and table is None:
-        raise UsageError(f"format={listed}: must go with output, a CSV file, beside which they are")
+        raise UsageError(
+            f"format={listed}: needs output, a CSV file; the other files are written beside it"
+        )
     if "pdf" in wanted and n < 3:
-        raise UsageError(f"format={listed}: must be tex with two folders, which have no figure")
+        raise UsageError(
+            f"format={listed}: must be tex with two folders, because their comparison has no figure"
+        )
     if n < 2 and leaderboard is None:
-        raise UsageError(f"compare: must have two folders or more, not {n}")
+        raise UsageError(f"compare: needs two folders or more, not {n}")
     if equivalence is not None and n != 2:
-        raise UsageError(f"equivalence={equivalence:g}: must go with two folders")
+        raise UsageError(f"equivalence={equivalence:g}: needs exactly two folders")
     pictures = [table.with_suffix(f".{form}") for form in ("png", "svg")] if table else []
     if leaderboard is not None and leaderboard in (table, *pictures):
-        raise UsageError(f"leaderboard={leaderboard}: must be another file than output's")
+        raise UsageError(f"leaderboard={leaderboard}: must be another file than output")
     if wanted and table is not None:
         _claim_for_paper(table, wanted)
 
@@ -118,10 +122,11 @@ def _check_logged(
     for folder, place in zip(folders, places, strict=True):
         if place is None:
             raise UsageError(
-                f"compare: {folder} is no run of lm_eval and another is; must be alike"
+                f"compare: {folder} is not a run of lm_eval, but another folder is; all must be of"
+                " the same kind"
             )
     if len(folders) != 2 or leaderboard is not None:
-        raise UsageError("compare: runs of lm_eval are compared in twos, without a leaderboard")
+        raise UsageError("compare: needs exactly two runs of lm_eval, and no leaderboard")
 
 
 def _write_for_paper(
@@ -143,10 +148,10 @@ def _claim_for_paper(table: Path, wanted: Sequence[str]) -> None:
     if table.suffix in (".tex", ".pdf", ".bib"):
         raise UsageError(f"output={table}: must be a CSV file, such as {table.stem}.csv")
     if "tex" in wanted:
-        claim_file(table.with_suffix(".tex"), paper.HEAD, "a table of ours")
+        claim_file(table.with_suffix(".tex"), paper.HEAD, "a table of llm-attack")
         claim_file(table.parent / paper.CITATION, paper.BIBTEX.splitlines()[0], "what to cite")
     if "pdf" in wanted and table.with_suffix(".pdf").exists() and not table.exists():
-        raise UsageError(f"output={table}: the figure beside it would replace a file there")
+        raise UsageError(f"output={table}: the figure beside it would replace a file")
 
 
 def _file(argument: str, given: str | None) -> Path | None:
@@ -180,8 +185,8 @@ def _compare_two(
         strange = [path for path in pictures if path.exists() and not beside.exists()]
         if strange:
             raise UsageError(
-                f"output={output}: the figure beside it would replace {strange[0]}; must be another"
-                " name, such as pair.csv"
+                f"output={output}: the figure beside it would replace {strange[0]}; must be"
+                " another name, such as pair.csv"
             )
     notes = unshared(*content, conditions=known)
     names = [
@@ -221,7 +226,7 @@ def _compare_logged(
     for row in frame[frame["task"] == MEAN].to_dict("records"):
         if row["detectable"] == row["detectable"]:
             smallest = f"{row['detectable']:.1f} points"
-            notes.append(f"the smallest mean difference that so many questions show: {smallest}")
+            notes.append(f"smallest mean difference that this many questions can show: {smallest}")
     notes += unshared(a.samples, a.questions, b.samples, b.questions)
     names = [f"{place} ({run.name})" for place, run in zip(places, (a, b), strict=True)]
     cells = tables.comparison(frame, (names[0], names[1]), notes)

@@ -57,7 +57,7 @@ def _number(text: str) -> int | float:
 
 
 def _read_yaml(text: str) -> Any:
-    """The content of a YAML text; of a key that is there twice, YAML itself would take the last."""
+    """The content of a YAML text; of a key that occurs twice, YAML itself would take the last."""
     import yaml
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML is not typed
@@ -77,7 +77,7 @@ def _read_yaml(text: str) -> Any:
         keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.YAMLError(f"{key} is there twice")
+                raise yaml.YAMLError(f"the key {key} occurs twice")
         content: dict[Any, Any] = loader.construct_mapping(node, deep=True)
         return content
 

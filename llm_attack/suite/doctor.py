@@ -63,7 +63,7 @@ def doctor(plan: Plan, progress: str) -> list[Check]:
             raise UsageError(f"{name}={getattr(plan, name)}: must not be given for doctor")
     world = Processes.of(plan).world
     if world > 1:
-        raise UsageError(f"WORLD_SIZE={world}: must be 1, or not set, for doctor")
+        raise UsageError(f"WORLD_SIZE={world}: must be 1 or unset for doctor")
     console = Console(stderr=True)
     attacks, epsilons = (tuple(dict.fromkeys(column)) for column in zip(*CONDITIONS, strict=True))
     plan = replace(plan, attacks=attacks, epsilons=epsilons)
@@ -123,12 +123,12 @@ def still_rising(samples: pd.DataFrame, longer: pd.DataFrame, knows: bool) -> Ch
             rising.append((share, str(condition), more))
     if not rising:
         return sanity.not_applicable(
-            name, f"no attack lowers anything by more than {least:.2g} nats"
+            name, f"no attack lowers the outcome by more than {least:.2g} nats"
         )
     share, condition, more = max(rising)
     figure = f"twice the steps add {share:.1%} of what {condition} reached"
     if np.isinf(share):
-        figure = f"{condition} reached nothing, and {more:.2g} nats with twice the steps"
+        figure = f"{condition} had no effect; with twice the steps it reached {more:.2g} nats"
     return Check(name, PASSES if share <= _RISING else FAILS, figure)
 
 

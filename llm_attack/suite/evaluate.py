@@ -95,7 +95,7 @@ def _check_folder(folder: Path | None, who: Processes) -> None:
     """Whatever can be wrong with the folder, before a model is loaded."""
     if folder is None:
         if who.world > 1:
-            raise UsageError("output=None: must be a folder, which the processes share")
+            raise UsageError("output=None: must be a folder that the processes share")
         return
     claim(folder, lambda _: fingerprint.kept(folder) is not None, (STORE, LM_EVAL))
     if who.first:
@@ -125,7 +125,7 @@ def _finished(
         if who.first:
             fingerprint.keep(folder, mark)  # while run.json, which has it, is still there
             aside = ", ".join(map(str, results.set_aside(folder)))
-            note(shown, console, f"{error}; moved aside, computed again: {aside}")
+            note(shown, console, f"{error}; moved aside, and computed again: {aside}")
         return None
 
 
@@ -176,7 +176,9 @@ def run(
     limits = [*thresholds.under(fail_under, plan), *thresholds.drop(fail_drop, plan)]
     if checkpoints is not None:
         if dry_run or output is None:
-            wrong = "without dry_run" if dry_run else "with output, a folder for all of them"
+            wrong = (
+                "without dry_run" if dry_run else "together with output, the folder for all of them"
+            )
             raise UsageError(f"revisions={checkpoints}: must be given {wrong}")
         return _run_revisions(plan, checkpoints, output, progress, limits, verbose)
     if dry_run:
@@ -228,9 +230,9 @@ def _run_revisions(
     frame = revisions.along(finished)
     warn(revisions.save(frame, output), progress)
     cells = revisions.cells(frame, revisions.equal(finished))
-    Console().print(cells.rich(f"{plan.model}: its revisions under attack"))
+    Console().print(cells.rich(f"{plan.model}: revisions under attack"))
     if progress != "quiet":
-        written(f"{output}: revisions.csv, revisions.png, a folder of each")
+        written(f"{output}: revisions.csv, revisions.png, and a folder for each revision")
     missed = {name: thresholds.check_run(run.table, limits) for name, run in finished.items()}
     thresholds.fail(f"{name}: {text}" for name, lines in missed.items() for text in lines)
 
@@ -242,7 +244,9 @@ def _stops_are_explained(again: str, output: Path | None, first: bool) -> Iterat
     SIGTERM is an exception meanwhile (in the main thread; no other one can have handlers).
     """
     kept = (
-        f"what is finished is kept; to go on: {again}" if output else "nothing is kept without -o"
+        f"finished batches are kept; to continue: {again}"
+        if output
+        else "without -o, nothing is kept"
     )
 
     def stop(*_: Any) -> None:

@@ -54,7 +54,7 @@ def folder_of(folder: Path) -> Path | None:
     if len(holding) > 1:
         listed = ", ".join(path.name for path in holding)
         raise UsageError(
-            f"{folder}: holds lm_eval's samples of several models ({listed}); name one"
+            f"{folder}: contains samples of several models ({listed}); name the folder of one model"
         )
     return holding[0] if holding else None
 
@@ -79,7 +79,7 @@ def load(folder: Path) -> Logged:
             rows += _rows(path, task, shown, some, higher.get(task) or {})
     frame = pd.DataFrame(rows)
     if frame.duplicated(["task", "doc_id"]).any():
-        raise UsageError(f"{folder}: a question is there twice; must be of one run")
+        raise UsageError(f"{folder}: a question occurs twice; must be the samples of one run")
     names = [str(result["model_name"]) for result in results if result.get("model_name")]
     name = [folder.name, *names][-1]
     questions = frame[["task", "doc_id", "doc_hash", "prompt_hash"]]
@@ -96,13 +96,12 @@ def differences(a: Logged, b: Logged) -> list[str]:
     both = a.questions.merge(b.questions, on=key, suffixes=("_a", "_b"))
     if both.empty:
         raise UsageError(
-            "compare: the runs share no question: no task has a doc_id with the same doc_hash in"
-            " both"
+            "compare: the runs share no question: no doc_id of a task has the same doc_hash in both"
         )
     other = int((both["prompt_hash_a"] != both["prompt_hash_b"]).sum())
     if not other:
         return []
-    return [f"{other} of {len(both)} questions were asked with another prompt in a than in b"]
+    return [f"{other} of {len(both)} questions have different prompts in a and b"]
 
 
 def _newest(folder: Path) -> dict[str, Path]:
@@ -153,7 +152,7 @@ def _rows(
     metrics = [str(name) for name in first.get("metrics") or _OF_CHOICES]
     metrics = [name for name in metrics if all(_is_number(sample.get(name)) for sample in samples)]
     if not metrics:
-        raise UsageError(f"{path}: has no score of a single question that is a number")
+        raise UsageError(f"{path}: has no numeric score for each question")
     score = ACC if ACC in metrics else metrics[0]
     values = [float(sample[score]) for sample in samples]
     chosen = score in _OF_CHOICES and len(first.get("resps") or ()) > 1

@@ -41,8 +41,8 @@ _CRITICAL = ("critical", "fmn")
 _OF_MANY = ("steps", "step_size")
 
 # What is allowed, in words.
-_NAMES = "names with commas between them"
-_NUMBERS = "numbers, such as 0.01 or 0.7rms, with commas between them"
+_NAMES = "names, separated by commas"
+_NUMBERS = "numbers such as 0.01 or 0.7rms, separated by commas"
 _PAIRS = "key=value,..."
 _SHARD = "i/n, with i from 1 to n, such as 2/8"
 _RAY = "local, auto or host:port"
@@ -132,31 +132,31 @@ class Plan(ThreatSettings, EngineSettings):
 
     model: Any = setting(
         "TinyLlama/TinyLlama_v1.1",
-        "Model to attack, a hub id, a local folder, a GGUF file, or demo, which is bundled",
+        "Model to attack: a hub id, a local folder, a GGUF file, or demo, the bundled model",
         kind=str,
         group="model",
     )
     tasks: Sequence[str] = setting(
         ("paper_six",),
-        "Tasks, groups, tags or patterns of lm-eval, with commas between them",
+        "Tasks, groups, tags or patterns of lm-eval, separated by commas",
         allowed=_NAMES,
         parse=lambda given: _texts(_given("tasks", given)),
         group="task",
     )
     attacks: Sequence[Any] = setting(
         ("none", "random", "fgsm", "bim"),
-        f"Attacks to compare, with commas between them, out of {', '.join(ATTACKS)}, or"
-        " package.module:function of your own. worst is what is left after all of them at each"
-        " amplitude; it is always there if the loss knows the gold, and else below guessing by"
-        " construction, so that it has to be named",
+        f"Attacks to compare, separated by commas: {', '.join(ATTACKS)}, or"
+        " package.module:function of your own. The name worst stands for the accuracy against all"
+        " of them at each amplitude. If the loss knows the label, it is always reported. Otherwise"
+        " it is below guessing by construction, and is reported only if you name it",
         allowed=_NAMES,
         parse=_attacks,
         group="attack",
     )
     epsilons: Sequence[Any] = setting(
         (Epsilon(0.01),),
-        "Amplitudes, with commas between them. 0.7rms is in units of the RMS whatever epsilon_unit"
-        " is",
+        "Amplitudes, separated by commas. A suffix such as in 0.7rms takes precedence over"
+        " epsilon_unit",
         also_type=tuple,
         allowed=_NUMBERS,
         parse=_epsilons,
@@ -164,13 +164,13 @@ class Plan(ThreatSettings, EngineSettings):
     )
     critical: bool = setting(
         False,
-        "Look for the smallest amplitude that changes the answer, for every question, up to"
-        " epsilon_max; adds critical and fmn to the attacks. Needs a loss that knows the gold",
+        "Find the smallest amplitude that changes the answer, for every question, up to"
+        " epsilon_max. Adds critical and fmn to the attacks. Needs a loss that knows the label",
         group="attack",
     )
     epsilon_max: float | str | Epsilon | None = setting(
         None,
-        "Largest amplitude of critical and fmn; unless given, the largest of epsilons",
+        "Largest amplitude of critical and fmn. The default is the largest of epsilons",
         also_type=(str, Epsilon),
         option=str,
         allowed=EPSILON,
@@ -179,9 +179,9 @@ class Plan(ThreatSettings, EngineSettings):
     )
     hookpoints: Sequence[str] = setting(
         (),
-        "Modules whose outputs are perturbed, each by itself, with commas between them. embed is"
-        " the input embedding, layers the output of every block, and * any one name, as in"
-        " model.layers.*.mlp; in place of hookpoint",
+        "Modules whose outputs are perturbed, one at a time, separated by commas; replaces"
+        " hookpoint. The name embed is the input embedding, layers is the output of every block,"
+        " and * stands for any name, as in model.layers.*.mlp",
         kind=tuple,
         allowed=_NAMES,
         parse=lambda given: _texts(listed(given)),
@@ -189,7 +189,7 @@ class Plan(ThreatSettings, EngineSettings):
     )
     limit: float | None = setting(
         None,
-        "Questions per task at most; a number below 1 is their share",
+        "Largest number of questions of each task; below 1 it is a share of them",
         minimum=0.0,
         exclusive_minimum=True,
         parse=_limit,
@@ -197,23 +197,23 @@ class Plan(ThreatSettings, EngineSettings):
     )
     num_fewshot: int | None = setting(
         None,
-        "Number of examples before each question; the task's own unless given",
+        "Number of few-shot examples before each question. The default is the task's own",
         minimum=0,
         group="task",
     )
     apply_chat_template: bool | str = setting(
-        False, "Put all prompts into the model's chat template", also_type=str, group="task"
+        False, "Put every prompt into the model's chat template", also_type=str, group="task"
     )
     fewshot_as_multiturn: bool = setting(
-        False, "Give the examples as turns of a conversation", group="task"
+        False, "Give the few-shot examples as turns of a conversation", group="task"
     )
     system_instruction: str | None = setting(
-        None, "Text that is put before all prompts", group="task"
+        None, "System prompt, a text before every prompt", group="task"
     )
     include_path: str | None = setting(None, "Folder with more tasks of lm-eval", group="task")
     batch_size: int | str = setting(
         "auto",
-        "Rows of a batch at most; auto takes as many as are good for the device",
+        "Largest number of rows of a batch. With auto, the device decides",
         kind=tuple,
         allowed=_ROWS,
         parse=_batch_size,
@@ -221,40 +221,42 @@ class Plan(ThreatSettings, EngineSettings):
     )
     equivalence: float | None = setting(
         None,
-        "Test as well whether accuracies equal those of none within so many points of a percent",
+        "Also test whether accuracies equal the accuracy under none within this many percentage"
+        " points",
         parse=lambda given: float(given) if type(given) is int and given <= 100 else given,
         group="output",
     )
     shard: str | None = setting(
         None,
-        "Which share of the work is done here, such as 2/8, the second of eight. All shares write"
-        " into the same folder; the first waits for the others, judges and writes",
+        "Share of the work to do in this process, such as 2/8 for the second of eight. All shares"
+        " use the same folder. The first one waits for the others and writes the results",
         allowed=_SHARD,
         group="cluster",
     )
     ray: str | None = setting(
         None,
-        "Ray cluster whose workers answer the batches: its address, auto for that of this machine,"
-        " or local, which starts one here. This process judges and writes, alone",
+        "Ray cluster whose workers answer the batches: its address, auto for the cluster of this"
+        " machine, or local to start one here. This process writes the results",
         allowed=_RAY,
         group="cluster",
     )
     ray_workers: int | None = setting(
         None,
-        "Workers on Ray, with a copy of the model each; unless given, one for each GPU of the"
-        " cluster, or for each core where the run is on CPUs",
+        "Number of Ray workers, each with a copy of the model. The default is one for each GPU of"
+        " the cluster, or one for each core if the run uses CPUs",
         minimum=1,
         group="cluster",
     )
     device: str | None = setting(
         None,
-        "Where to compute, such as cpu or cuda:1; unless given, cuda where there is one",
+        "Device to compute on, such as cpu or cuda:1. The default is cuda if there is a GPU, and"
+        " else cpu",
         parse=_device,
         group="engine",
     )
     model_args: dict[str, Any] = setting(
         "",
-        "More arguments of attacked-hf, written key=value, with commas between them",
+        "More arguments of attacked-hf, written key=value and separated by commas",
         also_type=dict,
         allowed=_PAIRS,
         parse=_model_args,
@@ -287,7 +289,10 @@ class Plan(ThreatSettings, EngineSettings):
         if self.ray is not None and not re.fullmatch(r"local|auto|[^\s/]+:\d+", self.ray):
             raise invalid("ray", self.ray, _RAY)
         if self.ray is None and self.ray_workers is not None:
-            raise UsageError(f"ray_workers={self.ray_workers}: must go with ray, such as ray=local")
+            raise UsageError(
+                f"ray_workers={self.ray_workers}: must be given together with ray, such as"
+                " ray=local"
+            )
 
     def _check_equivalence(self) -> None:
         if self.equivalence is None:
@@ -295,8 +300,8 @@ class Plan(ThreatSettings, EngineSettings):
         within(self.equivalence)
         if "none" not in self.attacks or set(self.attacks) == {"none"}:
             raise UsageError(
-                f"equivalence={self.equivalence:g}: must go with the attack none and others, which"
-                f" are compared with it; attacks={','.join(self.attacks)}"
+                f"equivalence={self.equivalence:g}: needs the attack none and another one to"
+                f" compare with it; attacks={','.join(self.attacks)}"
             )
 
     def _check_questions(self) -> None:
@@ -305,7 +310,7 @@ class Plan(ThreatSettings, EngineSettings):
             raise invalid("limit", self.limit, allowed)
         if self.fewshot_as_multiturn and not self.apply_chat_template:
             raise UsageError(
-                "fewshot_as_multiturn=True: must go with apply_chat_template, whose turns it means"
+                "fewshot_as_multiturn=True: needs apply_chat_template=True, which makes the turns"
             )
 
     def _check_model_args(self) -> None:
@@ -313,21 +318,23 @@ class Plan(ThreatSettings, EngineSettings):
         taken = sorted(own & set(map(underscored, self.model_args)))
         if taken:
             proper = "model" if taken[0] == "pretrained" else taken[0]
-            raise UsageError(f"model_args={taken[0]}=...: must be given as {proper} of its own")
+            raise UsageError(
+                f"model_args={taken[0]}=...: must be given as the separate argument {proper}"
+            )
 
     def _check_worst(self) -> None:
         counted = [c for c in self.conditions if c.attack not in NO_PART]
         if WORST in self.attacks and len(counted) < 2:
             raise UsageError(
-                f"attacks={','.join(self.attacks)}: {WORST} must go with two attacks, or two"
-                f" epsilons of one; {', '.join(NO_PART)} do not count"
+                f"attacks={','.join(self.attacks)}: {WORST} needs two attacks, or one attack at"
+                f" two epsilons; {', '.join(NO_PART)} do not count"
             )
 
     def _check_distinct(self) -> None:
         given = [condition.attack_in_units.condition for condition in self.conditions]
         twice = next((name for name in given if given.count(name) > 1), None)
         if twice:
-            raise UsageError(f"attacks, epsilons: the condition {twice} must occur only once")
+            raise UsageError(f"attacks, epsilons: must give the condition {twice} only once")
 
     def _check_loaded(self, tokenizer: Any, name: str | None) -> None:
         """Takes a loaded model, which one process alone can evaluate.
@@ -340,13 +347,13 @@ class Plan(ThreatSettings, EngineSettings):
         elif tokenizer is not None or name is not None:
             given = "tokenizer" if tokenizer is not None else "name"
             hint = "; must be given as model_args={'tokenizer': ...}" * (given == "tokenizer")
-            raise UsageError(f"{given}: must go with a model that is loaded{hint}")
+            raise UsageError(f"{given}: must be given together with a loaded model{hint}")
         if isinstance(self.model, LoadedModel):
             for argument in ("shard", "ray"):
                 if getattr(self, argument) is not None:
                     raise UsageError(
-                        f"{argument}={getattr(self, argument)}: must not be given with a model that"
-                        " is loaded, which is in this process alone"
+                        f"{argument}={getattr(self, argument)}: must not be given with a loaded"
+                        " model, which belongs to one process"
                     )
 
     def _check_used(self) -> None:
@@ -367,8 +374,8 @@ class Plan(ThreatSettings, EngineSettings):
                 continue
             shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
             raise UsageError(
-                f"{name}={shown}: no attack of this run reads it; must be left out, or given with"
-                f" one that does ({', '.join(readers)})"
+                f"{name}={shown}: no attack of this run uses it; must be left out, or given with"
+                f" one of {', '.join(readers)}"
             )
 
     @property
@@ -399,7 +406,7 @@ class Plan(ThreatSettings, EngineSettings):
         if len({epsilon.unit for epsilon in self.epsilons}) > 1:
             given = ", ".join(map(str, self.epsilons))
             raise UsageError(
-                f"epsilon_max=: must be given where units of epsilons differ ({given})"
+                f"epsilon_max=: must be given, because the epsilons have different units ({given})"
             )
         largest: Epsilon = max(self.epsilons, key=lambda epsilon: epsilon.number)
         return largest
@@ -468,5 +475,5 @@ def within(value: float) -> float:
         UsageError: it is not above 0 and at most 100.
     """
     if not 0 < value <= 100:
-        raise invalid("equivalence", value, "points of a percent, above 0 and at most 100")
+        raise invalid("equivalence", value, "percentage points, above 0 and at most 100")
     return float(value)

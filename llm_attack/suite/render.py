@@ -31,34 +31,36 @@ _MANY = 6  # conditions
 _PICTURES = {
     "figure": (
         figures.TITLES["figure"],
-        "Bars of accuracy per task and condition with 95 % intervals, over shading by the number"
-        " of options and a dashed line at the accuracy of guesses; the numbers are in the table.",
+        "Bars of accuracy per task and condition, with 95 % intervals. The shading shows the"
+        " number of choices, and the dashed line the accuracy of random guesses. The numbers are"
+        " in the table.",
     ),
     "epsilon": (
         figures.TITLES["epsilon"],
-        "Curves of accuracy over the amplitude of the perturbation, one panel per task, with a"
-        " dashed line at the accuracy of guesses; the numbers are in the table.",
+        "Curves of accuracy over the amplitude of the perturbation, one panel per task. The"
+        " dashed line is the accuracy of random guesses. The numbers are in the table.",
     ),
     "survival": (
         "Share of questions still right",
-        "Robustness curves: for every epsilon the share of questions whose smallest epsilon with a"
-        " wrong answer is above it, one panel per task; the medians and areas are in the table.",
+        "Robustness curves, one panel per task. For every epsilon, they show the share of"
+        " questions whose smallest epsilon with a wrong answer is larger. The medians and areas"
+        " are in the table.",
     ),
     "layers": (
-        "Accuracy by what is perturbed",
-        "Lines of mean accuracy over the block that is perturbed, for each attack and amplitude;"
-        " the numbers are in the table.",
+        "Accuracy by hookpoint",
+        "Lines of mean accuracy over the perturbed block, for each attack and amplitude. The"
+        " numbers are in the table.",
     ),
     "margin": (
         figures.TITLES["margin"],
-        "Histograms of the best right choice's log-likelihood minus the best wrong one's, for each"
-        " condition; questions left of zero are answered wrongly.",
+        "Histograms of the margin, for each condition: the log-likelihood of the best right"
+        " choice minus that of the best wrong one. Questions left of zero are answered wrongly.",
     ),
     "cosine": (
         figures.TITLES["cosine"],
-        "Distributions per task of the cosine similarity between a question's embeddings and the"
-        " gradient of the loss there, for questions answered rightly and wrongly without an"
-        " attack.",
+        "Distributions of the cosine similarity between a question's embeddings and the gradient"
+        " of the loss, per task. Questions that are right and wrong without an attack are shown"
+        " separately.",
     ),
 }
 
@@ -80,7 +82,7 @@ class Tables:
 
     def __init__(self, result: Result, attempts: Attempts) -> None:
         self.table, self.samples = map(hookpoints.at_first, (result.table, result.samples))
-        with attempts("worst, what is left after all attacks"):
+        with attempts("worst, the accuracy against all attacks"):
             self.samples = hookpoints.at_first(result.worst())
         self.score, self.searched = critical.score_of(result.run), self.samples
         self.whole: Cells | None = None
@@ -118,7 +120,7 @@ def render(result: Result, folder: Path, run: dict[str, Any]) -> list[str]:
     more: dict[str, Cells] = {}
     with attempts("the table of changes"):
         changed = tables.changes(table)
-        more |= {} if changed is None else {"what changed against no attack": changed}
+        more |= {} if changed is None else {"changes from no attack": changed}
     more |= {} if made.whole is None else {WHOLE: made.whole}
     with attempts(claims.TITLE):
         verdicts = claims.claims(samples, result.questions, known=known)
@@ -215,4 +217,4 @@ def try_out() -> None:
         with attempts("report.html"):
             page_template()
     for line in attempts.lines:
-        raise UsageError(f"output: {line}; without output the run needs none of it")
+        raise UsageError(f"output: {line}; without output, the run does not need it")

@@ -179,10 +179,10 @@ def load_frames(folder: Path) -> dict[str, pd.DataFrame]:
         )
         fault = _fault(frames[name], name)
         if fault:
-            raise UsageError(f"{path}: {fault}; must be of a finished run")
+            raise UsageError(f"{path}: {fault}; must be the folder of a finished run")
     pairs = frames["samples"][_UNIQUE["questions"]].drop_duplicates()
     if len(pairs.merge(frames["questions"][_UNIQUE["questions"]])) < len(pairs):
-        raise UsageError(f"{folder}: samples.parquet has questions that questions.parquet has not")
+        raise UsageError(f"{folder}: samples.parquet has questions that questions.parquet lacks")
     return frames
 
 
@@ -199,7 +199,7 @@ def _fault(frame: pd.DataFrame, name: str) -> str | None:
         _lengths(frame["log_likelihoods"]) == frame["n_choices"].tolist()
         and frame["prediction"].between(0, frame["n_choices"] - 1).all()
     ):
-        return "answers are not one for each choice"
+        return "does not have one answer for each choice"
     return None
 
 
@@ -240,14 +240,14 @@ def load(folder: Path, equivalence: float | None = None) -> Result:
         ) from None
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"{path}: cannot be read ({one_line(error)}); must be of a finished run"
+            f"{path}: cannot be read ({one_line(error)}); must be the folder of a finished run"
         ) from error
     for name, kind in _RECORD.items():
         part = run.get(name) if isinstance(run, dict) else None
         if not isinstance(part, kind) and (part is not None or name not in _PARTS_SINCE):
             raise UsageError(
-                f"{path}: {name} there is {type(part).__name__}, not {kind.__name__}; must be of a"
-                " finished run"
+                f"{path}: the entry {name} is {type(part).__name__}, not {kind.__name__}; must be"
+                " the folder of a finished run"
             )
     run = {**run, "model_name": run.get("model_name") or run["model"]}
     frames = load_frames(folder)

@@ -38,13 +38,14 @@ class Settings(ImageSettings):
 
     images: int = setting(
         10,
-        "Number of right and of wrong test images through which lines are drawn",
+        "Number of test images with a right answer, and as many with a wrong one, through which"
+        " lines are drawn",
         minimum=1,
         group="line",
     )
     lines: int = setting(
         2,
-        "Number of principal, and of random directions through each image",
+        "Number of principal directions, and as many random ones, through each image",
         minimum=1,
         group="line",
     )

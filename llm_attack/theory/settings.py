@@ -35,9 +35,7 @@ class ToySettings:
     points: int = setting(
         1000, "Number of training points of each network", minimum=1, group="point"
     )
-    test_points: int = setting(
-        1000, "Number of points that the accuracies are of", minimum=1, group="point"
-    )
+    test_points: int = setting(1000, "Number of test points", minimum=1, group="point")
     width: int = setting(
         32, "Number of units in each of the two hidden layers", minimum=1, group="network"
     )
@@ -84,35 +82,35 @@ class SentimentSettings:
 
     words: str | None = setting(
         None,
-        "CSV file with the columns word, language and label, which is negative, neutral or "
-        "positive; unless given, the package's own",
+        "CSV file with the columns word, language and label (negative, neutral or positive). The"
+        " default is the file of the package",
         group="word",
     )
     embedding_sizes: tuple[int, ...] = setting(
         (8, 16, 32),
-        "How many numbers the embedding of a character has, separated by commas",
+        "Sizes of the embedding of a character, separated by commas",
         minimum=1,
         option=Numbers(int),
         group="network",
     )
     ngrams: tuple[int, ...] = setting(
         (1,),
-        "How many characters stand side by side in each of a word's overlapping pieces, which are"
-        " what is embedded, separated by commas",
+        "Lengths, in characters, of the overlapping pieces of a word that are embedded, separated"
+        " by commas",
         minimum=1,
         option=Numbers(int),
         group="word",
     )
     train_shares: tuple[float, ...] = setting(
         (1.0,),
-        "Shares of the training words that are learnt from, separated by commas",
+        "Shares of the training words to learn from, separated by commas",
         minimum=0,
         option=Numbers(float),
         group="word",
     )
     label_noise: tuple[float, ...] = setting(
         (0.0,),
-        "Shares of the words learnt from that get one of the other labels, separated by commas",
+        "Shares of the training words that get a wrong label, separated by commas",
         minimum=0,
         option=Numbers(float),
         group="word",

@@ -72,8 +72,8 @@ def place(folder: Path, label: str) -> Path:
             _of_kept(str(path))
         except UNREADABLE as error:
             raise UsageError(
-                f"save={folder}: {path.name} there is not of --save ({reason(error)}); must be"
-                " another folder"
+                f"save={folder}: {path.name} in this folder was not written by --save"
+                f" ({reason(error)}); must be another folder"
             ) from error
     return path
 
@@ -103,8 +103,8 @@ def read_metadata(path: str) -> dict[str, Any]:
         raise UsageError(f"load={path}: {wanted} ({reason(error)})") from error
     if network not in NETWORKS:  # a file of weights must not choose the code that is run
         raise UsageError(
-            f"load={path}: is of network={network}, which is not one of {', '.join(NETWORKS)}; "
-            "must be given with --network and this file with --weights"
+            f"load={path}: has network={network}, which is none of {', '.join(NETWORKS)}; give"
+            " --network, and this file as --weights"
         )
     return about
 
@@ -157,7 +157,7 @@ def settled(settings: Kind) -> Kind:
         return settings if settings.weights is None else replace(settings, epochs=0)
     if settings.weights is not None:
         raise UsageError(
-            f"weights={settings.weights}: must not be given beside load, which has some"
+            f"weights={settings.weights}: must not be given with load, which already has weights"
         )
     about = read_metadata(settings.load)
     return replace(settings, network=about["network"], width=about["settings"]["width"], epochs=0)
@@ -187,7 +187,7 @@ def fill(network: nn.Module, argument: str, path: str) -> None:
 def reason(error: BaseException) -> str:
     """The class of the error, and the line that says what is wrong."""
     if isinstance(error, pickle.UnpicklingError):  # whose text is how to run the file's code
-        return f"{type(error).__name__}: it is not a file of weights alone"
+        return f"{type(error).__name__}: it contains more than weights"
     return one_line(error)
 
 
@@ -205,8 +205,8 @@ def imported(name: str) -> nn.Module:
             network = getattr(importlib.import_module(module), function)()
         except Exception as error:  # of code that is not ours, whatever it raises
             raise UsageError(
-                f"network={name}: must be package.module:function, of a function without arguments "
-                f"({one_line(error)})"
+                f"network={name}: must be package.module:function, a function without arguments"
+                f" ({one_line(error)})"
             ) from error
     if not isinstance(network, nn.Module):
         returned = type(network).__name__

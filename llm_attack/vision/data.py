@@ -188,7 +188,7 @@ def _columns(table: Any, image: str | None, label: str | None) -> tuple[str, str
     if image is None and images:
         image = images[0]
     if image not in images:
-        raise invalid("image-column", image, images or "one of images; this data set has none")
+        raise invalid("image-column", image, images or "a column of images; this data set has none")
     assert image is not None
     if label is None:
         label = named[0] if named else "label"
@@ -207,7 +207,7 @@ def _labels(tables: list[Any], column: str) -> tuple[tuple[str, ...], list[Tenso
         names, values = kind.names, list(range(kind.num_classes))
     else:
         if not isinstance(columns[0][0], (int, str)):
-            raise invalid("label-column", column, "one of class labels, integers or texts")
+            raise invalid("label-column", column, "a column of class labels, integers or texts")
         values = sorted(set(columns[0]))
         names = [str(value) for value in values]
     if len(names) < 2:

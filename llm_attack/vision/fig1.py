@@ -25,7 +25,7 @@ class Settings(ImageSettings):
     """One data set, one network."""
 
     images: int = setting(
-        2, "Number of images to show, each of another class", minimum=1, group="image"
+        2, "Number of images to show, each from another class", minimum=1, group="image"
     )
 
 
@@ -56,7 +56,9 @@ def run(settings: Settings, folder: Path) -> dict[str, Any]:
     dataset = load_dataset(settings.dataset, settings)
     clock.lap("data")
     if settings.images > len(dataset.classes):
-        raise invalid("images", settings.images, f"at most {len(dataset.classes)}, one a class")
+        raise invalid(
+            "images", settings.images, f"at most {len(dataset.classes)}, one for each class"
+        )
     epsilon = stages.amplitude(settings, dataset)
     network, rows = stages.trained(
         dataset, name, settings, ["fgsm"], clock, attacked_epochs=1, epsilon=epsilon

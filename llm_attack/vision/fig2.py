@@ -39,14 +39,14 @@ class Settings(ImageSettings):
 
     subset: int | None = setting(
         None,
-        "Number of test images that all attacks see, the same for all curves; unless given, all",
+        "Number of test images to attack, the same for all curves. The default is all",
         minimum=1,
         group="image",
     )
     attacked_epochs: int | None = setting(
         None,
-        "Number of epochs after which to attack, spread evenly from the first to the last, which"
-        " is always one of them; unless given, all",
+        "Number of epochs after which to attack, spread evenly from the first to the last. The"
+        " default is all",
         minimum=1,
         group="attack",
     )

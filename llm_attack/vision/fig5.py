@@ -32,28 +32,28 @@ class Settings(fig2.Settings):
 
     at: str = setting(
         "layer3",
-        "Block whose output is attacked: normalise in all; conv1, conv2, fc1 in cnn; stem, layer1 "
-        "to layer4, pool in resnet18; stem, inception3a, inception3b, pool3, inception4a to "
-        "inception4e, pool4, inception5a, inception5b, pool in googlenet",
+        "Block whose output is attacked: normalise in every network; conv1, conv2, fc1 in cnn;"
+        " stem, layer1 to layer4, pool in resnet18; stem, inception3a, inception3b, pool3,"
+        " inception4a to inception4e, pool4, inception5a, inception5b, pool in googlenet",
         group="attack",
     )
     epsilon_unit: str = setting(
         "rms",
-        "Unit of epsilon: the features' root mean square, or that of the features",
+        "Unit of epsilon: the root mean square of the features (rms), or their own unit",
         choices=("rms", "absolute"),
         group="attack",
     )
     epsilons: tuple[float, ...] = setting(
         (0.01, 0.02, 0.05, 0.1, 0.2),
-        "Amplitudes of the comparison of all splits, in units of the root mean square of what is "
-        "attacked",
+        "Amplitudes of the comparison of all splits, in units of the root mean square of the"
+        " attacked features",
         option=Numbers(Amplitude()),
         minimum=0,
         exclusive_minimum=True,
         group="attack",
     )
     split_attacks: str = setting(
-        "fgsm,bim", "Attacks of that comparison, separated by commas", group="attack"
+        "fgsm,bim", "Attacks of the comparison of all splits, separated by commas", group="attack"
     )
 
 

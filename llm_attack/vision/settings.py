@@ -60,18 +60,19 @@ class ImageSettings:
     )
     weights: str | None = setting(
         None,
-        "File of weights, safetensors or torch's, with which the network is attacked as it is",
+        "File of weights, by safetensors or torch.save. The network is attacked with them,"
+        " without training",
         group="network",
     )
     load: str | None = setting(
         None,
-        "Network that --save kept, or file of checkpoints, which is attacked as it is; instead of"
-        " --network",
+        "Network that --save wrote, or a file of checkpoints, to attack without training;"
+        " replaces --network",
         group="network",
     )
     save: str | None = setting(
         None,
-        "Folder to keep trained networks in, with their settings and accuracies",
+        "Folder for the trained networks, with their settings and accuracies",
         group="network",
     )
     width: float = setting(
@@ -79,13 +80,13 @@ class ImageSettings:
     )
     attacks: str = setting(
         "ost,fgsm,bim,illc,pgd,sparsefool,sparsefool_unbounded",
-        f"Attacks, separated by commas, the unbounded ones of any amplitude: {', '.join(KNOWN)}",
+        f"Attacks, separated by commas: {', '.join(KNOWN)}. Names in {UNBOUNDED} have no amplitude",
         group="attack",
     )
     epsilon: float | None = setting(
         None,
-        "L-infinity amplitude, such as 8/255; unless given, 0.1 for grey images and for features, "
-        "8/255 for images in colour",
+        "L-infinity amplitude, such as 8/255. The default is 0.1 for grey images and for"
+        " features, and 8/255 for images in colour",
         option=Amplitude(),
         group="attack",
     )
@@ -94,18 +95,19 @@ class ImageSettings:
     )
     epochs: int = setting(
         30,
-        "Number of passes over the training images; 0: attack as it is",
+        "Number of passes over the training images; with 0, the network is attacked without"
+        " training",
         minimum=0,
         group="training",
     )
     train_size: int | None = setting(
         None,
-        "Number of training images, drawn at random; unless given, all",
+        "Number of training images, drawn at random. The default is all",
         minimum=1,
         group="image",
     )
     test_size: int | None = setting(
-        None, "Number of test images, drawn at random; unless given, all", minimum=1, group="image"
+        None, "Number of test images, drawn at random. The default is all", minimum=1, group="image"
     )
     batch_size: int = setting(
         128, "Number of training images per step", minimum=1, group="training"
@@ -127,28 +129,28 @@ class ImageSettings:
     )
     train_attack: str = setting(
         "none",
-        "Attack that the network is trained against: pgd trains with the attacked images (Madry et"
-        " al. 2018), trades with both (Zhang et al. 2019)",
+        "Attack that the network is trained against. With pgd it trains on attacked images (Madry"
+        " et al. 2018), with trades on clean and attacked ones (Zhang et al. 2019)",
         choices=TRAININGS,
         group="training",
     )
     train_epsilon: float | None = setting(
         None,
-        "L-infinity amplitude of --train_attack; unless given, 0.1 for grey images, 8/255 for"
-        " images in colour",
+        "L-infinity amplitude of --train_attack. The default is 0.1 for grey images, and 8/255"
+        " for images in colour",
         option=Amplitude(),
         minimum=0,
         group="training",
     )
     train_steps: int | None = setting(
         None,
-        "Number of steps of --train_attack; unless given, 7 of pgd and 10 of trades",
+        "Number of steps of --train_attack. The default is 7 for pgd and 10 for trades",
         minimum=1,
         group="training",
     )
     train_step_size: float | None = setting(
         None,
-        "Length of a step of --train_attack; unless given, a quarter of its amplitude",
+        "Length of a step of --train_attack. The default is a quarter of its amplitude",
         option=Amplitude(),
         minimum=0,
         exclusive_minimum=True,
@@ -162,21 +164,21 @@ class ImageSettings:
     )
     crop: int | None = setting(
         None,
-        "Pixels to shift training images by at most; unless given, an eighth of their size",
+        "Largest shift of training images, in pixels. The default is an eighth of their size",
         minimum=0,
         group="training",
     )
     flip: bool | None = setting(
         None,
-        "Whether to mirror training images in every other epoch, half of them in the first, true or"
-        " false; unless given, those in colour",
+        "Whether to mirror training images in every other epoch (in the first epoch, half of"
+        " them): true or false. The default is true for images in colour",
         group="training",
     )
     precision: str = setting(
         "auto",
-        "Precision of training; auto is bfloat16 on GPUs from compute capability 8.0, and on"
-        " processors with AMX or AVX-512 for bfloat16 in a training of 5e12 operations or more,"
-        " else float32; attacks are always in float32",
+        "Precision of training; attacks always use float32. With auto, training uses bfloat16 on"
+        " GPUs from compute capability 8.0, and on processors with AMX or AVX-512 for bfloat16 if"
+        " it takes 5e12 operations or more. Otherwise it uses float32",
         choices=("auto", "float32", "bfloat16"),
         group="training",
     )
@@ -185,13 +187,13 @@ class ImageSettings:
         "Split of the training images, as `datasets` writes it, such as train[:90%]",
         group="image",
     )
-    test_split: str = setting("test", "Split of the test images, written likewise", group="image")
+    test_split: str = setting("test", "Split of the test images, in the same form", group="image")
     image_column: str | None = setting(
-        None, "Column of the images; unless given, the first that holds images", group="image"
+        None, "Column of the images. The default is the first column with images", group="image"
     )
     label_column: str | None = setting(
         None,
-        "Column of the labels; unless given, the first that holds class labels, else label",
+        "Column of the labels. The default is the first column with class labels, or else label",
         group="image",
     )
     seed: int = setting(
@@ -220,7 +222,7 @@ class ImageSettings:
                     wanted = " or ".join(readers) if readers else "another data set"
                     given = f"{argument}={','.join(sorted(used))}"
                     raise UsageError(
-                        f"{name}={value}: must be left out with {given}, which does not read it;"
+                        f"{name}={value}: must be left out with {given}, which does not use it;"
                         f" {wanted} does"
                     )
 

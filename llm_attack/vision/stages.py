@@ -47,7 +47,7 @@ def networks(settings: ImageSettings) -> list[str]:
     """The names in `network`: of `NETWORKS`, or `package.module:function`."""
     names = listed("network", settings.network, [*NETWORKS, *_foreign(settings.network)])
     if settings.weights is not None and len(names) > 1:
-        raise invalid("network", settings.network, "one name beside weights")
+        raise invalid("network", settings.network, "one name together with weights")
     return names
 
 
@@ -98,11 +98,11 @@ def _check_scores(network: nn.Module, dataset: Dataset, name: str) -> None:
         ) from error
     if shape != wanted:
         raise UsageError(
-            f"network={name}: must give scores of shape {wanted} for two images of {dataset.name}, "
-            f"not {shape}"
+            f"network={name}: must return scores of shape {wanted} for two images of"
+            f" {dataset.name}, not {shape}"
         )
     if not right:
-        raise UsageError(f"network={name}: must give finite scores for images of {dataset.name}")
+        raise UsageError(f"network={name}: must return finite scores for images of {dataset.name}")
 
 
 def trained(
@@ -150,7 +150,7 @@ def trained(
     if not settings.epochs:
         about = {} if settings.load is None else read_metadata(settings.load)
         measurements = measured(about.get("epochs", 0), about.get("precision"))
-        tqdm.write(f"{label}: as it is{_said(measurements)}")
+        tqdm.write(f"{label}: without training{_said(measurements)}")
         clock.lap(f"{label} attacks")
         return network, measurements
     chosen = spread(settings.epochs, attacked_epochs)

@@ -47,7 +47,7 @@ class Settings(fig2.Settings):
     )
     seeds: int = setting(
         1,
-        "Number of seeds, from --seed on, each with networks and a choice of images",
+        "Number of seeds, starting at --seed. Each has its own networks and images",
         minimum=1,
         group="training",
     )

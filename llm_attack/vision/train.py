@@ -151,8 +151,7 @@ def _check_finite(loss: float, network: nn.Module, epoch: int, settings: ImageSe
     else:
         return
     raise UsageError(
-        f"learning_rate={settings.learning_rate:g}: {fault}; must be lower, or the images other "
-        "ones"
+        f"learning_rate={settings.learning_rate:g}: {fault}; must be lower, or use other images"
     )
 
 
@@ -168,7 +167,7 @@ def _read(state: Path, same: dict[str, Any], device: torch.device) -> dict[str, 
         other = [k for k in same if before.get(k) != same[k]]
         differing = "; ".join(f"{k}={same[k]}, there {before.get(k)}" for k in other)
         raise UsageError(
-            f"output: {state} is of a run with other settings ({differing}); must be the same run,"
-            " or another folder"
+            f"output: {state} belongs to a run with other settings ({differing}); must be another"
+            " folder, or have the same settings"
         )
     return kept

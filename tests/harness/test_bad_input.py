@@ -107,6 +107,6 @@ def test_tokenizer_without_special_tokens(make, tmp_path):
     vocabulary = json.loads((MODEL_PATH / "tokenizer.json").read_text())["model"]["vocab"]
     bare = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=bare).save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match=r"tokenizer=.*neither a BOS nor an EOS.*prefix_token_id="):
+    with pytest.raises(UsageError, match=r"tokenizer=.*no BOS and no EOS.*prefix_token_id="):
         make(tokenizer=str(tmp_path))
     assert make(tokenizer=str(tmp_path), prefix_token_id=1).prefix_token_id == 1

@@ -20,10 +20,10 @@ from llm_attack.harness import loading
         ({"batch_size": "1_0"}, "batch_size='1_0': must be an integer"),
         ({"load_in_4bit": "yes"}, "load_in_4bit=yes: must be one of True, False"),
         ({"load_in_4bit": True, "load_in_8bit": True}, "load_in_8bit=True: must not be given with"),
-        ({"bnb_4bit_quant_type": "nf4"}, "bnb_4bit_quant_type=nf4: must go with load_in_4bit"),
+        ({"bnb_4bit_quant_type": "nf4"}, "bnb_4bit_quant_type=nf4: needs load_in_4bit"),
         ({"peft": "a", "delta": "b"}, "delta=b: must not be given with peft=a"),
         ({"peft": 5}, "peft=5: must be a text"),
-        ({"enable_thinking": True}, "enable_thinking=True: must go with think_end_token"),
+        ({"enable_thinking": True}, "enable_thinking=True: needs think_end_token"),
         ({"peft": "nowhere"}, r"peft=nowhere: cannot be loaded \(\w*Error: "),
         ({"hidden_size": 7}, r"hidden_size=7: cannot be loaded \(\w*Error: "),
         ({"tokenizer": 5}, "tokenizer=5: must be a name, a folder or a tokenizer"),
@@ -95,7 +95,7 @@ def loaded():
 )
 def test_what_a_loaded_model_would_pass_over(make, loaded, argument):
     (name,) = argument
-    with pytest.raises(UsageError, match=f"{name}=.*must be left out where pretrained is a loaded"):
+    with pytest.raises(UsageError, match=f"{name}=.*must be left out if pretrained is a loaded"):
         make(**loaded, **argument)
 
 
@@ -114,17 +114,19 @@ def test_a_model_whose_forward_fails(make, loaded, monkeypatch):
         raise RuntimeError("Error(s):\n  of its own\n and more")
 
     monkeypatch.setattr(loaded["pretrained"].model, "forward", broken)
-    with pytest.raises(UsageError, match=r"a first forward fails \(RuntimeError: of its own\)$"):
+    with pytest.raises(
+        UsageError, match=r"the first forward pass fails \(RuntimeError: of its own\)$"
+    ):
         make(**loaded, hookpoint="model.layers.0")
 
 
 def test_settings_that_no_attack_reads(make):
     """A warning of those that most attacks read; a plan refuses the others."""
-    sentence = "steps=5: has no effect, as no attack of this run reads it"
+    sentence = "steps=5: has no effect, because no attack of this run uses it"
     assert make(attack="fgsm", steps=5).all_warnings() == [sentence]
     assert make(attack="bim", steps=5).all_warnings() == []
     plan = Plan("demo", "demo_piqa", attacks=["none", "fgsm"], steps=5, limit=2, device="cpu")
     assert evaluate(plan, progress="quiet").run["warnings"] == [sentence]
-    with pytest.raises(UsageError, match=r"queries=5: no attack of this run reads it.*\(blocks\)"):
+    with pytest.raises(UsageError, match=r"queries=5: no attack of this run uses it.*\(blocks\)"):
         Plan("demo", "demo_piqa", attacks=["none", "fgsm"], queries=5)
     assert Plan("demo", "demo_piqa", attacks=["none", "blocks"], queries=5).queries == 5

@@ -68,7 +68,7 @@ def test_units_that_are_zero(make, build):
     lm.use(lm.settings)
     lm.loglikelihood(build("demo_piqa", 2).instances, disable_tqdm=True)
     assert lm.all_warnings() == [
-        "fgsm@0.7rms: nothing was perturbed: one rms is 0 at this hookpoint"
+        "fgsm@0.7rms: nothing was perturbed: the unit rms is 0 at this hookpoint"
     ]
     lm = make(attack="fgsm", epsilon=0)  # as was asked for
     lm.loglikelihood(build("demo_piqa", 2).instances, disable_tqdm=True)

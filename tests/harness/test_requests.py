@@ -91,8 +91,9 @@ def test_the_prefix_is_not_there_twice(make, tokenizers):
 def test_a_token_across_the_join_is_told_with_its_place(make, tokenizers):
     lm = make(tokenizer=tokenizers["across"], attack="none")
     message = (
-        r"task pairs, question 3, choice 1: the answer ' a dog' has no token of its own\. With it"
-        r" the prompt has \d+ tokens, the last of which are \[.*dog'\]; without it \d+, .*\[.*:'\];"
+        r"task pairs, question 3, choice 1: the answer ' a dog' has no token of its own\. The"
+        r" prompt with the answer has \d+ tokens and ends in \[.*dog'\]; the prompt without it has"
+        r" \d+ and ends in \[.*:'\];"
         r" encode_separately=True"
     )
     with pytest.raises(UsageError, match=message) as caught:
@@ -120,9 +121,11 @@ def test_what_lm_eval_only_logs_is_a_warning(make, tokenizers):
     for _ in range(2):
         encode(lm, requests)
     assert lm.warnings == [
-        "task pairs: 1 of 3 requests are longer than max_length=8 and lose tokens at their start",
-        "task pairs: in 1 of 3 requests a token reaches across the end of the prompt, so the model"
-        " reads other text than the task has; encode_separately=True avoids it",
+        "task pairs: 1 of 3 requests are longer than max_length=8, so their first"
+        " tokens are cut off",
+        "task pairs: in 1 of 3 requests, one token contains the end of the prompt and the start of"
+        " the answer. The model does not read the prompt as the task has it; encode_separately=True"
+        " avoids this",
     ]
     assert lm.get_model_info()["attack"]["warnings"] == lm.warnings
 

@@ -76,7 +76,7 @@ def test_tokens_without_an_embedding():
     lm = AttackedHFLM(model(12), tokenizer=tokenizer(eos_token="end"), device="cpu", attack="fgsm")
     lm.loglikelihood(asked(PAIRS[2]), disable_tqdm=True)
     line = (
-        r"tokenizer=: gives the token 12 \('w12'\), and the model has embeddings of 0 to 11; must"
+        r"tokenizer=: gives the token 12 \('w12'\), but the model has embeddings for 0 to 11; must"
     )
     with pytest.raises(UsageError, match=line):
         lm.loglikelihood(asked(("w1", " w12 w2")), disable_tqdm=True)
@@ -97,7 +97,7 @@ def test_a_trial_says_what_was_raised(caplog):
     with caplog.at_level(logging.WARNING, "llm_attack"):
         AttackedHFLM(broken, tokenizer=tokenizer(eos_token="end"), device="cpu", attack="none")
     (text,) = [text for text in caplog.messages if "packing: off" in text]
-    assert "as a trial of trees raises " in text and "positions of two rows" in text
+    assert "because a trial of trees raises " in text and "positions of two rows" in text
 
 
 def test_experts_in_float64():
@@ -119,7 +119,7 @@ def test_experts_in_float64():
     except RuntimeError:
         pass
     given = {"tokenizer": tokenizer(eos_token="end"), "device": "cpu", "attack": "none"}
-    line = r"dtype=float64: the model refuses it \(.*\); must go with experts_implementation=eager"
+    line = r"dtype=float64: the model raises .*; needs experts_implementation=eager"
     with pytest.raises(UsageError, match=line):
         AttackedHFLM(made, **given)
     made.set_experts_implementation("eager")

@@ -57,8 +57,11 @@ def unexpected(weights):
 @pytest.mark.parametrize(
     ("edit", "says"),
     [
-        (missing, rf"weights that the checkpoint lacks, drawn at random: 1 \({UP}\)"),
-        (unexpected, r"weights of the checkpoint that the model has no place for: 1 \(extra\)"),
+        (
+            missing,
+            rf"weights that are missing in the checkpoint and were drawn at random: 1 \({UP}\)",
+        ),
+        (unexpected, r"weights of the checkpoint that the model does not use: 1 \(extra\)"),
     ],
 )
 def test_weights_that_do_not_fit(changed, make, build, edit, says):
@@ -90,7 +93,7 @@ def test_missing_weights_are_told_in_a_run(changed, tmp_path):
     assert not (tmp_path / "out").exists()
     done = CliRunner().invoke(main, [*arguments, "--allow_missing_weights"])
     assert done.exit_code == 0, done.output
-    sentence = f"weights that the checkpoint lacks, drawn at random: 1 ({UP})"
+    sentence = f"weights that are missing in the checkpoint and were drawn at random: 1 ({UP})"
     assert f"warning: {sentence}" in " ".join(done.stdout.split())
     run = json.loads((tmp_path / "out" / "run.json").read_text())
     assert run["warnings"] == [sentence]

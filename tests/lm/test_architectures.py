@@ -169,7 +169,7 @@ def test_nothing_of_the_model_changes(name, threat, monkeypatch):
 
 
 def test_encoder_decoder_models_are_refused():
-    assert refusal("t5").endswith("is an encoder-decoder model; must be a causal one")
+    assert refusal("t5").endswith("is an encoder-decoder model; must be a causal model")
 
 
 def page():

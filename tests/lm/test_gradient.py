@@ -135,14 +135,18 @@ def spoilt(kind, name="llama", head=False):
 @pytest.mark.parametrize(
     "kind, head, fault",
     [
-        (Repacked, False, "which is not that of its loss: slopes"),
-        (Two, False, "as logits differ by .* between forwards with and without gradients"),
-        (Detached, False, "which is not that of its loss: slopes"),
-        (Turned, True, "which is not that of its loss: slopes"),
-        (Scaled, False, "which is not that of its loss: slopes"),
+        (Repacked, False, "which is not the gradient of its loss: slopes"),
+        (
+            Two,
+            False,
+            "because logits differ by .* between forward passes with and without gradients",
+        ),
+        (Detached, False, "which is not the gradient of its loss: slopes"),
+        (Turned, True, "which is not the gradient of its loss: slopes"),
+        (Scaled, False, "which is not the gradient of its loss: slopes"),
         (Crowded, False, r"differs by \d+% between batches of 1 and of 16 rows"),
-        (Crowded, True, r"as taking it fails \(.*grad"),
-        (Detached, True, r"as taking it fails \(.*grad"),
+        (Crowded, True, r"because the backward pass fails \(.*grad"),
+        (Detached, True, r"because the backward pass fails \(.*grad"),
     ],
 )
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2"])
@@ -154,7 +158,7 @@ def test_wrong_gradients_are_refused(kind, head, fault, name):
 @pytest.mark.parametrize(
     "kind, head, warning",
     [
-        (Scaled, True, "the gradient is that of the loss to 50% only"),
+        (Scaled, True, "the gradient differs from the slope of the loss by 50%"),
         (Noisy, False, "differ by .* from call to call"),
         (Stateful, False, "differ by .* from call to call"),
     ],
@@ -231,8 +235,8 @@ def test_a_run_refuses(spoils, tmp_path):
     out = tmp_path / "out"
     done = CliRunner().invoke(main, [*RUN, "--attacks", "none,random,fgsm", "-o", str(out)])
     assert done.exit_code == 2 and not out.exists(), done.output
-    assert "which is not that of its loss: slopes" in done.stderr
-    assert "must be one that takes no gradient (none, random," in done.stderr
+    assert "which is not the gradient of its loss: slopes" in done.stderr
+    assert "must be an attack without gradients (none, random," in done.stderr
     done = CliRunner().invoke(main, [*RUN, "--attacks", "none,random,blocks", "-o", str(out)])
     assert done.exit_code == 0, done.output
 
@@ -269,7 +273,10 @@ def test_the_doctor_tells_where_there_is_none(monkeypatch):
     done = CliRunner().invoke(main, [*words, "--device", "cpu", "--progress", "quiet"])
     assert done.exit_code == 1, done.output
     lines = done.stdout.splitlines()
-    assert "fails: the gradient is that of the model as it runs; as taking it fails" in done.stdout
+    assert (
+        "fails: the gradient is that of the model as it runs; because the backward pass fails"
+        in done.stdout
+    )
     assert any("not applicable: " in of and "does not require grad" in of for of in lines)
     assert lines[-1] == "1 of 3 checks fail"
 

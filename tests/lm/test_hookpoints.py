@@ -35,7 +35,7 @@ def qwen():
 @pytest.mark.parametrize(
     ("name", "reason", "meant"),
     [
-        ("lm_head", "at or behind the head", "model.norm"),
+        ("lm_head", "is the head, or runs after it", "model.norm"),
         ("model", "BaseModelOutputWithPast", "model.norm"),
         ("model.rotary_emb", r"\(1, 6, 8\)", "model.embed_tokens"),
         (f"{LAYER}.self_attn.q_norm", r"\(2, 6, 2, 8\)", f"{LAYER}.self_attn.q_proj"),

@@ -145,7 +145,9 @@ def test_an_attack_of_other_parameters(function, said):
     ],
 )
 def test_a_loss_of_other_parameters(function):
-    with pytest.raises(UsageError, match="loss=strange: must take sums, or sums and choices"):
+    with pytest.raises(
+        UsageError, match="loss=strange: must take the arguments sums, or sums and choices"
+    ):
         register_loss(function, "strange")
     assert "strange" not in LOSSES
 

@@ -142,7 +142,7 @@ def test_examples_that_differ(caplog):
     )
     made = [Question([Request((*range(i, i + 20), 7, 8, 9), 1, 3)], [[0]]) for i in range(2, 40, 7)]
     assert {b.prefix for b in engine.batches(made, 8, 100)} == {0}
-    assert "prefix: computed for each question, as few of them share" in caplog.text
+    assert "prefix: computed for each question, because few questions share" in caplog.text
 
 
 def test_two_sets_of_examples():

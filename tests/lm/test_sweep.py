@@ -87,7 +87,10 @@ def test_blocks_that_tell_later_ones_more_run(caplog, teller):
     later.register_forward_hook(lambda module, args, output: output * (1 + told[-1]))
     _, *found = scorers(scorer_of(model), expand(model, ["embed", "layers"]), CPU)
     assert [scorer.skip is None for scorer in found] == [teller == 0, teller == 1]
-    assert f"whole forwards, as the others change or fail at model.layers.{teller}" in caplog.text
+    assert (
+        f"whole forward passes, because partial ones change or fail at model.layers.{teller}"
+        in caplog.text
+    )
 
 
 def test_scales_are_those_of_the_activations():

@@ -1,5 +1,7 @@
 """Are the pages easy to read? `make prose` measures their sentences and looks for bad habits.
 
+It does so for the texts that the program prints as well: errors, warnings, notes and help.
+
 The limits and the constructions that we avoid are in `rules.yaml`. `exceptions.txt` lists the pages
 that are not rewritten yet. A page that passes must leave that list.
 
@@ -8,6 +10,7 @@ The check sees form and no sense. Read a page aloud as well.
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 from dataclasses import dataclass, field
@@ -28,6 +31,10 @@ _WORD = re.compile(r"\S*\w\S*")
 # Years, and the numbers of figures and tables, are names. All other numerals are data.
 _NAMES = re.compile(r"\b(Figs?\.|Table|Section|arXiv) \d+(\.\d+)?|\b(19|20)\d\d\b")
 _NUMBER = re.compile(r"(?<![\w.])[-+−]?\d[\d,.]*")
+
+
+# The texts that a user sees: the argument of these calls, and every `help`.
+_SHOWN = {"UsageError": 0, "invalid": 2, "setting": 1, "warning": 0, "not_applicable": 1}
 
 
 def pages() -> list[Path]:
@@ -90,6 +97,36 @@ def measure(text: str) -> Measures:
     return found
 
 
+def messages(source: str) -> list[str]:
+    """The texts of a Python source that a user sees; a value in them counts as one word."""
+    shown = []
+    for call in ast.walk(ast.parse(source)):
+        if isinstance(call, ast.Call):
+            at = _SHOWN.get(getattr(call.func, "attr", getattr(call.func, "id", "")))
+            given = [] if at is None else call.args[at : at + 1]
+            given += [keyword.value for keyword in call.keywords if keyword.arg == "help"]
+            shown += [text for text in map(_written, given) if text]
+    return shown
+
+
+def _written(node: ast.expr) -> str:
+    if isinstance(node, ast.JoinedStr):
+        return "".join(_written(part) or "`value`" for part in node.values)
+    return str(node.value) if isinstance(node, ast.Constant) else ""
+
+
+def faults_of(source: str) -> list[str]:
+    """The long sentences and bad habits in the texts of a Python source."""
+    found = []
+    for text in messages(source):
+        for part in sentences(text):
+            length = len(_WORD.findall(part))
+            if length > RULES["limits"]["sentence"]:
+                found.append(f"{length} words in a sentence: {part}")
+            found += [f"{fault}: {part}" for fault in _constructions(part)]
+    return found
+
+
 def _paragraphs(text: str) -> list[tuple[bool, str]]:
     """(is it a cell of a table, its text) of all paragraphs, items of lists and cells."""
     parts, around = [], ""
@@ -137,6 +174,10 @@ def main(names: list[str]) -> int:
             failed = True
             if note:
                 print("    passes: take it off tests/prose/exceptions.txt")
+    for source in () if names else sorted((ROOT / "llm_attack").rglob("*.py")):
+        for fault in faults_of(source.read_text("utf-8")):
+            print(f"{source.relative_to(ROOT).as_posix()}: {fault}")
+            failed = True
     return int(failed)
 
 

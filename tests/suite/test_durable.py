@@ -12,7 +12,7 @@ from processes import computed, contents, timeless
 from llm_attack.suite.run.store import STORE
 
 KILLED = -9
-GOES_ON = "; what is finished is kept; to go on: llm-attack run "
+GOES_ON = "; finished batches are kept; to continue: llm-attack run "
 
 
 TRIED = 3  # files of `render.try_out`

@@ -77,7 +77,7 @@ def test_two_runs_that_start_in_one_folder_at_once(two_runs, tmp_path, monkeypat
     before = kept_in(tmp_path)
     assert any(path.suffix == ".sqlite" for path in before)
     with pytest.raises(
-        UsageError, match=r"holds a run with other settings \(limit: 4 there, 5 here"
+        UsageError, match=r"contains a run with other settings \(limit: 4 there, 5 here"
     ):
         execute(second, tmp_path, *how)
     assert kept_in(tmp_path) == before
@@ -110,7 +110,7 @@ def test_a_mark_that_changes_under_a_run(two_runs, tmp_path, monkeypatch):
         (tmp_path / STORE / "fingerprint.json").write_text(text)
 
     after(first, 2, changed, monkeypatch)
-    with pytest.raises(UsageError, match="holds a run with other settings"):
+    with pytest.raises(UsageError, match="contains a run with other settings"):
         execute(first, tmp_path, *how)
     with Store(tmp_path, [w.key for w in first.work]) as store:
         assert len(store.keys()) == 1
@@ -155,7 +155,7 @@ def interrupt_after(prepared, number, monkeypatch):
 def test_no_data_and_no_hub(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "nothing")
     line = refused("run", "--model", "demo", "--tasks", "piqa", "-o", tmp_path / "out")
-    assert "tasks=piqa: their data cannot be had (" in line and "hub" in line
+    assert "tasks=piqa: the data of the tasks cannot be loaded (" in line and "hub" in line
     assert not (tmp_path / "out").exists()
 
 
@@ -190,7 +190,7 @@ def test_foreign_folder(tmp_path, content, name):
     path.parent.mkdir(exist_ok=True)
     path.write_text(content)
     line = refused(*DEMO, "-o", tmp_path)
-    assert f"output={tmp_path}: {name} there cannot be read as that of a run" in line
+    assert f"output={tmp_path}: {name} in this folder is not the record of a run" in line
     assert path.read_text() == content
 
 
@@ -200,7 +200,7 @@ def test_another_run(finished, tmp_path, whole):
     other = Command(tmp_path, *RUN, "--epsilons", "0.02", "--tasks", "demo_piqa")
     assert other.wait() == 2
     (line,) = said(other.err)
-    assert "run: holds a run with other settings (epsilons: [0.01] there, [0.02] here; " in line
+    assert "run: contains a run with other settings (epsilons: [0.01] there, [0.02] here; " in line
     assert 'tasks.demo_winogrande: "' in line and '" there, null here' in line
     assert contents(tmp_path / "run") == before
 
@@ -253,7 +253,7 @@ def test_damaged_samples(finished, tmp_path, whole, how):
     again = Command(tmp_path, *RUN)
     assert again.wait() == 0, again.err
     note = json.loads(said(again.err)[0])["text"]
-    assert "samples.parquet" in note and "moved aside, computed again" in note
+    assert "samples.parquet" in note and "moved aside, and computed again" in note
     assert computed(tmp_path) == 2 * whole[1]
     found = contents(folder)
     aside = {name for name in found if name.endswith(".unreadable")}
@@ -283,7 +283,7 @@ def test_damaged_store(tmp_path, whole, how):
     assert again.wait() == 0, again.err
     if how != "empty":
         note = json.loads(said(again.err)[0])["text"]
-        assert "part-0.sqlite: cannot be read; moved aside, computed again: " in note
+        assert "part-0.sqlite: cannot be read; moved aside, and computed again: " in note
         assert note.endswith("part-0.corrupt")
     assert contents(tmp_path / "run") == whole[0]
 
@@ -293,7 +293,7 @@ def test_disk_full(tmp_path, whole):
     command = Command(tmp_path, *RUN, limit=12_000)
     assert command.wait() == 1
     *_, line = command.err.splitlines()
-    assert line.startswith("error: ") and "; what is finished is kept; to go on: " in line
+    assert line.startswith("error: ") and "; finished batches are kept; to continue: " in line
     assert "Traceback" not in command.err
     assert not (tmp_path / "run" / "run.json").exists()
     before = computed(tmp_path)

@@ -119,7 +119,9 @@ def test_a_folder_without_our_mark_is_refused(command, name, tmp_path):
 def test_a_record_that_is_not_ours_is_refused(command, content, tmp_path):
     write_text(tmp_path / "out" / "run.json", content)
     before = tree(tmp_path)
-    assert "output=out: run.json there cannot be read as that of " in refused(*COMMANDS[command])
+    assert "output=out: run.json in this folder is not the record of " in refused(
+        *COMMANDS[command]
+    )
     assert tree(tmp_path) == before
 
 
@@ -128,7 +130,7 @@ def test_one_command_does_not_take_the_folder_of_another(finished, tmp_path):
     assert '(command: "llm-attack run --model" there, ' in refused(*FIG4)
     assert tree(finished) == before
     assert invoke(*FIG4[:-1], "fig4").exit_code == 0
-    assert "run.json there cannot be read as that of a run" in refused(
+    assert "run.json in this folder is not the record of a run" in refused(
         "run", "--model", "demo", "-o", "fig4"
     )
     assert "fig4/run.json: attacks there is NoneType" in refused("report", "fig4")
@@ -309,6 +311,6 @@ def test_compare_replaces_comparisons_alone(finished, outside, tmp_path):
     for name in (outside, finished / "samples.parquet", finished / "table.csv", finished, "link"):
         before = tree(tmp_path)
         line = refused(*words[:-1], name)
-        fault = "is a link, not a file" if name == "link" else "is not"
+        fault = "is a link, and not" if name == "link" else "is not"
         assert f"output={name}: {fault} of a comparison of two runs; must be" in line
         assert tree(tmp_path) == before

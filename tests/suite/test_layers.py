@@ -72,7 +72,7 @@ def test_what_is_written(sweep):
     attacked = [name for name in run["attacks"] if name != "none"]
     assert len(attacked) == 4 * len(PLACES)
     page = (folder / "report.html").read_text("utf-8")
-    assert "<figcaption>Accuracy by what is perturbed " in page
+    assert "<figcaption>Accuracy by hookpoint " in page
     assert "fgsm@1rms</th>" in page and "fgsm@1rms@model.layers.2</th>" not in page
     assert results.load(folder).table.equals(result.table)
 

@@ -96,7 +96,7 @@ def test_one_that_never_lets_go(five, tmp_path, monkeypatch):
     board = tmp_path / "board.csv"
     with (
         leaderboard.FileLock(tmp_path / ".board.csv.lock"),
-        pytest.raises(UsageError, match=r"leaderboard=.*board\.csv: another process has kept"),
+        pytest.raises(UsageError, match=r"leaderboard=.*board\.csv: another process has held"),
     ):
         leaderboard.add(board, {"m": five["m0"]})
     assert not board.exists()
@@ -113,7 +113,7 @@ def test_a_lock_of_somebody_else(five, tmp_path, kind):
         lock.mkdir()
     else:
         lock.write_text("mine")
-    with pytest.raises(UsageError, match=r"leaderboard=.*is no lock of ours"):
+    with pytest.raises(UsageError, match=r"leaderboard=.*is not a lock of llm-attack"):
         leaderboard.add(tmp_path / "board.csv", {"m": five["m0"]})
     assert mine.read_text() == "mine" and (kind == "folder" or lock.read_text() == "mine")
     assert not (tmp_path / "board.csv").exists()

@@ -224,13 +224,13 @@ def test_in_half_precision(tokenizer):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"shard": "1/2"}, "shard=1/2: must not be given with a model that is loaded"),
-        ({"ray": "local"}, "ray=local: must not be given with a model that is loaded"),
+        ({"shard": "1/2"}, "shard=1/2: must not be given with a loaded model"),
+        ({"ray": "local"}, "ray=local: must not be given with a loaded model"),
         ({"name": " "}, "name=' ': must be a text"),
         ({"name": 5}, "name=5: must be a text"),
-        ({"model_args": {"dtype": "float16"}}, "dtype=float16: must be left out where"),
-        ({"model_args": {"parallelize": True}}, "parallelize=True: must be left out where"),
-        ({"model_args": {"tp_plan": "auto"}}, "tp_plan=auto: must be left out where"),
+        ({"model_args": {"dtype": "float16"}}, "dtype=float16: must be left out if"),
+        ({"model_args": {"parallelize": True}}, "parallelize=True: must be left out if"),
+        ({"model_args": {"tp_plan": "auto"}}, "tp_plan=auto: must be left out if"),
         ({"tokenizer": 5}, "tokenizer=5: must be a name, a folder or a tokenizer"),
         ({"device": "cuda:7"}, "device=cuda:7: must be"),
     ],
@@ -247,7 +247,7 @@ def test_what_does_not_go_with_it(given, said, tokenizer, tmp_path):
 def test_several_processes(tokenizer, monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    with pytest.raises(UsageError, match=r"model=mine: .* in one process alone"):
+    with pytest.raises(UsageError, match=r"model=mine: .* belongs to one process"):
         evaluate(Plan(loaded(), tokenizer=tokenizer, name="mine", **GIVEN), output=tmp_path / "o")
 
 
@@ -255,8 +255,8 @@ def test_several_processes(tokenizer, monkeypatch, tmp_path):
     ("model", "given", "said"),
     [
         (torch.nn.Linear(2, 2), {}, "model=Linear: must be a model of transformers"),
-        ("demo", {"name": "x"}, "name: must go with a model that is loaded"),
-        ("demo", {"tokenizer": "x"}, r"tokenizer: must go with .* model_args="),
+        ("demo", {"name": "x"}, "name: must be given together with a loaded model"),
+        ("demo", {"tokenizer": "x"}, r"tokenizer: must be given together with .* model_args="),
         (5, {}, "model=5: must be a text"),
     ],
     ids=["no transformer", "a name of a name", "a tokenizer of a name", "a number"],
@@ -269,7 +269,7 @@ def test_what_is_no_loaded_model(model, given, said):
 
 def test_one_that_does_not_say_where_it_is_from(tokenizer):
     model = AutoModelForCausalLM.from_config(loaded().config.__class__(**SMALL))
-    with pytest.raises(UsageError, match="tokenizer=None: must be given with a loaded Llama"):
+    with pytest.raises(UsageError, match="tokenizer=None: must be given, because the loaded Llama"):
         Plan(model, **GIVEN)
     assert Plan(model, tokenizer=tokenizer, **GIVEN).model == type(model).__name__
 

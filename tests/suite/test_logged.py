@@ -68,7 +68,7 @@ def test_two_runs_are_paired(tmp_path):
     a, b = write(tmp_path / "a" / "model", scores=first), write(tmp_path / "b", scores=second)
     done = compare(a.parent, b, output=tmp_path / "pair.csv", equivalence=3)
     assert done.exit_code == 0, done.output
-    assert "the smallest mean difference that so many questions show" in done.output
+    assert "smallest mean difference that this many questions can show" in done.output
     row = pd.read_csv(tmp_path / "pair.csv").iloc[0]
     lost, gained = int((first > second).sum()), int((second > first).sum())
     assert (row["n"], row["lost"], row["gained"]) == (80, lost, gained)
@@ -122,7 +122,7 @@ def test_filters_are_tasks_of_their_own_and_the_newest_file_counts(tmp_path):
 def test_other_prompts_are_told(tmp_path):
     a, b = write(tmp_path / "a"), write(tmp_path / "b", prompt_hash="other")
     (sentence,) = logged.differences(logged.load(a), logged.load(b))
-    assert sentence.startswith("2 of 2 questions were asked with another prompt")
+    assert sentence.startswith("2 of 2 questions have different prompts")
 
 
 def test_questions_that_share_a_source_count_together(tmp_path):
@@ -148,10 +148,10 @@ def test_wrong_inputs_are_one_line(tmp_path):
     for folders, said in [
         ((a, other), "share no question"),
         ((a, broken), "cannot be read"),
-        ((a, texts), "no score of a single question"),
+        ((a, texts), "no numeric score"),
         ((a, old), "line 1 has no doc_hash"),
-        ((a, stored), "is no run of lm_eval"),
-        ((a, a, a), "in twos"),
+        ((a, stored), "is not a run of lm_eval"),
+        ((a, a, a), "exactly two"),
     ]:
         done = compare(*folders)
         assert done.exit_code == 2, done.output

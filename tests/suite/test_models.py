@@ -201,4 +201,4 @@ def test_what_is_not_compared(folders):
     done = invoke("compare", folders[0])
     assert done.exit_code == 2 and "two folders or more" in done.stderr
     done = invoke("compare", *folders, "--equivalence", "1")
-    assert done.exit_code == 2 and "must go with two folders" in done.stderr
+    assert done.exit_code == 2 and "needs exactly two folders" in done.stderr

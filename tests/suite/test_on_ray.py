@@ -166,9 +166,7 @@ def test_a_batch_that_kills_every_worker(answers):
             return RayError("it was killed")
         finished.append(batch)
 
-    with pytest.raises(
-        ProcessDied, match="7 workers died, one after another: RayError: it was killed"
-    ):
+    with pytest.raises(ProcessDied, match="7 workers died in a row: RayError: it was killed"):
         answers(Ray(meets=meets))
     assert {*finished} == {None, 0, 1, 3, 4, 5}
 
@@ -194,7 +192,7 @@ def test_this_machine_leaves_the_cluster(answers):
         ray.alive = batch != 3
 
     ray = Ray(meets=meets)
-    with pytest.raises(ProcessDied, match=r"^Ray on this machine, its raylet, died$"):
+    with pytest.raises(ProcessDied, match=r"^Ray's raylet on this machine died$"):
         answers(ray)
 
 
@@ -288,7 +286,7 @@ def test_no_cluster(monkeypatch):
 
 @pytest.mark.parametrize(("device", "there", "says"), [
     ("cuda", False, "ray=local: has no GPU"),
-    (None, True, "this machine, where the run is planned, has none"),
+    (None, True, "this machine, which plans the run, has none"),
     ("cpu", True, None), ("cpu", False, None), (None, False, None), ("cuda:1", True, None),
 ])  # fmt: skip
 def test_devices(monkeypatch, device, there, says):
@@ -369,7 +367,7 @@ def test_it_is_stopped_and_goes_on_without_ray(tmp_path, alone, number, code):
     os.kill(command.pid, number)
     assert command.wait() == code
     *_, last = command.err.splitlines()
-    assert last.startswith("stopped; what is finished is kept; to go on: llm-attack run ")
+    assert last.startswith("stopped; finished batches are kept; to continue: llm-attack run ")
     assert "--ray local --ray_workers 2" in last
     assert started
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid, _ in started), 60)
@@ -394,9 +392,9 @@ def test_a_part_of_ray_is_killed(tmp_path, alone, part):
         with suppress(ProcessLookupError):
             os.kill(worker, signal.SIGKILL)
     *_, last = command.err.splitlines()
-    says = "Ray on this machine, its raylet, died" if part != "gcs_server" else "Ray's head, "
+    says = "Ray's raylet on this machine died" if part != "gcs_server" else "Ray's head, "
     assert last.startswith(f"error: {says}") or " workers died, " in last
-    assert "; what is finished is kept; to go on: llm-attack run " in last
+    assert "; finished batches are kept; to continue: llm-attack run " in last
     before = stored(tmp_path)
     assert before > 0
     command = Command(tmp_path, *LONG)

@@ -152,5 +152,7 @@ def test_functions_themselves():
     assert Plan(attacks=push).attacks == (f"{name}push",)
     found = evaluate(plan, progress="quiet")
     assert list(found.conditions) == ["none", f"{name}push@0.01"]
-    with pytest.raises(UsageError, match=r"loss=.*: must take sums, or sums and choices"):
+    with pytest.raises(
+        UsageError, match=r"loss=.*: must take the arguments sums, or sums and choices"
+    ):
         Plan(loss=push)

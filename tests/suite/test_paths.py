@@ -98,7 +98,7 @@ ROUNDABOUT = [
 def test_a_folder_of_the_users_by_another_way(command, path):
     before = tree()
     line = refused(*COMMANDS[command], path)
-    assert line.startswith("error: output=") and "mine: holds notes, and no mark of a run" in line
+    assert line.startswith("error: output=") and "mine: contains notes, but no run" in line
     assert tree() == before
 
 
@@ -113,7 +113,7 @@ def test_a_file_of_the_users_by_another_way(command, path):
         "compare": ("output", "a comparison of two runs"),
         "board": ("leaderboard", "a leaderboard"),
     }[command]
-    assert f"of {what}; must be a file of one" in line and line.startswith(f"error: {argument}=")
+    assert f"{what}; must be such a file" in line and line.startswith(f"error: {argument}=")
     assert tree() == before
 
 

@@ -115,7 +115,7 @@ def test_stopped(tmp_path, whole, number, code):
     events = [json.loads(line)["event"] for line in lines]
     assert events[:3] == ["stage"] * 3 and set(events) == {"stage", "progress"}
     before, again = last.split("to go on: ")
-    assert before == "stopped; what is finished is kept; "
+    assert before == "stopped; finished batches are kept; "
     assert _in_a_shell(tmp_path, again) == 0
     assert computed(tmp_path) <= batches + 1
     assert contents(tmp_path / "run") == files
@@ -155,7 +155,7 @@ def test_one_of_two_dies(tmp_path, whole, victim):
     (tmp_path / "go").touch()
     assert other.wait() == 1
     err = (tmp_path / ("err" if victim else "err1")).read_text().splitlines()
-    assert f"error: process {victim} of 2 died; what is finished is kept; to go on: " in err[-1]
+    assert f"error: process {victim} of 2 died; finished batches are kept; to continue: " in err[-1]
     assert not any("Traceback" in line for line in err)
     alone = Command(tmp_path, *RUN)
     assert alone.wait() == 0, alone.err

@@ -37,7 +37,7 @@ def test_plans(tmp_path):
     with pytest.raises(UsageError, match=r"revisions=step10: .*did you mean 'step100'"):
         revisions.plans(Plan(model=str(tmp_path)), "step10")
     for wrong in ("a,a", " , "):
-        with pytest.raises(UsageError, match="must name checkpoints, each once"):
+        with pytest.raises(UsageError, match="must name each checkpoint once"):
             revisions.plans(Plan(model="hub/name"), wrong)
     with pytest.raises(UsageError, match="must not be given with model_args=revision=main"):
         revisions.plans(Plan(model="hub/name", model_args={"revision": "main"}), "a,b")
@@ -84,7 +84,7 @@ def test_revisions_of_what_has_none(tmp_path):
     done = CliRunner().invoke(
         main, f"run --model demo --revisions step1,step2 -o {tmp_path / 'out'}".split()
     )
-    assert done.exit_code == 2 and "must go with a model on a hub" in done.output
+    assert done.exit_code == 2 and "needs a model on a hub" in done.output
     assert not (tmp_path / "out").exists()
 
 

@@ -1,5 +1,7 @@
 """The checklist: what passes, what fails, and models that hide their gradient."""
 
+import re
+
 import pandas as pd
 import pytest
 import torch
@@ -77,7 +79,7 @@ def test_what_does_not_apply():
     """Of a run without attacks nothing; the figure says what it would take."""
     found = sanity.checks(*made_up({"none": 3.0}))
     assert verdicts(found) == dict.fromkeys(NAMES, NOT_APPLICABLE)
-    assert all("the run has no" in check.figure for check in found)
+    assert all(re.match("the run (has no|lacks|does not have)", check.figure) for check in found)
     # label-free attacks leave guesses; nine questions say nothing
     found = sanity.checks(*made_up(WELL, loss="sequence"))
     assert verdicts(found)[NAMES[3]] == NOT_APPLICABLE
@@ -118,9 +120,9 @@ def test_too_few_steps():
     "short, long, verdict, figure",
     [
         # the steps of the run helped the model, and twice as many do nothing
-        (3.02, 3.0, NOT_APPLICABLE, "no attack lowers anything by more than"),
-        (3.0, 3.0, NOT_APPLICABLE, "no attack lowers anything by more than"),
-        (2.99999999, 2.9999, NOT_APPLICABLE, "no attack lowers anything by more than"),
+        (3.02, 3.0, NOT_APPLICABLE, "no attack lowers the outcome by more than"),
+        (3.0, 3.0, NOT_APPLICABLE, "no attack lowers the outcome by more than"),
+        (2.99999999, 2.9999, NOT_APPLICABLE, "no attack lowers the outcome by more than"),
         (3.0, 1.0, FAILS, "bim@0.1 reached nothing, and 2 nats with twice the steps"),
         (3.02, 1.02, FAILS, "bim@0.1 reached nothing, and 2 nats with twice the steps"),
         (2.0, 1.0, FAILS, "twice the steps add 100.0% of what bim@0.1 reached"),

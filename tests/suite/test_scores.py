@@ -315,7 +315,7 @@ def test_a_known_gold_is_attacked_by_the_score(folder):
     ("score", "says"),
     [
         ("acc_nrom", r"score=acc_nrom: must be a score .*did you mean 'acc_norm'\?"),
-        ("mcc", "score=mcc: kind_mcc has it of the whole task alone.*use score=acc"),
+        ("mcc", "score=mcc: kind_mcc has this score only for the whole task.*use score=acc"),
     ],
 )
 def test_a_score_that_no_task_has(folder, score, says):
@@ -347,7 +347,7 @@ BAD = {
         kinds.questions(4, 2),
         ["acc"],
         "process_results: !function functions.raises\n",
-        "question 0 cannot be judged, as process_results of the task raises ZeroDivisionError",
+        "question 0 cannot be judged, because process_results of the task raises ZeroDivisionError",
     ),
     "nothing": (
         [*kinds.questions(2, 2), {**kinds.questions(1, 2)[0], "options": []}],
@@ -359,7 +359,7 @@ BAD = {
         [{**of, "right": None} for of in kinds.questions(2, 2)],
         ["acc", "acc_norm"],
         "",
-        "question 0 has no gold label .doc_to_target gives None.",
+        "question 0 has no label .doc_to_target gives None.",
     ),
 }
 
@@ -368,7 +368,12 @@ BAD = {
     ("name", "value", "more", "way_out"),
     [
         ("said", "'yes'", "", "must be left out of the tasks"),
-        ("listed", [1.0, 0.0], ", 'other': 1.0", "must be another score of it, such as other"),
+        (
+            "listed",
+            [1.0, 0.0],
+            ", 'other': 1.0",
+            "must be another score of this task, such as other",
+        ),
     ],
 )
 def test_a_score_that_is_no_number_is_not_said_to_be_of_the_whole_task(
@@ -382,7 +387,7 @@ def test_a_score_that_is_no_number_is_not_said_to_be_of_the_whole_task(
     of = Plan(tasks=name, include_path=str(folder), **HOW)
     with pytest.raises(UsageError) as refused:
         evaluate(of, progress="quiet")
-    said = f"score=acc: {name} gives a question {value}, which is no number; {way_out}"
+    said = f"score=acc: {name} gives a question the value {value}, which is not a number; {way_out}"
     assert str(refused.value) == said
 
 
@@ -426,5 +431,5 @@ def test_critical_epsilons_of_other_scores_are_warned_about(folder):
     )
     warnings = evaluate(plan, progress="quiet").run["warnings"]
     assert [of for of in warnings if of.startswith("critical epsilons")] == [
-        "critical epsilons are of the likeliest choice, not of the score of kind_mass (acc)"
+        "critical epsilons are about the likeliest choice, not about the score of kind_mass (acc)"
     ]

@@ -78,7 +78,9 @@ def test_every_process_has_its_share_and_its_file(folder):
 def test_one_process_of_a_rank(folder):
     with Store(folder, PLANNED):
         began = stores.time.monotonic()
-        with pytest.raises(UsageError, match=f"^output={folder}: another run is writing there; "):
+        with pytest.raises(
+            UsageError, match=f"^output={folder}: another run is writing into this folder; "
+        ):
             Store(folder, PLANNED)
         assert 1 < stores.time.monotonic() - began < 30
     Store(folder, PLANNED).__exit__()

@@ -209,7 +209,7 @@ def test_equivalence():
     for within in (0, -1, 101, np.nan):
         with pytest.raises(UsageError, match=f"equivalence={within}: must be points"):
             with_equivalence(table, within)
-    with pytest.raises(UsageError, match="equivalence=2: must go with"):
+    with pytest.raises(UsageError, match="equivalence=2: needs"):
         with_equivalence(table[table["condition"] != "none"].assign(drop=np.nan), 2)
 
 

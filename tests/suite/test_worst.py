@@ -184,7 +184,7 @@ def test_a_worst_case_is_what_was_tried():
     "attacks", ["worst", "none,worst", "none,fgsm,worst", "fgsm,reversed,worst"]
 )
 def test_a_worst_case_of_one_attack_is_refused(attacks):
-    with pytest.raises(UsageError, match=f"attacks={attacks}: worst must go with two attacks"):
+    with pytest.raises(UsageError, match=f"attacks={attacks}: worst needs two attacks"):
         Plan(attacks=attacks)
     assert "worst" in Plan(attacks="fgsm,worst", epsilons="0.1,0.2").attacks
     assert [c.attack for c in Plan(attacks="none,worst,fgsm,bim").conditions] == [

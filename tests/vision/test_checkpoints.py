@@ -147,7 +147,7 @@ def test_a_network_of_somebody_else_is_trained(theirs):
     assert results["digits-their_nets:means"]["parameters"] == 650
     file = "nets/digits-their_nets_means.safetensors"
     # its code is not run because a file says so
-    with pytest.raises(UsageError, match="is of network=their_nets:means, which is not one of cnn"):
+    with pytest.raises(UsageError, match="has network=their_nets:means, which is none of cnn"):
         fig2.run(fig2.Settings(load=file), theirs / "again")
     settings = fig2.Settings(**SMALL, network="their_nets:means", weights=file)
     again = fig2.run(settings, theirs / "again")
@@ -168,17 +168,20 @@ def test_a_network_of_somebody_else_is_trained(theirs):
         ({"network": "their_nets:text"}, "text: must return a torch.nn.Module, not str"),
         (
             {"network": "their_nets:other"},
-            "other: must give scores of shape|other: fails on images",
+            "other: must return scores of shape|other: fails on images",
         ),
-        ({"network": "their_nets:blind"}, r"must give scores of shape \(2, 10\) .*, not \(2, 9\)"),
-        ({"network": "their_nets:nothing"}, "must give finite scores for images of digits"),
+        (
+            {"network": "their_nets:blind"},
+            r"must return scores of shape \(2, 10\) .*, not \(2, 9\)",
+        ),
+        ({"network": "their_nets:nothing"}, "must return finite scores for images of digits"),
         ({"weights": "nowhere"}, "weights=nowhere: must be weights of this network"),
         ({"weights": "their_nets.py"}, "weights=their_nets.py: must be weights"),
         ({"weights": "x.safetensors"}, "weights=x.safetensors: must be weights"),
         ({"load": "nowhere"}, "load=nowhere: must be a file that --save wrote"),
         ({"load": "x.safetensors"}, "load=x.safetensors: must be a file that --save wrote"),
         ({"load": "plain.safetensors"}, "load=plain.safetensors: must be a file that --save wrote"),
-        ({"load": "x", "weights": "x"}, "weights=x: must not be given beside load"),
+        ({"load": "x", "weights": "x"}, "weights=x: must not be given with load"),
         ({"network": "cnn,resnet18", "weights": "x"}, "network='cnn,resnet18': must be one name"),
     ),
     ids=str,
@@ -365,8 +368,11 @@ def test_a_name_that_is_no_text(kept, tmp_path, monkeypatch):
         ("", "save='': must be a path"),
         ("/proc/x", "save=/proc/x: must be a folder that can be written"),
         ("gone", "save=gone: must be a folder or file that can be made"),
-        ("theirs", "save=theirs: digits-cnn.safetensors there is not of --save"),
-        ("none/../theirs", "save=theirs: digits-cnn.safetensors there is not of --save"),
+        ("theirs", "save=theirs: digits-cnn.safetensors in this folder was not written by --save"),
+        (
+            "none/../theirs",
+            "save=theirs: digits-cnn.safetensors in this folder was not written by --save",
+        ),
     ],
 )
 def test_a_place_to_save_is_tried_before_the_training(tmp_path, monkeypatch, place, says):

@@ -234,7 +234,7 @@ def test_bad_settings_are_refused_before_any_work(tmp_path, monkeypatch, setting
 def test_bad_settings_of_the_gallery(tmp_path):
     with pytest.raises(UsageError, match="network='cnn,resnet18': must be one name"):
         fig1.run(fig1.Settings(network="cnn,resnet18"), tmp_path / "out")
-    with pytest.raises(UsageError, match="images=11: must be at most 10, one a class"):
+    with pytest.raises(UsageError, match="images=11: must be at most 10, one for each class"):
         fig1.run(fig1.Settings(images=11), tmp_path / "out")
     # two epochs are too few to know all ten digits
     with pytest.raises(UsageError, match="images=10: the trained network knows images of"):

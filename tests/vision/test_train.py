@@ -107,7 +107,10 @@ def test_a_state_of_other_settings_is_refused(images, tmp_path):
     with pytest.raises(UsageError) as caught:
         run(images, replace(SETTINGS, epochs=5, epsilon=0.2), state=state)
     message = str(caught.value)
-    assert "of a run with other settings (epsilon=0.2, there None; epochs=5, there 4)" in message
+    assert (
+        "belongs to a run with other settings (epsilon=0.2, there None; epochs=5, there 4)"
+        in message
+    )
     assert state.read_bytes() == kept
     with pytest.raises(UsageError, match="label=other, there "):
         run(images, state=state, label="other")

@@ -100,19 +100,17 @@ class Diagnostics:
             messages.append("nothing was perturbed: the answers are those without an attack")
         elif still > MUCH_STILL:
             messages.append(
-                f"{self.still:.0f} of {self.examples:.0f} points were not perturbed at all (each a"
-                " request, or a question where its requests share a perturbation)"
+                f"{self.still:.0f} of {self.examples:.0f} points were not perturbed at all (a"
+                " point is a request, or a question whose requests share a perturbation)"
             )
         reached = _ratio(self.reached, self.balls)
         if still < 1 and reached is not None and reached < LEAST_REACHED:
-            messages.append(
-                f"the perturbation has {100 * reached:.2g} % of the amplitude that was asked for"
-            )
+            messages.append(f"the perturbation reached {100 * reached:.2g} % of its amplitude")
         lost = _ratio(self.lost, self.steps) or 0.0
         if lost > MUCH_LOST:
             messages.append(
-                f"{100 * lost:.0f} % of the perturbation is lost to rounding: epsilon is below what"
-                " the model's dtype can tell apart there"
+                f"{100 * lost:.0f} % of the perturbation is lost to rounding: epsilon is smaller"
+                " than the distance between numbers of the model's dtype"
             )
         return messages
 

@@ -164,7 +164,7 @@ class Engine:
         self._tried = len(longest.trie)
         wrong = trees_fault(self.scorer, [longest], self.device, self.layout.pad)
         if wrong:
-            log.warning("packing: off, as a tree of %d tokens %s", self._tried, wrong)
+            log.warning("packing: off, because a tree of %d tokens %s", self._tried, wrong)
             self.layout = replace(self.layout, longest_tree=0)
 
     def _takes_tree(self, tokens: int, question: Question) -> bool:
@@ -219,14 +219,14 @@ class Engine:
         if not longest:
             if positions == QUESTION and any(starts):
                 log.warning(
-                    "prefix: computed for each question, as few of them share what they begin with"
+                    "prefix: computed for each question, because few questions share a prefix"
                 )
             return everything
         trial = Batch(members[0], trees, longest, tokens)
         packs = [self.pack(b).to(self.device) for b in (trial, replace(trial, prefix=0))]
         wrong = fault(self.scorer, *packs)
         if wrong:
-            log.warning("prefix: computed for each question, as its cache %s", wrong)
+            log.warning("prefix: computed for each question, because its cache %s", wrong)
             self.layout = replace(self.layout, prefixes=False)
             return everything
         return by_prefix
@@ -356,8 +356,9 @@ class Engine:
             of_attack, bad = _summed(scores, sizes)
             if bad and attack.identity:
                 raise UsageError(
-                    f"attack={attack.name}: {bad} of {len(sizes)} log-likelihoods are not finite,"
-                    " without a perturbation; must be a model, and a dtype, that gives numbers"
+                    f"attack={attack.name}: {bad} of {len(sizes)} log-likelihoods are NaN or"
+                    " infinite without a perturbation; must be a model and a dtype with finite"
+                    " answers"
                 )
             totals.add({"not_finite": bad})
             answers.append(of_attack)

@@ -64,9 +64,9 @@ def refusal(attack: str, fault: str) -> str:
     """The sentence by which a model with a fault is refused, and the ways out."""
     others = ", ".join(name for name, kind in ATTACKS.items() if not kind.gradient)
     return (
-        f"attack={attack}: cannot follow the gradient of this model, {fault}; must be one that"
-        f" takes no gradient ({others}), or a model with the gradient of its own function; the same"
-        " weights may have it without quantisation, in another dtype or on another device"
+        f"attack={attack}: cannot follow the gradient of this model, {fault}; must be an attack"
+        f" without gradients ({others}), or a model whose gradient is right. The same weights may"
+        " have a right gradient without quantisation, in another dtype or on another device"
     )
 
 
@@ -109,7 +109,7 @@ def _examined(scorer: Scorer, tokens: tuple[int, ...], device: torch.device) -> 
     except Exception as error:
         if should_reduce_batch_size(error):
             raise
-        return Finding(f"as taking it fails ({one_line(error)})")
+        return Finding(f"because the backward pass fails ({one_line(error)})")
     with torch.no_grad():
         again = logits(x)
     eps = resolution(scorer)
@@ -117,13 +117,13 @@ def _examined(scorer: Scorer, tokens: tuple[int, ...], device: torch.device) -> 
     noise = _apart(plain, again)
     for other, what in (
         (attacked, "with and without gradients"),
-        (untouched, "with the clean point put in place and without"),
+        (untouched, "with and without the clean point put in place"),
     ):
         apart = _apart(plain, other)
         if apart > rounding + 4 * noise:
             return Finding(
-                f"as logits differ by {apart:.2g} (root mean square) between forwards {what}; two"
-                f" like forwards differ by {noise:.2g}"
+                f"because logits differ by {apart:.2g} (root mean square) between forward passes"
+                f" {what}; two equal forward passes differ by {noise:.2g}"
             )
     apart = _apart(of_rows, gradient) / max(_apart(gradient, torch.zeros_like(gradient)), 1e-300)
     if apart > WRONG and noise <= rounding:
@@ -131,7 +131,7 @@ def _examined(scorer: Scorer, tokens: tuple[int, ...], device: torch.device) -> 
     finding = judged(_slopes(scorer, tokens, x, gradient), x.dtype, eps)
     if noise > rounding:  # slopes say nothing then
         text = f"logits of the same text differ by {noise:.2g} from call to call"
-        return Finding("", f"{text}, so that no number here is exact", finding.figure)
+        return Finding("", f"{text}, so no number here is exact", finding.figure)
     return finding
 
 
@@ -176,8 +176,10 @@ def judged(slopes: _Slopes, dtype: torch.dtype, eps: float) -> Finding:
             clear |= bool(steady and (signed[i, j] - signed[i, j + 1]).abs() <= error[i, j] / 2)
             break
     if clear and worst > WRONG:
-        return Finding(f"which is not that of its loss: {figure}", figure=figure)
-    return Finding("", f"the gradient is that of the loss to {worst:.0%} only: {figure}", figure)
+        return Finding(f"which is not the gradient of its loss: {figure}", figure=figure)
+    return Finding(
+        "", f"the gradient differs from the slope of the loss by {worst:.0%}: {figure}", figure
+    )
 
 
 def resolution(scorer: Scorer) -> float:

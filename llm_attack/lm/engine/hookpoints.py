@@ -76,7 +76,7 @@ def expand(model: PreTrainedModel, hookpoints: Sequence[str]) -> list[str | None
     expanded = list(dict.fromkeys(expanded))
     embedding = names.get(model.get_input_embeddings())
     if None in expanded and embedding in expanded:
-        raise UsageError(f"hookpoints={EMBED},{embedding}: must name each module once")
+        raise UsageError(f"hookpoints={EMBED},{embedding}: must name each module only once")
     return expanded
 
 
@@ -87,8 +87,8 @@ def _layers(model: PreTrainedModel, names: Mapping[nn.Module, str]) -> list[str]
     usable = [*faults(model, blocks, text)] if blocks else []
     if not usable:
         raise UsageError(
-            f"hookpoints={LAYERS}: must be modules by name for {type(model).__name__}, whose blocks"
-            " transformers does not name"
+            f"hookpoints={LAYERS}: must be the names of modules for {type(model).__name__},"
+            " because transformers does not name its blocks"
         )
     return usable
 
@@ -117,7 +117,8 @@ def scorers(base: Scorer, hookpoints: Sequence[str | None], device: torch.device
     if refused:
         names = (str(name) for name, s in zip(hookpoints, all_scorers, strict=True) if s in refused)
         log.warning(
-            "hookpoints: whole forwards, as the others change or fail at %s", ", ".join(names)
+            "hookpoints: whole forward passes, because partial ones change or fail at %s",
+            ", ".join(names),
         )
     return all_scorers
 
@@ -181,7 +182,7 @@ def _refused(scorers: Sequence[Scorer], device: torch.device) -> list[Scorer]:
             except Exception as error:
                 if should_reduce_batch_size(error):
                     raise
-                log.warning("hookpoints: a forward that starts there raises %s", one_line(error))
+                log.warning("hookpoints: a partial forward pass raises %s", one_line(error))
                 refused.append(scorer)
                 continue
             if below[scorer] not in seen or not equal_logits(scorer, part, whole):

@@ -38,7 +38,7 @@ def longest_tree(scorer: Scorer, device: torch.device, pad: int = 0) -> int:
     """
     wrong = trees_fault(scorer, made_up(scorer), device, pad)
     if wrong:
-        log.warning("packing: off, as a trial of trees %s; every request gets a row", wrong)
+        log.warning("packing: off, because a trial of trees %s; every request gets a row", wrong)
         return 0
     return _window(scorer)
 

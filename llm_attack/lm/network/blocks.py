@@ -45,8 +45,8 @@ def blocks(model: PreTrainedModel, argument: str) -> list[nn.Module]:
     known = known_blocks(model)
     if not known:
         raise UsageError(
-            f"{argument}=True: must be False for {type(model).__name__}, whose blocks transformers"
-            " does not name"
+            f"{argument}=True: must be False for {type(model).__name__}, because transformers"
+            " does not name its blocks"
         )
     return known
 

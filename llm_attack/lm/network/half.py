@@ -33,13 +33,13 @@ def check(model: PreTrainedModel, name: str, autocast: torch.dtype | None, parts
     if getattr(model.config, "quantization_config", None) is not None:
         wrong = "a model without quantisation, whose weights can be converted"
     elif parts is not None:
-        wrong = f"left out with tp_plan={parts}, where no process has the whole model"
+        wrong = f"left out with tp_plan={parts}, because no process has the whole model"
     elif autocast is not None:
         wrong = f"left out with mixed precision, which computes in {autocast}"
     elif model.dtype.itemsize <= dtype.itemsize:
         wrong = f"of fewer bits than the model's dtype, which is {model.dtype}"
     elif any(hasattr(module, "_hf_hook") for module in model.modules()):
-        wrong = "left out where the model is split over devices, or in part on none"
+        wrong = "left out if the model is split over devices, or partly not on any device"
     if wrong:
         raise UsageError(f"gradient_dtype={name}: must be {wrong}")
 
@@ -63,8 +63,8 @@ def copied(
     strange = next((type(m).__name__ for m in changed if m not in own), None)
     if strange is not None:
         raise UsageError(
-            f"gradient_dtype={name}: must be left out where another library has changed the forward"
-            f" of modules ({strange}), which a copy would not have"
+            f"gradient_dtype={name}: must be left out, because another library has replaced the"
+            f" forward method of modules ({strange}), and a copy would lack this change"
         )
     dtype = getattr(torch, name)
     memo: dict[int, Any] = {

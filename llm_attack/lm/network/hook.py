@@ -49,7 +49,7 @@ def try_out(model: PreTrainedModel, hookpoints: Iterable[str], input_ids: Tensor
     rows = input_ids[:, :6].repeat(2, 1)  # two: some modules have one output for all rows
     given = {name: resolve(model, name) for name in hookpoints}
     fault_of = faults(model, given, rows)
-    hookpoint = next((name for name in given if fault_of.get(name, "is not run")), None)
+    hookpoint = next((name for name in given if fault_of.get(name, "does not run")), None)
     if hookpoint is None:
         return
     modules = dict(model.named_modules())
@@ -60,8 +60,8 @@ def try_out(model: PreTrainedModel, hookpoints: Iterable[str], input_ids: Tensor
     ]
     before = good[: good.index(hookpoint)] if hookpoint in good else []
     meant = before[-1] if before else closest(hookpoint, {*good} - {hookpoint})
-    fault = fault_of.get(hookpoint, "is not run")
-    raise _refused(hookpoint, modules, meant, f"; this one {fault}")
+    fault = fault_of.get(hookpoint, "does not run")
+    raise _refused(hookpoint, modules, meant, f"; this module {fault}")
 
 
 def faults(
@@ -84,13 +84,15 @@ def faults(
             runs[name] += 1
             first = output[0] if isinstance(output, tuple) and output else output
             if runs[name] > 1:
-                fault_of[name] = f"is run {runs[name]} times"
+                fault_of[name] = f"runs {runs[name]} times"
             elif gathered:
-                fault_of[name] = "is at or behind the head"
+                fault_of[name] = "is the head, or runs after it"
             elif not isinstance(first, Tensor):
-                fault_of[name] = f"gives a {type(first).__name__}"
+                fault_of[name] = f"returns a {type(first).__name__}"
             elif first.dim() != 3 or first.shape[:2] != input_ids.shape:
-                fault_of[name] = f"gives {tuple(first.shape)} for {tuple(input_ids.shape)} tokens"
+                fault_of[name] = (
+                    f"returns shape {tuple(first.shape)} for {tuple(input_ids.shape)} tokens"
+                )
             else:
                 fault_of[name] = ""
 
@@ -114,8 +116,8 @@ def _refused(
     # a transformer block's path: the first name that ends in a number
     ends = (name for name in modules if name.rsplit(".", 1)[-1].isdigit())
     return UsageError(
-        f"hookpoint={hookpoint}: must be the dotted path of a module of the model that is run once,"
-        " before the head, and gives a tensor of shape (batch, sequence, hidden), such as"
+        f"hookpoint={hookpoint}: must be the dotted path of a module that runs once, before the"
+        " head, and returns a tensor of shape (batch, sequence, hidden), such as"
         f" {next(ends, 'model.layers.0')!r}{reason}{did_you_mean(meant)}"
     )
 

@@ -104,8 +104,8 @@ def stalled(samples: pd.DataFrame) -> dict[str, str]:
         if rows["attack"].iloc[0] != "fmn" or censored.empty:
             continue
         text = (
-            f"fmn found no wrong answer for {len(censored)} of {len(rows)} questions. This does not"
-            " show that there is none: its steps can stall in front of the boundary"
+            f"fmn found no wrong answer for {len(censored)} of {len(rows)} questions. Wrong"
+            " answers may still exist: the steps of fmn can stall before the decision boundary"
         )
         if "critical" in set(samples["attack"]):
             known = len(censored[_PLACE].merge(others[_PLACE].drop_duplicates()))

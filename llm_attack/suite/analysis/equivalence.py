@@ -32,7 +32,7 @@ def with_equivalence(table: pd.DataFrame, within: float | None) -> pd.DataFrame:
     measured = "drop" if "drop" in table else "difference"
     compared = table[measured].notna()
     if not compared.any():
-        raise UsageError(f"equivalence={within:g}: must go with conditions beside none, and none")
+        raise UsageError(f"equivalence={within:g}: needs the condition none and another one")
     table, tasks = table.assign(within=within, p_equivalence=np.nan), table["task"] != MEAN
     errors = table.loc[compared, "detectable"] / detectable([1])
     table.loc[compared, "p_equivalence"] = equivalence_test(

@@ -129,7 +129,7 @@ def unshared(
         for run, ours, theirs in (("a", samples_a, samples_b), ("b", samples_b, samples_a)):
             alone = [x for x in ours[key].unique() if x not in set(theirs[key])]
             if alone:
-                sentences.append(f"{key}s of run {run} alone: {', '.join(alone)}")
+                sentences.append(f"{key}s only in run {run}: {', '.join(alone)}")
     same = set(questions_a.merge(questions_b, on=["task", "doc_id", "doc_hash"])["task"])
     both = set(questions_b["task"])
     foreign = [x for x in questions_a["task"].unique() if x in both and x not in same]

@@ -128,9 +128,9 @@ def hidden_gradients(samples: pd.DataFrame, known: Conditions) -> list[str]:
         more, less = int((searched & ~followed).sum()), int((followed & ~searched).sum())
         if more > less and more_often(more, less) <= ALPHA:
             sentences.append(
-                f"{search} takes no gradient and made {more} questions wrong that {best}"
-                f" did not, {less} the other way round: the model hides its gradient, and attacks"
-                " that follow it are too weak"
+                f"{search} takes no gradient. It made {more} questions wrong that {best} left"
+                f" right; the reverse holds for {less}. So the model hides its gradient, and"
+                " attacks that follow the gradient are too weak"
             )
     return sentences
 

@@ -203,7 +203,9 @@ def columns(samples: pd.DataFrame, questions: pd.DataFrame) -> dict[str, Any]:
     texts = keys.merge(questions, on=_KEY, validate="one_to_one")
     if len(texts) < len(keys):
         missing = len(keys) - len(texts)
-        raise ValueError(f"questions: {missing} of {len(keys)} questions of the samples lack here")
+        raise ValueError(
+            f"questions: {missing} of {len(keys)} questions of the samples are missing"
+        )
     of_conditions = {
         str(condition): keys.merge(rows, on=_KEY, how="left", validate="one_to_one")
         for condition, rows in samples.groupby("condition", sort=False)

@@ -238,10 +238,10 @@ def caption(
     attacks = [attack for attack in attacks if attack.name in set(table["condition"])]
     said += _threat(attacks, settings) if attacks else []
     if len(shown(table)) < len(table) and title is None:
-        said.append("Of each attack the largest of the amplitudes that were tried is shown")
+        said.append("For each attack, the largest amplitude of the run is shown")
     drop = title is None and table["drop"].notna().any()
     if drop:
-        said.append("Drop: points lost against no attack, mean over tasks")
+        said.append("Drop: percentage points lost to the attack, mean over tasks")
     if intervals != "none":
         said.append(
             "Intervals: 95\\,\\%"

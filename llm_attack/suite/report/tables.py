@@ -38,7 +38,7 @@ _MARKS = {
     GUESSES: f"{INDISTINGUISHABLE} (exact test, {_TEST})",
     WORSE: f"{BELOW} (exact test, {_TEST})",
     FEW: f"{TOO_FEW}: a model half-way from guessing to perfect would be missed as well",
-    UNCHANGED: f"not distinguishable from none (McNemar test, {_TEST}; of the mean stratified)",
+    UNCHANGED: f"not distinguishable from none (McNemar test, {_TEST}; for the mean, stratified)",
     EQUIVALENT: f"equivalent to none within ±{{within:g}} points (two one-sided tests, {_TEST})",
     WARNED: "see the warning of this condition",
 }
@@ -46,10 +46,11 @@ _MARKS = {
 
 # What a reader must know where a score is not accuracy.
 OF_SCORES = [
-    "score: what lm-eval calls it; where it is not 0 or 1, its intervals are those of means, and"
-    " its tests against none are randomization tests of paired differences, in place of McNemar's",
-    "drop: how much worse, in hundredths, also where lower is better; only a score that is right or"
-    " wrong by the choice that a model prefers has a baseline and is tested against guessing",
+    "score: name of the metric in lm-eval. If its values are not 0 or 1, intervals are those of a"
+    " mean, and tests against none are randomization tests of paired differences instead of"
+    " McNemar's",
+    "drop: how much worse the score is, in hundredths, also if lower is better. Only scores that"
+    " judge the preferred choice have a baseline and a test against guessing",
 ]
 
 # Rows under the mean accuracies: their names, columns and forms.
@@ -144,9 +145,14 @@ def accuracies(
     if scored:
         notes += OF_SCORES
     if "gold margin, nats" in under:
-        notes.append("detectable: the smallest drop that so many questions show with power 0.8")
-        notes.append("p(gold): share of the right choices in the likelihood of all, in points")
-        change = "change from none of log-likelihood, and of gold's margin over the best other"
+        notes.append("detectable: the smallest drop that this many questions show with power 0.8")
+        notes.append(
+            "p(gold): share of the right choices in the likelihood of all choices, in points"
+        )
+        change = (
+            "change against none of the log-likelihood, and of the margin of the right choice"
+            " over the best wrong one"
+        )
         notes.append(f"nats: {change}; means over questions")
     within = table["within"].iloc[0] if "within" in table else np.nan
     notes += [
@@ -192,9 +198,9 @@ def of_whole_tasks(table: pd.DataFrame) -> Cells | None:
     if not rows:
         return None
     notes = [
-        "as lm-eval computes them, over all questions of a task at once: one question has no value"
-        " of its own, so there is no interval and no test. A task that has nothing else has acc in"
-        " the table of scores, which is 1 where the likeliest choice is right"
+        "lm-eval computes these scores from all questions of a task at once. A single question"
+        " has no value, so there is no interval and no test. If a task has no other score, the"
+        " table of scores shows acc for it, which is 1 if the likeliest choice is right"
     ]
     return Cells(["task", "score", *conditions], rows, notes)
 
@@ -248,11 +254,12 @@ def changes(table: pd.DataFrame) -> Cells | None:
     if not rows:
         return None
     notes = [
-        "clusters: sources of the questions, which intervals and tests allow for; drops in points"
-        " of a percent with paired 95 % intervals",
-        f"p: exact test of what changed, signs of clusters (McNemar's where none shares a source),"
-        f" {_TEST.partition(',')[0]}",
-        "p(gold): share of the right choices in the likelihood of all; p of p(gold): paired t-test",
+        "clusters: number of sources of the questions; intervals and tests allow for them. Drops"
+        " are in percentage points, with paired 95 % intervals",
+        "p: exact test of the changed answers, by the signs of clusters (McNemar's if no"
+        f" questions share a source), {_TEST.partition(',')[0]}",
+        "p(gold): share of the right choices in the likelihood of all choices; p of p(gold):"
+        " paired t-test",
     ]
     if "score" in table:
         notes += OF_SCORES
@@ -280,9 +287,10 @@ def comparison(frame: pd.DataFrame, names: tuple[str, str], notes: Iterable[str]
         place = [row["task"], *scored, row["condition"]]
         rows.append([*place, *counts, *of_runs, difference, *p_values])
     explained = [
-        f"a: {names[0]}; b: {names[1]}; difference: b minus a, points of a percent (95 % interval)",
-        "p: exact McNemar test, Holm over tasks; of the mean stratified by task",
-        "n: questions that both runs asked in the same words; left out: those without a partner",
+        f"a: {names[0]}; b: {names[1]}; difference: b minus a, percentage points (95 % interval)",
+        "p: exact McNemar test, Holm over tasks; for the mean, stratified by task",
+        "n: questions that both runs asked in the same words; left out: questions that only one"
+        " run asked",
     ]
     heading = ["condition", "n", "left out", "a", "b", "difference", "p"]
     heading = ["task", *(["score"] if "score" in frame else []), *heading]
@@ -290,7 +298,9 @@ def comparison(frame: pd.DataFrame, names: tuple[str, str], notes: Iterable[str]
         explained += OF_SCORES[:1]
     if also:
         heading.append(f"p(±{frame['within'].iloc[0]:g})")
-        explained.append(f"{heading[-1]}: two one-sided tests; small where a and b are that close")
+        explained.append(
+            f"{heading[-1]}: two one-sided tests; small if a and b are within the limit"
+        )
     return Cells(heading, rows, [*explained, *notes])
 
 

@@ -156,7 +156,7 @@ def dry_run(plan: Plan, progress: str) -> Estimate:
     if progress not in MODES:
         raise invalid("progress", progress, MODES)
     if Processes.of(plan).world > 1 or "tp_plan" in plan.model_args:
-        raise UsageError("dry_run=True: must be one process, without shard and tp_plan")
+        raise UsageError("dry_run=True: needs one process, without shard and tp_plan")
     return estimate(prepare(plan, progress, Console(stderr=True)))
 
 
@@ -270,7 +270,7 @@ def _slope(scorer: Scorer, pack: Pack, threat: ThreatModel, needs: Needs) -> Ten
 
 def show(estimated: Estimate, name: str) -> Table:
     """The table of an estimate."""
-    table = Table(title=f"{name}: what the run would take", show_header=False)
+    table = Table(title=f"{name}: time and memory that the run would need", show_header=False)
     for label, value in estimated.lines().items():
         table.add_row(label, value)
     return table

@@ -77,18 +77,18 @@ class Processes(NamedTuple):
         for name in launch:
             launch[name] = os.environ.get(name, launch[name])
             if not re.fullmatch("[0-9]{1,9}", launch[name]):
-                raise invalid(name, launch[name], "an integer, as torchrun sets it")
+                raise invalid(name, launch[name], "an integer, such as torchrun sets")
         rank, world = map(int, launch.values())
         if world > 1 and isinstance(plan.model, LoadedModel):
             raise UsageError(
-                f"model={plan.model}: must be a name or a path with WORLD_SIZE={world}, as a model"
-                " that is loaded is in one process alone"
+                f"model={plan.model}: must be a name or a path with WORLD_SIZE={world}, because a"
+                " loaded model belongs to one process"
             )
         others = {"WORLD_SIZE": world if world > 1 else None, "shard": plan.shard}
         others["tp_plan"] = plan.model_args.get("tp_plan")
         for name, value in others.items():
             if plan.ray is not None and value is not None:
-                text = f"must not be given with {name}={value}, which divides the work already"
+                text = f"must not be given with {name}={value}, which already divides the work"
                 raise UsageError(f"ray={plan.ray}: {text}")
         if rank >= world:
             raise invalid("RANK", rank, f"below WORLD_SIZE, {world}")
@@ -96,8 +96,8 @@ class Processes(NamedTuple):
             return cls(*(plan.share or (0, 1)), rank)
         if plan.share is not None and world > 1:
             raise UsageError(
-                f"shard={plan.shard}: must not be given with WORLD_SIZE={world}, which divides the"
-                " work already"
+                f"shard={plan.shard}: must not be given with WORLD_SIZE={world}, which already"
+                " divides the work"
             )
         return cls(*(plan.share or (rank, world)))
 
@@ -193,7 +193,7 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         if who.first:
             clear_drafts(folder, (LM_EVAL,))
         for path in store.check():
-            text = f"{path.with_suffix('.sqlite')}: cannot be read; moved aside, computed again"
+            text = f"{path.with_suffix('.sqlite')}: cannot be read; moved aside, and computed again"
             note(progress, console, f"{text}: {path}")
         threads = sorted(_answer(prepared, store, progress, console))
         if not who.first:
@@ -252,7 +252,7 @@ def _critical_of_others(attacks: Sequence[Attack], scores: Mapping[str, Score]) 
     if not others or not any(attack.kind.minimal for attack in attacks):
         return []
     listed = ", ".join(f"{task} ({scores[task].name})" for task in others)
-    return [f"critical epsilons are of the likeliest choice, not of the score of {listed}"]
+    return [f"critical epsilons are about the likeliest choice, not about the score of {listed}"]
 
 
 def _answer(prepared: Prepared, store: Store, progress: str, console: Console) -> set[int]:

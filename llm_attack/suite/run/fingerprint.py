@@ -82,8 +82,8 @@ def kept(folder: Path) -> dict[str, Any] | None:
             continue
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(
-                f"output={folder}: {path.relative_to(folder)} there cannot be read as that of a run"
-                f" ({one_line(error)}); must be another folder"
+                f"output={folder}: {path.relative_to(folder)} in this folder is not the record of"
+                f" a run ({one_line(error)}); must be another folder"
             ) from error
     return None
 
@@ -121,8 +121,8 @@ def _check_batches(folder: Path) -> None:
     # in this order: a process writes the mark before anything else
     if strangers(folder / STORE) and not (folder / STORE / MARK).exists():
         raise UsageError(
-            f"output={folder}: {STORE} there has no {MARK}, so that nobody knows whose it is; must"
-            " be another folder, or be removed by hand"
+            f"output={folder}: {STORE} in this folder has no {MARK}, so its run is unknown; must"
+            " be another folder, or remove the file by hand"
         )
 
 

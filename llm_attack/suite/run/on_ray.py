@@ -134,11 +134,13 @@ def _handlers_kept() -> Iterator[None]:
 def _check_devices(plan: Plan, there: bool) -> None:
     here = torch.cuda.is_available() if plan.device is None else plan.device.startswith("cuda")
     if here and not there:
-        raise UsageError(f"ray={plan.ray}: has no GPU; must be a cluster with some, or device=cpu")
+        raise UsageError(
+            f"ray={plan.ray}: has no GPU; must be a cluster with GPUs, or give device=cpu"
+        )
     if there and not here and plan.device is None:
         raise UsageError(
-            f"ray={plan.ray}: has GPUs, and this machine, where the run is planned, has none; must"
-            " be started where there is one, or with device=cpu"
+            f"ray={plan.ray}: has GPUs, but this machine, which plans the run, has none; must be"
+            " started on a machine with a GPU, or with device=cpu"
         )
 
 
@@ -270,9 +272,9 @@ class _Workers:
         """Starts another worker for one that died, whose batch waits again."""
         self.deaths += 1
         if self.deaths > DEATHS * self.number:
-            text = f"{self.deaths} workers died, one after another: {one_line(error)}"
+            text = f"{self.deaths} workers died in a row: {one_line(error)}"
             raise ProcessDied(text) from error
-        self.say("a worker died: another one is started, and its batch is repeated")
+        self.say("a worker died: a new worker starts, and its batch is repeated")
         self.waiting.extend([] if batch is None else [batch])
         self.start()
 
@@ -301,5 +303,5 @@ class _Alive:
             return False
         self._seen = time.monotonic()
         if not any(node["Alive"] for node in self.ray.nodes() if node["NodeID"] == self.own):
-            raise ProcessDied("Ray on this machine, its raylet, died")
+            raise ProcessDied("Ray's raylet on this machine died")
         return True

@@ -59,8 +59,8 @@ class Store:
             self._lock.acquire(timeout=2)  # longer than another process tries it in `watch`
         except Timeout:
             raise UsageError(
-                f"output={folder}: another run is writing there; must be a folder of its own, or"
-                " wait until that run has ended"
+                f"output={folder}: another run is writing into this folder; must be another"
+                " folder, or wait for that run to end"
             ) from None
         self._seen: set[int] = set()  # processes that have been alive
         self._began = time.monotonic()
@@ -154,7 +154,7 @@ class Store:
         """Returns when the batches of all processes are finished; ProcessDied as of `watch`."""
         while missing := set(self.planned) - self.keys():
             if not missing.isdisjoint(self.share(self.rank)):
-                text = "finished batches are gone: they were removed, or could not be read"
+                text = "finished batches are missing: they were removed, or could not be read"
                 raise ProcessDied(f"{self.folder}: {text}")
             self.watch()
             time.sleep(pause)

@@ -94,11 +94,11 @@ def claims(
 def cells(claimed: list[Claim]) -> Cells:
     """The list as a table."""
     notes = [
-        f"{HOLDS}, {NOT}: shown, at {ALPHA:g}; {UNSHOWN}: the data say neither. Points: of"
-        f" accuracy, mean over tasks; those within ±{WITHIN:g} count as none (equivalence: two"
-        " one-sided tests)",
-        "AUC: probability that of two questions the one that the claim names has the smaller value,"
-        " by ranks within tasks",
+        f"{HOLDS}, {NOT}: shown, at {ALPHA:g}; {UNSHOWN}: the data show neither. Points are"
+        f" percentage points of accuracy, mean over tasks. Differences within ±{WITHIN:g} count as"
+        " none (equivalence: two one-sided tests)",
+        "AUC: of two questions, the probability that the one that the claim names has the smaller"
+        " value (by ranks within tasks)",
     ]
     return Cells(["claim", "condition", "verdict", "figure"], [list(c) for c in claimed], notes)
 

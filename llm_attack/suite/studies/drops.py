@@ -18,8 +18,8 @@ from llm_attack.suite.studies.models import EVEN, rms_of
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TITLE = "drop of b less that of a: above 0, a is the more robust"
-RELATIVE = "for equal amplitudes relative to the model, run both with --epsilon_unit rms"
+TITLE = "drop of b minus drop of a: above 0, a is more robust"
+RELATIVE = "for equal relative amplitudes, run both with --epsilon_unit rms"
 
 
 def cells(frame: pd.DataFrame, notes: list[str]) -> Cells:
@@ -39,8 +39,10 @@ def cells(frame: pd.DataFrame, notes: list[str]) -> Cells:
             [row["task"], row["condition"], f"{row['n']}", *drops, said, f"{row['p_holm']:.2g}"]
         )
     explained = [
-        "drop: points lost against none; difference: b minus a, paired by question (95 % interval)",
-        "p: signs of clusters of questions, exact; Holm over tasks; of the mean stratified by task",
+        "drop: points lost compared with none; difference: b minus a, paired by question (95 %"
+        " interval)",
+        "p: exact test by signs of clusters of questions, Holm over tasks; for the mean,"
+        " stratified by task",
     ]
     heading = ["task", "condition", "n", "drop a", "drop b", "difference", "p"]
     return Cells(heading, rows, [*explained, *notes])
@@ -105,6 +107,6 @@ def figure(frame: pd.DataFrame) -> Figure:
             axes.axvline(0, color="k", lw=0.5)
             axes.set_ylim(-0.6, len(tasks) - 0.4)
             axes.set_yticks(at, [wrapped(task, 18) for task in tasks])
-        drawn.supxlabel("drop of b less that of a, points: above 0, a is the more robust", size=7)
+        drawn.supxlabel("drop of b minus drop of a, points: above 0, a is more robust", size=7)
         legend(drawn, handles(next(iter(grid.values()))))
     return drawn

@@ -21,7 +21,7 @@ from llm_attack.suite.report.tables import Cells, score_of
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TITLE = "accuracy by what is perturbed"
+TITLE = "accuracy by hookpoint"
 
 
 def at_first(frame: pd.DataFrame) -> pd.DataFrame:
@@ -80,9 +80,8 @@ def cells(table: pd.DataFrame, known: Conditions | None = None) -> Cells | None:
         rows.append([str(hookpoint), *(_accuracy(row[name]) for name in columns)])
     score = score_of(table[table["task"] == MEAN]) if "score" in table else "acc"
     notes = [
-        f"{score} (95 % interval), mean over tasks; epsilons in a unit are in that of each"
-        " hookpoint",
-        f"the other tables and figures are of {rows[0][0]} alone; table.csv has all",
+        f"{score} (95 % interval), mean over tasks. Each hookpoint has its own unit of epsilon",
+        f"the other tables and figures show only {rows[0][0]}; table.csv has all hookpoints",
     ]
     clean = table[(table["task"] == MEAN) & (table["attack"] == "none")]
     if len(clean):

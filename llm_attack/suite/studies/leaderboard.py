@@ -97,14 +97,16 @@ def add(path: Path, runs: Mapping[str, Result]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_name(f".{path.name}.lock")
     if lock.is_symlink() or (lock.exists() and (not lock.is_file() or lock.stat().st_size)):
-        raise UsageError(f"leaderboard={path}: {lock} is no lock of ours; must be moved away")
+        raise UsageError(
+            f"leaderboard={path}: {lock} is not a lock of llm-attack; must be moved away"
+        )
     try:
         with FileLock(lock, timeout=_PATIENCE):
             write_text(path, _with(path, new))
     except Timeout:
         raise UsageError(
-            f"leaderboard={path}: another process has kept {lock} for {_PATIENCE:g} s; must be"
-            " tried again when it is done"
+            f"leaderboard={path}: another process has held {lock} for {_PATIENCE:g} s; try again"
+            " when it has ended"
         ) from None
 
 

@@ -210,16 +210,18 @@ def cells(frame: pd.DataFrame, more: Iterable[str] = ()) -> Cells:
         for row in frame.to_dict("records")
     ]
     notes = [
-        "mean over tasks, on the questions that all models were asked; epsilon in RMS of the"
+        "mean over tasks, on the questions that all models answered; epsilon in RMS of the"
         " embeddings; drop in points; 95 % intervals"
     ]
     if "score" in frame:
         named = ", ".join(frame["score"].unique())
-        notes.append(f"score, in place of accuracy: {named}; drop: how much worse, in hundredths")
+        notes.append(f"score instead of accuracy: {named}; drop: how much worse, in hundredths")
     for row in trends(frame).to_dict("records"):
         fair = "" if row["even"] else "; epsilons differ relative to the RMS"
         if np.isnan(row["correlation"]):
-            said = f"no rank correlation of {row['models']} models, or of equal numbers"
+            said = (
+                f"no rank correlation: too few models ({row['models']}), or all numbers are equal"
+            )
         else:
             said = (
                 f"rank correlation of clean accuracy and drop {row['correlation']:+.2f}"

@@ -70,7 +70,7 @@ def plans(plan: Plan, revisions: str) -> dict[str, Plan]:
     twice = next((name for name in given if given.count(name) > 1), None)
     if twice is not None or not given:
         raise UsageError(
-            f"revisions={revisions}: must name checkpoints, each once, such as step1000,step2000"
+            f"revisions={revisions}: must name each checkpoint once, such as step1000,step2000"
         )
     if "revision" in plan.model_args:
         raise UsageError(
@@ -84,8 +84,8 @@ def plans(plan: Plan, revisions: str) -> dict[str, Plan]:
     else:
         if plan.model == "demo" or local.exists():
             raise UsageError(
-                f"revisions={revisions}: must go with a model on a hub, or with a local folder that"
-                f" has these subfolders; {plan.model} is neither"
+                f"revisions={revisions}: needs a model on a hub, or a local folder with these"
+                f" subfolders; {plan.model} is neither"
             )
         for name in given:
             if not all(map(_PART.fullmatch, name.split("/"))):
@@ -99,8 +99,8 @@ def plans(plan: Plan, revisions: str) -> dict[str, Plan]:
     for folder in of_each:
         if folder in _FILES or len(folder.encode()) > _LONGEST:
             raise UsageError(
-                f"revisions={folder}: must be a name that a folder can have in the output, of at"
-                f" most {_LONGEST} bytes and none of {', '.join(_FILES)}"
+                f"revisions={folder}: must be a possible name of a folder, with at most"
+                f" {_LONGEST} bytes and none of {', '.join(_FILES)}"
             )
     return of_each
 
@@ -248,8 +248,8 @@ def cells(frame: pd.DataFrame, more: Iterable[str] = ()) -> Cells:
     plain = models.cells(frame, more)
     heading = ["condition", "revision", *plain.heading[2:]]
     note = (
-        "revisions of one training are no independent models: the intervals of rank correlations"
-        " are those of as many that are"
+        "revisions of one training are not independent models; the intervals of rank correlations"
+        " treat them as if they were"
     )
     return Cells(heading, plain.rows, [*plain.notes, note])
 

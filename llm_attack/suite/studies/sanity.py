@@ -84,10 +84,10 @@ def outcome(samples: pd.DataFrame, knows: bool) -> pd.Series:
 def cells(checked: Iterable[Check]) -> Cells:
     """The list as a table."""
     notes = [
-        "after Carlini et al. 2019 and Pintor et al. 2022; what fails says that attacks were too"
-        " weak, or that the model hides its gradient, not that it is robust",
-        "nats: fall of the gold's margin where the loss knows the gold, else of the choices'"
-        " log-likelihood; over questions, paired, 95 % interval",
+        "after Carlini et al. 2019 and Pintor et al. 2022. A failed check means that the attacks"
+        " were too weak or that the model hides its gradient, and not that the model is robust",
+        "nats: fall of the margin of the right choice if the loss knows the label, and else of"
+        " the choices' log-likelihood; paired over questions, 95 % interval",
     ]
     return Cells(["check", "verdict", "figure"], [list(check) for check in checked], notes)
 
@@ -119,7 +119,7 @@ def _compared(name: str, pairs: Iterable[_Pair], strictly: bool = False) -> Chec
         if difference is not None:
             differences.append((label, difference))
     if not differences:
-        return not_applicable(name, "the run has no such pair of conditions, or few questions")
+        return not_applicable(name, "the run lacks such a pair of conditions, or has few questions")
     sign: Callable[[Mean], bool] = (
         (lambda fall: fall.value > 0 and fall.p_value <= ALPHA)
         if strictly
@@ -166,7 +166,7 @@ def _small_and_large(samples: pd.DataFrame, known: Conditions) -> Iterator[_Pair
 def _floor(samples: pd.DataFrame, attacks: Mapping[str, Any], knows: bool) -> Check:
     name = "nothing is left at a large epsilon"
     if not knows:
-        return not_applicable(name, "the loss does not know the gold, so guesses are left")
+        return not_applicable(name, "the loss does not know the label, so guesses are left")
     best: list[tuple[float, int, str, float]] = []
     for condition, rows in samples.groupby("condition", sort=False):
         info = attacks.get(condition, {})
@@ -210,4 +210,6 @@ def _search(samples: pd.DataFrame, known: Conditions) -> Check:
         if SEARCH in wrong and followed:
             counts = ", ".join(f"{attack} {wrong[attack]}" for attack in (SEARCH, *followed))
             return Check(name, PASSES, f"wrong answers at {ball.amplitude}: {counts}")
-    return not_applicable(name, f"the run has no {SEARCH} beside an attack by gradient")
+    return not_applicable(
+        name, f"the run does not have both {SEARCH} and an attack that follows the gradient"
+    )

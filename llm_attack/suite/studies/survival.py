@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CURVES = "critical epsilon"
-FORETOLD = "foretold at the clean point"
+FORETOLD = "predicted from the clean point"
 STALLED = "¶"  # marks what `critical.stalled` is about
 _FIXED = "apgd"  # drawn beside the curves, which it should lie on
 
@@ -141,13 +141,13 @@ def _curves(
         for row in frame.to_dict("records")
     ]
     notes = [
-        "median: epsilon at which half of the clean accuracy is left; area: mean accuracy over all"
-        " epsilons up to the largest tried (95 % bootstrap interval)",
-        "beyond: questions that no epsilon up to the largest tried made wrong",
+        "median: epsilon at which half of the clean accuracy is left; area: mean accuracy over"
+        " all epsilons up to the largest one (95 % bootstrap interval)",
+        "beyond: questions that stay right at every epsilon up to the largest one",
         *(f"{STALLED} {condition}: {text}" for condition, text in stalled.items()),
     ]
     if score != critical.ACC:
-        notes.append(f"all accuracies here are {score}, by which critical epsilons are judged too")
+        notes.append(f"all accuracies here are {score}, which also judges critical epsilons")
     notes += [
         f"accuracy at {row['epsilon']:.3g}: {row['curve']:.3f} on the curve of {row['condition']},"
         f" {row['acc']:.3f} under {row['fixed']}"
@@ -170,11 +170,11 @@ def _foretold(frame: pd.DataFrame, score: str) -> Cells:
         rows.append([condition, measure, f"{group['n'].iloc[0]}", *cells])
     notes = [
         "questions of all tasks that are right without an attack (95 % bootstrap interval)",
-        "first_order: margin over the dual norm of its gradient; margin: of the gold's"
-        " log-likelihood over the best other's; cosine: minus the absolute cosine of embeddings and"
-        " gradient",
-        "spearman: rank correlation with the critical epsilon; auroc: of those that fall, against"
-        " those that stand",
+        "first_order: margin divided by the dual norm of its gradient; margin: log-likelihood of"
+        " the right choice minus the best wrong one; cosine: negative absolute cosine of"
+        " embeddings and gradient",
+        "spearman: rank correlation with the critical epsilon; auroc: questions that become wrong"
+        " against questions that stay right",
     ]
     if score != critical.ACC:
         notes.append(f"right, and the margin: by {score}")

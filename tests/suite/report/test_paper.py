@@ -109,7 +109,7 @@ def test_the_caption_says_what_a_reader_must_know(demo):
     many = results.load(MANY)
     text = paper.table_of_run(many.table, many.run)
     check(text)
-    assert "which knows the answer" in text and "Of each attack the largest" in text
+    assert "which knows the answer" in text and "For each attack, the largest" in text
     assert "0.002, 0.007, 0.02 and 0.07 in units of the root mean square" in text
     assert "0.07 RMS" in text and "0.002 RMS" not in text
 
