@@ -76,6 +76,7 @@ def operations(folder: Path) -> list[str]:
 def _serve(jobs: Any) -> None:
     from rich.console import Console
 
+    from llm_attack.base.declare import names
     from llm_attack.cli import main
     from llm_attack.suite import evaluate
     from llm_attack.suite.plan import Plan
@@ -83,11 +84,7 @@ def _serve(jobs: Any) -> None:
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # whose threads would not survive the forks
     context = main.commands["run"].make_context("run", WORDS[1:])
-    settings = {
-        k: v
-        for k, v in context.params.items()
-        if k not in ("output", "progress", "dry_run", "checkpoints")
-    }
+    settings = {name: context.params[name] for name in names(Plan)}
     evaluate.silence()
     prepared = evaluate.prepare(Plan(**settings), "quiet", Console(quiet=True))
     evaluate.prepare = lambda *_: prepared
