@@ -168,7 +168,10 @@ class Epsilon:
         Raises:
             UsageError: it is none of these; the message calls it `name`.
         """
-        number, unit = (given.number, given.unit) if isinstance(given, cls) else (given, None)
+        number: Any = given
+        unit: str | None = None
+        if isinstance(given, cls):
+            number, unit = given.number, given.unit
         if isinstance(given, str):
             ends = [unit for unit in (ABSOLUTE, *UNITS) if given.endswith(unit)]
             rest = re.sub(r"^[-+]?[\d.]+(e[-+]?\d+)?", "", given)
