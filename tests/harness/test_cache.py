@@ -158,7 +158,7 @@ def test_an_adapter_that_changed(make, build, tmp_path, changed):
 def test_a_file_of_stock_hf_is_refused(make, build, tmp_path):
     file = str(tmp_path / "cache.db")
     ask(CachingLM(HFLM(pretrained=str(MODEL_PATH), device="cpu"), file), build("demo_piqa", 1))
-    with pytest.raises(UsageError, match="another model than attacked-hf"):
+    with pytest.raises(UsageError, match="answers that attacked-hf did not write"):
         CachingLM(make(attack="fgsm"), file)
 
 

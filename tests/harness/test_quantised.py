@@ -41,7 +41,7 @@ def layer(values, scale):
 
 def test_finite_or_not():
     check_finite("it", layer([1, 2], 0.5))
-    with pytest.raises(UsageError, match="2 values of the weight weight are not finite"):
+    with pytest.raises(UsageError, match="2 values of the weight weight are NaN or infinite"):
         check_finite("it", layer([1, 2], float("nan")))
 
 

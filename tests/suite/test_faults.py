@@ -123,7 +123,7 @@ def test_batches_without_a_mark_are_nobodys(two_runs, tmp_path, monkeypatch):
         execute(first, tmp_path, *how)
     (tmp_path / STORE / "fingerprint.json").unlink()
     for run in (first, second):
-        with pytest.raises(UsageError, match=r"batches there has no fingerprint\.json"):
+        with pytest.raises(UsageError, match=r"batches in this folder has no fingerprint\.json"):
             execute(run, tmp_path, *how)
 
 
@@ -222,7 +222,7 @@ def test_two_runs_at_once(tmp_path, whole):
     second = Command(tmp_path / "elsewhere", *RUN[:-1], tmp_path / "run")
     assert second.wait() == 2
     (tmp_path / "go").touch()
-    assert "another run is writing there" in second.err
+    assert "another run is writing into this folder" in second.err
     assert first.wait() == 0
     assert computed(tmp_path) == whole[1]
     assert contents(tmp_path / "run") == whole[0]
@@ -316,7 +316,8 @@ def test_killed_while_writing(tmp_path):
 
 
 def test_modes_of_progress(finished, tmp_path):
-    line = json.loads((tmp_path / "err").read_text().splitlines()[-1])
+    events = map(json.loads, (tmp_path / "err").read_text().splitlines())
+    *_, line = [event for event in events if event["event"] == "progress"]
     assert line["requests"] == line["total"] == 2 * 6 * 2
     assert line["seconds_left"] == 0
     results = {path: json.loads(path.read_text()) for path in (tmp_path / "run").rglob("results_*")}

@@ -109,7 +109,7 @@ def test_a_folder_without_our_mark_is_refused(command, name, tmp_path):
     write_text(tmp_path / "out" / name, "mine")
     before = tree(tmp_path)
     line = refused(*COMMANDS[command])
-    assert line.startswith(f"error: output=out: holds {name.partition('/')[0]}")
+    assert line.startswith(f"error: output=out: contains {name.partition('/')[0]}")
     assert "must be a new folder" in line
     assert tree(tmp_path) == before
 
@@ -133,7 +133,7 @@ def test_one_command_does_not_take_the_folder_of_another(finished, tmp_path):
     assert "run.json in this folder is not the record of a run" in refused(
         "run", "--model", "demo", "-o", "fig4"
     )
-    assert "fig4/run.json: attacks there is NoneType" in refused("report", "fig4")
+    assert "fig4/run.json: the entry attacks is NoneType" in refused("report", "fig4")
 
 
 def test_files_beside_ours_stay_as_they_are(stopped, tmp_path):
@@ -157,7 +157,7 @@ def test_batches_without_our_mark_are_not_deleted(finished):
     assert tree(finished) == before
     (finished / "samples.parquet").write_text("no samples")
     before = tree(finished)
-    with pytest.raises(UsageError, match="batches there has no fingerprint"):
+    with pytest.raises(UsageError, match="batches in this folder has no fingerprint"):
         run(finished)
     assert tree(finished) == before
 
@@ -166,7 +166,7 @@ def test_batches_without_our_mark_are_not_deleted(finished):
 def test_a_part_that_is_a_link_is_refused(part, finished, outside):
     shutil.rmtree(finished / part, ignore_errors=True)
     (finished / part).symlink_to(outside.parent)
-    with pytest.raises(UsageError, match=f"output=out: {part} there is a link"):
+    with pytest.raises(UsageError, match=f"output=out: contains the link {part}"):
         run(finished)
     assert list(outside.parent.iterdir()) == [outside]
 
@@ -292,9 +292,9 @@ def test_all_folders_are_looked_at_before_anything_is_computed(tmp_path, monkeyp
     monkeypatch.setattr(fig4, "train", stop)
     both = [command for command in FIGURES if command.name in ("fig4", "fig6")]
     monkeypatch.setattr("llm_attack.cli.FIGURES", both)
-    write_text(tmp_path / "results" / "README.md", "mine")
-    write_text(tmp_path / "results" / "fig6" / "notes", "mine")
-    assert "output=results/fig6: holds notes" in refused("reproduce", "all", "--device", "cpu")
+    write_text(tmp_path / "out" / "README.md", "mine")
+    write_text(tmp_path / "out" / "fig6" / "notes", "mine")
+    assert "output=out/fig6: " in refused("reproduce", "all", "--device", "cpu")
 
 
 # -- compare ---------------------------------------------------------------------------------------
@@ -312,5 +312,5 @@ def test_compare_replaces_comparisons_alone(finished, outside, tmp_path):
         before = tree(tmp_path)
         line = refused(*words[:-1], name)
         fault = "is a link, and not" if name == "link" else "is not"
-        assert f"output={name}: {fault} of a comparison of two runs; must be" in line
+        assert f"output={name}: {fault} a comparison of two runs; must be" in line
         assert tree(tmp_path) == before

@@ -183,7 +183,7 @@ def test_leaderboard_replaces_no_other_file(folders):
     Path("mine.csv").write_text("model,score\nx,1\n")
     for name in ("mine.csv", "m0/samples.parquet", "m0"):
         done = invoke("compare", *folders, "--leaderboard", name)
-        assert done.exit_code == 2 and f"={name}: is not of a leaderboard" in done.stderr
+        assert done.exit_code == 2 and f"={name}: is not a leaderboard" in done.stderr
     assert Path("mine.csv").read_text() == "model,score\nx,1\n"
     Path("models.png").write_bytes(b"mine")
     done = invoke("compare", *folders, "-o", "models.csv")

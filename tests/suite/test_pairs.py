@@ -58,9 +58,9 @@ def test_paired_numbers(frames):
     assert mean["p_mcnemar"] == mean["p_mcnemar_holm"] == pooled
     assert mean["detectable"] == 100 * inference.detectable(inference.paired_error(*counts))
     assert unshared(*a, *b) == [
-        "tasks of run a alone: c",
-        "conditions of run a alone: none",
-        "conditions of run b alone: bim@0.1",
+        "tasks only in run a: c",
+        "conditions only in run a: none",
+        "conditions only in run b: bim@0.1",
     ]
 
 

@@ -147,4 +147,4 @@ def test_as_its_user_runs_it(tmp_path):
     assert len(table) == 1 + 2
     (out / "mine.txt").touch()
     again = CliRunner().invoke(main, words)
-    assert again.exit_code == 2 and "holds mine.txt" in again.output
+    assert again.exit_code == 2 and "contains mine.txt" in again.output

@@ -119,7 +119,7 @@ def test_exit_code_after_everything_is_written(tmp_path, monkeypatch):
     assert (tmp_path / "pair.csv").exists()
     assert CliRunner().invoke(main, [*pair, "0:point"]).exit_code == 0
     done = CliRunner().invoke(main, ["compare", "out", "out", "out", "--fail_drop", "2"])
-    assert done.exit_code == 2 and "fail_drop=2: must go with two folders" in done.stderr
+    assert done.exit_code == 2 and "fail_drop=2: needs exactly two folders" in done.stderr
 
 
 def steps():
