@@ -51,7 +51,7 @@ def weights(model: torch.nn.Module) -> str:
     return digest(part for item in model.state_dict().items() for part in _parts(*item))
 
 
-def state(model: Any) -> list[list[Any]]:
+def state(model: PreTrainedModel) -> list[list[Any]]:
     """What modules compute besides what their weights say.
 
     Returns:

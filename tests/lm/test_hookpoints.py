@@ -39,8 +39,8 @@ def qwen():
         ("model", "BaseModelOutputWithPast", "model.norm"),
         ("model.rotary_emb", r"\(1, 6, 8\)", "model.embed_tokens"),
         (f"{LAYER}.self_attn.q_norm", r"\(2, 6, 2, 8\)", f"{LAYER}.self_attn.q_proj"),
-        ("model.spare", "is not run", "model.norm"),
-        ("model.layers", "is not run", "model.layers.1"),
+        ("model.spare", "does not run", "model.norm"),
+        ("model.layers", "does not run", "model.layers.1"),
     ],
 )
 def test_refused(qwen, name, reason, meant):
@@ -80,7 +80,7 @@ def test_run_twice(qwen, monkeypatch):
     """One output put in two places is not what was asked for."""
     first, second = (layer.input_layernorm for layer in qwen.model.layers)
     monkeypatch.setattr(qwen.model.layers[1], "input_layernorm", first)
-    with pytest.raises(UsageError, match=r"input_layernorm: .* is run 2 times"):
+    with pytest.raises(UsageError, match=r"input_layernorm: .* runs 2 times"):
         try_out(qwen, ["model.layers.0.input_layernorm"], IDS)
     assert second is not first
 

@@ -200,7 +200,7 @@ def test_one_file_for_two_outputs():
     assert "leaderboard=x.png: must be another file" in refused(*words)
     # neither is written where one is refused
     words = ["compare", "run", "run", "-o", "x.csv", "--leaderboard", "mine.csv"]
-    assert "leaderboard=mine.csv: is not of" in refused(*words)
+    assert "leaderboard=mine.csv: is not a leaderboard" in refused(*words)
     assert tree() == before
 
 

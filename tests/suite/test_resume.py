@@ -114,7 +114,7 @@ def test_stopped(tmp_path, whole, number, code):
     *lines, last = command.err.splitlines()
     events = [json.loads(line)["event"] for line in lines]
     assert events[:3] == ["stage"] * 3 and set(events) == {"stage", "progress"}
-    before, again = last.split("to go on: ")
+    before, again = last.split("to continue: ")
     assert before == "stopped; finished batches are kept; "
     assert _in_a_shell(tmp_path, again) == 0
     assert computed(tmp_path) <= batches + 1
