@@ -147,7 +147,8 @@ def test_units_whose_names_end_alike():
         register_unit(rms, name)
         assert Epsilon.parse(f"0.5{name}") == Epsilon(0.5, name)
     for name in ("0", "5rms", "e5", "E10", ".x", "-2"):
-        with pytest.raises(UsageError, match=f"name={re.escape(repr(name))}: must be a name that begins"):
+        text = f"name={re.escape(repr(name))}: must be a name that begins"
+        with pytest.raises(UsageError, match=text):
             register_unit(rms, name)
 
 

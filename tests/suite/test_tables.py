@@ -203,7 +203,7 @@ def test_comparison(frames):
     ]
     assert cells.rows[2][-1] == f"{frame['p_mcnemar_holm'].iloc[2]:.2g}"
     assert "a: runs/a; b: runs/b" in cells.notes[0]
-    assert cells.notes[-1] == "conditions of run b alone: bim@0.1"
+    assert cells.notes[-1] == "conditions only in run b: bim@0.1"
     for width in (60, 80):
         text = printed(cells.rich("two runs"), width)
         assert "…" not in text and f"{row['difference']:+.1f}" in text

@@ -187,7 +187,9 @@ def _row(group: pd.DataFrame) -> dict[str, Any]:
         **{key: group[key].iloc[0] for key in SCORE},
         "baseline": group["chance"].mean(),
         "p_chance": np.nan,
-        "_tells": len(group) > _ENOUGH or tells_from_guessing(group["chance"]),
+        "_tells": group["chance"].isna().any()  # of a score that is not tested against guessing
+        or len(group) > _ENOUGH
+        or tells_from_guessing(group["chance"]),
         "gold_probability": group["gold_probability"].mean(),
         **_accuracy(group, "acc"),
         **_accuracy(group, "acc_norm"),
