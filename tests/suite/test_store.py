@@ -175,7 +175,7 @@ def test_a_process_that_dies_is_noticed(folder):
         first.add(key, [key])
     first.wait()
     part(folder).unlink()
-    with pytest.raises(ProcessDied, match=r"batches: finished batches are gone"):
+    with pytest.raises(ProcessDied, match=r"batches: finished batches are missing"):
         first.wait()
     first.__exit__()
 
