@@ -285,7 +285,7 @@ def test_the_plan_is_a_value(tokenizer):
     plan = replace(Plan(model, tokenizer=tokenizer, name="mine", **GIVEN), limit=2)
     assert isinstance(plan.model, LoadedModel) and plan.model.model is model
     assert copy.deepcopy(plan).model is plan.model  # never other weights by the same name
-    with pytest.raises(UsageError, match="model=mine: is loaded, in this process alone"):
+    with pytest.raises(UsageError, match="model=mine: is loaded in this process"):
         pickle.dumps(plan)
     assert plan.model.tokenizer is tokenizer
     assert json.loads(json.dumps(plan.settings()))["model"] == "mine"

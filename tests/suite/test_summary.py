@@ -207,7 +207,7 @@ def test_equivalence():
     assert found.loc[("mean", "fgsm@1"), "p_equivalence"] == pytest.approx(1)
     assert found.xs("none", level="condition")["p_equivalence"].isna().all()
     for within in (0, -1, 101, np.nan):
-        with pytest.raises(UsageError, match=f"equivalence={within}: must be points"):
+        with pytest.raises(UsageError, match=f"equivalence={within}: must be percentage points"):
             with_equivalence(table, within)
     with pytest.raises(UsageError, match="equivalence=2: needs"):
         with_equivalence(table[table["condition"] != "none"].assign(drop=np.nan), 2)
