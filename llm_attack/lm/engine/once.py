@@ -138,5 +138,5 @@ def products_once(
             vars(mlp)["forward"] = of_mlp(mlp)
         yield
     finally:
-        for replaced in (*modules, *mlps):
-            vars(replaced).pop("forward", None)
+        for module in [*modules, *mlps]:
+            vars(module).pop("forward", None)

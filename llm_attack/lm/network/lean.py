@@ -109,8 +109,7 @@ def gated(mlp: nn.Module, x: Tensor, twins: Twins | None = None) -> Tensor:
     """
     parts = [getattr(mlp, name) for name in _PROJECTIONS]
     if any(p._forward_hooks or p._forward_pre_hooks or "forward" in vars(p) for p in parts):
-        theirs: Tensor = type(mlp).forward(mlp, x)  # somebody looks at what is inside
-        return theirs
+        return type(mlp).forward(mlp, x)  # somebody looks at what is inside
     found: Tensor = _Gated.apply(x.reshape(-1, x.shape[-1]), mlp, twins)  # type: ignore[no-untyped-call]
     return found.view(*x.shape[:-1], -1)
 
