@@ -1,4 +1,4 @@
-"""Norms, rotary embeddings and MLPs of ours in place of the model's own: the same numbers."""
+"""Norms and rotary embeddings of ours in place of the model's own: the same numbers."""
 
 import copy
 
@@ -8,14 +8,13 @@ from networks import ARCHITECTURES, CPU, network, scorer_of
 from test_once import ASKED, families
 
 from llm_attack.attacks import Attack
-from llm_attack.lm.engine.engine import Engine, Layout
+from llm_attack.lm.engine.engine import Engine
 from llm_attack.lm.losses import ThreatModel
 from llm_attack.lm.network.hook import frozen
 from llm_attack.lm.network.lean import Lean
 from llm_attack.lm.packing.pack import pack_rows
 
 NORMS = {"llama": 5, "qwen3": 9, "mixtral": 5}  # two of each of two blocks, and the last
-GATED = {"llama": 2, "qwen3": 2, "gpt2": 0, "gemma2": 0}  # of each block one
 
 
 def single(name, dtype=torch.float32):
@@ -40,7 +39,6 @@ def test_scores_have_the_same_bits(name):
         scorer.lean = Lean(scorer.model)
         ours = slopes(scorer, pack)
     assert len(scorer.lean.norms) == NORMS.get(name, len(scorer.lean.norms))
-    assert len(scorer.lean.gated) == GATED.get(name, len(scorer.lean.gated))
     assert scorer.lean.sources or name not in NORMS
     assert torch.equal(ours[0], theirs[0])
     spread = theirs[1].square().mean().sqrt()
@@ -52,7 +50,6 @@ def test_others_are_left_as_they_are():
     for dtype in (torch.float64, torch.bfloat16):
         lean = Lean(single("llama", dtype))
         assert not lean.norms
-        assert not lean.gated
         assert not lean.sources
     assert not Lean(single("gemma2")).norms  # times 1 + weight
     assert not Lean(single("gpt2")).norms
@@ -76,5 +73,5 @@ def test_the_engine_uses_it_where_it_may():
     scorer = scorer_of(single("llama"))
     for once in (False, True):
         with frozen(scorer.model):
-            Engine(scorer, [Attack("none")], ThreatModel(), CPU, Layout(once=once))
+            Engine(scorer, [Attack("none")], ThreatModel(), CPU, once=once)
         assert (scorer.lean is not None) == once

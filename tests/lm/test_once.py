@@ -13,7 +13,6 @@ from llm_attack.lm.engine.engine import Engine, Layout
 from llm_attack.lm.engine.probe import takes_twins
 from llm_attack.lm.losses import ThreatModel
 from llm_attack.lm.network.hook import frozen
-from llm_attack.lm.network.lean import Lean
 from llm_attack.lm.packing.pack import pack_rows
 from llm_attack.lm.packing.questions import Question, Request
 
@@ -55,36 +54,6 @@ def test_gradients_are_those_of_rows(name, loss):
     assert not torch.allclose(rows[0][0, 2], rows[0][1, 2], rtol=1e-3, atol=0)
 
 
-def with_gated(scorer):
-    """The MLPs are those of `Lean`, which leaves float64 alone unless told."""
-    scorer.lean = Lean(scorer.model)
-    scorer.lean.gated = [m for m in scorer.model.modules() if type(m).__name__.endswith("MLP")]
-    assert len(scorer.lean.gated) == 2
-    return scorer
-
-
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_gradients_through_gated_mlps_are_those_of_rows(name):
-    """In float64; theirs are the model's own. What is inside of an MLP may be looked at."""
-    scorer = scorer_of(network(name))
-    pack = pack_rows(families(ASKED), whole=True)
-    theirs, _ = both(scorer, pack, "sequence")
-    with_gated(scorer)
-    for ours in both(scorer, pack, "sequence"):
-        for a, b in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
-    seen = []
-    inside = scorer.lean.gated[0].up_proj
-    handle = inside.register_forward_hook(lambda module, args, output: seen.append(output.shape))
-    try:
-        for ours in both(scorer, pack, "sequence"):
-            torch.testing.assert_close(ours[0], theirs[0], rtol=1e-9, atol=1e-12)
-    finally:
-        handle.remove()
-    assert len({shape[:-1] for shape in seen}) == 1
-    assert seen
-
-
 @given(questions())
 @settings(max_examples=20)
 def test_of_any_questions(made):
@@ -95,11 +64,9 @@ def test_of_any_questions(made):
         torch.testing.assert_close(once[0], rows[0], rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("lean", [False, True])
-def test_products_are_made_once_for_each_node(monkeypatch, lean):
+def test_products_are_made_once_for_each_node(monkeypatch):
     """Counted at the linear layers themselves."""
     scorer = scorer_of(network("llama"))
-    scorer = with_gated(scorer) if lean else scorer
     pack = pack_rows(families(ASKED), whole=True)
     seen = []
     linear = torch.nn.functional.linear

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm_attack.lm.network.lean import Lean, gated
 from llm_attack.lm.packing.pack import Twins
 
 
@@ -96,10 +95,8 @@ def gathered(hidden: Tensor, twins: Twins) -> Tensor:
 
 
 @contextmanager
-def products_once(
-    model: nn.Module, twins: Twins, shape: tuple[int, ...], lean: Lean | None = None
-) -> Iterator[None]:
-    """While it lasts, linear layers make a product once for each node, and MLPs of `lean` all.
+def products_once(model: nn.Module, twins: Twins, shape: tuple[int, ...]) -> Iterator[None]:
+    """While it lasts, linear layers make a product once for each node.
 
     Those are left as they are whose input is not of `shape` (B, L), the head, and those that
     another library has taken over.
@@ -125,18 +122,10 @@ def products_once(
 
         return forward
 
-    def of_mlp(module: nn.Module) -> Any:
-        return lambda x: gated(module, x, twins if x.shape[:-1] == shape else None)
-
-    mlps = [mlp for mlp in ([] if lean is None else lean.gated) if "forward" not in vars(mlp)]
-    inside = {part for mlp in mlps for part in mlp.children()}
-    modules = [module for module in modules if module not in inside]
     try:
         for module in modules:
             vars(module)["forward"] = of(module)
-        for mlp in mlps:
-            vars(mlp)["forward"] = of_mlp(mlp)
         yield
     finally:
-        for module in [*modules, *mlps]:
+        for module in modules:
             vars(module).pop("forward", None)

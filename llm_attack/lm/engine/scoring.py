@@ -162,7 +162,7 @@ class Scorer:
         flat = self._flat(pack, forward)
         shape = tuple(pack.input_ids.shape) if flat is None else (1, len(flat.real))
         of_forward = twins if flat is None else twins.flat(flat)
-        with products_once(self.model, of_forward, shape, self.lean):
+        with products_once(self.model, of_forward, shape):
             logits = self._logits(pack, forward, twins.entries.positions, point, below, of_forward)
         return self._look_up(pack, twins.entries, logits)
 

@@ -1,4 +1,4 @@
-"""Norms, rotary embeddings and gated MLPs in fewer passes over memory, forward and backward.
+"""Norms and rotary embeddings in fewer passes over memory, forward and backward.
 
 They give the same bits forward, and the same gradient but for rounding. Only those are replaced
 that a trial finds equal to ours, of models in float32 on a CPU, which waits for memory there.
@@ -10,13 +10,10 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from llm_attack.lm.packing.pack import Twins
 
 _ROTARY = "apply_rotary_pos_emb"  # so called wherever transformers has it
 
@@ -62,58 +59,6 @@ class _Rotated(torch.autograd.Function):
         return found, None, None
 
 
-class _Gated(torch.autograd.Function):
-    """(N, M) outputs down(silu(gate(x)) * up(x)) of an MLP, whose weights have no gradient.
-
-    With `twins` all of it is computed for a token of each node, and copied; the gradient is that of
-    each token.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, mlp: nn.Module, twins: Twins | None) -> Tensor:
-        some = x if twins is None else x.index_select(0, twins.first)
-        gate, up = _projected(mlp.gate_proj, some), _projected(mlp.up_proj, some)
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(gate, up)
-            ctx.mlp, ctx.twins = mlp, twins
-        hidden = nn.functional.silu(gate, inplace=not ctx.needs_input_grad[0]).mul_(up)
-        found = _projected(mlp.down_proj, hidden)
-        return found if twins is None else found.index_select(0, twins.node)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Any:
-        gate, up = ctx.saved_tensors
-        of_gate = torch.ops.aten.silu_backward(up, gate)
-        of_up = nn.functional.silu(gate)
-        if ctx.twins is not None:
-            of_gate, of_up = (x.index_select(0, ctx.twins.node) for x in (of_gate, of_up))
-        of_hidden = upstream @ ctx.mlp.down_proj.weight
-        gradient = of_gate.mul_(of_hidden) @ ctx.mlp.gate_proj.weight
-        return gradient.addmm_(of_up.mul_(of_hidden), ctx.mlp.up_proj.weight), None, None
-
-
-_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-
-
-def _projected(linear: Any, x: Tensor) -> Tensor:
-    return nn.functional.linear(x, linear.weight, linear.bias)
-
-
-def gated(mlp: nn.Module, x: Tensor, twins: Twins | None = None) -> Tensor:
-    """The output of an MLP of `Lean.gated`, (..., M).
-
-    Args:
-        mlp: the module.
-        x: (..., M) its input.
-        twins: of the N tokens of `x`, if what they share is to be computed once.
-    """
-    parts = [getattr(mlp, name) for name in _PROJECTIONS]
-    if any(p._forward_hooks or p._forward_pre_hooks or "forward" in vars(p) for p in parts):
-        return type(mlp).forward(mlp, x)  # somebody looks at what is inside
-    found: Tensor = _Gated.apply(x.reshape(-1, x.shape[-1]), mlp, twins)  # type: ignore[no-untyped-call]
-    return found.view(*x.shape[:-1], -1)
-
-
 def _rotated(theirs: Callable[..., Any]) -> Callable[..., Any]:
     """`theirs`, by ours where it turns the whole of queries and keys."""
 
@@ -138,24 +83,22 @@ class Lean:
         usable = weights == {("cpu", torch.float32)}
         modules = [*model.modules()] if usable else []
         self.norms = {module: norm for module in modules if (norm := _norm(module)) is not None}
-        self.gated = _gated_mlps(modules)
         sources = {sys.modules.get(type(module).__module__): None for module in modules}
         self.sources = [source for source in sources if _turns(getattr(source, _ROTARY, None))]
 
     @contextmanager
     def used(self) -> Iterator[None]:
         """While it lasts, forwards use it."""
-        ours = self.norms | {mlp: partial(gated, mlp) for mlp in self.gated}
-        ours = {m: f for m, f in ours.items() if "forward" not in vars(m)}
+        norms = {m: f for m, f in self.norms.items() if "forward" not in vars(m)}
         before = [(source, getattr(source, _ROTARY)) for source in self.sources]
         try:
-            for module, forward in ours.items():
-                module.forward = forward
+            for module, norm in norms.items():
+                module.forward = norm
             for source, function in before:
                 setattr(source, _ROTARY, _rotated(function))
             yield
         finally:
-            for module in ours:
+            for module in norms:
                 vars(module).pop("forward", None)
             for source, function in before:
                 setattr(source, _ROTARY, function)
@@ -176,23 +119,6 @@ def _norm(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
         return found
 
     return norm if _equal(module, norm, [_drawn(2, 3, len(weight))]) else None
-
-
-def _gated_mlps(modules: list[nn.Module]) -> list[nn.Module]:
-    """Those of `modules` that are MLPs with a gate; of those of a kind the first is tried."""
-    found: dict[tuple[type, type], bool] = {}
-    mlps = []
-    for module in modules:
-        parts = [getattr(module, name, None) for name in _PROJECTIONS]
-        if "forward" in vars(module) or any(type(part) is not nn.Linear for part in parts):
-            continue
-        kind = type(module), type(getattr(module, "act_fn", None))
-        if kind not in found:
-            x = _drawn(2, 3, parts[0].in_features)  # type: ignore[union-attr]
-            found[kind] = _equal(module, partial(gated, module), [x])
-        if found[kind]:
-            mlps.append(module)
-    return mlps
 
 
 def _turns(function: Any) -> bool:
