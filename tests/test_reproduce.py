@@ -113,7 +113,7 @@ def test_help_is_of_sentences_that_name_what_is_allowed(command):
     networks = [*NETWORKS, "package.module:function"]
     named = {"attack": in_ball, "attacks": KNOWN, "network": networks}
     for name in named.keys() & texts.keys():
-        allowed = re.split(r": |One of ", texts[name])[-1].rstrip(".")
+        allowed = re.split(r": |One of ", texts[name])[-1].partition(". ")[0].rstrip(".")
         assert set(re.split(", | or ", allowed)) == set(named[name])
 
 

@@ -48,8 +48,7 @@ class LoadedModel(str):
 
     def __reduce__(self) -> Any:
         raise UsageError(
-            f"model={self}: is loaded in this process; must be the name of a model to be"
-            " pickled"
+            f"model={self}: is loaded in this process; must be the name of a model to be pickled"
         )
 
 

@@ -8,7 +8,7 @@ from networks import ARCHITECTURES, CPU, network, scorer_of
 from test_once import ASKED, families
 
 from llm_attack.attacks import Attack
-from llm_attack.lm.engine.engine import Engine
+from llm_attack.lm.engine.engine import Engine, Layout
 from llm_attack.lm.losses import ThreatModel
 from llm_attack.lm.network.hook import frozen
 from llm_attack.lm.network.lean import Lean
@@ -73,5 +73,5 @@ def test_the_engine_uses_it_where_it_may():
     scorer = scorer_of(single("llama"))
     for once in (False, True):
         with frozen(scorer.model):
-            Engine(scorer, [Attack("none")], ThreatModel(), CPU, once=once)
+            Engine(scorer, [Attack("none")], ThreatModel(), CPU, Layout(once=once))
         assert (scorer.lean is not None) == once

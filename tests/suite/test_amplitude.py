@@ -88,7 +88,7 @@ def test_epsilons_of_other_types_are_plain_numbers():
         assert json.loads(json.dumps(AttackSettings(epsilon=given).epsilon.number)) == 0.5
     assert str(Plan(epsilons="-0").conditions[-1].amplitude) == "0"
     for given in ("0,-0.0", "0.1,1e-1", [Epsilon(0.1, "absolute"), 0.1]):
-        with pytest.raises(UsageError, match="must occur only once"):
+        with pytest.raises(UsageError, match=r"must give the condition .* only once"):
             Plan(epsilons=given)
 
 

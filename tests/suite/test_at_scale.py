@@ -71,7 +71,8 @@ def calls(n):
 
 
 def test_no_function_is_called_per_question():
-    assert calls(400) == calls(200) != Counter()
+    """Of so many that no task has too few for a test."""
+    assert calls(2000) == calls(1000) != Counter()
 
 
 @pytest.mark.parametrize("choices", [1, 2, 9, 20])

@@ -185,7 +185,7 @@ def test_columns_of_other_names_and_labels_that_are_texts(tmp_path, folder):
         ({"label_column": "knd"}, "label-column=knd: must be one of kind, weight; .*'kind'"),
         ({"image_column": "pictur"}, "image-column=pictur: must be one of picture; .*'picture'"),
         ({"image_column": "kind"}, "image-column=kind: must be one of picture"),
-        ({"label_column": "weight"}, "label-column='weight': must be one of class labels"),
+        ({"label_column": "weight"}, "label-column='weight': must be a column of class labels"),
         ({}, "label-column=label: must be one of kind, weight"),
         ({"label_column": "kind", "test_split": "tst"}, "test-split=tst: .* did you mean 'test'"),
         ({"label_column": "kind", "train_split": "dev"}, "train-split=dev: must be one of"),

@@ -278,14 +278,14 @@ def test_the_command_compare(tmp_path, capsys):
     commands.compare([a, b], str(output), None, None, "tex", "none")
     assert " to " not in (tmp_path / "ab.tex").read_text().split("toprule")[1]
     for formats, given, said in (
-        ("tex", None, "must go with output"),
+        ("tex", None, "needs output"),
         ("pdf", str(output), "must be tex with two folders"),
         ("tex", str(tmp_path / "x.tex"), "must be a CSV file"),
     ):
         with pytest.raises(UsageError, match=said):
             commands.compare([a, b], given, None, None, formats)
     (tmp_path / "cd.tex").write_text("my thesis\n")
-    with pytest.raises(UsageError, match="is not of a table of ours"):
+    with pytest.raises(UsageError, match="is not a table of llm-attack"):
         commands.compare([a, b], str(tmp_path / "cd.csv"), None, None, "tex")
     assert (tmp_path / "cd.tex").read_text() == "my thesis\n"
 
