@@ -9,7 +9,7 @@ from typing import Any
 
 from llm_attack.base.declare import SettingSpec, check, setting
 from llm_attack.base.errors import UsageError, invalid
-from llm_attack.base.plugins import check_name, is_own, load_function, name_of, source_hash
+from llm_attack.base.plugins import check_name, is_known, name_of, source_hash
 
 
 @dataclass(frozen=True)
@@ -170,9 +170,7 @@ def known_attack(name: Any) -> bool:
     Raises:
         UsageError: it has the form of the user's own, and there is none.
     """
-    if is_own(name) and name not in ATTACKS:
-        register_attack(load_function("attack", name), name)
-    return name in list(ATTACKS)  # a list: also takes what cannot be hashed
+    return is_known("attack", name, ATTACKS, register_attack)
 
 
 ITERATIVE = ", ".join(name for name, kind in ATTACKS.items() if kind.iterative)

@@ -8,7 +8,7 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from types import CodeType
 from typing import Any
@@ -45,6 +45,25 @@ def load_function(argument: str, name: str) -> Callable[..., Any]:
             f"{argument}={name}: must be package.module:function, not a {type(function).__name__}"
         )
     return function
+
+
+def is_known(
+    argument: str, name: Any, table: Collection[str], register: Callable[..., str]
+) -> bool:
+    """Whether a table has this name; a function of the user's own is imported and registered.
+
+    Args:
+        argument: that was given, for the error.
+        name: that was given.
+        table: of the names.
+        register: takes a function and its name, and puts it into the table.
+
+    Raises:
+        UsageError: the name has the form of the user's own, and there is none.
+    """
+    if is_own(name) and name not in table:
+        register(load_function(argument, name), name)
+    return name in list(table)  # a list: also takes what cannot be hashed
 
 
 def name_of(function: Callable[..., Any]) -> str:

@@ -12,7 +12,7 @@ from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any
 
 from llm_attack.base.errors import UsageError
-from llm_attack.base.plugins import check_name, is_own, load_function, name_of, source_hash
+from llm_attack.base.plugins import check_name, is_known, name_of, source_hash
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -121,9 +121,7 @@ def known_loss(name: Any) -> bool:
     Raises:
         UsageError: it has the form of the user's own, and there is none.
     """
-    if is_own(name) and name not in LOSSES:
-        register_loss(load_function("loss", name), name)
-    return name in list(LOSSES)  # a list: also takes what cannot be hashed
+    return is_known("loss", name, LOSSES, register_loss)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from llm_attack.attacks.settings import LENGTH_OF_ONES
 from llm_attack.base.declare import is_plain
 from llm_attack.base.errors import UsageError, invalid
 from llm_attack.base.failures import one_line
-from llm_attack.base.plugins import check_name, is_own, load_function, name_of, source_hash
+from llm_attack.base.plugins import check_name, is_known, is_own, name_of, source_hash
 
 
 class Signal(NamedTuple):
@@ -126,9 +126,7 @@ def known_unit(name: Any) -> bool:
     Raises:
         UsageError: it has the form of the user's own, and there is none.
     """
-    if is_own(name) and name not in UNITS:
-        register_unit(load_function("epsilon_unit", name), name)
-    return name in [ABSOLUTE, *UNITS]  # a list: also takes what cannot be hashed
+    return name == ABSOLUTE or is_known("epsilon_unit", name, UNITS, register_unit)
 
 
 def unit_source(name: str | None) -> str:
