@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from llm_attack.lm.engine.choices import ChoiceScores, sum_by
+from llm_attack.lm.engine.clean import BatchLoss
+from llm_attack.lm.engine.scoring import Scores
 from llm_attack.lm.losses import LOSSES, ThreatModel
+from llm_attack.lm.packing.pack import pack_rows
 from llm_attack.lm.packing.questions import Question, Request
 
 REQUEST = Request((1, 2), 1)
@@ -112,3 +115,19 @@ def test_gap_is_above_0_where_the_first_of_the_best_is_not_gold(scale):
     gap = ChoiceScores(asked).gap(torch.tensor(np.concatenate(values)))
     assert (gap > 0).tolist() == expected
     assert 0 < sum(expected) < 300 and (gap == torch.finfo(torch.float64).tiny).any()
+
+
+def test_a_gap_within_rounding_counts_as_right():
+    """lm-eval adds up in float32, where it may be the other way round; of equal ones it cannot."""
+    asked = Question([Request((1, 2), 1), Request((1, 3), 1)], [[0], [1]], [True, False])
+    loss = BatchLoss(pack_rows([asked], shared=True), ThreatModel(loss="margin", shared=True))
+    gold = torch.tensor(-10.0)
+    step = 10 * torch.finfo(torch.float32).eps
+
+    def wrong(other):
+        scores = torch.stack([gold, torch.as_tensor(other)])
+        return bool(loss.gap(Scores(scores, torch.ones(2, dtype=torch.bool))) > 0)
+
+    assert not wrong(-10.0)  # the first of equal choices is the answer, and it is the gold
+    assert not wrong(-10.0 + 2 * step)
+    assert wrong(-10.0 + 6 * step)
