@@ -139,6 +139,21 @@ def test_the_mean_over_tasks():
     assert mean["n"] == 50
 
 
+def test_questions_that_fell_are_of_their_own_task():
+    """And the mean over tasks is over all questions that fell."""
+    sure = {"t": [0.6, 0.7, 0.8], "u": [0.9]}
+    parts = []
+    for task, of_task in sure.items():
+        probabilities = np.stack([of_task, 1 - np.array(of_task)], 1)
+        parts.append(samples(probabilities, [0] * len(of_task), task=task))
+        parts.append(samples(probabilities[:, ::-1], [0] * len(of_task), "fgsm@0.1", task))
+    frame = calibration(pd.concat(parts, ignore_index=True))
+    for task, fallen, before in (("t", 3, 0.7), ("u", 1, 0.9), (MEAN, 4, 0.75)):
+        found = row(frame, "fgsm@0.1", task)
+        assert found["fallen"] == fallen
+        assert found["fallen_before"] == pytest.approx(before)
+
+
 def test_what_has_no_confidence():
     """One choice, or a likelihood that is not a number; two golds have no Brier score."""
     odd = samples([[1.0], [0.4, 0.6], [0.3, 0.7]], [0, 0, [0, 1]])
