@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TITLE = "calibration"
+_FEWEST = 10 * BINS  # questions of a diagram: with fewer, chance alone bends it
 _HEADING = ["task", "condition", "n", "accuracy", "confidence", "gap"]
 _HEADING += ["ECE", "by chance", "Brier", "fallen", "before", "after"]
 _NOTES = [
@@ -62,7 +63,9 @@ def _number(value: float) -> str:
 
 
 def figure(samples: pd.DataFrame) -> Figure | None:
-    """Reliability diagrams, a panel per condition, all tasks together; None without confidences.
+    """Reliability diagrams, a panel per condition, all tasks together.
+
+    None where a condition has fewer than 100 questions with a confidence: ten in each bin.
 
     A point is a bin of equally many questions: its mean confidence, and its accuracy. Below the
     diagonal a model is surer than it is right. Without an attack the curve is grey.
@@ -71,7 +74,7 @@ def figure(samples: pd.DataFrame) -> Figure | None:
         samples: as in `samples.parquet`.
     """
     known = judged(samples)
-    if known.empty:
+    if known.empty or known["condition"].value_counts().min() < _FEWEST:
         return None
     parts = {name: reliability(rows) for name, rows in known.groupby("condition", sort=False)}
     curves = {
