@@ -20,6 +20,7 @@ from llm_attack.base.failures import one_line
 from llm_attack.base.record import whole_or_not
 from llm_attack.base.redact import redacted
 from llm_attack.lm.settings import EMBED
+from llm_attack.suite.analysis.calibration import calibration
 from llm_attack.suite.analysis.conditions import CONDITIONS, Condition
 from llm_attack.suite.analysis.equivalence import with_equivalence
 from llm_attack.suite.analysis.outcomes import with_scores
@@ -78,6 +79,10 @@ class Result:
     def worst(self) -> pd.DataFrame:
         """The samples, and for each amplitude the worst case over the attacks."""
         return with_worst(self.samples, self.run) if self.judged is None else self.judged
+
+    def calibration(self) -> pd.DataFrame:
+        """Confidence and accuracy by task and condition; see `analysis.calibration`."""
+        return calibration(self.samples)
 
     def figure(self, name: str, *, paper: bool = False) -> Figure:
         """A figure of the run, to show, to change or to save.
