@@ -19,8 +19,8 @@ Beyond its documented interface, this leans on what lm-eval does inside:
   `tqdm` of their own; `utils.env` compiles templates; `TaskManager` takes `include_path`.
 - `tasks`: `__main__.cli_evaluate` reads `sys.argv`, and its error begins with "Tasks not found".
 
-All of these are in each release from 0.4.9.1 to 0.4.13 (0.4.9.1, 0.4.9.2, 0.4.10 to 0.4.13). The
-tests pass with 0.4.13; with 0.4.9.1 see docs/limits.md; those between were read, not run.
+All of these are in each release from 0.4.10 to 0.4.13. The tests pass with 0.4.13; with 0.4.10 see
+docs/limits.md; those between were read, not run.
 
 0.5 is not supported, and pyproject.toml leaves it out. In 0.5.0.dev1 `utils.env` is gone, an
 `Instance` needs `doc_id`, and a task of multiple choice is a class of its own, without

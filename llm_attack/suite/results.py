@@ -116,9 +116,10 @@ def save_frames(folder: Path, **frames: pd.DataFrame) -> None:
     """Writes each frame as `name`.parquet, whole or not at all; equal frames give equal files."""
     for name, frame in frames.items():
         path = folder / f"{name}.parquet"
-        # an open file: Arrow takes only names in UTF-8
-        with whole_or_not(path) as draft, draft.open("wb") as file:
-            frame.to_parquet(file, index=False, write_page_checksum=True, **_SMALL)
+        # not by its name: Arrow takes only names in UTF-8, and pandas 2 looks up that of a file
+        content = frame.to_parquet(None, index=False, write_page_checksum=True, **_SMALL)
+        with whole_or_not(path) as draft:
+            draft.write_bytes(content)
 
 
 def _whole_or_missing(column: Any) -> bool:

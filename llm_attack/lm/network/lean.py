@@ -62,9 +62,11 @@ class _Rotated(torch.autograd.Function):
 def _rotated(theirs: Callable[..., Any]) -> Callable[..., Any]:
     """`theirs`, by ours where it turns the whole of queries and keys."""
 
-    def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:
-        if not q.dtype == k.dtype == cos.dtype or {q.shape[-1], k.shape[-1]} != {cos.shape[-1]}:
-            return theirs(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
+    def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *others: Any, **named: Any) -> Any:
+        unsqueeze_dim = named.get("unsqueeze_dim", 1)
+        equal = q.dtype == k.dtype == cos.dtype and {q.shape[-1], k.shape[-1]} == {cos.shape[-1]}
+        if others or set(named) - {"unsqueeze_dim"} or not equal:
+            return theirs(q, k, cos, sin, *others, **named)
         angles = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
         return tuple(_Rotated.apply(x, *angles) for x in (q, k))  # type: ignore[no-untyped-call]
 
@@ -125,7 +127,8 @@ def _turns(function: Any) -> bool:
     """Whether `function` turns queries and keys as ours does."""
     if not callable(function):
         return False
-    if [*inspect.signature(function).parameters] != ["q", "k", "cos", "sin", "unsqueeze_dim"]:
+    known = [name for name in inspect.signature(function).parameters if name != "position_ids"]
+    if known != ["q", "k", "cos", "sin", "unsqueeze_dim"]:  # transformers 4 has position_ids, too
         return False
     angles = [f(_drawn(2, 3, 4)).repeat(1, 1, 2) for f in (torch.cos, torch.sin)]
 
