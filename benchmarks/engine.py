@@ -429,17 +429,21 @@ def _beside(
 
 
 @click.command(context_settings={"show_default": True, **DIALECT})
-@click.option("--tasks", default=",".join(SYNTHETIC), help="Of the six benchmarks.")
-@click.option("--tokens", default=6000, help="Of the requests of each task.")
-@click.option("--questions", type=int, help="Of each task, in place of so many tokens.")
+@click.option("--tasks", default=",".join(SYNTHETIC), help="Tasks, of the six benchmarks.")
+@click.option("--tokens", default=6000, help="Tokens of each task's requests.")
+@click.option("--questions", type=int, help="Questions of each task; replaces --tokens.")
 @click.option(
     "--shots",
     default=0,
-    help="Examples before each question, the same for all of a task's; they stay unperturbed.",
+    help="Unperturbed examples before each question, the same for all questions of a task.",
 )
-@click.option("--repeats", default=2, help="Runs of which the median is reported.")
-@click.option("--batch_sizes", default="1,8,32", help="Tried for stock.")
-@click.option("--model", help="As `pretrained` of attacked-hf; random weights unless given.")
+@click.option("--repeats", default=2, help="Number of runs; the median is reported.")
+@click.option(
+    "--batch_sizes", default="1,8,32", help="Batch sizes of stock lm-eval; the best counts."
+)
+@click.option(
+    "--model", help="A model, as for `pretrained` of attacked-hf. The default has random weights."
+)
 @click.option("--shape", default="110m", type=click.Choice(["110m", "tinyllama"]))
 @click.option("--dtype", default="float32")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -448,16 +452,16 @@ def _beside(
     default=tuple(label for label in ATTACKED if label != "bim own"),
     multiple=True,
     type=click.Choice(list(ATTACKED)),
-    help="Measured beside stock; `none` always is.",
+    help="Conditions to measure besides stock lm-eval and `none`.",
 )
-@click.option("--compile", "compiled", is_flag=True, help="Ours with compile=True.")
+@click.option("--compile", "compiled", is_flag=True, help="Run attacked-hf with compile=True.")
 @click.option(
     "--beside",
     "others",
-    help="In place of all else: the default attack beside these, of plain,torchattacks.",
+    help="Measure only FGSM and these other programs: plain, torchattacks.",
 )
 @click.option("--output", type=click.Path(path_type=Path), help="Folder for the JSON file.")
-@click.option("--name", help="Of the JSON file; the device and shape unless given.")
+@click.option("--name", help="Name of the JSON file; by default, device and shape.")
 def main(
     tasks: str,
     tokens: int,
@@ -475,7 +479,7 @@ def main(
     output: Path | None,
     name: str | None,
 ) -> None:
-    """Stock hf against attacked-hf over the same model."""
+    """Compares stock hf with attacked-hf on the same model."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     console = Console(width=140)
     names = tasks.split(",")

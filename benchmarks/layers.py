@@ -41,7 +41,7 @@ def seconds(prepared: Prepared) -> float:
 @click.option("--attacks", default="none,random,fgsm")
 @click.option("--loss", default="choice")
 @click.option("--hookpoints", default="embed,layers")
-@click.option("--repeats", default=3, help="Of which the median is reported.")
+@click.option("--repeats", default=3, help="Number of runs; the median is reported.")
 @click.option("--output", type=click.Path(path_type=Path), help="JSON file.")
 def main(
     model: str,

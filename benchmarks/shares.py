@@ -171,11 +171,11 @@ def changes(found: dict[str, list[float]], exact: dict[str, list[float]]) -> dic
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--model", required=True, help="As `pretrained` of attacked-hf; a Llama.")
-@click.option("--tasks", default="arc_easy,hellaswag", help="Of the six benchmarks.")
-@click.option("--tokens", default=3000, help="Of the requests of each task.")
-@click.option("--kinds", default=",".join(KINDS), help="Of float32, compiled, bfloat16.")
-@click.option("--repeats", default=2, help="Runs of which the median is reported.")
+@click.option("--model", required=True, help="A Llama, as for `pretrained` of attacked-hf.")
+@click.option("--tasks", default="arc_easy,hellaswag", help="Tasks, of the six benchmarks.")
+@click.option("--tokens", default=3000, help="Tokens of each task's requests.")
+@click.option("--kinds", default=",".join(KINDS), help="Kinds of float32, compiled, bfloat16.")
+@click.option("--repeats", default=2, help="Number of runs; the median is reported.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="JSON file.")
 def main(
     model: str, tasks: str, tokens: int, kinds: str, repeats: int, output: Path | None

@@ -51,7 +51,7 @@ def whole(prepared: Prepared, console: Console) -> dict[str, float]:
 @click.option("--model", default="demo")
 @click.option("--tasks", default="demo_six")
 @click.option("--limit", default=100.0)
-@click.option("--repeats", default=3, help="Of which the median is reported.")
+@click.option("--repeats", default=3, help="Number of runs; the median is reported.")
 @click.option("--output", type=click.Path(path_type=Path), help="JSON file.")
 def main(model: str, tasks: str, limit: float, repeats: int, output: Path | None) -> None:
     """A run against a bare pass of the engine."""

@@ -23,13 +23,13 @@ from llm_attack.suite.report.tables import Cells, csv
 
 
 def cells(frame: pd.DataFrame) -> Cells:
-    """A row for each part, a column for each condition; the drop with its signal-to-noise ratio."""
+    """The accuracies, with a row for each part and a column for each condition."""
     conditions = list(frame["condition"].unique())
     rows = []
     for part, of_part in frame.groupby("positions", sort=False):
         of = of_part.set_index("condition")
         rows.append([str(part), *(f"{of.loc[c, 'acc']:.3f}" for c in conditions)])
-    notes = [f"mean accuracy over tasks of {frame['n'].iloc[0]} questions"]
+    notes = [f"mean accuracy over tasks; {frame['n'].iloc[0]} questions"]
     return Cells(["positions", *conditions], rows, notes)
 
 

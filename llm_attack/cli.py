@@ -30,7 +30,7 @@ class _Commands(click.Group):
     def main(self, args: Sequence[str] | None = None, *more: Any, **extra: Any) -> NoReturn:
         words = list(sys.argv[1:] if args is None else args)
         for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):  # what it cannot show becomes a question mark
+            if isinstance(stream, io.TextIOWrapper):  # other letters become question marks
                 stream.reconfigure(errors="replace")
         extra["standalone_mode"] = False
         try:
@@ -60,7 +60,7 @@ def main(traceback: bool) -> None:
 )
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def eval_(arguments: tuple[str, ...]) -> None:
-    """lm_eval with attacked-hf as its model and our tasks known; takes all of lm_eval's options."""
+    """Run lm_eval with the model attacked-hf and our tasks. It takes all options of lm_eval."""
     from llm_attack.harness.tasks import lm_eval
 
     lm_eval(list(arguments))
@@ -75,7 +75,7 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
 
 
 class _OfPlan(Command):
-    """A command whose options are the settings of a plan, looked up when it is asked for."""
+    """A command whose options are the settings of a plan. It imports them when it needs them."""
 
     @cached_property
     def settings(self) -> list[Option]:
@@ -183,10 +183,10 @@ def run(**settings: Any) -> None:
 
 
 class _OfDoctor(_OfPlan):
-    """A command with a plan's settings but those that it settles itself."""
+    """A command with the settings of a plan, except those that it sets itself."""
 
     _SETTLED = ("attacks", "epsilons", "epsilon_unit", "critical", "epsilon_max", "hookpoints")
-    # of attacks that it does not run, and of several processes
+    # settings of attacks that it does not run, and of several processes
     _UNUSED = ("decay", "restarts", "rounds", "first_epsilon", "shard", "ray", "ray_workers")
 
     @cached_property
@@ -211,9 +211,9 @@ class _OfDoctor(_OfPlan):
 @_progress
 @_verbose
 def doctor(progress: str, verbose: int, **settings: Any) -> int:
-    """Look for a model that hides its gradient: a checklist, from a small run of its own.
+    """Check whether a model hides its gradient, by a small run.
 
-    Ends with exit code 1 where a check fails: attacks on such a model say nothing.
+    The exit code is 1 if a check fails. Attacks on such a model show nothing.
     """
     from llm_attack.suite.doctor import ATTACKS, EPSILONS, command
     from llm_attack.suite.plan import Plan
@@ -258,7 +258,7 @@ _intervals = click.option(
 @_format
 @_intervals
 def report(folder: Path, **settings: Any) -> None:
-    """Write the tables, figures and report of a run anew, from its stored samples."""
+    """Write the tables, figures and report of a run again, from its stored samples."""
     from llm_attack.suite import commands
 
     commands.report(folder, **settings)
@@ -295,9 +295,9 @@ def report(folder: Path, **settings: Any) -> None:
 def compare(folders: tuple[Path, ...], **settings: Any) -> None:
     """Compare runs on the questions that all of them asked.
 
-    Of two, the second with the first, in pairs, task by task. Of more, usually of a model each:
-    clean accuracy against drop, and whether the one foretells the other. Two folders of lm_eval
-    --log_samples are compared as well.
+    Two runs are paired question by question, and the second is compared with the first. More runs,
+    usually one for each model, give the clean accuracy against the drop, and their correlation. Two
+    folders of lm_eval --log_samples can be compared as well.
     """
     from llm_attack.suite import commands
 
@@ -312,7 +312,7 @@ def compare(folders: tuple[Path, ...], **settings: Any) -> None:
     )
 )
 def reproduce() -> None:
-    """Reproduce the other experiments of the paper: a figure, its numbers and their record."""
+    """Reproduce the other experiments of the paper, each with its figure, numbers and record."""
 
 
 for _command in FIGURES:
@@ -322,7 +322,7 @@ for _command in FIGURES:
 @reproduce.command("fig3", add_help_option=False, context_settings={"ignore_unknown_options": True})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def fig3(arguments: tuple[str, ...]) -> None:
-    """Fig. 3, of language models, is `llm-attack run`."""
+    """Language models: use `llm-attack run` for Fig. 3."""
     raise UsageError(
         "reproduce fig3: Fig. 3 is llm-attack run, such as llm-attack run --model"
         " TinyLlama/TinyLlama_v1.1 -o out/fig3"

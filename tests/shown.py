@@ -223,6 +223,13 @@ RULES = (
         ),
     ),
     Rule(
+        r"python benchmarks/engine\.py .*--beside .*",
+        FEW,
+        changes=MODEL,
+        more="--tokens 50 --tasks arc_easy --repeats 1",
+        needs="torchattacks",
+    ),
+    Rule(
         r"python benchmarks/engine\.py --model .*",
         FEW,
         changes=MODEL,

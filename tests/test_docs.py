@@ -53,7 +53,7 @@ def one_task(monkeypatch):
 
 
 def test_library(one_task):
-    evaluation, loaded, attack = blocks("library.md")
+    evaluation, loaded, attack, *_ = blocks("library.md")
     names = {}
     exec(evaluation, names)
     assert set(names["table"].index.get_level_values("condition")) == {
@@ -73,6 +73,35 @@ def test_library(one_task):
     assert len(names["result"].samples) == 6 * 4
     exec(attack, names)
     assert 0 < (names["attacked"] - names["x"]).abs().max() <= 8 / 255 + 1e-6
+
+
+def test_recipes_of_tokens(monkeypatch, tmp_path):
+    """The recipes of `docs/library.md`: twenty lines at most, and what the page says of them."""
+    start, norms, nearest, universal, saving = blocks("library.md")[3:]
+    assert all(block.count("\n") <= 20 for block in (norms, nearest, universal, saving))
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(start, names)
+    log_loss, ids, clean, attacked = (names[n] for n in ("log_loss", "ids", "clean", "attacked"))
+    assert log_loss(attacked, ids) > log_loss(clean, ids)
+    exec(norms, names)
+    assert names["norms"].square().sum().sqrt() == pytest.approx(0.2, abs=1e-6)
+    assert names["norms"][-1] == 0 and (names["norms"][:-1] > 0).all()
+    exec(nearest, names)
+    matrix = names["embedding"].weight
+    for i, token in enumerate(ids[0]):
+        others = (matrix - clean[0, i]).norm(dim=-1)
+        others[token] = float("inf")
+        assert names["gaps"][i] == pytest.approx(float(others.min()), rel=1e-3)
+        found = (matrix - attacked[0, i]).norm(dim=-1)
+        assert found[names["nearest"][i]] == pytest.approx(float(found.min()), rel=1e-3)
+    exec(universal, names)
+    zero, control, direction = names["losses"]
+    assert direction > control and direction > zero
+    assert names["direction"].norm() == pytest.approx(0.1, abs=1e-6)
+    assert names["control"].norm() == pytest.approx(0.1, abs=1e-6)
+    exec(saving, names)
+    assert (tmp_path / "perturbations.safetensors").exists()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -1,6 +1,7 @@
 """Which part of the package may import which: rooms, and the arrows between them."""
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
@@ -94,6 +95,15 @@ def test_arrows_point_one_way(room):
             rooms = {room_of(other) for other in modules_of(path)} - {room}
             # of the package itself, its version alone
             assert rooms <= ARROWS[room] | {""}, module
+
+
+def test_the_page_shows_the_arrows():
+    """The table of rooms in docs/architecture.md; `base` and `stats` are allowed everywhere."""
+    text = (PACKAGE.parent / "docs" / "architecture.md").read_text("utf-8")
+    rows = re.findall(r"^\| `([\w.]+)` \|[^|]*\|([^|]*)\|$", text.split("## Rooms")[1], re.M)
+    shown = {room: set(re.findall(r"`([\w.]+)`", names)) for room, names in rows}
+    hidden = {*BASE, "", "_shim", "__main__"}
+    assert shown == {room: to - hidden for room, to in ARROWS.items() if room not in hidden - BASE}
 
 
 def test_no_circles():

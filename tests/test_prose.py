@@ -16,22 +16,9 @@ def faults(text):
     return check.measure(text).faults
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in check.EXCEPTIONS])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_page_is_easy_to_read(name):
     assert faults((ROOT / name).read_text("utf-8")) == []
-
-
-def test_the_list_of_exceptions_only_gets_shorter():
-    """What it began with; a new page has to be easy to read."""
-    names = ("arguments", "extending", "library", "numbers", "speed")
-    assert set(check.EXCEPTIONS) <= {"CONTRIBUTING.md", *(f"docs/{name}.md" for name in names)}
-
-
-@pytest.mark.parametrize("name", check.EXCEPTIONS)
-def test_an_exception_is_needed(name):
-    """It is a page that exists and that still fails."""
-    assert name in NAMES
-    assert faults((ROOT / name).read_text("utf-8"))
 
 
 @pytest.mark.parametrize(
@@ -88,12 +75,8 @@ def test_what_is_fine(text):
 
 
 def test_command(capsys, monkeypatch):
-    """A page that fails, and an exception that passes, fail the command; others do not."""
+    """It fails for a page with a fault, and for no other."""
     assert check.main(["docs/files.md"]) == 0
-    monkeypatch.setattr(check, "EXCEPTIONS", ("docs/files.md",))
-    assert check.main(["docs/files.md"]) == 1
-    assert "passes: take it off" in capsys.readouterr().out
-    monkeypatch.setattr(check, "EXCEPTIONS", ())
     monkeypatch.setitem(check.RULES["limits"], "paragraph", 5)
     assert check.main(["docs/files.md"]) == 1
     assert "words in a paragraph" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+from statistics import mean
 
 import pandas as pd
 import pytest
@@ -282,7 +283,7 @@ def test_speed():
     """`docs/speed.md`: time on a real model, of stock's."""
     found = json.loads((ROOT / "results/speed/cpu-smollm2-135m.json").read_text("utf-8"))
     text = (ROOT / "docs" / "speed.md").read_text("utf-8")
-    shown = tables(text[text.index("Of a real model, SmolLM2") :])
+    shown = tables(text[text.index("## On a small real model") :])
     _, *rows, (_, _, *means) = next(shown)
     for (task, stock, *times), of in zip(rows, found["tasks"], strict=True):
         assert (task, stock) == (of["task"], f"{of['seconds']['stock']:.1f}")
@@ -295,15 +296,61 @@ def test_speed_at_five_shots():
     """`docs/speed.md`: time, tokens and memory with examples that are computed once."""
     found = json.loads((ROOT / "results/speed/cpu-110m-5-shots.json").read_text("utf-8"))
     text = (ROOT / "docs" / "speed.md").read_text("utf-8")
-    _, *rows, (_, _, *means) = next(tables(text[text.index("With five examples before") :]))
+    times, memory, *_ = tables(text[text.index("## With few-shot examples") :])
+    _, *rows, (_, _, *means) = times
     conditions = ("none", "fgsm own", "fgsm choice", "bim own")
-    assert means[:4] == [f"{found['geometric_mean_times_stock'][c]:.2f}" for c in conditions]
+    assert means == [f"{found['geometric_mean_times_stock'][c]:.2f}" for c in conditions]
     for row, of in zip(rows, found["tasks"], strict=True):
         assert row[:2] == [of["task"], f"{of['seconds']['stock']:.1f}"]
-        assert row[2:6] == [f"{of['times_stock'][c]:.2f}" for c in conditions]
-        assert row[6] == ", ".join(f"{of['tokens'][c]:,.0f}" for c in ("none", "stock"))
-        memory = [of["peak_memory"][c] for c in ("stock", "none", "fgsm own", "bim own")]
-        assert row[7:] == [f"{bytes_ / 2**20:,.0f} MB" for bytes_ in memory]
+        assert row[2:] == [f"{of['times_stock'][c]:.2f}" for c in conditions]
+    for row, of in zip(memory[1:], found["tasks"], strict=True):
+        counts = [f"{of['tokens'][c]:,.0f}" for c in ("none", "stock")]
+        assert row[:2] == [of["task"], ", ".join(counts)]
+        bytes_ = [of["peak_memory"][c] for c in ("stock", "none", "fgsm own", "bim own")]
+        assert row[2:] == [f"{n / 2**20:,.0f} MB" for n in bytes_]
+
+
+def test_speed_beside_others():
+    """`docs/speed.md`: FGSM of ours, in thirty lines and by torchattacks, of stock's clean pass."""
+    found = json.loads((ROOT / "results/speed/beside.json").read_text("utf-8"))
+    text = (ROOT / "docs" / "speed.md").read_text("utf-8")
+    times, differences, *_ = tables(text[text.index("## Compared with other ways") :])
+    _, *rows, (_, *means) = times
+    others, columns = ("plain", "torchattacks"), []
+    for row, of in zip(rows, found["tasks"], strict=True):
+        ratios = [of["times_stock"][name] for name in ("fgsm own", *others)]
+        ratios += [of["ours_to"][name] for name in others]
+        ends = ["{:.2f} ({:.2f}–{:.2f})".format(*values) for values in ratios]
+        assert row == [of["task"], *ends]
+        columns.append([median for median, *_ in ratios])
+    assert means == [f"{mean(column):.2f}" for column in zip(*columns, strict=True)]
+    for row, of in zip(differences[1:], found["tasks"], strict=True):
+        assert row == [of["task"], *(f"{of['difference'][name]:.2g}" for name in others)]
+
+
+def test_speed_on_random_weights():
+    """`docs/speed.md`: time, tokens and memory against stock, and where the time goes."""
+    found = json.loads((ROOT / "results/speed/cpu-110m.json").read_text("utf-8"))
+    text = (ROOT / "docs" / "speed.md").read_text("utf-8")
+    _, *rows, (_, faster, *means) = next(tables(text[text.index("## With its memory") :]))
+    for row, of in zip(rows, found["tasks"], strict=True):
+        memory = [f"{of['peak_memory'][c] / 2**20:.0f} MB" for c in ("none", "stock")]
+        times, tokens = of["times_stock"], of["tokens"]
+        assert row == [
+            of["task"],
+            f"{1 / times['none']:.2f}",
+            f"{tokens['none'] / tokens['stock']:.2f}",
+            ", ".join(memory),
+            f"{of['difference']['log_likelihood']:.1e}",
+            *(f"{times[c]:.2f}" for c in ("fgsm shared", "fgsm own")),
+            f"{times['none+random+fgsm+bim shared']:.1f}",
+        ]
+    known = found["geometric_mean_times_stock"]
+    assert faster == f"{1 / known['none']:.2f}" and means[-3:] == [
+        f"{known['fgsm shared']:.2f}",
+        f"{known['fgsm own']:.2f}",
+        f"{known['none+random+fgsm+bim shared']:.1f}",
+    ]
 
 
 # As the page says it -> the column.

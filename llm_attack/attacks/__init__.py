@@ -1,7 +1,7 @@
-"""Attacks: pure functions of a point and of a loss closure. They import torch alone.
+"""Attacks: pure functions of a point and of a loss closure. They import torch and nothing else.
 
-Importing the package imports no torch: names and settings of attacks (`settings`) need none, and
-the rest is imported when it is asked for.
+Importing this package does not import torch. The names and settings of attacks (`settings`) do not
+need it. The other modules are imported when one of their names is used.
 """
 
 from importlib import import_module

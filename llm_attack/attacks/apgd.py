@@ -1,9 +1,9 @@
 """Auto-PGD (Croce and Hein 2020): projected ascent that finds its own step sizes.
 
-The step starts at twice epsilon and is halved, for each example by itself, when at a checkpoint
-fewer than three quarters of the steps since the last one have raised the loss, or when nothing has
-been gained at the same step size; then it goes on from the best point so far. What it returns is
-the best point that it has seen.
+Each example has its own step size, which begins at twice epsilon. At a checkpoint it is halved if
+at most three quarters of the steps since the last checkpoint have raised the loss, or if the
+best loss has not changed since then and the step was not halved there. The ascent then continues
+from the best point so far. The result is the best point that was evaluated.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from torch import Tensor
 
 from llm_attack.attacks.norms import Ball
 
-_MOMENTUM = 0.75  # share of the new step; the rest is of the step before
-_RISES = 0.75  # of the steps between checkpoints: with fewer the step is halved
-# The first checkpoint, by how much the intervals shrink, and the shortest: in shares of all steps.
+_MOMENTUM = 0.75  # share of the new step; the previous step has the rest
+_RISES = 0.75  # the step is halved if a smaller share of the steps raised the loss
+# Shares of all steps: the first checkpoint, how much intervals shrink, the shortest interval.
 _FIRST, _SHRINK, _SHORTEST = 0.22, 0.03, 0.06
 
 
 @dataclass
 class Best:
-    """For each example the point with the greatest value so far; the first of equals.
+    """The best point of each example so far: the one with the greatest value, the first of equals.
 
     Attributes:
-        ball: with the examples.
-        on_best: as of `Watch`, called for points that were evaluated just before.
-        point, value: of the best.
+        ball: the ball, which knows the examples.
+        on_best: see `Watch`; it is called for points that were evaluated just before.
+        point, value: the best point and its value.
     """
 
     ball: Ball
@@ -38,11 +38,11 @@ class Best:
     value: Tensor | None = field(default=None, init=False)
 
     def start(self, point: Tensor, value: Tensor) -> None:
-        """The first point, whose value was known before."""
+        """Sets the first point, whose value is already known."""
         self.point, self.value = point, value
 
     def offer(self, point: Tensor, value: Tensor) -> Tensor:
-        """Booleans (examples,): where this point is the best so far."""
+        """Compares a point with the best. Returns booleans (examples,): where it is better."""
         if self.point is None or self.value is None:
             self.start(point, value)
             better = torch.ones_like(value, dtype=torch.bool)
@@ -56,12 +56,12 @@ class Best:
 
 @dataclass(frozen=True)
 class Hill:
-    """The loss that is climbed.
+    """The loss that an attack raises.
 
     Attributes:
         value: point -> losses (examples,).
-        slope: point -> the same, and their gradient, like the point.
-        clean_value, clean_slope: both at the clean point, where they are known.
+        slope: point -> the losses, and their gradient in the shape of the point.
+        clean_value, clean_slope: both at the clean point, if they are known.
     """
 
     value: Callable[[Tensor], Tensor]
@@ -71,15 +71,15 @@ class Hill:
 
 
 def ascend(start: Tensor, hill: Hill, best: Best, *, steps: int, step: float) -> Tensor:
-    """The best of the points on the way up from `start`.
+    """Climbs from `start`, and returns the best point.
 
     Args:
-        start: a point like those of `perturb`.
-        hill: what is climbed; there are `steps` gradients, and one more value.
-        best: gets every point that is evaluated. Its ball is what is allowed; step sizes and best
-            points are of each of its examples by itself.
-        steps: how many.
-        step: the first step's length.
+        start: the first point; shape as for `perturb`.
+        hill: the loss. It is asked for `steps` gradients and one more value.
+        best: gets every point that is evaluated. All points stay in its ball, and each of its
+            examples has its own step size and best point.
+        steps: number of steps.
+        step: length of the first step.
     """
     ball = best.ball
     own = best if best.point is None else Best(ball)
@@ -120,18 +120,21 @@ def ascend(start: Tensor, hill: Hill, best: Best, *, steps: int, step: float) ->
 
 
 def _offer(point: Tensor, value: Tensor, own: Best, best: Best) -> Tensor:
-    """Booleans (examples,): where it is the best from its start; also told to the best of all."""
+    """Booleans (examples,): where the point is the best of this start. `best` gets it as well."""
     if own is not best:
         best.offer(point, value)
     return own.offer(point, value)
 
 
 def _with_momentum(ball: Ball, ahead: Tensor, point: Tensor, previous: Tensor | None) -> Tensor:
-    """The point after a step to `ahead`, mixed with the step from `previous`; None: the first."""
+    """The point after a step to `ahead`, mixed with the last step, which began at `previous`.
+
+    `previous` is None for the first step.
+    """
     share = 1.0 if previous is None else _MOMENTUM
     previous = point if previous is None else previous
     change = share * (ahead - point) + (1 - share) * (point - previous)
-    # what does not move keeps its bits, infinities included
+    # coordinates that do not move keep their bits, also if they are infinite
     still = (ahead == point) & (point == previous)
     return ball.stay(torch.where(still, point, point + change))
 

@@ -1,8 +1,8 @@
-"""Search over random blocks: no gradient, so that none can be hidden from it.
+"""Search over random blocks. It uses no gradient, so a model cannot hide its gradient from it.
 
-The idea of the Square attack (Andriushchenko et al. 2020) where a point is a sequence of elements,
-such as tokens, that have no neighbours in a plane: from random signs, a random block of successive
-elements and coordinates is drawn anew, and kept if the loss has risen.
+This is the idea of the Square attack (Andriushchenko et al. 2020) for points that are sequences of
+elements, such as tokens. The search begins with random signs. Each query draws new signs in a block
+of successive elements and coordinates, and keeps them if the loss has risen.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from llm_attack.attacks.apgd import Best
 from llm_attack.attacks.draws import rehashed, uniform, words
 from llm_attack.attacks.norms import Ball, widest
 
-# The share of the coordinates in a block, and after which shares of all queries it is halved.
+# The share of the coordinates in a block, and the shares of all queries after which it is halved.
 _SHARE = 0.8
 _HALVED = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 
@@ -24,14 +24,14 @@ _HALVED = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 def search(
     evaluate: Callable[[Tensor], Tensor], best: Best, keys: Tensor, *, queries: int
 ) -> Tensor:
-    """The best point found, like the point of the ball.
+    """Searches for the point with the greatest loss, and returns the best one that it tried.
 
     Args:
-        evaluate: point -> losses (examples,), raised.
-        best: gets every point. Its ball is what is allowed. An example's elements are all entries
-            of the point's dimensions but the last that move, in their order.
-        keys: of the draws, as of `perturb`.
-        queries: how many points are tried; the first is one of random signs.
+        evaluate: point -> losses (examples,), which the search raises.
+        best: gets every point. All points stay in its ball. The elements of an example are the
+            entries of all dimensions of the point except the last, if they may move, in order.
+        keys: seeds of the draws; see `perturb`.
+        queries: number of points to try. The first has random signs everywhere.
     """
     ball = best.ball
     point = ball.stay(ball.drawn(ball.norm.on_sphere, keys))
@@ -43,7 +43,7 @@ def search(
     for query in range(1, queries):
         keys = rehashed(keys)
         share = _SHARE / 2 ** sum(query / queries > end for end in _HALVED)
-        # a key of the example, whatever the order, and whatever does not move
+        # the example's key: independent of the order, and of elements that do not move
         of_example = ball.examples.sum(words(keys, ball.x[..., :1]) * moves)
         where = (1 + uniform(of_example, sizes.new_empty(len(sizes), 2))) / 2
         rows = (share**0.5 * sizes).round().clamp(min=1)
@@ -64,11 +64,11 @@ def search(
 
 
 def _ranks(ball: Ball, moving: Tensor) -> tuple[Tensor, Tensor]:
-    """How many moving elements of its example are before each element, and how many there are."""
+    """For each element, how many moving elements of its example precede it; and their number."""
     shape = ball.x.shape[:-1]
     index = ball.examples.index
     owner = index.reshape(index.shape + (1,) * (len(shape) - index.dim())).expand(shape).flatten()
-    moves = moving.flatten().long()  # whose running sums no GPU rounds by the order
+    moves = moving.flatten().long()  # integers: no GPU rounds their running sums
     sizes = moves.new_zeros(ball.examples.n).index_add(0, owner, moves)
     order = owner.argsort(stable=True)
     before = moves[order].cumsum(0) - moves[order]

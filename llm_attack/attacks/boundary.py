@@ -1,8 +1,9 @@
-"""DeepFool and SparseFool: the least that changes a prediction, for a whole batch at once.
+"""DeepFool and SparseFool: small changes that reach another class, for a whole batch at once.
 
-They look for the nearest boundary instead of filling a ball, and read the scores of all classes
-instead of a loss. Hence they stand beside `perturb`; an epsilon is a box of theirs. Each example
-stops by itself and leaves the batch: what it costs and becomes does not depend on the others.
+They look for the nearest decision boundary, and read the scores of all classes. `perturb` raises a
+loss within a ball, so they are functions of their own. To limit the amplitude, pass a box round the
+point as `bounds`. Each example stops by itself and leaves the batch. So its result and its cost do
+not depend on the other examples.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ OnGradient = Callable[[Tensor], None]
 Bounds = tuple[float | Tensor, float | Tensor]
 Box = tuple[Tensor, Tensor]
 
-_LEAST = 1e-4  # the shortest step, of DeepFool (L2) and along one coordinate
-_BEYOND = 1e-3  # by how much the linear solver passes the hyperplane
+_LEAST = 1e-4  # the shortest step of DeepFool (in L2), and along one coordinate
+_BEYOND = 1e-3  # how far the linear solver goes past the hyperplane
 
 
 class _Search(NamedTuple):
-    """How DeepFool looks for a boundary; see `deepfool`."""
+    """The settings of DeepFool; see `deepfool`."""
 
     scores: Scores
     overshoot: float
@@ -45,23 +46,25 @@ def deepfool(
     classes: int = 10,
     on_gradient: OnGradient | None = None,
 ) -> Tensor:
-    """The point across the nearest boundary in L2: Moosavi-Dezfooli et al. 2016.
+    """Moves each point across the nearest boundary in L2 (Moosavi-Dezfooli et al. 2016).
 
-    As published with SparseFool: linearised where the steps end, without the overshoot.
+    As in the authors' SparseFool program, each linearisation is made where the last step ended,
+    without the overshoot.
 
     Args:
-        scores: of the classes before the softmax, (N, C) from points (N, ...); each example's own.
+        scores: points (N, ...) -> scores of the classes before the softmax, (N, C). The scores of
+            an example must not depend on the other examples.
         x: the clean points, (N, ...).
-        labels: (N,); where the prediction is another one already, the clean point is returned.
+        labels: (N,); an example whose prediction is already another class stays as it is.
         bounds: box that the point stays in: numbers, or tensors that broadcast to `x`; None for
             features.
         overshoot: share by which the perturbation is lengthened.
-        steps: at most so many linearisations.
-        classes: only boundaries with so many of the likeliest classes are looked at.
-        on_gradient: called with every gradient that was followed, (n, ...).
+        steps: largest number of linearisations.
+        classes: number of the likeliest classes whose boundaries are considered.
+        on_gradient: called with every gradient that is followed, (n, ...).
 
     Returns:
-        Tensor like `x`, detached. Where no boundary was found, where the search ended.
+        Tensor like `x`, detached. If no boundary was found, the point where the search ended.
 
     Raises:
         TypeError: `x` is no tensor of floats.
@@ -94,28 +97,29 @@ def sparsefool(
     classes: int = 10,
     on_gradient: OnGradient | None = None,
 ) -> Tensor:
-    """The point across a boundary that differs from `x` in few coordinates: Modas et al. 2019.
+    """Moves each point across a boundary by changing few coordinates (Modas et al. 2019).
 
-    Defined as by the authors' program: DeepFool finds a point on the boundary and the hyperplane
-    there; the coordinates along which it is steepest are moved, one after the other and each as far
-    as the box allows, up to the hyperplane through the point `lambda_` times as far; again from
-    there until the prediction changes.
+    The definition is that of the authors' program. DeepFool finds a point on the boundary, and the
+    hyperplane at it. Then coordinates move one after the other, the steepest first, each as far as
+    the box allows. They stop at the hyperplane through the point that is `lambda_` times as far
+    away. All of this repeats from the new point until the prediction changes.
 
     Args:
         scores: as for `deepfool`.
         x: as for `deepfool`.
         labels: as for `deepfool`.
-        bounds: box that the point stays in, as for `deepfool`; the authors' `lb` and `ub`. None:
-            one coordinate a step moves, as far as it takes. An amplitude is a box round `x`.
-        lambda_: how far behind the boundary the hyperplane is put.
+        bounds: box that the point stays in, as for `deepfool`; the authors' `lb` and `ub`. With
+            None, each step moves one coordinate, as far as necessary. To limit the amplitude, pass
+            a box round `x`.
+        lambda_: how far behind the boundary the hyperplane lies.
         overshoot: share by which the perturbation is lengthened, here and in DeepFool.
-        steps: at most so many searches of DeepFool.
-        deepfool_steps: the steps of each.
+        steps: largest number of DeepFool searches.
+        deepfool_steps: largest number of linearisations in each of them.
         classes: as for `deepfool`.
         on_gradient: as for `deepfool`.
 
     Returns:
-        Tensor like `x`, detached. Where no boundary was found, where the search ended.
+        Tensor like `x`, detached. If no boundary was found, the point where the search ended.
 
     Raises:
         TypeError: `x` is no tensor of floats.
@@ -142,13 +146,13 @@ def sparsefool(
         point[active] = moved
         perturbed[active] = _boxed(x[active] + (1 + overshoot) * (moved - x[active]), box)
         fooled = _predict(scores, perturbed[active]) != predicted[active]
-        stuck = (moved == start).flatten(1).all(1)  # every further search would end here, too
+        stuck = (moved == start).flatten(1).all(1)  # every further search would also end here
         active = active[~(fooled | stuck)]
     return perturbed
 
 
 def _boundary(search: _Search, x: Tensor, box: Box | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """DeepFool's perturbation of `x` without the overshoot, the classes it left and it reached."""
+    """DeepFool's perturbation without the overshoot, and the classes that it left and reached."""
     with torch.no_grad():
         first = search.scores(x)
     candidates = first.topk(min(search.classes, first.shape[1]), dim=1).indices
@@ -183,8 +187,9 @@ def _boundary(search: _Search, x: Tensor, box: Box | None = None) -> tuple[Tenso
 
 
 def _slopes(scores: Scores, x: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """The lead of each candidate (n, k) but the first over the first, (n, k - 1), and how that
-    grows: the gradients (n, k - 1, ...).
+    """The lead of the other candidates over the first, and the gradients of these leads.
+
+    `candidates` are (n, k). The leads are (n, k - 1), and the gradients (n, k - 1, ...).
     """
     with torch.inference_mode(False), torch.enable_grad():
         x, candidates = leaf(x), candidates.clone()
@@ -200,9 +205,9 @@ def _slopes(scores: Scores, x: Tensor, candidates: Tensor) -> tuple[Tensor, Tens
 def _sparsest(x: Tensor, normal: Tensor, gap: Tensor, box: Box | None) -> Tensor:
     """`x` moved until normal . x has grown by `gap` (n,), in the fewest coordinates.
 
-    The steepest coordinates go first, each to the edge of the box, and the last one as far as is
-    needed. That is the published loop over coordinates in closed form: what one of them can
-    contribute does not depend on the others, so a running sum tells where the loop would stop.
+    The steepest coordinates move first, each to the edge of the box, and the last one as far as
+    needed. This is the published loop over coordinates in closed form. A coordinate's contribution
+    does not depend on the others, so a running sum shows where the loop would stop.
     """
     norm = normal.flatten(1).norm(dim=1, keepdim=True)
     w, gap, flat = normal.flatten(1) / norm, gap[:, None] / norm, x.flatten(1)
@@ -224,13 +229,13 @@ def _sparsest(x: Tensor, normal: Tensor, gap: Tensor, box: Box | None) -> Tensor
 
 
 def _away(gap: Tensor, steep: Tensor, room: Tensor) -> Tensor:
-    """The published loop where the hyperplane lies the other way, by `gap` (n, 1), as (n, D) steps.
+    """(n, D) steps of the published loop if the hyperplane lies the other way, by `gap` (n, 1).
 
-    Each step takes it further away, so that every coordinate moves: the first few as far as the
-    hyperplane was away, and from where that is outside of the box, all to the edge.
+    Each step increases the distance, so every coordinate moves. The first few move as far as the
+    hyperplane was away. Once that is outside of the box, all others move to the edge.
     """
     step = torch.where(steep > 0, room, 0)
-    ahead = (steep * room).flip(1).cummax(1).values.flip(1)  # the most that is still to be gained
+    ahead = (steep * room).flip(1).cummax(1).values.flip(1)  # the most that the rest can gain
     for k in range(steep.shape[1]):
         if (gap[:, 0] + _BEYOND >= ahead[:, k]).all():
             break

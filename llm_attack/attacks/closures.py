@@ -1,4 +1,4 @@
-"""What a caller hands over, points and closures, is looked at before it is used."""
+"""Checks points and closures of a caller before they are used."""
 
 from __future__ import annotations
 
@@ -17,23 +17,22 @@ Loss = Callable[[Tensor], Tensor]
 
 
 def leaf(x: Tensor) -> Tensor:
-    """`x` by itself, with a gradient; of one that torch.inference_mode made a copy."""
+    """`x` as a leaf that requires a gradient; a copy if torch.inference_mode made `x`."""
     return (x.clone() if x.is_inference() else x.detach()).requires_grad_(True)
 
 
 @dataclass(frozen=True)
 class Losses:
-    """The functions of a point that an attack may ask; which ones, `Kind.closures` says.
+    """The functions of a point that an attack may call. `Kind.closures` says which it needs.
 
     Attributes:
-        loss: returns (N,), ascended by the attacks that are not targeted.
-        target_loss: for the targeted attacks (`ost`, `illc`), which descend it: the loss of the
-            target class, which the caller fixes at the clean point (`least_likely`).
-        target_losses: for `apgdt`, which descends each in turn: the losses of the classes that are
-            not gold.
-        gap: above 0 where the answer is wrong; None: `loss` is. Of what `apgdt` finds the point
-            with the greatest counts; `fmn` follows its gradient, and `critical` asks it whether
-            what `apgd` finds with `loss` is enough.
+        loss: returns (N,); untargeted attacks raise it.
+        target_loss: returns (N,); `ost` and `illc` lower it. It is the loss of the target class,
+            which the caller fixes at the clean point (`least_likely`).
+        target_losses: `apgdt` lowers each in turn: the losses of the classes that are not gold.
+        gap: returns (N,), above 0 if the answer is wrong; None: the same as `loss`. `apgdt` returns
+            its point with the greatest gap. `fmn` follows the gradient of the gap. `critical`
+            raises `loss` by `apgd`, and reads the gap to see if the answer is wrong.
     """
 
     loss: Loss | None = None
@@ -43,7 +42,7 @@ class Losses:
 
     @classmethod
     def of(cls, given: Losses | Loss | None) -> Losses:
-        """The argument `loss` of `perturb` as losses.
+        """Makes losses of the argument `loss` of `perturb`.
 
         Raises:
             TypeError: one of them cannot be called.
@@ -61,10 +60,10 @@ class Losses:
         return given
 
     def checked(self, attack: Attack, n: int) -> Losses:
-        """The same, whose values are checked; `gap` is `loss` unless it was given.
+        """The same functions, with checks of their values. `gap` is `loss` if it was not given.
 
         Raises:
-            ValueError: the attack needs one that was not given.
+            ValueError: a function that the attack needs is missing.
         """
         for name in attack.kind.closures:
             if not getattr(self, name):
@@ -83,12 +82,12 @@ class Losses:
 
 @dataclass(frozen=True)
 class Known:
-    """What the caller knows of the clean point, which is then not computed again.
+    """Values at the clean point that the caller already has, so they are not computed again.
 
     Attributes:
-        loss: (N,) values of the loss there.
-        gradient: of their sum, like `x`; read where `Attack.uses_clean_gradient`.
-        gap: (N,) values of `Losses.gap` there.
+        loss: (N,) values of the loss.
+        gradient: gradient of their sum, like `x`; read if `Attack.uses_clean_gradient` is true.
+        gap: (N,) values of `Losses.gap`.
     """
 
     loss: Tensor | None = None
@@ -112,12 +111,12 @@ def _ignore(_: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Watch:
-    """What is told while an attack is at work.
+    """Functions that an attack calls while it runs.
 
     Attributes:
         on_gradient: called with every gradient that is used.
-        on_best: called with booleans (N,) where the point that a loss was asked for last is the
-            best so far, of the attacks that return the best that they have seen.
+        on_best: called by attacks that return the best point that they have seen. It gets booleans
+            (N,): for which examples the point of the last loss call is the best so far.
     """
 
     on_gradient: Callable[[Tensor], None] = _ignore
@@ -127,13 +126,13 @@ class Watch:
 def check_point(
     attack: Attack, x: Tensor, bounds: Any, others: Mapping[str, Tensor | None]
 ) -> None:
-    """Refuses arguments of `perturb` that are of another type or shape, or a point out of bounds.
+    """Refuses arguments of `perturb` with a wrong type or shape, and a point out of bounds.
 
     Args:
-        attack: as of `perturb`.
-        x: as of `perturb`.
-        bounds: as of `perturb`.
-        others: `mask`, `keys` and `gradient`, which have the shape of `x`, or begin like it.
+        attack: as for `perturb`.
+        x: as for `perturb`.
+        bounds: as for `perturb`.
+        others: `mask`, `keys` and `gradient`. Their shapes are that of `x`, or begin like it.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -173,7 +172,7 @@ def check_groups(x: Tensor, groups: Mapping[str, Groups | None]) -> None:
 
 
 def check_types(given: Mapping[str, Any]) -> None:
-    """Raises `TypeError` unless arguments of `perturb` are of the classes with their names."""
+    """Raises `TypeError` unless each argument of `perturb` has the class of its name."""
     for kind in (Elements, Known, Watch):
         name = kind.__name__.lower()
         if not isinstance(given[name], kind):
@@ -182,7 +181,7 @@ def check_types(given: Mapping[str, Any]) -> None:
 
 
 def check_functions(functions: Mapping[str, Any]) -> None:
-    """Raises `TypeError` unless those that are not None can be called."""
+    """Raises `TypeError` if one of the functions is neither None nor callable."""
     for name, function in functions.items():
         if function is not None and not callable(function):
             name = name.partition("[")[0]
@@ -200,10 +199,10 @@ def check_floats(x: Tensor) -> None:
 
 
 def check_bounds(x: Tensor, bounds: Any, moves: bool = True) -> None:
-    """Refuses bounds that are no interval and, where `moves`, points out of it.
+    """Refuses bounds that are no interval, and points outside of it where `moves` is true.
 
     Raises:
-        TypeError, ValueError: naming what is wrong.
+        TypeError, ValueError: the message names the argument.
     """
     try:
         low, high = (torch.as_tensor(end, dtype=x.dtype, device=x.device) for end in bounds)
@@ -219,7 +218,7 @@ def check_bounds(x: Tensor, bounds: Any, moves: bool = True) -> None:
 
 
 def checked(name: str, closure: Loss, n: int) -> Loss:
-    """The closure, which raises `TypeError` or `ValueError` unless it returns (n,) values."""
+    """Wraps a closure: it raises `TypeError` or `ValueError` if it does not return (n,) values."""
 
     def values_of(x: Tensor) -> Tensor:
         values = closure(x)

@@ -1,8 +1,8 @@
-"""Random draws that depend on a key, not on a batch: SplitMix64 as a counter-based generator.
+"""Random draws that depend on a key and not on the batch: SplitMix64 as a counter-based generator.
 
-The draw of an element is a hash of its example's key and of its index inside the example, so it is
-the same for every batch size, order, device and number of processes. SplitMix64: Steele, Lea and
-Flood 2014, "Fast splittable pseudorandom number generators".
+The draw of an element is a hash of its example's key and of its index in the example. So it is the
+same for every batch size, order, device and number of processes. SplitMix64: Steele, Lea and Flood
+2014, "Fast splittable pseudorandom number generators".
 """
 
 from __future__ import annotations
@@ -27,29 +27,30 @@ _LOW = (1 << 32) - 1
 
 
 def keys_for(seed: int, tokens: Sequence[int]) -> int:
-    """The int64 key of an example: a hash of the seed and of the example's own tokens."""
+    """Hashes the seed and the example's own tokens to the int64 key of the example."""
     text = f"{seed}:{','.join(map(str, tokens))}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
 
 
 def signs(keys: Tensor, x: Tensor) -> Tensor:
-    """Uniform draws from {-1, +1}, shape and dtype of `x`; `keys` is int64 of shape x.shape[:k]."""
+    """Draws uniformly from {-1, +1}, in the shape and dtype of `x`; `keys`: int64, x.shape[:k]."""
     return torch.where(words(keys, x) < 0, -1.0, 1.0).to(x.dtype)
 
 
 def uniform(keys: Tensor, x: Tensor) -> Tensor:
-    """Uniform draws from (-1, 1), shape and dtype of `x`; `keys` is int64 of shape x.shape[:k].
+    """Draws uniformly from (-1, 1), in the shape and dtype of `x`; `keys`: int64, x.shape[:k].
 
-    Rounded to a dtype of few bits, such as bfloat16, a draw may be -1 or 1.
+    In a dtype of few bits, such as bfloat16, a draw may round to -1 or 1.
     """
     top = _shift(words(keys, x), 41)  # 23 bits: every value and its mirror are exact in float32
     return ((2 * top + 1).float() / (1 << 23) - 1).to(x.dtype)
 
 
 def normal(keys: Tensor, x: Tensor) -> Tensor:
-    """Standard normal draws, shape of `x`; `keys` is int64 of shape x.shape[:k].
+    """Draws from the standard normal distribution, in the shape of `x`; `keys`: int64, x.shape[:k].
 
-    By Box and Muller from the two halves of a word; in float32, or the dtype of `x` if wider.
+    The Box-Muller transform is applied to the two halves of a word. The result is float32, or has
+    the dtype of `x` if that is wider.
     """
     word = words(keys, x)
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -58,7 +59,7 @@ def normal(keys: Tensor, x: Tensor) -> Tensor:
 
 
 def rehashed(keys: Tensor) -> Tensor:
-    """Other keys, which depend on these alone."""
+    """New keys that depend only on the given ones."""
     return words(keys, keys[..., None])[..., 0]
 
 
@@ -75,5 +76,5 @@ def words(keys: Tensor, x: Tensor) -> Tensor:
 
 
 def _shift(z: Tensor, n: int) -> Tensor:
-    """Logical right shift; torch's own keeps the sign."""
+    """Logical right shift. The operator of torch keeps the sign."""
     return (z >> n) & ((1 << (64 - n)) - 1)

@@ -1,7 +1,7 @@
-"""One loop for all attacks: steps along a loss's gradient, projected on the ball and the box.
+"""One loop for all attacks: steps along the gradient of a loss, projected on the ball and the box.
 
-An attack is a function of a point `x` and of a closure `loss(x)` with one value per example; what
-the point is (pixels, features, token embeddings) only the closure knows.
+An attack is a function of a point `x` and of a closure `loss(x)` with one value per example. Only
+the closure knows if the point is pixels, features or token embeddings.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ _ALL, _NOTHING, _NOBODY = Elements(), Known(), Watch()
 
 
 def loss_gradient(loss: Loss, x: Tensor) -> Tensor:
-    """Gradient of `loss(x).sum()` with respect to `x` alone; nothing else gets a gradient."""
+    """Gradient of `loss(x).sum()` with respect to `x`; nothing else gets a gradient."""
     return _with_gradient(loss, x)[1]
 
 
 def _with_gradient(loss: Loss, x: Tensor) -> tuple[Tensor, Tensor]:
-    """`loss(x)`, detached, and the gradient of its sum; under torch.inference_mode, too."""
+    """`loss(x)`, detached, and the gradient of its sum; also under torch.inference_mode."""
     with torch.inference_mode(False), torch.enable_grad():
         x = leaf(x)
         values = loss(x)
@@ -52,10 +52,10 @@ def _with_gradient(loss: Loss, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def least_likely(scores: Tensor, gold: Tensor) -> Tensor:
-    """The class of the lowest score that is not a gold one, (N,).
+    """The class with the lowest score among those that are not gold, (N,).
 
     Args:
-        scores: (N, C); classes that do not exist are +inf.
+        scores: (N, C); +inf for classes that do not exist.
         gold: (N,) indices or (N, C) booleans.
     """
     if gold.dtype != torch.bool:
@@ -74,33 +74,33 @@ def perturb(
     known: Known = _NOTHING,
     watch: Watch = _NOBODY,
 ) -> Tensor:
-    """The attacked point.
+    """Attacks a point, and returns the perturbed one.
 
     Args:
         attack: name and settings; same definitions as torchattacks, foolbox and cleverhans.
         x: the clean point within `bounds`; (N, ...), unless `elements` say otherwise.
-        loss: closure that returns (N,), ascended by the attacks that are not targeted; `Losses`
-            where the attack needs others.
+        loss: closure that returns (N,); untargeted attacks raise it. Pass `Losses` for attacks that
+            need other functions.
         bounds: box that the point must stay in, (0, 1) for pixels; None for embeddings, features.
         elements: which elements of `x` move, and which examples and balls they belong to.
         keys: int64 of shape x.shape[:k], one key per draw (noise, random starts, restarts, blocks);
             None: one for each entry of the first dimension, from torch's generator.
-        known: what the caller knows of `x`, such as the gradient there.
-        watch: told of gradients and of the best points.
+        known: values at `x` that the caller already has, such as the gradient.
+        watch: functions that are called with gradients and best points.
 
     Returns:
-        Tensor like `x`, detached: x itself for epsilon 0 and for `none`; else within epsilon of x
-        in the attack's norm (`gaussian`: on the average), as computed in the dtype of `x`, and
-        within `bounds`; of `fmn` and `critical` the nearest point found whose gap is above 0. A
-        gradient that is zero or NaN does not move the point.
+        Tensor like `x`, detached. It is `x` itself for epsilon 0 and for `none`. Otherwise it is
+        within `bounds`, and within epsilon of `x` in the attack's norm (`gaussian`: on the
+        average), as computed in the dtype of `x`. `fmn` and `critical` return the nearest point
+        found whose gap is above 0. A gradient that is zero or NaN does not move the point.
 
     Raises:
-        TypeError: an argument is of another type.
+        TypeError: an argument has a wrong type.
         ValueError: the attack needs a closure that was not given, a closure does not return (N,),
             the bounds are no interval, `x` is not within them, or a shape does not fit that of `x`.
 
-    Networks in the closures should be in evaluation mode (`network.eval()`): in training mode
-    dropout draws anew at every step, and batch norm counts every forward in its statistics.
+    Networks in the closures should be in evaluation mode (`network.eval()`). In training mode,
+    dropout makes new draws at every step, and batch norm counts every forward in its statistics.
     """
     more: Any = {"elements": elements, "keys": keys, "known": known, "watch": watch}
     *_, point = deque(trajectory(attack, x, loss, bounds=bounds, **more), maxlen=1)
@@ -118,10 +118,10 @@ def trajectory(
     known: Known = _NOTHING,
     watch: Watch = _NOBODY,
 ) -> Iterator[Tensor]:
-    """The attacked point after every step, where steps do not depend on how many there are.
+    """The attacked point after every step, if the steps do not depend on how many follow.
 
-    That is where `Attack.by_steps`; of other attacks there is one point, the result. Arguments and
-    errors are those of `perturb`.
+    This holds if `Attack.by_steps` is true. Other attacks give one point, the result. Arguments and
+    errors are as for `perturb`.
     """
     check_types({"elements": elements, "known": known, "watch": watch})
     tensors = {"mask": elements.mask, "keys": keys, "gradient": known.gradient}
@@ -147,7 +147,7 @@ def trajectory(
 
 @dataclass(frozen=True)
 class _Run:
-    """One attack on one point; the fields are the arguments of `perturb`, checked."""
+    """One attack on one point. The fields are the checked arguments of `perturb`."""
 
     attack: Attack
     losses: Losses
@@ -167,12 +167,12 @@ class _Run:
         return self.keys
 
     def used(self, slope: Tensor) -> Tensor:
-        """What is used of a gradient."""
+        """The part of a gradient that the attack uses."""
         self.watch.on_gradient(slope)
         return slope.masked_fill(slope.isnan() | ~self.ball.moves, 0)
 
     def start(self) -> Tensor:
-        """Where steps begin, which is all of the attacks that draw a point."""
+        """The point where steps begin. For noise this is already the result."""
         kind, ball = self.attack.kind, self.ball
         if kind.start is None:
             return ball.x
@@ -195,7 +195,7 @@ class _Run:
             yield point
 
     def result(self) -> Tensor:
-        """The point of an attack that is more than steps, or none."""
+        """The final point of an attack that is more than steps, or has none."""
         kind = self.attack.kind
         if kind.function is not None:
             return self._own(kind.function)
@@ -209,7 +209,7 @@ class _Run:
         return self._nearest() if kind.minimal else self._climbed(self.ball, self.watch)
 
     def _own(self, function: Callable[..., Any]) -> Tensor:
-        """What an attack of the user's own finds, in the ball."""
+        """The point that a user's own attack returns, projected on the ball."""
         attack, ball = self.attack, self.ball
         given = step_settings(attack) | {"step_size": attack.step}
         settings = {name: given[name] for name in attack.kind.settings}
@@ -221,13 +221,13 @@ class _Run:
                 f" {got}"
             )
         point = point.detach().to(ball.x)
-        # what does not move keeps its bits
+        # coordinates that do not move keep their bits
         return ball.stay(torch.where(point.isnan(), ball.x, point))
 
     def _climbed(self, ball: Ball, watch: Watch) -> Tensor:
-        """The point of Auto-PGD, from all its starts, with the greatest loss.
+        """The point with the greatest loss that Auto-PGD finds from all its starts.
 
-        Towards targets it climbs down the loss of each in turn, and the greatest gap counts.
+        With targets, it lowers the loss of each target in turn, and the greatest gap counts.
         """
         if not self.attack.kind.targeted:
             clean = _without_nan(self.known.loss), self.known.gradient
@@ -235,7 +235,7 @@ class _Run:
             return self._ascended(self._hill(self.loss, *clean), best)
         gap = self._hill(self.losses.gap, _without_nan(self.known.gap))
         best = Best(ball, watch.on_best)
-        # the clean point too: a target that an example does not have leads nowhere
+        # also the clean point: a target that an example does not have leads nowhere
         if gap.clean_value is None:
             best.offer(ball.x, gap.value(ball.x))
         else:
@@ -274,7 +274,7 @@ class _Run:
     def _hill(
         self, loss: Loss | None, value: Tensor | None = None, gradient: Tensor | None = None
     ) -> Hill:
-        """A loss that is climbed, and what is known of it at the clean point."""
+        """The loss to raise, and its known values at the clean point."""
         assert loss is not None
 
         def slope(point: Tensor) -> tuple[Tensor, Tensor]:
@@ -288,7 +288,7 @@ class _Run:
 
 
 def _value(loss: Loss, x: Tensor) -> Tensor:
-    """`loss(x)`; what is not a number is never the best."""
+    """`loss(x)`, with -inf in place of NaN, so NaN is never the best."""
     with torch.no_grad():
         values = loss(x)
     return values.masked_fill(values.isnan(), -torch.inf)
@@ -296,27 +296,27 @@ def _value(loss: Loss, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss as an attack of the user's own sees it.
+    """The loss that a user's own attack gets.
 
     Attributes:
-        loss: point -> (examples,) values, raised; differentiable.
-        used: a gradient -> what is used of it, which the diagnostics count.
+        loss: point -> (examples,) values, which the attack raises; differentiable.
+        used: gradient -> the part of it that is used. The diagnostics count it.
     """
 
     loss: Loss
     used: Callable[[Tensor], Tensor]
 
     def __call__(self, point: Tensor) -> Tensor:
-        """(examples,) values at a point."""
+        """The (examples,) values at a point."""
         return self.loss(point)
 
     def gradient(self, point: Tensor) -> Tensor:
-        """Gradient of the sum of the values, like `point`; zero where nothing may move, or NaN."""
+        """Gradient of the sum, like `point`; zero where the point may not move, and for NaN."""
         return self.used(loss_gradient(self.loss, point))
 
 
 def _without_nan(values: Tensor | None) -> Tensor | None:
-    """What is not a number is never the best."""
+    """Replaces NaN by -inf, so it is never the best."""
     return None if values is None else values.masked_fill(values.isnan(), -torch.inf)
 
 
@@ -332,9 +332,9 @@ def perturb_each(
     known: Known = _NOTHING,
     **options: Any,
 ) -> Iterator[Tensor]:
-    """The attacked point of each attack in turn; those that start at `x` share its gradient.
+    """The attacked points of several attacks. Attacks that start at `x` share its gradient.
 
-    `known` and the options are those of `perturb`. Several epsilons of `fgsm` cost one gradient.
+    `known` and the options are as for `perturb`. Several epsilons of `fgsm` cost one gradient.
     """
     for attack in attacks:
         shares = attack.uses_clean_gradient

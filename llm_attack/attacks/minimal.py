@@ -1,4 +1,4 @@
-"""The nearest point whose loss is above 0, which means a wrong answer: two ways to look for it."""
+"""Two searches for the nearest point whose loss is above 0, which means a wrong answer."""
 
 from __future__ import annotations
 
@@ -13,35 +13,36 @@ from llm_attack.attacks.apgd import Hill
 from llm_attack.attacks.closures import Watch
 from llm_attack.attacks.norms import Ball
 
-# Of FMN, first and last: shares of the first step, and of the radius that it changes by.
+# FMN, first and last step: shares of the first step, and the share by which the radius changes.
 _STEPS = 1.0, 0.01
 _CHANGES = 0.05, 0.001
-_BEYOND = 1.002  # its last try: so far past the boundary, relative to how far that seems to be
+_BEYOND = 1.002  # how far the last try of FMN goes, relative to the estimated distance
 
-_BEFORE_BRACKETED = 4.0  # by what `bisect` divides an amplitude as long as all were enough
-_NEAR = 1.002  # it stops where the bracket's ends differ by less
+_BEFORE_BRACKETED = 4.0  # `bisect` divides an amplitude by this as long as all were enough
+_NEAR = 1.002  # `bisect` stops if the ends of the bracket differ by less
 
 
 def fmn(hill: Hill, ball: Ball, watch: Watch, *, steps: int, step: Tensor | float) -> Tensor:
-    """The Fast Minimum-Norm attack (Pintor et al. 2021), whose steps follow the gradient itself.
+    """The Fast Minimum-Norm attack (Pintor et al. 2021). Its steps follow the gradient itself.
 
-    Each step is projected on a ball whose radius is the linear estimate of the distance until the
-    boundary is crossed, then shrinks on the far side of it and grows on the near one.
+    Each step is projected on a ball. Until the boundary is crossed, the radius is the linear
+    estimate of the distance. Then the radius shrinks on the far side of the boundary, and grows on
+    the near side.
 
-    Where the loss is linear, that estimate leads to the boundary itself, and rounding decides on
-    which side of it the steps stay. So the examples of which no step crossed it get one try more: a
-    step along the last gradient, a little past the estimate. This is not part of the paper.
+    If the loss is linear, the estimate leads exactly to the boundary, and rounding decides on which
+    side the steps stay. So examples that no step moved across it get one more try: a step along the
+    last gradient, a little past the estimate. This is not part of the paper.
 
     Args:
         hill: the loss; the last try needs no gradient.
-        ball: the largest that is allowed; its `balls` are its examples.
-        watch: told which points are the shortest so far.
-        steps: gradients.
-        step: L2 length of the first step, one or (examples,); steps get shorter as a cosine, to a
-            hundredth.
+        ball: the largest ball that is allowed; each of its `balls` is one example.
+        watch: called with the points that are the shortest so far.
+        steps: number of gradients.
+        step: L2 length of the first step, a number or (examples,). Steps shrink along a cosine, to
+            a hundredth of it.
 
     Returns:
-        The shortest point found; the clean one where none was.
+        The shortest point found, or the clean point.
     """
     x, point, best = ball.x, ball.x, ball.x
     first = ball.examples.spread(step, x).to(x.dtype) if isinstance(step, Tensor) else step
@@ -69,7 +70,7 @@ def fmn(hill: Hill, ball: Ball, watch: Watch, *, steps: int, step: Tensor | floa
         point = replace(ball, scale=radius / ball.epsilon).stay(moved)
     radius, inside = _BEYOND * ahead, _BEYOND * ahead <= ball.epsilon
     radius = radius.clamp(max=ball.epsilon)
-    # where the ball ends before that, the whole radius in this direction leads farther
+    # if the ball ends before that, the whole radius in this direction leads farther
     start, far = ball.where(inside, last, x), radius - torch.where(inside, length, 0)
     step = ball.examples.spread(far, x) * ball.norm.direction(slope, ball.balls)
     beyond = replace(ball, scale=radius / ball.epsilon).stay(start + step.to(x.dtype))
@@ -87,20 +88,20 @@ def bisect(
     rounds: int,
     first: float,
 ) -> Tensor:
-    """The shortest point that an attack finds in balls of several radii, for each example.
+    """For each example, the shortest point that an attack finds in balls of several radii.
 
     Args:
-        climb: a ball -> the point that the attack finds there.
-        hill: the loss, of which the values are read.
-        ball: the largest that is tried; its `balls` are its examples.
-        watch: told which points are the shortest so far.
-        rounds: radii. The first is that of `ball`, the second `first`; then it is divided by
-            four as long as that is enough, and then comes the geometric mean of the largest that
-            was not enough and the shortest point that was found.
-        first: a radius.
+        climb: ball -> the point that the attack finds in it.
+        hill: the loss; only its values are read.
+        ball: the largest ball to try; each of its `balls` is one example.
+        watch: called with the points that are the shortest so far.
+        rounds: number of radii. The first is the radius of `ball`, and the second is `first`. Then
+            the radius is divided by four as long as the attack succeeds. After that comes the
+            geometric mean of the largest radius that failed and the length of the shortest point.
+        first: the second radius.
 
     Returns:
-        The shortest point found; what the attack found in `ball` where that was not enough.
+        The shortest point found. If there is none, the point that the attack found in `ball`.
     """
     best, clean = ball.x, hill.clean_value
     if clean is None:
@@ -108,7 +109,7 @@ def bisect(
         watch.on_best(torch.ones_like(clean, dtype=torch.bool))
     shortest = torch.where(clean > 0, 0.0, math.inf)
     shortest = shortest.to(ball.norm.length(ball.x - ball.x, ball.balls))
-    largest = torch.zeros_like(shortest)  # of those that were not enough
+    largest = torch.zeros_like(shortest)  # radius at which the attack failed
     radius = torch.full_like(shortest, ball.epsilon)
     for i in range(rounds):
         point = climb(replace(ball, scale=radius / ball.epsilon))

@@ -1,7 +1,7 @@
-"""The balls that attacks stay in: for each norm its random points, a step's direction, projection.
+"""The balls that attacks stay in. Each norm has random points, a step direction and a projection.
 
-Whatever is one number per example (a norm, the scale of a momentum) goes by `Groups`, an index, so
-that a point of rows, of nodes that requests share, and of trees gives the same numbers.
+Values per example, such as a norm or the scale of a momentum, are computed by an index (`Groups`).
+So a point of rows, of nodes that requests share, and of trees gives the same numbers.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from llm_attack.attacks.settings import Attack
 
 
 def widest(device: torch.device) -> torch.dtype:
-    """The float of most bits that `device` has."""
+    """The widest float type that `device` supports."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 @dataclass(frozen=True)
 class Groups:
-    """Which group each element of a point x belongs to: an example's, or a ball's.
+    """The group of each element of a point x. A group is an example or a ball.
 
     Attributes:
         index: int64 of shape x.shape[:k]; all coordinates of an element are in one group.
@@ -36,11 +36,11 @@ class Groups:
 
     @classmethod
     def rows(cls, x: Tensor) -> Groups:
-        """A group for each entry of the first dimension."""
+        """Groups with one group for each entry of the first dimension."""
         return cls(torch.arange(len(x), device=x.device), len(x))
 
     def sum(self, values: Tensor) -> Tensor:
-        """(n,) sums of `values`, which have the shape of x."""
+        """(n,) sums of `values`, which has the shape of x."""
         of_elements = values.reshape(*self.index.shape, -1).sum(-1).flatten()
         return of_elements.new_zeros(self.n).index_add(0, self.index.flatten(), of_elements)
 
@@ -51,16 +51,16 @@ class Groups:
         return wide.new_zeros(self.n).scatter_reduce(0, self.index.flatten(), of_elements, "amax")
 
     def norm(self, values: Tensor, p: int) -> Tensor:
-        """(n,) L1 or L2 norms, in float64: squares of a small gradient are nothing in float32."""
+        """(n,) L1 or L2 norms, in float64: in float32, squares of a small gradient become zero."""
         wide = values.to(widest(values.device)).abs()
         return self.sum(wide) if p == 1 else self.sum(wide.square()).sqrt()
 
     def spread(self, of_groups: Tensor, x: Tensor) -> Tensor:
-        """Each group's value at its elements, in a shape that broadcasts with `x`."""
+        """Copies each group's value to its elements, in a shape that broadcasts with `x`."""
         return of_groups[self.index].reshape(self.index.shape + (1,) * (x.dim() - self.index.dim()))
 
     def scaled(self, values: Tensor, p: int) -> Tensor:
-        """`values` with norms of 1; zero where the norm is zero or not finite."""
+        """Scales `values` to norms of 1; zero if the norm is zero or not finite."""
         norm = self.norm(values, p)
         factor = torch.where((norm > 0) & norm.isfinite(), 1 / norm, 0)
         return (values * self.spread(factor, values)).to(values.dtype)
@@ -77,13 +77,13 @@ class Norm:
         on_sphere: (keys, moves, x, balls) -> a random point at distance 1 from 0.
         in_ball: (keys, moves, x, balls) -> a uniform point of the unit ball round 0. `moves`, which
             broadcasts with x, is False where nothing is drawn.
-        gaussian: likewise a normal draw, whose root mean square is that of `on_sphere`.
-        direction: (gradient, balls) -> the step of length 1 that gains most.
+        gaussian: the same arguments -> a normal draw with the root mean square of `on_sphere`.
+        direction: (gradient, balls) -> the step of length 1 that raises the loss most.
         project: (point, x, epsilon, balls) -> the nearest point within epsilon of x; epsilon is a
             number, or broadcasts with x.
         length: (change, balls) -> (balls.n,) norms, in float64.
-        dual: (gradient, balls) -> (balls.n,) norms of the gradient, by which a step of length 1
-            along `direction` gains.
+        dual: (gradient, balls) -> (balls.n,) dual norms of the gradient: how much a step of length
+            1 along `direction` raises the loss.
     """
 
     on_sphere: Draw
@@ -100,8 +100,8 @@ def _l2_sphere(keys: Tensor, moves: Tensor, x: Tensor, balls: Groups) -> Tensor:
 
 
 def _l2_ball(keys: Tensor, moves: Tensor, x: Tensor, balls: Groups) -> Tensor:
-    """A point of the sphere times u ** (1 / coordinates), u uniform: the volume inside of it."""
-    own = balls.sum(words(keys, x) * moves)  # a key of the ball, whatever the order
+    """A point of the sphere times u ** (1 / coordinates), u uniform; uniform in the ball."""
+    own = balls.sum(words(keys, x) * moves)  # the ball's key: independent of the order
     share = (1 + uniform(own, own.to(widest(x.device)))) / 2
     radius = share ** (1 / _coordinates(moves, x, balls))
     return _l2_sphere(keys, moves, x, balls) * balls.spread(radius, x).to(x.dtype)
@@ -117,7 +117,7 @@ def _coordinates(moves: Tensor, x: Tensor, balls: Groups) -> Tensor:
 
 def _l2_project(point: Tensor, x: Tensor, epsilon: Any, balls: Groups) -> Tensor:
     change = point - x
-    change = change.masked_fill(change.isnan(), 0)  # where both are infinite
+    change = change.masked_fill(change.isnan(), 0)  # if both are infinite
     length = balls.spread(balls.norm(change, 2), x)
     return torch.where(length > epsilon, x + (change * (epsilon / length)).to(x.dtype), point)
 
@@ -151,10 +151,10 @@ class Elements:
     An element is an entry of the point's first dimensions, such as an example or a token.
 
     Attributes:
-        mask: booleans of shape x.shape[:k]; where False (padding) the point never moves; None: all
-            of it may move.
-        examples: which of the N examples each element belongs to; None: `x` has a row each.
-        balls: which elements share a ball of radius epsilon; None: those of an example.
+        mask: booleans of shape x.shape[:k]; the point never moves where it is False (padding);
+            None: all of it may move.
+        examples: which of the N examples each element belongs to; None: `x` has one row for each.
+        balls: which elements share a ball of radius epsilon; None: the elements of an example.
     """
 
     mask: Tensor | None = None
@@ -164,16 +164,16 @@ class Elements:
 
 @dataclass(frozen=True)
 class Ball:
-    """Where the points of a batch may go.
+    """The region in which the points of a batch may move.
 
     Attributes:
         x: the clean point.
         epsilon: the radius.
-        norm: of the ball.
+        norm: the norm of the ball.
         examples: which example each element belongs to.
         balls: which elements share a ball.
-        moves: booleans that broadcast with `x`; where False the point stays.
-        bounds: box that the point stays in; None: there is none.
+        moves: booleans that broadcast with `x`; the point stays where it is False.
+        bounds: box that the point stays in; None: no box.
         scale: (examples.n,) factors of all lengths; None: 1.
     """
 
@@ -195,7 +195,7 @@ class Ball:
         bounds: tuple[float, float] | None = None,
         elements: Elements = Elements(),  # frozen
     ) -> Ball:
-        """The ball of an `Attack`; the other arguments are those of `perturb`."""
+        """The ball of an `Attack`. The other arguments are as for `perturb`."""
         examples, mask = elements.examples or Groups.rows(x), elements.mask
         balls = elements.balls or examples
         moves = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
@@ -208,39 +208,39 @@ class Ball:
         return cls(x, attack.epsilon, norm, examples, balls, moves, bounds, scale)
 
     def sized(self, length: Any) -> Any:
-        """A length, a number or what broadcasts with `x`, with the factor of each example."""
+        """Multiplies a length, which broadcasts with `x`, by the factor of each example."""
         if self.scale is None:
             return length
         return length * self.examples.spread(self.scale, self.x).to(self.x.dtype)
 
     def stay(self, point: Tensor) -> Tensor:
-        """The nearest point that is allowed."""
+        """The nearest point in the ball and the box."""
         inside = self.norm.project(point, self.x, self.sized(self.epsilon), self.balls)
         return self.only_moves(inside)
 
     def only_moves(self, point: Tensor) -> Tensor:
-        """The point in the box, and the clean one where nothing moves."""
+        """The point clamped to the box; clean where it may not move."""
         inside = point if self.bounds is None else point.clamp(*self.bounds)
         return torch.where(self.moves, inside, self.x)
 
     def step(self, point: Tensor, slope: Tensor, length: Any) -> Tensor:
         """The point after a step in the direction of `slope`, projected."""
         direction = self.norm.direction(slope, self.balls)
-        # not by adding a zero: that would turn -0.0 into 0.0, and inf * 0 into NaN
+        # adding a zero instead would turn -0.0 into 0.0, and inf * 0 into NaN
         ahead = point + self.sized(length) * direction
         return self.stay(torch.where(direction != 0, ahead, point))
 
     def drawn(self, draw: Draw, keys: Tensor) -> Tensor:
-        """The clean point and a draw of the norm's, scaled by the radius; not projected."""
+        """The clean point plus a draw of the norm times the radius; not projected."""
         away: Tensor = self.sized(self.epsilon) * draw(keys, self.moves, self.x, self.balls)
         return self.x + away
 
     @property
     def farthest(self) -> Tensor:
-        """(examples.n,) L2 distance of the point that is farthest, of balls that are examples."""
+        """(examples.n,) L2 distance of the farthest point, if each ball is one example."""
         corner = self.moves.expand_as(self.x).to(self.x.dtype)
         return self.epsilon * self.examples.norm(self.norm.direction(corner, self.balls), 2)
 
     def where(self, chosen: Tensor, this: Tensor, other: Tensor) -> Tensor:
-        """`this` for the examples where `chosen`, (examples.n,), else `other`."""
+        """`this` for the examples with `chosen`, (examples.n,), and `other` for the rest."""
         return torch.where(self.examples.spread(chosen, this), this, other)

@@ -1,4 +1,4 @@
-"""The table of attacks and the settings of one: names, defaults, validation. Needs no torch."""
+"""The table of attacks, and their settings: names, defaults, validation. Needs no torch."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from llm_attack.base.plugins import check_name, is_known, name_of, source_hash
 
 @dataclass(frozen=True)
 class Kind:
-    """The traits that tell one attack from another; the loop in `perturb` reads nothing else.
+    """The traits of an attack. The loop in `perturb` reads nothing else.
 
     Attributes:
-        gradient: it follows the gradient of a loss.
-        iterative: in several steps.
-        targeted: it lowers the loss of a target; an adaptive one of every target in turn.
-        start: the draw of `Norm` that it starts from, or is; None: the clean point.
-        projected: that draw is kept in the ball.
-        reverse: it goes the other way.
-        momentum: its steps remember those before.
-        adaptive: it finds its step sizes (Auto-PGD).
-        search: it tries points, without a gradient.
-        minimal: it looks for the nearest point with a loss above 0, epsilon away at most.
-        function: of the user's own, which does all of it; see `register_attack`.
+        gradient: follows the gradient of a loss.
+        iterative: makes several steps.
+        targeted: lowers the loss of a target; an adaptive attack does so for each target in turn.
+        start: name of the draw of `Norm` that it starts from; for noise, the draw is the result.
+            None: starts at the clean point.
+        projected: the draw is kept in the ball.
+        reverse: steps in the opposite direction.
+        momentum: steps remember the steps before.
+        adaptive: finds its step sizes (Auto-PGD).
+        search: tries points, and uses no gradient.
+        minimal: looks for the nearest point with a loss above 0, at most epsilon away.
+        function: a user's own function that does everything; see `register_attack`.
         source: hash of its source (`source_hash`); empty for the attacks of this package.
     """
 
@@ -66,27 +67,27 @@ class Kind:
 
     @property
     def noise(self) -> bool:
-        """Whether it is a draw, and nothing more."""
+        """Whether the attack is only a random draw."""
         return self.start is not None and not self.gradient
 
     @property
     def control(self) -> bool:
-        """Whether it is no attack, but what attacks are compared with."""
+        """Whether it is a control that attacks are compared with, and not an attack."""
         return self.reverse or not (self.gradient or self.search)
 
     @property
     def bounded(self) -> bool:
-        """Whether it does its worst in a ball of one amplitude, so that it is part of a worst case.
+        """Whether it counts for the worst case: it tries to do harm in a ball of one amplitude.
 
-        Clean answers, the control that goes the other way, noise that may leave the ball and the
-        searches for the smallest amplitude are not.
+        Clean answers, `reversed`, noise that may leave the ball, and searches for the smallest
+        amplitude do not count.
         """
         moves = self.gradient or self.search or self.start is not None
         return moves and self.projected and not (self.reverse or self.minimal)
 
     @property
     def stepwise(self) -> bool:
-        """Whether it climbs the loss in steps, so that it should not be weaker than one step."""
+        """Whether it raises the loss in several steps, so it should not be weaker than one step."""
         follows = self.gradient and self.iterative and not self.minimal and self.function is None
         return follows and (self.adaptive or not self.targeted)
 
@@ -97,7 +98,7 @@ class Kind:
 
     @property
     def closures(self) -> tuple[str, ...]:
-        """The losses that `perturb` needs, by the names of its arguments."""
+        """The names of the losses that `perturb` needs (fields of `Losses`)."""
         if self.targeted:
             return ("target_losses", "loss") if self.adaptive else ("target_loss",)
         return ("loss",) if self.gradient or self.search else ()
@@ -129,15 +130,17 @@ ATTACKS: dict[str, Kind] = {
 
 
 def register_attack(function: Callable[..., Any], name: str | None = None) -> str:
-    """Makes an attack of the user's own known by a name, as `package.module:function` makes it.
+    """Registers a user's own attack under a name.
+
+    The name `package.module:function` needs no registration.
 
     Args:
-        function: `(x, loss, ball, keys, **settings) -> point`. `x` is the clean point, `loss` the
-            `Objective` that it raises, `ball` the `Ball` that it stays in, `keys` those of the
-            random draws (`attacks.uniform`, `attacks.signs`). It gets the settings of
+        function: `(x, loss, ball, keys, **settings) -> point`. `x` is the clean point. `loss` is
+            the `Objective` to raise. `ball` is the `Ball` to stay in. `keys` are the seeds of
+            random draws (`attacks.uniform`, `attacks.signs`). The function gets the settings of
             `StepSettings` that its signature names, with `step_size` in the units of the point.
-            What it returns is projected on the ball.
-        name: of the attack; `package.module:function` unless given.
+            The point that it returns is projected on the ball.
+        name: name of the attack; `package.module:function` by default.
 
     Returns:
         The name.
@@ -150,7 +153,7 @@ def register_attack(function: Callable[..., Any], name: str | None = None) -> st
     known = ATTACKS.get(name)
     if known is not None and known.function is not function:
         raise ValueError(f"name={name}: must be a name that no attack has")
-    if known is None:  # its source as it is when the function is new
+    if known is None:  # the source at the time of registration
         source = source_hash(function)
         kind = Kind(gradient=True, iterative=True, function=function, source=source)
         try:
@@ -165,10 +168,10 @@ def register_attack(function: Callable[..., Any], name: str | None = None) -> st
 
 
 def known_attack(name: Any) -> bool:
-    """Whether an attack has this name; one of the user's own is imported.
+    """Whether an attack has this name. A user's own attack is imported.
 
     Raises:
-        UsageError: it has the form of the user's own, and there is none.
+        UsageError: the name has the form `package.module:function`, and it cannot be imported.
     """
     return is_known("attack", name, ATTACKS, register_attack)
 
@@ -176,13 +179,13 @@ def known_attack(name: Any) -> bool:
 ITERATIVE = ", ".join(name for name, kind in ATTACKS.items() if kind.iterative)
 NOISE = tuple(name for name, kind in ATTACKS.items() if kind.noise)
 BOUNDED_NOISE = tuple(name for name in NOISE if ATTACKS[name].bounded)
-"""Noise of one amplitude, with which attacks of that amplitude are compared; the best first."""
+"""Noise of one amplitude that attacks of this amplitude are compared with; the best first."""
 
 LENGTH_OF_ONES: dict[str, Callable[[int], float]] = {
     "linf": lambda n: 1.0,
     "l2": lambda n: n**0.5,
 }
-"""For each norm, by the keys of `norms.NORMS`, the length of a vector of n ones."""
+"""The length of a vector of n ones in each norm. The keys are those of `norms.NORMS`."""
 
 FIRST_STEP = 2.0
 """Length of the first step of Auto-PGD, in units of epsilon (Croce and Hein 2020)."""
@@ -192,7 +195,7 @@ _EPSILON = SettingSpec("radius of the ball", float, minimum=0.0)
 
 @dataclass(frozen=True, kw_only=True)
 class StepSettings:
-    """How an attack steps. What is declared here, every program and model takes."""
+    """The settings of an attack's steps. Every command and every model accepts them."""
 
     steps: int = setting(
         10, f"Number of steps of the iterative attacks ({ITERATIVE})", minimum=1, group="attack"
@@ -246,22 +249,25 @@ class Attack(StepSettings):
             et al. 2015; `bim`, `illc` and `ost` (one step towards the least likely class): Kurakin
             et al. 2017; `pgd`: Madry et al. 2018; `mifgsm`: Dong et al. 2018; `apgd`, `apgdt`:
             Croce and Hein 2020; `blocks`: after Andriushchenko et al. 2020; `fmn`: Pintor et al.
-            2021; `critical`: `apgd` at several epsilons; `reversed`: `fgsm` with the other sign,
-            the control that has to lower the loss.
+            2021; `critical`: `apgd` at several epsilons; `reversed`: `fgsm` with the opposite sign,
+            a control that has to lower the loss.
         epsilon: radius of the ball round the clean point, in the units of the point; finite, >= 0.
-            Of `fmn` and `critical` the largest.
-        steps: of the iterative attacks; >= 1.
-        step_size: of the iterative attacks, in the units of the point; None means epsilon / 4. Of
-            `apgd`, `apgdt` and `critical` the first step's; None means 2 epsilon.
-        decay: of the momentum of `mifgsm`; finite, >= 0.
-        restarts: of `apgd`, `apgdt` and `critical`; >= 1.
-        rounds: of `critical`; >= 1.
-        first_epsilon: of `critical`, in the units of the point; None means epsilon / 16.
-        queries: of `blocks`; >= 1.
-        norm: of the ball, a key of `LENGTH_OF_ONES`; with `l2` a step follows the gradient itself.
-        by_size: all lengths are divided by the square root of how many entries of the point's
-            dimensions but the last, such as tokens, are of the example, as the noise of NEFTune is
-            (Jain et al. 2023).
+            For `fmn` and `critical`, the largest radius.
+        steps: number of steps of the iterative attacks; >= 1.
+        step_size: length of a step of the iterative attacks, in the units of the point; None means
+            epsilon / 4. For `apgd`, `apgdt` and `critical` it is the first step, and None means
+            2 epsilon. For `fmn` it is the L2 length of the first step, and with None this step
+            reaches a corner of the ball.
+        decay: decay of the momentum of `mifgsm`; finite, >= 0.
+        restarts: number of starts of `apgd`, `apgdt` and `critical`; >= 1.
+        rounds: number of epsilons that `critical` tries; >= 1.
+        first_epsilon: the second epsilon that `critical` tries, in the units of the point; None
+            means epsilon / 16.
+        queries: number of points that `blocks` tries; >= 1.
+        norm: norm of the ball, a key of `LENGTH_OF_ONES`; with `l2` a step follows the gradient
+            itself.
+        by_size: whether all lengths are divided by the square root of the number of the example's
+            elements, such as tokens. The noise of NEFTune is scaled so (Jain et al. 2023).
         label: the amplitude in the condition's name; None means epsilon.
 
     Raises:
@@ -290,12 +296,12 @@ class Attack(StepSettings):
 
     @property
     def identity(self) -> bool:
-        """Whether the attack returns the clean point whatever the loss is."""
+        """Whether the attack returns the clean point for every loss."""
         return self.name == "none" or self.epsilon == 0
 
     @property
     def step(self) -> float:
-        """The length of one step, or of the first: epsilon for the one-step attacks."""
+        """The length of a step, or of the first one; epsilon for attacks with one step."""
         if not self.kind.iterative:
             return self.epsilon
         usual = FIRST_STEP if self.kind.adaptive else 1 / 4
@@ -303,9 +309,7 @@ class Attack(StepSettings):
 
     @property
     def uses_clean_gradient(self) -> bool:
-        """Whether the first step follows the gradient of the untargeted loss at the clean point,
-        and needs no more of that point than this, and the loss.
-        """
+        """Whether the first step needs only the untargeted loss and its gradient at the start."""
         kind = self.kind
         others = kind.targeted or kind.start is not None or (kind.minimal and not kind.adaptive)
         others = others or kind.function is not None
@@ -313,29 +317,29 @@ class Attack(StepSettings):
 
     @property
     def by_steps(self) -> bool:
-        """Whether it goes step by step, each of them the same however many follow."""
+        """Whether it makes steps that do not depend on how many follow."""
         kind = self.kind
         return kind.gradient and not (kind.adaptive or kind.minimal or kind.function is not None)
 
     @property
     def points(self) -> int:
-        """How many points `trajectory` has."""
+        """The number of points that `trajectory` returns."""
         return self.steps if self.by_steps and self.kind.iterative else 1
 
     @property
     def keeps_best(self) -> bool:
-        """Whether it returns the best of the points that it has asked a loss for."""
+        """Whether it returns the best of the points that it evaluated."""
         kind = self.kind
         return kind.adaptive or kind.search or kind.minimal
 
     @property
     def path(self) -> Attack:
-        """The attack with one step: attacks with the same go the same way, some of them farther."""
+        """The same attack with one step. Attacks with equal `path` take the same steps."""
         return replace(self, steps=1) if self.by_steps and self.kind.iterative else self
 
     @property
     def draws(self) -> bool:
-        """Whether there is anything random about it."""
+        """Whether the attack uses random draws."""
         kind = self.kind
         started = kind.start is not None or (kind.adaptive and self.restarts > 1)
         return started or kind.search or kind.function is not None
@@ -347,16 +351,16 @@ class Attack(StepSettings):
         return condition_name(self.name, label)
 
     def scaled(self, factor: float) -> Attack:
-        """The same attack in other units: all lengths times `factor`, the same label."""
+        """The same attack in other units: multiplies all lengths by `factor`, keeps the label."""
         given = {name: getattr(self, name) for name in ("epsilon", "step_size", "first_epsilon")}
         return replace(self, **{k: v * factor for k, v in given.items() if v is not None})
 
 
 def condition_name(attack: str, label: str) -> str:
-    """The name of a condition; `label`: its amplitude and whatever else tells it from others."""
+    """The name of a condition. `label` holds the amplitude, and other parts that distinguish it."""
     return attack if attack == "none" else f"{attack}@{label}"
 
 
 def step_settings(settings: StepSettings) -> dict[str, Any]:
-    """The values of `StepSettings` alone."""
+    """Only the values of `StepSettings`."""
     return {entry.name: getattr(settings, entry.name) for entry in fields(StepSettings)}

@@ -1,1 +1,1 @@
-"""What every part may use: errors, declared settings, files, the look of figures."""
+"""Code that every part may use: errors, declared settings, files, the style of figures."""

@@ -1,8 +1,8 @@
-"""Settings, declared once: the fields of a dataclass say what they mean and what they may be.
+"""Settings are declared once. The fields of a dataclass hold their meaning and allowed values.
 
 Validation, command-line options, tables of the documentation and names in results follow from the
-declaration: a new argument is one line. Imports the standard library alone; `base.options` makes
-options of a command.
+declaration, so a new argument is one line. This module imports only the standard library.
+`base.options` makes the options of a command.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ class SettingSpec:
     """The declaration of a setting.
 
     Attributes:
-        text: what it means, without a full stop.
-        kind: bool, int, float, str, or tuple for what may be a list.
-        also_type: another type allowed, or several.
-        option: of click, what the option's text is turned into; `kind` unless given.
+        text: its meaning, without a full stop.
+        kind: bool, int, float, str, or tuple for a value that may be a list.
+        also_type: another allowed type, or several.
+        option: the type of the command-line option, as click takes it; `kind` by default.
         group: heading in `--help`.
         choices: the values allowed, if they can be listed.
         minimum: the lowest number allowed.
         exclusive_minimum: whether `minimum` itself is too low.
-        allowed: what is allowed, in words, where that cannot be told from the others.
-        parse: makes the value of what was given; it also takes its own values. What it cannot read
-            it returns as it is, for `check` to refuse.
+        allowed: the allowed values in words, if the other attributes do not say them.
+        parse: turns the given value into the setting's value, and accepts its own results. It
+            returns what it cannot read unchanged, so that `check` refuses it.
     """
 
     text: str
@@ -62,7 +62,7 @@ class SettingSpec:
         return {bool: "True or False", str: "a text"}.get(self.kind, several)
 
     def allows(self, value: Any) -> bool:
-        """Whether a value is one of those allowed; a number is not a text, True no number."""
+        """Whether a value is allowed. A number is not a text, and True is not a number."""
         if self.also_type is not None and isinstance(value, self.also_type):
             return True
         if self.choices:
@@ -92,18 +92,19 @@ class SettingSpec:
 
 
 def setting(default: Any, text: str, **about: Any) -> Any:
-    """A field with its meaning; None is allowed where it is the default.
+    """Declares a field of a dataclass as a setting. None is allowed if it is the default.
 
     Args:
-        default: its value.
-        text: what it means.
-        **about: more of `SettingSpec`; the kind is the first type of the annotation unless given.
+        default: the default value.
+        text: the meaning.
+        **about: other attributes of `SettingSpec`. The kind is the annotation's first type by
+            default.
     """
     return field(default=default, metadata={"about": (text, about)})
 
 
 def declared(kind: Any) -> Iterator[tuple[Field[Any], SettingSpec]]:
-    """The settings of a dataclass, or of an instance; those that may be positional come first."""
+    """The settings of a dataclass or an instance; those that may be positional come first."""
     for entry in sorted(fields(kind), key=lambda entry: entry.kw_only is True):
         if "about" in entry.metadata:
             text, about = entry.metadata["about"]
@@ -117,9 +118,9 @@ def names(kind: Any) -> list[str]:
 
 
 def parse(settings: Any) -> None:
-    """Makes values of the settings as they were given; for __post_init__, before `check`.
+    """Turns the given settings into their values; for __post_init__, before `check`.
 
-    The one place where settings, which are frozen, are set.
+    Settings are frozen. This is the only place where they are set.
 
     Raises:
         UsageError: a value is not allowed.
@@ -130,14 +131,14 @@ def parse(settings: Any) -> None:
 
 
 def parts(text: str) -> list[str]:
-    """What stands between the commas of a text; blank parts too."""
+    """The parts of a text between its commas, blank ones included."""
     return [part.strip() for part in text.split(",")]
 
 
 def listed(value: Any) -> Any:
-    """The parts of a text with commas between them, a list or one number as a tuple.
+    """Turns a text with commas, a list or one number into a tuple.
 
-    Anything else is returned as it is.
+    Other values are returned unchanged.
     """
     if isinstance(value, str):
         return tuple(filter(None, parts(value)))
@@ -161,14 +162,14 @@ def check(settings: Any) -> None:
 
 
 def check_names(given: Iterable[Any], known: Sequence[str]) -> None:
-    """Raises `UsageError` unless all names are known, with the closest one."""
+    """Raises `UsageError`, which suggests the closest name, if a name is unknown."""
     for name in given:
         if name not in known:
             raise UsageError(f"{name}: must be one of {', '.join(known)}{hint(name, known)}")
 
 
 def is_plain(text: str) -> bool:
-    """Whether a number is written plainly: Python also reads `1_0`, ` 1 ` and other digits."""
+    """Whether a number is written plainly. Python also reads `1_0`, ` 1 ` and other digits."""
     return text.isascii() and "_" not in text and text == text.strip()
 
 
@@ -182,7 +183,7 @@ DIALECT = {"token_normalize_func": underscored}
 
 
 def table(*kinds: Any, without: Iterable[str] = ()) -> str:
-    """Markdown: name, allowed values, default and meaning of the settings of dataclasses.
+    """A Markdown table of settings: name, allowed values, default and meaning.
 
     Args:
         *kinds: the dataclasses.
@@ -201,7 +202,7 @@ def table(*kinds: Any, without: Iterable[str] = ()) -> str:
 
 
 def typed(value: Any) -> str:
-    """A value as it is typed on a command line; nothing for None."""
+    """A value as one types it on a command line; empty for None."""
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     return "" if value is None else str(value)

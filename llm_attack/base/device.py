@@ -1,4 +1,4 @@
-"""Devices that are there."""
+"""Checks that a device exists."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from llm_attack.base.errors import invalid
 
 
 def check_device(device: Any) -> None:
-    """Refuses a device that is not there, in whose place lm-eval would take the CPU without a word.
+    """Refuses a device that this machine does not have. lm-eval would silently use the CPU.
 
     Raises:
-        UsageError: naming those that are there.
+        UsageError: the message names the devices that exist.
     """
     there = ["cpu"]
     if torch.cuda.is_available():
@@ -22,7 +22,7 @@ def check_device(device: Any) -> None:
         there += ["mps", "mps:0"]
     device = str(device)  # torch.device
     kind = device.partition(":")[0]
-    # torch knows some of them only with libraries of their own
+    # torch knows some devices only if an additional library is installed
     known = getattr(torch, kind, None) if kind in ("hpu", "npu", "xpu") else None
     if device not in there and not (known and known.is_available()):
         raise invalid("device", device, there)

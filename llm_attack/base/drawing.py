@@ -1,4 +1,4 @@
-"""How figures look and how they are saved; matplotlib is imported by what needs it."""
+"""The style of figures, and how they are saved. Functions import matplotlib when they need it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from llm_attack.base.record import whole_or_not
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette without its yellow, which is too light for lines on white: readable by the
-# colour-blind, and of distinct lightness in grey print. https://jfly.uni-koeln.de/color/
+# The palette of Okabe and Ito without yellow, which is too light for lines on white. Colour-blind
+# readers can tell it apart, and so can readers of grey prints. https://jfly.uni-koeln.de/color/
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -37,7 +37,7 @@ _STYLE: Any = {
 
 _FORMS: dict[str, Any] = {"png": {"Software": None}, "svg": {"Date": None}}
 
-# What matplotlib says of letters that it cannot show in a PNG file; in an SVG file they are text.
+# Matplotlib warns about letters that it cannot show in a PNG file. An SVG file has them as text.
 _UNREADABLE = ("Glyph .* missing from", "Matplotlib currently does not support")
 
 
@@ -45,8 +45,8 @@ _UNREADABLE = ("Glyph .* missing from", "Matplotlib currently does not support")
 def style() -> Iterator[None]:
     """Matplotlib's settings for all figures of this project, while the context lasts.
 
-    Figures are made as `matplotlib.figure.Figure`, without pyplot, which would need a screen
-    in some programs, and would keep every figure alive.
+    Make figures with `matplotlib.figure.Figure`, and not with pyplot. Pyplot needs a screen in some
+    programs, and keeps every figure alive.
     """
     import matplotlib
     from cycler import cycler
@@ -56,10 +56,10 @@ def style() -> Iterator[None]:
 
 
 def nested(i: int, n: int) -> dict[str, Any]:
-    """Line width and marker of curve `i` of `n`, which are drawn one over the other.
+    """Line width and marker of curve `i` of `n` curves that are drawn over each other.
 
-    Each is thinner than those beneath it, and so are its markers, which are hollow and of another
-    form: curves that coincide are all seen.
+    Each curve is thinner than those beneath it. Its markers are smaller, hollow and of another
+    form. So all curves are visible if they coincide.
     """
     beneath = n - 1 - i
     return {
@@ -74,10 +74,10 @@ def nested(i: int, n: int) -> dict[str, Any]:
 def save_figure(
     figure: Figure, folder: Path, name: str = "figure", title: str | None = None
 ) -> None:
-    """Writes `name`.png and `name`.svg into `folder`; equal figures give equal files.
+    """Writes `name`.png and `name`.svg into `folder`. Equal figures give equal files.
 
-    The SVG file has `title` (or else `name`), which screen readers say and browsers show. Letters
-    that the usual font does not have are taken from others that are installed, if any do.
+    The SVG file contains `title`, or else `name`, for screen readers and browsers. Letters that the
+    usual font does not have are drawn in another installed font that has them.
     """
     from matplotlib.text import Text
 
@@ -101,16 +101,16 @@ def draw(
     attempts: Attempts | None = None,
     title: str | None = None,
 ) -> bool:
-    """Writes what `make` draws as `name`.png and `name`.svg into `folder`; whether there are these.
+    """Writes the figure of `make` as `name`.png and `name`.svg. Returns whether it was written.
 
-    Where it returns None, as there is nothing to draw, earlier files of that name are removed.
+    `make` returns None if there is nothing to draw. Earlier files of that name are then removed.
 
     Args:
-        folder: where to.
-        name: of the files.
+        folder: the folder.
+        name: name of the files.
         make: draws the figure.
-        attempts: what a failure becomes a line of; None: it is raised.
-        title: of `save_figure`.
+        attempts: collects a failure as a line; None: the failure is raised.
+        title: as for `save_figure`.
     """
     with nullcontext() if attempts is None else attempts(f"figure {name}"):
         figure = make()
@@ -124,9 +124,9 @@ def draw(
 
 @contextmanager
 def new_figure(folder: Path, size: tuple[float, float], name: str = "figure") -> Iterator[Figure]:
-    """A figure in our style, to be drawn in the context, at whose end it is saved into `folder`.
+    """Yields a figure in our style, and saves it into `folder` at the end of the context.
 
-    If drawing or saving fails, the context says so in one line on stderr and does not raise.
+    If drawing or saving fails, the context prints one line on stderr and does not raise.
     """
     from matplotlib.figure import Figure
 
@@ -141,7 +141,7 @@ def new_figure(folder: Path, size: tuple[float, float], name: str = "figure") ->
 
 @cache
 def _fonts_for(letters: frozenset[str]) -> list[str]:
-    """Installed fonts, by name, for letters that the usual font does not have; as few as do."""
+    """Names of as few installed fonts as possible for letters that the usual font lacks."""
     from matplotlib.font_manager import FontProperties, findfont, findSystemFonts, fontManager
     from matplotlib.ft2font import FT2Font
 

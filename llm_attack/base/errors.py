@@ -1,4 +1,4 @@
-"""Errors that a user can mend: one line that names the argument, the value, what is allowed.
+"""Errors that a user can mend: one line with the argument, the value and the allowed values.
 
 Every other module may import this one.
 """
@@ -18,37 +18,37 @@ _LONGEST = 200  # characters of a value in a message
 
 
 class UsageError(ValueError):
-    """Bad input. Command lines print its one line, without secrets, and exit with code 2."""
+    """Bad input. A command prints its one line, without secrets, and exits with code 2."""
 
     def __init__(self, text: str) -> None:
         super().__init__(redacted(text))
 
 
 def closest(word: object, allowed: Iterable[str]) -> str | None:
-    """The member of `allowed` that `word` was most likely meant to be, or None; in any case."""
+    """The member of `allowed` that is most like `word`, or None. Ignores upper and lower case."""
     lower = {name.lower(): name for name in allowed}
     matches = difflib.get_close_matches(str(word).lower(), lower, n=1, cutoff=0.6)
     return lower[matches[0]] if matches else None
 
 
 def did_you_mean(meant: object | None) -> str:
-    """The end of a message that suggests something; nothing for None."""
+    """The end of a message that suggests a value; empty for None."""
     return "" if meant is None else f"; did you mean {meant!r}?"
 
 
 def hint(word: object, allowed: Iterable[str]) -> str:
-    """The end of a message about `word` that suggests the closest of what is allowed, if any."""
+    """The end of a message about `word` that suggests the closest allowed value, if any."""
     return did_you_mean(closest(word, allowed))
 
 
 def invalid(argument: str, value: object, allowed: str | Iterable[str]) -> UsageError:
-    """`UsageError` for `argument=value`.
+    """Makes a `UsageError` for `argument=value`.
 
     Args:
         argument: name of the argument as the user typed it.
-        value: the value got.
-        allowed: what is allowed, in words, or the list of allowed values; from a list, the
-            closest one is suggested.
+        value: the value that was given.
+        allowed: the allowed values, in words or as a list. From a list, the message suggests the
+            closest one.
     """
     quoted = isinstance(value, str) and isinstance(allowed, str)
     shown = repr(value) if quoted else shortened(value)
@@ -60,10 +60,10 @@ def invalid(argument: str, value: object, allowed: str | Iterable[str]) -> Usage
 
 
 def as_path(argument: str, value: Any) -> Path:
-    """A path that a caller gave.
+    """Turns an argument into a path.
 
     Raises:
-        TypeError: it is none.
+        TypeError: it is not a path.
     """
     if not isinstance(value, (str, os.PathLike)):
         raise TypeError(f"{argument}: must be a path, not {type(value).__name__}")
@@ -71,14 +71,14 @@ def as_path(argument: str, value: Any) -> Path:
 
 
 def shortened(value: object) -> str:
-    """A value in one line: a tensor or a model can have many."""
+    """A value in one line. A tensor or a model can have many lines."""
     text = str(value)
     text = " ".join(text.split()) if "\n" in text else text
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def report_usage_errors() -> None:
-    """Makes an uncaught `UsageError` end the process with its one line and exit code 2."""
+    """From now on an uncaught `UsageError` ends the process with its one line and exit code 2."""
     previous = sys.excepthook
 
     def hook(kind: Any, error: BaseException, traceback: Any) -> None:

@@ -1,11 +1,11 @@
-"""The one place where a failure becomes a line for the user and an exit code.
+"""Turns every failure into a line for the user and an exit code.
 
 | code | what happened |
 |---|---|
 | 1 | the machine failed: disk, memory, another process of the run |
 | 2 | bad input; nothing was written |
-| 3 | the results miss a threshold of the user's; everything was written |
-| 70 | something that nobody expected; the line names the file with the traceback |
+| 3 | the results miss a threshold that the user set; everything was written |
+| 70 | an unexpected error; the line names the file with the traceback |
 | 130, 143 | stopped by Ctrl-C, or by SIGTERM |
 """
 
@@ -37,26 +37,26 @@ from typing import Any, NamedTuple
 from llm_attack.base.errors import UsageError
 from llm_attack.base.redact import redacted
 
-# Libraries that look at what a user names (tasks, templates, models, files), and what they raise
-# then. Of another type, or below code of ours, it is nobody's mistake but ours.
+# Libraries that read what a user names (tasks, templates, models, files), and the errors that they
+# raise for it. An error of another type, or from our own code, is our mistake.
 _READERS = {
     *("lm_eval", "transformers", "datasets", "huggingface_hub", "tokenizers", "safetensors"),
     *("accelerate", "peft", "evaluate", "jinja2", "yaml", "argparse"),
 }
 _COMPLAINTS = (ValueError, LookupError, ImportError, NotImplementedError, AssertionError, OSError)
 
-# Of the errors of the system, those that another path mends; of the others, such as a full disk,
-# the machine has to be.
+# Errors of the system that another path mends. Others, such as a full disk, need a repair of the
+# machine.
 _PATHS = {EACCES, EEXIST, EINVAL, EISDIR, ELOOP, ENAMETOOLONG, ENOENT, ENOTDIR, EPERM}
 
-# In the type or the text of torch's errors when there is no memory left.
+# Parts of the type or the text of torch's errors when no memory is left.
 _NO_MEMORY = ("OutOfMemoryError", "DefaultCPUAllocator")
 
 TRACEBACK = "--traceback"
 
 
 class Stopped(BaseException):
-    """The process got SIGTERM."""
+    """The process received SIGTERM."""
 
 
 class ProcessDied(Exception):
@@ -64,14 +64,14 @@ class ProcessDied(Exception):
 
 
 class ThresholdMissed(Exception):
-    """The results are written, and do not reach what the user asked for."""
+    """The results are written, and miss a threshold that the user set."""
 
 
 class NotWritten(OSError):
-    """A file could not be written, though its place was tried at the start."""
+    """A file could not be written, although its folder was tried at the start."""
 
 
-# What a handler was before `held`, by the number of its signal; signals that have come since.
+# The handlers before `held`, by the number of their signal; and the signals that arrived since.
 _handlers: dict[int, Any] = {}
 _came: list[int] = []
 _ending = False
@@ -80,11 +80,11 @@ PATIENCE = 5.0  # seconds for which a signal waits, at most
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait, while the context lasts, for the next call of `look`.
+    """While the context lasts, Ctrl-C and SIGTERM wait for the next call of `look`.
 
-    What a handler raises in the middle of code in C is lost or turned into a SystemError. After
-    `PATIENCE`, and when the signal comes again, the handler is called wherever the program is.
-    Only the main thread has handlers: in another one this does nothing, and within itself as well.
+    An error that a handler raises inside of C code is lost, or becomes a SystemError. The handler
+    is called at once after `PATIENCE`, and if the signal arrives a second time. Only the main
+    thread has handlers. In another thread, and inside of another `held`, the context does nothing.
     """
     global _ending
     if threading.current_thread() is not threading.main_thread() or _handlers:
@@ -113,7 +113,7 @@ def held() -> Iterator[None]:
 
 
 def look() -> None:
-    """Calls the handlers of the signals that wait, whose errors are raised from here."""
+    """Calls the handlers of waiting signals. Their errors are raised from here."""
     while _came and threading.current_thread() is threading.main_thread():
         number = _came.pop()
         _handlers[number](number, None)
@@ -122,7 +122,7 @@ def look() -> None:
 def _wait(number: int, frame: Any) -> None:
     if number not in _came:
         _came.append(number)
-        # not a Thread, whose start takes locks that the main thread may have when a signal comes
+        # not a Thread: its start takes locks that the main thread may hold when a signal arrives
         _thread.start_new_thread(_again, (number,))
     elif not _ending:
         _came.remove(number)
@@ -136,7 +136,7 @@ def _again(number: int) -> None:
 
 
 class Failure(NamedTuple):
-    """An exit code and what to say."""
+    """An exit code and its message."""
 
     code: int
     line: str
@@ -145,7 +145,7 @@ class Failure(NamedTuple):
 def failure(error: BaseException) -> Failure:
     """Returns one line about an exception, and the exit code.
 
-    A log with the traceback is written of those that nobody expected, and of no others.
+    A log with the traceback is written only for unexpected errors.
     """
     import click
 
@@ -157,7 +157,7 @@ def failure(error: BaseException) -> Failure:
         return Failure(3, f"failed: {text}")
     if isinstance(error, click.UsageError):
         return Failure(2, redacted(f"error: {error.format_message()}"))
-    if isinstance(error, (KeyboardInterrupt, click.Abort)):  # click makes the one into the other
+    if isinstance(error, (KeyboardInterrupt, click.Abort)):  # click turns the first into the second
         return Failure(130, "stopped")
     if isinstance(error, Stopped):
         return Failure(143, "stopped")
@@ -182,7 +182,7 @@ def stop_in(error: BaseException) -> BaseException | None:
 def one_line(error: BaseException) -> str:
     """The class of an exception and the first line of its text, without secrets.
 
-    A first line that ends with a colon is a heading: the next one is taken.
+    A first line that ends with a colon is a heading, so the next line is used.
     """
     lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
     if lines[1:] and lines[0].endswith(":"):
@@ -191,12 +191,13 @@ def one_line(error: BaseException) -> str:
 
 
 class Attempts:
-    """Contexts in which a failure becomes a line, so that what comes after them is still done.
+    """Contexts in which a failure becomes a line, and the code after them still runs.
 
-    For what is told and drawn at the end of a run, whose numbers must not be lost with it.
+    They are for reports and figures at the end of a run, because a failure in these must not lose
+    the numbers.
 
     Attributes:
-        lines: what failed, each with the class of the exception and the first line of its text.
+        lines: one line per failure: what failed, the exception's class, its text's first line.
     """
 
     def __init__(self) -> None:
@@ -226,7 +227,7 @@ def show(error: BaseException) -> None:
 def leave(code: int, line: str | None) -> None:
     """Ends the process at once.
 
-    Not by sys.exit: libraries with threads of their own may hang when the interpreter ends.
+    sys.exit would not do: libraries with threads may hang when the interpreter ends.
     """
     if line is not None:
         print(line, file=sys.stderr, flush=True)
@@ -239,7 +240,7 @@ def _text(error: BaseException) -> str:
 
 
 def _reader(error: BaseException) -> str:
-    """The library of `_READERS` that raised it, or called what did; empty: it was our own code."""
+    """The library of `_READERS` that raised the error or called the code that did; empty: ours."""
     own = __name__.partition(".")[0]
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
     packages = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame in frames]

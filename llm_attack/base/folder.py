@@ -1,7 +1,7 @@
-"""Whose an output is. A folder is new, empty or marked as ours, or nothing is written there.
+"""Checks output folders. We write only into a folder that is new, empty, or has our mark.
 
-Of a folder with our mark only files that we name are written, by `record.whole_or_not`; what else
-lies there stays as it is.
+In a folder with our mark we write only the files that we name, by `record.whole_or_not`. All other
+files in it stay as they are.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from typing import Any
 from llm_attack.base.errors import UsageError, as_path, invalid
 from llm_attack.base.record import DRAFT, draft_of
 
-# Errors of the system that no other path mends.
+# Errors of the system that another path does not mend.
 _MACHINE = {EDQUOT, EIO, ENOSPC}
-_TRIED = b"\0" * 4096  # what is written on trial: an empty file has room on a full disk
+_TRIED = b"\0" * 4096  # written as a trial, because a full disk has room for an empty file
 
 
 def resolved(path: str | os.PathLike[str], argument: str = "output") -> Path:
-    """Where `path` leads: `~` and links are followed, `..` is taken. Makes nothing.
+    """Resolves `~`, links and `..` in a path. Creates nothing.
 
-    Whatever writes resolves a path once, and then checks and writes what this returns. A folder
-    that does not exist and a `..` behind it cancel each other, as in `os.path.realpath`.
+    Code that writes resolves a path once, and then checks and writes the result. A folder that does
+    not exist and a following `..` cancel each other, as in `os.path.realpath`.
 
     Args:
-        path: as the user gave it.
-        argument: what the user gave it as.
+        path: the path as the user typed it.
+        argument: the name of the argument.
 
     Returns:
-        The path; relative if the given one is and leads into the working folder, so that messages
-        show what was typed.
+        The path. It is relative if the given path is relative and leads into the working folder, so
+        messages show what the user typed.
 
     Raises:
-        UsageError: it is empty, has a NUL, or a link in it leads nowhere.
-        TypeError: it is no path.
+        UsageError: it is empty, contains NUL, or one of its links is broken.
+        TypeError: it is not a path.
     """
     as_path(argument, path)
     text = os.fspath(path)
@@ -48,10 +48,10 @@ def resolved(path: str | os.PathLike[str], argument: str = "output") -> Path:
 
 
 def resolved_file(path: str | os.PathLike[str], argument: str = "output") -> Path:
-    """`resolved` of a file, which is written as a whole; a link of this name is not followed.
+    """`resolved` for a file that is written whole. A link with this name is not followed.
 
     Raises:
-        UsageError: as `resolved`, or it names a folder.
+        UsageError: as for `resolved`, or the path names a folder.
     """
     as_path(argument, path)
     text = os.fspath(path)
@@ -62,7 +62,7 @@ def resolved_file(path: str | os.PathLike[str], argument: str = "output") -> Pat
 
 
 def _followed(path: str, text: str, argument: str) -> Path:
-    """`path` without links and `..`; `text` is what the user gave, for messages."""
+    """`path` without links and `..`. Messages show `text`, the path as the user typed it."""
     if not text.strip() or "\0" in text:
         raise invalid(argument, text, "a path, not empty and without NUL")
     try:
@@ -81,20 +81,19 @@ def _followed(path: str, text: str, argument: str) -> Path:
 
 
 def check_readable(path: str | os.PathLike[str], argument: str) -> None:
-    """Refuses a pipe, a socket or a device, from which one could read for ever.
+    """Refuses a pipe, a socket and a device, because reading could go on for ever.
 
-    What a shell puts in place of `<(command)` can be read. A file that is not there is for whoever
-    opens it.
+    The pipe of a shell's `<(command)` is allowed. A missing file is left to the code that opens it.
 
     Args:
-        path: of a file that is to be read.
-        argument: what the user gave it as.
+        path: path of a file to read.
+        argument: the name of the argument.
 
     Raises:
-        UsageError: it is none.
+        UsageError: it is not a file.
     """
     try:
-        mode = os.stat(os.path.realpath(path)).st_mode  # that of `<(command)` has no such path
+        mode = os.stat(os.path.realpath(path)).st_mode  # the pipe of `<(command)` has no such path
     except (OSError, ValueError):
         return
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
@@ -102,15 +101,15 @@ def check_readable(path: str | os.PathLike[str], argument: str) -> None:
 
 
 def check_writable(folder: Path, *names: str, argument: str = "output") -> None:
-    """Tries whether files can be written in a folder that may have to be made; leaves nothing.
+    """Tries to write files into a folder, which may not exist yet. Leaves nothing behind.
 
     Args:
-        folder: of `resolved`.
-        names: of files that are to be written there.
-        argument: what the user gave it as.
+        folder: a path from `resolved`.
+        names: names of the files to be written.
+        argument: the name of the argument.
 
     Raises:
-        UsageError: they cannot.
+        UsageError: they cannot be written.
         OSError: the disk is full or broken.
     """
     try:
@@ -119,10 +118,10 @@ def check_writable(folder: Path, *names: str, argument: str = "output") -> None:
         new = folder.relative_to(nearest).parts
         longest = max((len(os.fsencode(draft_of(Path(name)).name)) for name in names), default=0)
         longest = max(longest, *(len(os.fsencode(part)) for part in new), 0)
-        with suppress(ValueError, AttributeError):  # of a system that does not tell
+        with suppress(ValueError, AttributeError):  # some systems do not say
             if longest > os.pathconf(nearest, "PC_NAME_MAX") > 0:
                 raise OSError(ENAMETOOLONG, os.strerror(ENAMETOOLONG))
-        # nothing is made before all arguments are known to be good
+        # nothing is created before all arguments are known to be valid
         with tempfile.TemporaryFile(dir=nearest, prefix=".", suffix=DRAFT) as file:
             file.write(_TRIED)
     except OSError as error:
@@ -137,15 +136,15 @@ def check_writable(folder: Path, *names: str, argument: str = "output") -> None:
 
 
 def claim(folder: Path, marked: Callable[[list[str]], bool], parts: Sequence[str] = ()) -> None:
-    """Refuses a folder that is not ours to write into; makes nothing.
+    """Refuses a folder that we must not write into. Creates nothing.
 
     Args:
-        folder: the output, of `resolved`.
-        marked: told the names of what is there, whether among it is our mark.
+        folder: the output folder, from `resolved`.
+        marked: gets the names in the folder, and returns whether our mark is among them.
         parts: subfolders that we write into.
 
     Raises:
-        UsageError: it cannot be written, holds what is not ours, or a part of it is a link.
+        UsageError: it cannot be written, holds files of others, or one of its parts is a link.
     """
     check_writable(folder)
     for part in parts:
@@ -163,7 +162,7 @@ def claim(folder: Path, marked: Callable[[list[str]], bool], parts: Sequence[str
 
 
 def strangers(folder: Path, parts: Sequence[str] = ()) -> list[str]:
-    """Names of what is in a folder besides locks, drafts, and parts with nothing but these."""
+    """Names in a folder that are neither locks, drafts, nor parts with only these."""
     names: list[str] = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.name in parts and path.is_dir():
@@ -174,7 +173,7 @@ def strangers(folder: Path, parts: Sequence[str] = ()) -> list[str]:
 
 
 def clear_drafts(folder: Path, parts: Sequence[str] = ()) -> None:
-    """Deletes what processes that died in the middle of writing have left."""
+    """Deletes the files that processes left behind because they died while they wrote."""
     for part in (folder, *(folder / part for part in parts)):
         for draft in part.glob(f".*{DRAFT}"):
             if not draft.is_dir():
@@ -182,10 +181,10 @@ def clear_drafts(folder: Path, parts: Sequence[str] = ()) -> None:
 
 
 def check_same(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
-    """Compares the mark of the run in a folder with that of the run that is to write there.
+    """Compares the mark in a folder with the mark of the run that is about to write into it.
 
     Raises:
-        UsageError: they differ; the message says in what.
+        UsageError: they differ; the message lists the differences.
     """
     differing = differences(there, here)
     if differing:
@@ -196,7 +195,7 @@ def check_same(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> Non
 
 
 def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    """The differences between two marks, a line each."""
+    """The differences between two marks, one per line."""
     there, here = _flat(there), _flat(here)
     return [
         f"{key}: {_short(there.get(key))} there, {_short(here.get(key))} here"
@@ -206,16 +205,16 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
 
 
 def claim_file(path: Path, first_line: str, what: str, argument: str = "output") -> None:
-    """Refuses a file that is not ours to replace.
+    """Refuses a file that we must not replace.
 
     Args:
-        path: the output, of `resolved_file`.
-        first_line: of what we write there.
-        what: it is, in words.
-        argument: what the user gave it as.
+        path: the output file, from `resolved_file`.
+        first_line: the first line of the files that we write under this name.
+        what: the kind of file, in words.
+        argument: the name of the argument.
 
     Raises:
-        UsageError: it is a link, no file, or a file that begins otherwise.
+        UsageError: it is a link, not a file, or a file with another first line.
     """
     try:
         ours = path.is_file() and not path.is_symlink() and _begins(path, first_line)
@@ -228,7 +227,7 @@ def claim_file(path: Path, first_line: str, what: str, argument: str = "output")
 
 
 def _begins(path: Path, line: str) -> bool:
-    # what stands further on is for the reader
+    # the reader checks the other lines
     with path.open(encoding="utf-8", errors="replace") as file:
         return file.read(len(line) + 1) in ("", f"{line}\n")
 

@@ -1,4 +1,4 @@
-"""A model that is in memory already, under the name that results give it. Needs no torch."""
+"""A model that is already in memory, and its name in results. Needs no torch."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from llm_attack.base.errors import UsageError, invalid
 
 
 class LoadedModel(str):
-    """The name of a loaded model, which carries the model.
+    """The name of a loaded model, as a text that also holds the model.
 
-    Records, tables and comparisons see a text. Only what computes asks for the model itself.
+    Records, tables and comparisons read it as a text. Only the code that computes uses the model.
 
     Args:
-        model: of transformers.
-        tokenizer: its tokenizer, or where that is loaded from; None: from where the model is from.
-        name: what it is called in results; unless given, where it is from, or else its class.
+        model: a model of transformers.
+        tokenizer: its tokenizer, or the path or hub id to load it from; None: the path or hub id
+            that the model was loaded from.
+        name: the name in results. By default the path or hub id of the model, or else its class.
 
     Raises:
-        UsageError: it is no model of transformers, or the name is no text.
+        UsageError: it is not a model of transformers, or the name is not a text.
     """
 
     model: Any
@@ -43,7 +44,7 @@ class LoadedModel(str):
         return loaded
 
     def __deepcopy__(self, memo: Any) -> LoadedModel:
-        """Itself: by its name alone, a copied plan would load other weights."""
+        """Returns itself. A copied plan with only the name would load other weights."""
         return self
 
     def __reduce__(self) -> Any:
@@ -53,11 +54,11 @@ class LoadedModel(str):
 
 
 def is_loaded(model: Any) -> bool:
-    """Whether it is a network in memory; without torch there is none."""
+    """Whether it is a network in memory. If torch is not imported, it is not."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(model, torch.nn.Module)
 
 
 def name_of(model: Any) -> str:
-    """The text by which messages name a model: its name or path, or the class of a loaded one."""
+    """The name of a model in messages: its name or path, or the class of a loaded model."""
     return str(model) if isinstance(model, (str, Path)) else type(model).__name__

@@ -1,4 +1,4 @@
-"""Settings as options of a command, which `--help` shows under the headings of their groups."""
+"""Turns settings into options of a command, which `--help` shows under headings of groups."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import click
 
 from llm_attack.base.declare import SettingSpec, declared, is_plain, parts, typed
 
-_LAST = ("engine", "output", "cluster", "")  # groups that stand behind the others
-_WIDEST = 50  # characters of choices that are shown beside the name
+_LAST = ("engine", "output", "cluster", "")  # groups that come after the others
+_WIDEST = 50  # choices with at most so many characters are shown beside the name
 
 
 def number(kind: type) -> Any:
-    """The type of an option that is an int or a float, written plainly."""
+    """The click type for an int or a float that is written plainly."""
     base = {int: click.INT, float: click.FLOAT}[kind]
 
     class Plain(type(base)):  # type: ignore[misc]
@@ -27,7 +27,7 @@ def number(kind: type) -> Any:
 
 
 class Numbers(click.ParamType):  # type: ignore[type-arg]  # no parameter before click 8.4
-    """Numbers separated by commas, as a tuple; `one` is int, float or the type of each."""
+    """Numbers separated by commas, as a tuple. `one` is int, float, or the type of each number."""
 
     def __init__(self, one: Any) -> None:
         self.one = number(one) if isinstance(one, type) else one
@@ -45,18 +45,18 @@ class Numbers(click.ParamType):  # type: ignore[type-arg]  # no parameter before
 
 
 def examples(*commands: str) -> str:
-    """The end of a `--help`: command lines to begin with."""
+    """The end of a `--help`: examples of command lines."""
     return "\n".join(["\b", "Examples:", *(f"  {command}" for command in commands)])
 
 
 class Option(click.Option):
-    """An option that `--help` shows under the heading `group`, with its choices if it has some."""
+    """An option that `--help` shows under the heading `group`, with its choices."""
 
     def __init__(
         self, *names: Any, group: str = "", choices: Iterable[str] = (), **more: Any
     ) -> None:
         shown = "|".join(choices)
-        if shown:  # not click.Choice: what is refused is said in one way, wherever it was given
+        if shown:  # not click.Choice: a refusal has the same words wherever the value was given
             more["metavar"] = f"[{shown}]"
         super().__init__(*names, **more)
         self.group = group
@@ -66,7 +66,7 @@ class Command(click.Command):
     """A command whose `--help` shows its options under the headings of their groups."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The groups in the order of their first options, but for `_LAST`."""
+        """Writes the groups in the order of their first options; those of `_LAST` come last."""
         groups: dict[str, list[tuple[str, str]]] = {}
         for option in self.get_params(ctx):
             record = option.get_help_record(ctx)
@@ -78,7 +78,7 @@ class Command(click.Command):
 
 
 def of_setting(name: str, about: SettingSpec, note: str = "", **more: Any) -> Option:
-    """The option of a setting with this name; `note` stands behind its meaning."""
+    """Makes the option of a setting. `note` is added after its meaning."""
     kind: Any = about.option
     if kind is None and about.kind in (int, float):
         kind = number(about.kind)
@@ -92,7 +92,7 @@ def of_setting(name: str, about: SettingSpec, note: str = "", **more: Any) -> Op
 
 
 def options(kind: Any) -> list[Option]:
-    """A command-line option for each setting of a dataclass, with the same name and default."""
+    """Makes an option for each setting of a dataclass, with the same name and default."""
     made = []
     for entry, about in declared(kind):
         default = entry.default

@@ -1,4 +1,4 @@
-"""Functions of the user's own, named as in a command: `package.module:function`."""
+"""A user's own functions, which commands name as `package.module:function`."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from llm_attack.base.errors import UsageError, invalid
 
 
 def is_own(name: Any) -> bool:
-    """Whether `name` has the form of the user's own function."""
+    """Whether `name` has the form of a user's own function."""
     return isinstance(name, str) and ":" in name
 
 
 def load_function(argument: str, name: str) -> Callable[..., Any]:
-    """The function called `name`. Modules in the working folder are found.
+    """Imports the function called `name`, also from a module in the working folder.
 
     Args:
-        argument: that was given, for the error.
-        name: such as `my_attacks:nifgsm`.
+        argument: the argument's name, for the error.
+        name: the function's name, such as `my_attacks:nifgsm`.
 
     Raises:
         UsageError: there is no such function, or its module cannot be imported.
@@ -35,7 +35,7 @@ def load_function(argument: str, name: str) -> Callable[..., Any]:
     try:
         with _working_folder_first():
             function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # of code that is not ours, whatever it raises
+    except Exception as error:  # code of the user can raise anything
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UsageError(
             f"{argument}={name}: must be package.module:function ({reason})"
@@ -50,16 +50,16 @@ def load_function(argument: str, name: str) -> Callable[..., Any]:
 def is_known(
     argument: str, name: Any, table: Collection[str], register: Callable[..., str]
 ) -> bool:
-    """Whether a table has this name; a function of the user's own is imported and registered.
+    """Whether a table has this name. A user's own function is imported and registered.
 
     Args:
-        argument: that was given, for the error.
-        name: that was given.
-        table: of the names.
+        argument: the argument's name, for the error.
+        name: the name that was given.
+        table: the table of names.
         register: takes a function and its name, and puts it into the table.
 
     Raises:
-        UsageError: the name has the form of the user's own, and there is none.
+        UsageError: the name has the form `package.module:function`, and it cannot be imported.
     """
     if is_own(name) and name not in table:
         register(load_function(argument, name), name)
@@ -67,15 +67,15 @@ def is_known(
 
 
 def name_of(function: Callable[..., Any]) -> str:
-    """The name by which `load_function` finds a function."""
+    """The name under which `load_function` finds a function."""
     return f"{function.__module__}:{getattr(function, '__qualname__', type(function).__name__)}"
 
 
 def check_name(argument: str, name: Any) -> None:
-    """Refuses a name that a list, a condition or the name of a file cannot have.
+    """Refuses a name that cannot be part of a list, a condition or a file name.
 
     Raises:
-        UsageError: it is none of letters, digits and `_ . : < > -`, or is `worst`.
+        UsageError: it has other characters than letters, digits and `_ . : < > -`, or is `worst`.
     """
     if not isinstance(name, str) or not re.fullmatch(r"[\w.:<>-]+", name) or name == "worst":
         allowed = (
@@ -86,10 +86,11 @@ def check_name(argument: str, name: Any) -> None:
 
 
 def source_hash(function: Callable[..., Any]) -> str:
-    """Hash of the text of the function's module, and of what the function holds besides.
+    """Hash of the text of the function's module, and of the values that the function holds.
 
-    Without a text, as in an interpreter, it is that of the compiled code. A run in the folder of
-    another version of the function is told apart by it. Modules that this one imports do not count.
+    If there is no text, as in an interpreter, the compiled code is hashed instead. With this hash a
+    run notices that its folder holds results of another version of the function. Modules that the
+    function's module imports do not count.
 
     Returns:
         The first 16 digits of a SHA-256.
@@ -103,7 +104,7 @@ def _content(function: Any) -> Iterator[str]:
         yield from _content(function.func)
         yield _text([function.args, sorted(function.keywords.items())])
         return
-    owner = getattr(function, "__self__", function)  # of a method, its object
+    owner = getattr(function, "__self__", function)  # a method's object
     call = function if hasattr(function, "__code__") else type(function).__call__
     if not hasattr(call, "__code__"):  # compiled to C
         yield _text(function)
@@ -113,7 +114,7 @@ def _content(function: Any) -> Iterator[str]:
         yield inspect.getsource(inspect.getmodule(call) or call)
     except (OSError, TypeError):
         yield _text(list(_compiled(code)))
-    # which of the functions of that text; lambdas have one name, and several may be in a line
+    # the function's place in that text; all lambdas have one name, and a line may have several
     yield _text([call.__qualname__, code.co_firstlineno])
     if call.__name__ == "<lambda>":
         yield _text(list(_compiled(code)))

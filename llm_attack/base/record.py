@@ -1,4 +1,4 @@
-"""Files written whole, and what a run's record says of versions, hardware and time."""
+"""Writes files whole, and collects the versions, hardware and times for a run's record."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from llm_attack.base.redact import redacted
 if TYPE_CHECKING:
     import pandas as pd
 
-# Ends the name of a file that is being written.
+# The end of the name of a file that is being written.
 DRAFT = ".llm-attack"
 
-# What a formula begins with, once in its plain form (NFKC); the last one is the minus sign U+2212.
+# A formula begins with one of these in its plain form (NFKC); the last one is a minus sign, U+2212.
 # https://owasp.org/www-community/attacks/CSV_Injection
 _FORMULA = "=+-@\u2212"
-# What may end a cell, for a spreadsheet that was told so or guesses, besides csv's own comma.
+# These may end a cell, as a comma does, if a spreadsheet is set so or guesses.
 _CELLS = re.compile("([;|\t\n])")
-# Ends of lines for one reader or another, which csv leaves unquoted.
+# Some readers take these as ends of lines, and csv does not quote them.
 _LINES = re.compile("\r\n|[\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 
 
 class Stopwatch(dict[str, float]):
-    """Seconds by what they went into."""
+    """Seconds by the work that took them."""
 
     def __init__(self, before: Mapping[str, float] = MappingProxyType({})) -> None:
         super().__init__(before)
@@ -59,19 +59,19 @@ def draft_of(path: Path) -> Path:
 
 @contextmanager
 def whole_or_not(path: Path) -> Iterator[Path]:
-    """A draft beside `path`, which takes its place at the end unless the context raises.
+    """Yields a draft beside `path`, and moves it to `path` at the end unless the context raises.
 
-    It is on disk by then, so that what has its name is whole also when the process is killed or
-    the power goes. Where `path` is a link, the link is replaced, not what it leads to.
+    The draft is flushed to the disk before that. So the file is whole even if the process is killed
+    or the power fails. If `path` is a link, the link is replaced, and not its target.
 
     Raises:
-        NotWritten: the system refuses.
+        NotWritten: the system refuses to write.
     """
-    look()  # a signal that waits stops here, where nothing is half done
+    look()  # a waiting signal stops here, where nothing is half done
     draft = draft_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft.unlink(missing_ok=True)  # of a process that died
+        draft.unlink(missing_ok=True)  # a process that died left it
         yield draft
         with draft.open("rb+") as file:
             os.fsync(file.fileno())
@@ -84,7 +84,7 @@ def whole_or_not(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all, also when the process is killed or the disk is full."""
+    """Writes a file whole or not at all, even if the process is killed or the disk is full."""
     with whole_or_not(path) as draft:
         draft.write_text(text, encoding="utf-8")
 
@@ -92,7 +92,7 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Writes `content` as indented JSON, without secrets, whole or not at all.
 
-    What is not finite, for which JSON has no number, is null.
+    NaN and infinity become null, because JSON has no number for them.
     """
     text = json.dumps(
         finite(redacted(content)),
@@ -104,7 +104,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def finite(value: Any) -> Any:
-    """`value` with None in place of the numbers in it that are NaN or infinite."""
+    """`value` with None in place of every number that is NaN or infinite."""
     if isinstance(value, dict):
         return {key: finite(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
@@ -113,17 +113,17 @@ def finite(value: Any) -> Any:
 
 
 def without_formulas(frame: pd.DataFrame) -> pd.DataFrame:
-    """For CSV: texts that a spreadsheet would compute have an apostrophe before them.
+    """Puts an apostrophe before texts that a spreadsheet would compute; for CSV.
 
-    So has every part of a text that begins behind a tab, a semicolon, a bar or a new line, where a
-    spreadsheet may split it. What cannot be seen before a formula does not hide it.
+    A spreadsheet may split a text at a tab, a semicolon, a bar or a new line, so each part is
+    checked. Invisible characters before a formula do not hide it.
     """
     texts = frame.select_dtypes(exclude="number")
     return frame.assign(**{name: list(map(_without_formula, texts[name])) for name in texts})
 
 
 def as_csv(frame: pd.DataFrame, float_format: str) -> str:
-    """A frame as CSV, `without_formulas`; equal frames give equal text."""
+    """A frame as CSV, `without_formulas`. Equal frames give equal text."""
     text = without_formulas(frame).to_csv(
         index=False, float_format=float_format, lineterminator="\n"
     )
@@ -143,24 +143,24 @@ def _is_formula(part: str) -> bool:
 
 
 def _seen(part: str) -> str:
-    """From the first character on that is not a blank, a control, a format or a quote."""
+    """The part from the first character that is not a blank, a control, a format or a quote."""
     skipped = (i for i, c in enumerate(part) if c != '"' and unicodedata.category(c)[0] not in "ZC")
     return part[next(skipped, len(part)) :]
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
+    """Versions of the software that the numbers depend on."""
     names = ("torch", "transformers", "lm-eval", "accelerate", "datasets", "numpy")
     python = platform.python_version()
     return {"llm-attack": __version__, "python": python, **{n: version(n) for n in names}}
 
 
 def git_revision() -> str | None:
-    """The commit that the package runs from; None where it is not in a checkout of its own."""
+    """The commit that the package runs from; None if it does not run from its own checkout."""
     here = Path(__file__).parent
     command = ["git", "-C", str(here)]
     try:
-        # of another project's checkout, in which this is installed, it would say nothing
+        # the commit of another project, in whose checkout this is installed, would say nothing
         for words in (["ls-files", "--error-unmatch", Path(__file__).name], ["rev-parse", "HEAD"]):
             done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=10)
             if done.returncode:
@@ -189,7 +189,7 @@ def hardware() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The processor's name where the system tells it, else its architecture."""
+    """The processor's name if the system says it, else its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(x.split(":", 1)[1].strip() for x in lines if x.startswith("model name"))

@@ -1,6 +1,6 @@
-"""Secrets do not reach a file or a screen: known by their names, their shapes, or as part of a URL.
+"""Hides secrets before they reach a file or a screen. Names, shapes and parts of URLs show them.
 
-Imports the standard library alone.
+This module imports only the standard library.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 HIDDEN = "***"
 
-# Whole names; `prefix_token_id`, `think_end_token` and the like are no secrets.
+# Whole names, because `prefix_token_id`, `think_end_token` and others like them are no secrets.
 _NAME = (
     r"(?:\w+[_-])?(?:(?:hf|hub|huggingface|auth|access|api|bearer|refresh|session|secret|user|github)[_-]?token"
     r"|password|passwd|passphrase|secret|(?:secret|api|access|private)[_-]?key|credentials?)"
@@ -19,7 +19,7 @@ _NAME = (
 )
 _SECRET = re.compile(_NAME, re.IGNORECASE)
 
-# `use_auth_token=True` says that there is a secret, and is none.
+# `use_auth_token=True` says that a secret exists, and is none itself.
 _PLAIN = r"(?!(?:true|false|none|null)\b)"
 _PAIR = re.compile(rf"(?<![\w-])({_NAME})(=|['\"]:\s?)(['\"]?){_PLAIN}[^\s,;&'\"]+", re.IGNORECASE)
 _URL = re.compile(r"(?<=://)[^\s/@:]*:[^\s/]*(?=@)")
@@ -36,12 +36,12 @@ _SHAPES = re.compile(
 
 
 def is_secret(name: object) -> bool:
-    """Whether what has this name is kept from files and screens."""
+    """Whether a value with this name is a secret, which files and screens must not show."""
     return _SECRET.fullmatch(str(name)) is not None
 
 
 def redacted(value: Any) -> Any:
-    """`value` with every secret in it hidden: a text, or lists and dictionaries of any depth."""
+    """Hides every secret in `value`, which is a text, or lists and dictionaries of any depth."""
     if isinstance(value, str):
         text = _URL.sub(HIDDEN, value)
         text = _PAIR.sub(rf"\1\2\3{HIDDEN}", text)
@@ -63,5 +63,5 @@ def _hides(value: Any) -> bool:
 
 
 def without_secrets(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns `settings` without those that are secrets, as numbers do not depend on them."""
+    """Returns `settings` without secrets, because numbers do not depend on them."""
     return {name: redacted(value) for name, value in settings.items() if not is_secret(name)}

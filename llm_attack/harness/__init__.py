@@ -1,13 +1,12 @@
-"""The one door to lm-eval: model, tasks, gold labels, judge, and every patch. No other part of the
-package imports it.
+"""The only part that imports lm-eval: model, tasks, gold labels, judge, and every patch.
 
-Beyond its documented interface, this leans on what lm-eval does inside:
+Beyond the documented interface, it relies on these internals of lm-eval:
 
-- `cache`: a `CacheHook` has `dbdict`, the file, and None without one; keys are requests alone.
+- `cache`: a `CacheHook` has `dbdict`, the file, or None without a file; keys hold only requests.
 - `encode` of `requests`: `TemplateLM.loglikelihood` hands ((context, continuation), tokens, tokens)
   to `_loglikelihood_tokens`, and tokenises by `tokenizer.encode`.
 - `gold`: `Task.process_results` judges (log-likelihood, is_greedy) pairs in the order of the
-  choices; of `acc_mutual_info` twice as many.
+  choices; `acc_mutual_info` needs twice as many.
 - `judge`: `simple_evaluate` asks for all log-likelihoods in one call, and its TaskManager by `load`
   (from 0.4.12 on) or `load_task_or_group`; an `Instance` keeps answers in `resps` and
   `filtered_resps`; `evaluator.add_env_info` and `evaluator.get_git_commit_hash` take inventory.
@@ -19,8 +18,8 @@ Beyond its documented interface, this leans on what lm-eval does inside:
   `tqdm` of their own; `utils.env` compiles templates; `TaskManager` takes `include_path`.
 - `tasks`: `__main__.cli_evaluate` reads `sys.argv`, and its error begins with "Tasks not found".
 
-All of these are in each release from 0.4.10 to 0.4.13. The tests pass with 0.4.13; with 0.4.10 see
-docs/limits.md; those between were read, not run.
+Each release from 0.4.10 to 0.4.13 has all of these. The tests pass with 0.4.13. For 0.4.10, see
+docs/limits.md. The sources of the others were only read.
 
 0.5 is not supported, and pyproject.toml leaves it out. In 0.5.0.dev1 `utils.env` is gone, an
 `Instance` needs `doc_id`, and a task of multiple choice is a class of its own, without

@@ -1,4 +1,4 @@
-"""Checks the names and values of arguments, since lm-eval's `hf` ignores wrong ones."""
+"""Checks the names and values of arguments, because lm-eval's `hf` ignores wrong ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llm_attack.lm.settings import AttackSettings, EngineSettings
 
 __all__ = ["check_names", "simple_parse_args_string"]
 
-# What `from_pretrained` reads from its keyword arguments without naming it in its signature.
+# Keyword arguments that `from_pretrained` reads without naming them in its signature.
 _FROM_PRETRAINED = [
     "adapter_kwargs",
     "adapter_name",
@@ -64,7 +64,7 @@ _BACKENDS = ("default", "causal")
 
 
 def known_names() -> list[str]:
-    """All arguments of `attacked-hf` but the attributes of the model's own config."""
+    """All arguments of `attacked-hf`, except the attributes of the model's own config."""
     names = [*declare.names(AttackSettings), *declare.names(EngineSettings)]
     for function in (HFLM.__init__, PreTrainedModel.from_pretrained):
         for name, parameter in inspect.signature(function).parameters.items():
@@ -77,12 +77,12 @@ def check_names(names: Iterable[str], config: PretrainedConfig | None = None) ->
     """Refuses unknown argument names.
 
     Args:
-        names: of the arguments got.
-        config: of the model; its attributes may be overridden too. Without it (not loaded yet), a
-            name is refused only if it looks like a known one.
+        names: names of the arguments that were given.
+        config: config of the model. Arguments may override its attributes. If it is not loaded yet,
+            a name is refused only if it looks like a known one.
 
     Raises:
-        UsageError: naming the argument and the closest known one.
+        UsageError: the message names the argument and the closest known one.
     """
     known = known_names()
     for name in names:
@@ -99,16 +99,16 @@ def check_names(names: Iterable[str], config: PretrainedConfig | None = None) ->
 
 
 def check_values(arguments: dict[str, Any]) -> None:
-    """Refuses values that lm-eval's `hf` would take for others, or fail at only later.
+    """Refuses values that lm-eval's `hf` would misread, or would fail at only later.
 
     Raises:
-        UsageError: naming the argument and what is allowed.
+        UsageError: the message names the argument and the allowed values.
     """
     for name, parameter in inspect.signature(HFLM.__init__).parameters.items():
         value = arguments.get(name)
         if name == "batch_size" and name in arguments and value is None:
             raise invalid(name, value, _ROWS)
-        if value is None or name == "trust_remote_code":  # for which see `trusted`
+        if value is None or name == "trust_remote_code":  # see `trusted`
             continue
         right, allowed = _judged(name, value, str(parameter.annotation))
         if not right:
@@ -116,7 +116,7 @@ def check_values(arguments: dict[str, Any]) -> None:
 
 
 def _judged(name: str, value: Any, annotation: str) -> tuple[bool, str | Sequence[str]]:
-    """Whether a value of an argument of `hf` is allowed, and which are."""
+    """Whether a value of an argument of `hf` is allowed, and the allowed values."""
     if name == "batch_size":
         plain = isinstance(value, (int, str))
         return plain and _BATCH_SIZE.fullmatch(str(value)) is not None, _ROWS
@@ -139,12 +139,12 @@ def _judged(name: str, value: Any, annotation: str) -> tuple[bool, str | Sequenc
 
 
 def check_string(arguments: str) -> None:
-    """Refuses what lm-eval reads differently from a person in a string of arguments.
+    """Refuses parts of a string of arguments that lm-eval reads otherwise than a person does.
 
-    Numbers that only Python reads as such, like `steps=1_0`, and names that are there twice.
+    These are numbers that only Python reads as numbers, like `steps=1_0`, and repeated names.
 
     Raises:
-        UsageError: naming the argument.
+        UsageError: the message names the argument.
     """
     pairs = [part.partition("=") for part in arguments.split(",") if part.strip()]
     given = [declare.underscored(name.strip()) for name, _, _ in pairs]
@@ -163,10 +163,10 @@ def _is_number(text: str) -> bool:
 
 
 def trusted(value: Any) -> bool:
-    """Whether a value of `trust_remote_code`, which may be a text, is a yes.
+    """Whether a value of `trust_remote_code`, which may be a text, means yes.
 
     Raises:
-        UsageError: it is neither a yes nor a no.
+        UsageError: it means neither yes nor no.
     """
     text = str(value).lower()
     if text not in ("true", "1", "yes", "false", "0", "no", "none"):

@@ -1,8 +1,8 @@
-"""Guards lm-eval's `--use_cache`: its keys are the requests alone, not the settings.
+"""Guards lm-eval's `--use_cache`. Its keys hold only the requests, and not the settings.
 
-A file written under one attack, or by a model that was trained on since, would answer for another.
-The first run marks the file with its settings and with hashes of the model, and any run with others
-refuses it.
+Without a guard, a file from one attack, or from a model before further training, would answer for
+another. So the first run marks the file with its settings and with hashes of the model. A run with
+other settings or another model refuses the file.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ _UNKNOWN = "not recorded"
 
 
 def guard(cache: MutableMapping[str, Any], settings: dict[str, Any], filename: str) -> None:
-    """Marks an empty `cache` with `settings`, secrets aside; else compares them with the mark.
+    """Marks an empty `cache` with `settings` without secrets, or compares them with its mark.
 
     Args:
-        cache: of lm-eval.
-        settings: all that answers depend on: arguments, and hashes of the model as it was loaded.
-        filename: of the cache.
+        cache: the cache of lm-eval.
+        settings: everything that answers depend on: arguments, and hashes of the loaded model.
+        filename: name of the cache's file.
 
     Raises:
         UsageError: the file holds answers from other settings, or from a model without a mark.
     """
-    # as JSON reads them back: tuples are lists, dtypes are strings
+    # in the form that JSON returns: tuples are lists, dtypes are strings
     settings = json.loads(json.dumps(without_secrets(settings), default=str))
     mark = cache.get(MARK)
     if mark is None and len(cache) == 0:
@@ -58,7 +58,7 @@ def guard(cache: MutableMapping[str, Any], settings: dict[str, Any], filename: s
 
 
 def refuse_ambiguous(questions: Sequence[Question], asked: Sequence[Instance]) -> None:
-    """lm-eval's cache has one answer per request; two questions may need two."""
+    """Refuses a request of two questions: lm-eval's cache has one answer, and they may need two."""
     seen: dict[Any, tuple[Any, ...]] = {}
     for question in questions:
         content = (tuple(question.requests), tuple(question.gold), tuple(question.lengths))

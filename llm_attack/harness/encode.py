@@ -1,4 +1,4 @@
-"""Tokenisation of many texts in one call: a fast tokenizer works on them in parallel."""
+"""Tokenises many texts in one call, because a fast tokenizer works on them in parallel."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llm_attack.harness.patches import replaced
 
 @contextmanager
 def encoded_together(tokenizer: Any, texts: Iterable[str]) -> Iterator[None]:
-    """While it lasts, `tokenizer.encode` knows the tokens of `texts` beforehand.
+    """While the context lasts, `tokenizer.encode` already has the tokens of `texts`.
 
     lm-eval's own code still decides how a request becomes tokens, and with which options.
     """

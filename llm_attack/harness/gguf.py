@@ -1,4 +1,4 @@
-"""Models in a GGUF file, which transformers dequantises as it loads them."""
+"""Models in a GGUF file. Transformers dequantises them while it loads them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from llm_attack.harness.patches import replaced
 
 
 def located(pretrained: Any, gguf_file: str | None) -> tuple[Any, str | None]:
-    """(folder or hub id, name of the GGUF file in it or None).
+    """Splits a model's path: (folder or hub id, name of the GGUF file in it or None).
 
     Args:
         pretrained: folder, hub id, loaded model, or the path of a GGUF file.
-        gguf_file: as of lm-eval's `hf`.
+        gguf_file: the argument of lm-eval's `hf`.
 
     Raises:
-        UsageError: a local file is not there, or the package `gguf` is not.
+        UsageError: a local file does not exist, or the package `gguf` is not installed.
     """
     if gguf_file is None and str(pretrained).endswith(".gguf"):
         path = Path(pretrained).expanduser()
@@ -47,16 +47,16 @@ def located(pretrained: Any, gguf_file: str | None) -> tuple[Any, str | None]:
 
 
 def names_in(folder: Any) -> list[str]:
-    """The GGUF files of a folder; none where it is not one."""
+    """The names of the GGUF files in a folder; empty if it is not a folder."""
     return sorted(path.name for path in Path(str(folder)).glob("*.gguf"))
 
 
 @contextmanager
 def without_progress() -> Iterator[None]:
-    """Dequantisation shows no progress while it lasts, unless transformers is to be verbose."""
+    """While the context lasts, dequantisation shows no bar, unless transformers is verbose."""
     from transformers import modeling_gguf_pytorch_utils
 
-    reading: Any = modeling_gguf_pytorch_utils  # its bar is not part of its interface
+    reading: Any = modeling_gguf_pytorch_utils  # the bar is not part of its interface
     quiet = transformers_logging.get_verbosity() > logging.INFO
     bar = partial(reading.tqdm, disable=True) if quiet else reading.tqdm
     with replaced(reading, tqdm=bar):

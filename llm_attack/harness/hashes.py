@@ -1,4 +1,4 @@
-"""Hashes of what a model's numbers depend on, however it was loaded."""
+"""Hashes of everything that a model's numbers depend on, for every way of loading it."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from transformers import PreTrainedModel
 from llm_attack.base.plugins import source_hash
 from llm_attack.lm.network.blocks import known_blocks
 
-DIGITS = 16  # of a SHA-256, in hexadecimal
+DIGITS = 16  # hexadecimal digits of a SHA-256
 
-# Of a configuration: where a model is from, not what it computes.
+# Parts of a configuration that say where a model is from, and not what it computes.
 _NAMES = ("_name_or_path", "transformers_version", "architectures")
 _OF_ADAPTERS = ("base_model_name_or_path", "revision", "peft_version", "inference_mode")
-# What a call leaves behind in a tokenizer.
+# Settings that a call leaves behind in a tokenizer.
 _STATE = ("truncation", "padding")
 
 
 def of_model(lm: HFLM) -> dict[str, str]:
     """Hashes of a model's weights, configuration and tokenizer, and its dtype.
 
-    Of a model that was loaded before, also of what its owner made of it (`state`).
+    For a loaded model, they include changes that its owner made (`state`).
     """
     loaded = isinstance(lm.pretrained, torch.nn.Module)
     found = state(lm.model) if loaded else []
@@ -42,30 +42,30 @@ def of_model(lm: HFLM) -> dict[str, str]:
 
 
 def weights(model: torch.nn.Module) -> str:
-    """Hash of what was loaded: names, types, shapes and bytes of parameters and buffers.
+    """Hash of the loaded weights: names, types, shapes and bytes of parameters and buffers.
 
-    Not of files: which of a folder's, or of a GGUF file's, are read is for the loader to decide. A
-    tensor without data (on the device `meta`) counts by its name, type and shape. Takes 2.5 s
-    of one core for 1.07e9 parameters in float32, 1.4 s in bfloat16.
+    Files are not hashed, because the loader decides which files it reads. A tensor without data (on
+    the device `meta`) counts by its name, type and shape. For 1.07e9 parameters, this takes 2.5 s
+    of one core in float32, and 1.4 s in bfloat16.
     """
     return digest(part for item in model.state_dict().items() for part in _parts(*item))
 
 
 def state(model: PreTrainedModel) -> list[list[Any]]:
-    """What modules compute besides what their weights say.
+    """The changes of modules that weights do not show: adapters, hooks, replaced forwards.
 
     Returns:
-        For each module with any: its name, and the adapters that are active, or the hash of the
-        source of a hook or of a `forward` that replaces that of its class. What these read from
-        elsewhere is not known.
+        For each changed module: its name, and the active adapters, or the hash of the source of a
+        hook or of a `forward` that replaces that of its class. Values that these read from other
+        places are not known.
     """
     found: list[list[Any]] = []
-    blocks = set(known_blocks(model))  # whose `forward` is replaced here, see `prepare`
+    blocks = set(known_blocks(model))  # `prepare` replaces their `forward`
     for name, module in model.named_modules():
         own = vars(module).get("forward")
         if own is not None and module not in blocks and not hasattr(module, "_hf_hook"):
             found.append([name, "forward", source_hash(own)])
-        disabled = getattr(module, "_disable_adapters", None)  # of a layer of peft
+        disabled = getattr(module, "_disable_adapters", None)  # a layer of peft has it
         if disabled is not None:
             active = getattr(module, "active_adapters", getattr(module, "_active_adapter", None))
             scale = getattr(module, "scaling", None)
@@ -76,7 +76,7 @@ def state(model: PreTrainedModel) -> list[list[Any]]:
 
 
 def generation(model: Any) -> str:
-    """Hash of the defaults by which a model generates text."""
+    """Hash of the defaults for a model's text generation."""
     config = getattr(model, "generation_config", None)
     known = {} if config is None else config.to_dict()
     return digest([_plain({k: v for k, v in known.items() if k not in _NAMES})])
@@ -97,7 +97,7 @@ def _adapters(model: Any) -> Iterator[str]:
 
 
 def _tokenizer(tokenizer: Any) -> Iterator[str | bytes]:
-    """The contents of a tokenizer; of one written in Python, the files that it saves."""
+    """The contents of a tokenizer. For one that is written in Python, the files that it saves."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         known = json.loads(backend.to_str())
@@ -111,7 +111,7 @@ def _tokenizer(tokenizer: Any) -> Iterator[str | bytes]:
 
 
 def _plain(value: Any) -> str:
-    """JSON; sets in order, and what has none in JSON as text."""
+    """A value for JSON. Sets are sorted, and values without a form in JSON become texts."""
     return json.dumps(
         value,
         default=lambda part: (
@@ -123,9 +123,9 @@ def _plain(value: Any) -> str:
 
 def _parts(name: str, tensor: torch.Tensor) -> Iterator[Any]:
     yield f"{name} {tensor.dtype} {tuple(tensor.shape)}"
-    if hasattr(tensor, "full_tensor"):  # a part of it is here: the processes put it together
+    if hasattr(tensor, "full_tensor"):  # this process has a part, and all processes put it together
         tensor = tensor.full_tensor()
-    if hasattr(tensor, "__tensor_flatten__"):  # of a library of quantisation: tensors inside of it
+    if hasattr(tensor, "__tensor_flatten__"):  # a library of quantisation: it holds tensors
         for inner in tensor.__tensor_flatten__()[0]:
             yield from _parts(f"{name}.{inner}", getattr(tensor, inner))
     elif not tensor.is_meta:

@@ -1,4 +1,4 @@
-"""What a model is attacked with: conditions, the engine that answers under them, diagnostics."""
+"""The conditions that a model is attacked with, their engine and their diagnostics."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from llm_attack.lm.units import Signal
 
 @dataclass(frozen=True)
 class InUse:
-    """What the model is attacked with, all of it made together by `AttackedHFLM.use`.
+    """The conditions that a model is attacked with. `AttackedHFLM.use` makes it.
 
     Attributes:
-        conditions: their settings.
-        signals: for each, the scale of what it perturbs.
-        engine: what answers under all of them.
-        text: tokens that the gradient is tried on.
-        diagnostics: of what this process answered so far, for each.
+        conditions: the settings of each condition.
+        signals: for each condition, the scale of the activations that it perturbs.
+        engine: answers under all conditions.
+        text: the tokens for the check of the gradient.
+        diagnostics: for each condition, of the answers of this process so far.
     """
 
     conditions: tuple[AttackSettings, ...]
@@ -34,19 +34,19 @@ class InUse:
         self.diagnostics.extend(self.no_diagnostics())
 
     def no_diagnostics(self) -> list[Diagnostics]:
-        """Those of nothing."""
+        """Empty diagnostics for each condition."""
         return [Diagnostics() for _ in self.conditions]
 
     def add(self, sums: Sequence[Mapping[str, float]]) -> None:
-        """Adds what conditions add to their diagnostics."""
+        """Adds values to the diagnostics of each condition."""
         for diagnostics, of_condition in zip(self.diagnostics, sums, strict=False):
             diagnostics.add(of_condition)
 
     def warnings(self, diagnostics: Sequence[Diagnostics]) -> list[str]:
-        """What a reader of the results should know of the conditions.
+        """Warnings about the conditions for a reader of the results.
 
         Args:
-            diagnostics: of each.
+            diagnostics: the diagnostics of each condition.
         """
         attacks = {condition.attack for condition in self.conditions}
         sentences = [
@@ -69,9 +69,9 @@ class InUse:
         """Resolved settings and diagnostics of a condition; see docs/numbers.md.
 
         Args:
-            condition: its number.
-            diagnostics: of it.
-            gradient_dtype: of the copy whose gradient attacks follow; None: there is none.
+            condition: number of the condition.
+            diagnostics: its diagnostics.
+            gradient_dtype: dtype of the copy that computes gradients; None: there is no copy.
         """
         settings, attack = self.conditions[condition], self.engine.attacks[condition]
         follows = attack.kind.gradient and not attack.identity

@@ -21,15 +21,15 @@ from llm_attack.harness.gguf import names_in
 from llm_attack.harness.patches import replaced
 from llm_attack.lm.network.hook import frozen
 
-_SHOWN = 3  # names of weights in a message
+_SHOWN = 3  # number of weights that a message names
 
-# Arguments of `hf`, and the package that it imports for each.
+# Arguments of `hf`, and the package that each needs.
 _PACKAGES = {"peft": "peft", "autogptq": "auto_gptq", "gptqmodel": "gptqmodel"}
 _EXCLUSIVE = [("peft", "delta"), ("autogptq", "gptqmodel"), ("tp_plan", "parallelize")]
 _BITS = ("load_in_4bit", "load_in_8bit")
-_OF_BITS = ("bnb_4bit_", "llm_int8_")  # begin the arguments that go with them
+_OF_BITS = ("bnb_4bit_", "llm_int8_")  # prefixes of arguments that belong to them
 
-# What `hf` passes over in silence where the model is loaded already.
+# Arguments that `hf` silently ignores if the model is already loaded.
 _OF_LOADING = [
     *("delta", "dtype", "gguf_file", "parallelize", "peft", "quantization_config", "subfolder"),
     *("tp_plan", *_BITS),
@@ -37,10 +37,10 @@ _OF_LOADING = [
 
 
 def check_arguments(source: Any, arguments: dict[str, Any]) -> None:
-    """Refuses what `hf` could not do, or would pass over, before anything is loaded.
+    """Refuses arguments that `hf` could not use or would ignore, before anything is loaded.
 
     Raises:
-        UsageError: naming the argument.
+        UsageError: the message names the argument.
     """
     nothing = (type(None), bool, str)
     given = {k: v for k, v in arguments.items() if not isinstance(v, nothing) or v}
@@ -64,12 +64,12 @@ def check_arguments(source: Any, arguments: dict[str, Any]) -> None:
 
 
 def settle_loaded(model: Any, arguments: dict[str, Any]) -> None:
-    """Settles the arguments of a loaded model: its device, and a copy of its tokenizer.
+    """Sets the arguments of a loaded model: its device, and a copy of its tokenizer.
 
-    lm-eval gives a tokenizer without a padding token one, which is not to happen to the caller's.
+    The tokenizer is copied because lm-eval adds a padding token if there is none.
 
     Raises:
-        UsageError: another device is given.
+        UsageError: another device was given.
     """
     if isinstance(model, str):
         return
@@ -89,10 +89,10 @@ def settle_loaded(model: Any, arguments: dict[str, Any]) -> None:
 
 @contextmanager
 def untouched(source: Any) -> Iterator[None]:
-    """While it lasts, lm-eval's `hf` changes no mode of a loaded model, and ties no weights anew.
+    """While the context lasts, lm-eval's `hf` does not change the mode or tie weights of a model.
 
-    It would make the output layer the embedding where the configuration says so, although the
-    caller has trained them apart.
+    If the configuration says so, `hf` would replace the output layer by the embedding, even if the
+    caller has trained them separately.
     """
     if isinstance(source, str):
         yield
@@ -106,16 +106,16 @@ def untouched(source: Any) -> Iterator[None]:
 
 
 def quantization(arguments: dict[str, Any]) -> Any:
-    """Takes what says how weights are quantised out of `arguments`; returns one config of it.
+    """Removes the arguments about quantisation from `arguments`, and makes one config of them.
 
-    From release 5 on, transformers takes `quantization_config` alone. Here `load_in_4bit=True` and
-    `load_in_8bit=True`, with the options that belong to them, mean the same as ever.
+    From release 5 on, transformers accepts only `quantization_config`. Here `load_in_4bit=True` and
+    `load_in_8bit=True` still work, with the options that belong to them.
 
     Returns:
         `quantization_config`, or None.
 
     Raises:
-        UsageError: two of them are given, an option without them, or bitsandbytes is not installed.
+        UsageError: two of them are given, or an option without them; or bitsandbytes is missing.
     """
     given = arguments.pop("quantization_config", None)
     bits = {name: arguments.pop(name) for name in _BITS if name in arguments}
@@ -142,17 +142,16 @@ def _check_package(argument: str, package: str) -> None:
 
 
 def not_loaded(given: dict[str, Any], configured: bool, error: Exception) -> UsageError:
-    """The error for a model that cannot be loaded. It names the exception, and no cause of it
-    that was not looked for.
+    """The error for a model that cannot be loaded. It names the exception, and guesses no cause.
 
     Args:
         given: the arguments, `pretrained` first.
-        configured: whether the model's configuration could be read, so that it is there.
-        error: what was raised.
+        configured: whether the model's configuration could be read, so the model exists.
+        error: the exception.
     """
     pretrained, gguf_file = given["pretrained"], given.get("gguf_file")
     shown = {k: v for k, v in given.items() if k not in ("device", "batch_size") and v is not None}
-    plain = (str, int, float, dict)  # of a model or a tokenizer its class
+    plain = (str, int, float, dict)  # a model or a tokenizer is shown by its class
     text = ", ".join(
         f"{name}={value if isinstance(value, plain) else type(value).__name__}"
         for name, value in shown.items()
@@ -181,11 +180,11 @@ def not_loaded(given: dict[str, Any], configured: bool, error: Exception) -> Usa
 class Unfit:
     """A transformers Auto class whose `from_pretrained` notes which weights did not fit.
 
-    The loader says so in its log alone, and goes on with layers that it has drawn at random.
+    The loader only logs them, and continues with random layers.
 
     Attributes:
-        missing: names of the model's weights that the checkpoint does not have, or not of their
-            shape. Weights tied to others are not missing.
+        missing: names of the model's weights that the checkpoint does not have, or has in another
+            shape. Weights that are tied to others are not missing.
         unexpected: names of the checkpoint's weights that the model does not have.
     """
 
@@ -196,7 +195,7 @@ class Unfit:
 
     def from_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         loaded = self._auto.from_pretrained(*args, output_loading_info=True, **kwargs)
-        if not isinstance(loaded, tuple):  # code of the model's own
+        if not isinstance(loaded, tuple):  # the model's own code
             return loaded
         model, info = loaded
         mismatched = (entry[0] for entry in info.get("mismatched_keys", ()))
@@ -205,7 +204,7 @@ class Unfit:
         return model
 
     def sentences(self) -> list[str]:
-        """The weights that did not fit, a sentence for each kind."""
+        """The weights that did not fit, one sentence for each kind."""
         parts = {
             "weights that are missing in the checkpoint and were drawn at random": self.missing,
             "weights of the checkpoint that the model does not use": self.unexpected,
@@ -215,10 +214,12 @@ class Unfit:
 
 @contextmanager
 def noting(lm: Any) -> Iterator[Unfit]:
-    """While it lasts, what `lm`, lm-eval's `hf`, loads is noted; random layers are always the same.
+    """While the context lasts, notes which weights of `lm`, lm-eval's `hf`, do not fit.
+
+    Random layers are the same in every run.
 
     Yields:
-        What did not fit.
+        The weights that did not fit.
     """
     unfit = Unfit(lm.AUTO_MODEL_CLASS)
     with replaced(lm, AUTO_MODEL_CLASS=unfit), torch.random.fork_rng(devices=[]):
@@ -227,13 +228,13 @@ def noting(lm: Any) -> Iterator[Unfit]:
 
 
 def check_finite(pretrained: Any, model: torch.nn.Module) -> None:
-    """Refuses weights that are NaN or infinite, with which every answer is arbitrary.
+    """Refuses weights that are NaN or infinite, because every answer would be arbitrary.
 
     Raises:
-        UsageError: naming the first of them.
+        UsageError: the message names the first of them.
     """
     for name, weight in model.named_parameters():
-        # of one byte and less (quantised) there is no isfinite
+        # types of one byte or less (quantised) have no isfinite
         if weight.is_floating_point() and not weight.is_meta and weight.itemsize > 1:
             bad = int((~_isfinite(weight)).sum())
             if bad:
@@ -244,7 +245,7 @@ def check_finite(pretrained: Any, model: torch.nn.Module) -> None:
 
 
 def _isfinite(weight: torch.Tensor) -> torch.Tensor:
-    """Like `isfinite`, also for quantised tensors, which have few of torch's functions."""
+    """`isfinite` that also works for quantised tensors, which support few functions of torch."""
     try:
         return weight.isfinite()
     except NotImplementedError:
@@ -253,10 +254,10 @@ def _isfinite(weight: torch.Tensor) -> torch.Tensor:
 
 
 def check_float64(model: Any, tokens: torch.Tensor) -> None:
-    """Refuses float64 where the model's kernels do; of experts there are some that do not.
+    """Refuses float64 if the model's kernels do not support it, as some kernels for experts.
 
     Raises:
-        UsageError: naming what was raised, and `experts_implementation=eager` if that mends it.
+        UsageError: the message names the error, and `experts_implementation=eager` if that helps.
     """
     if model.dtype != torch.float64:
         return

@@ -1,7 +1,7 @@
-"""`attacked-hf`: lm-eval's `hf` model with its embeddings perturbed.
+"""`attacked-hf`: lm-eval's `hf` model with perturbed embeddings.
 
-The way of the data: lm-eval's requests -> tokens (lm-eval's own code) -> questions (`requests`) ->
-the engine -> answers in the order asked.
+The data flow: lm-eval's requests -> tokens (lm-eval's own code) -> questions (`requests`) -> the
+engine -> answers in the order of the requests.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ DEFAULT_MODEL = "TinyLlama/TinyLlama_v1.1"
 
 
 class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
-    """A causal Hugging Face model whose answers are given under attack.
+    """A causal Hugging Face model that answers under attack.
 
     Args:
         pretrained: hub id, local folder, GGUF file, `demo` (the bundled model) or a loaded model.
-        **arguments: those of `AttackSettings` (attack, epsilon, epsilon_unit, steps, step_size,
-            loss, score, context, hookpoint, seed) and those of lm-eval's `hf`.
+        **arguments: the settings of `AttackSettings` and `EngineSettings` (docs/arguments.md), and
+            the arguments of lm-eval's `hf`.
 
     Raises:
         UsageError: an argument is unknown or out of range, or the model cannot be loaded.
@@ -93,7 +93,7 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         pretrained = source_of(pretrained)
         loading.settle_loaded(pretrained, arguments)
         set_device(arguments)
-        if "trust_remote_code" in arguments:  # a text such as "no" is true
+        if "trust_remote_code" in arguments:  # in Python, a text such as "no" is true
             arguments["trust_remote_code"] = trusted(arguments["trust_remote_code"])
         source = str(MODEL_PATH) if pretrained == "demo" else pretrained
         source, gguf_file = gguf.located(source, arguments.get("gguf_file"))
@@ -108,9 +108,9 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
                 f"tp_plan={arguments['tp_plan']}: must be started by torchrun, with one process"
                 " for each part of the model"
             )
-        # lm-eval 0.4.10 does not keep it; later ones set it again
+        # lm-eval 0.4.10 does not keep it; later releases set it again
         self.enable_thinking = arguments.get("enable_thinking")
-        self._copy: Any = None  # in `gradient_dtype`, once a condition needs it
+        self._copy: Any = None  # the copy in `gradient_dtype`, as soon as a condition needs it
         self.warnings: list[str] = []
         """What a reader of the results should know of the model, a sentence each."""
         self._load(pretrained, source, passed)
@@ -120,11 +120,11 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         self.check_gradient()
 
     def _load(self, pretrained: Any, source: Any, passed: dict[str, Any]) -> None:
-        """Has lm-eval load the model.
+        """Lets lm-eval load the model.
 
         Args:
-            pretrained: as it was given.
-            source: what that is.
+            pretrained: the argument as the user gave it.
+            source: the result of `source_of`.
             passed: the other arguments of `hf`.
         """
         try:
@@ -143,7 +143,7 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         self.pretrained = pretrained
 
     def _check_loaded(self) -> None:
-        """Refuses a model that cannot be computed with, or arguments that do not go with it."""
+        """Refuses a model that cannot compute, and arguments that do not fit it."""
         loading.check_finite(name_of(self.pretrained), self.model)
         size = vocabulary_of(self.model)
         prefix = self._arguments.get("prefix_token_id")
@@ -157,15 +157,15 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
 
     @torch.inference_mode(False)
     def use(self, *conditions: AttackSettings) -> None:
-        """Attacks with other settings from now on; diagnostics start anew.
+        """Attacks with other settings from now on, and resets the diagnostics.
 
         Args:
-            conditions: what to attack with. The model's answers are those of the first; the others
-                are computed along with it, sharing its work, for a run of the suite. They may
-                differ in attack, epsilon, steps, step_size and hookpoint.
+            conditions: the settings of each condition. The model returns the answers of the first.
+                The others share its work, for a run of the suite. They may differ in attack,
+                epsilon, steps, step_size and hookpoint.
 
         Raises:
-            UsageError: the hookpoint is none of the model's, or conditions differ in more.
+            UsageError: the model has no such hookpoint, or conditions differ in other settings.
         """
         with frozen(self.model):
             self._now = self._prepared(*conditions)
@@ -202,7 +202,7 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
     def _signals_at(
         self, names: Sequence[str | None], text: Sequence[int], units: Collection[str | None]
     ) -> dict[str | None, Signal]:
-        """The scale of what is perturbed, by hookpoint."""
+        """The scale of the activations at each hookpoint."""
         try:
             with reproducible(self.engine_settings.deterministic):
                 input_ids = torch.tensor([text]).to(self.device)
@@ -230,20 +230,20 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
                 )
 
     def _scorers(self, model: Any, names: Sequence[str | None]) -> list[Scorer]:
-        """One for each hookpoint."""
+        """A scorer for each hookpoint."""
         place = resolve(model, names[0])
         first = Scorer(model, place, self.mixed_precision_dtype, self.softmax_dtype)
         return scorers(first, names, self.device) if len(names) > 1 else [first]
 
     def _layout(self, scorer: Scorer, pad: int) -> Layout:
-        """How questions become batches."""
+        """The settings that say how questions become batches."""
         settings = self.engine_settings
         packing = "off" if settings.deterministic else settings.packing
         longest = {"off": 0, "tree": sys.maxsize}.get(packing)
         if longest is None:
             longest = longest_tree(scorer, self.device, pad)
         divides = self._arguments.get("tp_plan") is None
-        # what recomputes or compiles blocks does not know of a cache that they write to
+        # recomputed and compiled blocks do not support a cache that they write to
         alone = settings.gradient_checkpointing or settings.compile
         prefixes = packing != "off" and not alone
         once = prefixes and divides and self.mixed_precision_dtype is None
@@ -252,7 +252,7 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
     def _slopes(
         self, at_names: Sequence[Scorer], names: Sequence[str | None], attacks: Sequence[Attack]
     ) -> dict[Scorer, Scorer]:
-        """For each scorer that of the copy in `gradient_dtype`; none unless that is asked for."""
+        """For each scorer, the scorer of the copy in `gradient_dtype`; empty without a copy."""
         name = self.engine_settings.gradient_dtype
         if name is None or not any(a.kind.gradient and not a.identity for a in attacks):
             return {}
@@ -262,23 +262,23 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
 
     @property
     def copy_bytes(self) -> int:
-        """Of the weights of the copy in `gradient_dtype`; 0: there is none."""
+        """Number of bytes of the copy in `gradient_dtype`; 0 without a copy."""
         weights = [] if self._copy is None else self._copy.parameters()
         return sum({w.data_ptr(): w.nbytes for w in weights}.values())
 
     @property
     def conditions(self) -> tuple[AttackSettings, ...]:
-        """What it is attacked with."""
+        """The settings of each condition."""
         return self._now.conditions
 
     @property
     def settings(self) -> AttackSettings:
-        """Those of the first condition."""
+        """The settings of the first condition."""
         return self._now.conditions[0]
 
     @property
     def engine(self) -> Engine:
-        """What answers under all conditions."""
+        """The engine, which answers under all conditions."""
         return self._now.engine
 
     @property
@@ -287,9 +287,9 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         return self.engine.attacks[0]
 
     def gradient(self) -> Finding | None:
-        """What speaks against the gradient that conditions follow; None: none of them does.
+        """The result of the check of the gradient; None if no condition follows a gradient.
 
-        Of the first hookpoint: its gradient goes through all that those of later ones do.
+        The gradient at the first hookpoint is checked, because it goes through all later ones.
         """
         followed = [
             (attack, scorer)
@@ -304,10 +304,10 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
             return examine(scorer, self._now.text, self.device)
 
     def check_gradient(self) -> None:
-        """Tries whether the gradient is that of the model, for `warnings`, if a condition needs it.
+        """Checks the gradient, if a condition needs it, and adds to `warnings`.
 
         Raises:
-            UsageError: it is not.
+            UsageError: it is not the gradient of the model.
         """
         finding = self.gradient()
         if finding is None:
@@ -320,18 +320,18 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
 
     @property
     def signal(self) -> Signal:
-        """The scale of what the first condition perturbs."""
+        """The scale of the activations that the first condition perturbs."""
         return self._now.signals[0]
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: Any = None) -> AttackedHFLM:
-        """As lm-eval's; numbers must be written plainly."""
+        """Like lm-eval's method, but numbers must be written plainly."""
         check_string(arg_string)
         model: AttackedHFLM = super().create_from_arg_string(arg_string, additional_config)
         return model
 
     def _known(self, tokens: Iterable[int]) -> list[int]:
-        """Those that have an embedding; 0 where none has."""
+        """The tokens that have an embedding; [0] if none has."""
         size = vocabulary_of(self.model)
         return [token for token in tokens if 0 <= token < size] or [0]
 
@@ -351,7 +351,7 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
 
     @cached_property
     def prefix_token_id(self) -> int:
-        """As lm-eval's, which looks it up anew for every text."""
+        """Like lm-eval's property, which looks the token up again for every text."""
         token: int = super().prefix_token_id
         return token
 
@@ -391,8 +391,8 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         """(log-likelihood, is_greedy) of each request, under attack.
 
         Raises:
-            UsageError: before anything is computed, when the loss needs gold labels that the task
-                does not have, or no task has the score.
+            UsageError: the loss needs gold labels that the task does not have, or no task has the
+                score. It is raised before anything is computed.
         """
         check_score(requests, self.settings.score)
         shared = self.settings.threat.shared
@@ -408,7 +408,7 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
     def loglikelihood_rolling(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-likelihood of each text; every window of it is attacked alone."""
+        """Log-likelihood of each text. Every window of a text is attacked by itself."""
         self._refuse_questions(requests)
         answers: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
         self._pool()
@@ -420,7 +420,7 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[Answer]:
-        """Answers windows of longer texts, each a question of its own."""
+        """Answers windows of longer texts. Each window is a question."""
         encoded = [truncated(request, self.max_length) for request in requests]
         questions = [Question([request], [[i]]) for i, request in enumerate(encoded)]
         return self._attacked(questions, [r[0] for r in requests], disable_tqdm, override_bs)
@@ -432,7 +432,7 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         disable_tqdm: bool,
         rows: int | None = None,
     ) -> list[Answer]:
-        """The answers under the first condition, in the order of `keys`: of lm-eval's cache."""
+        """The answers under the first condition, in the order of `keys`, the keys of the cache."""
         answers = [(0.0, False)] * len(keys)
         progress = self.progress(
             total=len(keys),
@@ -452,7 +452,7 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
 
     @torch.inference_mode(False)
     def batches(self, questions: Iterable[Question], rows: int | None = None) -> list[Batch]:
-        """The questions that go through the model together; `rows`: in place of `batch_size`."""
+        """The batches of questions. `rows` replaces `batch_size`."""
         limit = rows or self.batch_size
         if str(limit).startswith("auto"):
             limit = self._arguments.get("max_batch_size", sys.maxsize)
@@ -464,7 +464,7 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
 
     @torch.inference_mode(False)
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continuations of the prompts, which are attacked at prefill."""
+        """Continuations of the prompts. The prompts are attacked at prefill."""
         self._refuse_questions(requests)
         loss = self.settings.loss
         if not LOSSES[loss].whole:
@@ -495,7 +495,7 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
     def _generate_alone(
         self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any
     ) -> torch.Tensor:
-        """A prompt at a time, without its padding on the left: so that none depends on another."""
+        """Generates for each prompt separately, without padding, so no prompt affects another."""
         rows = []
         for row, keep in zip(context, options.pop("attention_mask").bool(), strict=True):
             left = int((~keep).sum())
@@ -506,7 +506,7 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         return pad_sequence(rows, batch_first=True, padding_value=pad)
 
     def _pool(self) -> None:
-        """Sets `diagnostics`, which lm-eval asks for after the run, to those of all processes."""
+        """Sets `diagnostics`, which lm-eval reads after the run, to the sums over all processes."""
         sums = torch.tensor([astuple(d) for d in self._now.diagnostics], dtype=torch.float64)
         if self.world_size > 1:
             sums = self.accelerator.gather(sums[None].to(self.device)).sum(0).cpu()
@@ -515,10 +515,10 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
             log.warning(sentence)
 
     def all_warnings(self, diagnostics: Sequence[Diagnostics] | None = None) -> list[str]:
-        """What a reader of the results should know: of the model, then of each condition.
+        """Warnings for a reader of the results: about the model, then about each condition.
 
         Args:
-            diagnostics: of each condition; those of the last call of lm-eval unless given.
+            diagnostics: the diagnostics of each condition; by default, of lm-eval's last call.
         """
         diagnostics = self.diagnostics if diagnostics is None else diagnostics
         return [*self.warnings, *self._now.warnings(diagnostics)]
@@ -535,10 +535,10 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
                 " question; must be another value, such as not_first"
             )
 
-    # -- what the results say of themselves --------------------------------------------------------
+    # -- descriptions for the results --------------------------------------------------------------
 
     def get_model_info(self) -> dict[str, Any]:
-        """lm-eval's description of the model, and under "attack" all that was done to it."""
+        """lm-eval's description of the model, with the attack under "attack"."""
         attack = {**self.attack_info(), "warnings": self.all_warnings()}
         return {**super().get_model_info(), "attack": attack}
 
@@ -548,20 +548,20 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         """Resolved settings and diagnostics of a condition; see docs/numbers.md.
 
         Args:
-            condition: its number.
-            diagnostics: of it; those of the last call of lm-eval unless given.
+            condition: number of the condition.
+            diagnostics: its diagnostics; by default, of lm-eval's last call.
         """
         diagnostics = self.diagnostics[condition] if diagnostics is None else diagnostics
         return self._now.info(condition, diagnostics, self.engine_settings.gradient_dtype)
 
     def set_cache_hook(self, cache_hook: Any) -> None:
-        """Takes lm-eval's cache, unless its file was written under other settings."""
+        """Accepts lm-eval's cache, unless its file was written under other settings."""
         if cache_hook.dbdict is not None:
             ignored = {"device", "batch_size", "max_batch_size", "parallelize"}
             settings = {k: v for k, v in self._arguments.items() if k not in ignored}
             settings |= {"pretrained": name_of(self.pretrained), **self.settings.arguments()}
             settings |= self.settings.sources
-            # whatever lies in a folder by now, and however a loaded model came about
+            # hashes, because the files of a folder and the weights of a loaded model can change
             settings |= hashes.of_model(self) | {"generation": hashes.generation(self.model)}
             cache.guard(cache_hook.dbdict, settings, cache_hook.dbdict.filename)
         super().set_cache_hook(cache_hook)

@@ -1,8 +1,8 @@
-"""Every patch of lm-eval. All but one are context managers, in force where they are asked for.
+"""Every patch of lm-eval. All except one are context managers, and act only while they are in use.
 
-The one is `note_tasks`, in force once this module is imported, which the model's imports: whatever
-the attack, because requests may be built before the model that attacks them is made. It changes
-nothing that anyone else sees: a request's equality, text, copies and pickles are what they were.
+The exception is `note_tasks`. It acts as soon as this module is imported, and the model's module
+imports it, because requests may be built before the model. Nobody else sees a difference: a
+request's equality, text, copies and pickles do not change.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
 from tqdm import tqdm
 
-# On our wrapper, to be told from those of others; and on a request, where its `Noted` is.
+# The mark that distinguishes our wrapper from others; and the attribute for a request's `Noted`.
 MARK = "_llm_attack"
 
 
@@ -28,12 +28,12 @@ MARK = "_llm_attack"
 class Noted:
     """A question as its task built it.
 
-    It is kept on the requests themselves. A register beside them could never let go: the task,
+    The requests themselves hold it. A separate register could never free them, because the task,
     which judges, refers to its requests.
 
     Attributes:
         task: the task.
-        requests: all of the question, in the order of the choices.
+        requests: all requests of the question, in the order of the choices.
     """
 
     task: Task
@@ -43,11 +43,11 @@ class Noted:
         return self
 
     def __reduce__(self) -> Any:
-        return type(None), ()  # a task need not be fit for a file; the request is
+        return type(None), ()  # a request can be pickled, and its task perhaps not
 
 
 def note(task: Any) -> None:
-    """Leaves on each request of `task` its `Noted`."""
+    """Stores on each request of `task` its `Noted`."""
     questions: dict[Any, Noted] = {}
     for request in task.instances:
         question = questions.setdefault(request.doc_id, Noted(task, []))
@@ -58,12 +58,12 @@ def note(task: Any) -> None:
 
 
 def noted(request: Instance) -> Noted | None:
-    """The `Noted` that `note` left on `request`, or None."""
+    """The `Noted` that `note` stored on `request`, or None."""
     return getattr(request, MARK, None)
 
 
 def note_tasks() -> None:
-    """Makes every lm-eval task note itself on the requests that it builds."""
+    """Makes every lm-eval task store a `Noted` on the requests that it builds."""
     build = Task.build_all_requests
     if hasattr(build, MARK):
         return
@@ -82,14 +82,14 @@ note_tasks()
 
 @contextmanager
 def templates_compiled_once() -> Iterator[None]:
-    """Caches the templates that lm-eval compiles anew for every question: half of its host time."""
+    """Caches templates. lm-eval compiles them for every question: half of its host time."""
     with replaced(utils.env, from_string=functools.lru_cache(4096)(utils.env.from_string)):
         yield
 
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """lm-eval draws no bars, which would break up ours."""
+    """Turns off lm-eval's progress bars, which would break up ours."""
 
     def silent(*args: Any, **kwargs: Any) -> tqdm:
         return tqdm(*args, **{**kwargs, "disable": True})
@@ -100,11 +100,11 @@ def without_bars() -> Iterator[None]:
 
 @contextmanager
 def without_inventory() -> Iterator[None]:
-    """Saves the seconds in which lm-eval asks pip and the system what there is: see run.json.
+    """Stops lm-eval from asking pip, git and the system for versions, which takes seconds.
 
-    And git, which complains on the terminal where there is no repository.
+    run.json has the versions. Git would also complain on the terminal if there is no repository.
     """
-    from lm_eval import evaluator  # here, as below, since lm-eval may import the model itself
+    from lm_eval import evaluator  # imported here, because lm-eval may import the model itself
 
     def nothing(*args: Any) -> None:
         return None
@@ -115,7 +115,7 @@ def without_inventory() -> Iterator[None]:
 
 @contextmanager
 def tasks_also_in(folder: Path) -> Iterator[None]:
-    """Every `TaskManager` that is made knows the tasks in `folder` too."""
+    """Every `TaskManager` also finds the tasks in `folder`."""
     from lm_eval.tasks import TaskManager
 
     init = TaskManager.__init__
@@ -131,7 +131,7 @@ def tasks_also_in(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def replaced(owner: Any, **values: Any) -> Iterator[None]:
-    """While it lasts, `owner` has `values` for attributes."""
+    """While the context lasts, `owner` has the attributes `values`."""
     own = {name: vars(owner)[name] for name in values if name in vars(owner)}
     for name, value in values.items():
         setattr(owner, name, value)

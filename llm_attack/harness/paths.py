@@ -1,4 +1,4 @@
-"""Paths of this machine as another one can read them."""
+"""Rewrites paths of this machine so that another machine can read them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from llm_attack.harness.tasks import tasks_path
 
 
 def portable(value: Any) -> Any:
-    """`value`, a text or lists and dictionaries of texts, without absolute paths.
+    """Removes absolute paths from `value`: a text, or lists and dictionaries of texts.
 
-    In a text, what begins with a folder that has a name elsewhere, too, gets that name: `tasks`,
-    `llm_attack`, `lm_eval`, `.`, `~`. Of a text that is another path, its last part remains.
+    A path in a folder that other machines have, too, begins with the name of this folder: `tasks`,
+    `llm_attack`, `lm_eval`, `.` or `~`. If the text is another path, only its last part remains.
     """
     return _replaced(value, _names())
 
@@ -45,7 +45,7 @@ def _replaced(value: Any, names: list[tuple[re.Pattern[str], str]]) -> Any:
 
 
 def _is_path(text: str) -> bool:
-    """Whether a text, which might be part of a prompt, is a path here."""
+    """Whether a text is a path on this machine. It might also be part of a prompt."""
     try:
         path = Path(text)
         return path.is_absolute() and len(path.parts) > 2 and path.parent.is_dir()

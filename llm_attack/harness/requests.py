@@ -1,4 +1,4 @@
-"""lm-eval's requests as questions in tokens."""
+"""Turns lm-eval's requests into questions in tokens."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ TokenRequest = tuple[Any, list[int], list[int]]
 
 
 def by_question(requests: Sequence[Instance]) -> list[list[int]]:
-    """Numbers of the requests of each question, in the order of its choices."""
+    """For each question, the numbers of its requests in the order of its choices."""
     questions: dict[Any, list[int]] = {}
     for number, request in enumerate(requests):
-        # requests of no task, made by hand, have no doc_id, and each is alone
+        # requests that are made by hand have no task and no doc_id; each is a question
         alone = number if request.doc_id is None else -1
         place = patches.noted(request) or (request.task_name, request.doc_id, alone)
         questions.setdefault(place, []).append(number)
@@ -48,14 +48,14 @@ def by_question(requests: Sequence[Instance]) -> list[list[int]]:
 
 
 def distinct(requests: Sequence[Instance], numbers: Sequence[int]) -> list[int]:
-    """The numbers of different requests, as a task with `repeats` asks each again."""
+    """The numbers of different requests, because a task with `repeats` asks each several times."""
     return list({id(requests[n]): n for n in reversed(numbers)}.values())[::-1]
 
 
 def with_siblings(requests: Sequence[Instance]) -> list[Instance]:
-    """The requests, and behind them those that their questions lack.
+    """The requests, followed by the other requests of their questions.
 
-    A cache may have answered some of a question's requests: an attack on all needs them again.
+    A cache may have answered some requests of a question. An attack on the question needs all.
     """
     known = {id(request): request for request in requests}
     siblings = {id(s): s for request in requests for s in gold.siblings(request)}
@@ -65,8 +65,8 @@ def with_siblings(requests: Sequence[Instance]) -> list[Instance]:
 def encode(lm: HFLM, requests: Sequence[Instance]) -> list[Request]:
     """The requests in tokens, made by lm-eval's own code.
 
-    What lm-eval would only log goes into the model's warnings: prompts that are cut, and tokens
-    that reach across the place where a prompt and its answer meet.
+    lm-eval only logs prompts that are cut, and tokens that belong to both a prompt and its answer.
+    Here they go into the model's warnings.
 
     Raises:
         UsageError: an answer has no token, or more than the model's length; or thinking is on.
@@ -96,14 +96,14 @@ def examples_of(request: Instance) -> str:
     """The part of the prompt before the question's own text: examples, a system prompt.
 
     Raises:
-        UsageError: the prompt does not hold the question's text as its task words it.
+        UsageError: the prompt does not contain the question's text as its task builds it.
     """
     task = gold.task_of(request)
     context: str = request.args[0]
-    if not context.strip():  # of acc_mutual_info
+    if not context.strip():  # a prompt of acc_mutual_info
         return ""
     text: Any = task.doc_to_text(request.doc)
-    if not isinstance(text, str):  # whose choices are contexts
+    if not isinstance(text, str):  # its choices are contexts
         text = task.doc_to_choice(request.doc)[request.idx]
     at = context.rfind(text.strip())
     if at < 0:
@@ -112,21 +112,21 @@ def examples_of(request: Instance) -> str:
             f" {request.doc_id}, does not contain its text; must be another value, such as"
             " not_first"
         )
-    return context[:at].rstrip(" ")  # a space is part of the word behind it
+    return context[:at].rstrip(" ")  # a space belongs to the next word
 
 
 def truncated(request: TokenRequest, longest: int, n_question: int = 0) -> Request:
-    """A request as the model gets it: at most `longest` tokens to read."""
+    """The request that the model gets, with at most `longest` tokens to read."""
     _, context, continuation = request
     tokens = tuple((context + continuation)[-(longest + 1) :])
     return Request(tokens, len(continuation), n_question)
 
 
 def check_score(requests: Sequence[Instance], asked: str) -> None:
-    """Refuses the name of a score that none of these requests' tasks has.
+    """Refuses the name of a score that no task of these requests has.
 
     Raises:
-        UsageError: with the names that there are.
+        UsageError: the message lists the names that exist.
     """
     first = {str(r.task_name): r for r in reversed(requests) if patches.noted(r) is not None}
     if first and asked != scores.ACC:
@@ -136,15 +136,15 @@ def check_score(requests: Sequence[Instance], asked: str) -> None:
 def questions_of(
     requests: Sequence[Instance], encoded: Sequence[Request], settings: AttackSettings
 ) -> list[Question]:
-    """The questions of `requests`, whose answers are indices into these.
+    """The questions of `requests`. Their `answers` are indices into `requests`.
 
     Args:
-        requests: what is asked.
-        encoded: the same in tokens.
+        requests: the requests of lm-eval.
+        encoded: the same requests in tokens.
         settings: say whether gold labels, and the lengths of choices, are needed.
 
     Raises:
-        UsageError: they are, and the task does not have them.
+        UsageError: the task does not have a value that is needed.
     """
     questions = []
     of_tasks: dict[int, list[tuple[Question, list[Instance]]]] = {}
@@ -173,7 +173,7 @@ def questions_of(
 
 @contextmanager
 def _refused(request: Instance, settings: AttackSettings) -> Iterator[None]:
-    """Says of a question that the attacker cannot know its gold label, and why."""
+    """The error for a question whose gold label the attacker cannot know, with the reason."""
     try:
         yield
     except gold.Unlabelled as error:
@@ -196,7 +196,7 @@ def _refuse_thinking(lm: HFLM, requests: Sequence[Instance]) -> None:
 
 
 def _refuse_empty(lm: HFLM, request: Instance) -> None:
-    """lm-eval looks at the first token of an answer to an empty prompt."""
+    """Refuses an answer that has no token. lm-eval reads the first one if the prompt is empty."""
     context, continuation = request.args
     if not continuation or not (context or lm.tok_encode(continuation, add_special_tokens=False)):
         raise UsageError(f"{_place(request)}: the answer {continuation!r} has no token")
@@ -224,7 +224,7 @@ def _refuse_unfit(lm: HFLM, request: Instance, tokens: TokenRequest) -> None:
 
 
 def _warn(lm: HFLM, requests: Sequence[Instance], encoded: Sequence[TokenRequest]) -> None:
-    """Adds to the model's warnings what speaks against the requests of each task."""
+    """Adds doubts about the requests of each task to the model's warnings."""
     counts: dict[str, list[int]] = {}
     for request, (_, context, continuation) in zip(requests, encoded, strict=True):
         of_task = counts.setdefault(str(request.task_name), [0, 0, 0])
@@ -244,7 +244,7 @@ def _warn(lm: HFLM, requests: Sequence[Instance], encoded: Sequence[TokenRequest
 
 
 class _Encoder:
-    """A model for lm-eval that turns requests into tokens and stops there."""
+    """A model for lm-eval that only turns requests into tokens."""
 
     def __init__(self, lm: HFLM) -> None:
         self._lm = lm
@@ -253,11 +253,11 @@ class _Encoder:
         return getattr(self._lm, name)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Encodes as lm-eval does, but a prompt of blanks begins as an empty one does."""
+        """Encodes as lm-eval does, except that a prompt of blanks begins like an empty one."""
         lm = self._lm
         if lm.settings.encode_separately:
             end = len(context.rstrip())
-            continuation = context[end:] + continuation  # as lm-eval moves blanks
+            continuation = context[end:] + continuation  # lm-eval moves blanks so
             before = lm.tok_encode(context[:end]) if end else []
             own = lm.tok_encode(continuation, add_special_tokens=False)
         else:

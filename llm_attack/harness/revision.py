@@ -1,4 +1,4 @@
-"""A revision means something on a hub alone."""
+"""Checks the argument `revision`, which has a meaning only on a hub."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ DEFAULT = "main"
 
 
 def check_revision(pretrained: Any, source: Any, arguments: Mapping[str, Any]) -> None:
-    """Refuses a revision of what is on this machine: `from_pretrained` would pass over it.
+    """Refuses a revision of a local model, because `from_pretrained` would ignore it.
 
     Args:
-        pretrained: as it was given, for the message.
-        source: where the model is loaded from.
-        arguments: those of `hf`. An adapter, delta weights and a tokenizer are loaded from the same
-            revision as the model.
+        pretrained: the argument as the user gave it, for the message.
+        source: the place that the model is loaded from.
+        arguments: the arguments of `hf`. An adapter, delta weights and a tokenizer are loaded from
+            the same revision as the model.
 
     Raises:
-        UsageError: another revision than the default is given, and nothing is loaded from a hub.
+        UsageError: a revision other than the default is given, and nothing is loaded from a hub.
     """
     revision = arguments.get("revision")
     sources = [source, *(arguments.get(name) for name in ("tokenizer", "peft", "delta"))]

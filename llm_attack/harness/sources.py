@@ -1,33 +1,33 @@
-"""Finds questions that share a source, so that their answers are not independent."""
+"""Finds questions that share a source. Their answers are not independent."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# Fields of a task's documents that say so; of several, the first that a document has.
+# Fields of a task's documents that name a source. The first field that a document has counts.
 _FIELDS: list[tuple[str, ...]] = [
     ("source_id",),  # HellaSwag: the video or article
-    ("fact1",),  # OpenBookQA with its additional fields: the fact that is asked for
+    ("fact1",),  # OpenBookQA with its additional fields: the fact that it asks for
     ("subject",),  # MMLU as one task
-    ("passage",),  # BoolQ, and others that ask several questions about a text
+    ("passage",),  # BoolQ, and other tasks with several questions about a text
     ("article",),  # RACE
     ("goal",),  # PIQA: solutions of the same goal
-    ("option1", "option2"),  # WinoGrande: twins, and what else has the same two options
+    ("option1", "option2"),  # WinoGrande: twins, and other questions with the same two options
 ]
-# With fewer sources their spread is not known; such a field is a class, not a source.
+# With fewer values, a field is a class and not a source, and the spread of sources is not known.
 _LEAST = 10
 
 
 def clusters(docs: Sequence[Any]) -> list[int | None]:
-    """For each document of one task, the number of its source; None: the task does not tell.
+    """For each document of a task, the number of its source; None if the task does not name it.
 
     Args:
-        docs: lm-eval's, of one task, in order.
+        docs: the documents of one task in lm-eval's order.
 
     Returns:
-        Numbers from 0 in order of first appearance; those of one source are equal. None for all
-        where not all documents have the same field, or it has less than ten values.
+        Numbers from 0 in order of first appearance. Documents of one source have equal numbers.
+        None for all if documents lack the field, or if it has fewer than ten values.
     """
     of_docs = [_source(doc) for doc in docs]
     sources = list(dict.fromkeys(of_docs))

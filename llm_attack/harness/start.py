@@ -1,4 +1,4 @@
-"""Before a model is loaded: what it is, the device, and how errors are shown."""
+"""Steps before a model is loaded: they find its kind, set the device, and set how errors appear."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from llm_attack.base.errors import UsageError, invalid, report_usage_errors
 
 
 def source_of(pretrained: Any) -> Any:
-    """`pretrained` as a text or a model.
+    """Turns `pretrained` into a text or a model.
 
     Raises:
-        UsageError: it is neither, nor a path; or no gradient can go through its weights.
+        UsageError: it is not a text, path or model; or its weights do not support gradients.
     """
     if isinstance(pretrained, (str, os.PathLike)):
         return os.fspath(pretrained)
@@ -31,17 +31,17 @@ def source_of(pretrained: Any) -> Any:
 
 
 def set_device(arguments: dict[str, Any]) -> None:
-    """Sets the argument `device` where it is not given, and checks it."""
+    """Sets the argument `device` if it is not given, and checks it."""
     if arguments.get("device") is None:
         arguments["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     device = arguments["device"] = str(arguments["device"])
-    # lm-eval's command line says cuda:0 if the user says nothing
+    # lm-eval's command line sets cuda:0 by default
     if device != "cuda:0" or not _lm_eval_runs() or any(device in word for word in sys.argv):
         check_device(device)
 
 
 def report_if_lm_eval_runs() -> None:
-    """One line instead of a traceback, if this process is lm-eval's command line."""
+    """Shows errors in one line without a traceback, if this process is lm-eval's command."""
     if _lm_eval_runs():
         report_usage_errors()
 

@@ -1,4 +1,4 @@
-"""lm-eval with this project's model and tasks already known to it."""
+"""Starts lm-eval with the model and the tasks of this project."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def tasks_path() -> Path:
-    """The folder of our lm-eval YAMLs: in the package when installed, beside it in a checkout."""
+    """The folder of our lm-eval YAML files: in an installed package, or beside it in a checkout."""
     installed = _PACKAGE / "tasks"
     return installed if installed.is_dir() else _PACKAGE.parent / "tasks"
 
@@ -35,13 +35,13 @@ def look_up(tasks: Sequence[str], include_path: str | None = None) -> tuple[Any,
         include_path: a folder of tasks besides lm-eval's and ours.
 
     Returns:
-        The manager, and what the tasks are called: patterns in full, each name once.
+        The manager, and the names of the tasks. Patterns are expanded, and each name appears once.
 
     Raises:
         UsageError: one of the tasks, or the folder, does not exist.
     """
     ours = tasks_path()
-    # the demo is whole in itself: indexing the thousands of files of lm-eval takes seconds
+    # the demo needs no other task, and indexing the thousands of files of lm-eval takes seconds
     kinds: list[dict[str, Any]] = [
         {"include_path": [str(ours / "demo")], "include_defaults": False}
     ]
@@ -50,12 +50,12 @@ def look_up(tasks: Sequence[str], include_path: str | None = None) -> tuple[Any,
         if not include_path or not Path(include_path).is_dir():
             raise _no_folder(include_path)
         paths.append(include_path)
-        kinds.clear()  # a task there may have any name, and build on any of lm-eval's
+        kinds.clear()  # its tasks may have any name, and extend any task of lm-eval
     kinds.append({"include_path": paths})
     for kind in kinds:
         try:
             manager = TaskManager(**kind)
-        except Exception as error:  # earlier releases read every file at once
+        except Exception as error:  # earlier releases read all files at once
             raise UsageError(
                 f"include_path={include_path}: cannot be read ({one_line(error)}); must be a folder"
                 " of lm-eval tasks"
@@ -70,17 +70,17 @@ def look_up(tasks: Sequence[str], include_path: str | None = None) -> tuple[Any,
 
 
 def lm_eval(arguments: Sequence[str]) -> None:
-    """lm-eval's own command line with `arguments`; the model is attacked-hf unless one is named.
+    """Runs lm-eval's own command line with `arguments`. The default model is attacked-hf.
 
     Raises:
-        UsageError: bad input that lm-eval or the model found.
+        UsageError: lm-eval or the model refused an argument.
     """
-    from lm_eval.__main__ import cli_evaluate  # whose presence says that it runs: see the model
+    from lm_eval.__main__ import cli_evaluate  # if it is imported, the model knows that it runs
 
     register()
     arguments = list(arguments)
     _check(arguments)
-    # its subcommands (run, ls, validate) come first; only run has a model
+    # a subcommand (run, ls, validate) comes first; only run has a model
     command = arguments[:1] if arguments[:1] and not arguments[0].startswith("-") else []
     rest = arguments[len(command) :]
     runs = command in ([], ["run"]) and not {"-h", "--help"} & set(rest)
@@ -95,14 +95,14 @@ def lm_eval(arguments: Sequence[str]) -> None:
 
 
 def _check(arguments: Sequence[str]) -> None:
-    """Refuses what lm-eval would pass over in silence, or only find when all is computed.
+    """Refuses arguments that lm-eval would silently ignore, or would refuse only at the end.
 
     Raises:
-        UsageError: naming the argument.
+        UsageError: the message names the argument.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for names in (["--device"], ["--include_path"], ["--output_path", "-o"]):
-        parser.add_argument(*names, nargs="?")  # a missing value is lm-eval's to refuse
+        parser.add_argument(*names, nargs="?")  # lm-eval refuses a missing value
     parser.add_argument("--model_args", "-a", nargs="*", action="extend", default=[])
     given, _ = parser.parse_known_args(list(arguments))
     for text in given.model_args:
@@ -125,7 +125,7 @@ def _no_folder(path: str) -> UsageError:
 
 
 def _readable(error: ValueError) -> ValueError:
-    """lm-eval's complaint about a task in one line with the closest name; else the error itself."""
+    """lm-eval's error about a task in one line with the closest name, or the error itself."""
     text = str(error)
     if isinstance(error, UsageError) or not text.startswith("Tasks not found"):
         return error

@@ -1,7 +1,7 @@
-"""Threat models: what an attack on a language model ascends (docs/attacks.md, "Threat models").
+"""Threat models: the losses that attacks on language models raise (docs/attacks.md).
 
-A loss is a row of `LOSSES`: which predictions it reads, whose they are, and the value that it makes
-of their summed log-probabilities. Nothing else asks for a loss by its name. Needs no torch.
+A loss is an entry of `LOSSES`. It says which predictions the loss reads, and how it computes its
+value from their summed log-probabilities. No other code knows a loss by its name. Needs no torch.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LossKind:
-    """The traits that tell one loss from another.
+    """The traits of a loss.
 
     Attributes:
-        value: (sums, choices) -> one value per example; `sums` (requests,) are log-probabilities
-            summed over the tokens that the loss reads, `choices` the `ChoiceScores` if it knows the
-            gold, else None.
-        whole: it reads all tokens of a request but the first, not only the continuation's.
-        gold: the attacker knows which choices are right: one value per question, which has one
-            perturbation, instead of one value per request.
-        additive: its value is the sum of what it makes of each token's log-probability.
-        function: of the user's own, that `value` is made of; see `register_loss`.
+        value: (sums, choices) -> one value per example. `sums` (requests,) are log-probabilities
+            summed over the tokens that the loss reads. `choices` is the `ChoiceScores` if the loss
+            knows the gold, else None.
+        whole: the loss reads all tokens of a request except the first, not only the continuation.
+        gold: the attacker knows which choices are right. Then a question has one perturbation and
+            one value. Otherwise each request has its own.
+        additive: the value is a sum over tokens of a function of their log-probability.
+        function: a user's own function that `value` calls; see `register_loss`.
         source: hash of its source (`source_hash`); empty for the losses of this package.
     """
 
@@ -55,15 +55,18 @@ LOSSES = {
 def register_loss(
     function: Callable[..., Any], name: str | None = None, *, whole: bool = False
 ) -> str:
-    """Makes a loss of the user's own known by a name, as `package.module:function` makes it.
+    """Registers a user's own loss under a name.
+
+    The name `package.module:function` needs no registration.
 
     Args:
-        function: `(sums) -> values` of the requests, each attacked alone; or `(sums, choices) ->
-            values` of the questions, for an attacker who knows the gold. `sums` (requests,) are
-            summed log-probabilities in float64, `choices` the `ChoiceScores`. Values are raised.
-        name: of the loss; `package.module:function` unless given.
-        whole: whether it reads all tokens of a request but the first, not only the continuation's;
-            an attribute `whole` of the function says the same.
+        function: `(sums) -> values` of the requests, each attacked by itself; or `(sums, choices)
+            -> values` of the questions, for an attacker who knows the gold. `sums` (requests,) are
+            summed log-probabilities in float64, and `choices` is the `ChoiceScores`. The attack
+            raises the values.
+        name: name of the loss; `package.module:function` by default.
+        whole: whether it reads all tokens of a request except the first, not only the continuation.
+            An attribute `whole` of the function has the same effect.
 
     Returns:
         The name.
@@ -79,7 +82,7 @@ def register_loss(
             for parameter in signature(function).parameters.values()
             if parameter.default is parameter.empty
         ]
-    except ValueError:  # of what is compiled to C
+    except ValueError:  # functions that are compiled to C
         required = []
     if len(required) not in (1, 2) or any(
         parameter.kind not in _POSITIONAL for parameter in required
@@ -99,7 +102,7 @@ def register_loss(
 def _checked(
     name: str, function: Callable[..., Any], gold: bool
 ) -> Callable[[Tensor, Any], Tensor]:
-    """The function as a `value`, which refuses what is not one value per example."""
+    """Makes a `value` of the function. It refuses results that are not one value per example."""
 
     def value(sums: Tensor, choices: Any) -> Tensor:
         loss: Tensor = function(sums, choices) if gold else function(sums)
@@ -116,24 +119,24 @@ def _checked(
 
 
 def known_loss(name: Any) -> bool:
-    """Whether a loss has this name; one of the user's own is imported.
+    """Whether a loss has this name. A user's own loss is imported.
 
     Raises:
-        UsageError: it has the form of the user's own, and there is none.
+        UsageError: the name has the form `package.module:function`, and it cannot be imported.
     """
     return is_known("loss", name, LOSSES, register_loss)
 
 
 @dataclass(frozen=True)
 class ThreatModel:
-    """The loss that the attacker ascends, and what it may touch; see docs/attacks.md.
+    """The loss that the attacker raises, and the tokens that may move; see docs/attacks.md.
 
     Attributes:
         loss: a key of `LOSSES`.
-        shared: one perturbation for the tokens that a question's requests share, instead of one
-            perturbation per request.
-        per_token: every token has a ball of its own, instead of one for the whole perturbation.
-        seed: of the random draws.
+        shared: the tokens that a question's requests share have one perturbation. Otherwise every
+            request has its own.
+        per_token: every token has its own ball. Otherwise one ball holds the whole perturbation.
+        seed: seed of the random draws.
         positions: the tokens that may move; see `lm.packing.positions`.
     """
 

@@ -51,17 +51,17 @@ def _unit_name(given: Any) -> Any:
 
 
 def _attack_name(given: Any) -> Any:
-    if given is None:  # what lm-eval makes of `attack=none` in a string of arguments
+    if given is None:  # lm-eval reads `attack=none` in a string of arguments as None
         return "none"
     return register_attack(given) if callable(given) else given
 
 
 @dataclass(frozen=True, kw_only=True)
 class ThreatSettings(StepSettings):
-    """The settings that all conditions of a run have in common.
+    """The settings that all conditions of a run share.
 
     Raises:
-        UsageError: a value is not allowed, or two do not go together.
+        UsageError: a value is not allowed, or two values exclude each other.
     """
 
     epsilon_unit: str = setting(
@@ -158,7 +158,7 @@ class ThreatSettings(StepSettings):
 
     @property
     def shared(self) -> bool:
-        """Whether a question's requests have one perturbation of the tokens that they share."""
+        """Whether the tokens that a question's requests share have one perturbation."""
         return self.needs_gold if self.context is None else self.context == "shared"
 
     @property
@@ -169,10 +169,10 @@ class ThreatSettings(StepSettings):
 
 @dataclass(frozen=True)
 class AttackSettings(ThreatSettings):
-    """How `attacked-hf` attacks.
+    """The settings of the attack of `attacked-hf`.
 
     Raises:
-        UsageError: a value is not allowed, or two do not go together.
+        UsageError: a value is not allowed, or two values exclude each other.
     """
 
     attack: str = setting(
@@ -235,7 +235,7 @@ class AttackSettings(ThreatSettings):
             )
 
     def resolved(self, signal: Signal, place: str | None = None) -> Attack:
-        """The attack in the units of the point; `place`: what its condition's name has besides."""
+        """The attack in the units of the point. `place` is added to its condition's name."""
         attack = self.attack_in_units
         if place is not None:
             attack = replace(attack, label=str(replace(self.amplitude, hookpoint=place)))
@@ -243,7 +243,7 @@ class AttackSettings(ThreatSettings):
         return attack.scaled(size_of(unit, signal, attack.norm))
 
     def arguments(self) -> dict[str, Any]:
-        """All arguments with their values, as they are resolved."""
+        """All arguments with their resolved values."""
         epsilon = self.amplitude.epsilon
         return {name: getattr(self, name) for name in names(self)} | {
             "epsilon": epsilon.number,
@@ -253,7 +253,7 @@ class AttackSettings(ThreatSettings):
 
     @property
     def sources(self) -> dict[str, str]:
-        """Hashes of the source of an attack, a loss and a unit of the user's own, if they are."""
+        """Hashes of the source of a user's own attack, loss and unit, if there are any."""
         sources = {
             "attack_source": ATTACKS[self.attack].source,
             "loss_source": LOSSES[self.loss].source,
@@ -264,9 +264,9 @@ class AttackSettings(ThreatSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """How `attacked-hf` loads and computes.
+    """The settings that say how `attacked-hf` loads and computes.
 
-    The numbers of a whole model depend on `gradient_dtype` alone of these.
+    If a process holds the whole model, only `gradient_dtype` changes numbers, except for rounding.
 
     Raises:
         UsageError: a value is not allowed.
@@ -319,7 +319,7 @@ class EngineSettings:
 
 
 def places(conditions: Sequence[AttackSettings]) -> list[str | None]:
-    """The hookpoint that each condition is named with: none where all have the same."""
+    """The hookpoint in the name of each condition; none if all conditions have the same."""
     given = [condition.hookpoint for condition in conditions]
     return given if len({*given}) > 1 else [None] * len(given)
 
@@ -329,13 +329,15 @@ def unread(
     attacks: Collection[str],
     others: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> Iterator[tuple[str, Any, list[str]]]:
-    """(name, value, attacks that read it) of each setting that was given and none of `attacks`
-    reads: nothing comes of it.
+    """The settings that were given and that none of `attacks` reads, so they have no effect.
 
     Args:
-        settings: whose values they are; those that are the default were not given.
-        attacks: names of those that are run.
-        others: further settings by the attacks that read them, besides `StepSettings`.
+        settings: the values. A value that is the default counts as not given.
+        attacks: names of the attacks that are run.
+        others: settings besides `StepSettings`, each with the attacks that read it.
+
+    Returns:
+        (name, value, attacks that read it) of each.
     """
     readers = {
         name: [attack for attack, kind in ATTACKS.items() if name in kind.settings]
@@ -354,7 +356,7 @@ Settings = TypeVar("Settings", AttackSettings, EngineSettings)
 def split_arguments(
     arguments: dict[str, Any], kind: type[Settings]
 ) -> tuple[Settings, dict[str, Any]]:
-    """Settings of `kind` from the arguments that are its own, and the other arguments."""
+    """Makes settings of `kind` from its own arguments, and returns the other arguments as well."""
     own = {name for name in arguments if underscored(name) in names(kind)}
     settings = kind(**{underscored(name): arguments[name] for name in own})
     return settings, {name: arguments[name] for name in arguments if name not in own}

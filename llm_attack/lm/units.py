@@ -1,4 +1,4 @@
-"""Amplitudes and their units, and what a unit is in the coordinates of a point of a given scale."""
+"""Amplitudes and their units, and the size of a unit in the coordinates of a point."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Signal(NamedTuple):
 
     Attributes:
         rms: root mean square of its coordinates.
-        width: coordinates of a token.
+        width: number of coordinates of a token.
         token_norm: mean L2 norm of a token.
-        own: size of each unit of the user's own that was asked for, by name.
+        own: sizes of the user's own units that are in use, by name.
     """
 
     rms: float
@@ -37,8 +37,8 @@ class Signal(NamedTuple):
 ABSOLUTE = "absolute"
 NEFTUNE = "neftune"
 
-# Of a coordinate. One of NEFTune is also divided by the root of the tokens (`Attack.by_size`); the
-# norm of a token is AdversariaLLM's scale of embeddings.
+# The size in one coordinate. NEFTune also divides by the root of the number of tokens
+# (`Attack.by_size`). AdversariaLLM scales embeddings by the norm of a token.
 UNITS: dict[str, Callable[[Signal], float]] = {
     "rms": lambda signal: signal.rms,
     "token_norm": lambda signal: signal.token_norm * signal.width**-0.5,
@@ -50,10 +50,10 @@ EPSILON = f"a finite number, at least 0, or one with its unit ({', '.join(UNITS)
 
 @dataclass(frozen=True)
 class OwnUnit:
-    """A unit of the user's own, whose size a function says.
+    """A user's own unit. A function computes its size.
 
     Attributes:
-        name: of the unit.
+        name: name of the unit.
         function: `(activations) -> size`; see `register_unit`.
         source: hash of its source (`source_hash`).
     """
@@ -70,11 +70,11 @@ class OwnUnit:
         """The size for these activations, (tokens, hidden).
 
         Raises:
-            UsageError: the function fails, or what it returns is no size.
+            UsageError: the function fails, or its result is not a size.
         """
         try:
             size = float(self.function(activations))
-        except Exception as error:  # of code that is not ours, whatever it raises
+        except Exception as error:  # code of the user can raise anything
             shape = list(activations.shape)
             raise UsageError(
                 f"epsilon_unit={self.name}: fails on activations of shape {shape}"
@@ -88,13 +88,15 @@ class OwnUnit:
 
 
 def register_unit(function: Callable[[Any], Any], name: str | None = None) -> str:
-    """Makes a unit of the user's own known by a name, as `package.module:function` makes it.
+    """Registers a user's own unit under a name.
+
+    The name `package.module:function` needs no registration.
 
     Args:
         function: `(activations) -> size`. It gets the clean activations of the hookpoint for a
-            fixed text, (tokens, hidden), without those of the first token, and returns the size of
-            one unit in each coordinate, a number or a tensor of one.
-        name: of the unit; `package.module:function` unless given.
+            fixed text without its first token, (tokens, hidden). It returns the size of one unit in
+            each coordinate, as a number or a tensor with one element.
+        name: name of the unit; `package.module:function` by default.
 
     Returns:
         The name.
@@ -104,41 +106,41 @@ def register_unit(function: Callable[[Any], Any], name: str | None = None) -> st
     """
     name = name_of(function) if name is None else name
     check_name("name", name)
-    if re.match(r"\W|\d|[eE]\d+$", name):  # 1e5 is a number, and no e5
+    if re.match(r"\W|\d|[eE]\d+$", name):  # 1e5 is a number, and not one of the unit e5
         raise invalid("name", name, "a name that begins with a letter, and is no part of a number")
     known = UNITS.get(name)
     if name == ABSOLUTE or (known is not None and getattr(known, "function", None) != function):
         raise ValueError(f"name={name}: must be a name that no unit has")
-    if known is None:  # its source as it is when the function is new
+    if known is None:  # the source at the time of registration
         try:
             signature(function).bind(None)
         except TypeError as error:
             raise UsageError(f"epsilon_unit={name}: must take activations ({error})") from error
-        except ValueError:  # of what is compiled to C
+        except ValueError:  # functions that are compiled to C
             pass
         UNITS[name] = OwnUnit(name, function, source_hash(function))
     return name
 
 
 def known_unit(name: Any) -> bool:
-    """Whether a unit has this name; one of the user's own is imported.
+    """Whether a unit has this name. A user's own unit is imported.
 
     Raises:
-        UsageError: it has the form of the user's own, and there is none.
+        UsageError: the name has the form `package.module:function`, and it cannot be imported.
     """
     return name == ABSOLUTE or is_known("epsilon_unit", name, UNITS, register_unit)
 
 
 def unit_source(name: str | None) -> str:
-    """Hash of the source of a unit of the user's own; empty for the units of this package."""
+    """Hash of the source of a user's own unit; empty for the units of this package."""
     return getattr(UNITS.get(str(name)), "source", "")
 
 
 def size_of(unit: str, signal: Signal, norm: str) -> float:
-    """The length, in a norm, of a token's perturbation that has one of `unit` in each coordinate.
+    """The length of a token's perturbation that is one `unit` large in each coordinate.
 
     Args:
-        unit: `ABSOLUTE`, of which a length has one, or a key of `UNITS`.
+        unit: a key of `UNITS`, or `ABSOLUTE`, for which the result is 1.
         signal: the scale of the point.
         norm: a key of `LENGTH_OF_ONES`.
     """
@@ -152,8 +154,8 @@ class Epsilon:
     """An epsilon with its unit.
 
     Attributes:
-        number: how many of the unit; `Attack` says which are allowed.
-        unit: `ABSOLUTE` or a key of `UNITS`; None: what the setting `epsilon_unit` says.
+        number: the number in front of the unit; `Attack` says which values are allowed.
+        unit: `ABSOLUTE` or a key of `UNITS`; None: the unit of the setting `epsilon_unit`.
     """
 
     number: float
@@ -161,10 +163,10 @@ class Epsilon:
 
     @classmethod
     def parse(cls, given: Any, name: str = "epsilon") -> Epsilon:
-        """The epsilon that was given: an `Epsilon`, a number, or a text such as 0.7rms.
+        """Reads an epsilon: an `Epsilon`, a number, or a text such as 0.7rms.
 
         Raises:
-            UsageError: it is none of these; the message calls it `name`.
+            UsageError: it is none of these. The message calls it `name`.
         """
         number: Any = given
         unit: str | None = None
@@ -188,25 +190,25 @@ class Epsilon:
 
     @property
     def plain(self) -> float | str:
-        """The number, or the text that gives this epsilon, as it is typed and stored."""
+        """The number or the text for this epsilon, as one types it and files store it."""
         if self.unit is None:
             return self.number
         short = f"{self.number:g}"
         return f"{short if float(short) == self.number else self.number}{self.unit}"
 
     def in_unit(self, unit: str) -> Epsilon:
-        """The same, with this unit if it has none of its own."""
+        """The same epsilon, with this unit if it has none."""
         return Epsilon(self.number, unit) if self.unit is None else self
 
 
 @dataclass(frozen=True)
 class Amplitude:
-    """How large a perturbation may be, and where: attacks of one amplitude may be compared.
+    """The size and the place of a perturbation. Attacks of one amplitude can be compared.
 
     Attributes:
-        epsilon: with its unit.
+        epsilon: the radius with its unit.
         norm: a key of `lm.settings.NORMS`.
-        hookpoint: the module; None: the only one of its run.
+        hookpoint: the module; None if its run has only one.
     """
 
     epsilon: Epsilon
@@ -214,11 +216,11 @@ class Amplitude:
     hookpoint: str | None = None
 
     def __str__(self) -> str:
-        """As the names of conditions have it behind the attack: `0.7rms-l2@model.layers.1`."""
+        """The part of a condition's name after the attack: `0.7rms-l2@model.layers.1`."""
         return self.shown("" if self.epsilon.unit in (ABSOLUTE, None) else f"{self.epsilon.unit}")
 
     def shown(self, unit: str) -> str:
-        """The same, with this text for the unit."""
+        """The same text, with `unit` in place of the unit."""
         norm = "" if self.norm == "linf" else f"-{self.norm}"
         place = "" if self.hookpoint is None else f"@{self.hookpoint}"
         return f"{self.epsilon.number:g}{unit}{norm}{place}"

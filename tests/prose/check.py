@@ -2,8 +2,7 @@
 
 It does so for the texts that the program prints as well: errors, warnings, notes and help.
 
-The limits and the constructions that we avoid are in `rules.yaml`. `exceptions.txt` lists the pages
-that are not rewritten yet. A page that passes must leave that list.
+The limits and the constructions that we avoid are in `rules.yaml`.
 
 The check sees form and no sense. Read a page aloud as well.
 """
@@ -22,7 +21,6 @@ from markdown_it import MarkdownIt
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 RULES = yaml.safe_load((HERE / "rules.yaml").read_text("utf-8"))
-EXCEPTIONS = tuple((HERE / "exceptions.txt").read_text("utf-8").split())
 
 # A full stop in these does not end a sentence.
 _SHORT = re.compile(r"\b(Figs?|Eqs?|e\.g|i\.e|al|vs|cf|No|approx)\.(?=\s)")
@@ -44,7 +42,7 @@ def pages() -> list[Path]:
 
 
 def name_of(page: Path) -> str:
-    """The path of a page as `exceptions.txt` writes it."""
+    """The path of a page in the checkout."""
     return page.relative_to(ROOT).as_posix()
 
 
@@ -155,25 +153,20 @@ def _constructions(sentence: str) -> list[str]:
 
 
 def main(names: list[str]) -> int:
-    """Prints a row and the faults of each page; 1 if a page fails, or is excepted needlessly."""
+    """Prints a row and the faults of each page; returns 1 if there are faults."""
     chosen = [ROOT / name for name in names] or pages()
     failed = False
     print(f"{'page':32} sentences  mean  longest  paragraph  faults")
     for page in chosen:
-        of, name = measure(page.read_text("utf-8")), name_of(page)
+        of = measure(page.read_text("utf-8"))
         longest = max(of.lengths, default=0)
-        note = "  (to be rewritten)" if name in EXCEPTIONS else ""
         print(
-            f"{name:32} {len(of.lengths):9} {of.mean:5.1f} {longest:8} {of.paragraph:10}"
-            f" {len(of.faults):7}{note}"
+            f"{name_of(page):32} {len(of.lengths):9} {of.mean:5.1f} {longest:8}"
+            f" {of.paragraph:10} {len(of.faults):7}"
         )
-        if names or not note:
-            for fault in of.faults:
-                print(f"    {fault}")
-        if bool(of.faults) != (name in EXCEPTIONS):
+        for fault in of.faults:
+            print(f"    {fault}")
             failed = True
-            if note:
-                print("    passes: take it off tests/prose/exceptions.txt")
     for source in () if names else sorted((ROOT / "llm_attack").rglob("*.py")):
         for fault in faults_of(source.read_text("utf-8")):
             print(f"{source.relative_to(ROOT).as_posix()}: {fault}")

@@ -1,4 +1,4 @@
-"""One batch prepared for attack: its clean pass, random keys and loss functions."""
+"""One batch prepared for attack: clean pass, random keys and loss functions."""
 
 from __future__ import annotations
 
@@ -31,12 +31,13 @@ from llm_attack.lm.packing.pack import Pack
 
 
 class Attacked(NamedTuple):
-    """What an attack found for a batch.
+    """The result of an attack on a batch.
 
     Attributes:
         x: the attacked point.
-        sums: what it adds to the sums of `Diagnostics`, by name.
-        scores: of the continuations' tokens there; None: the attack did not look at that point.
+        sums: the values to add to the sums of `Diagnostics`, by name.
+        scores: the scores of the continuations' tokens at `x`; None if the attack did not evaluate
+            this point.
     """
 
     x: Tensor
@@ -46,18 +47,18 @@ class Attacked(NamedTuple):
 
 @dataclass(frozen=True)
 class Slopes:
-    """The copy of the model that gradients are taken of, in a dtype of fewer bits.
+    """The copy of the model, in a dtype of fewer bits, that computes gradients.
 
     Attributes:
-        scorer: with the copy.
-        below: clean activations of the copy, as of `CleanPass`.
+        scorer: a scorer with the copy.
+        below: clean activations of the copy; see `CleanPass`.
     """
 
     scorer: Scorer
     below: Tensor | None = None
 
     def scores(self, pack: Pack, x: Tensor) -> Scores:
-        """Of the watched predictions at a point, (B, L, H)."""
+        """The scores of the watched predictions at a point, (B, L, H)."""
         return self.scorer(pack, pack.watched, x.to(self.scorer.model.dtype), self.below)
 
 
@@ -67,14 +68,14 @@ class AttackedBatch:
     Args:
         scorer: the model and the hookpoint.
         pack: the batch.
-        threat: the loss, and what the attacker may touch.
-        clean: the clean pass, with what the attacks need of it.
-        slopes: what takes the gradients, where that is another model than `scorer`'s.
+        threat: the loss, and the tokens that may move.
+        clean: the clean pass, with all that the attacks need.
+        slopes: the copy that computes gradients; None if the model of `scorer` does.
 
     Attributes:
-        x: the clean point: (B, L, H), or (U, H) where the pack has nodes.
-        mask: (B, L) or (U,) booleans, False on padding and where else nothing is perturbed; None:
-            nowhere.
+        x: the clean point: (B, L, H), or (U, H) if the pack has nodes.
+        mask: (B, L) or (U,) booleans, False on padding and on other tokens that do not move; None
+            if all move.
     """
 
     def __init__(
@@ -110,7 +111,7 @@ class AttackedBatch:
 
     @cached_property
     def examples(self) -> Groups:
-        """The examples: questions, or requests where each is attacked alone."""
+        """The examples: questions, or requests if each is attacked by itself."""
         if self.pack.first is None:
             return Groups.rows(self.x)
         sizes = [len(q.trie) for q in self.pack.questions]
@@ -128,17 +129,17 @@ class AttackedBatch:
     def elements(self) -> Elements:
         return Elements(self.mask, self.examples, self.balls)
 
-    # -- what attacks ask at a point -------------------------------------------------------------
+    # -- values that attacks ask for at a point ---------------------------------------------------
 
     def watched(self, x: Tensor, slopes: Slopes | None = None) -> Scores:
-        """Scores of what the loss reads at a point; by `slopes`, if given."""
+        """The scores that the loss reads at a point, computed by `slopes` if given."""
         x = expand(self.pack, x)
         if slopes is not None:
             return slopes.scores(self.pack, x)
         return self.scorer(self.pack, self.pack.watched, x, self.clean.below)
 
     def loss(self, x: Tensor) -> Tensor:
-        """The loss that attacks ascend: (requests,), or (questions,) where it knows the gold."""
+        """The loss that attacks raise: (requests,), or (questions,) if it knows the gold."""
         return self.read.value(self.watched(x))
 
     def gap(self, x: Tensor) -> Tensor:
@@ -146,7 +147,7 @@ class AttackedBatch:
         return self.read.gap(self.watched(x))
 
     def answers(self, x: Tensor | None) -> Scores:
-        """Scores of the continuations' tokens at `x`; None: nothing is put at the hookpoint."""
+        """The scores of the continuations' tokens at `x`; None: without a perturbation."""
         with torch.no_grad():
             if x is None:
                 return self.scorer(self.pack, self.pack.scored)
@@ -155,12 +156,12 @@ class AttackedBatch:
 
     @cached_property
     def target(self) -> Tensor:
-        """(questions, choices) booleans: the choice that targeted attacks step towards."""
+        """(questions, choices) booleans: the target choice of targeted attacks."""
         assert self.clean.scores is not None
         return self.read.target(self.clean.scores)
 
     def of_examples(self, values: Tensor) -> Tensor:
-        """(examples,) values: of a question the sum over its requests where these share it."""
+        """(examples,) values: the sums over requests, if a question's requests are one example."""
         if len(values) == self.examples.n:
             return values
         return sum_by(values, self._question_of_requests, self.examples.n)
@@ -173,13 +174,13 @@ class AttackedBatch:
     # -- attacks ---------------------------------------------------------------------------------
 
     def attack(self, attack: Attack) -> Attacked:
-        """The attacked point, the diagnostics, and the answers there if they are known."""
+        """Attacks the batch. Returns the point, the diagnostics, and the answers if known."""
         return self.attacks([attack])[0]
 
     def attacks(self, family: Sequence[Attack]) -> list[Attacked]:
-        """The same of attacks that differ in `steps` alone: one run of the most steps.
+        """Runs attacks that differ only in `steps` as one run with the most steps.
 
-        Each point is that of a run of its own, to the last bit.
+        Each point equals that of a separate run to the last bit.
         """
         longest = max(family, key=lambda attack: attack.points)
         ends = {attack.points: attack for attack in family}
@@ -195,7 +196,7 @@ class AttackedBatch:
             watch=Watch(look.count, look.keep),
         )
         for i, x in enumerate(points, 1):
-            if i - 1 in attacked:  # where the gradient of this step was taken
+            if i - 1 in attacked:  # the gradient of this step was taken at that point
                 attacked[i - 1] = attacked[i - 1]._replace(scores=look.last)
             if i in ends:
                 scores = look.best if longest.keeps_best else None
@@ -203,7 +204,7 @@ class AttackedBatch:
         return [attacked[attack.points] for attack in family]
 
     def _known(self, attack: Attack) -> Known:
-        """What an attack need not compute anew of the clean point."""
+        """The values at the clean point that an attack need not compute again."""
         clean, gap = self.clean, None
         if clean.scores is not None and self.read.kind.gold and not self.read.kind.whole:
             gap = self.read.gap(clean.scores)
@@ -213,12 +214,12 @@ class AttackedBatch:
         return Known(self.of_examples(clean.loss), clean.gradient, gap)
 
     def alignment(self, norm: str) -> Tensor:
-        """(examples, 4): of the clean point x and the gradient g there, x·g, x·x, g·g, and the
-        first-order estimate of the amplitude, in a norm, that makes the answer wrong.
+        """(examples, 4): x·g, x·x and g·g at the clean point, and an estimate of an amplitude.
 
-        x·g / sqrt(x·x g·g) is the cosine similarity of embeddings and gradient. The estimate is the
-        loss's distance from 0 over the dual norm of g; it is NaN where 0 is not where answers
-        become wrong, as of the losses that do not know the gold.
+        x is the clean point and g the gradient. x·g / sqrt(x·x g·g) is the cosine similarity of
+        embeddings and gradient. The estimate is the amplitude, in a norm, that makes the answer
+        wrong to first order: the distance of the loss from 0, divided by the dual norm of g. It is
+        NaN if a loss of 0 does not mean a wrong answer, as with losses that do not know the gold.
         """
         assert self.clean.gradient is not None and self.clean.loss is not None
         x, g = (part.to(self._precise) for part in (self.x, self.clean.gradient))
@@ -234,12 +235,12 @@ class AttackedBatch:
         return torch.stack([part.to(estimate) for part in (*sums, estimate)], -1)
 
     def critical_epsilon(self, attack: Attack, adversarial: Tensor, scores: Scores) -> Tensor:
-        """(questions,) norm of the perturbation that makes the answer wrong; inf where it is right.
+        """(questions,) norm of the perturbation that makes the answer wrong; inf if it is right.
 
         Args:
-            attack: that looks for the nearest wrong answer.
-            adversarial: what it found.
-            scores: the answers there.
+            attack: an attack that looks for the nearest wrong answer.
+            adversarial: the point that it found.
+            scores: the answers at that point.
         """
         n = len(self.pack.requests)
         sums = sum_by(scores.log_prob, self.pack.scored.request, n)
@@ -247,7 +248,7 @@ class AttackedBatch:
         return torch.where(self.read.choices.gap(sums) > 0, length, torch.inf)
 
     def _sums(self, attack: Attack, x: Tensor, zeros: Sequence[Tensor]) -> dict[str, Tensor]:
-        """What an attack that ends at `x` adds to the diagnostics."""
+        """The values that an attack which ends at `x` adds to the diagnostics."""
         wide = widest(self.x.device)
         moves = torch.ones_like(self.x[..., :1]) if self.mask is None else self.mask[..., None]
         elements = moves.sum(dtype=wide) * self.x.shape[-1]
@@ -265,7 +266,7 @@ class AttackedBatch:
         }
 
     def _nearest(self, x: Tensor) -> dict[str, Tensor]:
-        """Tokens looked up in the vocabulary, and of those the unchanged ones in L2 and in Linf."""
+        """Number of tokens that were looked up, and how many are unchanged in L2 and in Linf."""
         if self.scorer.nearest is None:
             return {}
         ids, first = self.pack.input_ids.flatten(), self.pack.first
@@ -280,17 +281,17 @@ class AttackedBatch:
 
 
 class _Look:
-    """What an attack sees on its way, which need not be computed again at its end.
+    """Keeps the scores that an attack computes on its way, so they need not be computed again.
 
     Args:
         batch: the batch.
-        slopes: what computes the losses, where that is not the model whose answers count.
+        slopes: the copy that computes the losses; None if the model whose answers count does.
 
     Attributes:
-        last: scores at the point that it looked at last.
-        best: for each example, scores at the point that it told to `keep`; None: it told nothing,
-            or the scores are not those of the model whose answers count.
-        zeros: of each gradient it used, coordinates that are zero.
+        last: the scores at the last point that was evaluated.
+        best: for each example, the scores at the point that `keep` marked. None if there is no
+            such point, or if the scores come from the copy.
+        zeros: for each used gradient, its coordinates that are zero.
     """
 
     def __init__(self, batch: AttackedBatch, slopes: Slopes | None) -> None:
@@ -300,7 +301,7 @@ class _Look:
         self.zeros: list[Tensor] = []
 
     def losses(self, attack: Attack) -> Losses:
-        """The losses of an attack, which look at what they evaluate."""
+        """The losses of an attack. They record the scores that they evaluate."""
         batch, gold = self.batch, self.batch.read.kind.gold
         targets: list[partial[Tensor]] = []
         if attack.kind.targeted and attack.kind.adaptive:
@@ -320,28 +321,28 @@ class _Look:
         return self.batch.of_examples(self.batch.read.value(self._see(x)))
 
     def _target_loss(self, x: Tensor) -> Tensor:
-        """The loss of the target choice, (questions,), which targeted attacks descend."""
+        """The loss of the target choice, (questions,), which targeted attacks lower."""
         read = self.batch.read
         return read.choices.margin(read.sums(self._see(x)), self.batch.target)
 
     def _lead(self, other: int, x: Tensor) -> Tensor:
-        """(questions,) the gold's lead over one of the other choices; 0 where there is none."""
+        """(questions,) the gold's lead over one of the other choices; 0 if it does not exist."""
         read = self.batch.read
         return read.choices.lead(read.sums(self._see(x)), other)
 
     def _gap(self, x: Tensor) -> Tensor:
-        if self.slopes is not None:  # whether an answer is wrong, its own model says
+        if self.slopes is not None:  # the model itself decides whether an answer is wrong
             return self.batch.gap(x)
         return self.batch.read.gap(self._see(x))
 
     def count(self, gradient: Tensor) -> None:
-        """Counts what is zero in a gradient that is used."""
+        """Counts the zero coordinates of a gradient that is used."""
         mask, wide = self.batch.mask, widest(gradient.device)
         zero = (gradient == 0) | gradient.isnan()
         self.zeros.append((zero if mask is None else zero & mask[..., None]).sum(dtype=wide))
 
     def keep(self, better: Tensor) -> None:
-        """The point looked at last is the best so far of the examples where `better`."""
+        """Marks the last point as the best so far of the examples where `better` is true."""
         if self.last is None:
             return
         if self.best is None:
@@ -361,5 +362,5 @@ class _Look:
 
 
 def _owners(sizes: list[int]) -> Tensor:
-    """For each of so many things of each question, the number of the question."""
+    """For question i, repeats the number i `sizes[i]` times."""
     return torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes), output_size=sum(sizes))

@@ -1,4 +1,4 @@
-"""The scores of a question's choices, as the losses that know the gold read them."""
+"""The scores of a question's choices, for the losses that know the gold."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from torch import Tensor
 from llm_attack.attacks import widest
 from llm_attack.lm.packing.questions import Question
 
-# Relative to the likeliest choice: beyond the digits of float64, far above where float32 ends.
+# Relative to the likeliest choice: below the digits of float64, far above the least float32 number.
 _LEAST_WEIGHT = 1e-20
 
 
 def sum_by(values: Tensor, index: Tensor, n: int) -> Tensor:
-    """(n,) sums of `values` (E,) that have the same `index` (E,), in float64.
+    """(n,) sums of the `values` (E,) with the same `index` (E,), in float64.
 
-    A log-likelihood of -1000 has a resolution of 6e-5 in float32; its terms have a better one.
+    In float32, a log-likelihood of -1000 has a resolution of 6e-5. Its terms have a better one.
     """
     wide = widest(values.device)
     return torch.zeros(n, dtype=wide, device=values.device).index_add(0, index, values.to(wide))
 
 
 class ChoiceScores:
-    """The choices' scores of a batch of questions as a (questions, choices) matrix.
+    """The scores of the choices in a batch of questions, as a (questions, choices) matrix.
 
-    Questions may have different numbers of choices; `exists` is False where there is none.
+    Questions may have different numbers of choices. `exists` is False if a choice does not exist.
     """
 
     def __init__(self, questions: Sequence[Question], device: torch.device | str = "cpu") -> None:
@@ -43,19 +43,19 @@ class ChoiceScores:
         self.length = torch.tensor([x + [1.0] * (most - len(x)) for x in lengths], device=device)
 
     def matrix(self, log_likelihoods: Tensor) -> Tensor:
-        """(questions, choices) scores from the log-likelihoods of all requests; -inf: no choice."""
+        """(questions, choices) scores of the log-likelihoods of all requests; -inf: no choice."""
         scores = log_likelihoods[self.row.clamp(min=0)] / self.length
         return scores.masked_fill(~self.exists, -torch.inf)
 
     def margin(self, log_likelihoods: Tensor, target: Tensor) -> Tensor:
         """(questions,) log odds of the other choices against those in `target` (booleans).
 
-        The cross-entropy of `target` is softplus of this: attacks that follow the sign of the
-        gradient do the same with either. But where the model is sure of `target`, the gradient of
-        the cross-entropy underflows to zero, and is slow to compute before it does. For the same
-        reason no choice has a weight below `_LEAST_WEIGHT` in the gradient here: where its tokens
-        are shared that is lost in rounding, where they are not the sign is kept. Zero where there
-        are no others.
+        The cross-entropy of `target` is softplus of this, so attacks that follow the sign of the
+        gradient do the same with both. But if the model is sure of `target`, the gradient of the
+        cross-entropy underflows to zero, and is slow to compute before it does. For the same
+        reason, every choice has a weight of at least `_LEAST_WEIGHT` in the gradient here. For
+        shared tokens this is lost in rounding. For other tokens it keeps the sign. The value is
+        zero if there are no other choices.
         """
         scores = self.matrix(log_likelihoods)
         others = self.exists & ~target
@@ -66,18 +66,18 @@ class ChoiceScores:
             value = value + sign * part.detach().logsumexp(-1)
             weights = part.detach().softmax(-1).clamp(min=_LEAST_WEIGHT)
             slope = slope + sign * (weights * scores.masked_fill(~these, 0)).sum(-1)
-        # the value of the first, the gradient of the second
+        # this has the value of the first term and the gradient of the second
         return torch.where(some, value + (slope - slope.detach()), 0.0)
 
     @property
     def most_others(self) -> int:
-        """The number of choices that are not gold, of the question that has the most."""
+        """The largest number of choices in a question that are not gold."""
         return int((self.exists & ~self.gold).sum(-1).max())
 
     def lead(self, log_likelihoods: Tensor, other: int) -> Tensor:
-        """(questions,) the gold's best score minus that of a choice that is not gold, by number.
+        """(questions,) the gold's best score minus that of the other choice with number `other`.
 
-        Zero where there are not that many.
+        Zero if the question has fewer choices.
         """
         scores = self.matrix(log_likelihoods)
         others = self.exists & ~self.gold
@@ -86,10 +86,10 @@ class ChoiceScores:
         return torch.where(this.any(-1), best - scores.masked_fill(~this, 0).sum(-1), 0.0)
 
     def gap(self, log_likelihoods: Tensor) -> Tensor:
-        """(questions,) best score of the other choices minus the gold's best; above 0 it is wrong.
+        """(questions,) best score of the other choices minus the gold's best; above 0 means wrong.
 
-        Of equal scores the first choice is the answer, as for lm-eval: where that is not gold, the
-        gap is the smallest number above 0. Zero where there are no others.
+        If scores are equal, the first choice is the answer, as in lm-eval. If that choice is not
+        gold, the gap is the smallest number above 0. The gap is zero if there are no others.
         """
         scores = self.matrix(log_likelihoods)
         others = self.exists & ~self.gold
@@ -97,4 +97,4 @@ class ChoiceScores:
         gap = torch.where(others.any(-1), best[0] - best[1], 0.0)
         wrong = ~self.gold.gather(-1, scores.argmax(-1, keepdim=True))[..., 0]
         least = torch.full_like(gap, torch.finfo(gap.dtype).tiny)
-        return gap + least.where((gap == 0) & wrong, 0)  # added, so that the gradient stays
+        return gap + least.where((gap == 0) & wrong, 0)  # a sum, so the gradient stays

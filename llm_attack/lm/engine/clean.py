@@ -1,7 +1,7 @@
-"""The clean pass of a pack: its point, its answers, and the gradient of the loss, unperturbed.
+"""The clean pass of a pack: point, answers and gradient of the loss, without a perturbation.
 
-One forward gives the answers, and with a backward the gradient, so it runs once for all attacks,
-and only as far as one of them needs it.
+One forward gives the answers, and a backward gives the gradient. The pass runs once for all
+attacks, and only as far as one of them needs it.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from llm_attack.lm.engine.scoring import Scorer, Scores
 from llm_attack.lm.losses import LOSSES, ThreatModel
 from llm_attack.lm.packing.pack import Pack, Twins
 
-_ROUNDING = 4.0  # of a sum of log-probabilities, in units of its last place
+_ROUNDING = 4.0  # rounding of a sum of log-probabilities, in units of its last place
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What attacks need of the clean pass.
+    """The parts of the clean pass that attacks need.
 
     Attributes:
         point: the clean point.
-        answers: the scores there.
-        gradient: the gradient of the loss there, and the answers, which its forward gives.
+        answers: its scores.
+        gradient: the gradient of the loss, and the scores, which the same forward gives.
     """
 
     point: bool = True
@@ -38,10 +38,10 @@ class Needs:
 
     @classmethod
     def of(cls, attacks: Iterable[Attack]) -> Needs:
-        """What these attacks need."""
+        """The needs of several attacks together."""
         every = list(attacks)
         minimal = any(a.kind.minimal for a in every)
-        # one target: the choice that is least likely at the clean point
+        # these have one target: the choice that is least likely at the clean point
         targets = any(a.kind.targeted and not a.kind.adaptive for a in every if not a.identity)
         answers = targets or minimal or any(a.identity for a in every)
         gradient = minimal or any(a.uses_clean_gradient for a in every)
@@ -50,14 +50,14 @@ class Needs:
 
 @dataclass(frozen=True)
 class CleanPass:
-    """What is known of a pack without a perturbation; None: nothing needs it.
+    """The values of a pack without a perturbation. A value is None if nothing needs it.
 
     Attributes:
-        x: the clean point: (B, L, H), or (U, H) where the pack has nodes.
-        scores: of the continuations' tokens (`Pack.scored`).
-        loss: its values, as of `BatchLoss.value`.
-        gradient: of their sum at the clean point, like `x`.
-        below: (B, L, H) clean activations that forwards start from; None: they are whole.
+        x: the clean point: (B, L, H), or (U, H) if the pack has nodes.
+        scores: the scores of the continuations' tokens (`Pack.scored`).
+        loss: the values of `BatchLoss.value`.
+        gradient: gradient of their sum at the clean point, like `x`.
+        below: (B, L, H) clean activations that forwards start from; None: they run whole.
     """
 
     x: Tensor | None = None
@@ -68,11 +68,11 @@ class CleanPass:
 
 
 class BatchLoss:
-    """What a loss makes of the scores of a pack.
+    """Computes a loss from the scores of a pack.
 
     Args:
         pack: the batch.
-        threat: its loss.
+        threat: the threat model with the loss.
     """
 
     def __init__(self, pack: Pack, threat: ThreatModel) -> None:
@@ -87,14 +87,14 @@ class BatchLoss:
         return sum_by(scores.log_prob, self.pack.watched.request, len(self.pack.requests))
 
     def value(self, scores: Scores) -> Tensor:
-        """The loss that attacks ascend: (requests,), or (questions,) where it knows the gold."""
+        """The loss that attacks raise: (requests,), or (questions,) if it knows the gold."""
         return self.kind.value(self.sums(scores), self.choices if self.kind.gold else None)
 
     def gap(self, scores: Scores) -> Tensor:
         """(questions,) `ChoiceScores.gap`: above 0 the answer is wrong.
 
-        Scores that differ by less than `_ROUNDING` count as right, unless they are equal: lm-eval
-        adds up in the precision of the log-probabilities, where they may be the other way round.
+        Scores that differ by less than `_ROUNDING` count as right, unless they are equal. lm-eval
+        sums in the precision of the log-probabilities, and there their order may be reversed.
         """
         sums = self.sums(scores)
         gap, best = self.choices.gap(sums), self.choices.matrix(sums).detach().amax(-1)
@@ -116,8 +116,8 @@ def clean_pass(scorer: Scorer, pack: Pack, threat: ThreatModel, needs: Needs) ->
     Args:
         scorer: the model and the hookpoint.
         pack: the batch.
-        threat: with the loss.
-        needs: what of it is needed.
+        threat: the threat model with the loss.
+        needs: the parts that are needed.
     """
     x = of_nodes(pack, scorer.point(pack)) if needs.point or needs.gradient else None
     if needs.gradient:
@@ -152,13 +152,13 @@ def answers_of(pack: Pack, watched: Scores) -> Scores:
 
 
 def usable_twins(scorer: Scorer, pack: Pack, threat: ThreatModel) -> Twins | None:
-    """What rows have in common, where it is computed once: of losses that sum over tokens."""
+    """The twins of the rows, if they are computed once; only for losses that sum over tokens."""
     usable = scorer.takes_twins and LOSSES[threat.loss].additive
     return pack.twins if usable and scorer.together(pack) else None
 
 
 def of_nodes(pack: Pack, values: Tensor, total: bool = False) -> Tensor:
-    """(B, L, H) values as those of the point: at a token of each node, or the sum over all."""
+    """(B, L, H) values in the shape of the point: at one token of each node, or summed over all."""
     if pack.first is None or pack.node is None:
         return values
     values = values.flatten(0, 1)

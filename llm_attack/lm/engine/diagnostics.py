@@ -1,4 +1,4 @@
-"""Sums over all that a condition did, which add up over batches and processes."""
+"""Sums that describe a condition. They add up over batches and processes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 from llm_attack.attacks import Attack, Ball, widest
 from llm_attack.attacks.draws import words
 
-# Share of a perturbation that may be lost to rounding without a word.
+# Share of a perturbation that may be lost to rounding without a warning.
 MUCH_LOST = 0.01
-# Share of examples that may stay where they are without a word.
+# Share of examples that may stay at the clean point without a warning.
 MUCH_STILL = 0.01
-# Share of the amplitude asked for that a perturbation has at least, or a reader is told.
+# A perturbation that reaches less than this share of its amplitude gives a warning.
 LEAST_REACHED = 0.5
-# Of so many tokens one is looked up in the vocabulary, on the average.
+# One of so many tokens is looked up in the vocabulary, on the average.
 ONE_IN = 8
 
 
@@ -29,20 +29,20 @@ class Diagnostics:
     Attributes:
         signal, noise: sums of squares of the clean point and of the perturbation.
         elements: coordinates of the points.
-        zero_gradients: coordinates where a gradient was exactly zero (or NaN): no step was made.
-        gradients: coordinates of all gradients taken.
-        tokens: that were looked up in the vocabulary (`Nearest`), where the points are embeddings;
-            a sample (`sampled`).
+        zero_gradients: coordinates where a gradient was exactly zero or NaN, so no step was made.
+        gradients: coordinates of all gradients.
+        tokens: tokens that were looked up in the vocabulary (`Nearest`). They are a sample
+            (`sampled`), and only counted if the points are embeddings.
+        nearest_l2, nearest_linf: those `tokens` that no other token's embedding is nearer to.
         steps, lost: coordinates where a step from the clean point was tried, in either direction,
-            and those of them that it would have moved by less than half of it, because the numbers
-            there are that far apart. The step is as long in every coordinate.
-        examples, still: questions, or requests where each is attacked alone, and those of them that
-            did not move at all. Not of attacks that look for the nearest point.
-        balls, reached: perturbations that are bounded together (of an example, or of a token), and
-            the sum of their lengths, as shares of the length that was asked for and at most 1. Of
-            attacks that go as far as they can.
+            and those that it would have moved by less than half of its length, because
+            neighbouring numbers are so far apart. The step has the same length in all coordinates.
+        examples, still: questions, or requests if each is attacked by itself, and those that did
+            not move at all. Attacks that look for the nearest point do not count.
+        balls, reached: perturbations with one bound (of an example or a token), and the sum of
+            their lengths, as shares of the requested length and at most 1. Only attacks that go as
+            far as they can count.
         not_finite: answers whose log-likelihood is infinite or NaN.
-        nearest_l2, nearest_linf: those of them that no other token's embedding is nearer to.
     """
 
     signal: float = 0.0
@@ -62,14 +62,17 @@ class Diagnostics:
     nearest_linf: float = 0.0
 
     def add(self, sums: Mapping[str, float]) -> None:
-        """Adds to the sums of these names."""
+        """Adds values to the sums with these names."""
         for name, value in sums.items():
             setattr(self, name, getattr(self, name) + value)
 
     def report(self) -> dict[str, float | None]:
-        """Signal-to-noise ratio (power, and in dB), RMS of both, share of zero gradients, of steps
-        lost to rounding, of examples that did not move, of the amplitude asked for that was
-        reached, and of tokens still nearest to their own embedding; answers not finite.
+        """The diagnostics by name, as `run.json` has them; docs/numbers.md explains each.
+
+        They are the signal-to-noise ratio (of power, and in dB) and the RMS of both, and the
+        number of answers that are not finite. The shares are those of zero gradients, steps lost to
+        rounding, examples that did not move, the amplitude that was reached, and tokens that are
+        still nearest to their own embedding.
         """
         snr = _ratio(self.signal, self.noise)
         signal, noise = _ratio(self.signal, self.elements), _ratio(self.noise, self.elements)
@@ -89,7 +92,7 @@ class Diagnostics:
         }
 
     def warnings(self) -> list[str]:
-        """What speaks against the numbers of the condition, a sentence each."""
+        """The reasons to doubt the numbers of the condition, one sentence each."""
         messages = []
         if self.not_finite:
             messages.append(
@@ -116,15 +119,15 @@ class Diagnostics:
 
 
 def moved(attack: Attack, ball: Ball, noise: Tensor) -> dict[str, Tensor]:
-    """How far the examples moved, and how much of a step rounding takes: sums of `Diagnostics`.
+    """Sums of `Diagnostics`: how far the examples moved, and how much of a step rounding takes.
 
-    A step here is as long in every coordinate. That of an attack in L2 is longer in some, so that
-    it loses less; what it loses in all is seen in how far the examples moved.
+    The step here has the same length in all coordinates. A step of an attack in L2 is longer in
+    some coordinates, so it loses less. Its total loss shows in how far the examples moved.
 
     Args:
-        attack: what moved them.
-        ball: where it did.
-        noise: by how much, like the point.
+        attack: the attack.
+        ball: its ball.
+        noise: the perturbation, like the point.
     """
     x, kind, wide = ball.x, attack.kind, widest(ball.x.device)
     even = ball.norm.direction(ball.moves.expand_as(x).to(wide), ball.balls)
@@ -136,10 +139,10 @@ def moved(attack: Attack, ball: Ball, noise: Tensor) -> dict[str, Tensor]:
         "steps": 2 * ball.moves.expand_as(x).sum(dtype=wide),
         "lost": torch.as_tensor(lost),
     }
-    if kind.minimal:  # which moves what is right, and no farther than it must
+    if kind.minimal:  # it moves only right answers, and no farther than needed
         return sums
     sums |= {"examples": torch.full_like(still, ball.examples.n), "still": still}
-    if kind.adaptive or kind.search:  # which may stay inside of the ball
+    if kind.adaptive or kind.search:  # it may stay inside of the ball
         return sums
     length = attack.epsilon
     if kind.iterative and kind.start is None:
@@ -151,12 +154,12 @@ def moved(attack: Attack, ball: Ball, noise: Tensor) -> dict[str, Tensor]:
 
 
 def sampled(keys: Tensor, x: Tensor) -> Tensor:
-    """Which tokens of a point are looked up: booleans of shape x.shape[:-1].
+    """The tokens of a point that are looked up: booleans of shape x.shape[:-1].
 
-    One of `ONE_IN`, by a hash of the token's own key: whatever batch it is in.
+    One token of `ONE_IN` is chosen by a hash of its own key, so the batch does not matter.
 
     Args:
-        keys: of `Pack.keys`: of rows, or of tokens.
+        keys: the `Pack.keys` of rows or of tokens.
         x: the point.
     """
     hashes = words(keys, x[..., :1])[..., 0]

@@ -31,7 +31,7 @@ from llm_attack.lm.packing.questions import Question
 
 Answer = tuple[float, bool]
 
-# Tokens of a batch: enough to keep the device busy, more only costs memory. benchmarks/engine.py
+# Tokens of a batch. These keep the device busy, and more only cost memory. benchmarks/engine.py
 BUDGET = {"cpu": 768, "mps": 8192, "cuda": 32768}
 
 log = logging.getLogger(__name__)
@@ -43,9 +43,9 @@ class Answered(NamedTuple):
     Attributes:
         question: the question.
         answers: for each attack, one answer per request.
-        alignment: of its clean point and the gradient there (`AttackedBatch.alignment`); None where
-            no attack needs that gradient.
-        critical_epsilons: for each attack that looks for it, the amplitude that makes the answer
+        alignment: alignment of the clean point and its gradient (`AttackedBatch.alignment`); None
+            if no attack needs that gradient.
+        critical_epsilons: for each attack that searches for it, the amplitude that makes the answer
             wrong (`AttackedBatch.critical_epsilon`); None for the others.
     """
 
@@ -67,8 +67,8 @@ class Computed(NamedTuple):
     """The results of a device for a pack.
 
     Attributes:
-        scores: for each attack, of the pack's scored predictions.
-        sums: for each attack, what it adds to its `Diagnostics`, by name.
+        scores: for each attack, the scores of the pack's scored predictions.
+        sums: for each attack, the values to add to its `Diagnostics`, by name.
         alignment: (questions, 4), see `Answered`; or None.
         critical_epsilons: for each attack (questions,), or None.
     """
@@ -81,17 +81,17 @@ class Computed(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """How questions become batches.
+    """The settings that say how questions become batches.
 
     Attributes:
         pad: token id for padding; its value has no influence.
-        longest_tree: a question that is a longer tree gets a row per request; 0: all do.
+        longest_tree: a question that is a longer tree gets a row per request; with 0 all do.
         prefixes: whether tokens that questions begin with, and that do not move, are computed once.
-        once: whether the clean forward of requests that are attacked alone may compute once what
-            they have in common; a trial decides.
-        divides: whether batches are halved when memory runs out. Not where other processes hold
-            parts of the model, and may have memory left.
-        deterministic: every question is a batch of its own, computed to the same bits each time.
+        once: whether shared tokens of requests that are attacked by themselves may be computed once
+            in the clean forward. A trial decides.
+        divides: whether batches are halved if memory runs out. It is False if other processes hold
+            parts of the model, because they may have memory left.
+        deterministic: every question is its own batch, and is computed to the same bits each time.
     """
 
     pad: int = 0
@@ -108,12 +108,12 @@ class Engine:
 
     Args:
         scorer: the model.
-        attacks: with epsilons in the units of the point.
+        attacks: the attacks, with epsilons in the units of the point.
         threat: loss and context of the attacks.
-        device: where packs are put.
-        layout: how questions become batches.
-        scorers: for each attack, that of its hookpoint; none: `scorer` for all.
-        slopes: for each scorer the one that takes the gradients in its place; none: itself does.
+        device: the device of packs.
+        layout: says how questions become batches.
+        scorers: for each attack, the scorer of its hookpoint; empty: `scorer` for all.
+        slopes: for each scorer, the scorer that computes the gradients; empty: the same scorer.
     """
 
     scorer: Scorer
@@ -129,13 +129,13 @@ class Engine:
         self.scorers = self.scorers or [self.scorer] * len(self.attacks)
         self.clean = all(a.identity for a in self.attacks)
         alone = not (self.threat.shared or self.clean)
-        if alone:  # every request is perturbed differently
+        if alone:  # every request has its own perturbation
             self.layout = replace(self.layout, longest_tree=0)
         if self.layout.once:
             self._try_shortcuts(alone)
 
     def _try_shortcuts(self, alone: bool) -> None:
-        """Lets the scorers take the shorter ways to the same numbers that a trial allows.
+        """Turns on the faster computations for which a trial gives the same numbers.
 
         Args:
             alone: whether every request is attacked by itself.
@@ -152,9 +152,9 @@ class Engine:
                 scorer.takes_twins = takes_twins(scorer, self.device, pad)
 
     def probe(self, questions: Iterable[Question], tokens: int | None = None) -> None:
-        """Tries the longest tree of `questions`, and packs none from now on if it fails.
+        """Tries the longest tree of `questions`. If it fails, no trees are packed from now on.
 
-        The model takes short ones, or `longest_tree` would be 0, but those cannot show everything.
+        The model supports short trees, or else `longest_tree` is 0. Long trees can still fail.
         """
         takes_tree = partial(self._takes_tree, tokens or self._budget)
         trees, _ = layouts(questions, takes_tree, self.threat.shared)
@@ -168,7 +168,7 @@ class Engine:
             self.layout = replace(self.layout, longest_tree=0)
 
     def _takes_tree(self, tokens: int, question: Question) -> bool:
-        """Whether it is no longer than trees may be, and its requests may share a forward."""
+        """Whether a question is short enough for a tree, and its requests may share a forward."""
         scales = {self.scorer.rotary.scale(len(r.inputs)) for r in question.requests}
         most = min(self.layout.longest_tree, max(tokens, 2 * question.longest))
         return len(scales) == 1 and len(question.trie) <= most
@@ -176,13 +176,13 @@ class Engine:
     def batches(
         self, questions: Iterable[Question], rows: int, tokens: int | None = None
     ) -> list[Batch]:
-        """The questions in batches, which depend on nothing but the questions and the settings.
+        """Puts questions into batches, which depend only on the questions and the settings.
 
         Args:
-            questions: what is asked.
-            rows: of a batch at most (but always a whole question).
-            tokens: of a batch at most, padding included, unless a question has more; None: what is
-                good for the device.
+            questions: the questions.
+            rows: largest number of rows of a batch, which always holds a whole question.
+            tokens: largest number of tokens of a batch, padding included, unless a question has
+                more; None: a number that suits the device.
         """
         rows = 1 if self.layout.deterministic else rows
         tokens = tokens or self._budget
@@ -201,14 +201,14 @@ class Engine:
     def _groups(
         self, families: Sequence[Family], trees: bool, tokens: int
     ) -> list[tuple[int, list[Family]]]:
-        """The families by the prefix that is computed once, and how long it is."""
+        """Groups the families by the prefix that is computed once, and gives its length."""
         everything = [(0, [*families])]
         positions = None if self.clean else self.threat.positions
         if not self.layout.prefixes or positions == ALL:
             return everything
         questions = [q for family in families for q in family]
         scale = self.scorer.rotary.scale
-        # short and long requests may have other frequencies, hence other keys
+        # short and long requests may have different frequencies, and so different keys
         starts = [start(q, positions) if scale(q.longest) == scale(0) else () for q in questions]
         by_prefix = [
             (n, [[questions[i]] for i in numbers])
@@ -232,9 +232,9 @@ class Engine:
         return by_prefix
 
     def answers(self, todo: Iterable[Batch]) -> Iterator[tuple[Batch, BatchResult]]:
-        """Yields each batch with its answers: of each request alone where it is attacked alone.
+        """Yields each batch with its answers, for each request if it is attacked by itself.
 
-        Batches that run out of memory are halved, and so are those after them that are as large.
+        A batch that runs out of memory is halved, and so are later batches of this size.
         """
         waiting = [*todo][::-1]
         limit: int | None = None  # tokens, once memory has run out
@@ -261,7 +261,7 @@ class Engine:
             yield batch, result
 
     def _computed(self, pack: Pack) -> Computed | None:
-        """The results for a pack; None: memory has run out, and it can be halved."""
+        """The results for a pack. None if memory has run out and the pack can be halved."""
         try:
             with reproducible(self.layout.deterministic):
                 return self.compute(pack)
@@ -269,10 +269,10 @@ class Engine:
             alone = len(pack.questions) == 1 or not self.layout.divides
             if alone or not should_reduce_batch_size(error):
                 raise
-        return None  # what the traceback keeps alive is free only after the handler
+        return None  # the traceback keeps tensors alive until the handler ends
 
     def pack(self, batch: Batch) -> Pack:
-        """One batch as tensors, on the host."""
+        """Makes tensors of a batch, on the host."""
         whole = LOSSES[self.threat.loss].whole and not self.clean
         how: dict[str, Any] = {"whole": whole, "positions": self.threat.positions}
         how["prefix"] = batch.prefix
@@ -284,7 +284,7 @@ class Engine:
         return replace(pack, limit=batch.limit)
 
     def compute(self, pack: Pack) -> Computed:
-        """Runs one batch under all attacks; nothing waits for the device."""
+        """Runs one batch under all attacks. Nothing waits for the device."""
         pack = pack.to(self.device)
         needs = Needs.of(self.attacks)
         batches = self.prepared(pack, needs)
@@ -329,7 +329,7 @@ class Engine:
         return prepared
 
     def _ends(self, batches: Mapping[Scorer, AttackedBatch]) -> list[Attacked | None]:
-        """What every attack found; None of those that stay. Those on the same way go it once."""
+        """The result of every attack; None for `none`. Attacks with the same steps run once."""
         ends: list[Attacked | None] = [None] * len(self.attacks)
         ways: dict[tuple[Scorer, Attack], list[int]] = {}
         for i, (attack, scorer) in enumerate(zip(self.attacks, self.scorers, strict=True)):
@@ -342,7 +342,7 @@ class Engine:
         return ends
 
     def _collect(self, pack: Pack, computed: Computed, result: BatchResult) -> None:
-        """Adds the batch's answers to `found`; waits for the device.
+        """Adds the batch's answers to `result`. Waits for the device.
 
         Raises:
             UsageError: an answer without a perturbation is not finite.
@@ -377,9 +377,9 @@ class Engine:
 
 
 def _summed(scores: Scores, sizes: list[int]) -> tuple[list[Answer], int]:
-    """An answer for so many predictions each, and how many of them are not finite.
+    """Sums scores to one answer per request, and counts the answers that are not finite.
 
-    Summed as lm-eval sums them: at -1000 the last place of float32 is 1e-4.
+    The sums are in the precision of lm-eval. At -1000 the last place of float32 is 1e-4.
     """
     sums = torch.stack([part.sum() for part in scores.log_prob.cpu().split(sizes)])
     greedy = [bool(part.all()) for part in scores.greedy.cpu().split(sizes)]
@@ -387,7 +387,7 @@ def _summed(scores: Scores, sizes: list[int]) -> tuple[list[Answer], int]:
 
 
 def _with_slopes(clean: CleanPass, half: CleanPass) -> CleanPass:
-    """A clean pass with the loss and the gradient of another, in its own dtype."""
+    """A clean pass with the loss and the gradient of the copy, in the dtype of the model."""
     if half.gradient is None or clean.x is None:
         return clean
     return replace(clean, loss=half.loss, gradient=half.gradient.to(clean.x.dtype))

@@ -1,6 +1,6 @@
-"""Rows without their padding: a model reads their tokens as one sequence, one row behind another.
+"""Rows without padding. A model reads the tokens of all rows as one sequence.
 
-Attention alone is computed row by row, by the model's own function, on rows with padding.
+Only attention is computed row by row, by the model's own function, on rows with padding.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ATTENTION = "sdpa"
 
 
 class _Real(torch.autograd.Function):
-    """(N, ...) of (B x L, ...): the values of tokens, without those of padding."""
+    """Makes (N, ...) of (B x L, ...): the values of tokens, without those of padding."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, real: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ class _Real(torch.autograd.Function):
 
 
 class _Rows(torch.autograd.Function):
-    """(B x L, ...) of (N, ...); on padding the values of some token, which nothing depends on."""
+    """Makes (B x L, ...) of (N, ...). Padding gets the values of some token, which no one reads."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, real: Tensor, number: Tensor) -> Tensor:
@@ -47,13 +47,13 @@ class _Rows(torch.autograd.Function):
 
 
 def sequence(rows: Tensor, flat: Flat) -> Tensor:
-    """(1, N, ...) of (B, L, ...)."""
+    """Makes (1, N, ...) of (B, L, ...)."""
     found: Tensor = _Real.apply(rows.flatten(0, 1), flat.real)  # type: ignore[no-untyped-call]
     return found.unsqueeze(0)
 
 
 def _by_rows(x: Tensor, flat: Flat) -> Tensor:
-    """(B, heads, L, D) of (1, heads, N, D)."""
+    """Makes (B, heads, L, D) of (1, heads, N, D)."""
     of_tokens = x.transpose(1, 2).reshape(len(flat.real), -1)
     rows: Tensor = _Rows.apply(of_tokens, flat.real, flat.number)  # type: ignore[no-untyped-call]
     return rows.view(*flat.shape, x.shape[1], x.shape[3]).transpose(1, 2)
@@ -61,7 +61,7 @@ def _by_rows(x: Tensor, flat: Flat) -> Tensor:
 
 @contextmanager
 def row_by_row(flat: Flat) -> Iterator[None]:
-    """While it lasts, tokens attend to those before them in their own row, and to no others."""
+    """While the context lasts, tokens attend only to earlier tokens of their own row."""
     inner = ALL_ATTENTION_FUNCTIONS[ATTENTION]
 
     def attend(

@@ -1,4 +1,4 @@
-"""Generation from attacked prompts: the perturbation is put in place at prefill, once."""
+"""Generation from attacked prompts. The perturbation is inserted once, at prefill."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from llm_attack.lm.packing.questions import Question, Request
 
 @contextmanager
 def attacked_prompts(engine: Engine, context: Tensor, mask: Tensor) -> Iterator[dict[str, float]]:
-    """While it lasts, the first forward over `context` reads attacked prompts.
+    """While the context lasts, the first forward over `context` reads attacked prompts.
 
-    The loss is the negative log-likelihood of each prompt (`sequence`); each is attacked alone.
-    Yields what the attack adds to the sums of `Diagnostics`.
+    The loss is the negative log-likelihood of each prompt (`sequence`). Each is attacked by itself.
+    Yields the values to add to the sums of `Diagnostics`.
 
     Args:
-        engine: with one attack.
+        engine: an engine with one attack.
         context: (B, L) token ids, padded on the left.
         mask: (B, L), 0 on padding.
     """

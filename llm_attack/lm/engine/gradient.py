@@ -1,8 +1,8 @@
-"""Is the gradient that attacks follow the gradient of the function that is evaluated?
+"""Checks that the gradient that attacks follow belongs to the function that is evaluated.
 
-It need not be. Kernels for quantised weights may compute another function where no gradient is
+This need not be so. Kernels for quantised weights may compute another function if no gradient is
 needed, or leave layers out of the gradient. Attacks then fail without an error, and the model looks
-robust. So a run tries it out on a few tokens before it begins.
+robust. So a run tests the gradient on a few tokens before it begins.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from llm_attack.lm.engine.scoring import Scorer, look_up
 from llm_attack.lm.packing.pack import Pack, pack_rows
 from llm_attack.lm.packing.questions import Question, Request
 
-TOKENS = 8  # that the model reads
-_SLIGHT = 0.05  # relative error of slopes that no attack suffers from
-WRONG = 0.6  # relative error of slopes: a factor of two in the gradient's length is 0.5
+TOKENS = 8  # number of tokens that the model reads
+_SLIGHT = 0.05  # relative error of slopes that does not weaken attacks
+WRONG = 0.6  # relative error of slopes; a gradient of twice the length has 0.5
 _PARTS = 3
 _DIRECTIONS = 3  # the gradient's own, and random ones
-_LEVELS = 15  # steps 1/2, 1/4, ... of a token's RMS
-_FARTHER = 4  # levels: the rounding error of a slope is 16 times as large there
-_ROWS = 16  # of a batch: kernels may be others where there are more tokens
-_DIGITS = 5.0  # slopes may differ by so many times the square root of the spacing at 1
+_LEVELS = 15  # number of steps: 1/2, 1/4, ... of a token's RMS
+_FARTHER = 4  # so many levels farther, the rounding error of a slope is 16 times as large
+_ROWS = 16  # rows of a batch, because kernels may differ for more tokens
+_DIGITS = 5.0  # slopes may differ by this multiple of the square root of the spacing at 1
 
 
 class Finding(NamedTuple):
     """The outcome of `examine`.
 
     Attributes:
-        fault: why no attack may follow this gradient; empty: nothing speaks against it.
-        warning: what a reader should know although attacks may; empty: nothing.
+        fault: the reason why no attack may follow this gradient; empty if there is none.
+        warning: a doubt that a reader should know, although attacks may follow it; empty if none.
         figure: the slopes that were compared.
     """
 
@@ -48,10 +48,10 @@ class Finding(NamedTuple):
 
 
 class _Slopes(NamedTuple):
-    """Central differences of the loss, and the same by the gradient, (directions, levels) each.
+    """Slopes by central differences and by the gradient, (directions, levels) each.
 
-    They are for steps of a token's RMS. `typical` is the gradient's length: the slope in a random
-    direction has this standard deviation.
+    The steps are shares of a token's RMS. `typical` is the gradient's length, which is the standard
+    deviation of the slope in a random direction.
     """
 
     measured: Tensor
@@ -61,7 +61,7 @@ class _Slopes(NamedTuple):
 
 
 def refusal(attack: str, fault: str) -> str:
-    """The sentence by which a model with a fault is refused, and the ways out."""
+    """The message that refuses a model with a fault, and names the ways out."""
     others = ", ".join(name for name, kind in ATTACKS.items() if not kind.gradient)
     return (
         f"attack={attack}: cannot follow the gradient of this model, {fault}; must be an attack"
@@ -73,13 +73,14 @@ def refusal(attack: str, fault: str) -> str:
 def examine(scorer: Scorer, text: Sequence[int], device: torch.device) -> Finding:
     """Compares forwards with and without gradients, and the gradient with finite differences.
 
-    Where slopes of one part of the text are in doubt, two others are tried: some functions jump
-    (a router chooses experts), and a jump near one point says nothing of the gradient there.
+    If the slopes in one part of the text are in doubt, two other parts are tried. Some functions
+    jump, for example if a router chooses experts. A jump near a point says nothing about the
+    gradient at the point.
 
     Args:
         scorer: the model and the hookpoint.
-        text: its tokens, two at least; of each part the model reads `TOKENS`.
-        device: where packs are put.
+        text: at least two tokens. The model reads `TOKENS` of each part.
+        device: the device of packs.
     """
     parts = [tuple(text[i : i + TOKENS + 1]) for i in range(0, len(text), TOKENS + 1)]
     first = Finding()
@@ -92,10 +93,10 @@ def examine(scorer: Scorer, text: Sequence[int], device: torch.device) -> Findin
 
 
 def _examined(scorer: Scorer, tokens: tuple[int, ...], device: torch.device) -> Finding:
-    """The same of one part.
+    """Examines one part.
 
-    The first forward takes no gradient, because there some kernels convert their weights. Two
-    forwards are equal if half of the digits of their dtype are, as for `probe.equal_logits`.
+    The first forward takes no gradient, because some kernels convert their weights in it. Two
+    forwards count as equal if half of the digits of their dtype agree; see `probe.equal_logits`.
     """
     pack = _pack(tokens, 1, device)
     logits = partial(scorer.logits, pack, pack.scored.positions)
@@ -129,27 +130,28 @@ def _examined(scorer: Scorer, tokens: tuple[int, ...], device: torch.device) -> 
     if apart > WRONG and noise <= rounding:
         return Finding(f"which differs by {apart:.0%} between batches of 1 and of {_ROWS} rows")
     finding = judged(_slopes(scorer, tokens, x, gradient), x.dtype, eps)
-    if noise > rounding:  # slopes say nothing then
+    if noise > rounding:  # then slopes show nothing
         text = f"logits of the same text differ by {noise:.2g} from call to call"
         return Finding("", f"{text}, so no number here is exact", finding.figure)
     return finding
 
 
 def judged(slopes: _Slopes, dtype: torch.dtype, eps: float) -> Finding:
-    """Whether slopes agree in all directions, for some step.
+    """Judges whether the slopes agree in all directions, for some step.
 
-    A central difference is wrong by the loss's rounding over the step, and by its curvature times
-    the square of the step. Between the two a right gradient agrees with it. Rounding is what the
-    differences are wrong by at steps 16 times smaller and below; its share grows with 1 / step.
-    A gradient is clearly wrong where its error is four times that, and stays when the step doubles.
-    (Curvature makes it four times as large.) What jumps from step to step shows nothing.
+    A central difference has two errors: the rounding of the loss divided by the step, and the
+    curvature times the square of the step. For steps between the two, it agrees with a right
+    gradient. The rounding error is measured at steps 16 times smaller and below, and grows with
+    1 / step. A gradient is clearly wrong if its error is four times the rounding error, and stays
+    the same if the step doubles. (Curvature would make it four times as large.) Values that jump
+    from step to step show nothing.
 
     Args:
-        slopes: that were measured.
-        dtype: of the point, which rounds the steps themselves.
-        eps: of `resolution`. The backward pass rounds like the forward pass, so that half of the
-            digits are asked for, up to a factor of 5. On 28 random architectures in three dtypes,
-            each with six sets of weights, no right gradient needs more.
+        slopes: the measured slopes.
+        dtype: the dtype of the point, which rounds the steps themselves.
+        eps: the result of `resolution`. The backward pass rounds like the forward pass, so half of
+            the digits must agree, up to a factor of 5. On 28 random architectures in three dtypes,
+            each with six sets of weights, no right gradient needed a larger factor.
     """
     measured, claimed, steps, typical = slopes
     error = (measured - claimed).abs()
@@ -183,10 +185,10 @@ def judged(slopes: _Slopes, dtype: torch.dtype, eps: float) -> Finding:
 
 
 def resolution(scorer: Scorer) -> float:
-    """The spacing at 1 of the numbers that the model computes in.
+    """The spacing at 1 of the numbers that the model computes with.
 
-    Models compute some things in float32 also when they are in float64. Kernels for quantised
-    weights round to 16 bits, whatever the dtype of the model is.
+    Models in float64 compute some parts in float32. Kernels for quantised weights round to 16 bits
+    for every dtype of the model.
     """
     dtypes = [scorer.autocast or scorer.model.dtype, torch.float32]
     if getattr(scorer.model.config, "quantization_config", None) is not None:
@@ -195,7 +197,7 @@ def resolution(scorer: Scorer) -> float:
 
 
 def _pack(tokens: tuple[int, ...], rows: int, device: torch.device) -> Pack:
-    """The same request in each row; all its tokens are scored."""
+    """A pack with the same request in each row. All its tokens are scored."""
     request = Request(tokens, len(tokens) - 1)
     return pack_rows([Question([request], [[i]]) for i in range(rows)]).to(device)
 
@@ -209,7 +211,7 @@ def _losses(scorer: Scorer, pack: Pack, logits: Tensor) -> Tensor:
 
 
 def _gradient(scorer: Scorer, pack: Pack, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits at the point, and the gradient of the loss there."""
+    """The logits and the gradient of the loss at the point."""
     with torch.enable_grad():
         leaf = x.detach().requires_grad_(True)
         logits = scorer.logits(pack, pack.scored.positions, leaf)
@@ -218,7 +220,7 @@ def _gradient(scorer: Scorer, pack: Pack, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _of_rows(scorer: Scorer, tokens: tuple[int, ...], x: Tensor, rows: int = _ROWS) -> Tensor:
-    """The gradient in a batch of equal rows, their mean; of fewer where memory is short."""
+    """The mean gradient of equal rows in a batch; of fewer rows if memory is short."""
     try:
         pack = _pack(tokens, rows, x.device)
         return _gradient(scorer, pack, x.expand(rows, *x.shape[1:]))[1].mean(0, keepdim=True)
@@ -229,7 +231,7 @@ def _of_rows(scorer: Scorer, tokens: tuple[int, ...], x: Tensor, rows: int = _RO
 
 
 def _losses_at(scorer: Scorer, tokens: tuple[int, ...], points: Tensor) -> Tensor:
-    """(points,) losses, in several forwards where memory is short."""
+    """(points,) losses, in several forwards if memory is short."""
     try:
         pack = _pack(tokens, len(points), points.device)
         return _losses(scorer, pack, scorer.logits(pack, pack.scored.positions, points))
@@ -244,13 +246,13 @@ def _apart(some: Tensor, others: Tensor) -> float:
 
 
 def _slopes(scorer: Scorer, tokens: tuple[int, ...], x: Tensor, gradient: Tensor) -> _Slopes:
-    """Along the gradient and along random directions, all in one forward.
+    """The slopes along the gradient and along random directions, all in one forward.
 
-    Tokens move in proportion to their length, so that one that is all zero, at which normalised
-    models have a kink, stays. What a gradient says of a step is taken from the points as rounded.
+    Tokens move in proportion to their length. So a token of zeros, where models with norms have a
+    kink, does not move. The gradient's slope is computed from the rounded points.
     """
     wide = widest(x.device)
-    gradient = gradient.to(wide).nan_to_num(0, 0, 0)  # as attacks take it
+    gradient = gradient.to(wide).nan_to_num(0, 0, 0)  # as in attacks
     size = x.to(wide).square().mean(-1, keepdim=True).sqrt()
     drawn = torch.randn(_DIRECTIONS - 1, *x.shape, generator=torch.Generator().manual_seed(0))
     ways = [gradient * size, *drawn.to(gradient)]

@@ -1,4 +1,4 @@
-"""Several hookpoints: which they are, one clean pass for all, and forwards that start at each."""
+"""Several hookpoints: finds them, runs one clean pass for all, and starts forwards at each."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ log = logging.getLogger(__name__)
 
 
 def expand(model: PreTrainedModel, hookpoints: Sequence[str]) -> list[str | None]:
-    """The modules that are meant, by name, each once; None: the input embedding.
+    """The names of the modules that patterns mean, each once; None: the input embedding.
 
     Args:
-        model: whose modules they are.
+        model: the model.
         hookpoints: `EMBED`; `LAYERS`, the outputs of all blocks; dotted paths, in which * stands
             for any one name, such as `model.layers.*.mlp`.
 
     Raises:
-        UsageError: one of them is no module's.
+        UsageError: one of them matches no module.
     """
     names = {module: name for name, module in model.named_modules()}
     expanded: list[str | None] = []
@@ -81,7 +81,7 @@ def expand(model: PreTrainedModel, hookpoints: Sequence[str]) -> list[str | None
 
 
 def _layers(model: PreTrainedModel, names: Mapping[nn.Module, str]) -> list[str]:
-    """The names of the blocks that text goes through; those of a vision tower are none of them."""
+    """The names of the blocks that read text, so not those of a vision tower."""
     blocks = {names[block]: block for block in known_blocks(model)}
     text = torch.arange(6).repeat(2, 1).to(next(model.get_input_embeddings().parameters()).device)
     usable = [*faults(model, blocks, text)] if blocks else []
@@ -94,12 +94,12 @@ def _layers(model: PreTrainedModel, names: Mapping[nn.Module, str]) -> list[str]
 
 
 def scorers(base: Scorer, hookpoints: Sequence[str | None], device: torch.device) -> list[Scorer]:
-    """A scorer for each hookpoint, which starts there where a trial shows that it can.
+    """Makes a scorer for each hookpoint. It starts at the hookpoint if a trial shows that it can.
 
     Args:
-        base: the scorer of the first.
-        hookpoints: as of `expand`.
-        device: where the trial is made.
+        base: the scorer of the first hookpoint.
+        hookpoints: the result of `expand`.
+        device: the device of the trial.
     """
     all_scorers = [base]
     for name in hookpoints[1:]:
@@ -124,7 +124,7 @@ def scorers(base: Scorer, hookpoints: Sequence[str | None], device: torch.device
 
 
 def _rest(base: Scorer, device: torch.device) -> dict[nn.Module, tuple[Any, ...] | None]:
-    """What blocks return besides hidden states (see `Skip`): of those run once, as they are run."""
+    """The outputs of blocks besides the hidden states (see `Skip`), if a block runs once."""
     outputs: dict[nn.Module, list[Any]] = {}
 
     def keep(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -145,7 +145,7 @@ def _rest(base: Scorer, device: torch.device) -> dict[nn.Module, tuple[Any, ...]
 
 
 def _skip(hookpoint: nn.Module, rest: Mapping[nn.Module, tuple[Any, ...] | None]) -> Skip | None:
-    """The blocks before a hookpoint, the block itself included if it is one."""
+    """The blocks before a hookpoint, and the hookpoint itself if it is a block."""
     running = list(rest)
     for i, block in enumerate(running):
         if hookpoint in block.modules():
@@ -160,11 +160,11 @@ def _trial(scorer: Scorer, device: torch.device, which: int) -> tuple[Pack, Tens
 
 
 def _refused(scorers: Sequence[Scorer], device: torch.device) -> list[Scorer]:
-    """Those whose logits are others when forwards start there, with the clean activations below.
+    """The scorers whose logits change if forwards start at their hookpoint.
 
-    Of another question than the one of `_rest`, which is asked again before they start there: in
-    case that what blocks return besides the hidden states, or keep for later ones, depends on it.
-    For the same reason the last blocks are tried first.
+    The trial uses another question than `_rest`, and runs that one again before the start. So it
+    notices if the other outputs of blocks, or states that they keep, depend on the question. For
+    the same reason the last blocks are tried first.
     """
     if not scorers:
         return []
@@ -192,9 +192,9 @@ def _refused(scorers: Sequence[Scorer], device: torch.device) -> list[Scorer]:
 
 @contextmanager
 def _captured(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]:
-    """The first outputs of modules while it lasts, as they stand in the graph.
+    """While the context lasts, collects the first outputs of modules, as parts of the graph.
 
-    At its end those are left out that have been written to since.
+    At its end, outputs that were overwritten since are removed.
     """
     seen: dict[nn.Module, Tensor] = {}
     versions: dict[nn.Module, int] = {}
@@ -217,15 +217,15 @@ def _captured(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]
 def clean_passes(
     scorers: Sequence[Scorer], pack: Pack, threat: ThreatModel, needs: Needs
 ) -> list[CleanPass]:
-    """The clean passes of a pack at several hookpoints: one pass for all of them.
+    """The clean passes of a pack at several hookpoints, from one pass for all of them.
 
-    Where rows have different frequencies there is one for each hookpoint.
+    If rows have different frequencies, each hookpoint has its own pass.
 
     Args:
-        scorers: of the hookpoints, each once.
+        scorers: the scorers of the hookpoints, each once.
         pack: the batch.
-        threat: with the loss.
-        needs: what all attacks need of them.
+        threat: the threat model with the loss.
+        needs: the parts that the attacks need.
     """
     first, *others = scorers
     if not others:
@@ -251,9 +251,9 @@ class _Shared:
     """One clean pass for several hookpoints.
 
     Args:
-        scorer: of the first hookpoint.
+        scorer: the scorer of the first hookpoint.
         pack: the batch.
-        threat: with the loss.
+        threat: the threat model with the loss.
         gradient: whether gradients are needed.
     """
 
@@ -264,12 +264,12 @@ class _Shared:
     answers: Scores = field(init=False)
 
     def run(self, scorers: Sequence[Scorer]) -> dict[Scorer, CleanPass]:
-        """The clean passes of those hookpoints that are run."""
+        """The clean passes of the hookpoints that run."""
         modules = [s.hookpoint for s in scorers]
         modules += [s.skip.blocks[-1] for s in scorers if s.skip is not None]
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(self.gradient))
-            if self.gradient:  # so that there is a graph: parameters have no gradients
+            if self.gradient:  # makes a graph, because parameters require no gradients
                 embedding = self.scorer.model.get_input_embeddings()
                 leaf = edit_output(embedding, lambda x: x.detach().requires_grad_(True))
                 stack.enter_context(leaf)

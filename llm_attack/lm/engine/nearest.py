@@ -1,4 +1,4 @@
-"""Whether a perturbed embedding is still nearest to that of its own token."""
+"""Finds out if a perturbed embedding is still nearest to the embedding of its own token."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-# Of squared norms: what float32 may be wrong by in a squared distance. A tie counts as unchanged.
+# Error of a squared distance in float32, as a share of squared norms. A tie counts as unchanged.
 _SLACK = 1e-5
 
 
 class Nearest:
     """Looks for tokens that are nearer to a perturbed embedding than its own.
 
-    A block of the vocabulary at a time: the (tokens, vocabulary) distances never exist. A token
-    whose perturbation is small beside its distance from all others is not looked up at all.
+    It reads the vocabulary block by block, so the (tokens, vocabulary) distances never exist. It
+    does not look up a token if the perturbation is small compared with its distance from all
+    others.
 
     Args:
         embedding: the model's input embedding.
-        vocabulary: number of its rows.
+        vocabulary: number of rows of the embedding.
     """
 
     def __init__(self, embedding: nn.Module, vocabulary: int) -> None:
@@ -28,18 +29,18 @@ class Nearest:
 
     @torch.no_grad()
     def unchanged(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """In L2 and in L-infinity: whether no token is nearer to x than its own, each (T,).
+        """Whether no token is nearer to x than its own, in L2 and in L-infinity, each (T,).
 
         Args:
             x: (T, H) perturbed embeddings.
-            ids: (T,) tokens that they were made from.
+            ids: (T,) their tokens.
         """
         own = self.embedding(ids).float()
         x = x.float()
         largest = (x - own).abs().amax(-1)
-        radius = x.shape[-1] ** 0.5 * largest  # of the L2 ball round the L-infinity one
+        radius = x.shape[-1] ** 0.5 * largest  # radius of the L2 ball round the L-infinity ball
         l2, linf = torch.ones(2, len(x), dtype=torch.bool, device=x.device)
-        # nearer to x than the radius is nearer to the own token than this
+        # a token within the radius of x is within this distance of the own token
         (doubtful,) = ((x - own).norm(dim=-1) + radius > self._gap(ids)).nonzero(as_tuple=True)
         if len(doubtful) == 0:
             return l2, linf
@@ -72,7 +73,7 @@ class Nearest:
         return self._gaps[ids]
 
     def _others(self, x: Tensor, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Blocks (K, H) of the vocabulary, with x's affinity to each (T, K), to its own -inf."""
+        """Blocks (K, H) of the vocabulary, and x's affinity (T, K) to them; -inf for its own."""
         elements = 2**22 if x.device.type == "cpu" else 2**28
         rows = torch.arange(len(x), device=x.device)
         vocabulary = torch.arange(self.vocabulary, device=x.device)
@@ -85,5 +86,5 @@ class Nearest:
 
 
 def _affinity(x: Tensor, e: Tensor) -> Tensor:
-    """|x|² - |x - e|², row by row: the larger, the nearer."""
+    """|x|² - |x - e|² for each row. A larger value is nearer."""
     return 2 * (x * e).sum(-1) - e.square().sum(-1)

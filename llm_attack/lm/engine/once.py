@@ -1,8 +1,8 @@
-"""The forward at the clean point computes once what rows have in common; the backward does not.
+"""Computes tokens that rows share once in the forward at the clean point, but not in the backward.
 
-Requests of a question have equal tokens behind equal prefixes (`Twins`), hence equal activations,
-but gradients of their own where each is attacked alone. So each product of a weight is made for one
-token of each node, and copied to its twins; the gradient goes back row by row.
+Requests of a question have equal tokens behind equal prefixes (`Twins`), and so equal activations.
+But each request has its own gradient if it is attacked by itself. So each product with a weight is
+computed for one token of each node, and copied to its twins. The gradient goes back row by row.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from llm_attack.lm.packing.pack import Twins
 
 
 class _Product(torch.autograd.Function):
-    """(N, M) products of a linear layer, from those of one token of each node.
+    """(N, M) products of a linear layer, copied from one token of each node.
 
-    The gradient is added to that of the other layers of the same input, in place.
+    The gradient is added in place to the gradients of the other layers with the same input.
     """
 
     @staticmethod
@@ -40,7 +40,7 @@ class _Product(torch.autograd.Function):
 
 
 class _Fan(torch.autograd.Function):
-    """What several products have as their input: to it goes the gradient that they have added."""
+    """The common input of several products. It gets the sum of their gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, given: _Input) -> Tensor:
@@ -59,9 +59,9 @@ class _Input:
     """An input of linear layers.
 
     Attributes:
-        some: (U, M) a token of each node.
+        some: (U, M) one token of each node.
         node: (N,) the node of each token.
-        gradient: (N, M) so far.
+        gradient: (N, M) the gradient so far.
     """
 
     some: Tensor
@@ -70,9 +70,9 @@ class _Input:
 
 
 class _Gathered(torch.autograd.Function):
-    """(P, H) hidden states of `Twins.entries`; the gradient goes to the twins of each as well.
+    """(P, H) hidden states of `Twins.entries`. Their gradient also goes to the twins.
 
-    The loss is a sum over entries, so twins have the same gradient there.
+    The loss is a sum over entries, so the gradients of twins are equal.
     """
 
     @staticmethod
@@ -83,23 +83,23 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
         gradient = upstream.new_zeros(ctx.rows, upstream.shape[1])
-        # an entry at a time has a position: a row predicts one token at each
+        # each position has one entry, because a row predicts one token at each position
         gradient[ctx.twins.at] = upstream[ctx.twins.of_entry]
         return gradient, None
 
 
 def gathered(hidden: Tensor, twins: Twins) -> Tensor:
-    """(P, H) of hidden (B x L, H); see `_Gathered`."""
+    """Makes (P, H) of hidden (B x L, H); see `_Gathered`."""
     found: Tensor = _Gathered.apply(hidden, twins)  # type: ignore[no-untyped-call]
     return found
 
 
 @contextmanager
 def products_once(model: nn.Module, twins: Twins, shape: tuple[int, ...]) -> Iterator[None]:
-    """While it lasts, linear layers make a product once for each node.
+    """While the context lasts, linear layers compute a product once for each node.
 
-    Those are left as they are whose input is not of `shape` (B, L), the head, and those that
-    another library has taken over.
+    Layers stay as they are if their input is not of `shape` (B, L), or if another library has
+    replaced their `forward`. The head also stays.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     modules = [
@@ -107,7 +107,7 @@ def products_once(model: nn.Module, twins: Twins, shape: tuple[int, ...]) -> Ite
         for module in model.modules()
         if type(module) is nn.Linear and module is not head and "forward" not in vars(module)
     ]
-    last: list[Any] = [None, None, None]  # an input, which is often that of several layers
+    last: list[Any] = [None, None, None]  # the last input, which several layers often share
 
     def of(module: nn.Linear) -> Any:
         def forward(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Does a model honour the mask and the positions of a tree? Found out by trying."""
+"""Tries whether a model honours the mask and the positions of a tree."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from llm_attack.lm.network.hook import vocabulary_of
 from llm_attack.lm.packing.pack import Pack, Twins, pack_rows, pack_trees
 from llm_attack.lm.packing.questions import Question, Request
 
-# A layer that looks back no further counts rows, not a tree's positions, or loses its window to the
-# tree's mask: trees no longer than the window are safe either way.
+# A layer with such a window counts rows and not a tree's positions, or loses its window to the mask
+# of the tree. Trees that are not longer than the window are safe in both cases.
 WINDOWS = (
     "attention_chunk_size",
     "attention_window",
@@ -31,10 +31,10 @@ log = logging.getLogger(__name__)
 
 
 def longest_tree(scorer: Scorer, device: torch.device, pad: int = 0) -> int:
-    """The length up to which the model takes questions as trees; 0: it does not.
+    """The length up to which the model supports trees; 0: it does not.
 
-    A model does not whose attention ignores the mask (some flash kernels), or whose positions are
-    not given to it (ALiBi, recurrent models); the log says so.
+    A model does not support trees if its attention ignores the mask (some flash kernels), or if it
+    counts positions itself (ALiBi, recurrent models). The log says so.
     """
     wrong = trees_fault(scorer, made_up(scorer), device, pad)
     if wrong:
@@ -44,7 +44,7 @@ def longest_tree(scorer: Scorer, device: torch.device, pad: int = 0) -> int:
 
 
 def _window(scorer: Scorer) -> int:
-    """How far back the layers look that look back least."""
+    """The smallest sliding window of all layers."""
     config = scorer.model.config
     configs = (config, getattr(config, "get_text_config", lambda: config)())
     sizes = [getattr(c, name, None) for c in configs for name in WINDOWS]
@@ -53,9 +53,9 @@ def _window(scorer: Scorer) -> int:
 
 
 def longest_flat(scorer: Scorer, device: torch.device, pad: int = 0) -> int:
-    """The length up to which rows may go through the model without padding: found out by trying.
+    """Tries up to which length rows may go through the model without padding.
 
-    Log-probabilities and gradients of made-up questions have to be those of rows with padding.
+    Log-probabilities and gradients of made-up questions must equal those of rows with padding.
     """
     pack = pack_rows(made_up(scorer), pad, whole=True).to(device)
     if pack.flat is None or not scorer.together(pack):
@@ -76,7 +76,7 @@ def longest_flat(scorer: Scorer, device: torch.device, pad: int = 0) -> int:
 
 
 def _slopes(scorer: Scorer, pack: Pack, twins: Twins | None) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of what is watched, or of twins, and the gradient of their sum."""
+    """The log-probabilities of watched predictions, or of twins, and the gradient of their sum."""
     x = scorer.point(pack).requires_grad_(True)
     with torch.enable_grad():
         if twins is None:
@@ -91,18 +91,18 @@ def _slopes(scorer: Scorer, pack: Pack, twins: Twins | None) -> tuple[Tensor, Te
 def trees_fault(
     scorer: Scorer, questions: Sequence[Question], device: torch.device, pad: int = 0
 ) -> str:
-    """Whether the logits of `questions` as trees are those of a row per request; as of `fault`.
+    """Compares the logits of `questions` as trees with those of a row per request; see `fault`.
 
-    Wrong positions, or a mask that is not honoured, change the first digits.
+    Wrong positions, or a mask that is ignored, change the first digits.
     """
     packs = [make(questions, pad).to(device) for make in (pack_trees, pack_rows)]
     return fault(scorer, *packs)
 
 
 def fault(scorer: Scorer, some: Pack, others: Pack) -> str:
-    """What is wrong with the first of two layouts of the same questions; empty: nothing.
+    """The fault of the first of two layouts of the same questions; empty if there is none.
 
-    Their logits are equal as of `equal_logits`.
+    Their logits are compared by `equal_logits`.
     """
     logits = []
     for pack in (some, others):
@@ -118,18 +118,18 @@ def fault(scorer: Scorer, some: Pack, others: Pack) -> str:
 
 
 def equal_logits(scorer: Scorer, some: Tensor, others: Tensor) -> bool:
-    """Whether half of the digits agree of the dtype that the model computes in.
+    """Whether logits agree in half of the digits of the dtype that the model computes with.
 
-    That is of the root mean square of the difference, relative to the spread of the others.
+    The root mean square of the difference counts, relative to the spread of `others`.
     """
     difference = (some - others).float().square().mean().sqrt()
-    # models compute some things in float32 also when they are in float64
+    # models in float64 compute some parts in float32
     eps = max(torch.finfo(t).eps for t in (scorer.autocast or scorer.model.dtype, torch.float32))
     return bool(difference <= eps**0.5 * others.float().std())
 
 
 def made_up(scorer: Scorer) -> list[Question]:
-    """Two questions of different size, whose requests share more and less of their contexts."""
+    """Two questions of different sizes. Their requests share different parts of their contexts."""
     vocabulary = vocabulary_of(scorer.model)
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(vocabulary, (40,), generator=generator).tolist()
@@ -144,10 +144,10 @@ def made_up(scorer: Scorer) -> list[Question]:
 
 
 def takes_twins(scorer: Scorer, device: torch.device, pad: int = 0) -> bool:
-    """Whether the clean forward may compute once what rows have in common: found out by trying.
+    """Tries whether the clean forward may compute tokens that rows share only once.
 
-    Log-probabilities and gradients of a made-up question have to be those of whole rows, as of
-    `equal_logits`. A model may refuse: one whose layers are split over devices, or packed.
+    Log-probabilities and gradients of a made-up question must equal those of whole rows; see
+    `equal_logits`. A model may refuse, for example if its layers are split over devices or packed.
     """
     pack = pack_rows([made_up(scorer)[0]], pad, whole=True).to(device)
     twins = pack.twins

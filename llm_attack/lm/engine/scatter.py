@@ -1,4 +1,4 @@
-"""From the engine's answers back to the requests that were asked."""
+"""Assigns the engine's answers to the requests that were asked."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from llm_attack.lm.engine.engine import Answer, Answered
 
 
 class OfRequest(NamedTuple):
-    """An answer for each attack, and what is known of the question; see `Answered`."""
+    """An answer for each attack, and the values of its question; see `Answered`."""
 
     answers: list[Answer]
     alignment: tuple[float, ...] | None
@@ -17,7 +17,7 @@ class OfRequest(NamedTuple):
 
 
 def by_index(answered: Iterable[Answered]) -> dict[int, OfRequest]:
-    """What was found, by the indices in `Question.answers`."""
+    """The answers by the indices in `Question.answers`."""
     return {
         index: OfRequest([of_attack[i] for of_attack in answers], alignment, critical_epsilons)
         for question, answers, alignment, critical_epsilons in answered

@@ -1,4 +1,4 @@
-"""One forward of the model: logits at the positions asked for, with the point put at the hook."""
+"""One forward of the model: logits at some positions, with a point as the hookpoint's output."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class Forward(NamedTuple):
     """A part of a pack that goes through the model at once.
 
     Attributes:
-        rows: which; None: all.
-        inputs: what the model reads of them.
+        rows: the rows of the pack; None: all.
+        inputs: their input to the model.
     """
 
     rows: list[int] | None
@@ -50,15 +50,15 @@ class Forward(NamedTuple):
 
     @property
     def place(self) -> tuple[list[int] | slice, slice]:
-        """Index of its tokens into (B, L, ...)."""
+        """The index of its tokens into (B, L, ...)."""
         start = self.inputs.prefix
         columns = slice(start, start + self.inputs.tokens.shape[1])
         return slice(None) if self.rows is None else self.rows, columns
 
     def among(self, positions: Tensor, pack: Pack) -> tuple[Tensor, Tensor]:
-        """Which of `positions`, flat indices into the pack's B x L, it has, and where it has them.
+        """Finds `positions`, flat indices into the pack's B x L, among its own tokens.
 
-        Both are (P,): booleans, and flat indices into its own tokens.
+        Returns two (P,) tensors: whether it has them, and flat indices into its own tokens.
         """
         rows, length = pack.input_ids.shape
         row, column = positions // length, positions % length - self.inputs.prefix
@@ -74,7 +74,7 @@ class Scorer:
         model: a transformers causal LM (or a PEFT model round one).
         hookpoint: the module whose output is the point.
         autocast: dtype of mixed precision, or None.
-        softmax_dtype: dtype of log-probabilities; float32 unless told.
+        softmax_dtype: dtype of log-probabilities; float32 by default.
     """
 
     def __init__(
@@ -106,15 +106,15 @@ class Scorer:
         self.options = {"use_cache": False} if takes_cache else {}
 
     def point(self, pack: Pack) -> Tensor:
-        """The clean point of `pack`, (B, L, H); 0 at its prefix."""
+        """The clean point of `pack`, (B, L, H); zero at its prefix."""
         forwards = self._forwards(pack)
         found = [capture(self.hookpoint, partial(self._forward, f.inputs)) for f in forwards]
         return self.whole(pack, *found)
 
     def whole(self, pack: Pack, *parts: Tensor) -> Tensor:
-        """(B, L, H) from the parts that the forwards of `pack` have; 0 at its prefix.
+        """(B, L, H) from the parts of the forwards of `pack`; zero at its prefix.
 
-        It is on the pack's device, wherever that part of the model is.
+        It is on the pack's device, even if that part of the model is on another device.
         """
         forwards, device = self._forwards(pack), pack.input_ids.device
         if len(forwards) == 1 and not pack.prefix:
@@ -131,9 +131,10 @@ class Scorer:
         point: Tensor | None = None,
         below: Tensor | None = None,
     ) -> Scores:
-        """Scores of `entries`; with `point`, (B, L, H), in place of the hookpoint's output.
+        """The scores of `entries`.
 
-        With `below`, (B, L, H), in place of what the blocks of `skip` return, which do not run.
+        `point`, (B, L, H), replaces the hookpoint's output. `below`, (B, L, H), replaces the output
+        of the blocks of `skip`, which do not run.
         """
         forwards = self._forwards(pack)
         if len(forwards) == 1 or not self._divides(pack):
@@ -147,14 +148,14 @@ class Scorer:
             positions, slot = of_entries[here].unique(return_inverse=True)
             part = replace(entries, positions=positions, slot=slot, target=entries.target[here])
             of_part = partial(self._part, pack, forward, part)
-            # what a part keeps for the backward is computed anew there, a part at a time
+            # activations for the backward are computed again there, one part at a time
             found.append(checkpoint(of_part, point, below, use_reentrant=False))
             order.append(here)
         back = torch.cat(order).argsort()
         return Scores(*(torch.cat(of)[back] for of in zip(*found, strict=True)))
 
     def at_twins(self, pack: Pack, twins: Twins, point: Tensor, below: Tensor | None) -> Scores:
-        """Scores of `twins.entries` at the clean point, whose gradient goes to all rows.
+        """The scores of `twins.entries` at the clean point. Their gradient goes to all rows.
 
         All rows go through the model in one forward (`together`).
         """
@@ -179,7 +180,7 @@ class Scorer:
     def _part(
         self, pack: Pack, forward: Forward, entries: Entries, point: Tensor | None, below: Any
     ) -> Scores:
-        """Scores of `entries`, which are in these rows."""
+        """The scores of `entries`, which are in these rows."""
         logits = self._logits(pack, forward, entries.positions, point, below)
         return self._look_up(pack, entries, logits)
 
@@ -196,8 +197,8 @@ class Scorer:
     ) -> Tensor:
         """(P, V) logits at `positions`, flat indices into the pack's B x L.
 
-        Hidden states are gathered before the head, so that the (B, L, V) tensor never exists; what
-        an architecture does behind its head (scaling, soft-capping) is still its own.
+        Hidden states are gathered before the head, so the (B, L, V) tensor never exists. The model
+        still applies its own scaling and soft-capping after the head.
         """
         forwards = self._forwards(pack)
         if len(forwards) == 1:
@@ -211,7 +212,7 @@ class Scorer:
         return logits[torch.cat(order).argsort().to(logits.device)]
 
     def _forwards(self, pack: Pack) -> list[Forward]:
-        """The rows that may share a forward, and what it reads: all at once for most models."""
+        """The forwards of a pack: rows that may share one, and their input; often only one."""
         if pack.prefix:
             self.prefixes.remember(pack.prefix, partial(self._cache, pack))
         longest: dict[tuple[int, ...], int] = {}
@@ -222,7 +223,7 @@ class Scorer:
             longest[scale] = max(length, longest.get(scale, 0))
         if len(rows) == 1 and not self._divides(pack):
             return [Forward(None, pack.inputs)]
-        # a tree's positions are given, those of a row are counted, padding included
+        # the positions of a tree are given; the model counts those of a row, padding included
         whole = None if pack.end is None else pack.input_ids.shape[1]
         found, before = [], len(pack.prefix)
         for scale, of in rows.items():
@@ -234,10 +235,10 @@ class Scorer:
 
     @torch.no_grad()
     def _cache(self, pack: Pack) -> Any:
-        """Keys and values of the pack's prefix, for one row."""
+        """The keys and values of the pack's prefix, for one row."""
         tokens = pack.input_ids[:1, : len(pack.prefix)]
         with ExitStack() as stack:
-            if self.head is not None:  # whose logits nobody needs
+            if self.head is not None:  # nobody needs the logits of the prefix
                 stack.enter_context(edit_input(self.head, lambda hidden: hidden[:, -1:]))
             stack.enter_context(self._set_up(tokens))
             return self.model(input_ids=tokens, use_cache=True).past_key_values
@@ -251,7 +252,7 @@ class Scorer:
         below: Tensor | None,
         twins: Twins | None = None,
     ) -> Tensor:
-        """The same of one forward, which has all `positions`: those of `twins`, if given."""
+        """The logits of one forward, which has all `positions`, or those of `twins` if given."""
         inputs = forward.inputs
         flat = self._flat(pack, forward)
         if flat is not None:
@@ -267,7 +268,7 @@ class Scorer:
         def gather(hidden: Tensor) -> Tensor:
             nonlocal seen
             seen = True
-            hidden = hidden[:, hidden.shape[1] - columns :]  # virtual tokens of prompt tuning
+            hidden = hidden[:, hidden.shape[1] - columns :]  # no virtual tokens of prompt tuning
             hidden = hidden.reshape(rows * columns, -1)
             if twins is not None:
                 return gathered(hidden, twins).unsqueeze(0)
@@ -277,7 +278,7 @@ class Scorer:
             if below is not None and self.skip is not None:
                 stack.enter_context(self.skip.over(below))
             if point is not None:
-                # a copy, as some models write to what a module returns
+                # a copy, because some models write to the output of a module
                 put = partial(_copied, point)
                 stack.enter_context(edit_output(self.hookpoint, put))
             if self.head is not None:
@@ -286,12 +287,12 @@ class Scorer:
                 stack.enter_context(row_by_row(flat))
             logits: Tensor = self._forward(inputs).logits
         if seen:
-            return logits.flatten(0, 1)  # a view: the backward of a selection fills zeros
+            return logits.flatten(0, 1)  # a view, because the backward of a selection fills zeros
         logits = logits[:, logits.shape[1] - columns :]
         return logits.reshape(rows * columns, -1)[positions.to(logits.device)]
 
     def _flat(self, pack: Pack, forward: Forward) -> Flat | None:
-        """How the rows of a forward are read without their padding, if they are."""
+        """The layout without padding for the rows of a forward, if it is used."""
         if pack.flat is None or forward.rows is not None or self.longest_flat < pack.flat.shape[1]:
             return None
         return pack.flat
@@ -309,7 +310,7 @@ class Scorer:
 
     @contextmanager
     def _set_up(self, tokens: Tensor) -> Iterator[None]:
-        """What a forward over `tokens` runs in."""
+        """The context in which a forward over `tokens` runs."""
         mixed = self.autocast is not None
         with (
             nullcontext() if self.lean is None else self.lean.used(),
@@ -320,34 +321,32 @@ class Scorer:
 
 
 def _without_padding(inputs: Inputs, flat: Flat) -> Inputs:
-    """One sequence of all rows' tokens at the positions that they have there."""
+    """One sequence of the tokens of all rows, with their positions in the rows."""
     depth = (flat.real % flat.shape[1]).unsqueeze(0)
     tokens = inputs.tokens.flatten()[flat.real].unsqueeze(0)
     return Inputs(tokens, depth, depth.new_ones(1, 1))
 
 
 def _copied(point: Tensor, output: Tensor) -> Tensor:
-    """A copy of `point` where `output` is."""
+    """A copy of `point` on the device of `output`."""
     return point.to(output.device, copy=True)
 
 
 def look_up(logits: Tensor, slot: Tensor, target: Tensor, dtype: torch.dtype) -> Scores:
-    """Scores, computed in `dtype`, of the tokens `target` (E,) at the rows `slot` (E,) of `logits`.
+    """The scores of tokens `target` (E,) at the rows `slot` (E,) of `logits` (P, V), in `dtype`.
 
-    `logits` are (P, V). Log-probability and gradient keep their precision where a model is sure of
-    a token: there the gradient of log-softmax, p - 1, is nothing but rounding error, and an attack
-    that follows its sign follows noise. Here the probability of the rest is summed without the
-    likeliest token.
+    Log-probability and gradient keep their precision if a model is sure of a token. In the usual
+    log-softmax the gradient, p - 1, is then only rounding error, and an attack that follows its
+    sign follows noise. Here the probabilities of the other tokens are summed without the likeliest.
     """
     log_prob, greedy = _LogSoftmaxAt.apply(logits, slot, target, dtype)  # type: ignore[no-untyped-call]
     return Scores(log_prob, greedy)
 
 
 class _LogSoftmaxAt(torch.autograd.Function):
-    """Log-softmax at a few places, in passes over slices that stay in the cache.
+    """Log-softmax at a few places, in passes over slices that fit into the cache.
 
-    Besides the logits themselves, nothing of their size is ever kept, and one tensor is made: their
-    gradient.
+    It keeps only the logits, and creates one tensor of their size: their gradient.
     """
 
     @staticmethod
@@ -381,24 +380,24 @@ class _LogSoftmaxAt(torch.autograd.Function):
         gradient = torch.empty_like(logits)
         for part in _slices(logits):
             wide = logits[part].to(ctx.dtype)
-            # in place where it is of the same dtype
+            # in place if the dtype is the same
             odds = gradient[part] if wide.dtype == gradient.dtype else torch.empty_like(wide)
             torch.sub(wide, top[part], out=odds)
             gradient[part] = odds.exp_().mul_(-scale[part])
-        # the likeliest token's own, without the difference 1 - p
+        # the gradient of the likeliest token, without the difference 1 - p
         own = (of_best * rest[:, 0] - (total - of_best)) / (1 + rest[:, 0])
         gradient.scatter_(-1, best[:, None], own[:, None].to(gradient))
         others = (upstream * ~sure).to(gradient)
         return gradient.index_put_((slot, target), others, accumulate=True), None, None, None
 
 
-_BLOCK = 256  # of the vocabulary
+_BLOCK = 256  # tokens of the vocabulary
 
 
 def likeliest(logits: Tensor) -> Tensor:
-    """(P,) argmax of logits (P, V): the first of equal ones.
+    """(P,) argmax of logits (P, V), the first of equal values.
 
-    On a CPU the largest value of a block is found five times faster than its place.
+    A CPU finds the largest value of a block five times faster than its position.
     """
     whole = logits.shape[-1] // _BLOCK * _BLOCK
     if logits.device.type != "cpu" or not whole:
@@ -414,7 +413,7 @@ def likeliest(logits: Tensor) -> Tensor:
 
 
 def _slices(logits: Tensor) -> list[slice]:
-    """Of the rows of `logits`, such that one is about 4 MB on a CPU, 256 MB elsewhere."""
+    """Slices of the rows of `logits`, each of about 4 MB on a CPU and 256 MB on other devices."""
     elements = 2**20 if logits.device.type == "cpu" else 2**26
     step = max(1, elements // max(1, logits.shape[1]))
     return [slice(i, i + step) for i in range(0, len(logits), step)]

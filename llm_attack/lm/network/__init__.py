@@ -1,1 +1,1 @@
-"""What is done to the network itself: hooks, blocks, rotary embeddings, scales."""
+"""Changes and measurements of the network itself: hooks, blocks, rotary embeddings, scales."""

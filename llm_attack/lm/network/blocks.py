@@ -1,7 +1,7 @@
-"""The model's blocks: recomputed in the backward pass, compiled, or left out, one by one.
+"""Recomputes, compiles or skips the model's blocks, one by one.
 
-Not the model as a whole: hooks come and go at the embedding and at the head, and a compiled graph
-does not notice.
+The model as a whole is not compiled: hooks come and go at the embedding and at the head, and a
+compiled graph does not notice them.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from llm_attack.lm.settings import EngineSettings
 
 
 def prepare(model: PreTrainedModel, settings: EngineSettings, hookpoint: nn.Module) -> None:
-    """Makes the blocks recomputed or compiled, as `settings` say.
+    """Sets up recomputation or compilation of the blocks, as `settings` say.
 
     Raises:
-        UsageError: as of `blocks`.
+        UsageError: as for `blocks`.
     """
     if settings.gradient_checkpointing:
         for block in blocks(model, "gradient_checkpointing"):
             recompute(block)
     if settings.compile:
         for block in blocks(model, "compile"):
-            if hookpoint not in block.modules():  # whose hook would not be seen
+            if hookpoint not in block.modules():  # compiled code would not see the hook
                 compiled(block)
 
 
@@ -40,7 +40,7 @@ def blocks(model: PreTrainedModel, argument: str) -> list[nn.Module]:
     """The model's blocks.
 
     Raises:
-        UsageError: none are known of this model; `argument` is what asked for them.
+        UsageError: the blocks of this model are not known. The message names `argument`.
     """
     known = known_blocks(model)
     if not known:
@@ -52,9 +52,9 @@ def blocks(model: PreTrainedModel, argument: str) -> list[nn.Module]:
 
 
 def known_blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules that transformers never splits over devices: the transformer's blocks, if any.
+    """The transformer blocks, if any: the modules that transformers never splits over devices.
 
-    Of those that are inside of others (Mamba's mixers) the outermost.
+    If such modules are inside of each other (Mamba's mixers), only the outermost count.
     """
     candidates = [
         block
@@ -69,11 +69,11 @@ def known_blocks(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def recompute(block: nn.Module) -> None:
-    """From now on only `block`'s input is kept for the backward pass.
+    """From now on only the input of `block` is kept for the backward pass.
 
-    Unlike transformers' own gradient checkpointing it works in evaluation mode, without dropout,
-    and what hooks of modules inside the block did in the forward they do again in the backward
-    pass, though they are gone by then.
+    Unlike the gradient checkpointing of transformers, this works in evaluation mode, without
+    dropout. Hooks of modules inside the block act again in the backward pass as they did in the
+    forward, even if they are removed by then.
     """
     forward = block.forward
 
@@ -96,7 +96,7 @@ def recompute(block: nn.Module) -> None:
 
 @contextmanager
 def _again(hooks: Sequence[tuple[nn.Module, dict[int, Callable[..., Any]]]]) -> Iterator[None]:
-    """While it lasts, the modules have these forward hooks and no others."""
+    """While the context lasts, the modules have only these forward hooks."""
     now = [dict(module._forward_hooks) for module, _ in hooks]
     try:
         for module, then in hooks:
@@ -119,11 +119,11 @@ def compiled(block: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Skip:
-    """The blocks before a hookpoint, which need not run once its clean activations are known.
+    """The blocks before a hookpoint. They need not run if their clean output is known.
 
     Attributes:
-        blocks: those that are left out; below is the output of the last of them.
-        rest: of each block, what its output has besides the hidden states; None: it is no tuple.
+        blocks: the blocks to skip. `below` is the output of the last of them.
+        rest: for each block, the output besides the hidden states; None if it is not a tuple.
     """
 
     blocks: tuple[nn.Module, ...]
@@ -131,7 +131,7 @@ class Skip:
 
     @contextmanager
     def over(self, below: Tensor) -> Iterator[None]:
-        """While it lasts, the blocks return `below`, (B, L, H), and compute nothing."""
+        """While the context lasts, the blocks return `below`, (B, L, H), and compute nothing."""
         before = [vars(block).get("forward") for block in self.blocks]
         try:
             for block, rest in zip(self.blocks, self.rest, strict=True):

@@ -1,4 +1,4 @@
-"""A copy of a model in a dtype of fewer bits, of which gradients are taken."""
+"""A copy of a model in a dtype of fewer bits, for gradients."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from llm_attack.lm.settings import EngineSettings
 
 
 def check(model: PreTrainedModel, name: str, autocast: torch.dtype | None, parts: Any) -> None:
-    """Refuses a `gradient_dtype` that makes no sense for a model.
+    """Refuses a `gradient_dtype` that does not fit a model.
 
     Args:
         model: the model.
-        name: of the dtype.
+        name: name of the dtype.
         autocast: dtype of mixed precision, or None.
-        parts: `tp_plan`, by which processes have parts of the model each; None: they have not.
+        parts: `tp_plan`, which gives each process a part of the model; None: there is none.
 
     Raises:
-        UsageError: its weights are quantised, split or computed with in mixed precision, or have no
-            more bits than the dtype.
+        UsageError: its weights are quantised, split, used in mixed precision, or have no more bits
+            than the dtype.
     """
     dtype: torch.dtype = getattr(torch, name)
     wrong = ""
@@ -47,16 +47,16 @@ def check(model: PreTrainedModel, name: str, autocast: torch.dtype | None, parts
 def copied(
     model: PreTrainedModel, name: str, settings: EngineSettings, hookpoint: str | None
 ) -> PreTrainedModel:
-    """The copy, with its blocks as of `prepare`. Buffers, such as frequencies, keep their dtype.
+    """Makes the copy and prepares its blocks. Buffers, such as frequencies, keep their dtype.
 
     Args:
-        model: what is copied.
-        name: of the dtype.
-        settings: as of `prepare`.
-        hookpoint: as of `resolve`.
+        model: the model to copy.
+        name: name of the dtype.
+        settings: as for `prepare`.
+        hookpoint: as for `resolve`.
 
     Raises:
-        UsageError: another library has changed what a module runs.
+        UsageError: another library has replaced the `forward` of a module.
     """
     own = known_blocks(model) if settings.gradient_checkpointing or settings.compile else []
     changed = [module for module in model.modules() if "forward" in vars(module)]

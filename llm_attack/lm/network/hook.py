@@ -1,6 +1,6 @@
-"""The hookpoint: find a module by name, read its output, put another tensor in its place.
+"""The hookpoint: finds a module by name, reads its output, and replaces it by another tensor.
 
-Every function removes its own handles and no others, also when the forward raises.
+Every function removes its own handles and no others, even if the forward raises.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ def resolve(model: PreTrainedModel, hookpoint: str | None) -> nn.Module:
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:
-    """How many tokens have an embedding."""
+    """The number of tokens that have an embedding."""
     embedding: Any = model.get_input_embeddings()
     return int(getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0])
 
 
 def try_out(model: PreTrainedModel, hookpoints: Iterable[str], input_ids: Tensor) -> None:
-    """Looks in a forward over some of `input_ids`, (1, L), whether perturbations there are some.
+    """Tries in a forward over some of `input_ids`, (1, L), if the hookpoints can be perturbed.
 
     Raises:
-        UsageError: the module at one of `hookpoints` is not run once before the head, where the
-            hidden states are gathered that are scored, or its output is not of shape (batch,
-            sequence, hidden). Named is the module next to it of which all that is true.
+        UsageError: the module at one of `hookpoints` does not run once before the head, or its
+            output is not of shape (batch, sequence, hidden). The message names the nearest module
+            that would do.
     """
-    rows = input_ids[:, :6].repeat(2, 1)  # two: some modules have one output for all rows
+    rows = input_ids[:, :6].repeat(2, 1)  # two rows: some modules have one output for all rows
     given = {name: resolve(model, name) for name in hookpoints}
     fault_of = faults(model, given, rows)
     hookpoint = next((name for name in given if fault_of.get(name, "does not run")), None)
@@ -67,9 +67,9 @@ def try_out(model: PreTrainedModel, hookpoints: Iterable[str], input_ids: Tensor
 def faults(
     model: PreTrainedModel, modules: dict[str, nn.Module], input_ids: Tensor
 ) -> dict[str, str]:
-    """Tells what speaks against each module as a hookpoint, if anything, in the order of outputs.
+    """For each module, why it cannot be a hookpoint, if there is a reason, in the order of outputs.
 
-    Found in a forward over `input_ids`, (B, L); those that are not run are missing.
+    A forward over `input_ids`, (B, L), shows this. Modules that do not run are missing.
     """
     fault_of: dict[str, str] = {}
     runs = dict.fromkeys(modules, 0)
@@ -124,7 +124,7 @@ def _refused(
 
 @contextmanager
 def edit_output(module: nn.Module, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """While it lasts, `module` returns edit(output); of a tuple, its first element is edited."""
+    """While the context lasts, `module` returns edit(output); only the first element of a tuple."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if isinstance(output, tuple):
@@ -140,7 +140,7 @@ def edit_output(module: nn.Module, edit: Callable[[Tensor], Tensor]) -> Iterator
 
 @contextmanager
 def edit_input(module: nn.Module, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """While it lasts, `module` gets edit(x) for its first positional argument x."""
+    """While the context lasts, `module` gets edit(x) for its first positional argument x."""
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (edit(args[0]), *args[1:])
@@ -153,11 +153,11 @@ def edit_input(module: nn.Module, edit: Callable[[Tensor], Tensor]) -> Iterator[
 
 
 class _Stop(Exception):
-    """Ends a forward once the hookpoint's output is known."""
+    """Raised to end a forward as soon as the hookpoint's output is known."""
 
 
 def capture(module: nn.Module, forward: Callable[[], object]) -> Tensor:
-    """The output of `module` in `forward()`, detached; the forward stops right after it."""
+    """The output of `module` in `forward()`, detached. The forward stops right after it."""
     seen: list[Tensor] = []
 
     def keep(output: Tensor) -> Tensor:
@@ -174,9 +174,9 @@ def capture(module: nn.Module, forward: Callable[[], object]) -> Tensor:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """While it lasts, `model` is in evaluation mode and no parameter requires a gradient.
+    """While the context lasts, `model` is in evaluation mode and no parameter requires a gradient.
 
-    Modes and flags are restored after.
+    Modes and flags are restored afterwards.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     training = [module for module in model.modules() if module.training]

@@ -1,7 +1,8 @@
 """Norms and rotary embeddings in fewer passes over memory, forward and backward.
 
-They give the same bits forward, and the same gradient but for rounding. Only those are replaced
-that a trial finds equal to ours, of models in float32 on a CPU, which waits for memory there.
+The forward gives the same bits, and the backward the same gradient except for rounding. A module is
+replaced only if a trial finds it equal to ours, and only in float32 on a CPU, where these modules
+wait for memory.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_ROTARY = "apply_rotary_pos_emb"  # so called wherever transformers has it
+_ROTARY = "apply_rotary_pos_emb"  # its name in all models of transformers
 
 
 class _Norm(torch.autograd.Function):
-    """x / sqrt(mean of squares + eps) * weight; the weight has no gradient."""
+    """Computes x / sqrt(mean of squares + eps) * weight. The weight gets no gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -36,7 +37,7 @@ class _Norm(torch.autograd.Function):
 
 
 class _Rotated(torch.autograd.Function):
-    """Pairs (i, i + D / 2) of the last dimension, D long, turned by angles."""
+    """Turns the pairs (i, i + D / 2) of the last dimension, of length D, by angles."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -60,7 +61,7 @@ class _Rotated(torch.autograd.Function):
 
 
 def _rotated(theirs: Callable[..., Any]) -> Callable[..., Any]:
-    """`theirs`, by ours where it turns the whole of queries and keys."""
+    """`theirs`, replaced by ours if it turns whole queries and keys."""
 
     def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *others: Any, **named: Any) -> Any:
         unsqueeze_dim = named.get("unsqueeze_dim", 1)
@@ -74,10 +75,10 @@ def _rotated(theirs: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Lean:
-    """What of a model is replaced.
+    """The modules of a model that are replaced.
 
     Args:
-        model: whose weights have no gradient.
+        model: a model whose weights require no gradient.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -90,7 +91,7 @@ class Lean:
 
     @contextmanager
     def used(self) -> Iterator[None]:
-        """While it lasts, forwards use it."""
+        """While the context lasts, forwards use the replacements."""
         norms = {m: f for m, f in self.norms.items() if "forward" not in vars(m)}
         before = [(source, getattr(source, _ROTARY)) for source in self.sources]
         try:
@@ -107,7 +108,7 @@ class Lean:
 
 
 def _norm(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """The forward of `module`, if it is a norm by the root mean square."""
+    """A forward for `module`, if it is an RMS norm."""
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if "forward" in vars(module) or not isinstance(weight, nn.Parameter) or weight.dim() != 1:
@@ -124,7 +125,7 @@ def _norm(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
 
 
 def _turns(function: Any) -> bool:
-    """Whether `function` turns queries and keys as ours does."""
+    """Whether `function` turns queries and keys as our function does."""
     if not callable(function):
         return False
     known = [name for name in inspect.signature(function).parameters if name != "position_ids"]
@@ -143,7 +144,7 @@ def _drawn(*shape: int) -> Tensor:
 
 
 def _equal(theirs: Any, ours: Callable[..., Tensor], given: list[Tensor]) -> bool:
-    """Whether both give the same bits, and the same gradient but for rounding."""
+    """Whether both give the same bits, and the same gradient except for rounding."""
     found = []
     for function in (theirs, ours):
         leaves = [x.clone().requires_grad_(True) for x in given]
@@ -151,7 +152,7 @@ def _equal(theirs: Any, ours: Callable[..., Tensor], given: list[Tensor]) -> boo
             with torch.enable_grad():
                 value = function(*leaves)
                 slopes = torch.autograd.grad((value * _drawn(*value.shape)).sum(), leaves)
-        except Exception:  # of whatever has other arguments: it is not what is looked for
+        except Exception:  # a module with other arguments is another one
             return False
         found.append((value, slopes))
     (a, slopes), (b, others) = found

@@ -1,4 +1,4 @@
-"""Numbers that depend on what is computed alone, to the last bit."""
+"""Makes computations repeatable to the last bit."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from contextlib import contextmanager
 
 import torch
 
-# What cuBLAS wants to be told before it is first used: one workspace of each kind and stream.
+# cuBLAS reads this before its first use: one workspace of each kind and stream.
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
 
 
 @contextmanager
 def reproducible(wanted: bool) -> Iterator[None]:
-    """While it lasts, the same operation on the same tensors gives the same bits, if `wanted`.
+    """While the context lasts, equal operations on equal tensors give equal bits, if `wanted`.
 
-    On one thread, as sums are divided among threads, whose number differs between launchers; with
-    the algorithms that torch calls deterministic, and an error where there is none.
+    Torch then uses one thread, because threads divide sums and launchers set different numbers of
+    them. It uses the algorithms that it calls deterministic, and raises an error if it has none.
     """
     if not wanted:
         yield

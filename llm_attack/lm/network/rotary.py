@@ -1,8 +1,9 @@
-"""Rotary embeddings whose frequencies depend on how long a forward's longest row is.
+"""Rotary embeddings with frequencies that depend on the longest row of a forward.
 
-With `longrope` they are others from a length on. With `dynamic` they are others for every length
-beyond one, and stay so in later forwards until a short one comes. Rows of different frequencies
-must not share a forward, nor one forward leave them to the next.
+With `longrope` the frequencies change from a certain length on. With `dynamic` they change with
+every length beyond a limit, and they remain in later forwards until a short one comes. Rows with
+different frequencies must not share a forward, and no forward may leave its frequencies to the
+next.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from torch import nn
 
 
 class Rotary:
-    """The rotary embeddings of that kind that a model has, if any.
+    """The rotary embeddings of these kinds in a model, if it has any.
 
     Args:
-        model: of transformers, or a PEFT model round one.
+        model: a model of transformers, or a PEFT model round one.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._modules: list[Any] = []
-        self._from: list[tuple[bool, int]] = []  # whether `dynamic`, and up to which length plain
+        self._from: list[tuple[bool, int]] = []  # whether `dynamic`; the plain length
         module: Any
         for module in model.modules():
             for layers, kind in _kinds(module).items():
@@ -39,15 +40,16 @@ class Rotary:
         self._before = getattr(peft, "num_virtual_tokens", None) or 0
 
     def scale(self, length: int) -> tuple[int, ...]:
-        """What sets the frequencies for a request of `length` tokens to read: the same for all in
-        a forward.
+        """A value that sets the frequencies for a request that reads `length` tokens.
+
+        All requests of a forward must have the same value.
         """
         length += self._before
         return tuple(max(length, n) if dynamic else length > n for dynamic, n in self._from)
 
     @contextmanager
     def fresh(self) -> Iterator[None]:
-        """While it lasts no earlier forward has an influence; after it, all is as it was before."""
+        """While the context lasts, earlier forwards have no influence; restores all afterwards."""
         before = [(m, dict(vars(m)), dict(m._buffers)) for m in self._modules]
         for module, _, buffers in before:
             for name, buffer in buffers.items():
@@ -66,7 +68,7 @@ class Rotary:
 
 
 def _kinds(module: nn.Module) -> dict[str | None, str]:
-    """Kinds of rotary embedding by the type of the layers that they are for; None: all layers."""
+    """The kinds of rotary embedding, by the type of layers that use them; None: all layers."""
     kind = getattr(module, "rope_type", None)
     return kind if isinstance(kind, dict) else {None: kind} if isinstance(kind, str) else {}
 
@@ -80,7 +82,7 @@ def _original_length(config: Any, layers: str | None) -> int:
 
 
 def _reset(module: Any) -> None:
-    """Takes back what a long forward has left in a `dynamic` embedding."""
+    """Undoes the change that a long forward has left in a `dynamic` embedding."""
     for layers, kind in _kinds(module).items():
         prefix = "" if layers is None else f"{layers}_"
         cached = f"{prefix}max_seq_len_cached"

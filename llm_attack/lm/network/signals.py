@@ -1,4 +1,4 @@
-"""The scale of what is perturbed: of the hookpoint's output."""
+"""Measures the scale of the hookpoint's output, which attacks perturb."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llm_attack.lm.network.hook import edit_output, resolve, try_out, vocabulary
 from llm_attack.lm.network.rotary import Rotary
 from llm_attack.lm.units import UNITS, OwnUnit, Signal
 
-# Any fixed text would do; that it is fixed makes epsilon independent of the data evaluated.
+# Any text would do. It is fixed, so epsilon does not depend on the data that are evaluated.
 CALIBRATION_TEXT = (
     "A small boat left the harbour before sunrise, while the town on the hill was still asleep."
     " Its owner, who had mended the sails herself, wanted to know whether the wind would hold until"
@@ -32,16 +32,16 @@ def signals_at(
     input_ids: Tensor,
     units: Collection[str | None] = (),
 ) -> dict[str | None, Signal]:
-    """Of what is perturbed at each hookpoint; None: the input embedding.
+    """The scales at several hookpoints.
 
     Args:
-        model: whose hookpoints they are.
-        hookpoints: dotted paths.
+        model: the model.
+        hookpoints: dotted paths; None: the input embedding.
         input_ids: (1, L), the calibration text.
-        units: names of units; those of the user's own are measured at each hookpoint.
+        units: names of units. The user's own units are measured at each hookpoint.
 
     Raises:
-        UsageError: as of `resolve` and `try_out`, or of a unit of the user's own.
+        UsageError: as for `resolve` and `try_out`, or the user's own unit fails.
     """
     paths = [name for name in hookpoints if name is not None]
     if paths:
@@ -63,7 +63,7 @@ def signals_at(
 
 
 def of_embedding(embedding: nn.Module, vocabulary: int, device: torch.device) -> Signal:
-    """Of the embedding layer's output over the vocabulary: of its matrix, scaled as it is."""
+    """The scale of the embedding layer's output over the vocabulary, with the layer's factor."""
     ids = torch.arange(vocabulary, device=device)
     squares = []
     with torch.no_grad():
@@ -79,10 +79,10 @@ def of_activations(
     input_ids: Tensor,
     own: Sequence[OwnUnit] = (),
 ) -> list[Signal]:
-    """Of the outputs of `modules` in one forward over `input_ids`, (1, L).
+    """The scales of the outputs of `modules` in one forward over `input_ids`, (1, L).
 
-    The first position is left out: many models park an attention sink there, whose norm is
-    hundreds of times that of the others.
+    The first position is left out. Many models have an attention sink at it, with a norm hundreds
+    of times as large as the others.
     """
     signals: dict[nn.Module, Signal] = {}
 
@@ -102,16 +102,16 @@ def of_activations(
 
 
 def _exact(activations: Tensor) -> Tensor:
-    """A copy, for code that is not ours, in which amplitudes are no coarser than the attacks'."""
+    """A copy for the user's code, in the widest float, as fine as the amplitudes of attacks."""
     return activations.detach().to(widest(activations.device), copy=True)
 
 
 def _squares(output: Tensor) -> Tensor:
-    """Mean squares of tokens. Amplitudes come of them, which are no coarser than the attacks'."""
+    """Mean squares of tokens in the widest float, as fine as the amplitudes of attacks."""
     return output.to(widest(output.device)).square().mean(-1)
 
 
 def _signal(squares: Tensor, width: int) -> Signal:
-    """From the mean squares of tokens."""
+    """Makes a signal from the mean squares of tokens."""
     norm = (squares * width).sqrt().mean()
     return Signal(float(squares.mean().sqrt()), width, float(norm))

@@ -1,4 +1,4 @@
-"""Which questions go through the model together, and in which layout: pure functions of tokens."""
+"""Decides which questions share a batch, and in which layout, by pure functions of tokens."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Shape:
     """The space that a batch of questions takes up.
 
     Attributes:
-        rows: of the model's input.
-        length: of each row, padding included.
+        rows: number of rows of the model's input.
+        length: length of each row, padding included.
     """
 
     rows: int
@@ -31,12 +31,12 @@ class Shape:
 
 
 def of_rows(question: Question, prefix: int = 0) -> Shape:
-    """The shape with a row per request, behind so many tokens that are computed once."""
+    """The shape with a row per request; `prefix` tokens are computed once."""
     return Shape(len(question.requests), space(question.longest, prefix))
 
 
 def of_tree(question: Question, prefix: int = 0) -> Shape:
-    """The shape as a tree, likewise."""
+    """The shape as a tree; `prefix` tokens are computed once."""
     return Shape(1, space(len(question.trie), prefix))
 
 
@@ -45,10 +45,10 @@ class Batch:
     """Questions that go through the model together, as trees or with a row per request.
 
     Attributes:
-        questions: which.
-        trees: whether they are.
-        prefix: so many first tokens of all rows are the same, and computed once.
-        limit: tokens of a forward at most, unless a row has more.
+        questions: the questions.
+        trees: whether they are trees.
+        prefix: number of first tokens that all rows share, and that are computed once.
+        limit: largest number of tokens of a forward, unless one row has more.
     """
 
     questions: list[Question]
@@ -58,7 +58,7 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Of the model's input, padding included."""
+        """Number of tokens of the model's input, padding included."""
         shape = of_tree if self.trees else of_rows
         return sum((shape(q, self.prefix) for q in self.questions), Shape(0, 0)).tokens
 
@@ -79,10 +79,10 @@ def layouts(
     """The questions that become trees, and the others, which get a row per request.
 
     Args:
-        questions: what is asked.
-        takes_tree: whether a question of several requests may be a tree.
-        shared: whether requests of a question are attacked together; where they are not, the
-            others are single requests, those of a question in one family, equal ones once.
+        questions: the questions.
+        takes_tree: says whether a question with several requests may be a tree.
+        shared: whether the requests of a question are attacked together. If not, the others are
+            single requests. The different requests of a question form a family.
     """
     alone: dict[Request, Question] = {}
     trees, others = [], []
@@ -106,11 +106,11 @@ def layouts(
 def batched(
     families: Sequence[Family], shape: Callable[[Question], Shape], rows: int, tokens: int
 ) -> list[list[Question]]:
-    """Questions in batches, longest first, of at most `rows` rows and `tokens` tokens with padding.
+    """Puts questions into batches of at most `rows` rows and `tokens` tokens, longest first.
 
-    A question is never split, and has a batch of its own where it is larger than that. A family
-    goes where its longest member goes; it is split where a batch is full. Which questions share a
-    batch depends on nothing but their tokens.
+    `tokens` includes padding. A question is never split. If it is too large, it has its own batch.
+    A family is sorted by its longest member, and is split if a batch is full. The batches depend
+    only on the tokens of the questions.
     """
     shapes = {id(q): shape(q) for family in families for q in family}
 

@@ -1,7 +1,7 @@
-"""Packs: a batch of questions as tensors, and which of the model's logits are looked at.
+"""Packs: a batch of questions as tensors, and the positions of the logits that are read.
 
-Three layouts: a row per request; the same with perturbations that the choices share; a row per
-question, which is a tree: what its requests share as a prefix stands there once.
+There are three layouts: a row per request; a row per request with a perturbation that the choices
+share; and a row per question, as a tree that holds the shared prefix of its requests once.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from llm_attack.lm.packing.prefix import space
 from llm_attack.lm.packing.questions import Question, Request
 from llm_attack.lm.packing.trie import Trie, build
 
-_MOST_NODES = 0.8  # of the tokens: with more, copying to twins costs as much as is saved
-_MOST_REAL = 0.97  # of the positions: with more, copying costs as much as padding
+_MOST_NODES = 0.8  # share of the tokens: with more, copying to twins costs as much as it saves
+_MOST_REAL = 0.97  # share of the positions: with more, copying costs as much as padding
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class Entries:
     """Predictions to look up: E (position, token) pairs, at P distinct positions.
 
     Attributes:
-        positions: (P,) flat indices into batch x sequence, where logits are needed, ascending.
+        positions: (P,) flat indices into batch x sequence at which logits are needed, ascending.
         slot: (E,) index into `positions`.
-        target: (E,) the token that is predicted there.
+        target: (E,) the predicted token.
         request: (E,) the request that the prediction belongs to, ascending.
-        continuation: (E,) whether the token is one of the request's continuation.
+        continuation: (E,) whether the token belongs to the request's continuation.
     """
 
     positions: Tensor
@@ -52,12 +52,12 @@ class Entries:
 
 @dataclass(frozen=True)
 class Flat:
-    """Rows of B x L positions as one sequence of the N tokens in them, without padding.
+    """The N tokens of B x L positions as one sequence without padding.
 
     Attributes:
         shape: (B, L).
-        real: (N,) flat position in the rows of each token, ascending.
-        number: (B x L,) which of the N each position is; 0 on padding.
+        real: (N,) flat position of each token in the rows, ascending.
+        number: (B x L,) the token of each position, from 0 to N - 1; 0 on padding.
     """
 
     shape: tuple[int, int]
@@ -66,7 +66,7 @@ class Flat:
 
     @classmethod
     def of(cls, lengths: Sequence[int]) -> Flat | None:
-        """Of rows of so many tokens; None where there is too little padding."""
+        """Makes it from the lengths of the rows; None if there is too little padding."""
         mask = np.arange(max(lengths)) < np.array(lengths)[:, None]
         (real,) = mask.ravel().nonzero()
         if len(real) > _MOST_REAL * mask.size:
@@ -82,13 +82,14 @@ class Flat:
 
 @dataclass(frozen=True)
 class Twins:
-    """Which tokens of rows are the same behind the same prefix: twins, which share a node.
+    """Twins: equal tokens behind equal prefixes in different rows. Twins share a node.
 
     Attributes:
-        node: (B x L,) number among U of each token's node; padding is node 0.
-        first: (U,) flat position of a token of each node.
-        entries: the watched predictions, those of twins once; P of them, each with its own slot.
-        of_entry: (E,) for each watched prediction, which of those it is.
+        node: (B x L,) the node of each token, from 0 to U - 1; padding is node 0.
+        first: (U,) flat position of one token of each node.
+        entries: the P different watched predictions, each with its own slot. Predictions of twins
+            appear once.
+        of_entry: (E,) index into `entries` of each watched prediction.
         at: (E,) flat position of each watched prediction.
     """
 
@@ -130,12 +131,11 @@ class Inputs(NamedTuple):
     prefix: int = 0
 
     def attention(self, dtype: torch.dtype) -> Tensor | None:
-        """(B, 1, L, prefix + L) added to the attention's scores; None: the model's own causal mask
-        will do.
+        """(B, 1, L, prefix + L) mask that is added to the attention's scores.
 
-        A token sees itself and what is before it in some request of its own; padding sees itself.
-        With a row per request padding is behind all that is looked at, out of a causal model's
-        sight.
+        It is None if the model's own causal mask will do. A token sees itself and the tokens before
+        it in the requests that it belongs to. Padding sees itself. With a row per request, padding
+        comes after all tokens that are read, so a causal model does not see it.
         """
         if self.end is None:
             return None
@@ -156,24 +156,25 @@ class Pack:
     """Rows of tokens, padded on the right: B of them, of length L.
 
     Attributes:
-        questions: what was packed.
+        questions: the questions.
         input_ids: (B, L) int64.
         mask: (B, L) booleans, False on padding.
         scored: a prediction for each token of the continuations, in order of requests.
-        watched: what a loss may need: all tokens of the requests but their first, or the same as
-            `scored`.
+        watched: the predictions that a loss may need: all tokens of the requests except their
+            first, or the same as `scored`.
         kept: indices of `scored` among `watched`.
         depth, end: (B, L) of the trees (see `Trie`); None with a row per request.
-        node: (B, L) with a row per request, where the point is shared: index of each token's node
-            among U (tokens of a question behind equal prefixes are one); padding is node 0.
-        first: (U,) flat index into B x L of a token of each node.
-        moves: (B, L), or (U,) where there are nodes, booleans: whether a token may be perturbed;
-            None: all but padding.
-        prefix: the first tokens of every row, which are computed once: none of them moves, and no
-            prediction is looked at before the last of them.
-        twins: tokens that rows have in common, where there are so many that it pays.
-        limit: tokens of a forward at most, unless a row has more.
-        flat: with a row per request the rows without padding, where there is so much that it pays.
+        node: (B, L) with a row per request and a shared point: the node of each token, from 0 to
+            U - 1. Equal tokens of a question behind equal prefixes have one node, and padding has
+            node 0.
+        first: (U,) flat index into B x L of one token of each node.
+        moves: (B, L), or (U,) if there are nodes, booleans: whether a token may be perturbed; None:
+            all except padding.
+        prefix: the first tokens of every row, which are computed once. None of them moves, and no
+            prediction is read before the last of them.
+        twins: tokens that rows have in common, if there are enough of them.
+        limit: largest number of tokens of a forward, unless one row has more.
+        flat: with a row per request, the rows without padding, if there is enough padding.
     """
 
     questions: Sequence[Question]
@@ -208,27 +209,28 @@ class Pack:
 
     @property
     def inputs(self) -> Inputs:
-        """All rows, behind the prefix."""
+        """The input of all rows, after the prefix."""
         n = len(self.prefix)
         depth, end = (None if x is None else x[:, n:] for x in (self.depth, self.end))
         return Inputs(self.input_ids[:, n:], depth, None if end is None else end - n, n)
 
     @property
     def space(self) -> int:
-        """Tokens that it counts for, padding included."""
+        """The number of tokens that the pack counts for, padding included."""
         rows, length = self.input_ids.shape
         return rows * space(length, len(self.prefix))
 
     @property
     def longest(self) -> list[int]:
-        """For each row, how many tokens the model reads for the longest request in it."""
+        """For each row, the number of tokens that the model reads for its longest request."""
         if self.end is None:
             return [len(r.inputs) for r in self.requests]
         return [q.longest for q in self.questions]
 
     def keys(self, seed: int) -> Tensor:
-        """Keys of random draws: (B,) hashes of the requests' own tokens; (B, L) or (U,) of the
-        tokens up to and including the node's, where the point is shared.
+        """Keys of random draws: (B,) hashes of the requests' own tokens.
+
+        If the point is shared, they are (B, L) or (U,) hashes of all tokens up to that of the node.
         """
         if self.end is None and self.node is None:
             return torch.tensor([keys_for(seed, r.tokens) for r in self.requests])
@@ -250,15 +252,15 @@ def pack_rows(
     positions: str = ALL,
     prefix: int = 0,
 ) -> Pack:
-    """A row per request.
+    """Packs questions with a row per request.
 
     Args:
-        questions: what is packed.
+        questions: the questions.
         pad: token id of padding.
-        shared: with the nodes of the questions' tries.
-        whole: the predictions of all tokens are watched, not only the continuations'.
+        shared: whether the pack gets the nodes of the questions' tries.
+        whole: whether the predictions of all tokens are watched, not only the continuations'.
         positions: the tokens that may be perturbed; see `lm.packing.positions`.
-        prefix: how many tokens at the start of all requests are computed once.
+        prefix: number of tokens at the start of all requests that are computed once.
     """
     rows = [build([r.inputs]) for q in questions for r in q.requests]
     pack = _pack(questions, rows, pad, whole, prefix, twins=not (shared or prefix))
@@ -289,7 +291,7 @@ def pack_trees(
     positions: str = ALL,
     prefix: int = 0,
 ) -> Pack:
-    """A row per question, whose requests are a tree; arguments as of `pack_rows`."""
+    """Packs questions with a row per question, as a tree; arguments as for `pack_rows`."""
     tries = [q.trie for q in questions]
     pack = _pack(questions, tries, pad, whole, prefix)
     length = pack.input_ids.shape[1]
@@ -303,12 +305,12 @@ def pack_trees(
 
 
 def _twins(tries: Sequence[Trie], length: int, arrays: Sequence[NDArray[Any]]) -> Twins | None:
-    """The twins of rows; None where they are too few.
+    """The twins of rows; None if there are too few.
 
     Args:
-        tries: of the rows, a request each.
-        length: of the rows.
-        arrays: of the watched predictions: flat positions, targets, requests, continuation.
+        tries: tries of rows with one request each.
+        length: length of the rows.
+        arrays: flat positions, targets, requests and continuation of the watched predictions.
     """
     trie = build([t.tokens.tolist() for t in tries])
     if len(tries) == 1 or len(trie) > _MOST_NODES * sum(map(len, tries)):
@@ -332,7 +334,7 @@ def _twins(tries: Sequence[Trie], length: int, arrays: Sequence[NDArray[Any]]) -
 
 
 def _with_moves(pack: Pack, rows: Sequence[NDArray[np.bool_]], positions: str) -> Pack:
-    """The pack, whose rows' tokens may be perturbed where `rows` says so."""
+    """The pack with `moves` set: tokens may be perturbed where `rows` is true."""
     if positions == ALL:
         return pack
     moves = np.zeros(pack.input_ids.shape, np.bool_)
@@ -349,7 +351,7 @@ def _pack(
     prefix: int,
     twins: bool = False,
 ) -> Pack:
-    """Rows with the tokens of `tries`, whose paths are the requests of `questions` in order."""
+    """Makes rows of the tokens of `tries`, whose paths are the requests of `questions` in order."""
     lengths = np.array([len(t) for t in tries])
     length = int(lengths.max())
     input_ids = np.full((len(tries), length), pad, np.int64)
@@ -363,10 +365,10 @@ def _pack(
     target = np.concatenate([r.tokens[1:] for r in requests]).astype(np.int64)
     left = np.arange(len(at)) - np.repeat(
         predicted.cumsum(), predicted
-    )  # counted from the end: < 0
+    )  # indices from the end, < 0
     continuation = left >= -np.repeat([r.n_continuation for r in requests], predicted)
     scored_of = continuation.nonzero()[0]
-    # what the prefix predicts of itself adds a constant to a loss
+    # predictions inside of the prefix add a constant to a loss
     watched_of = (at % length >= prefix).nonzero()[0] if whole else scored_of
 
     arrays: tuple[NDArray[Any], ...] = at, target, request, continuation

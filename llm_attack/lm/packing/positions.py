@@ -1,4 +1,4 @@
-"""Positions: which of the tokens that the model reads for a request an attack may move."""
+"""Positions: the tokens of a request that an attack may move."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llm_attack.lm.packing.questions import Question, Request
 
 ALL, QUESTION = "all", "question"
 
-# Each counts from the end, because prompts that are too long are cut at the start.
+# All count from the end, because prompts that are too long are cut at the start.
 NAMED: dict[str, Callable[[Request], slice]] = {
     ALL: lambda request: slice(None),
     "context": lambda request: slice(_from_end(request, request.n_continuation)),
@@ -46,7 +46,7 @@ def _slice(positions: str) -> slice:
 
 
 def of_request(request: Request, positions: str) -> NDArray[np.bool_]:
-    """(tokens,) whether each token that the model reads for `request` may move."""
+    """(tokens,) booleans: whether each token that the model reads for `request` may move."""
     named = NAMED.get(positions)
     moves = np.zeros(len(request.inputs), np.bool_)
     moves[_slice(positions) if named is None else named(request)] = True
@@ -54,7 +54,7 @@ def of_request(request: Request, positions: str) -> NDArray[np.bool_]:
 
 
 def of_question(question: Question, positions: str) -> NDArray[np.bool_]:
-    """(nodes,) the same of a question's trie: what several requests share, if it may in each."""
+    """(nodes,) booleans for a question's trie. A shared token moves if it may in every request."""
     moves = np.ones(len(question.trie), np.bool_)
     for request, path in zip(question.requests, question.trie.paths, strict=True):
         moves[path] &= of_request(request, positions)

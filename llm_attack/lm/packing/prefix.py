@@ -1,6 +1,6 @@
-"""What questions begin with and no attack moves, such as few-shot examples: computed once.
+"""The few-shot prefix cache: tokens that questions begin with and no attack moves, computed once.
 
-Its keys and values are kept, and the rows of a batch hold what stands behind it.
+Their keys and values are kept. The rows of a batch hold only the tokens after them.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ import numpy as np
 from llm_attack.lm.packing.positions import of_request
 from llm_attack.lm.packing.questions import Question
 
-# Tokens of a prefix that take up the memory of one in the rows: of each, a row has keys and values
-# alone, a few of the many activations that are kept for a gradient.
+# So many tokens of a prefix take as much memory as one token of a row. A row keeps only the keys
+# and values of a prefix, which are few of the activations that a gradient needs.
 TOKENS_AS_ONE = 8
 
 
 def space(length: int, prefix: int) -> int:
-    """Tokens that a row of `length` counts for, the first `prefix` of which are computed once."""
+    """The number of tokens that a row of `length` counts for; the first `prefix` are shared."""
     return length - prefix + prefix // TOKENS_AS_ONE
 
 
 def start(question: Question, positions: str | None) -> tuple[int, ...]:
-    """What all requests of `question` begin with, before anything that moves or is scored.
+    """The tokens that all requests of `question` begin with, before any that moves or is scored.
 
     Args:
         question: the question.
-        positions: the tokens that may be perturbed, see `lm.packing.positions`; None: nothing is.
+        positions: the tokens that may be perturbed (`lm.packing.positions`); None: no token.
     """
     first = question.requests[0].tokens
     end = len(first)
@@ -44,18 +44,18 @@ def start(question: Question, positions: str | None) -> tuple[int, ...]:
 
 
 def groups(starts: Sequence[tuple[int, ...]], least: int) -> list[tuple[int, list[int]]]:
-    """Which questions share a prefix, so that few tokens are computed.
+    """Groups questions by a shared prefix, so that few tokens are computed.
 
     Args:
-        starts: of each question what may be shared.
-        least: tokens that a group must save, as its last batch is not full.
+        starts: for each question, the tokens that may be shared.
+        least: number of tokens that a group must save, because its last batch is not full.
 
     Returns:
-        Of each group the length of the prefix and the numbers of its questions; last, with a prefix
-        of 0, those that share none.
+        For each group, the length of the prefix and the numbers of its questions. The last group
+        has a prefix of 0, and holds the questions that share none.
     """
     order = sorted(range(len(starts)), key=lambda i: starts[i])
-    # of sorted ones neighbours have most in common, and all in a stretch what its neighbours have
+    # if they are sorted, neighbours share most, and a stretch shares as much as its neighbours do
     common = np.array([_common(starts[a], starts[b]) for a, b in pairwise(order)], np.int64)
 
     def saved(a: int, b: int) -> int:
@@ -80,20 +80,20 @@ def groups(starts: Sequence[tuple[int, ...]], least: int) -> list[tuple[int, lis
 
 
 def _common(some: Sequence[int], others: Sequence[int]) -> int:
-    """How many tokens they both begin with."""
+    """The number of tokens that both begin with."""
     pairs = zip(some, others, strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 class Prefixes:
-    """The keys and values of the prefix that was last asked for."""
+    """Holds the keys and values of the last prefix."""
 
     def __init__(self) -> None:
         self._tokens: tuple[int, ...] = ()
         self._cache: Any = None
 
     def remember(self, tokens: tuple[int, ...], run: Callable[[], Any]) -> None:
-        """Keeps what `run` returns, transformers' `Cache` of one row, unless it is there."""
+        """Keeps the result of `run`, a `Cache` of transformers with one row, if it is not there."""
         if tokens != self._tokens:
             self._cache = None  # frees the memory first
             self._cache, self._tokens = run(), tokens

@@ -1,4 +1,4 @@
-"""Requests and questions: what is asked, in tokens, and which requests belong together."""
+"""Requests and questions in tokens. A question holds the requests that belong together."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class Request:
 
     Attributes:
         tokens: context and continuation, truncated from the left to the model's length + 1.
-        n_continuation: how many of the last tokens are the continuation; these are scored. A
-            prompt has none.
-        n_question: how many of the last are the question's own and the continuation's: not few-shot
-            examples, nor a system prompt. 0 where nobody asks.
+        n_continuation: number of last tokens that are the continuation; these are scored. A prompt
+            has none.
+        n_question: number of last tokens that belong to the question or the continuation, and not
+            to few-shot examples or a system prompt. 0 if it is not needed.
     """
 
     tokens: tuple[int, ...]
@@ -26,19 +26,20 @@ class Request:
 
     @property
     def inputs(self) -> tuple[int, ...]:
-        """The tokens that the model reads: not a continuation's last, which is only predicted."""
+        """The tokens that the model reads. A continuation's last token is only predicted."""
         return self.tokens[:-1] if self.n_continuation else self.tokens
 
 
 @dataclass
 class Question:
-    """Requests that one perturbation serves: a benchmark's question, or a request alone.
+    """The requests of a benchmark's question, or a single request.
 
     Attributes:
-        requests: the first `len(gold)` are the choices in order; what follows is answered too.
-        answers: for each request, the indices of the answers that it gives in the caller's list.
-        gold: for each choice, whether it is right; empty when no gold labels are needed.
-        lengths: for each choice, what its score is divided by; empty: nothing.
+        requests: the first `len(gold)` are the choices in order. Further requests are also
+            answered.
+        answers: for each request, the indices of its answers in the caller's list.
+        gold: for each choice, whether it is right; empty if no gold labels are needed.
+        lengths: for each choice, the divisor of its score; empty: no division.
     """
 
     requests: list[Request]
@@ -48,10 +49,10 @@ class Question:
 
     @cached_property
     def trie(self) -> Trie:
-        """The tokens that the model reads for the requests, shared prefixes once."""
+        """The tokens that the model reads for the requests, with shared prefixes once."""
         return build([r.inputs for r in self.requests])
 
     @property
     def longest(self) -> int:
-        """Tokens that the model reads for the longest request."""
+        """The number of tokens that the model reads for the longest request."""
         return max(len(r.inputs) for r in self.requests)

@@ -1,4 +1,4 @@
-"""Token sequences as a trie: what they share as a prefix stands there once."""
+"""Token sequences as a trie, which holds shared prefixes once."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Trie:
-    """A trie over sequences; a node is a token behind a prefix.
+    """A trie over sequences. A node is a token behind a prefix.
 
-    The nodes stand in preorder, so that node j is on the way to node i, or is i itself, just when
-    j <= i < end[j]: an attention mask needs no more than `end`.
+    The nodes are in preorder. So node j is an ancestor of node i, or i itself, exactly if
+    j <= i < end[j]. An attention mask needs only `end`.
 
     Attributes:
         tokens: (n,) token of each node.
-        depth: (n,) tokens before it: its position in every sequence that it belongs to.
-        end: (n,) the first node that is not behind it.
+        depth: (n,) number of tokens before it: its position in every sequence that it belongs to.
+        end: (n,) the first node after it that is not its descendant.
         paths: for each sequence, the nodes of its tokens.
     """
 
@@ -35,8 +35,8 @@ class Trie:
         return len(self.tokens)
 
     def keys(self, seed: int) -> list[int]:
-        """A key per node for random draws: `attacks.keys_for` of its prefix and itself."""
-        # the same digest as for the whole prefix, without hashing it anew at each node
+        """One key per node for random draws: `attacks.keys_for` of its prefix and its token."""
+        # the digest of the whole prefix, but without hashing the prefix again at each node
         hashers = [hashlib.blake2b(f"{seed}:".encode(), digest_size=8)]
         keys = []
         for token, depth in zip(self.tokens.tolist(), self.depth.tolist(), strict=True):
@@ -48,13 +48,13 @@ class Trie:
 
 
 def build(sequences: Sequence[Sequence[int]]) -> Trie:
-    """The trie of `sequences`; equal ones have equal paths."""
+    """Builds the trie of `sequences`. Equal sequences have equal paths."""
     tokens: list[int] = []
     depths: list[Ints] = []
     paths: list[Ints] = [np.empty(0, np.int64)] * len(sequences)
     before: Sequence[int] = ()
     path = paths[0]
-    # in lexicographic order a sequence shares with those before it what it shares with the last
+    # in lexicographic order, a sequence shares most with the one just before it
     order = sorted(range(len(sequences)), key=lambda i: tuple(sequences[i]))
     for i in order:
         sequence = sequences[i]
@@ -69,6 +69,6 @@ def build(sequences: Sequence[Sequence[int]]) -> Trie:
     end = np.empty(len(tokens), np.int64)
     for i in order:
         if len(paths[i]):
-            # nodes on several paths keep the last one's end, which is the furthest
+            # a node on several paths keeps the end of the last path, which is the furthest
             end[paths[i]] = paths[i][-1] + 1
     return Trie(np.array(tokens, np.int64), np.concatenate(depths), end, tuple(paths))
