@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,14 +115,13 @@ def curves(
     table, results = [], {}
     for dataset, name in pairs:
         label = f"{dataset.name}-{name}"
-        file = re.sub(r"[^\w.-]+", "_", label)
         network, rows = stages.trained(
             dataset,
             name,
             settings,
             attacks,
             clock,
-            state=folder / "checkpoints" / f"{file}.pt",
+            state=stages.state_file(folder, label),
             epsilon=epsilons[dataset.name],
             subset=settings.subset,
             attacked_epochs=settings.attacked_epochs,

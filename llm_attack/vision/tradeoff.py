@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -111,7 +110,6 @@ def _rows(settings: Settings, folder: Path, clock: Stopwatch) -> Iterator[dict[s
             own = replace(here, width=settings.width * times, train_attack=training)
             known = {"width": own.width, "training": training, "seed": own.seed}
             label = "-".join(f"{part}" for part in (dataset.name, name, *known.values()))
-            file = re.sub(r"[^\w.-]+", "_", label)
             _, rows = stages.trained(
                 dataset,
                 name,
@@ -120,7 +118,7 @@ def _rows(settings: Settings, folder: Path, clock: Stopwatch) -> Iterator[dict[s
                 clock,
                 label=label,
                 besides={"dp": partial(momentum_spread, images=few)},
-                state=folder / "checkpoints" / f"{file}.pt",
+                state=stages.state_file(folder, label),
                 epsilon=stages.amplitude(own, dataset),
                 subset=settings.subset,
                 attacked_epochs=settings.attacked_epochs,
@@ -276,4 +274,6 @@ def _legend(kinds: list[Any], trainings: list[str]) -> list[Any]:
 # Networks are trained here, so none is loaded; nobody varied the momentum.
 _NO_OPTIONS = ("load", "weights", "momentum")
 
-COMMAND = figure_command("tradeoff", PRESETS, run, without=_NO_OPTIONS)
+COMMAND = figure_command(
+    "tradeoff", PRESETS, run, "llm_attack.vision.settings:with_recipe", without=_NO_OPTIONS
+)
