@@ -19,9 +19,9 @@ from llm_attack.base.folder import resolved
 from llm_attack.base.options import Command, Option, examples, number, options
 from llm_attack.reproduce import DEVICE, OUT, preset_option
 from llm_attack.theory import fig4, fig6, relation
-from llm_attack.vision import fig1, fig2, fig5, tradeoff
+from llm_attack.vision import factors, fig1, fig2, fig5, tradeoff
 
-FIGURES = [figure.COMMAND for figure in (fig1, fig2, fig4, fig5, fig6, relation, tradeoff)]
+FIGURES = [figure.COMMAND for figure in (fig1, fig2, fig4, fig5, fig6, relation, tradeoff, factors)]
 
 
 class _Commands(click.Group):

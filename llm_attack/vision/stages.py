@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -117,7 +116,7 @@ def trained(
     attacked_epochs: int | None = None,
     state: Path | None = None,
     label: str | None = None,
-    besides: Mapping[str, Callable[[nn.Module], float]] = MappingProxyType({}),
+    besides: Callable[[nn.Module], Row] = lambda network: {},
     **how: Any,
 ) -> tuple[nn.Module, list[Row]]:
     """The trained network, and what `measure` found after epochs, which is printed.
@@ -135,7 +134,7 @@ def trained(
         state: as for `train`. What was measured is kept beside it, in a file that ends in `.json`;
             a run that is resumed measures what is missing there.
         label: what the network is called; unless given, by data set and name.
-        besides: further columns of all rows of an epoch: numbers that a network has.
+        besides: makes further columns of all rows of an epoch: numbers that a network has.
         **how: of `measure`: `epsilon` and others.
     """
     label = f"{dataset.name}-{name}" if label is None else label
@@ -147,8 +146,7 @@ def trained(
 
     def measured(epoch: int, precision: str | None = None) -> list[Row]:
         rows_of_epoch = measure(network, dataset.test, attacks, **how)
-        further: Row = {column: value_of(network) for column, value_of in besides.items()}
-        further["precision"] = precision
+        further = {**besides(network), "precision": precision}
         return [{"epoch": epoch, **row, **further} for row in rows_of_epoch]
 
     if not settings.epochs:

@@ -24,6 +24,9 @@ from llm_attack.vision.settings import KNOWN, QUICK, TRAININGS, Amplitude, shown
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import nn
+
+    from llm_attack.vision.data import Images
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,6 @@ def _rows(settings: Settings, folder: Path, clock: Stopwatch) -> Iterator[dict[s
     """Trains and attacks all networks; the rows of `measure`, with dp, of each."""
     from llm_attack.vision import stages
     from llm_attack.vision.data import load_dataset
-    from llm_attack.vision.momentum import momentum_spread
 
     for name in ("load", "weights"):
         if getattr(settings, name) is not None:
@@ -117,7 +119,7 @@ def _rows(settings: Settings, folder: Path, clock: Stopwatch) -> Iterator[dict[s
                 attacks,
                 clock,
                 label=label,
-                besides={"dp": partial(momentum_spread, images=few)},
+                besides=partial(_spread, images=few),
                 state=stages.state_file(folder, label),
                 epsilon=stages.amplitude(own, dataset),
                 subset=settings.subset,
@@ -125,6 +127,12 @@ def _rows(settings: Settings, folder: Path, clock: Stopwatch) -> Iterator[dict[s
             )
             for row in rows:
                 yield {"dataset": dataset.name, "network": name, **known, **row}
+
+
+def _spread(network: nn.Module, images: Images) -> dict[str, Any]:
+    from llm_attack.vision.momentum import momentum_spread
+
+    return {"dp": momentum_spread(network, images)}
 
 
 def points(table: pd.DataFrame) -> pd.DataFrame:
