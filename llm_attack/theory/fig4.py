@@ -104,7 +104,8 @@ def draw(folder: Path, settings: ToySettings) -> None:
                 loss = rows.pivot(index="x2", columns="x1", values="loss").to_numpy()
                 ax.contour(*sides, loss, levels=[math.log(2)], colors="white", linewidths=1)
                 ax.set(title=f"epoch {epoch}", xlabel="$x_1$", ylabel="$x_2$", aspect="equal")
-                ax.set(xticks=(-1, 0, 1), yticks=(-1, 0, 1))
+                ticks = (-settings.domain, 0, settings.domain)
+                ax.set(xticks=ticks, yticks=ticks)
                 ax.grid(False)
             label = f"class {settings.label}" if packet == "fixed" else "predicted class"
             figure.colorbar(image, ax=row, label=f"ψ, {label}")

@@ -6,7 +6,6 @@ No torch is imported here.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -190,6 +189,8 @@ def effects(table: pd.DataFrame) -> pd.DataFrame:
     """
     import pandas as pd
 
+    from llm_attack.vision.trends import t_interval
+
     keys = [*FACTORS, "seed", "epoch"]
     accuracies = table.pivot(index=keys, columns="condition", values="accuracy")
     accuracies = accuracies.drop(columns=["lowest", "highest", "all"], errors="ignore")
@@ -207,7 +208,7 @@ def effects(table: pd.DataFrame) -> pd.DataFrame:
                 for level in (before, after)
             )
             for name, changes in (second - first).items():
-                mean, low, high = _interval(changes.dropna().tolist())
+                mean, low, high = t_interval(changes.dropna())
                 rows.append(
                     {
                         **{"factor": factor, "before": before, "after": after, "of": name},
@@ -217,21 +218,6 @@ def effects(table: pd.DataFrame) -> pd.DataFrame:
                 )
     columns = ["factor", "before", "after", "of", "pairs", "difference", "low", "high"]
     return pd.DataFrame(rows, columns=columns)
-
-
-def _interval(changes: list[float]) -> tuple[float, float, float]:
-    """The mean, and the ends of its 95 % interval by Student's t."""
-    import numpy as np
-    from scipy.stats import t
-
-    from llm_attack.stats import ALPHA
-
-    n = len(changes)
-    if n < 2:
-        return (changes[0] if n else math.nan), math.nan, math.nan
-    mean = float(np.mean(changes))
-    half = float(t.ppf(1 - ALPHA / 2, n - 1) * np.std(changes, ddof=1) / math.sqrt(n))
-    return mean, mean - half, mean + half
 
 
 def draw(folder: Path) -> None:
