@@ -19,7 +19,8 @@ STEP = 0.3  # of the plain step x + STEP · ∇loss(x), our reading of the paper
 OPTIMISERS = ("adam", "sgd")
 
 SPLITS = ("test", "train")
-MEASURED = ("accuracy", "cosine_right", "cosine_wrong")
+MEASURED = ("accuracy", "cosine_right", "cosine_wrong", "wrong")
+FEWEST = 20  # wrong words, of which a mean cosine still says something
 
 
 @dataclass(frozen=True)
