@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from llm_attack.base.drawing import COLOURS, new_figure
+from llm_attack.base.drawing import COLOURS, lettered, new_figure
 from llm_attack.base.record import Stopwatch, as_csv, write_text
 from llm_attack.reproduce import figure_command
 from llm_attack.theory.settings import FEWEST, MEASURED, SPLITS, Kind, SentimentSettings
@@ -155,6 +155,7 @@ def _draw_curves(folder: Path, table: pd.DataFrame) -> None:
             last.set(xlabel="epoch", xlim=(0, table.epoch.max()))
             last.set_yscale("symlog", linthresh=10)
             last.set_ylim(0, None)
+        lettered(axes.flat)
         axes[0, 0].set(ylabel="cosine of embedding\nand gradient · √size")
         axes[1, 0].set(ylabel="accuracy")
         axes[2, 0].set(ylabel="wrong words\nof a network")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from llm_attack.base.declare import parts, setting
-from llm_attack.base.drawing import COLOURS, new_figure
+from llm_attack.base.drawing import COLOURS, lettered, new_figure
 from llm_attack.base.errors import invalid
 from llm_attack.base.options import Numbers
 from llm_attack.base.record import Stopwatch, as_csv, write_text
@@ -178,6 +178,7 @@ def draw(folder: Path) -> None:
                 axis.axvspan(*BETWEEN, color="0.92", zorder=0)
                 axis.set_title(f"{optimiser}, batches of {batch_size}, ±{domain:g}", fontsize=7.5)
             panels[0].set_ylabel("accuracy")
+        lettered(axes.flat)
         for axis in axes[-1]:
             axis.set(xlabel="epoch", xscale="symlog", xlim=(0, table["epoch"].max()))
         handles, names = axes[0, 0].get_legend_handles_labels()

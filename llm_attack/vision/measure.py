@@ -239,7 +239,7 @@ class _Tally:
     def row(self, condition: str, right_before: Tensor) -> Row:
         norms = torch.cat(self.norms) if self.norms else torch.zeros(0, 3)
         l0, l2, linf = norms.median(0).values.tolist() if len(norms) else [None] * 3
-        shares = _shares(torch.cat(self.right))
+        shares = wilson_of(torch.cat(self.right))
         before = right_before[: shares["images"]].double().mean().item()
         return {
             "condition": condition,
@@ -253,7 +253,7 @@ class _Tally:
         }
 
 
-def _shares(right: Tensor) -> Row:
+def wilson_of(right: Tensor) -> Row:
     """The accuracy with its 95 % Wilson interval, and the number of images."""
     from llm_attack.stats import wilson
 
@@ -360,8 +360,49 @@ def measure(
     kept = ("accuracy", "low", "high", "images", "before")
     for condition, row in (("lowest", robust[0]), ("highest", robust[-1])):
         table.append({"condition": condition, **{name: row[name] for name in kept}})
-    table.append({"condition": "all", **_shares(torch.cat(everything.right))})
+    table.append({"condition": "all", **wilson_of(torch.cat(everything.right))})
     return [{**row, "epsilon": amplitude, "rms": rms} for row in table]
+
+
+def right_under(
+    network: nn.Module,
+    images: Images,
+    names: Sequence[str],
+    *,
+    epsilon: float,
+    steps: int = 10,
+    at: str | None = None,
+    batch_size: int = 250,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """(N,) whether each image is right without an attack (`none`), and before and after each.
+
+    The arguments are those of `measure`; epsilon is in the units of the point.
+    """
+    extract, classifier = (nn.Identity(), network) if at is None else split(network, at)
+    bounds = (0, 1) if at is None else None
+    keys = torch.tensor([keys_for(seed, [i]) for i in range(len(images))]).to(images.labels.device)
+    parts: dict[str, list[Tensor]] = {name: [] for name in ("none", *names)}
+    with frozen(network):
+        for start in range(0, len(images), batch_size):
+            rows = slice(start, start + batch_size)
+            labels = images.labels[rows]
+            with torch.no_grad():
+                x = extract(images[rows].scaled())
+                clean = classifier(x).argmax(1) == labels
+            parts["none"].append(clean)
+            examples = Examples(x[clean], labels[clean], keys[rows][clean])
+            if not clean.any():
+                for name in names:
+                    parts[name].append(clean)
+                continue
+            like = Attack(epsilon=epsilon, steps=steps)
+            for name, point in attacked(names, classifier, examples, like, bounds):
+                after = clean.clone()
+                with torch.no_grad():
+                    after[clean] = classifier(point).argmax(1) == examples.labels
+                parts[name].append(after)
+    return {name: torch.cat(rights) for name, rights in parts.items()}
 
 
 def clean_accuracy(network: nn.Module, images: Images, batch_size: int = 250) -> float:
