@@ -15,12 +15,13 @@ from tqdm import tqdm
 from llm_attack.base.drawing import COLOURS, lettered, new_figure
 from llm_attack.base.record import Stopwatch, as_csv, write_text
 from llm_attack.reproduce import figure_command
-from llm_attack.theory.settings import FEWEST, MEASURED, SPLITS, Kind, SentimentSettings
+from llm_attack.theory.settings import FEWEST, SPLITS, Kind, SentimentSettings
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
+_COSINES = ("cosine_right", "cosine_wrong")
 PRESETS = {"quick": replace(SentimentSettings(), seeds=5, epochs=200), "paper": SentimentSettings()}
 
 
@@ -60,7 +61,8 @@ def run_kind(words: pd.DataFrame, kind: Kind, settings: SentimentSettings) -> pd
     """Trains all seeds of one kind; measures before the first epoch and after each.
 
     Returns:
-        A row for each epoch, split and seed: those of `Kind`, epoch, split, seed and `MEASURED`.
+        A row for each epoch, split and seed: those of `Kind`, epoch, split, seed and
+        `settings.MEASURED`.
     """
     import pandas as pd
 
@@ -90,9 +92,9 @@ def trends(last: pd.DataFrame) -> dict[str, dict[str, float | int | None]]:
     from llm_attack.stats import rank_correlation
 
     new = scaled(last[last.split == "test"])
-    means = new.groupby(list(Kind._fields))[list(MEASURED)].mean()
+    means = new.groupby(list(Kind._fields))[["accuracy", *_COSINES]].mean()
     correlations: dict[str, dict[str, float | int | None]] = {}
-    for name in ("cosine_right", "cosine_wrong"):
+    for name in _COSINES:
         known = means[["accuracy", name]].dropna()
         correlation = rank_correlation(known["accuracy"], known[name])
         numbers = zip(("correlation", "low", "high", "p"), correlation, strict=True)

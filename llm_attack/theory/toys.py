@@ -83,7 +83,7 @@ def run(settings: Settings, folder: Path) -> dict[str, Any]:
         tables.append(train(one, name).assign(**known))
         clock.lap(name)
     table = pd.concat(tables, ignore_index=True)
-    curves = over_seeds(table, [*KIND, "epoch"])
+    curves = over_seeds(table[[*KIND, "epoch", "seed", *_UNDER]], [*KIND, "epoch"])
     write_text(folder / "curves.csv", as_csv(curves, "%.4g"))
     write_text(folder / "verdicts.csv", as_csv(verdicts(table), "%.4g"))
     draw(folder)

@@ -49,8 +49,8 @@ class Settings(fig2.Settings):
     )
     points: str = setting(
         ALL,
-        f"What is attacked: {PIXELS} and blocks of the network, separated by commas; {ALL}: the"
-        " pixels and every block but the last",
+        f"Places that are attacked: {PIXELS} and blocks of the network, separated by commas;"
+        f" {ALL}: the pixels and every block but the last",
         group="attack",
     )
     share: float = setting(

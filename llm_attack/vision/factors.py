@@ -52,7 +52,7 @@ class Settings(fig2.Settings):
     )
     augmentations: str = setting(
         "none,usual",
-        "Augmentations, separated by commas: none, or usual, which is that of --crop and --flip",
+        "Augmentations, separated by commas: none, or usual, which follows --crop and --flip",
         group="training",
     )
     schedules: str = setting(

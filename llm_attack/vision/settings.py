@@ -246,8 +246,8 @@ class ImageSettings:
     )
     mirroring: str | None = setting(
         None,
-        "Which images --flip mirrors: alternate mirrors half of them in the first epoch, and each"
-        f" in every other epoch; random draws anew in each epoch. {_by_recipe('mirroring')}",
+        "How --flip chooses images: alternate mirrors half of them in the first epoch, and each"
+        f" in every other epoch; random draws them in each epoch. {_by_recipe('mirroring')}",
         choices=("alternate", "random"),
         group="training",
     )
