@@ -77,7 +77,7 @@ def run(settings: Settings, folder: Path) -> dict[str, Any]:
     clock, tables = Stopwatch(), []
     kinds = list(itertools.product(chosen, settings.batch_sizes, settings.domains))
     for optimiser, batch_size, domain in kinds:
-        known = {"optimiser": optimiser, "batch_size": batch_size, "domain": domain}
+        known: Any = {"optimiser": optimiser, "batch_size": batch_size, "domain": domain}
         one = replace(settings, **known, learning_rate=RATES[optimiser])
         name = ", ".join(map(str, known.values()))
         tables.append(train(one, name).assign(**known))

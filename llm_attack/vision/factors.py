@@ -83,6 +83,7 @@ PRESETS = {
     ),
 }
 FACTORS = ["network", "width", "smoothing", "augmentation", "schedule"]
+_DASHES = ("-", "--", ":")
 DIAGNOSTICS = ("cosine", "kept", "zero", "vanished")
 
 
@@ -122,7 +123,7 @@ def _rows(settings: Settings, folder: Path, clock: Stopwatch) -> Iterator[dict[s
     if "," in settings.dataset:
         raise invalid("dataset", settings.dataset, "one data set")
     smoothings = settings.label_smoothings
-    combinations = [
+    combinations: list[dict[str, Any]] = [
         dict(zip(FACTORS, values, strict=True))
         for values in itertools.product(
             names, settings.widths, smoothings, augmentations, schedules
@@ -235,7 +236,7 @@ def draw(folder: Path) -> None:
     with new_figure(folder, (2.2 * len(panels) + 1.8, 4.4)) as figure:
         axes = figure.subplots(2, len(panels), sharex=True, sharey="row", squeeze=False)
         for ((smoothing, augmentation), panel), (above, below) in zip(panels, axes.T, strict=True):
-            for line, schedule in zip(("-", "--", ":"), schedules, strict=False):
+            for line, schedule in zip(_DASHES, schedules, strict=False):
                 those = panel[panel["schedule"] == schedule]
                 for _, one in those.groupby(["network", "width", "seed"]):
                     for condition, colour in colours.items():
@@ -257,16 +258,12 @@ def _legend(colours: dict[str, str], schedules: list[str]) -> list[Any]:
     from matplotlib.lines import Line2D
 
     names = {"all": "clean"}
-    return [
-        *(
-            Line2D([], [], color=colour, label=names.get(name, shown(name)))
-            for name, colour in colours.items()
-        ),
-        *(
-            Line2D([], [], color="0.4", linestyle=line, label=schedule)
-            for line, schedule in zip(("-", "--", ":"), schedules, strict=False)
-        ),
+    lines = [
+        Line2D([], [], color=colour, label=names.get(name, shown(name)))
+        for name, colour in colours.items()
     ]
+    dashes: Any = zip(_DASHES, schedules, strict=False)
+    return [*lines, *(Line2D([], [], color="0.4", ls=line, label=name) for line, name in dashes)]
 
 
 # Networks are trained here, so none is loaded; the factors have options of their own.
