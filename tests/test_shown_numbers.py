@@ -434,7 +434,7 @@ def test_words():
     of_seeds = last["accuracy_max"] - last["accuracy_min"]
     assert last["accuracy_mean"].max() - last["accuracy_mean"].min() < of_seeds.min()
     unlearnt = curves[(curves["split"] == "train") & (curves["accuracy_min"] < 1)]
-    _, (_, *epochs) = table_of(page, "size", "8")
+    _, _, (_, *epochs) = table_of(page, "size", "8")
     assert unlearnt.groupby("size")["epoch"].max().tolist() == list(map(int, epochs))
 
 
