@@ -31,9 +31,9 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
         x, weight, scale = ctx.saved_tensors
-        found = upstream * weight
-        along = (found * x).mean(-1, keepdim=True).mul_(scale).mul_(scale)
-        return found.addcmul_(x, along, value=-1).mul_(scale), None, None
+        slope = upstream * weight
+        along = (slope * x).mean(-1, keepdim=True).mul_(scale).mul_(scale)
+        return slope.addcmul_(x, along, value=-1).mul_(scale), None, None
 
 
 class _Rotated(torch.autograd.Function):
@@ -43,21 +43,21 @@ class _Rotated(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
         first, second = x.chunk(2, -1)
-        found = x * cos
-        ends, sines = found.chunk(2, -1), sin.chunk(2, -1)
+        turned = x * cos
+        ends, sines = turned.chunk(2, -1), sin.chunk(2, -1)
         ends[0].sub_(second * sines[0])
         ends[1].add_(first * sines[1])
-        return found
+        return turned
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
         cos, sin = ctx.saved_tensors
         first, second = upstream.chunk(2, -1)
-        found = upstream * cos
-        ends, sines = found.chunk(2, -1), sin.chunk(2, -1)
+        slope = upstream * cos
+        ends, sines = slope.chunk(2, -1), sin.chunk(2, -1)
         ends[0].add_(second * sines[1])
         ends[1].sub_(first * sines[0])
-        return found, None, None
+        return slope, None, None
 
 
 def _rotated(theirs: Callable[..., Any]) -> Callable[..., Any]:
@@ -118,8 +118,8 @@ def _norm(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     given = weight, eps
 
     def norm(hidden_states: Tensor) -> Tensor:
-        found: Tensor = _Norm.apply(hidden_states, *given)  # type: ignore[no-untyped-call]
-        return found
+        normed: Tensor = _Norm.apply(hidden_states, *given)  # type: ignore[no-untyped-call]
+        return normed
 
     return norm if _equal(module, norm, [_drawn(2, 3, len(weight))]) else None
 
@@ -133,10 +133,12 @@ def _turns(function: Any) -> bool:
         return False
     angles = [f(_drawn(2, 3, 4)).repeat(1, 1, 2) for f in (torch.cos, torch.sin)]
 
-    def of(turned: Callable[..., Any]) -> Callable[..., Tensor]:
+    def flattened(turned: Callable[..., Any]) -> Callable[..., Tensor]:
         return lambda q, k: torch.cat([x.flatten() for x in turned(q, k, *angles)])
 
-    return _equal(of(function), of(_rotated(function)), [_drawn(2, n, 3, 8) for n in (4, 2)])
+    return _equal(
+        flattened(function), flattened(_rotated(function)), [_drawn(2, n, 3, 8) for n in (4, 2)]
+    )
 
 
 def _drawn(*shape: int) -> Tensor:
@@ -145,7 +147,7 @@ def _drawn(*shape: int) -> Tensor:
 
 def _equal(theirs: Any, ours: Callable[..., Tensor], given: list[Tensor]) -> bool:
     """Whether both give the same bits, and the same gradient except for rounding."""
-    found = []
+    results = []
     for function in (theirs, ours):
         leaves = [x.clone().requires_grad_(True) for x in given]
         try:
@@ -154,8 +156,8 @@ def _equal(theirs: Any, ours: Callable[..., Tensor], given: list[Tensor]) -> boo
                 slopes = torch.autograd.grad((value * _drawn(*value.shape)).sum(), leaves)
         except Exception:  # a module with other arguments is another one
             return False
-        found.append((value, slopes))
-    (a, slopes), (b, others) = found
+        results.append((value, slopes))
+    (a, slopes), (b, others) = results
     close = all(
         torch.allclose(x, y, rtol=1e-4, atol=1e-5) for x, y in zip(slopes, others, strict=True)
     )
