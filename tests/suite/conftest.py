@@ -5,11 +5,24 @@ import shutil
 import pytest
 from invented import build
 from processes import RUN, Command, computed, contents
+from sketched import sketch
+
+# They look at what is drawn.
+DRAWN = {"test_figures", "test_layers", "test_odd_frames", "test_saving"}
 
 
 @pytest.fixture(scope="session", autouse=True)
 def quick(one_index):
     """For all tests here."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def sketched(request):
+    """Elsewhere figures are not drawn."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.module.__name__ not in DRAWN and request.path.parent.name != "report":
+            sketch(patch)
+        yield
 
 
 @pytest.fixture

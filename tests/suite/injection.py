@@ -15,7 +15,6 @@ import multiprocessing
 import os
 import signal
 import sqlite3
-import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -58,10 +57,6 @@ class Forks:
         self._here.send((folder, fault, environment))
         return self._here.recv()
 
-    def draw_no_more(self, folder: Path) -> None:
-        """Figures, by far the slowest part, are copied from now on, from the run in `folder`."""
-        self._here.send(folder / "run")
-
     def close(self) -> None:
         self._here.close()
         self._process.join()
@@ -92,9 +87,6 @@ def _serve(jobs: Any) -> None:
             job = jobs.recv()
         except EOFError:
             return
-        if isinstance(job, Path):
-            _drawn_from_now_on_as_in(job)
-            continue
         folder, fault, environment = job
         child = os.fork()
         if child == 0:
@@ -117,34 +109,6 @@ def _child(folder: Path, fault: Fault | None, environment: dict[str, str]) -> No
         traceback.print_exc()
     finally:
         os._exit(code)
-
-
-def _drawn_from_now_on_as_in(folder: Path) -> None:
-    from llm_attack.suite import render, results
-    from llm_attack.suite.report import figures
-
-    # once here, so that no fork pays for what is slow at its first use
-    result = results.load(folder)
-    with tempfile.TemporaryDirectory() as elsewhere:
-        render.render(result, Path(elsewhere), result.run)
-
-    class Drawn:
-        def __init__(self, name: str) -> None:
-            self.name = name
-
-        def findobj(self, match: Any) -> list[Any]:
-            return []
-
-        def savefig(self, path: Path, format: str, **_: Any) -> None:
-            drawn = (folder / f"{self.name}.{format}").read_bytes()
-            with open(path, "wb") as file:
-                file.write(drawn)
-
-    of = {"bars": "figure", "curves": "epsilon", "margins": "margin", "cosines": "cosine"}
-    for function, name in of.items():
-        drawn = Drawn(name) if (folder / f"{name}.svg").exists() else None
-        setattr(figures, function, lambda *_, drawn=drawn: drawn)
-    render.panels = lambda *_: (Drawn("figure"),)  # of `try_out`
 
 
 def watch(folder: Path, fault: Fault | None) -> None:

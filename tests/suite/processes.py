@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from forks import server
+from sketched import drawing, save_figure
 
 # A run of many small batches.
 RUN = "run --model demo --tasks demo_piqa,demo_winogrande --limit 6 --steps 2 --device cpu"
@@ -95,6 +96,7 @@ def enter(
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which background jobs lack
     count_batches(folder, hold)
+    drawing.save_figure = save_figure
     from llm_attack.cli import main
 
     sys.argv = ["llm-attack", *words]

@@ -31,7 +31,6 @@ class Runs:
         self.operations = operations(whole)
         self.batches = computed(whole)
         self.files = contents(whole / "run")
-        forks.draw_no_more(whole)
         self._settled = set()
 
     def tried(self, every, until=None):

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sketched import sketch
 
 from llm_attack.attacks import ATTACKS
 from llm_attack.suite import render
@@ -107,12 +108,8 @@ def told(of):
     """Every figure is made, though not drawn: most of what fails does so before."""
     with pytest.MonkeyPatch.context() as patch, TemporaryDirectory() as folder:
         patch.setattr(critical, "RESAMPLES", 20)
-        patch.setattr("llm_attack.base.drawing.save_figure", empty_figure)
+        sketch(patch)
         return rendered(of, Path(folder))
-
-
-def empty_figure(figure, folder, name, title=None):
-    (folder / f"{name}.svg").write_text("")
 
 
 @settings(max_examples=10, suppress_health_check=LENIENT)
