@@ -32,13 +32,14 @@ def from_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UsageError(f"config={path}: must be a mapping, such as attacks: [none, fgsm]")
     content = {underscored(str(key)): value for key, value in content.items()}
-    allowed = {entry.name: about for entry, about in declared(Plan)} | {
-        "output": SettingSpec("", str)
-    }
+    fields = list(declared(Plan))
+    allowed = {entry.name: about for entry, about in fields} | {"output": SettingSpec("", str)}
+    may_be_null = {entry.name for entry, _ in fields if entry.default is None} | {"output"}
     try:
         check_names(content, list(allowed))
         for key, value in content.items():
-            if value is not None and not allowed[key].allows(value):
+            known = key in may_be_null if value is None else allowed[key].allows(value)
+            if not known:
                 raise invalid(key, value, allowed[key].choices or allowed[key].words())
             if key == "loss" and isinstance(value, str) and not known_loss(value):
                 raise invalid(key, value, LOSSES)

@@ -147,7 +147,9 @@ def test_an_answer_that_is_longer_than_the_model(make):
 def test_thinking_is_refused_as_in_stock(make, build):
     arguments = {"enable_thinking": True, "think_end_token": "</s>"}
     task = build("demo_piqa", 1)
-    known = "is not compatible" in inspect.getsource(HFLM)  # lm-eval 0.4.10 takes no notice of it
+    known = "enable_thinking=True is not compatible" in inspect.getsource(
+        HFLM
+    )  # lm-eval 0.4.10 takes no notice of it
     with (
         pytest.raises(ValueError, match="enable_thinking=True is not compatible")
         if known

@@ -249,7 +249,7 @@ def test_no_spreadsheet_finds_a_formula(text):
     for cell in cells(line):
         plain = unicodedata.normalize("NFKC", cell).replace("\0", "").replace("\ufeff", "")
         assert not re.match(r'[\s"\u200b]*[=+@\u2212-]', plain), (text, cell)
-    again = pd.read_csv(io.StringIO(f"x\n{line}\n"), na_filter=False, dtype=str)["x"][0]
+    again = "".join(next(csv.reader(io.StringIO(line, newline=""))))  # pandas 2 ends at \0
     assert again.replace("'", "") == text
     assert as_csv(pd.DataFrame({"x": [again]}), "%g").removesuffix("\n") == f"x\n{line}"
 
