@@ -53,8 +53,8 @@ def evaluate(
             With `quiet`, the bars and logs of the libraries are silent, too.
 
     Returns:
-        A `Result` with the pandas frames `table`, `samples` and `questions`. In a parallel run, only
-        the first process gets it, and the others get None.
+        A `Result` with the pandas frames `table`, `samples` and `questions`. The first process of a
+        parallel run gets it, and the others get None.
 
     Raises:
         TypeError: an argument has a wrong type.
