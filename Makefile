@@ -68,14 +68,14 @@ test-slow: .venv attack-libs ## the tests that take minutes, such as every comma
 test-ray: .venv/.ray ## the tests of runs on Ray, which it installs; five minutes
 	$(BIN)/python -m pytest -ra -m "slow or not slow" tests/suite/test_on_ray.py
 
-# An environment of its own; Python 3.10 or 3.11. Without the libraries of attack-libs.
+# An environment of its own; Python 3.11. Without the libraries of attack-libs.
 .venv-oldest/.installed: pyproject.toml constraints-oldest.txt _llm_attack_shim.py llm_attack_shim.pth
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet -c constraints-oldest.txt -e ".[dev]"
 	@touch $@
 
 .PHONY: test-oldest
-test-oldest: .venv-oldest/.installed ## the tests with the lowest releases that pyproject.toml allows; Python 3.10 or 3.11
+test-oldest: .venv-oldest/.installed ## the tests with the lowest releases that pyproject.toml allows; Python 3.11
 	.venv-oldest/bin/python -m pytest -ra -n auto --dist worksteal
 
 # The newest releases, pre-releases too, but for torch: its newest Linux builds bring gigabytes of CUDA libraries.

@@ -18,10 +18,11 @@ from llm_attack.base.errors import UsageError
 from llm_attack.base.folder import resolved
 from llm_attack.base.options import Command, Option, examples, number, options
 from llm_attack.reproduce import DEVICE, OUT, preset_option
-from llm_attack.theory import fig4, fig6, relation
-from llm_attack.vision import fig1, fig2, fig5, tradeoff
+from llm_attack.theory import fig4, fig6, relation, toys
+from llm_attack.vision import declines, factors, fig1, fig2, fig5, tradeoff
 
-FIGURES = [figure.COMMAND for figure in (fig1, fig2, fig4, fig5, fig6, relation, tradeoff)]
+_EXPERIMENTS = (fig1, fig2, fig4, fig5, fig6, relation, tradeoff, factors, declines, toys)
+FIGURES = [figure.COMMAND for figure in _EXPERIMENTS]
 
 
 class _Commands(click.Group):

@@ -213,7 +213,7 @@ def _by_signs(terms: np.ndarray) -> float:
         some = min(left, max(1, 10_000_000 // k))
         octets = rng.integers(256, size=(some, -(-k // 8)), dtype=np.uint8)
         turned = np.unpackbits(octets, axis=1, count=k)
-        reached += np.count_nonzero(np.abs(total - 2 * (turned @ terms)) >= enough)
+        reached += int(np.count_nonzero(np.abs(total - 2 * (turned @ terms)) >= enough))
         left -= some
     return (reached + 1) / (DRAWS + 1)
 

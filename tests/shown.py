@@ -281,6 +281,25 @@ RULES = (
         " --subset 10 --epochs 1",
     ),
     Rule(
+        r"llm-attack reproduce factors .*",
+        "one narrow network and seed, few images, one epoch",
+        changes=IMAGES,
+        more="--network cnn --width 0.1 --widths 1 --seeds 1 --train_size 64 --test_size 20"
+        " --subset 5 --epochs 1 --label_smoothings 0 --schedules cycle",
+    ),
+    Rule(
+        r"llm-attack reproduce declines .*",
+        "a narrow network, few images, one epoch",
+        changes=IMAGES,
+        more="--network cnn --width 0.1 --train_size 64 --test_size 20 --subset 5 --epochs 1",
+    ),
+    Rule(
+        r"llm-attack reproduce toys( .*)?",
+        "few points, one kind of training",
+        more="--seeds 2 --epochs 50 --points 50 --test-points 50 --optimisers sgd --domains 1"
+        " --batch_sizes 50",
+    ),
+    Rule(
         r"llm-attack reproduce fig4( .*)?",
         "few points and epochs",
         more="--seeds 2 --epochs 2 --points 50 --test-points 50",

@@ -88,6 +88,7 @@ def test_all(monkeypatch, shortened):
     assert done.exit_code == 0, done.output
     assert sorted(path.name for path in Path("out").iterdir()) == ["fig4", "fig6"]
     known = ["fig1", "fig2", "fig4", "fig5", "fig6", "relation", "tradeoff"]
+    known += ["factors", "declines", "toys"]
     assert [command.name for command in FIGURES] == known
     for name, presets in (("fig4", fig4.PRESETS), ("fig6", fig6.PRESETS)):
         settings = json.loads(Path("out", name, "run.json").read_text())["settings"]

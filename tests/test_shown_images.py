@@ -28,7 +28,7 @@ def folders(pattern):
 
 
 FOLDERS = folders(r"fig[125](-|$)")
-THEORY = folders(r"(fig[46]|relation)(-|$)")
+THEORY = folders(r"(fig[46]|relation|toys|factors|declines)(-|$)")
 SEEDS, TRADEOFFS = folders("seeds-"), folders("tradeoff-")
 USUAL = fig2.Settings().attacks
 
@@ -62,7 +62,10 @@ def record_of(folder):
 @pytest.mark.parametrize("folder", [*FOLDERS, *THEORY, *SEEDS, *TRADEOFFS])
 def test_the_page_has_the_command_of_each_result(folder):
     record = record_of(folder)
-    commands = re.findall(r"llm-attack reproduce (?:fig[12456]|relation|tradeoff) -[^`\n#]*", PAGE)
+    commands = re.findall(
+        r"llm-attack reproduce (?:fig[12456]|relation|tradeoff|toys|factors|declines) -[^`\n#]*",
+        PAGE,
+    )
     assert options(record["command"]) in [options(command) for command in commands]
 
 

@@ -60,6 +60,29 @@ def test_accuracies(folder):
             assert float(cell) == pytest.approx(expected, abs=5.1e-4), (task, condition)
 
 
+def test_calibration():
+    """docs/explain/calibration.md: the means over tasks of two runs."""
+    page = "docs/explain/calibration.md"
+    columns = {"accuracy": "acc", "confidence": "confidence", "gap": "gap", "ECE": "ece"}
+    columns |= {"by chance": "ece_by_chance", "Brier": "brier"}
+    found = [
+        table for table in tables((ROOT / page).read_text("utf-8")) if table[0][0] == "condition"
+    ]
+    for folder, (heading, *rows) in zip(
+        ("demo/sequence", "fig3/smollm2-135m-choice"), found, strict=True
+    ):
+        stored = pd.read_csv(ROOT / "results" / folder / "calibration.csv")
+        means = stored[stored["task"] == "mean"].set_index("condition")
+        assert heading == ["condition", *columns]
+        for condition, *cells in rows:
+            expected = means.loc[condition, [*columns.values()]].astype(float)
+            assert [float(cell) for cell in cells] == pytest.approx([*expected], abs=5.1e-4)
+    # "the gap cannot be told from 0": of the first run, without an attack
+    clean = pd.read_csv(ROOT / "results/demo/sequence/calibration.csv").query("task == 'mean'")
+    low, high = clean.set_index("condition").loc["none", ["gap_low", "gap_high"]]
+    assert low < 0 < high
+
+
 def words(page):
     """The text of a page, on one line."""
     return " ".join((ROOT / page).read_text("utf-8").split())
@@ -411,7 +434,7 @@ def test_words():
     of_seeds = last["accuracy_max"] - last["accuracy_min"]
     assert last["accuracy_mean"].max() - last["accuracy_mean"].min() < of_seeds.min()
     unlearnt = curves[(curves["split"] == "train") & (curves["accuracy_min"] < 1)]
-    _, (_, *epochs) = table_of(page, "size", "8")
+    _, _, (_, *epochs) = table_of(page, "size", "8")
     assert unlearnt.groupby("size")["epoch"].max().tolist() == list(map(int, epochs))
 
 

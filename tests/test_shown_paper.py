@@ -10,6 +10,7 @@ from test_shown_numbers import record_of, table_of, tables, words
 
 from llm_attack.stats import wilson
 from llm_attack.theory import fig6
+from llm_attack.theory.settings import FEWEST
 
 RESULTS = ROOT / "results"
 PAPER = ROOT / "docs" / "paper"
@@ -152,6 +153,50 @@ def test_the_packet_of_the_toy():
     assert f"gap between the two grows from {first:.0f} points to {last:.0f}." in text
 
 
+def signed(value):
+    return minus(f"{value:+.3f}")
+
+
+def test_toys_with_other_optimisers_and_domains():
+    page = "docs/paper/fig4.md"
+    table = pd.read_csv(RESULTS / "experiments/toys/verdicts.csv")
+    stepped, robust = (table[table["accuracy"] == of] for of in ("stepped", "robust"))
+    _, *rows = table_of(page, "optimiser", "batch")
+    assert len(rows) == len(stepped) == 12
+    for row, of in zip(rows, stepped.to_dict("records"), strict=True):
+        assert row == [
+            *(of["optimiser"], str(of["batch_size"]), f"±{of['domain']:g}"),
+            *(f"{of[epoch]:.3f}" for epoch in ("epoch_10", "epoch_50", "last")),
+            f"{signed(of['change'])} ({signed(of['low'])} to {signed(of['high'])})",
+            of["verdict"],
+        ]
+    verdicts = stepped.groupby(["batch_size", "verdict"]).size()
+    assert verdicts.to_dict() == {
+        (100, "rises"): 6,
+        (1000, "cannot be told"): 2,
+        (1000, "falls"): 4,
+    }
+    assert robust["verdict"].value_counts().to_dict() == {"cannot be told": 8, "rises": 4}
+    above = stepped[stepped["product_fixed"] > 0.5]
+    assert len(above) == 4 and set(above["batch_size"]) == {100}
+    assert above["optimiser"].value_counts().to_dict() == {"adam": 3, "sgd": 1}
+    (only,) = above[above["optimiser"] == "sgd"]["domain"]
+    assert only == stepped["domain"].max()
+    assert "It does so in four of the twelve trainings" in words(page)
+    assert "It rises in four and does not change detectably in eight." in words(page)
+
+
+def test_the_last_epochs_with_wrong_words():
+    curves = pd.read_csv(RESULTS / "experiments/fig6/curves.csv")
+    enough = curves[(curves["split"] == "train") & (curves["wrong_mean"] >= FEWEST)]
+    _, (name, *epochs), _ = table_of("docs/paper/fig6.md", "size", "8")
+    assert enough.groupby("size")["epoch"].max().tolist() == list(map(int, epochs))
+    assert f"with {FEWEST} wrong training words or more" in name
+    # of 1,920 words; the means of accuracies have five digits
+    train = curves[curves["split"] == "train"]
+    assert ((1 - train["accuracy_mean"]) * 1920 - train["wrong_mean"]).abs().max() < 0.15
+
+
 def test_the_packet_along_the_gradient():
     """Of the images: the smallest and largest means over blocks, right and wrong images."""
     lines = pd.read_csv(RESULTS / "experiments/relation/lines.csv")
@@ -242,7 +287,8 @@ def test_the_list_of_claims():
         text = (PAPER / name).read_text("utf-8")
         assert f"llm-attack {command.strip('`')} -" in text
         linked.add(name)
-    assert linked == {path.name for path in PAPER.glob("*.md")} - {"index.md", "checks.md"}
+    others = {"index.md", "checks.md", "masked.md"}
+    assert linked == {path.name for path in PAPER.glob("*.md")} - others
 
 
 @pytest.mark.parametrize("path", sorted(PAPER.glob("*.md")), ids=lambda path: path.stem)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
@@ -69,6 +69,13 @@ def nested(i: int, n: int) -> dict[str, Any]:
         "markerfacecolor": "none",
         "markeredgewidth": 0.9,
     }
+
+
+def lettered(axes: Iterable[Any], letters: Iterable[str] = "ABCDEFGHIJKLMNOPQRSTUVWXYZ") -> None:
+    """Writes a letter beside the title of each panel, where there are several."""
+    panels = list(axes)
+    for axis, letter in zip(panels if len(panels) > 1 else (), letters, strict=False):
+        axis.set_title(letter, loc="left", fontsize=9, fontweight="bold")
 
 
 def save_figure(

@@ -18,8 +18,8 @@ Beyond the documented interface, it relies on these internals of lm-eval:
   `tqdm` of their own; `utils.env` compiles templates; `TaskManager` takes `include_path`.
 - `tasks`: `__main__.cli_evaluate` reads `sys.argv`, and its error begins with "Tasks not found".
 
-Each release from 0.4.9.1 to 0.4.13 has all of these (0.4.9.1, 0.4.9.2, 0.4.10 to 0.4.13). The tests
-pass with 0.4.13. For 0.4.9.1, see docs/limits.md. The sources of the others were only read.
+Each release from 0.4.10 to 0.4.13 has all of these. The tests pass with 0.4.13. For 0.4.10, see
+docs/limits.md. The sources of the others were only read.
 
 0.5 is not supported, and pyproject.toml leaves it out. In 0.5.0.dev1 `utils.env` is gone, an
 `Instance` needs `doc_id`, and a task of multiple choice is a class of its own, without

@@ -31,9 +31,9 @@ def of_model(lm: HFLM) -> dict[str, str]:
     For a loaded model, they include changes that its owner made (`state`).
     """
     loaded = isinstance(lm.pretrained, torch.nn.Module)
-    found = state(lm.model) if loaded else []
+    changes = state(lm.model) if loaded else []
     return {
-        **({"state": digest(map(_plain, found))} if found else {}),
+        **({"state": digest(map(_plain, changes))} if changes else {}),
         "weights": weights(lm.model),
         "config": digest([_config(lm.model), *_adapters(lm.model)]),
         "tokenizer": digest(_tokenizer(lm.tokenizer)),
@@ -59,20 +59,20 @@ def state(model: PreTrainedModel) -> list[list[Any]]:
         hook or of a `forward` that replaces that of its class. Values that these read from other
         places are not known.
     """
-    found: list[list[Any]] = []
+    changes: list[list[Any]] = []
     blocks = set(known_blocks(model))  # `prepare` replaces their `forward`
     for name, module in model.named_modules():
         own = vars(module).get("forward")
         if own is not None and module not in blocks and not hasattr(module, "_hf_hook"):
-            found.append([name, "forward", source_hash(own)])
+            changes.append([name, "forward", source_hash(own)])
         disabled = getattr(module, "_disable_adapters", None)  # a layer of peft has it
         if disabled is not None:
             active = getattr(module, "active_adapters", getattr(module, "_active_adapter", None))
             scale = getattr(module, "scaling", None)
-            found.append([name, "adapters", bool(disabled), active, scale])
+            changes.append([name, "adapters", bool(disabled), active, scale])
         for kind in ("_forward_pre_hooks", "_forward_hooks"):
-            found += [[name, kind, source_hash(hook)] for hook in vars(module)[kind].values()]
-    return found
+            changes += [[name, kind, source_hash(hook)] for hook in vars(module)[kind].values()]
+    return changes
 
 
 def generation(model: Any) -> str:

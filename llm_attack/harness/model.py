@@ -108,7 +108,7 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
                 f"tp_plan={arguments['tp_plan']}: must be started by torchrun, with one process"
                 " for each part of the model"
             )
-        # lm-eval 0.4.9 does not keep it; later releases set it again
+        # lm-eval 0.4.10 does not keep it; later releases set it again
         self.enable_thinking = arguments.get("enable_thinking")
         self._copy: Any = None  # the copy in `gradient_dtype`, as soon as a condition needs it
         self.warnings: list[str] = []

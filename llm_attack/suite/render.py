@@ -13,13 +13,14 @@ from llm_attack.base.drawing import draw
 from llm_attack.base.errors import UsageError
 from llm_attack.base.failures import Attempts
 from llm_attack.base.record import write_text
+from llm_attack.suite.analysis import calibration as calibrated
 from llm_attack.suite.analysis import critical
 from llm_attack.suite.report import figures, paper, summary_file, tables
 from llm_attack.suite.report.layout import panels, paper_style, print_style, unit_of
 from llm_attack.suite.report.page import Picture, page_template, write_report
 from llm_attack.suite.report.tables import Cells
 from llm_attack.suite.results import Result, save_frames
-from llm_attack.suite.studies import claims, hookpoints, sanity, survival
+from llm_attack.suite.studies import calibration, claims, hookpoints, sanity, survival
 
 WHOLE = "scores of whole tasks"
 if TYPE_CHECKING:
@@ -50,6 +51,12 @@ _PICTURES = {
         "Accuracy by hookpoint",
         "Lines of mean accuracy over the perturbed block, for each attack and amplitude. The"
         " numbers are in the table.",
+    ),
+    "calibration": (
+        "Confidence and accuracy",
+        "Reliability diagrams, one panel per condition: accuracy of the questions over the"
+        " confidence of their answers. Below the diagonal the model is surer than it is right."
+        " The numbers are in the table.",
     ),
     "margin": (
         figures.TITLES["margin"],
@@ -128,6 +135,11 @@ def render(result: Result, folder: Path, run: dict[str, Any]) -> list[str]:
     with attempts(sanity.TITLE):
         more[sanity.TITLE] = sanity.cells(sanity.checks(samples, run))
     more |= {title: cells for title, cells in made.named().items() if title not in more}
+    with attempts("calibration.md"):
+        of_answers = calibrated.calibration(hookpoints.at_first(result.samples))
+        text = calibration.cells(of_answers)
+        more |= {} if text is None else {calibration.TITLE: text}
+        calibration.save(of_answers, folder)
     with attempts("critical.md"):
         survival.save(made.critical, folder)
     with attempts("layers.md"):
@@ -138,6 +150,7 @@ def render(result: Result, folder: Path, run: dict[str, Any]) -> list[str]:
     others = {
         "survival": lambda: survival.figure(made.searched, unit, made.score),
         "layers": lambda: hookpoints.figure(result.table, known),
+        "calibration": lambda: calibration.figure(hookpoints.at_first(result.samples)),
     }
     with print_style():
         for name, make in others.items():
@@ -182,6 +195,7 @@ def for_paper(
         "layers": lambda: hookpoints.figure(result.table, result.conditions),
         "margin": lambda: figures.margins(samples[samples["condition"].isin(few["condition"])]),
         "cosine": lambda: figures.cosines(samples),
+        "calibration": lambda: calibration.figure(hookpoints.at_first(result.samples)),
     }
     drawn = {}
     for name, make in makers.items() if "pdf" in formats else ():

@@ -20,6 +20,7 @@ from llm_attack.base.failures import one_line
 from llm_attack.base.record import whole_or_not
 from llm_attack.base.redact import redacted
 from llm_attack.lm.settings import EMBED
+from llm_attack.suite.analysis.calibration import calibration
 from llm_attack.suite.analysis.conditions import CONDITIONS, Condition
 from llm_attack.suite.analysis.equivalence import with_equivalence
 from llm_attack.suite.analysis.outcomes import with_scores
@@ -78,6 +79,10 @@ class Result:
         """The samples, with the worst case over the attacks of each amplitude added."""
         return with_worst(self.samples, self.run) if self.judged is None else self.judged
 
+    def calibration(self) -> pd.DataFrame:
+        """Confidence and accuracy by task and condition; see `analysis.calibration`."""
+        return calibration(self.samples)
+
     def figure(self, name: str, *, paper: bool = False) -> Figure:
         """Draws a figure of the run, which you can show, change or save.
 
@@ -110,9 +115,10 @@ def save_frames(folder: Path, **frames: pd.DataFrame) -> None:
     """Writes each frame as `name`.parquet, whole or not at all; equal frames give equal files."""
     for name, frame in frames.items():
         path = folder / f"{name}.parquet"
-        # an open file: Arrow takes only names in UTF-8
-        with whole_or_not(path) as draft, draft.open("wb") as file:
-            frame.to_parquet(file, index=False, write_page_checksum=True, **_SMALL)
+        # not by its name: Arrow takes only names in UTF-8, and pandas 2 looks up that of a file
+        content = frame.to_parquet(None, index=False, write_page_checksum=True, **_SMALL)
+        with whole_or_not(path) as draft:
+            draft.write_bytes(content)
 
 
 def _whole_or_missing(column: Any) -> bool:

@@ -1,6 +1,6 @@
 """The networks of the binary toy, Fig. 4, and what is measured on them.
 
-Points are uniform in the square [-1, 1]² and labelled by the sign of x1. A packet is a loss along
+Points are uniform in a square round 0 and labelled by the sign of x1. A packet is a loss along
 the line x2 = 0, psi(x1) = loss((x1, 0), label) / norm. Of the fixed packet the label is the same on
 the whole line; of the predicted one it is the class that the network predicts at x1, so that psi is
 large at the border of the classes alone. It is continuous there, and its derivative jumps. (With
@@ -42,13 +42,12 @@ class Toy:
         numbers = range(settings.seed, settings.seed + settings.seeds)
         keys = [[keys_for(s, [i]) for i in range(settings.test_points)] for s in numbers]
         self.keys = torch.tensor(keys, device=settings.device)
-        self.optimiser = torch.optim.Adam(
-            self.network.parameters(), lr=settings.learning_rate, fused=True
-        )
+        kind = torch.optim.Adam if settings.optimiser == "adam" else torch.optim.SGD
+        self.optimiser = kind(self.network.parameters(), lr=settings.learning_rate, fused=True)
 
     def _points(self, n: int) -> Tensor:
         draw = stack(self.generators, lambda g: torch.rand(n, 2, generator=g, dtype=torch.float64))
-        return (2 * draw - 1).to(self.settings.device)
+        return (self.settings.domain * (2 * draw - 1)).to(self.settings.device)
 
     def loss(self, x: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy (seeds, N) at points (seeds, N, 2) with labels (seeds, N)."""
@@ -75,7 +74,7 @@ class Toy:
             self.attack,
             self.test,
             Losses(lambda x: self.loss(x, labels).flatten(), of_other, [of_other]),
-            bounds=(-1, 1),
+            bounds=(-self.settings.domain, self.settings.domain),
             keys=self.keys,
             elements=Elements(examples=Groups(points, points.numel())),
         )
@@ -93,8 +92,9 @@ class Toy:
         labels = labels_of(self.test)
         x = self.test.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(self.loss(x, labels).sum(), x)
+        side = self.settings.domain
         with torch.no_grad():
-            logits: Tensor = self.network((self.test + STEP * gradient).clamp(-1, 1))
+            logits: Tensor = self.network((self.test + STEP * gradient).clamp(-side, side))
         return (logits.argmax(-1) == labels).double().mean(1)
 
     def training_loss(self) -> Tensor:
@@ -106,7 +106,7 @@ class Toy:
         """The relation for the fixed or the predicted packet of each seed, (seeds,)."""
         return uncertainty_on_nodes(
             lambda x1: self.on_plane(x1, torch.zeros_like(x1), predicted),
-            *(-1, 1),
+            *(-self.settings.domain, self.settings.domain),
             # the predicted one gets as narrow as the border
             panels=128 if predicted else 32,
             kinks=self.borders().tolist() if predicted else (),
@@ -114,7 +114,7 @@ class Toy:
 
     def borders(self) -> Tensor:
         """Where on the line x2 = 0 the predicted class of any seed changes."""
-        x1 = torch.linspace(-1, 1, _SCANNED, dtype=torch.float64)
+        x1 = self._side(_SCANNED)
         class_at = self._predicted(x1)
         seed, i = (class_at[:, 1:] != class_at[:, :-1]).nonzero(as_tuple=True)
         low, high = x1[i.cpu()], x1[i.cpu() + 1]
@@ -136,7 +136,7 @@ class Toy:
 
         `fixed` and `predicted`, with ∫∫psi² = 1 (trapezoids); `loss` is that of the fixed class.
         """
-        side = torch.linspace(-1, 1, GRID, dtype=torch.float64)
+        side = self._side(GRID)
         x1, x2 = torch.cartesian_prod(side, side).unbind(-1)
         with torch.no_grad():
             losses = [self.on_plane(x1, x2, predicted)[0].cpu() for predicted in (False, True)]
@@ -152,6 +152,10 @@ class Toy:
         if predicted:
             return self.loss(x, self.network(x).argmax(-1))
         return self.loss(x, x.new_full(x.shape[:2], self.settings.label, dtype=torch.long))
+
+    def _side(self, n: int) -> Tensor:
+        """(n,) coordinates from one end of the square to the other."""
+        return torch.linspace(-self.settings.domain, self.settings.domain, n, dtype=torch.float64)
 
     def _points_of(self, x1: Tensor, x2: Tensor) -> Tensor:
         """(seeds, M, 2) points with these coordinates, for each seed."""

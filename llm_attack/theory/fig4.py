@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from llm_attack.base.drawing import COLOURS, new_figure
+from llm_attack.base.drawing import COLOURS, lettered, new_figure
 from llm_attack.base.record import Stopwatch, as_csv, write_text
 from llm_attack.reproduce import figure_command
 from llm_attack.theory.settings import PACKETS, STEP, ToySettings
@@ -104,17 +104,19 @@ def draw(folder: Path, settings: ToySettings) -> None:
                 loss = rows.pivot(index="x2", columns="x1", values="loss").to_numpy()
                 ax.contour(*sides, loss, levels=[math.log(2)], colors="white", linewidths=1)
                 ax.set(title=f"epoch {epoch}", xlabel="$x_1$", ylabel="$x_2$", aspect="equal")
-                ax.set(xticks=(-1, 0, 1), yticks=(-1, 0, 1))
+                ticks = (-settings.domain, 0, settings.domain)
+                ax.set(xticks=ticks, yticks=ticks)
                 ax.grid(False)
             label = f"class {settings.label}" if packet == "fixed" else "predicted class"
             figure.colorbar(image, ax=row, label=f"ψ, {label}")
 
+        lettered(axes.flat, ("A", "B", "C", "A′", "B′", "C′", "D", "E", "F"))
         accuracy, widths, relation = axes[2]
-        robust = f"{settings.attack}, ε = {settings.epsilon:g}"
+        robust = f"{settings.attack} (sign), ε = {settings.epsilon:g}"
         shaded(accuracy, curves, "clean", COLOURS[0], label="clean")
         shaded(accuracy, curves, "robust", COLOURS[3], label=robust, linestyle="--")
         if "stepped" in table:  # older runs have none
-            step = {"label": f"x + {STEP} ∇loss", "linestyle": "-."}
+            step = {"label": f"plain step, x + {STEP} ∇loss", "linestyle": "-."}
             shaded(accuracy, curves, "stepped", COLOURS[2], **step)
         accuracy.set(ylabel="accuracy", ylim=(None, 1.02))
         of_packets = zip(PACKETS, ("-", "--"), (COLOURS[3], COLOURS[0]), strict=True)

@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from llm_attack.base.drawing import COLOURS, new_figure
+from llm_attack.base.drawing import COLOURS, lettered, new_figure
 from llm_attack.base.record import Stopwatch, as_csv, write_text
 from llm_attack.reproduce import figure_command
-from llm_attack.theory.settings import MEASURED, SPLITS, Kind, SentimentSettings
+from llm_attack.theory.settings import FEWEST, SPLITS, Kind, SentimentSettings
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
+_COSINES = ("cosine_right", "cosine_wrong")
 PRESETS = {"quick": replace(SentimentSettings(), seeds=5, epochs=200), "paper": SentimentSettings()}
 
 
@@ -60,7 +61,8 @@ def run_kind(words: pd.DataFrame, kind: Kind, settings: SentimentSettings) -> pd
     """Trains all seeds of one kind; measures before the first epoch and after each.
 
     Returns:
-        A row for each epoch, split and seed: those of `Kind`, epoch, split, seed and `MEASURED`.
+        A row for each epoch, split and seed: those of `Kind`, epoch, split, seed and
+        `settings.MEASURED`.
     """
     import pandas as pd
 
@@ -90,9 +92,9 @@ def trends(last: pd.DataFrame) -> dict[str, dict[str, float | int | None]]:
     from llm_attack.stats import rank_correlation
 
     new = scaled(last[last.split == "test"])
-    means = new.groupby(list(Kind._fields))[list(MEASURED)].mean()
+    means = new.groupby(list(Kind._fields))[["accuracy", *_COSINES]].mean()
     correlations: dict[str, dict[str, float | int | None]] = {}
-    for name in MEASURED[1:]:
+    for name in _COSINES:
         known = means[["accuracy", name]].dropna()
         correlation = rank_correlation(known["accuracy"], known[name])
         numbers = zip(("correlation", "low", "high", "p"), correlation, strict=True)
@@ -114,9 +116,11 @@ def scaled(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw(folder: Path) -> None:
-    """Draws, from the CSV files, a column for each size: cosines above, accuracies below.
+    """Draws, from the CSV files, a column for each size: cosines, accuracies, wrong words.
 
-    Where networks differ in more than their size, a point for each: cosine against accuracy.
+    The cosine of wrong words ends where a network has fewer than `FEWEST` of them in the mean over
+    the seeds. Where networks differ in more than their size, a point for each: cosine against
+    accuracy.
     """
     import pandas as pd
 
@@ -133,21 +137,30 @@ def _draw_curves(folder: Path, table: pd.DataFrame) -> None:
 
     sizes = table["size"].unique()
     right, wrong = COLOURS[0], COLOURS[3]
-    with new_figure(folder, (1.3 + 2 * len(sizes), 4.2)) as figure:
-        axes = figure.subplots(2, len(sizes), sharex=True, sharey="row", squeeze=False)
-        for (above, below), size in zip(axes.T, sizes, strict=True):
+    with new_figure(folder, (1.3 + 2 * len(sizes), 5.6)) as figure:
+        axes = figure.subplots(3, len(sizes), sharex=True, sharey="row", squeeze=False)
+        for (above, below, last), size in zip(axes.T, sizes, strict=True):
             for split, line in zip(SPLITS, ("-", "--"), strict=True):
                 part = table[(table["size"] == size) & (table.split == split)]
                 shaded(above, part, "cosine_right", right, linestyle=line, label=f"right, {split}")
-                shaded(above, part, "cosine_wrong", wrong, linestyle=line, label=f"wrong, {split}")
+                enough = part[part["wrong_mean"] >= FEWEST]
+                shaded(above, enough, "cosine_wrong", wrong, ls=line, label=f"wrong, {split}")
                 shaded(below, part, "accuracy", COLOURS[6], linestyle=line, label=split)
+                shaded(last, part, "wrong", wrong, linestyle=line, label=f"wrong, {split}")
             above.axhline(0, color="black", linewidth=0.8)
             above.set(title=f"embedding size {size}")
             chance = {"color": "black", "linewidth": 1, "linestyle": ":", "label": "chance"}
             below.axhline(1 / len(LABELS), **chance)
-            below.set(xlabel="epoch", xlim=(0, table.epoch.max()), ylim=(0, 1.02))
+            below.set(ylim=(0, 1.02))
+            fewest = {"color": "0.5", "linewidth": 1, "linestyle": ":", "label": f"{FEWEST} words"}
+            last.axhline(FEWEST, **fewest)
+            last.set(xlabel="epoch", xlim=(0, table.epoch.max()))
+            last.set_yscale("symlog", linthresh=10)
+            last.set_ylim(0, None)
+        lettered(axes.flat)
         axes[0, 0].set(ylabel="cosine of embedding\nand gradient · √size")
         axes[1, 0].set(ylabel="accuracy")
+        axes[2, 0].set(ylabel="wrong words\nof a network")
         for row in axes:
             row[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
 

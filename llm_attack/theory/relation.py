@@ -99,7 +99,7 @@ def _rows(
 
     network = stages.untrained(dataset, name, settings)
     yield from _of_epoch(0, network, dataset.test, settings)
-    for epoch, *_ in train(network, dataset.train, settings, [], label=f"{dataset.name}-{name}"):
+    for epoch, *_ in train(network, dataset.train, settings, label=f"{dataset.name}-{name}"):
         clock.lap("training")
         yield from _of_epoch(epoch, network, dataset.test, settings)
         clock.lap("lines")

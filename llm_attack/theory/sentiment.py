@@ -78,11 +78,12 @@ def cosines(model: SentimentModel, ids: Tensor, labels: Tensor) -> tuple[Tensor,
 
 
 def summary(right: Tensor, cosine: Tensor) -> dict[str, list[float]]:
-    """`MEASURED` of each seed; the mean over no words is NaN."""
+    """`MEASURED` of each seed: `wrong` is a number of words; the mean over no words is NaN."""
     values = (
         right.double().mean(1),
         cosine.where(right, torch.nan),
         cosine.where(~right, torch.nan),
+        (~right).sum(1),
     )
     return {
         name: (value if value.dim() == 1 else value.nanmean(1)).tolist()

@@ -16,13 +16,16 @@ from llm_attack.reproduce import DEVICE
 PACKETS = ("fixed", "predicted")
 STEP = 0.3  # of the plain step x + STEP · ∇loss(x), our reading of the paper's Fig. 4 D
 
+OPTIMISERS = ("adam", "sgd")
+
 SPLITS = ("test", "train")
-MEASURED = ("accuracy", "cosine_right", "cosine_wrong")
+MEASURED = ("accuracy", "cosine_right", "cosine_wrong", "wrong")
+FEWEST = 20  # wrong words, of which a mean cosine still says something
 
 
 @dataclass(frozen=True)
 class ToySettings:
-    """The binary toy: points in the square [-1, 1]², told apart by the sign of x1.
+    """The binary toy: points in a square round 0, told apart by the sign of x1.
 
     Raises:
         UsageError: a value is out of range; the message names it.
@@ -39,7 +42,19 @@ class ToySettings:
     width: int = setting(
         32, "Number of units in each of the two hidden layers", minimum=1, group="network"
     )
-    learning_rate: float = setting(1e-3, "Learning rate of Adam", minimum=0, group="training")
+    domain: float = setting(
+        1.0,
+        "Half the side of the square that the points are drawn from",
+        minimum=0,
+        exclusive_minimum=True,
+        group="point",
+    )
+    optimiser: str = setting(
+        "adam", "Optimiser: adam, or plain sgd", choices=OPTIMISERS, group="training"
+    )
+    learning_rate: float = setting(
+        1e-3, "Learning rate of the optimiser", minimum=0, group="training"
+    )
     batch_size: int = setting(1000, "Number of points per step", minimum=1, group="training")
     attack: str = setting(
         "fgsm",

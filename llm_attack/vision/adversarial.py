@@ -52,7 +52,7 @@ def adversarial_examples(
                     network(point),
                     labels,
                     reduction="none",
-                    label_smoothing=settings.label_smoothing,
+                    label_smoothing=settings.chosen("label_smoothing"),
                 )
 
             return perturb(attack, x, loss, bounds=(0, 1), keys=keys)
@@ -84,7 +84,8 @@ def objective(
     """
     trades = settings.train_attack == "trades"
     scores = network(x if trades else point).float()
-    loss = nn.functional.cross_entropy(scores, labels, label_smoothing=settings.label_smoothing)
+    smoothing = settings.chosen("label_smoothing")
+    loss = nn.functional.cross_entropy(scores, labels, label_smoothing=smoothing)
     if trades:
         loss = loss + settings.trades_beta * divergence(scores, network(point).float()).mean()
     return loss

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -26,9 +26,7 @@ from llm_attack.base.folder import check_readable, check_writable
 from llm_attack.base.record import whole_or_not
 from llm_attack.base.redact import redacted
 from llm_attack.vision.networks import NETWORKS, WIDEST
-from llm_attack.vision.settings import ImageSettings
-
-Kind = TypeVar("Kind", bound=ImageSettings)
+from llm_attack.vision.settings import ImageSettings, Kind, with_recipe
 
 _KEY = "llm_attack"  # of what the file says of itself
 _HEADER = 100_000_000  # bytes, at most, as for safetensors itself
@@ -148,11 +146,15 @@ def _of_checkpoint(path: str) -> dict[str, Any]:
 
 
 def settled(settings: Kind) -> Kind:
-    """The settings with network and width of the file in `load`; no epochs where weights are given.
+    """The settings as they take effect.
+
+    They have the values of the recipe, and network and width of the file in `load`; no epochs where
+    weights are given.
 
     Raises:
         UsageError: as `read_metadata`, or `load` and `weights` are both given.
     """
+    settings = with_recipe(settings)
     if settings.load is None:
         return settings if settings.weights is None else replace(settings, epochs=0)
     if settings.weights is not None:

@@ -61,7 +61,14 @@ def run(settings: Settings, folder: Path) -> dict[str, Any]:
         )
     epsilon = stages.amplitude(settings, dataset)
     network, rows = stages.trained(
-        dataset, name, settings, ["fgsm"], clock, attacked_epochs=1, epsilon=epsilon
+        dataset,
+        name,
+        settings,
+        ["fgsm"],
+        clock,
+        state=stages.state_file(folder, f"{dataset.name}-{name}"),
+        attacked_epochs=1,
+        epsilon=epsilon,
     )
     with frozen(network), torch.no_grad():
         images = _known(network, dataset, settings.images)

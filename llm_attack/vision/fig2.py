@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_attack.base.declare import parts, setting
-from llm_attack.base.drawing import COLOURS, nested, new_figure
+from llm_attack.base.drawing import COLOURS, lettered, nested, new_figure
 from llm_attack.base.record import Stopwatch, as_csv, write_text
 from llm_attack.reproduce import figure_command
 from llm_attack.vision.settings import (
@@ -116,14 +115,13 @@ def curves(
     table, results = [], {}
     for dataset, name in pairs:
         label = f"{dataset.name}-{name}"
-        file = re.sub(r"[^\w.-]+", "_", label)
         network, rows = stages.trained(
             dataset,
             name,
             settings,
             attacks,
             clock,
-            state=folder / "checkpoints" / f"{file}.pt",
+            state=stages.state_file(folder, label),
             epsilon=epsilons[dataset.name],
             subset=settings.subset,
             attacked_epochs=settings.attacked_epochs,
@@ -170,6 +168,7 @@ def draw(folder: Path, width: float, at: str | None = None, epsilon_unit: str = 
         for axis in axes[:, 0]:
             axis.set_ylabel("accuracy")
             axis.set_ylim(-0.04, 1.04)
+        lettered(axes.flat)
         where = None if at is None else f"attacked at {at}"
         if once:
             after = f"after epoch {table['epoch'].iloc[0]}"
@@ -209,13 +208,20 @@ def _styles(group: pd.DataFrame) -> dict[str, dict[str, Any]]:
 
 
 def _curves(axis: Any, group: pd.DataFrame) -> None:
-    """One panel: clean and robust accuracies with their intervals; the envelope of the latter."""
+    """One panel: clean and robust accuracies with their intervals; the envelope of the latter.
+
+    The envelope is hatched, so that it cannot be taken for the interval of a curve. An interval of
+    a single epoch, which has no area, is a bar.
+    """
     table = group.pivot(index="epoch", columns="condition", values=["accuracy", "low", "high"])
     accuracy = table["accuracy"]
     ends = (accuracy["lowest"], accuracy["highest"])
-    axis.fill_between(accuracy.index, *ends, color="0.85", linewidth=0, label="envelope")
+    look: Any = {"facecolor": "none", "edgecolor": "0.8", "hatch": "////", "linewidth": 0}
+    axis.fill_between(accuracy.index, *ends, **look, label="envelope")
     for condition, style in _styles(group).items():
         ends = (table["low"][condition], table["high"][condition])
+        if len(table) == 1:
+            axis.vlines(table.index, *ends, color=style["color"], linewidth=1)
         axis.fill_between(table.index, *ends, color=style["color"], alpha=0.15, linewidth=0)
         axis.plot(accuracy[condition], markevery=math.ceil(len(accuracy) / 12), **style)
 

@@ -211,6 +211,10 @@ def _where(chosen: Tensor, this: Tensor, other: Tensor) -> Tensor:
     return torch.where(chosen.reshape(-1, *[1] * (this.dim() - 1)), this, other)
 
 
+def _is_search(name: str) -> bool:
+    return name.removesuffix(UNBOUNDED) in SEARCHES
+
+
 class _Tally:
     """Results under one condition, image by image."""
 
@@ -232,10 +236,11 @@ class _Tally:
             norms = [change.norm(p, dim=1) for p in (0, 2, torch.inf)]
             self.norms.append(torch.stack(norms, dim=1))
 
-    def row(self, condition: str, before: float) -> Row:
+    def row(self, condition: str, right_before: Tensor) -> Row:
         norms = torch.cat(self.norms) if self.norms else torch.zeros(0, 3)
         l0, l2, linf = norms.median(0).values.tolist() if len(norms) else [None] * 3
-        shares = _shares(torch.cat(self.right))
+        shares = wilson_of(torch.cat(self.right))
+        before = right_before[: shares["images"]].double().mean().item()
         return {
             "condition": condition,
             **shares,
@@ -248,7 +253,7 @@ class _Tally:
         }
 
 
-def _shares(right: Tensor) -> Row:
+def wilson_of(right: Tensor) -> Row:
     """The accuracy with its 95 % Wilson interval, and the number of images."""
     from llm_attack.stats import wilson
 
@@ -265,6 +270,7 @@ def measure(
     epsilon: float,
     steps: int = 10,
     subset: int | None = None,
+    searched: int | None = None,
     at: str | None = None,
     epsilon_unit: str = "absolute",
     batch_size: int = 250,
@@ -283,6 +289,7 @@ def measure(
         epsilon: L-infinity amplitude.
         steps: of the iterative attacks.
         subset: all conditions but `all` are of the first so many images; None for all.
+        searched: DeepFool and SparseFool attack the first so many of these; None for all.
         at: the block whose output is attacked, without a box; None for the pixels, in [0, 1].
         epsilon_unit: `rms` for an epsilon in units of the point's root mean square.
         batch_size: images at once.
@@ -298,7 +305,9 @@ def measure(
     """
     extract, classifier = (nn.Identity(), network) if at is None else split(network, at)
     few = len(images) if subset is None else min(subset, len(images))
-    edges = sorted({*range(0, few, batch_size), *range(few, len(images), batch_size)})
+    fewer = few if searched is None else min(searched, few)
+    starts = (range(0, fewer, batch_size), range(fewer, few, batch_size))
+    edges = sorted({*starts[0], *starts[1], *range(few, len(images), batch_size)})
     batches = [slice(a, b) for a, b in zip(edges, [*edges[1:], len(images)], strict=True)]
     keys = torch.tensor([keys_for(seed, [i]) for i in range(few)]).to(images.labels.device)
     tallies = {name: _Tally() for name in ("none", *names)}
@@ -326,13 +335,14 @@ def measure(
             if rows.start >= few:
                 continue
             tallies["none"].add(clean)
+            now = [name for name in names if rows.start < fewer or not _is_search(name)]
             if not clean.any():
-                for name in names:
+                for name in now:
                     tallies[name].add(clean)
                 continue
             x, labels = x[clean], labels[clean]
             for name, point in attacked(
-                names,
+                now,
                 classifier,
                 Examples(x, labels, keys[rows][clean]),
                 Attack(epsilon=amplitude, steps=steps),
@@ -343,15 +353,65 @@ def measure(
                 after = clean.clone()
                 after[clean] = stays
                 tallies[name].add(after, (point - x)[~stays])
-    before = torch.cat(tallies["none"].right).double().mean().item()
-    table = [tally.row(condition, before) for condition, tally in tallies.items()]
+    right_before = torch.cat(tallies["none"].right)
+    table = [tally.row(condition, right_before) for condition, tally in tallies.items()]
     bounded = [row for row in table[1:] if not row["condition"].endswith(UNBOUNDED)]
     robust = sorted(bounded or table[1:], key=lambda row: row["accuracy"])
     kept = ("accuracy", "low", "high", "images", "before")
     for condition, row in (("lowest", robust[0]), ("highest", robust[-1])):
         table.append({"condition": condition, **{name: row[name] for name in kept}})
-    table.append({"condition": "all", **_shares(torch.cat(everything.right))})
+    table.append({"condition": "all", **wilson_of(torch.cat(everything.right))})
     return [{**row, "epsilon": amplitude, "rms": rms} for row in table]
+
+
+def right_under(
+    network: nn.Module,
+    images: Images,
+    names: Sequence[str],
+    *,
+    epsilon: float,
+    steps: int = 10,
+    at: str | None = None,
+    batch_size: int = 250,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """(N,) whether each image is right without an attack (`none`), and before and after each.
+
+    The arguments are those of `measure`; epsilon is in the units of the point.
+    """
+    extract, classifier = (nn.Identity(), network) if at is None else split(network, at)
+    bounds = (0, 1) if at is None else None
+    keys = torch.tensor([keys_for(seed, [i]) for i in range(len(images))]).to(images.labels.device)
+    parts: dict[str, list[Tensor]] = {name: [] for name in ("none", *names)}
+    with frozen(network):
+        for start in range(0, len(images), batch_size):
+            rows = slice(start, start + batch_size)
+            labels = images.labels[rows]
+            with torch.no_grad():
+                x = extract(images[rows].scaled())
+                clean = classifier(x).argmax(1) == labels
+            parts["none"].append(clean)
+            examples = Examples(x[clean], labels[clean], keys[rows][clean])
+            if not clean.any():
+                for name in names:
+                    parts[name].append(clean)
+                continue
+            like = Attack(epsilon=epsilon, steps=steps)
+            for name, point in attacked(names, classifier, examples, like, bounds):
+                after = clean.clone()
+                with torch.no_grad():
+                    after[clean] = classifier(point).argmax(1) == examples.labels
+                parts[name].append(after)
+    return {name: torch.cat(rights) for name, rights in parts.items()}
+
+
+def clean_accuracy(network: nn.Module, images: Images, batch_size: int = 250) -> float:
+    """The share of images that the network classifies rightly."""
+    starts = range(0, len(images), batch_size)
+    with frozen(network), torch.no_grad():
+        batches = (images[i : i + batch_size] for i in starts)
+        right = [network(batch.scaled()).argmax(1) == batch.labels for batch in batches]
+    return torch.cat(right).double().mean().item()
 
 
 @contextmanager

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,11 +17,11 @@ from llm_attack.base.declare import parts
 from llm_attack.base.errors import UsageError, invalid
 from llm_attack.base.failures import one_line
 from llm_attack.base.folder import resolved
-from llm_attack.base.record import Stopwatch
+from llm_attack.base.record import Stopwatch, write_json
 from llm_attack.vision.adversarial import usual_epsilon
 from llm_attack.vision.checkpoints import fill, imported, place, read_metadata, save
 from llm_attack.vision.data import Dataset
-from llm_attack.vision.measure import Row, frozen, measure
+from llm_attack.vision.measure import Row, clean_accuracy, frozen, measure
 from llm_attack.vision.networks import NETWORKS, build
 from llm_attack.vision.settings import ImageSettings
 from llm_attack.vision.train import train
@@ -115,7 +116,7 @@ def trained(
     attacked_epochs: int | None = None,
     state: Path | None = None,
     label: str | None = None,
-    besides: Mapping[str, Callable[[nn.Module], float]] = MappingProxyType({}),
+    besides: Callable[[nn.Module], Row] = lambda network: {},
     **how: Any,
 ) -> tuple[nn.Module, list[Row]]:
     """The trained network, and what `measure` found after epochs, which is printed.
@@ -130,21 +131,22 @@ def trained(
         clock: gets the seconds of training and of attacks.
         attacked_epochs: number of epochs after which to measure, spread evenly from the first to
             the last; None for all, 1 for the last.
-        state: as for `train`.
+        state: as for `train`. What was measured is kept beside it, in a file that ends in `.json`;
+            a run that is resumed measures what is missing there.
         label: what the network is called; unless given, by data set and name.
-        besides: further columns of all rows of an epoch: numbers that a network has.
+        besides: makes further columns of all rows of an epoch: numbers that a network has.
         **how: of `measure`: `epsilon` and others.
     """
     label = f"{dataset.name}-{name}" if label is None else label
     kept = kept_in(settings, label)
-    network, rows = untrained(dataset, name, settings), list[Row]()
+    network, rows = untrained(dataset, name, settings), _kept_rows(state)
     how_to_train: Any = {"state": state, "label": label}
     how |= {"steps": settings.steps, "seed": settings.seed}
+    how["searched"] = settings.sparsefool_images
 
     def measured(epoch: int, precision: str | None = None) -> list[Row]:
         rows_of_epoch = measure(network, dataset.test, attacks, **how)
-        further: Row = {column: value_of(network) for column, value_of in besides.items()}
-        further["precision"] = precision
+        further = {**besides(network), "precision": precision}
         return [{"epoch": epoch, **row, **further} for row in rows_of_epoch]
 
     if not settings.epochs:
@@ -155,21 +157,27 @@ def trained(
         return network, measurements
     chosen = spread(settings.epochs, attacked_epochs)
     first = True
-    for epoch, loss, precision in train(network, dataset.train, settings, rows, **how_to_train):
+    for epoch, loss, precision in train(network, dataset.train, settings, **how_to_train):
         learning = clock.lap(f"{label} training")
         said = f"{label}: epoch {epoch} of {settings.epochs}, loss {loss:.4f}"
-        if epoch in chosen:
+        last = epoch == settings.epochs or _reached(network, dataset, settings)
+        missing = all(row["epoch"] != epoch for row in rows)
+        if missing and (last or epoch in chosen):
             measurements = measured(epoch, precision)
             rows += measurements
+            if state is not None:
+                write_json(_beside(state), rows)
             said += _said(measurements)
         measuring = clock.lap(f"{label} attacks")
-        if first and epoch < settings.epochs:
+        if first and not last:
             more = sum(later > epoch for later in chosen)
             left = (settings.epochs - epoch) * learning + more * measuring
             unknown = "" if epoch in chosen else " without the attacks"
             said += f"; about {left / 60:.1f} more minutes for this network{unknown}"
             first = False
         tqdm.write(said)
+        if last:
+            break
     clock.lap(f"{label} training")
     if kept is not None:
         about = {
@@ -179,6 +187,37 @@ def trained(
         }
         save(kept, label, network, settings, about)
     return network, rows
+
+
+def state_file(folder: Path, label: str) -> Path:
+    """The file for what a training needs in order to go on, in a folder of results."""
+    return folder / "checkpoints" / (re.sub(r"[^\w.-]+", "_", label) + ".pt")
+
+
+def _beside(state: Path) -> Path:
+    return state.with_suffix(".json")
+
+
+def _kept_rows(state: Path | None) -> list[Row]:
+    """The rows of a run that is resumed."""
+    if state is None or not (state.exists() and _beside(state).exists()):
+        return []
+    try:
+        rows: list[Row] = json.loads(_beside(state).read_text(encoding="utf-8"))
+        epochs = [row["epoch"] for row in rows]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UsageError(
+            f"output: {_beside(state)}: must be a file that the attacks wrote ({one_line(error)}),"
+            " or not exist"
+        ) from error
+    return [row for row, epoch in zip(rows, epochs, strict=True) if type(epoch) is int]
+
+
+def _reached(network: nn.Module, dataset: Dataset, settings: ImageSettings) -> bool:
+    """Whether the network has the accuracy at which training ends."""
+    if settings.stop_at is None:
+        return False
+    return clean_accuracy(network, dataset.test) >= settings.stop_at
 
 
 def kept_in(settings: ImageSettings, label: str) -> Path | None:

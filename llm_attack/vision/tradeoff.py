@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,6 +24,9 @@ from llm_attack.vision.settings import KNOWN, QUICK, TRAININGS, Amplitude, shown
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import nn
+
+    from llm_attack.vision.data import Images
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,6 @@ def _rows(settings: Settings, folder: Path, clock: Stopwatch) -> Iterator[dict[s
     """Trains and attacks all networks; the rows of `measure`, with dp, of each."""
     from llm_attack.vision import stages
     from llm_attack.vision.data import load_dataset
-    from llm_attack.vision.momentum import momentum_spread
 
     for name in ("load", "weights"):
         if getattr(settings, name) is not None:
@@ -111,7 +112,6 @@ def _rows(settings: Settings, folder: Path, clock: Stopwatch) -> Iterator[dict[s
             own = replace(here, width=settings.width * times, train_attack=training)
             known = {"width": own.width, "training": training, "seed": own.seed}
             label = "-".join(f"{part}" for part in (dataset.name, name, *known.values()))
-            file = re.sub(r"[^\w.-]+", "_", label)
             _, rows = stages.trained(
                 dataset,
                 name,
@@ -119,14 +119,20 @@ def _rows(settings: Settings, folder: Path, clock: Stopwatch) -> Iterator[dict[s
                 attacks,
                 clock,
                 label=label,
-                besides={"dp": partial(momentum_spread, images=few)},
-                state=folder / "checkpoints" / f"{file}.pt",
+                besides=partial(_spread, images=few),
+                state=stages.state_file(folder, label),
                 epsilon=stages.amplitude(own, dataset),
                 subset=settings.subset,
                 attacked_epochs=settings.attacked_epochs,
             )
             for row in rows:
                 yield {"dataset": dataset.name, "network": name, **known, **row}
+
+
+def _spread(network: nn.Module, images: Images) -> dict[str, Any]:
+    from llm_attack.vision.momentum import momentum_spread
+
+    return {"dp": momentum_spread(network, images)}
 
 
 def points(table: pd.DataFrame) -> pd.DataFrame:
@@ -276,4 +282,6 @@ def _legend(kinds: list[Any], trainings: list[str]) -> list[Any]:
 # Networks are trained here, so none is loaded; nobody varied the momentum.
 _NO_OPTIONS = ("load", "weights", "momentum")
 
-COMMAND = figure_command("tradeoff", PRESETS, run, without=_NO_OPTIONS)
+COMMAND = figure_command(
+    "tradeoff", PRESETS, run, "llm_attack.vision.settings:with_recipe", without=_NO_OPTIONS
+)

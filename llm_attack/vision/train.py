@@ -19,9 +19,8 @@ from llm_attack.base.record import whole_or_not
 from llm_attack.vision.adversarial import adversarial_examples, objective
 from llm_attack.vision.checkpoints import reason
 from llm_attack.vision.data import Images, augment
-from llm_attack.vision.measure import Row
 from llm_attack.vision.precision import mixed_precision
-from llm_attack.vision.settings import ImageSettings
+from llm_attack.vision.settings import ImageSettings, with_recipe
 
 
 class Epoch(NamedTuple):
@@ -36,62 +35,55 @@ def train(
     network: nn.Module,
     images: Images,
     settings: ImageSettings,
-    rows: list[Row],
     *,
     state: Path | None = None,
     label: str = "",
 ) -> Iterator[Epoch]:
-    """Trains `network` in place: SGD with Nesterov momentum, one cycle of the learning rate.
+    """Trains `network` in place.
 
     The order of the images and their augmentation are drawn from the seed and the epoch's number,
-    so that a resumed run is the run that was not interrupted. Which images are mirrored alternates:
-    each is seen both ways in any two epochs (Jordan 2024, arXiv 2404.00498).
+    so that a resumed run is the run that was not interrupted. Where mirroring alternates, each
+    image is seen both ways in any two epochs (Jordan 2024, arXiv 2404.00498).
 
     Args:
         network: on the device of `images`.
         images: to learn from.
-        settings: `epochs`, `batch_size`, `learning_rate`, `momentum`, `weight_decay`,
-            `label_smoothing`, `crop`, `flip`, `precision`, `seed`, and those of `objective`.
-        rows: the caller's of all epochs, to which it adds while an epoch is yielded: kept in
-            `state`, and taken from there by a run that is resumed.
-        state: file that keeps weights, optimiser and rows after every epoch; if it exists, training
-            goes on from there.
+        settings: `recipe` and what it stands for, `epochs`, `batch_size`, `crop`, `flip`,
+            `precision`, `seed`, and those of `objective`.
+        state: file that keeps weights and optimiser. It is written after every epoch, before that
+            is yielded. If it exists, training goes on from there.
         label: what the progress bar says.
 
     Yields:
-        Each epoch after it, `precision` being `float32` or `bfloat16`.
+        Each epoch after it, `precision` being `float32` or `bfloat16`. A run that is resumed first
+        yields the epoch that `state` has, again.
 
     Raises:
         UsageError: `state` cannot be read, or was written under other settings; the loss of an
             epoch, or a weight after it, is not finite.
     """
+    settings = with_recipe(settings)
     device = images.pixels.device
     batch = min(settings.batch_size, len(images))
     per_epoch = len(images) // batch
     steps = settings.epochs * per_epoch
-    optimiser = torch.optim.SGD(
-        network.parameters(),
-        settings.learning_rate,
-        momentum=settings.momentum,
-        nesterov=settings.momentum > 0,  # torch has none without momentum
-        weight_decay=settings.weight_decay,
-    )
-    cycle = torch.optim.lr_scheduler.LambdaLR(optimiser, partial(one_cycle, steps=steps))
+    optimiser = _optimiser(network, settings)
+    share = partial(SCHEDULES[settings.chosen("schedule")], steps=steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, share)
     same = {**asdict(settings), "label": label}
     same.pop("device", None)  # may differ from that of the run that is resumed
-    channels, size = images.pixels.shape[1:3]
-    crop = size // 8 if settings.crop is None else settings.crop
-    flip = channels == 3 if settings.flip is None else settings.flip
+    crop, flip = _augmentation(images, settings)
     mirrored = torch.randint(
         2, (len(images),), generator=_drawn(settings, 0, device), device=device
     )
     done = 0
     if state is not None and state.exists():
         kept = _read(state, same, device)
-        done, rows[:], mixed = kept["epoch"], kept["rows"], kept["mixed"]
+        done, mixed = kept["epoch"], kept["mixed"]
         network.load_state_dict(kept["network"])
         optimiser.load_state_dict(kept["optimiser"])
-        cycle.load_state_dict(kept["cycle"])
+        schedule.load_state_dict(kept["schedule"])
+        yield Epoch(done, kept["loss"], _PRECISIONS[mixed])
     else:
         mixed = mixed_precision(settings.precision, network, images[:1].scaled(), steps * batch)
     seen: Any = {"total": steps * batch, "initial": done * per_epoch * batch, "unit": " images"}
@@ -100,10 +92,13 @@ def train(
             network.train()
             draws = _drawn(settings, epoch, device)
             order = torch.randperm(len(images), generator=draws, device=device)
+            turns = mirrored + epoch
+            if settings.mirroring == "random":
+                turns = torch.randint(2, (len(images),), generator=draws, device=device)
             total = torch.zeros((), device=device)
             for rows_now in order[: per_epoch * batch].split(batch):
                 now = images[rows_now]
-                turned = (mirrored[rows_now] + epoch) % 2 == 1 if flip else None
+                turned = turns[rows_now] % 2 == 1 if flip else None
                 x = Images(augment(now.pixels, draws, crop=crop, flip=turned), now.labels).scaled()
                 point = adversarial_examples(network, x, now.labels, settings, draws)
                 with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
@@ -111,30 +106,63 @@ def train(
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()
-                cycle.step()
+                schedule.step()
                 total += loss.detach()
                 bar.update(batch)
             mean = total.item() / per_epoch
             _check_finite(mean, network, epoch, settings)
-            yield Epoch(epoch, mean, "bfloat16" if mixed else "float32")
             if state is not None:
                 kept = {
                     "same": same,
                     "epoch": epoch,
-                    "rows": rows,
+                    "loss": mean,
                     "mixed": mixed,
                     "network": network.state_dict(),
                     "optimiser": optimiser.state_dict(),
-                    "cycle": cycle.state_dict(),
+                    "schedule": schedule.state_dict(),
                 }
                 with whole_or_not(state) as draft:
                     torch.save(kept, draft)
+            yield Epoch(epoch, mean, _PRECISIONS[mixed])
+
+
+def _augmentation(images: Images, settings: ImageSettings) -> tuple[int, bool]:
+    """The largest shift in pixels, and whether images are mirrored."""
+    channels, size = images.pixels.shape[1:3]
+    crop = size // 8 if settings.crop is None else settings.crop
+    return crop, channels == 3 if settings.flip is None else settings.flip
+
+
+def _optimiser(network: nn.Module, settings: ImageSettings) -> torch.optim.Optimizer:
+    rate, momentum = settings.chosen("learning_rate"), settings.chosen("momentum")
+    decay = settings.chosen("weight_decay")
+    weights = network.parameters()
+    if settings.chosen("optimiser") == "adam":
+        return torch.optim.Adam(weights, rate, betas=(momentum, 0.999), weight_decay=decay)
+    nesterov = momentum > 0  # torch has none without momentum
+    return torch.optim.SGD(weights, rate, momentum=momentum, nesterov=nesterov, weight_decay=decay)
 
 
 def one_cycle(step: int, *, steps: int) -> float:
     """Share of the highest learning rate: up in the first quarter of the steps, then down to 0."""
     share = (step + 1) / (steps + 1)
     return min(4 * share, (1 - share) * 4 / 3)
+
+
+def by_steps(step: int, *, steps: int) -> float:
+    """Share of the highest learning rate: a tenth of it from half of the steps, a hundredth from
+    three quarters (He et al. 2016, for CIFAR-10).
+    """
+    return 1.0 if 2 * step < steps else 0.1 if 4 * step < 3 * steps else 0.01
+
+
+def constant(step: int, *, steps: int) -> float:
+    """The highest learning rate in every step."""
+    return 1.0
+
+
+SCHEDULES = {"cycle": one_cycle, "steps": by_steps, "constant": constant}
+_PRECISIONS = {False: "float32", True: "bfloat16"}
 
 
 def _drawn(settings: ImageSettings, epoch: int, device: torch.device) -> torch.Generator:
@@ -151,7 +179,8 @@ def _check_finite(loss: float, network: nn.Module, epoch: int, settings: ImageSe
     else:
         return
     raise UsageError(
-        f"learning_rate={settings.learning_rate:g}: {fault}; must be lower, or use other images"
+        f"learning_rate={settings.chosen('learning_rate'):g}: {fault}; must be lower, or use other"
+        " images"
     )
 
 

@@ -39,6 +39,20 @@ def trend(curves: ArrayLike) -> tuple[float, float, float]:
     return value, max(-1.0, value - half), min(1.0, value + half)
 
 
+def t_interval(values: ArrayLike) -> tuple[float, float, float]:
+    """The mean, and the ends of its 95 % interval by Student's t; NaN where there are too few.
+
+    Args:
+        values: (n,), taken as independent.
+    """
+    x = np.asarray(values, dtype=float)
+    mean = float(x.mean()) if len(x) else math.nan
+    if len(x) < 2:
+        return mean, math.nan, math.nan
+    half = float(t.ppf(1 - ALPHA / 2, len(x) - 1) * x.std(ddof=1)) / math.sqrt(len(x))
+    return mean, mean - half, mean + half
+
+
 def verdict(low: float, high: float) -> str:
     """The verdict of an interval of `trend`."""
     return "falls" if high < 0 else "rises" if low > 0 else "cannot be told"

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from forks import run_module
 from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -60,15 +61,11 @@ def test_known_arguments_are_taken(make):
     assert lm.max_length == 32
 
 
-def test_command_line_of_lm_eval():
+def test_command_line_of_lm_eval(tmp_path):
     """There, too, it is one line and no traceback."""
     arguments = ["--model", "attacked-hf", "--model_args", "pretrained=demo,attack=bimm"]
     tasks = ["--tasks", "demo_piqa", "--include_path", str(tasks_path())]
-    done = subprocess.run(
-        [sys.executable, "-m", "lm_eval", *arguments, *tasks],
-        capture_output=True,
-        text=True,
-    )
+    done = run_module("lm_eval", *arguments, *tasks, folder=tmp_path)
     assert done.returncode == 2, done.stderr
     assert "error: attack=bimm: must be one of" in done.stderr
     assert "Traceback" not in done.stderr
@@ -90,6 +87,7 @@ def test_model_that_cannot_be_loaded(make, name):
         make(pretrained=name)
 
 
+@pytest.mark.slow  # in a process whose libraries look for the cache elsewhere
 def test_unreachable_hub(tmp_path):
     """With an empty cache and no network the default model cannot be had."""
     done = subprocess.run(

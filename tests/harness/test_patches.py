@@ -54,6 +54,7 @@ def test_requests_outlive_their_task():
     assert gold_of(requests) == [[False, True], [True, False]]
 
 
+@pytest.mark.slow  # a process that has imported nothing
 def test_requests_built_before_the_model():
     """The import is enough. In a process of its own: here a model may have been made before."""
     code = """

@@ -11,6 +11,7 @@ import torch
 from click.testing import CliRunner
 from networks import ARCHITECTURES, CPU, network, scorer_of, single
 from torch import nn
+from versions import TRANSFORMERS
 
 from llm_attack.base.errors import UsageError
 from llm_attack.cli import main
@@ -33,6 +34,8 @@ def found_of(model):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_right_gradients(name, dtype):
     """Of every architecture; also behind routers that jump, and with half of the digits."""
+    if name == "mpt" and dtype == torch.float64 and TRANSFORMERS.major < 5:
+        pytest.skip("MPT of transformers 4 does not run in float64")
     model = network(name) if dtype == torch.float64 else single(name).to(dtype)
     found = found_of(model)
     assert (found.fault, found.warning) == ("", "")

@@ -10,6 +10,8 @@ from lm_eval.models.huggingface import HFLM
 
 from llm_attack.harness.model import AttackedHFLM
 
+pytestmark = pytest.mark.slow  # reading its weights takes longer than all that they are asked
+
 FACTS = [
     ("The capital of France is", " Paris", " Rome"),
     ("Ice is frozen", " water", " fire"),
@@ -52,7 +54,6 @@ def test_as_in_stock(lm, requests, answers):
     assert answers["none"] == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("task", ["hellaswag", "piqa"])
 def test_nearer_to_float64_than_stock(lm, build, real_data, task):
     """Of ten real questions with long choices: by the mean, in squares, and at the most.

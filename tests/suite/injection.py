@@ -13,7 +13,6 @@ import io
 import itertools
 import multiprocessing
 import os
-import pathlib
 import signal
 import sqlite3
 import tempfile
@@ -168,7 +167,7 @@ def watch(folder: Path, fault: Fault | None) -> None:
             with operation(name):
                 return plain(*arguments, **options)
 
-        _put(name, wrapped)
+        setattr(os, name, wrapped)
 
     def gone(path: Any, *, dir_fd: int | None = None) -> bool:
         return dir_fd is not None or (inside(path) and os.path.lexists(path))
@@ -221,9 +220,6 @@ def _watch_files(operation: Callable[[str], Any], inside: Callable[[Any], bool])
             return plain(file, mode, *arguments, **options)
 
     builtins.open = io.open = wrapped
-    accessor = getattr(pathlib, "_NormalAccessor", None)
-    if accessor is not None:
-        accessor.open = staticmethod(wrapped)
 
 
 def _watch_databases(operation: Callable[[str], Any]) -> None:
@@ -253,13 +249,6 @@ def _as_sqlite_says() -> Iterator[None]:
         full = error.errno == errno.ENOSPC
         says = "database or disk is full" if full else "attempt to write a readonly database"
         raise sqlite3.OperationalError(says) from None
-
-
-def _put(name: str, wrapped: Callable[..., Any]) -> None:
-    setattr(os, name, wrapped)
-    accessor = getattr(pathlib, "_NormalAccessor", None)  # of Python 3.10, which has its own
-    if hasattr(accessor, name) and name != "open":
-        setattr(accessor, name, staticmethod(wrapped))
 
 
 def _die() -> None:

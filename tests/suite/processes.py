@@ -6,7 +6,6 @@ A test can so kill a run in the middle, and need not wait for imports at each tr
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -14,17 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(
-    [
-        "llm_attack.suite.evaluate",
-        "llm_attack.suite.report.figures",
-        "matplotlib.backends.backend_agg",
-        "matplotlib.backends.backend_svg",
-        "matplotlib.figure",
-        "transformers.models.llama.modeling_llama",
-    ]
-)
+from forks import server
 
 # A run of many small batches.
 RUN = "run --model demo --tasks demo_piqa,demo_winogrande --limit 6 --steps 2 --device cpu"

@@ -1,4 +1,7 @@
-"""Each durable operation of a run as its last: nothing is lost, and nothing is left lying about."""
+"""Each durable operation of a run as its last: nothing is lost, and nothing is left lying about.
+
+By default the first and the last operation of each name are tried; all of them are slow tests.
+"""
 
 import errno
 import hashlib
@@ -30,6 +33,15 @@ class Runs:
         self.files = contents(whole / "run")
         forks.draw_no_more(whole)
         self._settled = set()
+
+    def tried(self, every, until=None):
+        """The operations that a fault strikes, with their numbers: before the number `until`."""
+        known = [*enumerate(self.operations)][:until]
+        if every:
+            return known
+        ends = {name: (number, name) for number, name in known}  # the last of each name
+        first = {name: (number, name) for number, name in reversed(known)}
+        return sorted({*first.values(), *ends.values()})
 
     def meets(self, fault, **environment):
         """The folder of a run that meets `fault`, and its exit code."""
@@ -71,6 +83,12 @@ def runs(tmp_path_factory):
     forks.close()
 
 
+@pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["some", "every"])
+def every(request):
+    """Whether all operations are tried."""
+    return request.param
+
+
 def test_the_operations(runs):
     """They are found: those of the mark, of the batches, of the outputs, and the deletions."""
     found = Counter(runs.operations)
@@ -85,8 +103,8 @@ def test_the_operations(runs):
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_killed(runs, moment):
-    for number, name in enumerate(runs.operations):
+def test_killed(runs, moment, every):
+    for number, name in runs.tried(every):
         folder, code = runs.meets(Fault(moment, number))
         assert code == KILLED, (number, name)
         assert operations(folder) == runs.operations[: number + 1]
@@ -100,9 +118,9 @@ def test_killed(runs, moment):
         ("read-only", (os.strerror(errno.EROFS), "attempt to write a readonly database")),
     ],
 )
-def test_disk(runs, kind, says):
+def test_disk(runs, kind, says, every):
     """It is full, or read-only, from an operation on; deletions are put off until the next run."""
-    for number, name in enumerate(runs.operations):
+    for number, name in runs.tried(every):
         if kind == "full" and name not in GROWING:
             continue
         if kind == "read-only" and name in runs.operations[:number]:
@@ -121,12 +139,12 @@ def test_disk(runs, kind, says):
         runs.goes_on(folder)
 
 
-def test_one_of_two_is_killed(runs):
+def test_one_of_two_is_killed(runs, every):
     """At each operation on its share; the other then says so, and one alone goes on."""
     started = [{"RANK": str(rank), "WORLD_SIZE": "2"} for rank in (0, 1)]
     # the first alone tries out what is needed at the end: files that are synced, and removed
     reached = len(runs.operations) - runs.operations[::-1].index("commit") - 1 - 2 * TRIED
-    for number in range(reached):
+    for number, _ in runs.tried(every, reached):
         folder, code = runs.meets(Fault("before", number), **started[1])
         assert code == KILLED
         assert runs.forks.run(folder, PATIENCE="0", **started[0]) == 1

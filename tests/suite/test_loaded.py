@@ -34,10 +34,15 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(MODEL_PATH)
 
 
+def plain(value):
+    """A tensor by its bytes, anything else as a copy."""
+    return value.numpy().tobytes() if isinstance(value, torch.Tensor) else copy.copy(value)
+
+
 def everything(model):
     """All of a model that a run could leave changed; tensors by their bytes and their place."""
     modules = [
-        {key: copy.copy(value) for key, value in vars(module).items() if key != "_parameters"}
+        {key: plain(value) for key, value in vars(module).items() if key != "_parameters"}
         for module in model.modules()
     ]
     tensors = [

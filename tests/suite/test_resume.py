@@ -18,7 +18,7 @@ OUTPUTS = {
     *(f"{name}.{kind}" for name in ("figure", "margin", "cosine") for kind in ("png", "svg")),
     *(f"lm_eval/results_{name}.json" for name in ("none", "random@0.01", "fgsm@0.01", "bim@0.01")),
     *("samples.parquet", "questions.parquet", "table.csv", "table.md", "report.html", "run.json"),
-    "summary.json",
+    *("calibration.csv", "calibration.md", "summary.json"),
 }
 
 

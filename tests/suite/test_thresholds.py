@@ -156,7 +156,7 @@ def test_the_workflow_passes_and_fails(tmp_path):
     done = carried_out(run)
     assert done.returncode == 0, done.stderr
     (tmp_path / "attacked").rename(tmp_path / "released")
-    again = ["0.2rms" if word == "0.1rms" else word for word in run]
+    again = ["0.5rms" if word == "0.1rms" else word for word in run]
     done = carried_out(again)
     assert done.returncode == 3, done.stderr
     shared = carried_out(compare)

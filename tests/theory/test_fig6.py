@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from llm_attack.base.errors import UsageError
-from llm_attack.theory import sentiment
+from llm_attack.theory import bands, sentiment
 from llm_attack.theory.bands import MANY
 from llm_attack.theory.fig6 import draw, run, run_kind, trends
 from llm_attack.theory.lexicon import LABELS, encode
@@ -90,7 +90,7 @@ def test_summary():
     cosine = torch.tensor([[0.1, 0.5, 0.3, -0.1], [0.4, 0.4, 0.0, 0.0]])
     found = summary(right, cosine)
     assert tuple(found) == MEASURED
-    assert found["accuracy"] == [0.5, 1.0]
+    assert found["accuracy"] == [0.5, 1.0] and found["wrong"] == [2, 0]
     assert found["cosine_right"] == pytest.approx([0.2, 0.2])
     assert found["cosine_wrong"][0] == pytest.approx(0.2)
     assert math.isnan(found["cosine_wrong"][1])
@@ -163,16 +163,39 @@ def test_what_is_written(tmp_path, words_csv):
 def test_the_figure_is_drawn_from_the_file(tmp_path, epochs):
     """Curves of many epochs are pixels in the SVG; text and axes are not."""
     columns = [f"{name}_{end}" for name in MEASURED for end in ("mean", "min", "max")]
-    rows = [[2, e, s, *[0.5] * 9] for e in range(epochs + 1) for s in ("test", "train")]
+    rows = [[2, e, s, *[0.5] * 9, *[30] * 3] for e in range(epochs + 1) for s in ("test", "train")]
     table = pd.DataFrame(rows, columns=["size", "epoch", "split", *columns])
     table.to_csv(tmp_path / "curves.csv", index=False)
     networks = pd.DataFrame([Kind(2)]).assign(split="test", accuracy=0.5)
     networks.to_csv(tmp_path / "networks.csv", index=False)
     draw(tmp_path)
     text = (tmp_path / "figure.svg").read_text()
-    assert text.count("<image") == (2 if epochs > MANY else 0)  # one a panel
+    assert text.count("<image") == (3 if epochs > MANY else 0)  # one a panel
     assert "embedding size 2</text>" in text
     assert text.count("\n") < 1000
+
+
+def test_the_cosine_of_few_wrong_words_is_not_drawn(tmp_path, monkeypatch):
+    """Of training words there are 20 up to epoch 5; of test words there are always enough."""
+    columns = [f"{name}_{end}" for name in MEASURED for end in ("mean", "min", "max")]
+    rows = [
+        [2, e, s, *[0.5] * 9, *[25 - e if s == "train" else 90] * 3]
+        for e in range(11)
+        for s in ("test", "train")
+    ]
+    table = pd.DataFrame(rows, columns=["size", "epoch", "split", *columns])
+    table.to_csv(tmp_path / "curves.csv", index=False)
+    pd.DataFrame([Kind(2)]).assign(split="test").to_csv(tmp_path / "networks.csv", index=False)
+    drawn, shaded = {}, bands.shaded
+
+    def seen(ax, table, column, colour, **options):
+        drawn[(column, options["label"])] = table["epoch"].max()
+        shaded(ax, table, column, colour, **options)
+
+    monkeypatch.setattr(bands, "shaded", seen)
+    draw(tmp_path)
+    assert drawn[("cosine_wrong", "wrong, train")] == 5
+    assert drawn[("cosine_wrong", "wrong, test")] == drawn[("wrong", "wrong, train")] == 10
 
 
 def test_no_wrong_words_have_no_cosine(tmp_path, words_csv):

@@ -188,7 +188,7 @@ def run(images, settings, stop_at=None, seen=None, **options):
         network.fc2.register_forward_hook(
             lambda module, args, output: seen.append((module.training, output.dtype))
         )
-    for epoch, *_ in train(network, images, settings, [], **options):
+    for epoch, *_ in train(network, images, settings, **options):
         if epoch == stop_at:
             break
     return network

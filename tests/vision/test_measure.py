@@ -356,3 +356,15 @@ def test_measuring_leaves_no_trace(name):
         raise ArithmeticError
     assert [m.training for m in net.modules()] == modes
     assert [p.requires_grad for p in net.parameters()] == needs
+
+
+def test_searches_can_have_fewer_images():
+    """Their rows are those of a run of that many images; all others are as they were."""
+    net, names, how = network(), ("fgsm", "sparsefool"), {"epsilon": 0.1, "seed": 3}
+    whole = rows_of(measure(net, images(), names, subset=40, **how))
+    found = rows_of(measure(net, images(), names, subset=40, searched=7, batch_size=5, **how))
+    few = rows_of(measure(net, images(), names, subset=7, **how))
+    assert found["sparsefool"] == pytest.approx(few["sparsefool"] | {"rms": whole["none"]["rms"]})
+    for name in ("none", "fgsm", "all"):
+        assert found[name] == pytest.approx(whole[name])
+    assert (found["sparsefool"]["images"], found["fgsm"]["images"]) == (7, 40)

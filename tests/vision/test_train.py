@@ -14,7 +14,8 @@ from llm_attack.vision import fig2, stages
 from llm_attack.vision.data import load_dataset
 from llm_attack.vision.networks import build
 from llm_attack.vision.precision import mixed_precision
-from llm_attack.vision.train import one_cycle, train
+from llm_attack.vision.settings import RECIPES
+from llm_attack.vision.train import by_steps, one_cycle, train
 
 SETTINGS = fig2.Settings(epochs=4, batch_size=32, width=0.25, learning_rate=0.1, crop=1, flip=True)
 PLAIN = replace(SETTINGS, crop=0, flip=False)
@@ -32,14 +33,13 @@ def network(images, name="resnet18", width=0.1):
 
 
 def run(images, settings=SETTINGS, stop_at=None, **options):
-    """Trains; the network, the rows and the losses. Stops, if told, in the midst of an epoch."""
-    net, rows, losses = network(images), [], []
-    for epoch, loss, _ in train(net, images, settings, rows, **options):
+    """Trains; the network and the losses by epoch. Stops, if told, when an epoch is yielded."""
+    net, losses = network(images), {}
+    for epoch, loss, _ in train(net, images, settings, **options):
+        losses[epoch] = loss
         if epoch == stop_at:
             break
-        losses.append(loss)
-        rows += [{"epoch": epoch, "loss": loss}, {"epoch": epoch, "loss": -loss}]
-    return net, rows, losses
+    return net, losses
 
 
 def same(a, b):
@@ -50,38 +50,42 @@ def same(a, b):
 def test_it_learns(images):
     net = network(images, "cnn", width=0.5)
     settings = replace(PLAIN, epochs=12, batch_size=10)
-    assert [epoch.number for epoch in train(net, images, settings, [])] == list(range(1, 13))
+    assert [epoch.number for epoch in train(net, images, settings)] == list(range(1, 13))
     assert (net.eval()(images.scaled()).argmax(1) == images.labels).double().mean() > 0.95
 
 
-def test_the_rows_of_all_epochs_are_kept(images, tmp_path):
-    net, rows, losses = run(images, state=tmp_path / "state.pt")
-    assert [r["epoch"] for r in rows] == [1, 1, 2, 2, 3, 3, 4, 4]
-    assert [r["loss"] for r in rows[::2]] == losses
-    assert torch.load(tmp_path / "state.pt", weights_only=True)["rows"] == rows
-    assert net.training
+def test_an_epoch_is_kept_before_it_is_yielded(images, tmp_path):
+    """So that attacks that are stopped cost no training."""
+    state, net = tmp_path / "state.pt", network(images)
+    for epoch, loss, _ in train(net, images, SETTINGS, state=state):
+        kept = torch.load(state, weights_only=True)
+        assert (kept["epoch"], kept["loss"]) == (epoch, loss)
+        assert all(torch.equal(kept["network"][k], v) for k, v in net.state_dict().items())
+    assert epoch == 4 and net.training
 
 
 def test_the_same_seed_is_the_same_run(images):
-    first, rows, _ = run(images)
-    again, other_rows, _ = run(images)
-    assert same(first, again) and rows == other_rows
-    other, _, _ = run(images, replace(SETTINGS, seed=1))
+    first, losses = run(images)
+    again, other_losses = run(images)
+    assert same(first, again) and losses == other_losses
+    other, _ = run(images, replace(SETTINGS, seed=1))
     assert not same(first, other)
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("stop_at", (1, 3))
-def test_a_resumed_run_is_the_uninterrupted_one(images, tmp_path, stop_at):
-    whole, rows, losses = run(images)
+def test_a_resumed_run_is_the_uninterrupted_one(images, tmp_path, stop_at, recipe):
+    settings = replace(SETTINGS, recipe=recipe)
+    whole, losses = run(images, settings)
     state = tmp_path / "deep" / "state.pt"
-    run(images, stop_at=stop_at, state=state)
-    assert state.exists() == (stop_at > 1)
-    resumed, resumed_rows, later = run(images, state=state)
-    assert same(whole, resumed) and resumed_rows == rows
-    assert later == losses[stop_at - 1 :]
+    run(images, settings, stop_at=stop_at, state=state)
+    # the epoch that was kept is yielded again, for attacks that were stopped
+    resumed, later = run(images, settings, state=state)
+    assert same(whole, resumed)
+    assert later == {epoch: losses[epoch] for epoch in range(stop_at, 5)}
     # a finished run is taken as it is
-    finished, finished_rows, none = run(images, state=state)
-    assert same(whole, finished) and finished_rows == rows and none == []
+    finished, last = run(images, settings, state=state)
+    assert same(whole, finished) and last == {4: losses[4]}
     assert [p.name for p in state.parent.iterdir()] == ["state.pt"]
 
 
@@ -91,6 +95,30 @@ def test_the_optimiser_is_as_set(images, tmp_path):
     (group,) = torch.load(tmp_path / "state.pt", weights_only=True)["optimiser"]["param_groups"]
     assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.8, True, 0.01)
     assert group["initial_lr"] == 0.1 and group["lr"] == pytest.approx(0)
+
+
+def test_the_paper_recipe_is_adam_at_a_constant_rate(images, tmp_path):
+    settings = fig2.Settings(recipe="paper", epochs=2, batch_size=20, width=0.25)
+    run(images, settings, state=tmp_path / "state.pt")
+    kept = torch.load(tmp_path / "state.pt", weights_only=True)
+    (group,) = kept["optimiser"]["param_groups"]
+    assert group["betas"] == (0.9, 0.999) and group["weight_decay"] == 0
+    assert group["lr"] == group["initial_lr"] == 1e-3
+    assert kept["same"]["recipe"] == "paper" and kept["same"]["label_smoothing"] == 0
+
+
+def test_an_option_goes_before_the_recipe(images, tmp_path):
+    settings = fig2.Settings(recipe="paper", schedule="steps", momentum=0.5, epochs=4, width=0.25)
+    rates = []
+    for _ in train(network(images), images, settings, state=tmp_path / "state.pt"):
+        (group,) = torch.load(tmp_path / "state.pt", weights_only=True)["optimiser"]["param_groups"]
+        rates.append(group["lr"])
+    # the rate of the step that comes next
+    assert rates == pytest.approx([1e-3, 1e-4, 1e-5, 1e-5]) and group["betas"] == (0.5, 0.999)
+
+
+def test_steps_fall_at_half_and_at_three_quarters():
+    assert [by_steps(step, steps=8) for step in range(8)] == [1] * 4 + [0.1] * 2 + [0.01] * 2
 
 
 def test_the_cycle_rises_for_a_quarter_of_the_steps():
@@ -130,8 +158,8 @@ def test_a_file_that_is_no_state_is_refused(images, tmp_path, content):
 
 
 def test_batches_are_no_larger_than_the_data(images):
-    _, rows, losses = run(images[:10], replace(SETTINGS, batch_size=64, epochs=1))
-    assert len(rows) == 2 and losses[0] > 0
+    _, losses = run(images[:10], replace(SETTINGS, batch_size=64, epochs=1))
+    assert list(losses) == [1] and losses[1] > 0
 
 
 @pytest.mark.parametrize("share", (0.0, 0.2))
@@ -141,7 +169,7 @@ def test_the_mean_loss_is_reported(images, share):
         PLAIN, learning_rate=0.0, momentum=0.0, label_smoothing=share, batch_size=50, epochs=1
     )
     net = network(images, "cnn")
-    losses = [epoch.loss for epoch in train(net, images, settings, [])]
+    losses = [epoch.loss for epoch in train(net, images, settings)]
     scores = net(images.scaled()).log_softmax(1)
     own = -scores.gather(1, images.labels[:, None]).mean()
     wanted = (1 - share) * own - share * scores.mean()
@@ -159,10 +187,17 @@ def test_each_image_is_seen_both_ways_in_two_epochs(images, monkeypatch):
         return x
 
     monkeypatch.setattr("llm_attack.vision.train.augment", augment)
-    list(train(network(images, "cnn"), images, replace(SETTINGS, epochs=2, batch_size=50), []))
+    settings = replace(SETTINGS, epochs=2, batch_size=50)
+    list(train(network(images, "cnn"), images, settings))
     first, second = dict(seen[:200]), dict(seen[200:])
     assert len(first) == 200 and second == {x: not turned for x, turned in first.items()}
     assert 60 < sum(first.values()) < 140
+    # at random, about half of them are mirrored again in the second
+    seen.clear()
+    list(train(network(images, "cnn"), images, replace(settings, mirroring="random")))
+    first, second = dict(seen[:200]), dict(seen[200:])
+    assert 60 < sum(first.values()) < 140 and 60 < sum(second.values()) < 140
+    assert 60 < sum(second[x] == turned for x, turned in first.items()) < 140
 
 
 def test_a_loss_that_is_not_finite_is_said(images, tmp_path):
@@ -181,7 +216,7 @@ def test_weights_that_the_last_step_spoils_are_said(images, tmp_path):
     settings = replace(PLAIN, epochs=1, batch_size=len(images))
     message = r"learning_rate=0\.1: weights are not finite after epoch 1; must be lower"
     with pytest.raises(UsageError, match=message):
-        list(train(net, images, settings, [], state=state))
+        list(train(net, images, settings, state=state))
     assert not state.exists()
 
 
@@ -191,7 +226,7 @@ def test_precision(images):
     net.fc2.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
     for precision in ("float32", "bfloat16"):
         settings = replace(PLAIN, precision=precision, epochs=1, batch_size=200)
-        assert [epoch.precision for epoch in train(net, images, settings, [])] == [precision]
+        assert [epoch.precision for epoch in train(net, images, settings)] == [precision]
     assert seen == [torch.float32, torch.bfloat16]
 
 
@@ -225,11 +260,11 @@ def test_precision_as_asked_is_kept(images):
 def test_a_resumed_run_keeps_its_precision(images, tmp_path, monkeypatch):
     state = tmp_path / "state.pt"
     monkeypatch.setattr("llm_attack.vision.train.mixed_precision", lambda *a: True)
-    whole, rows, _ = run(images)
+    whole, losses = run(images)
     run(images, stop_at=2, state=state)
     monkeypatch.setattr("llm_attack.vision.train.mixed_precision", lambda *a: False)
-    resumed, resumed_rows, _ = run(images, state=state)
-    assert same(whole, resumed) and resumed_rows == rows
+    resumed, later = run(images, state=state)
+    assert same(whole, resumed) and later[4] == losses[4]
 
 
 @pytest.mark.slow
@@ -241,7 +276,7 @@ def test_bfloat16_learns_as_well_within_the_spread_of_seeds():
         for seed in range(5):
             settings = replace(PLAIN, precision=precision, seed=seed, epochs=8)
             net = stages.untrained(data, "cnn", settings)
-            list(train(net, data.train, settings, []))
+            list(train(net, data.train, settings))
             right = net.eval()(data.test.scaled()).argmax(1) == data.test.labels
             found.setdefault(precision, []).append(right.double().mean().item())
     plain, mixed = (torch.tensor(found[name]) for name in ("float32", "bfloat16"))

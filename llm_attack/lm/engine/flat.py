@@ -29,8 +29,8 @@ class _Real(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        found = upstream.new_zeros(ctx.n, *upstream.shape[1:])
-        return found.index_copy_(0, ctx.real, upstream), None
+        slope = upstream.new_zeros(ctx.n, *upstream.shape[1:])
+        return slope.index_copy_(0, ctx.real, upstream), None
 
 
 class _Rows(torch.autograd.Function):
@@ -48,8 +48,8 @@ class _Rows(torch.autograd.Function):
 
 def sequence(rows: Tensor, flat: Flat) -> Tensor:
     """Makes (1, N, ...) of (B, L, ...)."""
-    found: Tensor = _Real.apply(rows.flatten(0, 1), flat.real)  # type: ignore[no-untyped-call]
-    return found.unsqueeze(0)
+    tokens: Tensor = _Real.apply(rows.flatten(0, 1), flat.real)  # type: ignore[no-untyped-call]
+    return tokens.unsqueeze(0)
 
 
 def _by_rows(x: Tensor, flat: Flat) -> Tensor:
@@ -68,8 +68,8 @@ def row_by_row(flat: Flat) -> Iterator[None]:
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, None]:
         rows = [_by_rows(x, flat) for x in (query, key, value)]
-        found, _ = inner(module, *rows, None, *args, **kwargs)
-        return sequence(found, flat), None
+        attended, _ = inner(module, *rows, None, *args, **kwargs)
+        return sequence(attended, flat), None
 
     ALL_ATTENTION_FUNCTIONS[ATTENTION] = attend
     try:

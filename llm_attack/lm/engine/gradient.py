@@ -84,7 +84,7 @@ def examine(scorer: Scorer, text: Sequence[int], device: torch.device) -> Findin
     """
     parts = [tuple(text[i : i + TOKENS + 1]) for i in range(0, len(text), TOKENS + 1)]
     first = Finding()
-    for part in [of for of in parts if len(of) > 1][:_PARTS]:
+    for part in [part for part in parts if len(part) > 1][:_PARTS]:
         finding = _examined(scorer, part, device)
         if finding.fault or not finding.warning:
             return finding

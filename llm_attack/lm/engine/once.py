@@ -90,8 +90,8 @@ class _Gathered(torch.autograd.Function):
 
 def gathered(hidden: Tensor, twins: Twins) -> Tensor:
     """Makes (P, H) of hidden (B x L, H); see `_Gathered`."""
-    found: Tensor = _Gathered.apply(hidden, twins)  # type: ignore[no-untyped-call]
-    return found
+    rows: Tensor = _Gathered.apply(hidden, twins)  # type: ignore[no-untyped-call]
+    return rows
 
 
 @contextmanager
@@ -109,7 +109,7 @@ def products_once(model: nn.Module, twins: Twins, shape: tuple[int, ...]) -> Ite
     ]
     last: list[Any] = [None, None, None]  # the last input, which several layers often share
 
-    def of(module: nn.Linear) -> Any:
+    def once(module: nn.Linear) -> Any:
         def forward(x: Tensor) -> Tensor:
             if x.shape[:-1] != shape:
                 return nn.functional.linear(x, module.weight, module.bias)
@@ -124,7 +124,7 @@ def products_once(model: nn.Module, twins: Twins, shape: tuple[int, ...]) -> Ite
 
     try:
         for module in modules:
-            vars(module)["forward"] = of(module)
+            vars(module)["forward"] = once(module)
         yield
     finally:
         for module in modules:

@@ -60,11 +60,11 @@ def longest_flat(scorer: Scorer, device: torch.device, pad: int = 0) -> int:
     pack = pack_rows(made_up(scorer), pad, whole=True).to(device)
     if pack.flat is None or not scorer.together(pack):
         return 0
-    found = []
+    slopes = []
     for length in (0, _window(scorer)):
         scorer.longest_flat = length
         try:
-            found.append(_slopes(scorer, pack, None))
+            slopes.append(_slopes(scorer, pack, None))
         except Exception as error:
             scorer.longest_flat = 0
             if should_reduce_batch_size(error):
@@ -72,7 +72,7 @@ def longest_flat(scorer: Scorer, device: torch.device, pad: int = 0) -> int:
             log.info("padding: computed as well: %s: %s", type(error).__name__, error)
             return 0
     scorer.longest_flat = 0
-    return length if all(equal_logits(scorer, b, a) for a, b in zip(*found, strict=True)) else 0
+    return length if all(equal_logits(scorer, b, a) for a, b in zip(*slopes, strict=True)) else 0
 
 
 def _slopes(scorer: Scorer, pack: Pack, twins: Twins | None) -> tuple[Tensor, Tensor]:
@@ -108,12 +108,12 @@ def fault(scorer: Scorer, some: Pack, others: Pack) -> str:
     for pack in (some, others):
         try:
             with torch.no_grad():
-                found = scorer.logits(pack, pack.scored.positions)
+                of_pack = scorer.logits(pack, pack.scored.positions)
         except Exception as error:
             if should_reduce_batch_size(error):
                 raise
             return f"raises {one_line(error)}"
-        logits.append(found[pack.scored.slot.to(found.device)].float())
+        logits.append(of_pack[pack.scored.slot.to(of_pack.device)].float())
     return "" if equal_logits(scorer, *logits) else "gives other logits"
 
 
@@ -153,13 +153,13 @@ def takes_twins(scorer: Scorer, device: torch.device, pad: int = 0) -> bool:
     twins = pack.twins
     if twins is None or not scorer.together(pack):
         return False
-    found = []
+    slopes = []
     for once in (None, twins):
         try:
-            found.append(_slopes(scorer, pack, once))
+            slopes.append(_slopes(scorer, pack, once))
         except Exception as error:
             if should_reduce_batch_size(error):
                 raise
             log.info("twins: computed for each row: %s: %s", type(error).__name__, error)
             return False
-    return all(equal_logits(scorer, b, a) for a, b in zip(*found, strict=True))
+    return all(equal_logits(scorer, b, a) for a, b in zip(*slopes, strict=True))

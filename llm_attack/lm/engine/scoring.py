@@ -108,8 +108,8 @@ class Scorer:
     def point(self, pack: Pack) -> Tensor:
         """The clean point of `pack`, (B, L, H); zero at its prefix."""
         forwards = self._forwards(pack)
-        found = [capture(self.hookpoint, partial(self._forward, f.inputs)) for f in forwards]
-        return self.whole(pack, *found)
+        points = [capture(self.hookpoint, partial(self._forward, f.inputs)) for f in forwards]
+        return self.whole(pack, *points)
 
     def whole(self, pack: Pack, *parts: Tensor) -> Tensor:
         """(B, L, H) from the parts of the forwards of `pack`; zero at its prefix.
@@ -141,7 +141,7 @@ class Scorer:
             logits = self.logits(pack, entries.positions, point, below)
             return self._look_up(pack, entries, logits)
         of_entries = entries.positions[entries.slot]
-        found, order = [], []
+        parts, order = [], []
         for forward in forwards:
             has, _ = forward.among(of_entries, pack)
             (here,) = has.nonzero(as_tuple=True)
@@ -149,10 +149,10 @@ class Scorer:
             part = replace(entries, positions=positions, slot=slot, target=entries.target[here])
             of_part = partial(self._part, pack, forward, part)
             # activations for the backward are computed again there, one part at a time
-            found.append(checkpoint(of_part, point, below, use_reentrant=False))
+            parts.append(checkpoint(of_part, point, below, use_reentrant=False))
             order.append(here)
         back = torch.cat(order).argsort()
-        return Scores(*(torch.cat(of)[back] for of in zip(*found, strict=True)))
+        return Scores(*(torch.cat(values)[back] for values in zip(*parts, strict=True)))
 
     def at_twins(self, pack: Pack, twins: Twins, point: Tensor, below: Tensor | None) -> Scores:
         """The scores of `twins.entries` at the clean point. Their gradient goes to all rows.
@@ -203,12 +203,12 @@ class Scorer:
         forwards = self._forwards(pack)
         if len(forwards) == 1:
             return self._logits(pack, forwards[0], positions, point, below)
-        found, order = [], []
+        parts, order = [], []
         for forward in forwards:
             (here,) = forward.among(positions, pack)[0].nonzero(as_tuple=True)
-            found.append(self._logits(pack, forward, positions[here], point, below))
+            parts.append(self._logits(pack, forward, positions[here], point, below))
             order.append(here)
-        logits = torch.cat(found)
+        logits = torch.cat(parts)
         return logits[torch.cat(order).argsort().to(logits.device)]
 
     def _forwards(self, pack: Pack) -> list[Forward]:
@@ -225,13 +225,13 @@ class Scorer:
             return [Forward(None, pack.inputs)]
         # the positions of a tree are given; the model counts those of a row, padding included
         whole = None if pack.end is None else pack.input_ids.shape[1]
-        found, before = [], len(pack.prefix)
-        for scale, of in rows.items():
+        forwards, before = [], len(pack.prefix)
+        for scale, alike in rows.items():
             length = whole or longest[scale]
             step = max(1, pack.limit // space(length, before))
-            parts = [of[i : i + step] for i in range(0, len(of), step)]
-            found += [Forward(part, pack.inputs.part(part, length - before)) for part in parts]
-        return found
+            parts = [alike[i : i + step] for i in range(0, len(alike), step)]
+            forwards += [Forward(part, pack.inputs.part(part, length - before)) for part in parts]
+        return forwards
 
     @torch.no_grad()
     def _cache(self, pack: Pack) -> Any:
@@ -404,12 +404,12 @@ def likeliest(logits: Tensor) -> Tensor:
         return logits.argmax(-1)
     blocks = logits[:, :whole].unflatten(-1, (-1, _BLOCK))
     largest, block = blocks.amax(-1).max(-1)
-    found: Tensor = block * _BLOCK
-    found += blocks[torch.arange(len(block)), block].argmax(-1)
+    best: Tensor = block * _BLOCK
+    best += blocks[torch.arange(len(block)), block].argmax(-1)
     if whole == logits.shape[-1]:
-        return found
+        return best
     last, place = logits[:, whole:].max(-1)
-    return torch.where((last > largest) | (last.isnan() & ~largest.isnan()), whole + place, found)
+    return torch.where((last > largest) | (last.isnan() & ~largest.isnan()), whole + place, best)
 
 
 def _slices(logits: Tensor) -> list[slice]:

@@ -31,9 +31,9 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
         x, weight, scale = ctx.saved_tensors
-        found = upstream * weight
-        along = (found * x).mean(-1, keepdim=True).mul_(scale).mul_(scale)
-        return found.addcmul_(x, along, value=-1).mul_(scale), None, None
+        slope = upstream * weight
+        along = (slope * x).mean(-1, keepdim=True).mul_(scale).mul_(scale)
+        return slope.addcmul_(x, along, value=-1).mul_(scale), None, None
 
 
 class _Rotated(torch.autograd.Function):
@@ -43,29 +43,31 @@ class _Rotated(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
         first, second = x.chunk(2, -1)
-        found = x * cos
-        ends, sines = found.chunk(2, -1), sin.chunk(2, -1)
+        turned = x * cos
+        ends, sines = turned.chunk(2, -1), sin.chunk(2, -1)
         ends[0].sub_(second * sines[0])
         ends[1].add_(first * sines[1])
-        return found
+        return turned
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
         cos, sin = ctx.saved_tensors
         first, second = upstream.chunk(2, -1)
-        found = upstream * cos
-        ends, sines = found.chunk(2, -1), sin.chunk(2, -1)
+        slope = upstream * cos
+        ends, sines = slope.chunk(2, -1), sin.chunk(2, -1)
         ends[0].add_(second * sines[1])
         ends[1].sub_(first * sines[0])
-        return found, None, None
+        return slope, None, None
 
 
 def _rotated(theirs: Callable[..., Any]) -> Callable[..., Any]:
     """`theirs`, replaced by ours if it turns whole queries and keys."""
 
-    def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:
-        if not q.dtype == k.dtype == cos.dtype or {q.shape[-1], k.shape[-1]} != {cos.shape[-1]}:
-            return theirs(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
+    def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *others: Any, **named: Any) -> Any:
+        unsqueeze_dim = named.get("unsqueeze_dim", 1)
+        equal = q.dtype == k.dtype == cos.dtype and {q.shape[-1], k.shape[-1]} == {cos.shape[-1]}
+        if others or set(named) - {"unsqueeze_dim"} or not equal:
+            return theirs(q, k, cos, sin, *others, **named)
         angles = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
         return tuple(_Rotated.apply(x, *angles) for x in (q, k))  # type: ignore[no-untyped-call]
 
@@ -116,8 +118,8 @@ def _norm(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     given = weight, eps
 
     def norm(hidden_states: Tensor) -> Tensor:
-        found: Tensor = _Norm.apply(hidden_states, *given)  # type: ignore[no-untyped-call]
-        return found
+        normed: Tensor = _Norm.apply(hidden_states, *given)  # type: ignore[no-untyped-call]
+        return normed
 
     return norm if _equal(module, norm, [_drawn(2, 3, len(weight))]) else None
 
@@ -126,14 +128,17 @@ def _turns(function: Any) -> bool:
     """Whether `function` turns queries and keys as our function does."""
     if not callable(function):
         return False
-    if [*inspect.signature(function).parameters] != ["q", "k", "cos", "sin", "unsqueeze_dim"]:
+    known = [name for name in inspect.signature(function).parameters if name != "position_ids"]
+    if known != ["q", "k", "cos", "sin", "unsqueeze_dim"]:  # transformers 4 has position_ids, too
         return False
     angles = [f(_drawn(2, 3, 4)).repeat(1, 1, 2) for f in (torch.cos, torch.sin)]
 
-    def of(turned: Callable[..., Any]) -> Callable[..., Tensor]:
+    def flattened(turned: Callable[..., Any]) -> Callable[..., Tensor]:
         return lambda q, k: torch.cat([x.flatten() for x in turned(q, k, *angles)])
 
-    return _equal(of(function), of(_rotated(function)), [_drawn(2, n, 3, 8) for n in (4, 2)])
+    return _equal(
+        flattened(function), flattened(_rotated(function)), [_drawn(2, n, 3, 8) for n in (4, 2)]
+    )
 
 
 def _drawn(*shape: int) -> Tensor:
@@ -142,7 +147,7 @@ def _drawn(*shape: int) -> Tensor:
 
 def _equal(theirs: Any, ours: Callable[..., Tensor], given: list[Tensor]) -> bool:
     """Whether both give the same bits, and the same gradient except for rounding."""
-    found = []
+    results = []
     for function in (theirs, ours):
         leaves = [x.clone().requires_grad_(True) for x in given]
         try:
@@ -151,8 +156,8 @@ def _equal(theirs: Any, ours: Callable[..., Tensor], given: list[Tensor]) -> boo
                 slopes = torch.autograd.grad((value * _drawn(*value.shape)).sum(), leaves)
         except Exception:  # a module with other arguments is another one
             return False
-        found.append((value, slopes))
-    (a, slopes), (b, others) = found
+        results.append((value, slopes))
+    (a, slopes), (b, others) = results
     close = all(
         torch.allclose(x, y, rtol=1e-4, atol=1e-5) for x, y in zip(slopes, others, strict=True)
     )

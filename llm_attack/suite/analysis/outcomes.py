@@ -101,6 +101,18 @@ def log_likelihood(samples: pd.DataFrame) -> pd.Series:
     return _per_row(samples, [_mean])[0]
 
 
+def confidence(samples: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
+    """What a question's answer is trusted with, and the Brier score of all its choices, per row.
+
+    The confidence is the probability of the likeliest choice, where the probabilities of a
+    question's choices sum to 1. The Brier score is the sum over the choices of the squared distance
+    to 1 for the gold and 0 for the others (Brier 1950): 0 is best, 2 is worst. It is NaN where
+    there is not exactly one gold. Both are NaN where a log-likelihood is.
+    """
+    first, second = _per_row(samples, [_likeliest, _brier])
+    return first, second
+
+
 def _margin(scores: np.ndarray, gold: np.ndarray) -> np.ndarray:
     known = ~np.isnan(scores)
     best = [np.where(choices & known, scores, -np.inf).max(1) for choices in (gold, ~gold)]
@@ -115,6 +127,22 @@ def _share(scores: np.ndarray, gold: np.ndarray) -> np.ndarray:
         weights = np.exp(scores - best)
         share = np.where(gold, weights, 0.0).sum(1) / weights.sum(1)
     return np.where(np.isfinite(best[:, 0]), share, np.nan)
+
+
+def _probabilities(scores: np.ndarray) -> np.ndarray:
+    """(rows, choices); NaN in rows where no number is finite."""
+    with np.errstate(invalid="ignore"):
+        weights = np.exp(scores - scores.max(1, keepdims=True))
+        return np.asarray(weights / weights.sum(1, keepdims=True))
+
+
+def _likeliest(scores: np.ndarray, _: np.ndarray) -> np.ndarray:
+    return np.asarray(_probabilities(scores).max(1))
+
+
+def _brier(scores: np.ndarray, gold: np.ndarray) -> np.ndarray:
+    distance = ((_probabilities(scores) - gold) ** 2).sum(1)
+    return np.where(gold.sum(1) == 1, distance, np.nan)
 
 
 def _mean(scores: np.ndarray, _: np.ndarray) -> np.ndarray:

@@ -142,7 +142,7 @@ def test_specials_are_escaped():
 
 def test_figures_have_a_columns_width_and_whole_fonts(written):
     names = sorted(path.stem for path in written.glob("*.pdf"))
-    assert names == ["cosine", "figure", "margin"]
+    assert names == ["calibration", "cosine", "figure", "margin"]
     for name in names:
         content = (written / f"{name}.pdf").read_bytes()
         assert content.startswith(b"%PDF-")
