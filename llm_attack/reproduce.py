@@ -1,8 +1,8 @@
-"""The parts that the files figN.py share: settings that are options, the command made of them.
+"""Shared parts of the files figN.py: they turn settings into options, and these into a command.
 
-Each holds a frozen dataclass of settings, its presets, a function that runs the experiment and
-writes into a folder, and COMMAND, made of these by `figure_command`. They import nothing heavy
-until the command runs.
+Each figN.py holds a frozen dataclass of settings, its presets, a function that runs the experiment
+and writes into a folder, and COMMAND, which `figure_command` makes of these. Heavy libraries are
+imported when the command runs.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from llm_attack.base.record import hardware, versions, write_json
 from llm_attack.base.redact import redacted
 
 PRESET_NAMES = ("quick", "paper")
-# Says whose an unfinished folder is; subfolders of results.
+# The mark of an unfinished folder; and subfolders of results.
 _STARTED, _PARTS = "started.json", ("checkpoints",)
 _COMMAND = "llm-attack reproduce"
-OUT = "out"  # where results go unless --output says otherwise; results/ holds the stored ones
+OUT = "out"  # default folder of results; results/ holds the stored ones
 _SEEDS = 2**62  # torch's generators take integers of 64 bits
 DEVICE = (
     "Device to compute on: cpu, cuda, cuda:1, ... The default is cuda if there is a GPU, and else"
@@ -46,7 +46,7 @@ DEVICE = (
 
 
 class Figure(Command):
-    """The command of a figure; `settle` is what it does before anything is computed."""
+    """The command of a figure. `settle` prepares it, before anything is computed."""
 
     settle: Callable[..., tuple[Any, dict[str, Any], Path]]
 
@@ -59,22 +59,22 @@ def figure_command(
     *,
     without: Sequence[str] = (),
 ) -> Figure:
-    """The command that runs an experiment with a preset and writes its record.
+    """Makes the command that runs an experiment with a preset and writes its record.
 
     Args:
-        name: of the command; the results go to out/`name` unless --output says otherwise.
-        presets: settings (a dataclass of fields by `declare.setting`, `seed` and `device` among
-            them) by their names, those of `PRESET_NAMES`.
-        run: takes settings and a folder; writes figure and CSV there; returns the headline
+        name: name of the command; the results go to out/`name` by default.
+        presets: settings by the names of `PRESET_NAMES`. They are a dataclass with fields of
+            `declare.setting`, including `seed` and `device`.
+        run: takes settings and a folder, and writes figure and CSV into it. It returns the headline
             results and, as `seconds`, a dictionary of timings. Its docstring is the help.
-        effective: name of a function, `module:function`, from settings to those that take effect,
-            which the record holds; it is imported when the command runs.
-        without: settings that are no options: the experiment does not read them, or nobody needs
-            another value.
+        effective: name of a function, `module:function`, that turns settings into those that take
+            effect, for the record. It is imported when the command runs.
+        without: settings that are not options, because the experiment does not read them, or nobody
+            needs another value.
     """
 
     def settle(preset: str, output: str, **given: Any) -> tuple[Any, dict[str, Any], Path]:
-        """Settings, head of the record, folder; `UsageError` if they or the folder will not do."""
+        """Settings, head of the record, folder; `UsageError` if one of them is not allowed."""
         overrides = {key: value for key, value in given.items() if value is not None}
         settings = replace(presets[preset], **overrides)
         if hasattr(settings, "check_used"):
@@ -133,7 +133,7 @@ def figure_command(
 def _options(
     presets: dict[str, Any], output: Path, without: Sequence[str]
 ) -> list[click.Parameter]:
-    """The options of a figure: preset, folder, and one for each setting but those of `without`."""
+    """The options of a figure: preset, folder, and each setting except those of `without`."""
     options: list[click.Parameter] = [
         preset_option(),
         Option(
@@ -158,7 +158,7 @@ def _options(
 
 
 def _shown(value: Any) -> str:
-    """A value as it is typed; nothing for None."""
+    """A value as one types it; empty for None."""
     values = value if isinstance(value, tuple) else (value,)
     return ",".join(
         "" if v is None else f"{v:g}" if isinstance(v, float) else str(v) for v in values
@@ -182,8 +182,9 @@ def preset_option() -> click.Option:
 
 @contextmanager
 def _started(folder: Path, head: dict[str, Any]) -> Iterator[None]:
-    """Marks a folder while an experiment is carried out in it; takes the mark back if it fails
-    before it has written anything.
+    """While the context lasts, the folder of an experiment has a mark.
+
+    If the experiment fails before it has written anything, the mark is removed.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     clear_drafts(folder, _PARTS)
@@ -200,10 +201,11 @@ def _started(folder: Path, head: dict[str, Any]) -> Iterator[None]:
 
 
 def _is_same(folder: Path, name: str, head: dict[str, Any], names: list[str]) -> bool:
-    """Whether a folder, in which these names are, has the mark of an experiment.
+    """Whether a folder with these names has the mark of this experiment.
 
     Raises:
-        UsageError: of another one, with what differs, or of something else.
+        UsageError: it belongs to another experiment, or to something else. The message says how it
+            differs.
     """
     marked = [mark for mark in (_STARTED, "run.json") if mark in names]
     for mark in marked:
@@ -216,16 +218,16 @@ def _is_same(folder: Path, name: str, head: dict[str, Any], names: list[str]) ->
                 f" ({one_line(error)}); must be another folder"
             ) from error
         if names == [_STARTED]:
-            break  # it was stopped before it had anything
+            break  # it was stopped before it wrote anything
         check_same(folder, {"command": " ".join(program)}, {"command": f"{_COMMAND} {name}"})
         here = json.loads(json.dumps(head["settings"]))
-        here.pop("device")  # where it is computed may change
+        here.pop("device")  # the device may change
         check_same(folder, {key: there.get(key) for key in here}, here)
     return bool(marked)
 
 
 def pick_device(name: str | None) -> str:
-    """The device to compute on: `name`, or else cuda where there is one, or else cpu.
+    """The device to compute on: `name`, or by default cuda if it exists, and else cpu.
 
     Raises:
         UsageError: torch does not know the device or cannot use it here.
@@ -235,7 +237,7 @@ def pick_device(name: str | None) -> str:
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros(1, dtype=torch.float64, device=name).cpu()  # from "meta" nothing comes back
+        torch.zeros(1, dtype=torch.float64, device=name).cpu()  # nothing comes back from "meta"
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         allowed = f"cpu, cuda, or another device that torch can use here ({one_line(error)})"
         raise invalid("device", name, allowed) from error

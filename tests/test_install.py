@@ -155,3 +155,7 @@ def test_editable(environment):
 def test_source_distribution_builds_the_same_wheel(wheel, tmp_path):
     # neither kind named: by way of an sdist
     assert build(tmp_path).read_bytes() == wheel.read_bytes()
+    (archive,) = tmp_path.glob("*.tar.gz")
+    call(sys.executable, "-m", "tarfile", "-e", archive, tmp_path, cwd=tmp_path)
+    (source,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    call(sys.executable, "docs/pages.py", tmp_path / "site", cwd=source)  # no link leads nowhere

@@ -1,9 +1,9 @@
-"""The words and sentence patterns of the little world: tables only, no logic (standard library).
+"""The words and sentence patterns of the little world. It has tables and no logic.
 
-A *factor* is what a thing is at bottom (a creature has a kind and a home, a ware has a material and
-a trade). A *relation* is a consequence of one factor: its n-th value belongs to the n-th value of
-the factor. Every relation can be said in the same eight ways, so that text and questions of every
-shape come from one table. `{x}` is the thing, `{v}` the value, `{p}` its past tense.
+A *factor* is a basic property of a thing: a creature has a kind and a home, a ware has a material
+and a trade. A *relation* follows from one factor: its n-th value belongs to the n-th value of the
+factor. Every relation can be said in the same eight ways, so one table gives text and questions of
+every form. `{x}` is the thing, `{v}` the value, `{p}` its past tense.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Factor:
-    """The kind of a thing: always stated in the training text, never asked in a question set."""
+    """A basic property. The training text always states it, and no question asks for it."""
 
     name: str
     family: str  # the things that have it: "creature" or "ware"

@@ -1,8 +1,8 @@
-"""Six question sets about the little world, and the training text in the same six shapes.
+"""Six question sets about the little world, and the training text in the same six forms.
 
-A maker turns facts into one `Question` and is given the side of the split that it may use. From
-held-out facts come the questions of a set; from the others comes training text: the context with
-the gold answer behind it, exactly as lm-eval joins the two. Standard library only.
+A maker turns facts into one `Question`, from one side of the split. Held-out facts give the
+questions of a set. The other facts give training text: the context with the right answer after it,
+joined as lm-eval joins them. This module imports only the standard library.
 """
 
 import random
@@ -17,7 +17,7 @@ QUESTIONS_PER_SET = 300
 
 @dataclass(frozen=True)
 class Question:
-    """Choices of which one is true.
+    """A context with several choices, and one of them is true.
 
     A request is (context, " " + choice); if `ending` is set, as in WinoGrande, the choices belong
     to the context: (context + " " + choice, " " + ending).
@@ -87,7 +87,7 @@ def arc_easy(world: World, rng: random.Random, pair: Pair, held_out: bool) -> Qu
 
 
 def arc_challenge(world: World, rng: random.Random, pair: Pair, held_out: bool) -> Question:
-    """The same with a second thing in view, whose value is among the choices."""
+    """One fact, with a second thing in the question whose value is among the choices."""
     thing, relation = pair
     gold = world.value(thing, relation)
     other = _unlike(world, rng, pair, held_out)
@@ -145,7 +145,7 @@ def piqa(world: World, rng: random.Random, pair: Pair, held_out: bool) -> Questi
 
 
 def winogrande(world: World, rng: random.Random, pair: Pair, held_out: bool) -> Question:
-    """Two things in one situation; of which is the ending true? The choices are contexts."""
+    """Two things in one situation. For which is the ending true? The choices are contexts."""
     thing, relation = pair
     gold = world.value(thing, relation)
     other = _unlike(world, rng, pair, held_out)
@@ -193,7 +193,7 @@ def question_set(name: str, seed: int = SEED, count: int = QUESTIONS_PER_SET) ->
 
 
 def training_texts(world: World, count: int) -> Iterator[str]:
-    """`count` short texts that tell all factors, all laws and every fact that is not held out."""
+    """`count` short texts with all factors, all laws and every fact that is not held out."""
     rng = random.Random(f"text/{world.seed}")
     stated = world.pairs(held_out=False)
     makers = list(MAKERS.values())

@@ -1,13 +1,13 @@
 """Make the demo's tokenizer and model: `python -m llm_attack.demo.train --output DIR`.
 
-A word-level tokenizer and a Llama of 0.9 M parameters, trained from nothing on the text of the
-little world. Five minutes on one CPU core; the same bytes for the same seed, torch version and
-number of threads. Needs torch, transformers and tokenizers.
+The tokenizer splits words. The model is a Llama of 0.9 M parameters, trained from the start on the
+text of the little world. This takes five minutes on one CPU core. Equal seeds, torch versions and
+numbers of threads give equal bytes. Needs torch, transformers and tokenizers.
 
-Every text is a sequence of its own, as a request of lm-eval is. The tokenizer puts no `<s>` in
-front (as GPT-2's does not), because releases of lm-eval differ in whether they ask for it; the
-model knows the token all the same, for requests whose context is empty. The weights are stored in
-float16 to keep the folder small; `config.json` says float32, in which they are computed.
+Every text is one sequence, like a request of lm-eval. The tokenizer adds no `<s>` at the start,
+like that of GPT-2, because releases of lm-eval differ in whether they ask for it. The model knows
+this token, for requests with an empty context. The weights are stored in float16 to keep the folder
+small. `config.json` says float32, and the model computes in it.
 """
 
 import argparse
@@ -113,9 +113,9 @@ def train(
     embedding_lr: float,
     after: Callable[[int], None] = lambda step: None,
 ) -> list[float]:
-    """One pass over `data`, next-token loss without padding; returns the loss of every step.
+    """Trains for one pass over `data`, without a loss on padding. Returns the loss of every step.
 
-    After each, which are counted from 1, it calls `after`.
+    It calls `after` with the number of each step, from 1.
     """
     embeddings = model.get_input_embeddings().weight
     pad = int(model.config.pad_token_id or 0)
@@ -137,7 +137,7 @@ def train(
     losses: list[float] = []
     model.train()
     for ids in (bar := tqdm(data, desc="training", unit="step")):
-        # Padding stands behind the text, where causal attention keeps it from mattering.
+        # Padding comes after the text, so causal attention does not see it.
         logits = model(input_ids=ids[:, :-1]).logits
         loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=pad)
         optimizer.zero_grad(set_to_none=True)
@@ -155,9 +155,9 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Pa
     """Write the folder that `from_pretrained` reads: float16 on disk, float32 when loaded."""
     copy.deepcopy(model).eval().half().save_pretrained(output)
     tokenizer.save_pretrained(output)
-    # Written for the owner's eyes only, which an installed package must not be.
+    # The file is readable only for its owner, and an installed package must be readable for all.
     (output / "model.safetensors").chmod(0o644)
-    # Said in the words of transformers 4 too, so that it can read what transformers 5 wrote.
+    # Also in the words of transformers 4, so it can read the files of transformers 5.
     _edit(output / "config.json", dtype="float32", torch_dtype="float32")
     _edit(output / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
 
@@ -169,7 +169,7 @@ def _edit(file: Path, **settings: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Make the model and say how it went."""
+    """Make the model, and print the result."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="folder to write the model to")
     parser.add_argument("--seed", type=int, default=SEED, help="of the world, text and weights")

@@ -1,11 +1,11 @@
-"""The little world: its things, its facts, and which facts the training text keeps silent about.
+"""The little world: its things, its facts, and the facts that the training text does not contain.
 
-Sixty creatures and sixty wares with invented names. What a thing is at bottom (its factors: kind
-and home, or material and trade) is drawn from a seed and always told in the training text. All the
-rest follows from that by the tables of `grammar`: what is true of one bird is true of every bird.
-A hash holds a share of the (thing, relation) pairs out of the training text, and only these are
-asked; so a question is answered by composing "a morlet is a bird" with what is known of birds.
-`questions` turns pairs into text. Standard library only.
+It has sixty creatures and sixty wares with invented names. Their factors (kind and home, or
+material and trade) are drawn from a seed, and the training text states all of them. All other facts
+follow from the factors by the tables of `grammar`: what is true of one bird is true of every bird.
+A hash holds a share of the (thing, relation) pairs out of the training text, and the questions ask
+only for these. So an answer combines "a morlet is a bird" with facts about birds. `questions` turns
+pairs into text. This module imports only the standard library.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ CONSONANTS = "bdfgklmnprstvz"
 VOWELS = "aeiou"
 ENDINGS = ("n", "l", "r", "k", "t", "sh", "")
 
-# Names that chance would make and that are words already.
+# Random names that are words already.
 NOT_NAMES = {"baker", "metal", "pile", "raven", "rural", "tune"}
 
 
@@ -61,7 +61,7 @@ class World:
                 self.things.append(Thing(names.pop(), family, ((first.name, i), (second.name, j))))
 
     def held_out(self, thing: Thing, relation: Relation) -> bool:
-        """Whether the training text never brings this thing and this relation together."""
+        """Whether the training text never contains this thing with this relation."""
         return (thing.name, relation.name) in self._silent
 
     @cached_property
@@ -99,7 +99,7 @@ class World:
 
 
 def _share(key: str) -> float:
-    """A number in [0, 1) that depends on the key alone, the same on every machine."""
+    """A number in [0, 1) that depends only on the key, and is the same on every machine."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
 
 

@@ -46,19 +46,19 @@ def evaluate(
     """Evaluates a model under attack: `llm-attack run` as a function.
 
     Args:
-        plan: model, tasks, attacks, epsilons, ...
-        output: the run's folder, where it goes on if it was interrupted, and all outputs are
-            written; None: nothing is kept.
-        progress: bar (off a terminal: a line per stage, and every 30 seconds), json, or quiet: also
-            the bars and logs of the libraries are silent meanwhile.
+        plan: model, tasks, attacks, epsilons and other settings.
+        output: folder for all outputs. A run that was interrupted continues in its folder. With
+            None, nothing is kept.
+        progress: `bar` (off a terminal, a line per stage and every 30 seconds), `json` or `quiet`.
+            With `quiet`, the bars and logs of the libraries are silent, too.
 
     Returns:
-        A `Result` with the pandas frames `table`, `samples` and `questions`; None on all processes
-        of a parallel run but the first.
+        A `Result` with the pandas frames `table`, `samples` and `questions`. The first process of a
+        parallel run gets it, and the others get None.
 
     Raises:
-        TypeError: an argument is of another type.
-        UsageError: an argument is not allowed, or the folder holds something else.
+        TypeError: an argument has a wrong type.
+        UsageError: a value is not allowed, or the folder holds something else.
     """
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: must be a Plan, not {type(plan).__name__}")
@@ -92,7 +92,7 @@ def evaluate(
 
 
 def _check_folder(folder: Path | None, who: Processes) -> None:
-    """Whatever can be wrong with the folder, before a model is loaded."""
+    """Checks the folder before a model is loaded."""
     if folder is None:
         if who.world > 1:
             raise UsageError("output=None: must be a folder that the processes share")
@@ -105,7 +105,7 @@ def _check_folder(folder: Path | None, who: Processes) -> None:
 def _carried_out(
     prepared: Prepared, folder: Path, again: list[str] | str, shown: str, console: Console
 ) -> Result | None:
-    """Carries out and saves what is left of the run; `again` is the command that repeats it."""
+    """Carries out and saves the rest of the run. `again` is the command that repeats it."""
     with held(), begun(folder):
         result = execute(prepared, folder, shown, console)
         if result is not None:
@@ -116,7 +116,7 @@ def _carried_out(
 def _finished(
     folder: Path, plan: Plan, mark: dict[str, Any], who: Processes, shown: str, console: Console
 ) -> Result | None:
-    """The run in `folder`, if it is complete and can be read; files that cannot be are renamed."""
+    """The run in `folder`, if it is complete. Files that cannot be read are renamed."""
     if not (folder / "run.json").exists():
         return None
     try:

@@ -60,13 +60,12 @@ class Result:
 
     Attributes:
         table: accuracies and tests, a row per task and condition; see `summary.summarise`.
-        samples: a row per question and condition; see `frames.samples_of`.
-        questions: a row per question; see `rows.question_rows`.
-        run: what is needed to repeat it: settings, versions, hardware, timings, and for each
-            condition its settings as resolved and its diagnostics (`attacks`), and what it is
-            (`conditions.Condition`).
-        lm_eval: for each condition, lm-eval's own results; empty when read from a folder.
-        judged: of `with_worst`, where that is known; see `worst`.
+        samples: a row per question and condition; see docs/files.md.
+        questions: a row per question; see docs/files.md.
+        run: the content of run.json: settings, versions, hardware, timings, and for each condition
+            its resolved settings with its diagnostics (`attacks`).
+        lm_eval: for each condition, lm-eval's own results; empty if the run was read from a folder.
+        judged: the result of `worst`, if it is known already.
     """
 
     table: pd.DataFrame
@@ -77,7 +76,7 @@ class Result:
     judged: pd.DataFrame | None = field(default=None, repr=False, compare=False)
 
     def worst(self) -> pd.DataFrame:
-        """The samples, and for each amplitude the worst case over the attacks."""
+        """The samples, with the worst case over the attacks of each amplitude added."""
         return with_worst(self.samples, self.run) if self.judged is None else self.judged
 
     def calibration(self) -> pd.DataFrame:
@@ -85,11 +84,11 @@ class Result:
         return calibration(self.samples)
 
     def figure(self, name: str, *, paper: bool = False) -> Figure:
-        """A figure of the run, to show, to change or to save.
+        """Draws a figure of the run, which you can show, change or save.
 
         Args:
-            name: bars, curves, margins or cosines; see `report.figures`.
-            paper: at the width of a column, with letters of 8 points.
+            name: bars, curves, margins or cosines.
+            paper: whether it has the width of a column, and letters of 8 points.
 
         Raises:
             UsageError: there is no such figure, or the run has no data for it.
@@ -108,7 +107,7 @@ class Result:
 
     @property
     def conditions(self) -> dict[str, Condition]:
-        """What the conditions are, by name, the worst cases of `with_worst` included."""
+        """Every condition by its name, worst cases included."""
         return conditions_of(self.samples, self.run)
 
 

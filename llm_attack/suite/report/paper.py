@@ -63,7 +63,7 @@ _UNITS = {
 }
 
 BIBTEX = r"""@software{llm_attack,
-  author  = {{the llm_attack authors}},
+  author  = {{the llm\_attack authors}},
   title   = {llm\_attack: Adversarial attacks on the embeddings of language models,
              as a plugin of lm-evaluation-harness},
   version = {VERSION},
@@ -151,7 +151,7 @@ def table_of_run(table: pd.DataFrame, run: Mapping[str, Any], intervals: str = "
         lines += _with_ends(name, cells, ends, intervals, [baseline])
     lines += _drops(few, conditions, intervals)
     text = caption(table, run, marks, intervals)
-    return _float("table", conditions, lines, text, run)
+    return _float(conditions, lines, text, run)
 
 
 def _drops(few: pd.DataFrame, conditions: Sequence[str], intervals: str) -> list[str]:
@@ -199,7 +199,7 @@ def table_of_cells(cells: Cells, title: str, intervals: str = "beside") -> str:
     said = [escaped(note[:1].upper() + note[1:]) for note in [title, *cells.notes]]
     said.append(r"Made with llm\_attack~\cite{llm_attack}")
     run = {"model_name": title}
-    return _float("table*", cells.heading[1:-1], lines, ". ".join(said) + ".", run)
+    return _float(cells.heading[1:-1], lines, ". ".join(said) + ".", run)
 
 
 def caption(
@@ -333,13 +333,11 @@ def save_pdf(figure: Figure, path: Path, title: str) -> None:
         figure.savefig(draft, format="pdf", metadata=dateless)
 
 
-def _float(
-    kind: str, columns: Sequence[str], lines: Sequence[str], text: str, run: Mapping[str, Any]
-) -> str:
-    kind = "table*" if len(columns) > _ABREAST else kind
+def _float(columns: Sequence[str], lines: Sequence[str], text: str, run: Mapping[str, Any]) -> str:
+    """A table over both columns of a page; with one column, `table*` is the same as `table`."""
     body = [
         HEAD,
-        rf"\begin{{{kind}}}[t]",
+        r"\begin{table*}[t]",
         r"  \centering",
         r"  \small",
         r"  \setlength{\tabcolsep}{4pt}",
@@ -350,7 +348,7 @@ def _float(
         *(f"    {line}" for line in lines),
         r"    \bottomrule",
         r"  \end{tabular}",
-        rf"\end{{{kind}}}",
+        r"\end{table*}",
     ]
     return "\n".join(body) + "\n"
 

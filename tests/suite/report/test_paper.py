@@ -190,6 +190,8 @@ def test_what_to_cite_is_that_of_the_citation_file(demo, written):
         ("misc", "zhang2022uncertainty"),
     }
     assert text.count("{") == text.count("}")
+    fields = re.sub(r"^@\w+\{\w+,$", "", text, flags=re.M)
+    assert not re.search(r"(?<!\\)[_&%#$]", fields)  # LaTeX takes them as commands
     (article,) = cff["references"]
     flat = " ".join(text.split())
     assert article["title"] in flat and str(article["year"]) in flat and article["url"] in flat
