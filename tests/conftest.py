@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import functools
 import signal
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -35,6 +36,24 @@ settings.register_profile(
     phases=[Phase.explicit, Phase.generate],
 )
 settings.load_profile("untimed")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of tests that are `sampled(n)` every n-th case is tried by default, and all by `-m slow`.
+
+    The n-th cases move along a diagonal: where the last parameter has n values, each value of the
+    others is tried, with each value of the last in turn.
+    """
+    number = Counter()
+    for item in items:
+        marker = item.get_closest_marker("sampled")
+        if marker is None:
+            continue
+        (n,), place = marker.args, f"{item.path}::{item.originalname}"
+        if (number[place] + number[place] // n) % n:
+            item.add_marker("slow")
+        number[place] += 1
 
 
 @pytest.fixture(autouse=True)

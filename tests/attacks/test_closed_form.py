@@ -223,6 +223,7 @@ def test_no_gradient_anywhere_is_no_attack(name):
 @over_sizes
 @over_shapes
 @pytest.mark.parametrize("name", ALL_ATTACKS)
+@pytest.mark.sampled(3)
 def test_examples_do_not_see_their_batch(name, n, shape):
     x, w = problem(n, shape)
     own = torch.tensor([keys_for(5, [i, 7]) for i in range(n)])

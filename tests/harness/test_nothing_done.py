@@ -23,6 +23,7 @@ def carried_out(make, build, n=3, **arguments):
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l2_token"])
 @pytest.mark.parametrize("attack", PLAIN)
+@pytest.mark.sampled(3)
 def test_attacks_that_do_what_they_should(make, build, attack, norm):
     kind = ATTACKS[attack]
     if kind.minimal and norm == "l2_token":

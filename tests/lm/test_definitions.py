@@ -50,6 +50,7 @@ def questions(task):
     ],
     ids=["fgsm", "continuation", "bim", "bim-step_size", "random", *SHAPE_NAMES],
 )
+@pytest.mark.sampled(3)
 def test_own_context(exact, build, reference, task, settings, definition):
     task = build(task, 3)
     definition.setdefault("epsilon", settings.get("epsilon", 0.01))
@@ -96,6 +97,7 @@ def gold_of(task, doc):
 @pytest.mark.parametrize("score", ["acc", "acc_norm"])
 @pytest.mark.parametrize(("attack", "steps"), [("fgsm", 1), ("bim", 3)])
 @pytest.mark.parametrize("packing", ["tree", "off"])
+@pytest.mark.sampled(3)
 def test_choice(exact, build, reference, task, score, attack, steps, packing):
     task = build(task, 3)
     if score not in task.aggregation():
@@ -136,6 +138,7 @@ def test_shared_context(exact, build, reference, task, loss, packing):
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("packing", ["tree", "off"])
 @pytest.mark.parametrize(("settings", "definition"), SHAPES, ids=SHAPE_NAMES)
+@pytest.mark.sampled(3)
 def test_shared_balls(exact, build, reference, settings, definition, task, packing):
     """A question has one ball and one momentum, however its tokens are laid out."""
     task = build(task, 3)

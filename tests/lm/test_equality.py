@@ -32,6 +32,7 @@ def test_demo(make, build, task):
     [("float64", {"abs": 2e-6, "rel": 1e-7}), ("float32", {"abs": 1e-4, "rel": 3e-6})],
     ids=["float64", "float32"],
 )
+@pytest.mark.sampled(3)
 def test_real_tasks(make, build, real_data, task, model, dtype, tolerance):
     """In float32 a log-likelihood of -1000 has a last place of 6e-5: up to a few of them. GPT-Neo's
     attention is in float32 always.

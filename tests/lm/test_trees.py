@@ -102,6 +102,7 @@ def test_gradients(made, loss):
         if not (kind.minimal and norm == "l2_token")  # which is refused
     ],
 )
+@pytest.mark.sampled(3)
 @given(questions())
 @settings(max_examples=5)
 def test_answers_do_not_depend_on_the_layout(name, norm, made):
