@@ -287,7 +287,11 @@ def test_the_list_of_claims():
         text = (PAPER / name).read_text("utf-8")
         assert f"llm-attack {command.strip('`')} -" in text
         linked.add(name)
-    assert linked == {path.name for path in PAPER.glob("*.md")} - {"index.md", "checks.md", "masked.md"}
+    assert linked == {path.name for path in PAPER.glob("*.md")} - {
+        "index.md",
+        "checks.md",
+        "masked.md",
+    }
 
 
 @pytest.mark.parametrize("path", sorted(PAPER.glob("*.md")), ids=lambda path: path.stem)
