@@ -185,9 +185,10 @@ def effects(table: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         For each factor and two of its levels, `before` and `after`, and for each accuracy, for the
-        `gap` (what FGSM leaves and APGD-T does not) and for each diagnostic: the mean `difference` over the pairs of trainings that differ in this factor
-        alone, the number of `pairs`, and the ends `low` and `high` of its 95 % interval (Student's
-        t over the pairs, which takes them as independent; NaN of one pair).
+        `gap` (what FGSM leaves and APGD-T does not) and for each diagnostic: the mean `difference`
+        over the pairs of trainings that differ in this factor only, the number of `pairs`, and the
+        ends `low` and `high` of its 95 % interval (Student's t over the pairs, which takes them as
+        independent; NaN of one pair).
     """
     import pandas as pd
 
