@@ -186,6 +186,28 @@ def test_toys_with_other_optimisers_and_domains():
     assert "It rises in four and does not change detectably in eight." in words(page)
 
 
+def test_declines_at_features_and_pixels():
+    page = "docs/paper/fig5.md"
+    table = pd.read_csv(RESULTS / "experiments/declines/declines.csv")
+    _, *rows = table_of(page, "data", "attacked at")
+
+    def points(of, *names):
+        value, low, high = (minus(f"{100 * of[name]:+.1f}") for name in names)
+        return f"{value} ({low} to {high})"
+
+    assert len(rows) == len(table) and set(table["condition"]) == {"fgsm"}
+    for row, of in zip(rows, table.to_dict("records"), strict=True):
+        pixels = of["point"] == "pixels"
+        more = "–" if pixels else points(of, "more", "more_low", "more_high")
+        verdict = "–" if pixels else of["verdict"]
+        fall = points(of, "decline", "low", "high")
+        assert row == [of["dataset"], of["point"], f"{of['epsilon']:.3g}", fall, more, verdict]
+    assert set(table["verdict"].dropna()) == {"less", "cannot be told"}
+    clean = {name: of["clean"] for name, of in record_of("experiments/declines")["results"].items()}
+    ends = f"ends at {clean['mnist-cnn']:.3f} (MNIST) and {clean['cifar10-cnn']:.3f} (CIFAR-10)"
+    assert ends in words(page)
+
+
 def test_the_last_epochs_with_wrong_words():
     curves = pd.read_csv(RESULTS / "experiments/fig6/curves.csv")
     enough = curves[(curves["split"] == "train") & (curves["wrong_mean"] >= FEWEST)]
