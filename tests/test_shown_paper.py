@@ -8,7 +8,7 @@ import pytest
 from shown import ROOT
 from test_shown_numbers import record_of, table_of, tables, words
 
-from llm_attack.stats import wilson
+from llm_attack.stats import rank_correlation, wilson
 from llm_attack.theory import fig6
 from llm_attack.theory.settings import FEWEST
 
@@ -206,6 +206,30 @@ def test_declines_at_features_and_pixels():
     clean = {name: of["clean"] for name, of in record_of("experiments/declines")["results"].items()}
     ends = f"ends at {clean['mnist-cnn']:.3f} (MNIST) and {clean['cifar10-cnn']:.3f} (CIFAR-10)"
     assert ends in words(page)
+
+
+def test_channels_of_a_language_model():
+    page, where = "docs/paper/fig5.md", "where/smollm2-135m-layers"
+    made = pd.read_csv(RESULTS / "experiments/channels/channels.csv").set_index("hookpoint")
+    table = pd.read_csv(RESULTS / where / "table.csv")
+    fgsm = table["condition"].str.startswith("fgsm@0.02rms")
+    left = table[(table["task"] == "mean") & fgsm].set_index("hookpoint")["acc"]
+    _, *rows = table_of(page, "hookpoint", "RMS / median")
+    for name, *cells in rows:
+        of = made.loc[name]
+        assert cells == [
+            *(f"{of['ratio']:.1f}", f"{100 * of['top']:.0f} %", f"{2 * of['ratio']:.1f} %"),
+            f"{left[name]:.3f}",
+        ]
+    blocks = made.index[1:]
+    assert made["ratio"].idxmax() == left.idxmin() == "model.layers.2"
+    value, low, high, _ = rank_correlation(made["ratio"][blocks], left[blocks])
+    shown = minus(f"is {value:.2f} ({low:.2f} to {high:.2f})")
+    assert f"what FGSM leaves {shown}." in words(page) and len(blocks) == 30
+    # the stored scale of each block, of other questions, is within a sixth
+    attacks = record_of(where)["attacks"].values()
+    rms = {of["hookpoint"]: of["hookpoint_rms"] for of in attacks if of.get("hookpoint_rms")}
+    assert all(abs(rms[name] / made["rms"][name] - 1) < 1 / 6 for name in blocks)
 
 
 def test_the_last_epochs_with_wrong_words():
