@@ -310,6 +310,12 @@ RULES = (
         more="--seeds 2 --epochs 2 --embedding_sizes 2,3",
     ),
     Rule(
+        r"python benchmarks/channels\.py .*",
+        FEW,
+        changes=((r"--model \S+", "--model demo"), (r"--tasks \S+", "--tasks demo_piqa")),
+        more="--limit 2",
+    ),
+    Rule(
         r"python benchmarks/sparsefool\.py .*",
         "small images; without the authors' program, which is not ours to bring along",
         changes=((r"--dataset \w+", "--dataset digits"), (r" --authors \S+", "")),

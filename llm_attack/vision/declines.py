@@ -154,7 +154,8 @@ def _attacked(
     from tqdm import tqdm
 
     from llm_attack.vision import checkpoints, stages
-    from llm_attack.vision.measure import right_under, wilson_of
+    from llm_attack.vision.measure import wilson_of
+    from llm_attack.vision.rights import right_under
     from llm_attack.vision.train import train
 
     label = f"{dataset.name}-{name}"

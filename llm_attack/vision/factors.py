@@ -83,6 +83,7 @@ PRESETS = {
     ),
 }
 FACTORS = ["network", "width", "smoothing", "augmentation", "schedule"]
+GAP = ("fgsm", "apgdt")
 _DASHES = ("-", "--", ":")
 DIAGNOSTICS = ("cosine", "kept", "zero", "vanished")
 
@@ -183,10 +184,11 @@ def effects(table: pd.DataFrame) -> pd.DataFrame:
         table: rows of `table.csv`.
 
     Returns:
-        For each factor and two of its levels, `before` and `after`, and for each accuracy and
-        diagnostic: the mean `difference` over the pairs of trainings that differ in this factor
-        alone, the number of `pairs`, and the ends `low` and `high` of its 95 % interval (Student's
-        t over the pairs, which takes them as independent; NaN of one pair).
+        For each factor and two of its levels, `before` and `after`, and for each accuracy, for the
+        `gap` (what FGSM leaves and APGD-T does not) and for each diagnostic: the mean `difference`
+        over the pairs of trainings that differ in this factor only, the number of `pairs`, and the
+        ends `low` and `high` of its 95 % interval (Student's t over the pairs, which takes them as
+        independent; NaN of one pair).
     """
     import pandas as pd
 
@@ -196,6 +198,8 @@ def effects(table: pd.DataFrame) -> pd.DataFrame:
     accuracies = table.pivot(index=keys, columns="condition", values="accuracy")
     accuracies = accuracies.drop(columns=["lowest", "highest", "all"], errors="ignore")
     once = table[table["condition"] == "none"].set_index(keys)[list(DIAGNOSTICS)]
+    if {*GAP} <= {*accuracies}:
+        accuracies["gap"] = accuracies[GAP[0]] - accuracies[GAP[1]]
     values = accuracies.rename(columns={"none": "clean"}).join(once).astype(float).reset_index()
     ends = (values["epoch"].min(), values["epoch"].max())
     rows = []

@@ -21,8 +21,9 @@ from llm_attack.base.record import Stopwatch, write_json
 from llm_attack.vision.adversarial import usual_epsilon
 from llm_attack.vision.checkpoints import fill, imported, place, read_metadata, save
 from llm_attack.vision.data import Dataset
-from llm_attack.vision.measure import Row, clean_accuracy, frozen, measure
+from llm_attack.vision.measure import Row, frozen, measure
 from llm_attack.vision.networks import NETWORKS, build
+from llm_attack.vision.rights import clean_accuracy
 from llm_attack.vision.settings import ImageSettings
 from llm_attack.vision.train import train
 

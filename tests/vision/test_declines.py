@@ -14,7 +14,8 @@ from llm_attack.cli import main
 from llm_attack.stats import ALPHA
 from llm_attack.vision import declines, stages
 from llm_attack.vision.data import load_dataset
-from llm_attack.vision.measure import measure, right_under
+from llm_attack.vision.measure import measure
+from llm_attack.vision.rights import right_under
 
 SMALL = {"width": 0.1, "epochs": 3, "train_size": 64, "test_size": 40, "batch_size": 16}
 

@@ -43,7 +43,9 @@ def invented():
         known |= {"schedule": schedule, "seed": 0, "epoch": epoch}
         value = 0.1 + 2 * smoothing + 0.1 * (schedule == "cycle") + 0.05 * epoch
         value += 0.02 * (schedule == "cycle" and smoothing > 0)
-        for condition, accuracy in (("none", 0.9), ("fgsm", value), ("all", 0.9)):
+        weaker = 3 * smoothing
+        attacked = (("fgsm", value), ("apgdt", value - weaker))
+        for condition, accuracy in (("none", 0.9), *attacked, ("all", 0.9)):
             numbers = dict.fromkeys(factors.DIAGNOSTICS, value)
             rows.append({**known, "condition": condition, "accuracy": accuracy, **numbers})
     return pd.DataFrame(rows)
@@ -60,7 +62,10 @@ def test_effects_are_of_pairs_that_differ_in_one_factor():
     assert found.loc[("schedule", "cosine"), "difference"] == pytest.approx(0.11)
     epochs = found.loc[("epoch", "fgsm")]
     assert (epochs["pairs"], epochs["difference"]) == (4, pytest.approx(0.05))
-    assert set(found.loc["smoothing"].index) == {"clean", "fgsm", *factors.DIAGNOSTICS}
+    accuracies = {"clean", "fgsm", "apgdt", "gap"}
+    assert set(found.loc["smoothing"].index) == accuracies | {*factors.DIAGNOSTICS}
+    assert found.loc[("smoothing", "gap"), "difference"] == pytest.approx(0.3)
+    assert found.loc[("schedule", "gap"), "difference"] == pytest.approx(0)
     # nothing else has two levels
     assert set(found.index.get_level_values("factor")) == {"epoch", "smoothing", "schedule"}
     alone = factors.effects(invented()[lambda table: table["schedule"] == "cycle"])

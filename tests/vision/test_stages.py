@@ -8,7 +8,7 @@ from llm_attack.base.errors import UsageError
 from llm_attack.base.record import Stopwatch
 from llm_attack.vision import fig2, stages
 from llm_attack.vision.data import load_dataset
-from llm_attack.vision.measure import clean_accuracy
+from llm_attack.vision.rights import clean_accuracy
 
 SETTINGS = fig2.Settings(width=0.25, epochs=3, train_size=200, test_size=60, batch_size=20)
 
