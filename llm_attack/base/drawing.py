@@ -35,7 +35,7 @@ _STYLE: Any = {
     "svg.hashsalt": "llm_attack",  # the same figure is the same file
 }
 
-_FORMS: dict[str, Any] = {"png": {"Software": None}, "svg": {"Date": None}}
+_FORMS = ("png", "svg")
 
 # What matplotlib says of letters that it cannot show in a PNG file; in an SVG file they are text.
 _UNREADABLE = ("Glyph .* missing from", "Matplotlib currently does not support")
@@ -79,6 +79,8 @@ def save_figure(
     The SVG file has `title` (or else `name`), which screen readers say and browsers show. Letters
     that the usual font does not have are taken from others that are installed, if any do.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.text import Text
 
     texts: list[Any] = figure.findobj(Text)
@@ -88,10 +90,14 @@ def save_figure(
     with warnings.catch_warnings():
         for message in _UNREADABLE:
             warnings.filterwarnings("ignore", message)
-        for form, fixed in _FORMS.items():
-            metadata = fixed | ({"Title": title or name} if form == "svg" else {})
-            with whole_or_not(folder / f"{name}.{form}") as draft:
-                figure.savefig(draft, format=form, metadata=metadata)
+        # the canvas itself: `savefig` draws twice, once for the layout alone
+        figure.dpi = _STYLE["savefig.dpi"]
+        with whole_or_not(folder / f"{name}.png") as draft:
+            png: Any = FigureCanvasAgg(figure)
+            png.print_png(draft, metadata={"Software": None})
+        with whole_or_not(folder / f"{name}.svg") as draft:
+            svg: Any = FigureCanvasSVG(figure)
+            svg.print_svg(draft, metadata={"Date": None, "Title": title or name})
 
 
 def draw(

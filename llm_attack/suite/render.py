@@ -123,7 +123,7 @@ def render(result: Result, folder: Path, run: dict[str, Any]) -> list[str]:
         more |= {} if changed is None else {"changes from no attack": changed}
     more |= {} if made.whole is None else {WHOLE: made.whole}
     with attempts(claims.TITLE):
-        verdicts = claims.claims(samples, result.questions, known=known)
+        verdicts = claims.claims(samples, known=known)
         more |= {claims.TITLE: claims.cells(verdicts)} if verdicts else {}
     with attempts(sanity.TITLE):
         more[sanity.TITLE] = sanity.cells(sanity.checks(samples, run))
