@@ -331,7 +331,8 @@ class Attack(StepSettings):
     @property
     def path(self) -> Attack:
         """The attack with one step: attacks with the same go the same way, some of them farther."""
-        return replace(self, steps=1) if self.by_steps and self.kind.iterative else self
+        goes = self.by_steps and self.kind.iterative
+        return replace(self, steps=1, label=None) if goes else self
 
     @property
     def draws(self) -> bool:

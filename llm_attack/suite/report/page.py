@@ -248,10 +248,11 @@ def _lists(column: pd.Series) -> list[list[float | None] | None]:
 def _finite(values: Iterable[float]) -> list[float | None]:
     """Rounded to four decimals, which is what float32 log-likelihoods of whole texts carry."""
     numbers = np.asarray(values, dtype=float)
-    rounded: list[float | None] = numbers.round(4).tolist()
     # `round` is exact, and ten times as slow: of what lies half-way, and of what is no number
-    scaled = np.abs(numbers) * 1e4
-    sure = np.abs(scaled % 1 - 0.5) > 1e-9 * (1 + scaled)
+    with np.errstate(invalid="ignore", over="ignore"):
+        rounded: list[float | None] = numbers.round(4).tolist()
+        scaled = np.abs(numbers) * 1e4
+        sure = np.abs(scaled % 1 - 0.5) > 1e-9 * (1 + scaled)
     for i in np.flatnonzero(~sure):
         x = float(numbers[i])
         rounded[i] = round(x, 4) if math.isfinite(x) else None
