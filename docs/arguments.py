@@ -17,7 +17,7 @@ PAGE = Path(__file__).with_name("arguments.md")
 
 def tables() -> dict[str, str]:
     """Markdown tables by the names that the page's marks give them."""
-    shared = [*names(AttackSettings), *names(EngineSettings)]
+    shared = {*names(AttackSettings), *names(EngineSettings)} - {"steps"}  # a run takes several
     return {
         "attacked-hf": table(AttackSettings, EngineSettings),
         "run": table(Plan, without=shared),

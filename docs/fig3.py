@@ -164,7 +164,7 @@ def main(folder: Path) -> None:
     conditions = list(found.samples["condition"].unique())
     attacked = [("none", condition) for condition in conditions if condition != "none"]
     for title, cells in (
-        ("The claims", claims.cells(claims.claims(found.samples, found.questions))),
+        ("The claims", claims.cells(claims.claims(found.samples))),
         ("Against no attack", table_of_differences(differences(found, attacked))),
         ("Against noise", table_of_differences(differences(found, against_noise(conditions)))),
         ("Both scores", scores(found)),

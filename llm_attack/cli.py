@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import click
 
 from llm_attack import __version__
-from llm_attack.base import failures
+from llm_attack.base import failures, garbage
 from llm_attack.base.declare import DIALECT
 from llm_attack.base.errors import UsageError
 from llm_attack.base.folder import resolved
@@ -260,9 +260,10 @@ _intervals = click.option(
 @_intervals
 def report(folder: Path, **settings: Any) -> None:
     """Write the tables, figures and report of a run again, from its stored samples."""
-    from llm_attack.suite import commands
+    with garbage.kept():
+        from llm_attack.suite import commands
 
-    commands.report(folder, **settings)
+        commands.report(folder, **settings)
 
 
 @main.command(
@@ -300,9 +301,10 @@ def compare(folders: tuple[Path, ...], **settings: Any) -> None:
     usually one for each model, give the clean accuracy against the drop, and their correlation. Two
     folders of lm_eval --log_samples can be compared as well.
     """
-    from llm_attack.suite import commands
+    with garbage.kept():
+        from llm_attack.suite import commands
 
-    commands.compare(folders, **settings)
+        commands.compare(folders, **settings)
 
 
 @main.group(

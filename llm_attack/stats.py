@@ -416,16 +416,21 @@ def rank_correlation(x: ArrayLike, y: ArrayLike) -> Mean:
         return Mean(*4 * (np.nan,))
     value = float(spearman(first, second))
     low, high = rank_interval(value, n)
-    if n <= _ALL:
-        orders = np.array(list(permutations(range(n))))
-    else:
-        orders = np.random.default_rng(0).permuted(np.tile(np.arange(n), (DRAWS, 1)), axis=1)
+    orders = _orders(n)
     away = (first - first.mean()) @ (second - second.mean())
     drawn = (first - first.mean())[orders] @ (second - second.mean())
     reached = np.count_nonzero(np.abs(drawn) >= abs(away) - 1e-9)
     counted = 0 if n <= _ALL else 1  # of draws, the one that was seen counts as well
     p_value = (reached + counted) / (len(orders) + counted)
     return Mean(value, float(low), float(high), float(p_value))
+
+
+@lru_cache(maxsize=1)  # tens of megabytes; the conditions of a comparison have as many models
+def _orders(n: int) -> np.ndarray:
+    """Permutations of n numbers, a row for each: all of few, `DRAWS` of more."""
+    if n <= _ALL:
+        return np.array(list(permutations(range(n))))
+    return np.random.default_rng(0).permuted(np.tile(np.arange(n), (DRAWS, 1)), axis=1)
 
 
 def auc(smaller: ArrayLike, larger: ArrayLike) -> Mean:

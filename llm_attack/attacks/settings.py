@@ -335,7 +335,8 @@ class Attack(StepSettings):
     @property
     def path(self) -> Attack:
         """The same attack with one step. Attacks with equal `path` take the same steps."""
-        return replace(self, steps=1) if self.by_steps and self.kind.iterative else self
+        goes = self.by_steps and self.kind.iterative
+        return replace(self, steps=1, label=None) if goes else self
 
     @property
     def draws(self) -> bool:

@@ -35,7 +35,7 @@ _STYLE: Any = {
     "svg.hashsalt": "llm_attack",  # the same figure is the same file
 }
 
-_FORMS: dict[str, Any] = {"png": {"Software": None}, "svg": {"Date": None}}
+_FORMS = ("png", "svg")
 
 # Matplotlib warns about letters that it cannot show in a PNG file. An SVG file has them as text.
 _UNREADABLE = ("Glyph .* missing from", "Matplotlib currently does not support")
@@ -86,6 +86,8 @@ def save_figure(
     The SVG file contains `title`, or else `name`, for screen readers and browsers. Letters that the
     usual font does not have are drawn in another installed font that has them.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.text import Text
 
     texts: list[Any] = figure.findobj(Text)
@@ -95,10 +97,14 @@ def save_figure(
     with warnings.catch_warnings():
         for message in _UNREADABLE:
             warnings.filterwarnings("ignore", message)
-        for form, fixed in _FORMS.items():
-            metadata = fixed | ({"Title": title or name} if form == "svg" else {})
-            with whole_or_not(folder / f"{name}.{form}") as draft:
-                figure.savefig(draft, format=form, metadata=metadata)
+        # the canvas itself: `savefig` draws twice, once for the layout alone
+        figure.dpi = _STYLE["savefig.dpi"]
+        with whole_or_not(folder / f"{name}.png") as draft:
+            png: Any = FigureCanvasAgg(figure)
+            png.print_png(draft, metadata={"Software": None})
+        with whole_or_not(folder / f"{name}.svg") as draft:
+            svg: Any = FigureCanvasSVG(figure)
+            svg.print_svg(draft, metadata={"Date": None, "Title": title or name})
 
 
 def draw(

@@ -33,13 +33,14 @@ class Numbers(click.ParamType):  # type: ignore[type-arg]  # no parameter before
         self.one = number(one) if isinstance(one, type) else one
         self.name = f"{self.one.name},..."
 
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[Any, ...]:
-        if isinstance(value, tuple):
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        if not isinstance(value, str):  # a default, or of a file
             return value
         try:
-            return tuple(self.one.convert(part, param, ctx) for part in parts(value))
+            several = parts(value) if "," in value else [value]
+            return tuple(self.one.convert(part, param, ctx) for part in several)
         except click.BadParameter as error:
-            if len(parts(value)) > 1:
+            if len(several) > 1:
                 self.fail(f"{value!r}: {error.message}", param, ctx)
             raise
 

@@ -56,7 +56,7 @@ from llm_attack.lm.network.signals import CALIBRATION_TEXT, signals_at
 from llm_attack.lm.packing.batches import Batch
 from llm_attack.lm.packing.positions import QUESTION
 from llm_attack.lm.packing.questions import Question
-from llm_attack.lm.settings import AttackSettings, EngineSettings, places, split_arguments
+from llm_attack.lm.settings import AttackSettings, EngineSettings, labels, split_arguments
 from llm_attack.lm.units import Signal
 
 log = logging.getLogger(__name__)
@@ -180,9 +180,9 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         by_name = self._signals_at(names, text, units)
         signals = [by_name[condition.hookpoint] for condition in conditions]
         attacks = [
-            condition.resolved(signal, place)
-            for condition, signal, place in zip(
-                conditions, signals, places(conditions), strict=True
+            condition.resolved(signal, label)
+            for condition, signal, label in zip(
+                conditions, signals, labels(conditions), strict=True
             )
         ]
         self._check_attacks(attacks)

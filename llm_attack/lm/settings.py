@@ -9,7 +9,13 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from llm_attack.attacks import ATTACKS, Attack
-from llm_attack.attacks.settings import Kind, StepSettings, register_attack, step_settings
+from llm_attack.attacks.settings import (
+    Kind,
+    StepSettings,
+    condition_name,
+    register_attack,
+    step_settings,
+)
 from llm_attack.base.declare import check, names, parse, setting, underscored
 from llm_attack.base.errors import UsageError, invalid
 from llm_attack.lm.losses import LOSSES, ThreatModel, known_loss, register_loss
@@ -234,11 +240,11 @@ class AttackSettings(ThreatSettings):
                 " compares amplitudes between questions"
             )
 
-    def resolved(self, signal: Signal, place: str | None = None) -> Attack:
-        """The attack in the units of the point. `place` is added to its condition's name."""
+    def resolved(self, signal: Signal, label: str | None = None) -> Attack:
+        """The attack in the units of the point. `label` is of `labels`, unless it is the only one."""
         attack = self.attack_in_units
-        if place is not None:
-            attack = replace(attack, label=str(replace(self.amplitude, hookpoint=place)))
+        if label is not None:
+            attack = replace(attack, label=label)
         unit = self.amplitude.epsilon.unit or ABSOLUTE
         return attack.scaled(size_of(unit, signal, attack.norm))
 
@@ -322,6 +328,27 @@ def places(conditions: Sequence[AttackSettings]) -> list[str | None]:
     """The hookpoint in the name of each condition; none if all conditions have the same."""
     given = [condition.hookpoint for condition in conditions]
     return given if len({*given}) > 1 else [None] * len(given)
+
+
+def labels(conditions: Sequence[AttackSettings]) -> list[str]:
+    """What the name of each condition has behind that of its attack.
+
+    That is its amplitude, and the hookpoint and the steps where these tell it from others.
+    """
+    counts: dict[tuple[str, Amplitude], set[int]] = {}
+    for condition in conditions:
+        counts.setdefault((condition.attack, condition.amplitude), set()).add(condition.steps)
+    return [
+        str(replace(condition.amplitude, hookpoint=place))
+        + f"-steps{condition.steps}" * (len(counts[condition.attack, condition.amplitude]) > 1)
+        for condition, place in zip(conditions, places(conditions), strict=True)
+    ]
+
+
+def condition_names(conditions: Sequence[AttackSettings]) -> list[str]:
+    """The names of conditions of one run."""
+    pairs = zip(conditions, labels(conditions), strict=True)
+    return [condition_name(condition.attack, label) for condition, label in pairs]
 
 
 def unread(

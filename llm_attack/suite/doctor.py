@@ -61,6 +61,9 @@ def doctor(plan: Plan, progress: str) -> list[Check]:
     for name in ("shard", "ray"):
         if getattr(plan, name) is not None:
             raise UsageError(f"{name}={getattr(plan, name)}: must not be given for doctor")
+    if isinstance(plan.steps, tuple):
+        given = ",".join(map(str, plan.steps))
+        raise UsageError(f"steps={given}: must be one number for doctor")
     world = Processes.of(plan).world
     if world > 1:
         raise UsageError(f"WORLD_SIZE={world}: must be 1 or unset for doctor")

@@ -11,7 +11,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from llm_attack.attacks.settings import ATTACKS, register_attack
+from llm_attack.attacks.settings import ATTACKS, ITERATIVE, known_attack, register_attack
 from llm_attack.base.declare import (
     SettingSpec,
     listed,
@@ -21,7 +21,14 @@ from llm_attack.base.declare import (
 )
 from llm_attack.base.errors import UsageError, invalid
 from llm_attack.base.loaded import LoadedModel, is_loaded
-from llm_attack.lm.settings import AttackSettings, EngineSettings, ThreatSettings, unread
+from llm_attack.base.options import Numbers
+from llm_attack.lm.settings import (
+    AttackSettings,
+    EngineSettings,
+    ThreatSettings,
+    condition_names,
+    unread,
+)
 from llm_attack.lm.units import EPSILON, Epsilon
 
 # Settings that say how a plan is carried out or told; answers do not depend on them.
@@ -39,6 +46,8 @@ _CRITICAL = ("critical", "fmn")
 
 # Settings that most attacks read, so that a file of settings may have them for any run.
 _OF_MANY = ("steps", "step_size")
+
+_COUNT = SettingSpec("", int, minimum=1)
 
 # What is allowed, in words.
 _NAMES = "names, separated by commas"
@@ -83,6 +92,20 @@ def _epsilons(given: Any) -> Any:
         raise invalid("epsilons", list(parts), _NUMBERS) from None
 
 
+def _steps(given: Any) -> Any:
+    """One number as it is, several from the smallest to the largest."""
+    if not isinstance(given, (list, tuple)):
+        return given
+    if not given:
+        raise UsageError("steps=: must name at least one")
+    for number in given:
+        if not _COUNT.allows(number):
+            raise invalid("steps", number, _COUNT.words())
+        if list(given).count(number) > 1:
+            raise UsageError(f"steps={','.join(map(str, given))}: must name {number} only once")
+    return given[0] if len(given) == 1 else tuple(sorted(given))
+
+
 def _epsilon_max(given: Any) -> Epsilon | None:
     if given is None:
         return None
@@ -119,9 +142,28 @@ def _device(given: Any) -> Any:
     return str(given) if type(given).__module__ == "torch" else given  # a torch.device
 
 
+@dataclass(frozen=True, kw_only=True)
+class _SeveralSteps(ThreatSettings):
+    """The settings of all conditions, of which the iterative attacks may have several steps."""
+
+    steps: Any = setting(
+        10,
+        f"Number of steps of the iterative attacks ({ITERATIVE}). Several, separated by commas,"
+        " make a condition of each. Except for apgd, apgdt, fmn and critical, they cost no more"
+        " than the largest",
+        kind=int,
+        also_type=(list, tuple),
+        option=Numbers(int),
+        minimum=1,
+        allowed=f"{_COUNT.words()}, or several, separated by commas",
+        parse=_steps,
+        group="attack",
+    )
+
+
 @dataclass(frozen=True)
-class Plan(ThreatSettings, EngineSettings):
-    """Conditions over tasks: every attack at every epsilon.
+class Plan(_SeveralSteps, EngineSettings):
+    """Conditions over tasks: every attack at every epsilon and, if it takes steps, every `steps`.
 
     From Python, `model` may be a model of transformers that is loaded already. Then `tokenizer` is
     its tokenizer, and `name` what results call it (`LoadedModel`).
@@ -331,7 +373,7 @@ class Plan(ThreatSettings, EngineSettings):
             )
 
     def _check_distinct(self) -> None:
-        given = [condition.attack_in_units.condition for condition in self.conditions]
+        given = condition_names(self.conditions)
         twice = next((name for name in given if given.count(name) > 1), None)
         if twice:
             raise UsageError(f"attacks, epsilons: must give the condition {twice} only once")
@@ -416,9 +458,14 @@ class Plan(ThreatSettings, EngineSettings):
             return [self.largest_epsilon]
         return self.epsilons[:1] if attack == "none" else self.epsilons
 
+    def _steps_of(self, attack: str) -> Sequence[int]:
+        several = self.steps if isinstance(self.steps, tuple) else (self.steps,)
+        reads = len(several) > 1 and known_attack(attack) and ATTACKS[attack].uses("steps")
+        return several if reads else several[-1:]
+
     @cached_property
     def conditions(self) -> tuple[AttackSettings, ...]:
-        """`none` once and first, every other attack at every epsilon.
+        """`none` once and first, every other attack at every epsilon, with each number of steps.
 
         Those that look for the smallest epsilon have the largest alone.
         """
@@ -427,9 +474,10 @@ class Plan(ThreatSettings, EngineSettings):
         asked = [name for name in self.attacks if name != WORST]
         attacks = sorted([*asked, *more], key=lambda name: name != "none")
         return tuple(
-            AttackSettings(attack=attack, epsilon=epsilon, **common)
+            AttackSettings(attack=attack, epsilon=epsilon, **{**common, "steps": steps})
             for attack in attacks
             for epsilon in self._epsilons_of(attack)
+            for steps in self._steps_of(attack)
         )
 
     def conditions_at(self, hookpoints: Sequence[str | None]) -> tuple[AttackSettings, ...]:

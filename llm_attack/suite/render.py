@@ -20,7 +20,7 @@ from llm_attack.suite.report.layout import panels, paper_style, print_style, uni
 from llm_attack.suite.report.page import Picture, page_template, write_report
 from llm_attack.suite.report.tables import Cells
 from llm_attack.suite.results import Result, save_frames
-from llm_attack.suite.studies import calibration, claims, hookpoints, sanity, survival
+from llm_attack.suite.studies import calibration, claims, hookpoints, sanity, steps, survival
 
 WHOLE = "scores of whole tasks"
 if TYPE_CHECKING:
@@ -58,6 +58,11 @@ _PICTURES = {
         " confidence of their answers. Below the diagonal the model is surer than it is right."
         " The numbers are in the table.",
     ),
+    "steps": (
+        "Accuracy by steps",
+        "Curves of accuracy over the number of steps, one panel per task, for each attack and"
+        " amplitude. The numbers are in the table.",
+    ),
     "margin": (
         figures.TITLES["margin"],
         "Histograms of the margin, for each condition: the log-likelihood of the best right"
@@ -85,6 +90,7 @@ class Tables:
         whole: scores of whole tasks; None where there are none.
         critical: of `survival.tables`.
         hookpoints: accuracy by hookpoint; None of one.
+        steps: accuracy by steps, of attacks that the run has with several; None without.
     """
 
     def __init__(self, result: Result, attempts: Attempts) -> None:
@@ -95,6 +101,9 @@ class Tables:
         self.whole: Cells | None = None
         self.critical: dict[str, tuple[Cells, pd.DataFrame]] = {}
         self.hookpoints: Cells | None = None
+        self.steps: Cells | None = None
+        with attempts("the table of steps"):
+            self.steps = steps.cells(self.table, result.conditions)
         with attempts("the table of the scores of whole tasks"):
             self.whole = tables.of_whole_tasks(self.table)
         with attempts("the tables of critical epsilons"):
@@ -106,7 +115,7 @@ class Tables:
     def named(self) -> dict[str, Cells]:
         """Those that there are, by their titles."""
         titled = {WHOLE: self.whole} | {title: cells for title, (cells, _) in self.critical.items()}
-        titled |= {hookpoints.TITLE: self.hookpoints}
+        titled |= {hookpoints.TITLE: self.hookpoints, steps.TITLE: self.steps}
         return {title: cells for title, cells in titled.items() if cells is not None}
 
 
@@ -130,7 +139,7 @@ def render(result: Result, folder: Path, run: dict[str, Any]) -> list[str]:
         more |= {} if changed is None else {"changes from no attack": changed}
     more |= {} if made.whole is None else {WHOLE: made.whole}
     with attempts(claims.TITLE):
-        verdicts = claims.claims(samples, result.questions, known=known)
+        verdicts = claims.claims(samples, known=known)
         more |= {claims.TITLE: claims.cells(verdicts)} if verdicts else {}
     with attempts(sanity.TITLE):
         more[sanity.TITLE] = sanity.cells(sanity.checks(samples, run))
@@ -151,6 +160,7 @@ def render(result: Result, folder: Path, run: dict[str, Any]) -> list[str]:
         "survival": lambda: survival.figure(made.searched, unit, made.score),
         "layers": lambda: hookpoints.figure(result.table, known),
         "calibration": lambda: calibration.figure(hookpoints.at_first(result.samples)),
+        "steps": lambda: steps.figure(table, known),
     }
     with print_style():
         for name, make in others.items():
@@ -193,6 +203,7 @@ def for_paper(
         "epsilon": lambda: figures.curves(table, unit),
         "survival": lambda: survival.figure(searched, unit, score),
         "layers": lambda: hookpoints.figure(result.table, result.conditions),
+        "steps": lambda: steps.figure(table, result.conditions),
         "margin": lambda: figures.margins(samples[samples["condition"].isin(few["condition"])]),
         "cosine": lambda: figures.cosines(samples),
         "calibration": lambda: calibration.figure(hookpoints.at_first(result.samples)),

@@ -11,6 +11,7 @@ import pandas as pd
 from llm_attack.base.declare import is_plain, listed
 from llm_attack.base.errors import UsageError, hint, invalid
 from llm_attack.base.failures import ThresholdMissed
+from llm_attack.lm.settings import condition_names
 from llm_attack.suite.analysis.outcomes import LOWER
 from llm_attack.suite.analysis.summary import MEAN
 from llm_attack.suite.plan import WORST, Plan
@@ -56,7 +57,7 @@ def under(given: str | None, plan: Plan) -> list[Threshold]:
     if given is None:
         return []
     attacks = [settings.attack for settings in plan.conditions]
-    names = [settings.attack_in_units.condition for settings in plan.conditions]
+    names = condition_names(plan.conditions)
     known = list(dict.fromkeys([WORST, *attacks, *([] if plan.hookpoints else names)]))
     if set(attacks) == {"none"}:
         known.remove(WORST)

@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import binom, binomtest, rankdata
 
 from llm_attack import stats
-from llm_attack.suite.analysis.outcomes import gold_margin, gold_probability, log_likelihood
+from llm_attack.suite.analysis.outcomes import gold_margin, gold_probability, groups, log_likelihood
 from llm_attack.suite.analysis.pairs import paired
 from llm_attack.suite.analysis.summary import summarise
 from llm_attack.suite.analysis.worst import with_worst
@@ -68,6 +68,19 @@ def calls(n):
     finally:
         sys.setprofile(None)
     return found
+
+
+def test_groups():
+    """As pandas groups them, in the order in which they appear."""
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"a": rng.choice(list("zxy"), 40), "b": rng.integers(3, size=40)})
+    frame = frame.assign(c=rng.normal(size=40)).set_index(rng.permutation(40))
+    for by in ("a", ["a", "b"]):
+        for (key, group), (expected, rows) in zip(
+            groups(frame, by), frame.groupby(by, sort=False), strict=True
+        ):
+            assert key == expected
+            assert {name: list(column) for name, column in group.items()} == rows.to_dict("list")
 
 
 def test_no_function_is_called_per_question():

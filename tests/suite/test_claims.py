@@ -15,9 +15,9 @@ NOISE, COSINES = "random noise costs accuracy", "right answers have lower cosine
 
 
 def told(shifts, n=600, **options):
-    samples, questions = build({"a": (n, 4), "b": (n, 2)}, shifts, **options)
+    samples, _ = build({"a": (n, 4), "b": (n, 2)}, shifts, **options)
     samples["hookpoint"] = "embed"
-    return {(c.text, c.condition): c for c in claims(samples, questions)}, samples
+    return {(c.text, c.condition): c for c in claims(samples)}, samples
 
 
 def test_what_holds():
@@ -38,10 +38,10 @@ def test_what_holds():
 def test_that_nothing_happens_has_to_be_shown():
     """The same answers of 1,200 questions are evidence, of 20 they are none."""
     for n, verdict in ((600, NOT), (10, UNSHOWN)):
-        samples, questions = build({"a": (n, 4), "b": (n, 2)}, {"none": 2.0, "fgsm@0.1": 0})
+        samples, _ = build({"a": (n, 4), "b": (n, 2)}, {"none": 2.0, "fgsm@0.1": 0})
         clean = samples[samples["condition"] == "none"]
         same = clean.assign(condition="fgsm@0.1", attack="fgsm", epsilon=0.1)
-        (claim, *_) = claims(pd.concat([clean, same], ignore_index=True), questions)
+        (claim, *_) = claims(pd.concat([clean, same], ignore_index=True))
         assert (claim.text, claim.verdict) == (COSTS, verdict), claim
 
 
@@ -53,19 +53,19 @@ def test_guessing_has_to_be_shown():
 
 def test_cosines():
     """Lower where it is right, in every task, however the tasks differ."""
-    samples, questions = build({"a": (200, 4), "b": (200, 2)}, {"none": 0.7})
+    samples, _ = build({"a": (200, 4), "b": (200, 2)}, {"none": 0.7})
     rng = np.random.default_rng(0)
     noise = rng.normal(0, 0.1, len(samples))
     of_task = np.where(samples["task"] == "a", 5.0, 0.0)
     lower = samples.assign(cosine=of_task - 0.1 * samples["acc"] + noise)
-    (claim,) = claims(lower, questions)
+    (claim,) = claims(lower)
     assert claim.text.startswith(COSINES) and claim.verdict == HOLDS and claim.condition == "none"
-    (claim,) = claims(lower.assign(cosine=-lower["cosine"]), questions)
+    (claim,) = claims(lower.assign(cosine=-lower["cosine"]))
     assert claim.verdict == NOT
-    (claim,) = claims(lower.assign(cosine=of_task + noise), questions)
+    (claim,) = claims(lower.assign(cosine=of_task + noise))
     assert claim.verdict == UNSHOWN
-    assert claims(lower.assign(cosine=None), questions) == []
-    assert claims(lower.assign(condition="fgsm@1", attack="fgsm"), questions) == []
+    assert claims(lower.assign(cosine=None)) == []
+    assert claims(lower.assign(condition="fgsm@1", attack="fgsm")) == []
 
 
 def test_cells():

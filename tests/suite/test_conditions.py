@@ -14,7 +14,7 @@ from test_models import run_of
 from llm_attack.attacks import ATTACKS
 from llm_attack.base.declare import declared, names
 from llm_attack.base.errors import UsageError
-from llm_attack.lm.settings import AttackSettings, EngineSettings, places
+from llm_attack.lm.settings import AttackSettings, EngineSettings, labels
 from llm_attack.lm.units import Epsilon, Signal
 from llm_attack.suite import results
 from llm_attack.suite.analysis.conditions import OF_THE_RUN, Condition, by_name, of_plan, of_run
@@ -277,8 +277,8 @@ def test_the_record_counts_and_not_the_name():
     plan = Plan(attacks="none,fgsm,bim", epsilons="0,0.5rms", norm="l2", hookpoints="a.1,b.2")
     settings = plan.conditions_at(["a.1", "b.2"])
     attacks = [
-        of.resolved(Signal(0.1, 4, 1.0), place)
-        for of, place in zip(settings, places(settings), strict=True)
+        of.resolved(Signal(0.1, 4, 1.0), label)
+        for of, label in zip(settings, labels(settings), strict=True)
     ]
     made = of_plan(plan, settings, attacks)
     assert str(made["fgsm@0.5rms-l2@b.2"].amplitude) == "0.5rms-l2@b.2"

@@ -11,10 +11,10 @@ from invented import SHIFTS, SIX, build
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 
-from llm_attack.base.drawing import COLOURS
+from llm_attack.base.drawing import COLOURS, save_figure
 from llm_attack.suite.analysis import summary
 from llm_attack.suite.report import figures
-from llm_attack.suite.report.layout import panels, wrapped
+from llm_attack.suite.report.layout import panels, print_style, wrapped
 
 LADDER = {"none": 3.0} | {
     f"{attack}@{epsilon}": 2.9 - (1 + i) * 40 * epsilon - i
@@ -345,6 +345,19 @@ def test_draw_all_twice_gives_the_same_bytes(frames, tmp_path):
     for name in names:
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
     assert "zeta_task" in (folders[0] / "figure.svg").read_text()
+
+
+def test_files_are_those_of_savefig(frames, tmp_path):
+    """It draws twice, first for the layout alone; nothing of a file depends on that."""
+    samples, _ = frames({"zeta_task": (60, 4)}, {"none": 2.0, "fgsm@0.1": 1.0, "fgsm@1": 0.0})
+    table = summary.summarise(samples)
+    with print_style():
+        save_figure(figures.bars(table), tmp_path, title="t")
+        drawn = figures.bars(table)
+        drawn.savefig(tmp_path / "s.png", metadata={"Software": None})
+        drawn.savefig(tmp_path / "s.svg", metadata={"Date": None, "Title": "t"})
+    for form in ("png", "svg"):
+        assert (tmp_path / f"figure.{form}").read_bytes() == (tmp_path / f"s.{form}").read_bytes()
 
 
 def test_svg_files_have_a_title(frames, tmp_path):

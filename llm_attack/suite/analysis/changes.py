@@ -17,7 +17,7 @@ from llm_attack.stats import (
     sign_test,
     standard_error,
 )
-from llm_attack.suite.analysis.outcomes import HIGHER, LOWER, counted
+from llm_attack.suite.analysis.outcomes import HIGHER, LOWER, Columns, counted
 
 # Differences, after minus before, and what they are called before minus after.
 DROPS = {"difference": "drop", "gold_difference": "gold_probability_drop"}
@@ -40,11 +40,11 @@ class Change(NamedTuple):
     source: np.ndarray
 
 
-def compared(pairs: pd.DataFrame, before: Mapping[str, str], after: Mapping[str, str]) -> Any:
+def compared(pairs: Columns, before: Mapping[str, str], after: Mapping[str, str]) -> Any:
     """One task's questions before and after: a row's entries, and a `Change` as `_change`.
 
     Args:
-        pairs: a row per question: `source`, `kind`, `better`, and the columns named by the others.
+        pairs: of each question: `source`, `kind`, `better`, and the columns named by the others.
         before: the columns of `acc` and `gold_probability`.
         after: likewise.
 
@@ -54,17 +54,16 @@ def compared(pairs: pd.DataFrame, before: Mapping[str, str], after: Mapping[str,
         and `_high`, `detectable`, `design_effect`, `p_mcnemar`, `gold_difference` with `_low` and
         `_high`, `p_gold_probability`.
     """
-    sign = -1 if pairs["better"].iloc[0] == LOWER else 1
-    step = (pairs[after["acc"]] - pairs[before["acc"]]).to_numpy(float)
+    sign = -1 if pairs["better"][0] == LOWER else 1
+    step, gold = (pairs[after[name]] - pairs[before[name]] for name in ("acc", "gold_probability"))
     source = np.unique(pairs["source"], return_inverse=True)[1]
-    gold = (pairs[after["gold_probability"]] - pairs[before["gold_probability"]]).to_numpy(float)
     net = sign * np.bincount(source, step)
     columns = (_of_counts if counted(pairs) else _of_numbers)(step, source, sign)
     error = columns.pop("_error")
     return {
         **columns,
         "detectable": 100 * detectable([error]),
-        "p_mcnemar": sign_test([net], [len(pairs)]),
+        "p_mcnemar": sign_test([net], [len(step)]),
         **_of_gold([(gold, source)]),
         "_change": Change(net, error, gold, source),
     }
@@ -106,7 +105,7 @@ def _of_gold(tasks: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]
     }
 
 
-def pooled(group: pd.DataFrame) -> dict[str, Any]:
+def pooled(group: Columns) -> dict[str, Any]:
     """Of the mean over tasks what is not a mean: the tests, and what they can detect."""
     changes = list(group["_change"])
     if any(change is None for change in changes):

@@ -21,7 +21,7 @@ from llm_attack.base.errors import UsageError
 from llm_attack.lm.losses import LOSSES
 from llm_attack.lm.settings import EMBED, AttackSettings, EngineSettings, places
 from llm_attack.lm.units import ABSOLUTE, NEFTUNE, UNITS, Amplitude, Epsilon
-from llm_attack.suite.plan import Plan
+from llm_attack.suite.plan import WORST, Plan
 
 CONDITIONS = "conditions"  # where run.json and samples.parquet have them
 _SIZE = "amplitude"  # where the record of a condition has it
@@ -49,7 +49,7 @@ PROMPT = tuple(
 
 _LABEL = re.compile(
     rf"(?P<epsilon>[\d.]+(?:e[+-]?\d+)?)(?P<epsilon_unit>{'|'.join(UNITS)})?"
-    r"(?:-(?P<norm>l2_token|l2))?(?:@(?P<hookpoint>.+))?"
+    r"(?:-(?P<norm>l2_token|l2))?(?:@(?P<hookpoint>.+?))?(?:-steps(?P<steps>\d+))?"
 )
 
 
@@ -105,9 +105,9 @@ class Condition:
             return self
         amplitude = replace(self.amplitude, hookpoint=None)
         values = tuple(pair for pair in self.values if pair[0] != "hookpoint")
-        return Condition(
-            condition_name(self.attack, str(amplitude)), self.attack, values, amplitude
-        )
+        _, steps, count = self.name.rpartition("-steps")
+        label = f"{amplitude}{steps}{count}" if steps else str(amplitude)
+        return Condition(condition_name(self.attack, label), self.attack, values, amplitude)
 
     def settings(self) -> dict[str, Any]:
         """All that its numbers depend on, by the names of settings."""
@@ -132,6 +132,20 @@ class Condition:
 
 
 Conditions = Mapping[str, Condition]
+
+
+def steps_told(known: Conditions) -> dict[str, int]:
+    """The steps of each condition that these tell from others of its attack and amplitude."""
+    counts: dict[Any, set[Any]] = {}
+    for condition in known.values():
+        key = condition.attack, condition.amplitude
+        counts.setdefault(key, set()).add(condition.get("steps"))
+    return {
+        name: condition.get("steps")
+        for name, condition in known.items()
+        if condition.attack != WORST
+        and len(counts[condition.attack, condition.amplitude] - {None}) > 1
+    }
 
 
 def _used(attack: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -237,6 +251,7 @@ def _from_names(frame: pd.DataFrame) -> dict[str, tuple[dict[str, Any], Amplitud
         parts = _LABEL.fullmatch(name.removeprefix(condition_name(attack, "")))
         named = {k: v for k, v in parts.groupdict().items() if v} if parts else {}
         values |= named | {"epsilon": float(named.get("epsilon", values["epsilon"]))}
+        values |= {"steps": int(named["steps"])} if "steps" in named else {}
         epsilon = Epsilon(values["epsilon"], values["epsilon_unit"])
         amplitude = Amplitude(epsilon, named.get("norm", "linf"), named.get("hookpoint"))
         conditions[name] = values, None if attack == "none" else amplitude

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,24 @@ import pandas as pd
 CHOICE, BINARY, SHARE, NUMBER = "right or wrong", "0 or 1", "share, 0 to 1", "number"
 HIGHER, LOWER = "higher", "lower"  # which is better
 ACC = "acc"
+
+Columns = Mapping[str, np.ndarray]
+
+
+def groups(frame: pd.DataFrame, by: str | list[str]) -> Iterator[tuple[Any, Columns]]:
+    """The rows of each group as arrays, by column; groups in the order in which they appear.
+
+    Args:
+        frame: what is divided.
+        by: its columns, whose values name a group.
+    """
+    number = frame.groupby(by, sort=False).ngroup().to_numpy()
+    order = np.argsort(number, kind="stable")
+    columns = {str(name): frame[name].to_numpy()[order] for name in frame}
+    ends = np.cumsum(np.bincount(number))
+    for begin, end in zip([0, *ends[:-1]], ends, strict=True):
+        group = {name: column[begin:end] for name, column in columns.items()}
+        yield group[by][0] if isinstance(by, str) else tuple(group[key][0] for key in by), group
 
 
 def with_scores(samples: pd.DataFrame) -> pd.DataFrame:
@@ -37,9 +56,9 @@ def kind_of(values: Iterable[float], least: str = CHOICE) -> str:
     return SHARE if within and least != NUMBER else NUMBER
 
 
-def counted(rows: pd.DataFrame) -> bool:
+def counted(rows: Columns) -> bool:
     """Whether the score of one task's questions is 0 or 1, so that it can be counted."""
-    return rows["kind"].iloc[0] in (CHOICE, BINARY)
+    return rows["kind"][0] in (CHOICE, BINARY)
 
 
 def goodness(samples: pd.DataFrame, column: str = "acc") -> pd.Series:

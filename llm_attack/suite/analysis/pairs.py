@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
 import pandas as pd
 
 from llm_attack.base.errors import UsageError
@@ -11,14 +15,15 @@ from llm_attack.suite.analysis.outcomes import (
     ACC,
     CHOICE,
     HIGHER,
+    groups,
     kind_of,
     measured,
     sources,
     with_scores,
 )
-from llm_attack.suite.analysis.summary import KEYS, SCORE, holm_over_tasks, with_means
+from llm_attack.suite.analysis.summary import KEYS, SCORE, holm_over_tasks, mean_known, with_means
 
-_OUTCOMES = ("acc", "gold_probability")
+OUTCOMES = ("acc", "gold_probability")
 
 
 def paired(
@@ -69,7 +74,7 @@ def paired(
         raise UsageError("compare: the runs share no question: their prompts differ")
     asked = pd.concat([questions_a[place], questions_b[place]]).drop_duplicates()["task"]
     asked_of_task = asked.value_counts()
-    columns = [*place, "condition", *_OUTCOMES]
+    columns = [*place, "condition", *OUTCOMES]
     a, b = (
         with_scores(run).assign(**measured(run), source=sources(run))
         for run in (samples_a, samples_b)
@@ -78,20 +83,33 @@ def paired(
     pairs = a[[*columns, "source", *SCORE]].merge(
         b[columns], on=columns[:3], suffixes=("_a", "_b"), validate="one_to_one"
     )
-    pairs = pairs.merge(same, on=place)
-    of_a, of_b = ({key: f"{key}_{run}" for key in _OUTCOMES} for run in "ab")
+    return in_pairs(pairs.merge(same, on=place), asked_of_task)
+
+
+def in_pairs(pairs: pd.DataFrame, asked: Mapping[Any, int]) -> pd.DataFrame:
+    """The frame of `paired`.
+
+    Args:
+        pairs: a row per question and condition: `task`, `condition`, `source`, `SCORE`, and each
+            of `OUTCOMES` with `_a` and `_b` behind its name.
+        asked: for each task, the questions of either run.
+    """
+    of_a, of_b = ({key: f"{key}_{run}" for key in OUTCOMES} for run in "ab")
+    both = [f"acc_{run}" for run in "ab"]
+    pairs[both] = pairs[both].astype(float)
+    kinds = {  # of either run, what its values need
+        task: kind_of(np.concatenate([group[acc] for acc in both]), group["kind"][0])
+        for task, group in groups(pairs[["task", "kind", *both]], "task")
+    }
     rows = []
-    for _, group in pairs.groupby("task", sort=False):  # of either run, what its values need
-        values = group[["acc_a", "acc_b"]].to_numpy(float).ravel()
-        pairs.loc[group.index, "kind"] = kind_of(values, group["kind"].iloc[0])
-    for (task, condition), group in pairs.groupby(KEYS, sort=False):
-        n, change = len(group), compared(group, of_a, of_b)
+    for (task, condition), group in groups(pairs.assign(kind=pairs["task"].map(kinds)), KEYS):
+        n, change = len(group["source"]), compared(group, of_a, of_b)
         rows.append(
             {
                 **{"task": task, "condition": condition, "n": n},
-                **{key: group[key].iloc[0] for key in SCORE},
-                **{"left_out": asked_of_task[task] - n, "clusters": group["source"].nunique()},
-                **{key: group[key].mean() for key in ("acc_a", "acc_b")},
+                **{key: group[key][0] for key in SCORE},
+                **{"left_out": asked[task] - n, "clusters": len(np.unique(group["source"]))},
+                **{key: mean_known(group[key]) for key in both},
                 **change,
             }
         )
@@ -100,7 +118,7 @@ def paired(
     plain = (frame[SCORE] == [ACC, CHOICE, HIGHER]).all(axis=None)
     hidden = ["_change", *(SCORE if plain else [])]
     columns = [name for name in frame if name not in hidden]
-    return with_means(frame, columns, ("difference",), ("acc_a", "acc_b"))
+    return with_means(frame, columns, ("difference",), both)
 
 
 def _check_scores(a: pd.DataFrame, b: pd.DataFrame) -> None:

@@ -30,8 +30,10 @@ from llm_attack.suite.analysis.outcomes import (
     HIGHER,
     NUMBER,
     SHARE,
+    Columns,
     chances,
     counted,
+    groups,
     measured,
     sources,
     with_scores,
@@ -130,14 +132,15 @@ def summarise(
         hookpoint=samples.get("hookpoint", "embed"),
         source=sources(samples),
         chance=chances(samples),
+        **{name: pd.to_numeric(samples[name]).astype(float) for name in ("acc", "acc_norm")},
         **measured(samples),
     )
     place, is_none = ["task", "doc_id"], samples["condition"] == "none"
     of_none = samples.loc[is_none, [*place, *_CHANGING]]
     clean = samples[place].merge(of_none, how="left", validate="many_to_one")[_CHANGING]
     clean = clean.mask(is_none).add_prefix("clean_")
-    groups = samples[_SUMMARISED].join(clean).groupby(KEYS, sort=False)
-    table = pd.DataFrame([{**dict(zip(KEYS, k, strict=True)), **_row(g)} for k, g in groups])
+    of_places = groups(samples[_SUMMARISED].join(clean), KEYS)
+    table = pd.DataFrame([_row(group) for _, group in of_places])
     table["p_chance_holm"] = holm_over_tasks(table, "p_chance")
     table["p_mcnemar_holm"] = holm_over_tasks(table, "p_mcnemar")
     differs = table["p_chance_holm"] <= ALPHA
@@ -173,51 +176,55 @@ _HERE = {"acc": "acc", "gold_probability": "gold_probability"}
 _COMPARED = ("detectable", "design_effect", "p_mcnemar", "p_gold_probability")
 
 
-def _row(group: pd.DataFrame) -> dict[str, Any]:
+def _row(group: Columns) -> dict[str, Any]:
     """Summarises one task's questions under one condition, without Holm's adjustment."""
-    n_choices = group["n_choices"]
+    chance, n = group["chance"], len(group["chance"])
     row = {
-        "attack": group["attack"].iloc[0],
-        "hookpoint": group["hookpoint"].iloc[0],
-        "epsilon": group["epsilon"].iloc[0],
-        "n": len(group),
-        "clusters": group["source"].nunique(),
-        "n_choices_min": n_choices.min(),
-        "n_choices_max": n_choices.max(),
-        **{key: group[key].iloc[0] for key in SCORE},
-        "baseline": group["chance"].mean(),
+        **{key: group[key][0] for key in (*KEYS, *_OF_CONDITION, *SCORE)},
+        "n": n,
+        "clusters": len(np.unique(group["source"])),
+        "n_choices_min": group["n_choices"].min(),
+        "n_choices_max": group["n_choices"].max(),
+        "baseline": mean_known(chance),
         "p_chance": np.nan,
-        "_tells": group["chance"].isna().any()  # of a score that is not tested against guessing
-        or len(group) > _ENOUGH
-        or tells_from_guessing(group["chance"]),
-        "gold_probability": group["gold_probability"].mean(),
+        "_tells": np.isnan(chance).any()  # of a score that is not tested against guessing
+        or n > _ENOUGH
+        or tells_from_guessing(chance),
+        "gold_probability": mean_known(group["gold_probability"]),
         **_accuracy(group, "acc"),
         **_accuracy(group, "acc_norm"),
     }
     if row["kind"] == CHOICE:
-        row["p_chance"] = chance_test(int(group["acc"].sum()), group["chance"])
+        row["p_chance"] = chance_test(int(group["acc"].sum()), chance)
     for name in ("log_likelihood", "margin"):
-        row[f"{name}_change"] = (group[name] - group[f"clean_{name}"]).mean()
-    pairs = group[group["clean_acc"].notna()]
-    if pairs.empty:
+        row[f"{name}_change"] = mean_known(group[name] - group[f"clean_{name}"])
+    paired = ~np.isnan(group["clean_acc"])
+    if not paired.any():
         drops = [f"{name}{end}" for name in DROPS.values() for end in ("", "_low", "_high")]
         missing = {**dict.fromkeys((*drops, *_COMPARED), np.nan), "_change": None}
         return {**row, **missing, **dict.fromkeys(("lost", "gained"), pd.NA)}
+    pairs = group if paired.all() else {name: column[paired] for name, column in group.items()}
     return row | as_drops(compared(pairs, _CLEAN, _HERE), row["better"])
 
 
-def _accuracy(group: pd.DataFrame, metric: str) -> dict[str, float]:
-    values = pd.to_numeric(group[metric])
+def mean_known(values: np.ndarray) -> float:
+    """The mean of those that are numbers; NaN if none is."""
+    known = ~np.isnan(values)
+    return float(np.where(known, values, 0).sum() / known.sum()) if known.any() else np.nan
+
+
+def _accuracy(group: Columns, metric: str) -> dict[str, float]:
+    values = group[metric]
     low = high = np.nan
-    if values.notna().all():
+    if not np.isnan(values).any():
         if metric != "acc" or counted(group):
             effect = design_effect(values, group["source"])
             low, high = wilson(values.sum() / effect, len(values) / effect)
-        elif values.nunique() > 1:
+        elif np.ptp(values) > 0:
             _, low, high, _ = mean_of([(values, group["source"])])
-            ends = (0, 1) if group["kind"].iloc[0] == SHARE else (-np.inf, np.inf)
+            ends = (0, 1) if group["kind"][0] == SHARE else (-np.inf, np.inf)
             low, high = (float(np.clip(end, *ends)) for end in (low, high))
-    return {metric: values.mean(skipna=False), f"{metric}_low": low, f"{metric}_high": high}
+    return {metric: values.mean(), f"{metric}_low": low, f"{metric}_high": high}
 
 
 def holm_over_tasks(table: pd.DataFrame, column: str) -> pd.Series:
@@ -225,11 +232,11 @@ def holm_over_tasks(table: pd.DataFrame, column: str) -> pd.Series:
     return table.groupby("condition", sort=False)[column].transform(holm)
 
 
-def averaged(tasks: pd.DataFrame) -> bool:
+def averaged(tasks: Columns) -> bool:
     """Whether the scores of these tasks have a mean: one score, or all from 0 to 1 and alike."""
-    if (tasks[SCORE].nunique() == 1).all():
+    if all(len({*tasks[key]}) == 1 for key in SCORE):
         return True
-    return tasks["better"].nunique() == 1 and not (tasks["kind"] == NUMBER).any()
+    return len({*tasks["better"]}) == 1 and NUMBER not in {*tasks["kind"]}
 
 
 def with_means(
@@ -244,22 +251,21 @@ def with_means(
         plain: other columns whose mean is taken.
     """
     means = []
-    for condition, group in table.groupby("condition", sort=False):
+    for condition, group in groups(table, "condition"):
         mean: dict[str, Any] = {"task": MEAN, "condition": condition}
+        mean |= {key: group[key][0] for key in _OF_CONDITION if key in columns}
         if not averaged(group):
-            mean |= {key: group[key].iloc[0] for key in _OF_CONDITION if key in columns}
             means.append(mean | {"n": group["n"].sum(), "score": SEVERAL})
             continue
-        mean |= {key: group[key].iloc[0] for key in _OF_CONDITION if key in columns}
-        mean |= {key: group[key].mean(skipna=False) for key in (*measured, *plain)}
+        mean |= {key: group[key].mean() for key in (*measured, *plain)}
         for key in measured:
             ends = mean_interval(group[key], group[f"{key}_low"], group[f"{key}_high"])
             mean[f"{key}_low"], mean[f"{key}_high"] = ends
         for key in (key for key in SCORE if key in columns):
-            mean[key] = group[key].iloc[0] if group[key].nunique() == 1 else SEVERAL
+            mean[key] = group[key][0] if len({*group[key]}) == 1 else SEVERAL
         for key in (key for key in _COUNTS if key in columns):
-            total = {"n_choices_min": "min", "n_choices_max": "max"}.get(key, "sum")
-            mean[key] = group[key].agg(total) if group[key].notna().all() else pd.NA
+            total = {"n_choices_min": min, "n_choices_max": max}.get(key, sum)
+            mean[key] = pd.NA if pd.isna(group[key]).any() else total(group[key])
         means.append(mean | pooled(group))
     both = [*table.to_dict("records"), *means]
     types = {key: "Int64" for key in _COUNTS if key in columns}

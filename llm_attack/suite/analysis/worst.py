@@ -53,8 +53,9 @@ def with_worst(samples: pd.DataFrame, run: Mapping[str, Any]) -> pd.DataFrame:
         samples: a row per question and condition, as in `samples.parquet`.
         run: what `run.json` holds. Where it is not `wanted`, the samples are returned as they are.
     """
-    if WORST in set(samples["attack"]):
-        samples = samples[samples["attack"] != WORST].reset_index(drop=True)
+    own = samples["attack"] != WORST
+    if not own.all():
+        samples = samples[own].reset_index(drop=True)
     if not wanted(run):
         return samples
     outcomes = measured(samples)
@@ -62,7 +63,8 @@ def with_worst(samples: pd.DataFrame, run: Mapping[str, Any]) -> pd.DataFrame:
     with_outcomes = samples.assign(**outcomes, acc_norm=samples["acc_norm"].astype(float))
     questions = with_outcomes.groupby(_PLACE, sort=False).ngroup()
     parts = [with_outcomes]
-    for condition, epsilon, tried in _worst_cases(with_outcomes, of_run(run, samples)):
+    for condition, epsilon, names in _worst_cases(with_outcomes, of_run(run, samples)):
+        tried = with_outcomes[with_outcomes["condition"].isin(names)]
         good = tried.assign(acc=goodness(tried))
         places = np.unique(questions[tried.index], return_inverse=True)[1]
         order = np.lexsort((good["margin"], good["acc"]))  # the worst first
@@ -86,22 +88,21 @@ def conditions(samples: pd.DataFrame, run: Mapping[str, Any]) -> dict[str, Condi
 
 def _worst_cases(
     samples: pd.DataFrame, known: Conditions
-) -> Iterator[tuple[Condition, float, pd.DataFrame]]:
-    """Each worst case: its condition, its epsilon, and the rows that it is the worst of."""
-    for largest, epsilon, rows in comparable_attacks(samples, known):
-        tried = rows[rows["epsilon"] <= epsilon]
-        over = [known[name] for name in tried["condition"].unique()]
+) -> Iterator[tuple[Condition, float, list[str]]]:
+    """Each worst case: its condition, its epsilon, and the conditions that it is the worst of."""
+    for largest, epsilon, attacks in comparable_attacks(samples, known):
+        over = [known[name] for name in attacks.loc[attacks["epsilon"] <= epsilon, "condition"]]
         if len(over) < 2:
             continue
         amplitudes = {name: largest.get(name) for name in ("epsilon", "epsilon_unit")}
         settings = {name: value for c in over for name, value in c.values}
-        attacks = ", ".join(sorted(c.name for c in over))
-        values = {**settings, **amplitudes, "attacks": attacks}
+        listed = ", ".join(sorted(c.name for c in over))
+        values = {**settings, **amplitudes, "attacks": listed}
         own = sorted({str(source) for c in over if (source := c.get("attack_source"))})
         values |= {"attack_source": " ".join(own)} if own else {}
         name = condition_name(WORST, str(largest.amplitude))
         worst = Condition(name, WORST, tuple(sorted(values.items())), largest.amplitude)
-        yield worst, epsilon, tried
+        yield worst, epsilon, [c.name for c in over]
 
 
 def hidden_gradients(samples: pd.DataFrame, known: Conditions) -> list[str]:
@@ -116,44 +117,48 @@ def hidden_gradients(samples: pd.DataFrame, known: Conditions) -> list[str]:
         known: the conditions of the run.
     """
     sentences = []
-    for _, epsilon, rows in comparable_attacks(samples, known):
-        here = rows[rows["epsilon"] == epsilon]
-        answers = here.assign(right=right(here).astype(float))
-        kept = answers.pivot_table(index=_PLACE, columns="attack", values="right", sort=False)
-        others = [name for name in kept if name not in (SEARCH, *BOUNDED_NOISE)]
-        if SEARCH not in kept or not others:
+    for _, epsilon, attacks in comparable_attacks(samples, known):
+        by = attacks_at(attacks, epsilon)
+        search = next(iter(by.pop(SEARCH, [])), None)
+        others = [name for attack in by if attack not in BOUNDED_NOISE for name in by[attack]]
+        if search is None or not others:
             continue
-        search, best = named(here, SEARCH), min(others, key=lambda name: kept[name].mean())
-        searched, followed = kept[SEARCH] <= 0, kept[best] <= 0
+        here = samples[samples["condition"].isin([search, *others])]
+        answers = here.assign(right=right(here).astype(float))
+        kept = answers.pivot_table(index=_PLACE, columns="condition", values="right", sort=False)
+        best = min(others, key=lambda name: kept[name].mean())
+        searched, followed = kept[search] <= 0, kept[best] <= 0
         more, less = int((searched & ~followed).sum()), int((followed & ~searched).sum())
         if more > less and more_often(more, less) <= ALPHA:
             sentences.append(
-                f"{search} takes no gradient. It made {more} questions wrong that {best} left"
-                f" right; the reverse holds for {less}. So the model hides its gradient, and"
-                " attacks that follow the gradient are too weak"
+                f"{search} takes no gradient. It made {more} questions wrong that"
+                f" {known[best].attack} left right; the reverse holds for {less}. So the model"
+                " hides its gradient, and attacks that follow the gradient are too weak"
             )
     return sentences
-
-
-def named(rows: pd.DataFrame, attack: str) -> str:
-    """The name of the condition of an attack in rows that have one of it."""
-    return str(rows.loc[rows["attack"] == attack, "condition"].iloc[0])
 
 
 def comparable_attacks(
     frame: pd.DataFrame, known: Conditions
 ) -> Iterator[tuple[Condition, float, pd.DataFrame]]:
     """Each amplitude of a ball (`Condition.ball`): the first condition of it, epsilon in the units
-    of the point, and all attacks in the ball.
+    of the point, and all attacks in the ball, a row for each condition.
 
     Args:
         frame: with the columns `condition`, `attack` and `epsilon`.
         known: the conditions of the run.
     """
-    attacks = frame[~frame["attack"].isin([WORST, *NO_PART]) & (frame["epsilon"] > 0)]
-    kinds = attacks["condition"].map(
-        {name: str(condition.ball) for name, condition in known.items()}
-    )
-    for _, rows in attacks.groupby(kinds, sort=False):
+    attacks = frame[["condition", "attack", "epsilon"]].drop_duplicates()
+    attacks = attacks[~attacks["attack"].isin([WORST, *NO_PART]) & (attacks["epsilon"] > 0)]
+    balls = [str(known[name].ball) for name in attacks["condition"]]
+    for _, rows in attacks.groupby(balls, sort=False):
         for row in rows.drop_duplicates("epsilon").itertuples():
             yield known[str(row.condition)], float(row.epsilon), rows
+
+
+def attacks_at(attacks: pd.DataFrame, epsilon: float) -> dict[str, list[str]]:
+    """The conditions of one amplitude of `comparable_attacks`, by attack."""
+    here = attacks[attacks["epsilon"] == epsilon]
+    return {
+        str(attack): list(rows) for attack, rows in here.groupby("attack", sort=False)["condition"]
+    }

@@ -155,6 +155,8 @@ def curves(table: pd.DataFrame, unit: Unit = OF_POINT) -> Figure | None:
     searches = [name for name, kind in ATTACKS.items() if kind.minimal]
     table = table[~table["attack"].isin(searches)]
     table = table.assign(epsilon=table["epsilon"] / unit.size)
+    # of several numbers of steps, the largest
+    table = table.drop_duplicates(["task", "attack", "epsilon"], keep="last")
     of_attacks = table[table["attack"] != "none"]
     if not of_attacks.groupby("attack")["epsilon"].nunique().max() > 1:
         return None
@@ -329,9 +331,10 @@ def _conditions(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
 
     rows = table.drop_duplicates("condition")
     attacks, faces = _attacks(table), {}
-    for condition, attack, epsilon in zip(rows["condition"], attacks, rows["epsilon"], strict=True):
-        ladder = sorted(rows.loc[rows["attack"] == attack, "epsilon"])
-        strength = 1 - 0.6 * (len(ladder) - 1 - ladder.index(epsilon)) / len(ladder)
+    ladders = rows.sort_values("epsilon", kind="stable").groupby("attack")["condition"]
+    for condition, attack in zip(rows["condition"], attacks, strict=True):
+        ladder = list(ladders.get_group(attack))
+        strength = 1 - 0.6 * (len(ladder) - 1 - ladder.index(condition)) / len(ladder)
         like = look(attack)
         colour = tuple(1 - strength * (1 - part) for part in to_rgb(like.colour))
         faces[condition] = {"color": colour, "hatch": like.hatch}

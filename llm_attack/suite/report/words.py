@@ -11,7 +11,7 @@ import pandas as pd
 
 from llm_attack.lm.units import ABSOLUTE
 from llm_attack.stats import ALPHA
-from llm_attack.suite.analysis.conditions import Condition, Conditions, by_name
+from llm_attack.suite.analysis.conditions import Condition, Conditions, by_name, steps_told
 from llm_attack.suite.analysis.outcomes import LOWER
 from llm_attack.suite.analysis.summary import ABOVE, MEAN, TOO_FEW
 from llm_attack.suite.analysis.worst import WORST
@@ -162,8 +162,11 @@ def number(n: int) -> str:
 
 def _attack(mean: pd.DataFrame, tasks: pd.DataFrame, known: Conditions) -> str:
     """One attack: what its largest amplitude costs, and from which one nothing is left."""
+    # of several numbers of steps, the largest
+    mean = mean.drop_duplicates("epsilon", keep="last")
     rows = mean.sort_values("epsilon", kind="stable").to_dict("records")
-    name, last = _name(rows[-1]["attack"]), rows[-1]
+    last = rows[-1]
+    name = _with_steps(_name(last["attack"]), last["condition"], known)
     sizes = [_amplitude(known[row["condition"]], row["epsilon"]) for row in rows]
     changed = [_changed(row, tasks) for row in rows]
     left, ends = _shown(mean, last["acc"]), _ends(mean, last)
@@ -201,12 +204,19 @@ def _name(attack: str) -> str:
     return ATTACK_NAMES.get(attack, attack.upper())
 
 
+def _with_steps(name: str, condition: str, known: Conditions) -> str:
+    """An attack, with its steps where the run has it with several numbers of them."""
+    steps = steps_told(known).get(condition)
+    return name if steps is None else f"{name} with {steps} step{'s' * (steps != 1)}"
+
+
 def _named(mean: pd.DataFrame, condition: str, known: Conditions) -> str:
     """An attack and its amplitude inside a sentence."""
     row = mean[mean["condition"] == condition].iloc[0]
     name = _name(row["attack"])
     name = name if name.isupper() or "FGSM" in name else name[0].lower() + name[1:]
-    return f"{name} at {_amplitude(known[condition], row['epsilon'])}"
+    size = _amplitude(known[condition], row["epsilon"])
+    return f"{_with_steps(name, condition, known)} at {size}"
 
 
 def _shown(table: pd.DataFrame, value: float) -> str:

@@ -6,8 +6,8 @@ A claim holds, does not hold, or is not shown: a test that finds nothing is no e
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import pandas as pd
 from scipy.special import ndtr, ndtri
@@ -23,8 +23,8 @@ from llm_attack.suite.analysis.outcomes import (
     sources,
     with_scores,
 )
-from llm_attack.suite.analysis.pairs import paired
-from llm_attack.suite.analysis.summary import MEAN
+from llm_attack.suite.analysis.pairs import OUTCOMES, in_pairs
+from llm_attack.suite.analysis.summary import MEAN, SCORE
 from llm_attack.suite.plan import WORST
 from llm_attack.suite.report.tables import Cells
 
@@ -52,16 +52,12 @@ class Claim(NamedTuple):
 
 
 def claims(
-    samples: pd.DataFrame,
-    questions: pd.DataFrame,
-    within: float = WITHIN,
-    known: Conditions | None = None,
+    samples: pd.DataFrame, within: float = WITHIN, known: Conditions | None = None
 ) -> list[Claim]:
     """Every claim about every attack of a run, in the run's order.
 
     Args:
         samples: a row per question and condition, as in `samples.parquet`; of one hookpoint.
-        questions: as in `questions.parquet`.
         within: points of a percent; smaller differences are called none.
         known: the conditions of the run; as their names tell unless given.
     """
@@ -71,23 +67,11 @@ def claims(
     by = {str(name): group for name, group in rows.groupby("condition", sort=False)}
     if "none" not in by:
         return []
-    named = {(condition.attack, condition.amplitude): name for name, condition in known.items()}
-    made = []
+    made, costs = [], _costs(by, known, within)
     for name, after in by.items():
-        attack = str(after["attack"].iloc[0])
-        if attack in NOISE:
-            text = f"{attack} noise costs accuracy"
-            made.append(_costs(text, by["none"], after, questions, within))
-        if attack in _CONTROLS:
-            continue
-        made.append(_costs("the attack costs accuracy", by["none"], after, questions, within))
-        controls = (named.get((noise, known[name].amplitude)) for noise in BOUNDED_NOISE)
-        noise = next((by[control] for control in controls if control in by), None)
-        if noise is not None:
-            text = "it costs more than noise of the same amplitude"
-            made.append(_costs(text, noise, after, questions, within))
-        made += _guesses(after, within)
-        made += _falls_first(by["none"], after)
+        made += [claim for claim in costs if claim.condition == name]
+        if str(after["attack"].iloc[0]) not in _CONTROLS:
+            made += [*_guesses(after, within), *_falls_first(by["none"], after)]
     return [*made, *_cosines(by["none"])]
 
 
@@ -103,13 +87,44 @@ def cells(claimed: list[Claim]) -> Cells:
     return Cells(["claim", "condition", "verdict", "figure"], [list(c) for c in claimed], notes)
 
 
-def _costs(
-    text: str, before: pd.DataFrame, after: pd.DataFrame, questions: pd.DataFrame, within: float
-) -> Claim:
+def _comparisons(
+    by: Mapping[str, pd.DataFrame], known: Conditions
+) -> Iterator[tuple[str, str, str]]:
+    """What costs accuracy, by the claims, and the conditions before and after."""
+    named = {(condition.attack, condition.amplitude): name for name, condition in known.items()}
+    for name, after in by.items():
+        attack = str(after["attack"].iloc[0])
+        if attack in NOISE:
+            yield f"{attack} noise costs accuracy", "none", name
+        if attack not in _CONTROLS:
+            yield "the attack costs accuracy", "none", name
+            controls = (named.get((noise, known[name].amplitude)) for noise in BOUNDED_NOISE)
+            noise = next((control for control in controls if control in by), None)
+            if noise is not None:
+                yield "it costs more than noise of the same amplitude", noise, name
+
+
+def _costs(by: Mapping[str, pd.DataFrame], known: Conditions, within: float) -> list[Claim]:
     """Whether accuracy falls from one condition to another: the test of the mean over tasks."""
-    name = str(after["condition"].iloc[0])
-    frame = paired(before.assign(condition=name), questions, after, questions)
-    mean = frame[frame["task"] == MEAN].iloc[0]
+    place, compared = ["task", "doc_id"], list(_comparisons(by, known))
+    pairs = [
+        by[before][[*place, "source", *SCORE, *OUTCOMES]]
+        .merge(by[after][[*place, *OUTCOMES]], on=place, suffixes=("_a", "_b"))
+        .assign(condition=i)
+        for i, (_, before, after) in enumerate(compared)
+    ]
+    if not pairs:
+        return []
+    frame = in_pairs(pd.concat(pairs, ignore_index=True), by["none"]["task"].value_counts())
+    means = frame[frame["task"] == MEAN].to_dict("records")
+    return [
+        _falls(text, name, mean, within)
+        for (text, _, name), mean in zip(compared, means, strict=True)
+    ]
+
+
+def _falls(text: str, name: str, mean: Mapping[Any, Any], within: float) -> Claim:
+    """Whether accuracy falls, by the mean over tasks of a frame of `paired`."""
     if pd.isna(mean["difference"]):
         return Claim(text, name, UNSHOWN, "the scores of the tasks have no mean")
     error = mean["detectable"] / 100 / detectable([1])

@@ -92,12 +92,12 @@ def across(runs: Mapping[str, Result]) -> pd.DataFrame:
         why = "".join(f"; {sentence}" for sentence in differing)
         what = "condition beside none" if "none" in names else "condition none"
         raise UsageError(f"compare: the runs share no {what}{why}")
-    kept = set(map(tuple, shared[["task", "doc_id"]].to_numpy().tolist()))
+    kept = pd.MultiIndex.from_frame(shared[["task", "doc_id"]])
     tables, scores = {}, {}
     for name, result in runs.items():
         samples = result.samples
-        places = zip(samples["task"], samples["doc_id"].astype(str), strict=True)
-        some = samples[[place in kept for place in places]]
+        places = samples[["task", "doc_id"]].astype({"doc_id": str})
+        some = samples[pd.MultiIndex.from_frame(places).isin(kept)]
         table = result.table
         if len(some) < len(samples) or result.run.get("of_tasks"):
             table = summarise(with_worst(some, result.run), result.run.get("attacks"))
@@ -106,7 +106,8 @@ def across(runs: Mapping[str, Result]) -> pd.DataFrame:
         tables[name] = table.set_index(table["condition"].map(renamed))
         if tables[name]["acc"].isna().all():
             raise UsageError(f"compare: the scores of the tasks of {name} have no mean")
-        scores[name] = dict(zip(some["task"], with_scores(some)["score"], strict=True))
+        of_tasks = with_scores(some.drop_duplicates("task"))
+        scores[name] = dict(zip(of_tasks["task"], of_tasks["score"], strict=True))
         if scores[name] != next(iter(scores.values())):
             raise UsageError(
                 f"compare: {name} has other scores of the tasks than {next(iter(scores))}; must be"

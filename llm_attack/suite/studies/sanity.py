@@ -19,10 +19,10 @@ from llm_attack.suite.analysis.conditions import Conditions, of_run
 from llm_attack.suite.analysis.outcomes import measured, right, sources
 from llm_attack.suite.analysis.worst import (
     SEARCH,
+    attacks_at,
     comparable_attacks,
     hidden_gradients,
     knows_gold,
-    named,
 )
 from llm_attack.suite.report.tables import Cells
 
@@ -64,12 +64,15 @@ def checks(samples: pd.DataFrame, run: Mapping[str, Any]) -> list[Check]:
     knows, known = knows_gold(run), of_run(run, samples)
     some = samples.assign(outcome=outcome(samples, knows), source=sources(samples))
     some = some.drop(columns="log_likelihoods")  # the rest is selected from again and again
+    by = {str(name): rows for name, rows in some.groupby("condition", sort=False)}
+    noise, steps, larger = (
+        [(label, by[before], by[after]) for label, before, after in pairs(some, known)]
+        for pairs in (_noise_and_gradient, _one_and_many, _small_and_large)
+    )
     return [
-        _compared(
-            "random is weaker than the gradient", _noise_and_gradient(some, known), strictly=True
-        ),
-        _compared("steps are not weaker than one", _one_and_many(some, known)),
-        _compared("a larger epsilon does not help the model", _small_and_large(some, known)),
+        _compared("random is weaker than the gradient", noise, strictly=True),
+        _compared("steps are not weaker than one", steps),
+        _compared("a larger epsilon does not help the model", larger),
         _floor(some, run.get("attacks", {}), knows),
         _zeros(run.get("attacks", {})),
         _search(some, known),
@@ -108,6 +111,7 @@ def _difference(before: pd.DataFrame, after: pd.DataFrame) -> Mean | None:
     return mean_of([(step[kept], pairs["source"][kept])])
 
 
+_Names = tuple[str, str, str]  # what is compared, and the conditions before and after
 _Pair = tuple[str, pd.DataFrame, pd.DataFrame]
 
 
@@ -133,34 +137,35 @@ def _compared(name: str, pairs: Iterable[_Pair], strictly: bool = False) -> Chec
     return Check(name, FAILS if wrong else PASSES, figure + more)
 
 
-def _noise_and_gradient(samples: pd.DataFrame, known: Conditions) -> Iterator[_Pair]:
-    for _, epsilon, rows in comparable_attacks(samples, known):
-        here = rows[rows["epsilon"] == epsilon]
-        by = {str(attack): group for attack, group in here.groupby("attack", sort=False)}
+def _noise_and_gradient(samples: pd.DataFrame, known: Conditions) -> Iterator[_Names]:
+    for _, epsilon, attacks in comparable_attacks(samples, known):
+        by = attacks_at(attacks, epsilon)
         noise = next((name for name in BOUNDED_NOISE if name in by), None)
-        for name in ("fgsm", *_STEPWISE):
-            if noise is not None and name in by:
-                yield f"{named(here, name)} below {noise}", by[noise], by[name]
+        for name in (name for attack in ("fgsm", *_STEPWISE) for name in by.get(attack, ())):
+            if noise is not None:
+                yield f"{name} below {noise}", by[noise][0], name
 
 
-def _one_and_many(samples: pd.DataFrame, known: Conditions) -> Iterator[_Pair]:
-    for _, epsilon, rows in comparable_attacks(samples, known):
-        here = rows[rows["epsilon"] == epsilon]
-        by = {str(attack): group for attack, group in here.groupby("attack", sort=False)}
-        for name in _STEPWISE:
-            if "fgsm" in by and name in by:
-                yield f"{named(here, name)} below fgsm", by["fgsm"], by[name]
+def _one_and_many(samples: pd.DataFrame, known: Conditions) -> Iterator[_Names]:
+    for _, epsilon, attacks in comparable_attacks(samples, known):
+        by = attacks_at(attacks, epsilon)
+        for name in (name for attack in _STEPWISE for name in by.get(attack, ())):
+            if "fgsm" in by:
+                yield f"{name} below fgsm", by["fgsm"][0], name
 
 
-def _small_and_large(samples: pd.DataFrame, known: Conditions) -> Iterator[_Pair]:
+def _small_and_large(samples: pd.DataFrame, known: Conditions) -> Iterator[_Names]:
     """Neighbouring epsilons of attacks in steps: one step may overshoot."""
-    for _, epsilon, rows in comparable_attacks(samples, known):
-        for attack, of_attack in rows.groupby("attack", sort=False):
-            smaller = of_attack.loc[of_attack["epsilon"] < epsilon, "epsilon"]
-            here = of_attack[of_attack["epsilon"] == epsilon]
-            if attack in _STEPWISE and len(here) and len(smaller):
-                before = of_attack[of_attack["epsilon"] == smaller.max()]
-                yield f"{named(here, attack)} below {named(before, attack)}", before, here
+    for _, epsilon, attacks in comparable_attacks(samples, known):
+        steps = {name: known[name].get("steps") for name in attacks["condition"]}
+        for (attack, _), rows in attacks.groupby(
+            ["attack", attacks["condition"].map(steps)], sort=False, dropna=False
+        ):
+            of_attack = rows.set_index("epsilon")["condition"]
+            smaller = of_attack.index[of_attack.index < epsilon]
+            if attack in _STEPWISE and epsilon in of_attack and len(smaller):
+                before, here = of_attack[smaller.max()], of_attack[epsilon]
+                yield f"{here} below {before}", before, here
 
 
 def _floor(samples: pd.DataFrame, attacks: Mapping[str, Any], knows: bool) -> Check:
@@ -203,12 +208,15 @@ def _search(samples: pd.DataFrame, known: Conditions) -> Check:
     sentences = hidden_gradients(samples, known)
     if sentences:
         return Check(name, FAILS, sentences[0])
-    for ball, epsilon, rows in comparable_attacks(samples, known):
-        here = rows[rows["epsilon"] == epsilon]
-        wrong = (~right(here)).groupby(here["attack"], sort=False).sum()
-        followed = [attack for attack in ("fgsm", *_STEPWISE) if attack in wrong]
-        if SEARCH in wrong and followed:
-            counts = ", ".join(f"{attack} {wrong[attack]}" for attack in (SEARCH, *followed))
+    for ball, epsilon, attacks in comparable_attacks(samples, known):
+        by = attacks_at(attacks, epsilon)
+        followed = [attack for attack in ("fgsm", *_STEPWISE) if attack in by]
+        if SEARCH in by and followed:
+            wrong = {  # of several counts of steps, the strongest
+                attack: max((~right(samples[samples["condition"] == n])).sum() for n in by[attack])
+                for attack in (SEARCH, *followed)
+            }
+            counts = ", ".join(f"{attack} {n}" for attack, n in wrong.items())
             return Check(name, PASSES, f"wrong answers at {ball.amplitude}: {counts}")
     return not_applicable(
         name, f"the run does not have both {SEARCH} and an attack that follows the gradient"

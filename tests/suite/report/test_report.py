@@ -226,6 +226,19 @@ def test_log_likelihoods_are_rounded_to_four_decimals():
     assert columns(samples, questions)["log_likelihoods"] == [[[-1.2346, -0.0]]]
 
 
+def test_rounding_is_exact():
+    """As `round` does it, also half-way between two decimals and where 1e4 times a number is not
+    exact; what is no number is None.
+    """
+    rng = np.random.default_rng(0)
+    near = np.nextafter(rng.integers(-(10**6), 10**6, 500) / 1e4 + 5e-5, [[-np.inf], [np.inf]])
+    numbers = [*rng.normal(0, 50, 500), *near.ravel(), 2.00005, -0.00004, 1e13 / 3, 0.0, 1e300]
+    samples, questions = build(1, tasks=("arc",), conditions=["none"])
+    samples.at[0, "log_likelihoods"] = [*numbers, np.nan, -np.inf]
+    ((found,),) = columns(samples, questions)["log_likelihoods"]
+    assert list(map(repr, found)) == [*(repr(round(float(x), 4)) for x in numbers), "None", "None"]
+
+
 def test_a_question_without_text_is_an_error():
     samples, questions = build(3)
     with pytest.raises(ValueError, match="1 of 9 questions"):
