@@ -188,11 +188,12 @@ class _OfDoctor(_OfPlan):
     _SETTLED = ("attacks", "epsilons", "epsilon_unit", "critical", "epsilon_max", "hookpoints")
     # of attacks that it does not run, and of several processes
     _UNUSED = ("decay", "restarts", "rounds", "first_epsilon", "shard", "ray", "ray_workers")
+    _OF_OUTPUT = ("equivalence", "save_perturbations", "path_points")
 
     @cached_property
     def settings(self) -> list[Option]:
         """The settings of the plan that the user may choose."""
-        own = (*self._SETTLED, *self._UNUSED, "equivalence")
+        own = (*self._SETTLED, *self._UNUSED, *self._OF_OUTPUT)
         left = [option for option in super().settings if option.name not in own]
         for option in left:
             option.default = {"loss": "choice", "limit": 10}.get(str(option.name), option.default)

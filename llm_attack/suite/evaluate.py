@@ -27,6 +27,7 @@ from llm_attack.harness.judge import as_json
 from llm_attack.harness.patches import without_bars
 from llm_attack.suite import render, results, thresholds
 from llm_attack.suite.analysis.conditions import CONDITIONS
+from llm_attack.suite.analysis.perturbations import FOLDER
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.report import tables
 from llm_attack.suite.results import LM_EVAL, Result, save_frames
@@ -68,7 +69,7 @@ def evaluate(
     shown = progress if who.first else "quiet"
     console = Console(stderr=True)
     folder = None if output is None else resolved(output)
-    _check_folder(folder, who)
+    _check_folder(folder, who, plan)
     with (
         silenced() if progress == "quiet" else nullcontext(),
         on_ray.cluster(plan),
@@ -91,13 +92,15 @@ def evaluate(
     return result
 
 
-def _check_folder(folder: Path | None, who: Processes) -> None:
+def _check_folder(folder: Path | None, who: Processes, plan: Plan) -> None:
     """Whatever can be wrong with the folder, before a model is loaded."""
     if folder is None:
+        if plan.save_perturbations:
+            raise UsageError("save_perturbations=True: needs output, the folder that gets them")
         if who.world > 1:
             raise UsageError("output=None: must be a folder that the processes share")
         return
-    claim(folder, lambda _: fingerprint.kept(folder) is not None, (STORE, LM_EVAL))
+    claim(folder, lambda _: fingerprint.kept(folder) is not None, (STORE, LM_EVAL, FOLDER))
     if who.first:
         render.try_out()
 
@@ -110,6 +113,7 @@ def _carried_out(
         result = execute(prepared, folder, shown, console)
         if result is not None:
             warn(save(result, folder, again), shown)
+            result = replace(result, folder=folder)
         return result
 
 

@@ -20,9 +20,11 @@ from llm_attack.base.failures import one_line
 from llm_attack.base.record import whole_or_not
 from llm_attack.base.redact import redacted
 from llm_attack.lm.settings import EMBED
+from llm_attack.suite.analysis import perturbations
 from llm_attack.suite.analysis.conditions import CONDITIONS, Condition
 from llm_attack.suite.analysis.equivalence import with_equivalence
 from llm_attack.suite.analysis.outcomes import with_scores
+from llm_attack.suite.analysis.perturbations import Perturbations
 from llm_attack.suite.analysis.summary import summarise
 from llm_attack.suite.analysis.worst import conditions as conditions_of
 from llm_attack.suite.analysis.worst import with_worst
@@ -66,6 +68,7 @@ class Result:
             (`conditions.Condition`).
         lm_eval: for each condition, lm-eval's own results; empty when read from a folder.
         judged: of `with_worst`, where that is known; see `worst`.
+        folder: where it is stored; None: nowhere.
     """
 
     table: pd.DataFrame
@@ -74,6 +77,7 @@ class Result:
     run: dict[str, Any]
     lm_eval: dict[str, dict[str, Any]]
     judged: pd.DataFrame | None = field(default=None, repr=False, compare=False)
+    folder: Path | None = field(default=None, repr=False, compare=False)
 
     def worst(self) -> pd.DataFrame:
         """The samples, and for each amplitude the worst case over the attacks."""
@@ -100,6 +104,20 @@ class Result:
         if drawn is None:
             raise UsageError(f"figure={name}: the run has no data for it")
         return drawn
+
+    def perturbations(self, task: str, condition: str) -> Perturbations:
+        """What was added to each token of a task under a condition, and what it did.
+
+        Args:
+            task: its name.
+            condition: its name, such as `fgsm@0.01`.
+
+        Raises:
+            UsageError: the run has no folder, or did not save them.
+        """
+        if self.folder is None:
+            raise UsageError("perturbations: must be those of a run with an output folder")
+        return perturbations.read(self.folder, task, condition)
 
     @property
     def conditions(self) -> dict[str, Condition]:
@@ -256,7 +274,7 @@ def load(folder: Path, equivalence: float | None = None) -> Result:
     table = summarise(samples, run.get("attacks"), run.get("of_tasks"))
     within = run.get("equivalence") if equivalence is None else equivalence
     table, run = with_equivalence(table, within), run | {"equivalence": within}
-    return Result(table, frames["samples"], frames["questions"], run, {}, samples)
+    return Result(table, frames["samples"], frames["questions"], run, {}, samples, Path(folder))
 
 
 def set_aside(folder: Path) -> list[Path]:
