@@ -76,7 +76,8 @@ def traced(batch: AttackedBatch, attacked: Tensor, points: int) -> Trace:
     """
     index = moving(batch.pack)
     clean = batch.x
-    change = attacked.to(torch.float32) - clean.to(torch.float32)
+    wide = torch.promote_types(clean.dtype, torch.float32)
+    change = attacked.to(wide) - clean.to(wide)
     of_tokens = change.flatten(0, -2)[index]
     missing = torch.full((len(index),), torch.nan, device=clean.device)
     nearest, distance = torch.full_like(index, -1), missing
@@ -88,14 +89,9 @@ def traced(batch: AttackedBatch, attacked: Tensor, points: int) -> Trace:
     with torch.no_grad():
         loss = torch.stack([_loss(batch, x) for x in (clean, attacked)], -1)
     share = shares(batch, change, points).flatten()[index] if points else missing
-    return Trace(
-        of_tokens.to(clean.dtype),
-        of_tokens.norm(dim=-1),
-        nearest.to(torch.int32),
-        distance,
-        share,
-        loss,
-    )
+    norm = of_tokens.norm(dim=-1)
+    norm, distance, share = (part.to(torch.float32) for part in (norm, distance, share))
+    return Trace(of_tokens.to(clean.dtype), norm, nearest.to(torch.int32), distance, share, loss)
 
 
 def shares(batch: AttackedBatch, change: Tensor, points: int) -> Tensor:
@@ -103,18 +99,18 @@ def shares(batch: AttackedBatch, change: Tensor, points: int) -> Tensor:
 
     Args:
         batch: with the clean point.
-        change: the perturbation, in float32, like the point.
+        change: the perturbation, like the point, in float32 or wider.
         points: of Gauss and Legendre.
 
     Returns:
-        Float32, of the point's shape but for its last dimension.
+        Of the point's shape but for its last dimension.
     """
-    clean = batch.x.to(torch.float32)
-    total = torch.zeros(change.shape[:-1], device=change.device)
+    clean = batch.x.to(change.dtype)
+    total = change.new_zeros(change.shape[:-1])
     for at, weight in zip(*np.polynomial.legendre.leggauss(points), strict=True):
         point = clean + float(1 + at) / 2 * change  # from (-1, 1) to (0, 1)
         slope = loss_gradient(lambda x: _loss(batch, x), point.to(batch.x.dtype))
-        total += float(weight) / 2 * (slope.to(torch.float32) * change).sum(-1)
+        total += float(weight) / 2 * (slope.to(change.dtype) * change).sum(-1)
     return total
 
 
