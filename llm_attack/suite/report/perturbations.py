@@ -124,7 +124,7 @@ class _Task:
         self.conditions = perturbations.conditions_in(perturbations.opened(folder, task))
         self.found = {c: perturbations.read(folder, task, c) for c in self.conditions}
         self.questions = questions[questions["task"] == task]
-        self.samples = samples[samples["task"] == task].set_index(["condition", "doc_id"])
+        self.answers = _answers(samples[samples["task"] == task], self.conditions)
         self.numbers = {name: _Numbers.of(of) for name, of in self.found.items()}
 
     @property
@@ -169,7 +169,7 @@ class _Task:
             name: numbers.of_rows(rows, units) for name, numbers in self.numbers.items()
         }
         ids = {*token.values(), *(i for of in of_conditions.values() for i in of["nearest"])}
-        texts = one.texts
+        answers, texts = self.answers.get(question["doc_id"], {}), one.texts
         return {
             "task": self.task,
             "id": question["doc_id"],
@@ -180,26 +180,19 @@ class _Task:
             "units": sections,
             "texts": {i: texts.get(i, "") for i in sorted(ids - {-1})},
             "conditions": of_conditions,
-            "answers": self._answers(question["doc_id"]),
-            "right": self._right(question),
+            "answers": answers,
+            "right": {name: int(p in question["gold"]) for name, (p, _) in answers.items()},
         }
 
-    def _answers(self, doc_id: Any) -> dict[str, list[Any]]:
-        """By condition: the prediction, and the log-likelihood of each choice."""
-        found = {}
-        for name in ("none", *self.conditions):
-            if (name, doc_id) in self.samples.index:
-                row = self.samples.loc[(name, doc_id)]
-                values = [round(x, 4) if np.isfinite(x) else None for x in row["log_likelihoods"]]
-                found[name] = [int(row["prediction"]), values]
-        return found
 
-    def _right(self, question: Mapping[str, Any]) -> dict[str, int]:
-        """By condition: whether the prediction is gold."""
-        answers = self._answers(question["doc_id"])
-        return {
-            name: int(prediction in question["gold"]) for name, (prediction, _) in answers.items()
-        }
+def _answers(samples: pd.DataFrame, conditions: Sequence[str]) -> dict[Any, dict[str, list[Any]]]:
+    """By question and condition: the prediction, and the log-likelihood of each choice."""
+    asked = samples[samples["condition"].isin(["none", *conditions])]
+    columns = ("doc_id", "condition", "prediction", "log_likelihoods")
+    found: dict[Any, dict[str, list[Any]]] = {}
+    for doc_id, name, prediction, values in zip(*(asked[c] for c in columns), strict=True):
+        found.setdefault(doc_id, {})[name] = [int(prediction), [_one(x) for x in values]]
+    return found
 
 
 class _Numbers(NamedTuple):

@@ -10,7 +10,7 @@ from llm_attack.suite.analysis.perturbations import SCHEMA, path_of
 
 CONDITIONS = ["random@0.01", "fgsm@0.01"]
 HOSTILE = "</script><img src=x onerror=alert(1)>"
-WIDTH, LENGTH = 4, 7  # of an embedding; tokens of a request
+WIDTH, LENGTH = 4, 22  # of an embedding; tokens of a request
 
 
 def build(folder, n=40, task="demo"):
