@@ -171,6 +171,29 @@ _verbose = click.option(
     help="Exit code 3 if an attack may cost more points of mean accuracy. The upper end of the 95 %"
     " interval counts; with 2:point, the estimate.",
 )
+@click.option(
+    "--wandb_args",
+    cls=Option,
+    group="output",
+    metavar="KEY=VALUE,...",
+    help="Also log to Weights & Biases with lm-eval's logger: arguments of wandb.init, such as"
+    " project=robustness. Each condition is a run.",
+)
+@click.option(
+    "--trackio_args",
+    cls=Option,
+    group="output",
+    metavar="KEY=VALUE,...",
+    help="The same for Trackio: arguments of trackio.init. Needs an lm-eval that has it.",
+)
+@click.option(
+    "--hf_hub_log_args",
+    cls=Option,
+    group="output",
+    metavar="KEY=VALUE,...",
+    help="Also push to the Hugging Face hub with lm-eval's EvaluationTracker, such as"
+    " hub_results_org=me,push_results_to_hub=True. Each condition is a model.",
+)
 def run(**settings: Any) -> None:
     """Compare attacks over tasks: accuracy, tests, figures and a report.
 

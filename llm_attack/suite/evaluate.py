@@ -24,6 +24,7 @@ from llm_attack.base.loaded import LoadedModel
 from llm_attack.base.record import write_json, write_text
 from llm_attack.base.redact import redacted
 from llm_attack.harness.judge import as_json
+from llm_attack.harness.loggers import Loggers
 from llm_attack.harness.patches import without_bars
 from llm_attack.suite import render, results, thresholds
 from llm_attack.suite.analysis.conditions import CONDITIONS
@@ -172,11 +173,16 @@ def run(
     checkpoints: str | None = None,
     fail_under: str | None = None,
     fail_drop: str | None = None,
+    wandb_args: str | None = None,
+    trackio_args: str | None = None,
+    hf_hub_log_args: str | None = None,
     verbose: int = 0,
     **settings: Any,
 ) -> None:
     """The command `llm-attack run`."""
     plan = Plan(**settings)
+    asked = {"wandb_args": wandb_args, "trackio_args": trackio_args}
+    loggers = Loggers(plan.model_name, asked | {"hf_hub_log_args": hf_hub_log_args})
     limits = [*thresholds.under(fail_under, plan), *thresholds.drop(fail_drop, plan)]
     if checkpoints is not None:
         if dry_run or output is None:
@@ -184,7 +190,7 @@ def run(
                 "without dry_run" if dry_run else "together with output, the folder for all of them"
             )
             raise UsageError(f"revisions={checkpoints}: must be given {wrong}")
-        return _run_revisions(plan, checkpoints, output, progress, limits, verbose)
+        return _run_revisions(plan, checkpoints, output, progress, limits, verbose, loggers)
     if dry_run:
         silence(verbose)
         with without_bars():
@@ -209,11 +215,18 @@ def run(
         warn(attempts.lines, progress)
         if folder is not None and progress != "quiet":
             written(f"{folder}: report.html, table.csv, figure.png, samples.parquet")
+        warn(loggers.log(results.lm_eval_of(result)), progress)
         thresholds.fail(thresholds.check_run(result.table, limits))
 
 
 def _run_revisions(
-    plan: Plan, given: str, typed: str, progress: str, limits: Sequence[Threshold], verbose: int
+    plan: Plan,
+    given: str,
+    typed: str,
+    progress: str,
+    limits: Sequence[Threshold],
+    verbose: int,
+    loggers: Loggers,
 ) -> None:
     of_each = revisions.plans(plan, given)
     output = resolved(typed)
@@ -237,6 +250,8 @@ def _run_revisions(
     Console().print(cells.rich(f"{plan.model}: revisions under attack"))
     if progress != "quiet":
         written(f"{output}: revisions.csv, revisions.png, and a folder for each revision")
+    for name, result in finished.items():
+        warn(loggers.log(results.lm_eval_of(result), f"{plan.model_name}, {name}"), progress)
     missed = {name: thresholds.check_run(run.table, limits) for name, run in finished.items()}
     thresholds.fail(f"{name}: {text}" for name, lines in missed.items() for text in lines)
 

@@ -277,6 +277,21 @@ def load(folder: Path, equivalence: float | None = None) -> Result:
     return Result(table, frames["samples"], frames["questions"], run, {}, samples, Path(folder))
 
 
+def lm_eval_of(result: Result) -> dict[str, dict[str, Any]]:
+    """lm-eval's own results by condition: as judged, or without samples from a finished folder."""
+    if result.lm_eval or result.folder is None:
+        return result.lm_eval
+    paths = {
+        name: result.folder / LM_EVAL / f"results_{name}.json"
+        for name in result.samples["condition"].unique()
+    }
+    return {
+        str(name): json.loads(path.read_text(encoding="utf-8"))
+        for name, path in paths.items()
+        if path.exists()
+    }
+
+
 def set_aside(folder: Path) -> list[Path]:
     """Renames the files of a run one of which cannot be read; returns where they are now."""
     renamed = []
