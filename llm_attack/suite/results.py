@@ -116,7 +116,9 @@ class Result:
             UsageError: the run has no folder, or did not save them.
         """
         if self.folder is None:
-            raise UsageError("perturbations: must be those of a run with an output folder")
+            raise UsageError(
+                "perturbations: the run has no folder; must have one, as with evaluate(output=...)"
+            )
         return perturbations.read(self.folder, task, condition)
 
     @property

@@ -1,12 +1,15 @@
 """lm-eval's loggers are told of each condition what lm-eval itself would tell them."""
 
+import contextlib
 import json
 import sys
 import types
+from importlib.util import find_spec
 
 import pytest
 from lm_eval import loggers
 from lm_eval.loggers import EvaluationTracker
+from test_docs import blocks
 
 from llm_attack import Plan, evaluate
 from llm_attack.base.errors import UsageError
@@ -184,14 +187,11 @@ def test_weights_and_biases_itself(result, tmp_path, monkeypatch):
     assert Loggers("demo", {"wandb_args": "project=robust"}).log(result.lm_eval) == []
     runs = [path.read_bytes() for path in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))]
     assert len(runs) == 2
-    for name in NAMES:
-        (of_name,) = [
-            content
-            for content in runs
-            if f'"condition":"{name}"'.encode() in content
-            or f'"condition": "{name}"'.encode() in content
-        ]
-        assert b"robust" in of_name and b"demo_piqa/acc" in of_name
+    assert sorted(content.count(b"fgsm@0.01") > 0 for content in runs) == [False, True]
+    tables = tmp_path.glob("wandb/offline-run-*/files/media/table/evaluation/*.json")
+    rows = [row for path in tables for row in json.loads(path.read_text())["data"]]
+    logged = [float(row[5]) for row in rows if row[4] == "acc"]
+    assert sorted(logged) == sorted(result.table[result.table["task"] == "demo_piqa"]["acc"])
 
 
 def test_trackio_itself(result, tmp_path, monkeypatch):
@@ -202,6 +202,35 @@ def test_trackio_itself(result, tmp_path, monkeypatch):
         pytest.skip("this lm-eval has no TrackioLogger")
     assert Loggers("demo", {"trackio_args": "project=robust"}).log(result.lm_eval) == []
     assert any(b"fgsm@0.01" in path.read_bytes() for path in tmp_path.rglob("*.db*"))
+
+
+def test_the_example_for_mlflow(result, tmp_path, monkeypatch):
+    """The lines of the page; without MLflow, a stub takes what it would log."""
+    (code,) = blocks("loggers.md")
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    (tmp_path / "DIR").symlink_to(result.folder)
+    monkeypatch.chdir(tmp_path)
+    logged, names, here = {}, [], types.ModuleType("mlflow")
+    if find_spec("mlflow") is not None:
+        import mlflow as here
+
+        here.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    else:
+        here.set_experiment = lambda name: None
+        here.start_run = lambda run_name: contextlib.nullcontext(names.append(run_name))
+        here.log_params = lambda params: None
+        here.log_metrics = lambda values: logged.setdefault(names[-1], values)
+        monkeypatch.setitem(sys.modules, "mlflow", here)
+    exec(code, {})
+    if not names:
+        runs = here.search_runs(experiment_names=["robustness"])
+        names = runs["tags.mlflow.runName"].tolist()
+        found = zip(names, runs["metrics.demo_piqa.acc"], strict=True)
+        logged = {name: {"demo_piqa.acc": acc} for name, acc in found}
+    assert sorted(names) == sorted(NAMES)
+    table = result.table[result.table["task"] == "demo_piqa"].set_index("condition")["acc"]
+    for name in NAMES:
+        assert logged[name]["demo_piqa.acc"] == pytest.approx(table[name])
 
 
 WRONG = [

@@ -10,6 +10,7 @@ import pytest
 import torch
 from evaluation import evaluated
 from safetensors import safe_open
+from test_docs import blocks
 from transformers import AutoModelForCausalLM
 from versions import dtype_of
 
@@ -190,6 +191,18 @@ print({"torch", "lm_eval", "transformers"} & set(sys.modules))
         [sys.executable, "-c", code, str(own.folder)], capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines()[-1] == "set()"
+
+
+def test_the_example_of_the_page(own, tmp_path, monkeypatch, capsys):
+    (code,) = blocks("perturbations.md")
+    (tmp_path / "DIR").symlink_to(own.folder)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    found = own.perturbations("demo_piqa", "fgsm@0.01")
+    shown, shapes = capsys.readouterr().out.splitlines()
+    assert float(shown.split()[-1]) == pytest.approx(found.share.max(), rel=1e-5)
+    n = found.start[2] - found.start[1]
+    assert shapes == f"({n},) ({n}, {found.change.shape[1]})"
 
 
 def test_the_scores_are_those_of_a_run_without(own, tmp_path):
