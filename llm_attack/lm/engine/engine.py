@@ -20,7 +20,7 @@ from llm_attack.lm.engine.diagnostics import Diagnostics
 from llm_attack.lm.engine.hookpoints import clean_passes
 from llm_attack.lm.engine.probe import fault, longest_flat, takes_twins, trees_fault
 from llm_attack.lm.engine.scoring import Scorer, Scores
-from llm_attack.lm.engine.trace import Trace, traced
+from llm_attack.lm.engine.traces import Trace, traced
 from llm_attack.lm.losses import LOSSES, ThreatModel
 from llm_attack.lm.network.lean import Lean
 from llm_attack.lm.network.reproducible import reproducible

@@ -22,7 +22,7 @@ from llm_attack.base.redact import redacted
 from llm_attack.base.tensors import Spec, TensorFile, create
 from llm_attack.harness.model import AttackedHFLM
 from llm_attack.lm.engine.engine import BatchResult
-from llm_attack.lm.engine.trace import Trace
+from llm_attack.lm.engine.traces import Trace
 from llm_attack.lm.network.hook import frozen
 from llm_attack.lm.packing.batches import Batch
 from llm_attack.lm.packing.positions import of_question

@@ -10,7 +10,7 @@ from networks import CPU, asked, exact, network, scorer_of
 from llm_attack.attacks import Attack
 from llm_attack.lm.engine.engine import Engine, Layout
 from llm_attack.lm.engine.nearest import Nearest
-from llm_attack.lm.engine.trace import Trace
+from llm_attack.lm.engine.traces import Trace
 from llm_attack.lm.losses import LOSSES, ThreatModel
 from llm_attack.lm.network.hook import frozen
 from llm_attack.lm.packing.positions import of_question
