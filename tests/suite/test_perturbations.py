@@ -210,6 +210,10 @@ def test_the_scores_are_those_of_a_run_without(own, tmp_path):
     assert own.samples["log_likelihoods"].equals(plain.samples["log_likelihoods"])
     assert "save_perturbations" not in plain.run["settings"]
     assert not (plain.folder / "perturbations").exists()
+    for result, linked in ((own, True), (plain, False)):
+        assert (result.folder / "perturbations.html").exists() == linked
+        page = (result.folder / "report.html").read_text("utf-8")
+        assert ('href="perturbations.html"' in page) == linked
     with pytest.raises(UsageError, match="no perturbations"):
         plain.perturbations("demo_piqa", "fgsm@0.01")
 
