@@ -172,6 +172,29 @@ _verbose = click.option(
     help="Exit code 3 if an attack may cost more points of mean accuracy. The upper end of the 95 %"
     " interval counts; with 2:point, the estimate.",
 )
+@click.option(
+    "--wandb_args",
+    cls=Option,
+    group="output",
+    metavar="KEY=VALUE,...",
+    help="Also log to Weights & Biases with lm-eval's logger: arguments of wandb.init, such as"
+    " project=robustness. Each condition is a run.",
+)
+@click.option(
+    "--trackio_args",
+    cls=Option,
+    group="output",
+    metavar="KEY=VALUE,...",
+    help="The same for Trackio: arguments of trackio.init. Needs an lm-eval that has it.",
+)
+@click.option(
+    "--hf_hub_log_args",
+    cls=Option,
+    group="output",
+    metavar="KEY=VALUE,...",
+    help="Also push to the Hugging Face hub with lm-eval's EvaluationTracker, such as"
+    " hub_results_org=me,push_results_to_hub=True. Each condition is a model.",
+)
 def run(**settings: Any) -> None:
     """Compare attacks over tasks: accuracy, tests, figures and a report.
 
@@ -189,11 +212,12 @@ class _OfDoctor(_OfPlan):
     _SETTLED = ("attacks", "epsilons", "epsilon_unit", "critical", "epsilon_max", "hookpoints")
     # settings of attacks that it does not run, and of several processes
     _UNUSED = ("decay", "restarts", "rounds", "first_epsilon", "shard", "ray", "ray_workers")
+    _OF_OUTPUT = ("equivalence", "save_perturbations", "path_points")
 
     @cached_property
     def settings(self) -> list[Option]:
         """The settings of the plan that the user may choose."""
-        own = (*self._SETTLED, *self._UNUSED, "equivalence")
+        own = (*self._SETTLED, *self._UNUSED, *self._OF_OUTPUT)
         left = [option for option in super().settings if option.name not in own]
         for option in left:
             option.default = {"loss": "choice", "limit": 10}.get(str(option.name), option.default)

@@ -175,6 +175,18 @@ RULES = (
         more="--limit 1 {default_tasks}",
     ),
     Rule(
+        r"llm-attack run .* --wandb_args \S+",
+        f"{FEW}; W&B is not installed here: with another of lm-eval's loggers, which writes files",
+        changes=((r"--wandb_args \S+", "--hf_hub_log_args output_path=logged"), (" DIR", " W")),
+        more="--limit 2",
+    ),
+    Rule(
+        r"llm-attack run .* --save_perturbations .*",
+        f"{FEW}, and few gradients; in a folder without another run",
+        changes=((" DIR", " perturbed"),),
+        more="--limit 2 --path_points 2",
+    ),
+    Rule(
         r"llm-attack run --model models/demo-1 --revisions .*",
         FEW,
         changes=((r"models/demo-1", "checkpoints"),),

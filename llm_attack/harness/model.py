@@ -82,6 +82,9 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
     tokens_per_batch: int | None = None
     """Of a batch at most, padding included; None: as many as are good for the device."""
 
+    path_points: int | None = None
+    """Of the engine's traces; None: it makes none. Conditions of `use` have it from then on."""
+
     @torch.inference_mode(False)
     def __init__(self, pretrained: Any = DEFAULT_MODEL, **arguments: Any) -> None:
         report_if_lm_eval_runs()
@@ -196,6 +199,7 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
             self._layout(at_names[0], pad),
             [at_names[names.index(condition.hookpoint)] for condition in conditions],
             self._slopes(at_names, names, attacks),
+            self.path_points,
         )
         return InUse(conditions, tuple(signals), engine, tuple(text))
 
@@ -294,7 +298,7 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         followed = [
             (attack, scorer)
             for attack, scorer in zip(self.engine.attacks, self.engine.scorers, strict=True)
-            if attack.kind.gradient and not attack.identity
+            if (attack.kind.gradient or self.path_points) and not attack.identity
         ]
         if not followed:
             return None
@@ -313,7 +317,13 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         if finding is None:
             return
         if finding.fault:
-            name = next(a.name for a in self.engine.attacks if a.kind.gradient)
+            attacks = self.engine.attacks
+            name = next((a.name for a in attacks if a.kind.gradient and not a.identity), None)
+            if name is None:
+                raise UsageError(
+                    f"path_points={self.path_points}: must be 0, because shares of the loss need"
+                    f" the gradient of this model, {finding.fault}"
+                )
             raise UsageError(refusal(name, finding.fault))
         if finding.warning and finding.warning not in self.warnings:
             self.warnings.append(finding.warning)

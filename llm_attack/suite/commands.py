@@ -24,7 +24,7 @@ from llm_attack.suite.report.layout import paper_style, print_style
 from llm_attack.suite.report.tables import Cells
 from llm_attack.suite.results import Result
 from llm_attack.suite.run.progress import warn, written
-from llm_attack.suite.studies import drops, models
+from llm_attack.suite.studies import drop_pairs, drops, models
 from llm_attack.suite.studies import leaderboard as board
 
 
@@ -64,6 +64,11 @@ def compare(
     places = [logged.folder_of(folder) for folder in folders]
     of_lm_eval = [place for place in places if place is not None]
     if of_lm_eval:
+        if "pdf" in wanted:
+            raise UsageError(
+                f"format={formats}: must be tex with runs of lm_eval, because their comparison has"
+                " no figure"
+            )
         _check_logged(folders, places, path)
         cells, frame = _compare_logged(of_lm_eval, table, equivalence)
         _write_for_paper(table, wanted, cells, "b against a", intervals, {})
@@ -75,7 +80,8 @@ def compare(
     missed: list[str] = []
     if len(folders) > 1:
         if len(folders) == 2:
-            cells, frame = _compare_two(folders, compared, table, equivalence)
+            pdf = "pdf" in wanted
+            cells, frame = _compare_two(folders, compared, table, equivalence, pdf)
             missed = thresholds.check_pair(frame, limits)
         else:
             cells = _compare_many(runs, table, "pdf" in wanted)
@@ -100,10 +106,6 @@ def _check(
         raise UsageError(
             f"format={listed}: needs output, a CSV file; the other files are written beside it"
         )
-    if "pdf" in wanted and n < 3:
-        raise UsageError(
-            f"format={listed}: must be tex with two folders, because their comparison has no figure"
-        )
     if n < 2 and leaderboard is None:
         raise UsageError(f"compare: needs two folders or more, not {n}")
     if equivalence is not None and n != 2:
@@ -112,7 +114,7 @@ def _check(
     if leaderboard is not None and leaderboard in (table, *pictures):
         raise UsageError(f"leaderboard={leaderboard}: must be another file than output")
     if wanted and table is not None:
-        _claim_for_paper(table, wanted)
+        _claim_for_paper(table, wanted, table if n > 2 else _drops_of(table))
 
 
 def _check_logged(
@@ -143,14 +145,19 @@ def _write_for_paper(
         write_text(table.parent / paper.CITATION, paper.bibtex(run))
 
 
-def _claim_for_paper(table: Path, wanted: Sequence[str]) -> None:
-    """Refuses files beside the table that are not ours to replace."""
+def _drops_of(table: Path) -> Path:
+    """The file of the differences of drops, beside that of a comparison."""
+    return table.with_name(f"{table.stem}-drops.csv")
+
+
+def _claim_for_paper(table: Path, wanted: Sequence[str], drawn: Path) -> None:
+    """Refuses files beside the table that are not ours to replace; `drawn` has the figure."""
     if table.suffix in (".tex", ".pdf", ".bib"):
         raise UsageError(f"output={table}: must be a CSV file, such as {table.stem}.csv")
     if "tex" in wanted:
         claim_file(table.with_suffix(".tex"), paper.HEAD, "a table of llm-attack")
         claim_file(table.parent / paper.CITATION, paper.BIBTEX.splitlines()[0], "what to cite")
-    if "pdf" in wanted and table.with_suffix(".pdf").exists() and not table.exists():
+    if "pdf" in wanted and drawn.with_suffix(".pdf").exists() and not drawn.exists():
         raise UsageError(f"output={table}: the figure beside it would replace a file")
 
 
@@ -168,6 +175,7 @@ def _compare_two(
     compared: Sequence[Result],
     output: Path | None,
     equivalence: float | None,
+    pdf: bool = False,
 ) -> tuple[Cells, pd.DataFrame]:
     """Two runs in pairs: what is shown, and the frame of `paired`."""
     a, b = compared
@@ -179,7 +187,7 @@ def _compare_two(
     text, text_of_drops = tables.csv(frame), tables.csv(of_drops)
     if output is not None:
         claim_file(output, text.splitlines()[0], "a comparison of two runs")
-        beside = output.with_name(f"{output.stem}-drops.csv")
+        beside = _drops_of(output)
         claim_file(beside, text_of_drops.splitlines()[0], "a comparison of drops")
         pictures = [beside.with_suffix(f".{form}") for form in ("png", "svg")]
         strange = [path for path in pictures if path.exists() and not beside.exists()]
@@ -198,6 +206,8 @@ def _compare_two(
     more = drops.amplitudes(of_drops, a, b)
     if of_drops.empty:
         Console().print(*more, sep="\n", markup=False)
+        if output is not None and pdf:
+            warn([f"{beside.stem}.pdf: not written, because there are no drops to compare"])
     else:
         Console().print(drops.cells(of_drops, more).rich(drops.TITLE))
     if output is not None:
@@ -207,6 +217,10 @@ def _compare_two(
             attempts = Attempts()
             with print_style():
                 draw(beside.parent, beside.stem, lambda: drops.figure(of_drops), attempts)
+            with attempts(f"{beside.stem}.pdf"), paper_style():
+                if pdf:
+                    figure = drops.figure(of_drops)
+                    paper.save_pdf(figure, beside.with_suffix(".pdf"), drops.TITLE)
             warn(attempts.lines)
     return cells, frame
 
@@ -248,10 +262,17 @@ def _compare_many(runs: dict[str, Result], output: Path | None, pdf: bool) -> Ce
                 f"output={output}: the figure beside it would replace {(strange or pictures)[0]};"
                 " must be another name, such as models.csv"
             )
+    of_pairs = drop_pairs.pairs(runs)
+    text_of_pairs = tables.csv(of_pairs)
+    if output is not None:
+        first_line = text_of_pairs.splitlines()[0]
+        claim_file(_drops_of(output), first_line, "a comparison of drops of three runs or more")
     cells = models.cells(frame, models.unshared(runs))
     Console().print(cells.rich("models, accuracy and drop"))
+    Console().print(drop_pairs.cells(of_pairs).rich(drop_pairs.TITLE))
     if output is not None:
         write_text(output, text)
+        write_text(_drops_of(output), text_of_pairs)
         attempts = Attempts()
         with print_style():
             draw(output.parent, output.stem, lambda: models.figure(frame), attempts)

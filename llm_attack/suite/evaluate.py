@@ -24,9 +24,11 @@ from llm_attack.base.loaded import LoadedModel
 from llm_attack.base.record import write_json, write_text
 from llm_attack.base.redact import redacted
 from llm_attack.harness.judge import as_json
+from llm_attack.harness.loggers import Loggers
 from llm_attack.harness.patches import without_bars
 from llm_attack.suite import render, results, thresholds
 from llm_attack.suite.analysis.conditions import CONDITIONS
+from llm_attack.suite.analysis.perturbations import FOLDER
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.report import tables
 from llm_attack.suite.results import LM_EVAL, Result, save_frames
@@ -68,7 +70,7 @@ def evaluate(
     shown = progress if who.first else "quiet"
     console = Console(stderr=True)
     folder = None if output is None else resolved(output)
-    _check_folder(folder, who)
+    _check_folder(folder, who, plan)
     with (
         silenced() if progress == "quiet" else nullcontext(),
         on_ray.cluster(plan),
@@ -91,13 +93,15 @@ def evaluate(
     return result
 
 
-def _check_folder(folder: Path | None, who: Processes) -> None:
+def _check_folder(folder: Path | None, who: Processes, plan: Plan) -> None:
     """Checks the folder before a model is loaded."""
     if folder is None:
+        if plan.save_perturbations:
+            raise UsageError("save_perturbations=True: needs output, the folder that gets them")
         if who.world > 1:
             raise UsageError("output=None: must be a folder that the processes share")
         return
-    claim(folder, lambda _: fingerprint.kept(folder) is not None, (STORE, LM_EVAL))
+    claim(folder, lambda _: fingerprint.kept(folder) is not None, (STORE, LM_EVAL, FOLDER))
     if who.first:
         render.try_out()
 
@@ -110,6 +114,7 @@ def _carried_out(
         result = execute(prepared, folder, shown, console)
         if result is not None:
             warn(save(result, folder, again), shown)
+            result = replace(result, folder=folder)
         return result
 
 
@@ -168,11 +173,16 @@ def run(
     checkpoints: str | None = None,
     fail_under: str | None = None,
     fail_drop: str | None = None,
+    wandb_args: str | None = None,
+    trackio_args: str | None = None,
+    hf_hub_log_args: str | None = None,
     verbose: int = 0,
     **settings: Any,
 ) -> None:
     """The command `llm-attack run`."""
     plan = Plan(**settings)
+    asked = {"wandb_args": wandb_args, "trackio_args": trackio_args}
+    loggers = Loggers(plan.model_name, asked | {"hf_hub_log_args": hf_hub_log_args})
     limits = [*thresholds.under(fail_under, plan), *thresholds.drop(fail_drop, plan)]
     if checkpoints is not None:
         if dry_run or output is None:
@@ -180,7 +190,7 @@ def run(
                 "without dry_run" if dry_run else "together with output, the folder for all of them"
             )
             raise UsageError(f"revisions={checkpoints}: must be given {wrong}")
-        return _run_revisions(plan, checkpoints, output, progress, limits, verbose)
+        return _run_revisions(plan, checkpoints, output, progress, limits, verbose, loggers)
     if dry_run:
         silence(verbose)
         with without_bars():
@@ -205,11 +215,18 @@ def run(
         warn(attempts.lines, progress)
         if folder is not None and progress != "quiet":
             written(f"{folder}: report.html, table.csv, figure.png, samples.parquet")
+        warn(loggers.log(results.lm_eval_of(result)), progress)
         thresholds.fail(thresholds.check_run(result.table, limits))
 
 
 def _run_revisions(
-    plan: Plan, given: str, typed: str, progress: str, limits: Sequence[Threshold], verbose: int
+    plan: Plan,
+    given: str,
+    typed: str,
+    progress: str,
+    limits: Sequence[Threshold],
+    verbose: int,
+    loggers: Loggers,
 ) -> None:
     of_each = revisions.plans(plan, given)
     output = resolved(typed)
@@ -233,6 +250,8 @@ def _run_revisions(
     Console().print(cells.rich(f"{plan.model}: revisions under attack"))
     if progress != "quiet":
         written(f"{output}: revisions.csv, revisions.png, and a folder for each revision")
+    for name, result in finished.items():
+        warn(loggers.log(results.lm_eval_of(result), f"{plan.model_name}, {name}"), progress)
     missed = {name: thresholds.check_run(run.table, limits) for name, run in finished.items()}
     thresholds.fail(f"{name}: {text}" for name, lines in missed.items() for text in lines)
 

@@ -33,6 +33,8 @@ from llm_attack.lm.units import EPSILON, Epsilon
 
 # Settings that say how a plan is carried out or told; answers do not depend on them.
 _HOW = ("device", "equivalence", "shard", "ray", "ray_workers")
+# What saved perturbations depend on, and nothing else does.
+_SAVED = ("save_perturbations", "path_points")
 
 # Asks for the worst case over the attacks (`suite.analysis.worst`) also where the loss knows no
 # gold.
@@ -268,6 +270,19 @@ class Plan(_SeveralSteps, EngineSettings):
         parse=lambda given: float(given) if type(given) is int and given <= 100 else given,
         group="output",
     )
+    save_perturbations: bool = setting(
+        False,
+        "Save the perturbations, a safetensors file for each task, and write a page that shows for"
+        " each token what happened to it. Needs an output folder; the size is said at the start",
+        group="output",
+    )
+    path_points: int = setting(
+        50,
+        "Points between the clean and the perturbed embeddings at which save_perturbations takes a"
+        " gradient, for the share of the loss that each token carries. With 0, there are no shares",
+        minimum=0,
+        group="output",
+    )
     shard: str | None = setting(
         None,
         "Share of the work to do in this process, such as 2/8 for the second of eight. All shares"
@@ -319,6 +334,7 @@ class Plan(_SeveralSteps, EngineSettings):
         self._check_worst()
         self._check_used()
         self._check_distinct()
+        self._check_saved()
 
     def _check_hookpoints(self) -> None:
         for name, value in (("hookpoint", self.hookpoint), ("compile", self.compile)):
@@ -344,6 +360,18 @@ class Plan(_SeveralSteps, EngineSettings):
             raise UsageError(
                 f"equivalence={self.equivalence:g}: needs the attack none and another one to"
                 f" compare with it; attacks={','.join(self.attacks)}"
+            )
+
+    def _check_saved(self) -> None:
+        if self.save_perturbations and all(c.attack_in_units.identity for c in self.conditions):
+            raise UsageError(
+                "save_perturbations=True: needs an attack that perturbs something;"
+                f" attacks={','.join(self.attacks)}"
+            )
+        if not self.save_perturbations and self.path_points != Plan.path_points:
+            raise UsageError(
+                f"path_points={self.path_points}: must be given together with"
+                " save_perturbations=True"
             )
 
     def _check_questions(self) -> None:
@@ -512,8 +540,9 @@ class Plan(_SeveralSteps, EngineSettings):
         return values
 
     def settings(self) -> dict[str, Any]:
-        """All that answers depend on."""
-        return {name: value for name, value in self.plain().items() if name not in _HOW}
+        """All that answers, and perturbations that are saved, depend on."""
+        left_out = _HOW if self.save_perturbations else (*_HOW, *_SAVED)
+        return {name: value for name, value in self.plain().items() if name not in left_out}
 
 
 def within(value: float) -> float:

@@ -15,9 +15,9 @@ from llm_attack.base.failures import Attempts
 from llm_attack.base.record import write_text
 from llm_attack.suite.analysis import calibration as calibrated
 from llm_attack.suite.analysis import critical
-from llm_attack.suite.report import figures, paper, summary_file, tables
+from llm_attack.suite.report import figures, paper, perturbations, summary_file, tables
 from llm_attack.suite.report.layout import panels, paper_style, print_style, unit_of
-from llm_attack.suite.report.page import Picture, page_template, write_report
+from llm_attack.suite.report.page import PERTURBATIONS, Picture, page_template, write_report
 from llm_attack.suite.report.tables import Cells
 from llm_attack.suite.results import Result, save_frames
 from llm_attack.suite.studies import calibration, claims, hookpoints, sanity, steps, survival
@@ -165,6 +165,9 @@ def render(result: Result, folder: Path, run: dict[str, Any]) -> list[str]:
     with print_style():
         for name, make in others.items():
             drawn += [name] if draw(folder, name, make, attempts, _PICTURES[name][0]) else []
+    with attempts(PERTURBATIONS):
+        name = str(run.get("model_name") or run.get("model"))
+        perturbations.write_page(folder, result.samples, result.questions, name)
     with attempts("report.html"):
         # a curve says more than very many bars
         first = "epsilon" if table["condition"].nunique() > _MANY else "figure"

@@ -20,10 +20,12 @@ from llm_attack.base.failures import one_line
 from llm_attack.base.record import whole_or_not
 from llm_attack.base.redact import redacted
 from llm_attack.lm.settings import EMBED
+from llm_attack.suite.analysis import perturbations
 from llm_attack.suite.analysis.calibration import calibration
 from llm_attack.suite.analysis.conditions import CONDITIONS, Condition
 from llm_attack.suite.analysis.equivalence import with_equivalence
 from llm_attack.suite.analysis.outcomes import with_scores
+from llm_attack.suite.analysis.perturbations import Perturbations
 from llm_attack.suite.analysis.summary import summarise
 from llm_attack.suite.analysis.worst import conditions as conditions_of
 from llm_attack.suite.analysis.worst import with_worst
@@ -66,6 +68,7 @@ class Result:
             its resolved settings with its diagnostics (`attacks`).
         lm_eval: for each condition, lm-eval's own results; empty if the run was read from a folder.
         judged: the result of `worst`, if it is known already.
+        folder: where it is stored; None: nowhere.
     """
 
     table: pd.DataFrame
@@ -74,6 +77,7 @@ class Result:
     run: dict[str, Any]
     lm_eval: dict[str, dict[str, Any]]
     judged: pd.DataFrame | None = field(default=None, repr=False, compare=False)
+    folder: Path | None = field(default=None, repr=False, compare=False)
 
     def worst(self) -> pd.DataFrame:
         """The samples, with the worst case over the attacks of each amplitude added."""
@@ -104,6 +108,22 @@ class Result:
         if drawn is None:
             raise UsageError(f"figure={name}: the run has no data for it")
         return drawn
+
+    def perturbations(self, task: str, condition: str) -> Perturbations:
+        """What was added to each token of a task under a condition, and what it did.
+
+        Args:
+            task: its name.
+            condition: its name, such as `fgsm@0.01`.
+
+        Raises:
+            UsageError: the run has no folder, or did not save them.
+        """
+        if self.folder is None:
+            raise UsageError(
+                "perturbations: the run has no folder; must have one, as with evaluate(output=...)"
+            )
+        return perturbations.read(self.folder, task, condition)
 
     @property
     def conditions(self) -> dict[str, Condition]:
@@ -261,7 +281,22 @@ def load(folder: Path, equivalence: float | None = None) -> Result:
     table = summarise(samples, run.get("attacks"), run.get("of_tasks"))
     within = run.get("equivalence") if equivalence is None else equivalence
     table, run = with_equivalence(table, within), run | {"equivalence": within}
-    return Result(table, frames["samples"], frames["questions"], run, {}, samples)
+    return Result(table, frames["samples"], frames["questions"], run, {}, samples, Path(folder))
+
+
+def lm_eval_of(result: Result) -> dict[str, dict[str, Any]]:
+    """lm-eval's own results by condition: as judged, or without samples from a finished folder."""
+    if result.lm_eval or result.folder is None:
+        return result.lm_eval
+    paths = {
+        name: result.folder / LM_EVAL / f"results_{name}.json"
+        for name in result.samples["condition"].unique()
+    }
+    return {
+        str(name): json.loads(path.read_text(encoding="utf-8"))
+        for name, path in paths.items()
+        if path.exists()
+    }
 
 
 def set_aside(folder: Path) -> list[Path]:

@@ -20,6 +20,7 @@ from llm_attack.lm.engine.diagnostics import Diagnostics
 from llm_attack.lm.engine.hookpoints import clean_passes
 from llm_attack.lm.engine.probe import fault, longest_flat, takes_twins, trees_fault
 from llm_attack.lm.engine.scoring import Scorer, Scores
+from llm_attack.lm.engine.traces import Trace, traced
 from llm_attack.lm.losses import LOSSES, ThreatModel
 from llm_attack.lm.network.lean import Lean
 from llm_attack.lm.network.reproducible import reproducible
@@ -57,10 +58,14 @@ class Answered(NamedTuple):
 
 @dataclass
 class BatchResult:
-    """The answers to a batch, and each attack's diagnostics."""
+    """The answers to a batch, each attack's diagnostics, and its traces if they are asked for.
+
+    Those of an attack stand in the order of the batch's questions; one that stays has none.
+    """
 
     answered: list[Answered]
     diagnostics: list[Diagnostics]
+    traces: list[list[Trace]] = field(default_factory=list)
 
 
 class Computed(NamedTuple):
@@ -71,12 +76,14 @@ class Computed(NamedTuple):
         sums: for each attack, the values to add to its `Diagnostics`, by name.
         alignment: (questions, 4), see `Answered`; or None.
         critical_epsilons: for each attack (questions,), or None.
+        traces: for each attack, or None.
     """
 
     scores: list[Scores]
     sums: list[dict[str, Tensor]]
     alignment: Tensor | None
     critical_epsilons: list[Tensor | None]
+    traces: list[Trace | None]
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,7 @@ class Engine:
         layout: says how questions become batches.
         scorers: for each attack, the scorer of its hookpoint; empty: `scorer` for all.
         slopes: for each scorer, the scorer that computes the gradients; empty: the same scorer.
+        path_points: of `traced`, whose traces are part of the results; None: there are none.
     """
 
     scorer: Scorer
@@ -123,6 +131,7 @@ class Engine:
     layout: Layout = Layout()  # frozen
     scorers: Sequence[Scorer] = ()
     slopes: Mapping[Scorer, Scorer] = field(default_factory=dict)
+    path_points: int | None = None
     _tried: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -240,7 +249,8 @@ class Engine:
         limit: int | None = None  # tokens, once memory has run out
         ready: Pack | None = None
         while waiting:
-            batch, result = waiting.pop(), BatchResult([], [Diagnostics() for _ in self.attacks])
+            batch, n = waiting.pop(), len(self.attacks)
+            result = BatchResult([], [Diagnostics() for _ in range(n)], [[] for _ in range(n)])
             parts = [batch]
             while parts:
                 part = parts.pop()
@@ -290,7 +300,7 @@ class Engine:
         batches = self.prepared(pack, needs)
         first = batches[self.scorers[0]]
         alignment = first.alignment(self.attacks[0].norm) if needs.gradient else None
-        computed = Computed([], [], alignment, [])
+        computed = Computed([], [], alignment, [], [])
         for attack, scorer, end in zip(
             self.attacks, self.scorers, self._ends(batches), strict=True
         ):
@@ -308,7 +318,14 @@ class Engine:
             computed.scores.append(scores)
             computed.sums.append({} if end is None else end.sums)
             computed.critical_epsilons.append(critical)
+            computed.traces.append(self._trace(at, end))
         return computed
+
+    def _trace(self, batch: AttackedBatch, end: Attacked | None) -> Trace | None:
+        """The trace of an attack, if it moved and traces are asked for."""
+        if end is None or self.path_points is None:
+            return None
+        return traced(batch, end.x, self.path_points)
 
     def prepared(self, pack: Pack, needs: Needs) -> dict[Scorer, AttackedBatch]:
         """The pack at each hookpoint, with its clean pass."""
@@ -362,6 +379,8 @@ class Engine:
                 )
             totals.add({"not_finite": bad})
             answers.append(of_attack)
+        for traces, trace in zip(result.traces, computed.traces, strict=True):
+            traces += [] if trace is None else [trace.on_cpu()]
         n = len(pack.questions)
         alignments: list[Any] = [None] * n
         if computed.alignment is not None:

@@ -58,6 +58,23 @@ class Nearest:
             linf[doubtful[rows]] = False
         return l2, linf
 
+    @torch.no_grad()
+    def other(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The token other than its own that is nearest to x in L2, and its distance, each (T,).
+
+        Args:
+            x: (T, H) perturbed embeddings.
+            ids: (T,) tokens that they were made from.
+        """
+        x = x.float()
+        best, nearest = torch.full((len(x),), -torch.inf, device=x.device), torch.zeros_like(ids)
+        start = 0
+        for block, affinity in self._others(x, ids):
+            of_block, column = affinity.max(-1)
+            nearest = torch.where(of_block > best, start + column, nearest)
+            best, start = torch.maximum(best, of_block), start + len(block)
+        return nearest, (x - self.embedding(nearest).float()).norm(dim=-1)
+
     def _gap(self, ids: Tensor) -> Tensor:
         """(T,) a lower bound of the L2 distance of each token from the nearest other."""
         if self._gaps is None:
@@ -77,7 +94,7 @@ class Nearest:
         elements = 2**22 if x.device.type == "cpu" else 2**28
         rows = torch.arange(len(x), device=x.device)
         vocabulary = torch.arange(self.vocabulary, device=x.device)
-        for tokens in vocabulary.split(max(1, elements // len(x))):
+        for tokens in vocabulary.split(max(1, elements // max(1, len(x)))):
             block = self.embedding(tokens).float()
             affinity = 2 * x @ block.T - block.square().sum(-1)
             here = (ids >= tokens[0]) & (ids <= tokens[-1])

@@ -30,6 +30,7 @@ from llm_attack.suite.analysis.summary import ABOVE, MEAN
 from llm_attack.suite.report.tables import OF_SCORES, WARNED, Cells, means, score_of, warned
 from llm_attack.suite.report.words import headlines, in_words, strongest
 
+PERTURBATIONS = "perturbations.html"
 _HERE = Path(__file__).parent
 _KEY = ["task", "doc_id"]
 _TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
@@ -143,16 +144,17 @@ def write_report(
         scored="score" in table,
         score_notes=OF_SCORES if "score" in table else [],
         count=len(data["id"]),
-        data=_packed(data),
+        data=packed(data),
         command=command if isinstance(command, (str, type(None))) else shlex.join(command),
         attacks=attacks,
         common=_common(attacks),
         settings=_different(attacks),
         run={**{k: v for k, v in run.items() if k not in _PLACED}, **_hash_of_weights(run)},
+        perturbations=(folder / PERTURBATIONS).exists(),
         style=Markup(style),
         script=Markup(script),
-        style_hash=_hash(style),
-        script_hash=_hash(script),
+        style_hash=hashed(style),
+        script_hash=hashed(script),
     )
     path = folder / "report.html"
     # half of a surrogate pair is no character, but text from models and command lines may hold one
@@ -160,8 +162,8 @@ def write_report(
     return path
 
 
-def page_template() -> Any:
-    """The page, a template of jinja2."""
+def page_template(name: str = "page.html.j2") -> Any:
+    """A page, a template of jinja2."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -174,7 +176,7 @@ def page_template() -> Any:
     environment.filters.update(
         value=_value, label=lambda key: str(key).replace("_", " "), width=_width
     )
-    return environment.get_template("page.html.j2")
+    return environment.get_template(name)
 
 
 def _width(heading: Sequence[str]) -> str:
@@ -259,7 +261,7 @@ def _finite(values: Iterable[float]) -> list[float | None]:
     return rounded
 
 
-def _packed(data: dict[str, Any]) -> str:
+def packed(data: dict[str, Any]) -> str:
     """JSON, compressed, in base64: half of its plain size, and no character that HTML minds."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     return base64.b64encode(gzip.compress(text.encode("ascii"), compresslevel=6, mtime=0)).decode(
@@ -321,7 +323,7 @@ def _data_uri(path: Path) -> str:
     return f"data:{_TYPES[suffix]};base64,{content}"
 
 
-def _hash(text: str) -> str:
+def hashed(text: str) -> str:
     """The source expression that allows `text` in a content security policy."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode('ascii')}'"
 

@@ -29,6 +29,7 @@ from llm_attack.stats import ALPHA, POWER, planned
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.run.cost import Passes, Sizes, passes
 from llm_attack.suite.run.execute import Prepared, Processes, prepare
+from llm_attack.suite.run.perturbations import Saved, amount
 from llm_attack.suite.run.progress import MODES
 
 _LIVE = 4  # activations of a block's greatest width that exist at once, besides those kept
@@ -111,6 +112,7 @@ class Estimate:
         activations: bytes of the largest batch.
         copied: bytes of the weights' copy that gradients are taken of, by the name of its dtype.
         sizes: questions of each task.
+        saved: what is said of the perturbations that are saved; empty: none are.
     """
 
     counts: Counts
@@ -119,6 +121,7 @@ class Estimate:
     activations: int
     copied: tuple[str, int] | None = None
     sizes: tuple[int, ...] = ()
+    saved: str = ""
     seconds: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -131,7 +134,7 @@ class Estimate:
         share = n.tokens_packed / max(1, n.tokens_asked)
         rate = n.flop / self.seconds if self.seconds else 0.0
         name, copied = self.copied or ("", 0)
-        copy = f" and {_size(copied)} for a copy of them in {name}" if copied else ""
+        copy = f" and {amount(copied)} for a copy of them in {name}" if copied else ""
         return {
             "questions": f"{n.questions:,}",
             "requests": f"{n.requests:,}",
@@ -140,9 +143,10 @@ class Estimate:
             "FLOP": f"{n.flop:.3g} ({n.gradients / max(1, n.flop):.0%} of them with gradients)",
             "time": f"{timedelta(seconds=round(self.seconds))} ({self.seconds:.3g} s) at"
             f" {rate:.3g} FLOP/s, measured for {rates.seconds:.1f} s",
-            "memory": f"{_size(self.weights + copied + self.activations)}: weights"
-            f" {_size(self.weights)}{copy}, activations of the largest batch about"
-            f" {_size(self.activations)}",
+            "memory": f"{amount(self.weights + copied + self.activations)}: weights"
+            f" {amount(self.weights)}{copy}, activations of the largest batch about"
+            f" {amount(self.activations)}",
+            **({"disk": self.saved} if self.saved else {}),
             **({"smallest drop it shows": _shows(self.sizes)} if self.sizes else {}),
         }
 
@@ -174,6 +178,10 @@ def estimate(prepared: Prepared, seconds: float = SECONDS) -> Estimate:
         if scorer is places[0]
     ]
     todo = passes(first, others, apart=bool(engine.slopes), hookpoints=len(places))
+    saved = Saved.of(prepared.plan, lm, prepared.work)
+    if saved is not None:
+        moved, points = len(saved.of_conditions), prepared.plan.path_points
+        todo = todo.plus(Passes(gradients=moved * points, losses=2 * moved))
     counts = Counts(len(by_question(prepared.requests)), len(prepared.requests))
     for batch in batches:
         counts.add(engine.pack(batch), sizes, todo, engine.scorer.takes_twins)
@@ -197,7 +205,9 @@ def estimate(prepared: Prepared, seconds: float = SECONDS) -> Estimate:
     asked = Counter(prepared.requests[n[0]].task_name for n in by_question(prepared.requests))
     compares = {"none"} < {attack.name for attack in engine.attacks}
     n = tuple(asked.values()) if compares else ()
-    return Estimate(counts, rates, weights, kept + passing + logits, copied, n)
+    activations = kept + passing + logits
+    said = "" if saved is None else saved.words()
+    return Estimate(counts, rates, weights, activations, copied, n, said)
 
 
 class Calibration:
@@ -294,7 +304,3 @@ def _shows(sizes: Sequence[int]) -> str:
     cases = [f"{100 * drop:.1f} points if {assumed}" for assumed, drop in said.items()]
     mean = f"mean over {len(sizes)} tasks, " if len(sizes) > 1 else ""
     return f"{', '.join(cases)} (assumed; {mean}power {POWER:g} at level {ALPHA:g})"
-
-
-def _size(n: int) -> str:
-    return f"{n / 1e9:.3g} GB" if n >= 1e9 else f"{n / 1e6:.3g} MB"

@@ -34,11 +34,12 @@ from llm_attack.lm.settings import EMBED
 from llm_attack.suite.analysis import critical
 from llm_attack.suite.analysis.conditions import of_plan
 from llm_attack.suite.analysis.equivalence import with_equivalence
+from llm_attack.suite.analysis.perturbations import FOLDER
 from llm_attack.suite.analysis.summary import summarise
 from llm_attack.suite.analysis.worst import KNOWS_GOLD, hidden_gradients, with_worst
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.results import LM_EVAL, Result
-from llm_attack.suite.run import fingerprint, on_ray, rows
+from llm_attack.suite.run import fingerprint, on_ray, perturbations, rows
 from llm_attack.suite.run.load import load_model
 from llm_attack.suite.run.progress import RunProgress, note, status
 from llm_attack.suite.run.store import Follower, Store, all_here
@@ -186,21 +187,28 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
     clock = Stopwatch(prepared.timings)
     who = Processes.of(plan)
     planned = [w.key for w in work]
+    saved = perturbations.Saved.of(prepared.plan, lm, work)
+    if saved is not None and who.first:
+        saved.check_room(folder)
+        note(progress, console, saved.words(folder))
     kind = Follower if who.member else Store
     with kind(folder, planned, who.rank, who.world) as store, frozen(lm.model):
         if who.member == 0:
             fingerprint.keep(folder, mark)
         if who.first:
-            clear_drafts(folder, (LM_EVAL,))
+            clear_drafts(folder, (LM_EVAL, FOLDER))
         for path in store.check():
             text = f"{path.with_suffix('.sqlite')}: cannot be read; moved aside, and computed again"
             note(progress, console, f"{text}: {path}")
-        threads = sorted(_answer(prepared, store, progress, console))
+        threads = sorted(_answer(prepared, store, saved is not None, progress, console))
         if not who.first:
             return None
         with status(progress, console, "waiting for the other processes"):
             store.wait()
         gathered = gather(store.contents(), work, len(requests))
+        if saved is not None:
+            with status(progress, console, "writing the perturbations"):
+                saved.write(folder, requests, [(w, store.traces(w.key)) for w in work], mark)
     clock.lap("answers")
     with status(progress, console, "judging"):
         results = [judge.results(answers, i) for i, answers in enumerate(gathered.answers)]
@@ -255,7 +263,9 @@ def _critical_of_others(attacks: Sequence[Attack], scores: Mapping[str, Score]) 
     return [f"critical epsilons are about the likeliest choice, not about the score of {listed}"]
 
 
-def _answer(prepared: Prepared, store: Store, progress: str, console: Console) -> set[int]:
+def _answer(
+    prepared: Prepared, store: Store, traces: bool, progress: str, console: Console
+) -> set[int]:
     """Answers this process's share of the batches that no attempt has finished; returns the numbers
     of threads of what computed them.
     """
@@ -263,6 +273,8 @@ def _answer(prepared: Prepared, store: Store, progress: str, console: Console) -
     conditions = [attack.condition for attack in lm.engine.attacks]
     all_here()  # what cannot be read has been moved aside
     finished = store.keys()
+    if traces:  # a batch without its traces is not finished
+        finished = {key for key in finished if perturbations.is_kept(store.traces(key))}
     all_here()  # nothing is added before all have looked
     own = set(store.share(store.rank))
     share = [w for w in prepared.work if w.key in own]
@@ -284,6 +296,8 @@ def _answer(prepared: Prepared, store: Store, progress: str, console: Console) -
             fingerprint.check(store.folder.parent, prepared.mark)
             of_batch = todo[id(batch)]
             content = of_batch.content(result)
+            if traces and store.keeps:
+                perturbations.keep(store.traces(of_batch.key), result)
             store.add(of_batch.key, content)
             bar.add(len(of_batch), running.add(content["answers"]))
             look()

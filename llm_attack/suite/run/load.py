@@ -39,7 +39,9 @@ def load_model(plan: Plan) -> AttackedHFLM:
         arguments["device"] = device
     first = plan.conditions[0].arguments()
     with nullcontext() if plan.model_args.get("tp_plan") is not None else _alone():
-        return AttackedHFLM(pretrained=model, **arguments, **first)
+        lm = AttackedHFLM(pretrained=model, **arguments, **first)
+    lm.path_points = plan.path_points if plan.save_perturbations else None
+    return lm
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ Key = tuple[str, int]
 STORE = "batches"
 MARK = "fingerprint.json"
 _LOCKS = ("process-*.lock", "fingerprint.lock", "watch.lock")
-_FILES = ("part-*.sqlite*", "part-*.corrupt", *_LOCKS, f".*{DRAFT}")
+_TRACES = "traces-{}.safetensors"
+_FILES = ("part-*.sqlite*", "part-*.corrupt", _TRACES.format("*"), *_LOCKS, f".*{DRAFT}")
 
 # Seconds after which a process that was never seen alive counts as dead.
 LONGEST_START = 600.0
@@ -36,6 +38,9 @@ LONGEST_START = 600.0
 
 class Store:
     """The batches of one run.
+
+    Attributes:
+        keeps: whether it keeps batches.
 
     Args:
         folder: of the run; the store is a subfolder of it.
@@ -46,6 +51,8 @@ class Store:
     Raises:
         UsageError: another run is writing there.
     """
+
+    keeps = True
 
     def __init__(self, folder: Path, planned: Sequence[Key], rank: int = 0, world: int = 1) -> None:
         self.folder = folder / STORE
@@ -77,6 +84,14 @@ class Store:
     def share(self, rank: int) -> Sequence[Key]:
         """The batches that are up to a process."""
         return self.planned[rank :: self.world]
+
+    @cached_property
+    def _numbers(self) -> dict[Key, int]:
+        return {key: number for number, key in enumerate(self.planned)}
+
+    def traces(self, key: Key) -> Path:
+        """The file that has the traces of a batch, where a run keeps them."""
+        return self.folder / _TRACES.format(self._numbers[key])
 
     def add(self, key: Key, content: Any) -> None:
         """Keeps a finished batch; once this returns, it outlasts a kill or a loss of power."""
@@ -191,6 +206,8 @@ class Follower(Store):
         rank: of the process that keeps them.
         world: number of those.
     """
+
+    keeps = False
 
     def __init__(self, folder: Path, planned: Sequence[Key], rank: int = 0, world: int = 1) -> None:
         self.folder = folder / STORE

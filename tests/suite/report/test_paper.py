@@ -281,7 +281,6 @@ def test_the_command_compare(tmp_path, capsys):
     assert " to " not in (tmp_path / "ab.tex").read_text().split("toprule")[1]
     for formats, given, said in (
         ("tex", None, "needs output"),
-        ("pdf", str(output), "must be tex with two folders"),
         ("tex", str(tmp_path / "x.tex"), "must be a CSV file"),
     ):
         with pytest.raises(UsageError, match=said):

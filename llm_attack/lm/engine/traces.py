@@ -1,0 +1,119 @@
+"""Traces: what an attack did to each token, and the share of the loss's change that it carries.
+
+The shares are integrated gradients (Sundararajan et al. 2017) of the loss along the straight line
+from the clean to the attacked point, summed over the coordinates of a token. The integral is a
+Gauss-Legendre sum, as by default in Captum. The shares of a perturbation sum to the change of its
+loss, but for what the sum misses of the integral.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llm_attack.attacks import loss_gradient
+from llm_attack.lm.engine.attacked import AttackedBatch
+from llm_attack.lm.packing.pack import Pack
+
+
+class Trace(NamedTuple):
+    """What an attack did to N tokens, which are nodes of U questions' tries (or of requests').
+
+    Attributes:
+        change: (N, H) the perturbation, in the dtype of the point.
+        norm: (N,) its L2 norm, of each token.
+        nearest: (N,) int32, the token other than its own whose embedding is nearest in L2 to the
+            perturbed one; -1 where the point is not the input embedding.
+        distance: (N,) L2 distance from that token's embedding; NaN where there is none.
+        share: (N,) part of the loss's change; NaN where nobody asks.
+        loss: (U, 2) of the clean and of the attacked point.
+    """
+
+    change: Tensor
+    norm: Tensor
+    nearest: Tensor
+    distance: Tensor
+    share: Tensor
+    loss: Tensor
+
+    @classmethod
+    def joined(cls, traces: Sequence[Trace]) -> Trace:
+        """Several traces, one behind the other."""
+        return cls(*map(torch.cat, zip(*traces, strict=True)))
+
+    def on_cpu(self) -> Trace:
+        """The same on the CPU; waits for the device."""
+        trace = Trace(*(part.cpu() for part in self))
+        return trace._replace(loss=trace.loss.double())
+
+
+def moving(pack: Pack) -> Tensor:
+    """(N,) flat indices into the point of the tokens that may move, question by question.
+
+    Those of a question are in the order of its trie's nodes.
+    """
+    device, length = pack.input_ids.device, pack.input_ids.shape[1]
+    sizes = [len(question.trie) for question in pack.questions]
+    if pack.first is not None:  # the nodes of all questions, one behind the other
+        index = torch.arange(sum(sizes))
+    else:  # a row for each question
+        index = torch.cat([row * length + torch.arange(n) for row, n in enumerate(sizes)])
+    index = index.to(device)
+    return index if pack.moves is None else index[pack.moves.flatten()[index]]
+
+
+def traced(batch: AttackedBatch, attacked: Tensor, points: int) -> Trace:
+    """The trace of an attack on a batch.
+
+    Args:
+        batch: with the clean point.
+        attacked: the point that the attack found.
+        points: of the line at which the gradient is taken; 0: no shares.
+    """
+    index = moving(batch.pack)
+    clean = batch.x
+    wide = torch.promote_types(clean.dtype, torch.float32)
+    change = attacked.to(wide) - clean.to(wide)
+    of_tokens = change.flatten(0, -2)[index]
+    missing = torch.full((len(index),), torch.nan, device=clean.device)
+    nearest, distance = torch.full_like(index, -1), missing
+    if batch.scorer.nearest is not None:
+        first = batch.pack.first
+        ids = batch.pack.input_ids.flatten()
+        ids = (ids if first is None else ids[first])[index]
+        nearest, distance = batch.scorer.nearest.other(attacked.flatten(0, -2)[index], ids)
+    with torch.no_grad():
+        loss = torch.stack([_loss(batch, x) for x in (clean, attacked)], -1)
+    share = shares(batch, change, points).flatten()[index] if points else missing
+    norm = of_tokens.norm(dim=-1)
+    norm, distance, share = (part.to(torch.float32) for part in (norm, distance, share))
+    return Trace(of_tokens.to(clean.dtype), norm, nearest.to(torch.int32), distance, share, loss)
+
+
+def shares(batch: AttackedBatch, change: Tensor, points: int) -> Tensor:
+    """Of each token the part of the loss's change: integrated gradients along the perturbation.
+
+    Args:
+        batch: with the clean point.
+        change: the perturbation, like the point, in float32 or wider.
+        points: of Gauss and Legendre.
+
+    Returns:
+        Of the point's shape but for its last dimension.
+    """
+    clean = batch.x.to(change.dtype)
+    total = change.new_zeros(change.shape[:-1])
+    for at, weight in zip(*np.polynomial.legendre.leggauss(points), strict=True):
+        point = clean + float(1 + at) / 2 * change  # from (-1, 1) to (0, 1)
+        slope = loss_gradient(lambda x: _loss(batch, x), point.to(batch.x.dtype))
+        total += float(weight) / 2 * (slope.to(change.dtype) * change).sum(-1)
+    return total
+
+
+def _loss(batch: AttackedBatch, x: Tensor) -> Tensor:
+    """The loss that attacks raise, one value for each perturbation."""
+    return batch.of_examples(batch.loss(x))

@@ -1,0 +1,69 @@
+"""Which of several models lose more under an attack: the differences of drops of all pairs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+
+from llm_attack.stats import holm
+from llm_attack.suite.analysis.drops import differences
+from llm_attack.suite.analysis.summary import MEAN
+from llm_attack.suite.report.tables import Cells
+from llm_attack.suite.results import Result
+
+TITLE = "differences of drops, b minus a: above 0, a is more robust"
+COLUMNS = [
+    *("condition", "a", "b", "task", "n", "drop_a", "drop_b", "difference"),
+    *("difference_low", "difference_high", "p", "p_holm"),
+]
+
+
+def pairs(runs: Mapping[str, Result]) -> pd.DataFrame:
+    """The difference of drops of each pair of runs, on the questions that both asked.
+
+    Args:
+        runs: by the names of the models.
+
+    Returns:
+        A row per condition, pair of models `a` and `b`, and task, with the mean over tasks as the
+        last; other columns as of `analysis.drops.differences`, but for `p_holm`: `p` adjusted over
+        the pairs, for each condition and task.
+    """
+    found = []
+    for (a, of_a), (b, of_b) in itertools.combinations(runs.items(), 2):
+        content = (of_a.worst(), of_a.questions, of_b.worst(), of_b.questions)
+        frame = differences(*content, conditions=(of_a.conditions, of_b.conditions))
+        found.append(frame.assign(a=a, b=b))
+    frame = pd.concat(found, ignore_index=True)[COLUMNS]
+    order = list(dict.fromkeys(frame["condition"]))
+    frame["p_holm"] = frame.groupby(["condition", "task"])["p"].transform(holm)
+    return frame.sort_values("condition", key=lambda names: names.map(order.index), kind="stable")
+
+
+def cells(frame: pd.DataFrame) -> Cells:
+    """The table: a row per condition and pair, of the means over tasks.
+
+    Args:
+        frame: of `pairs`.
+    """
+    rows = []
+    for row in frame[frame["task"] == MEAN].to_dict("records"):
+        ends = row["difference_low"], row["difference_high"]
+        interval = "" if np.isnan(ends[0]) else f" ({ends[0]:+.1f} to {ends[1]:+.1f})"
+        rows.append(
+            [
+                *(row["condition"], row["a"], row["b"], f"{row['n']}"),
+                *(f"{row[key]:.1f}" for key in ("drop_a", "drop_b")),
+                *(f"{row['difference']:+.1f}{interval}", f"{row['p_holm']:.2g}"),
+            ]
+        )
+    heading = ["condition", "a", "b", "n", "drop a", "drop b", "difference", "p"]
+    notes = [
+        "mean over tasks; drop: points lost compared with none; difference: paired by question on"
+        " what both models answered (95 % interval)",
+        "p: exact test by signs of clusters of questions, stratified by task; Holm over the pairs",
+    ]
+    return Cells(heading, rows, notes)
