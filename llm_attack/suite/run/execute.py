@@ -30,7 +30,6 @@ from llm_attack.harness.scores import Score
 from llm_attack.harness.tasks import look_up
 from llm_attack.lm.engine.hookpoints import expand
 from llm_attack.lm.network.hook import frozen
-from llm_attack.lm.settings import EMBED
 from llm_attack.suite.analysis import critical
 from llm_attack.suite.analysis.conditions import of_plan
 from llm_attack.suite.analysis.equivalence import with_equivalence
@@ -38,7 +37,7 @@ from llm_attack.suite.analysis.summary import summarise
 from llm_attack.suite.analysis.worst import KNOWS_GOLD, hidden_gradients, with_worst
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.results import LM_EVAL, Result
-from llm_attack.suite.run import fingerprint, on_ray, rows
+from llm_attack.suite.run import fingerprint, on_ray, rows, texts
 from llm_attack.suite.run.load import load_model
 from llm_attack.suite.run.progress import RunProgress, note, status
 from llm_attack.suite.run.store import Follower, Store, all_here
@@ -206,8 +205,7 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         results = [judge.results(answers, i) for i, answers in enumerate(gathered.answers)]
         questions = rows.question_rows(requests, gold, results[0])
         attacks = lm.engine.attacks
-        places = [condition.hookpoint or EMBED for condition in lm.conditions]
-        samples = rows.samples_of(questions, requests, scores, attacks, places, results, gathered)
+        samples = rows.samples_of(questions, requests, scores, lm, results, gathered)
         samples = critical.judged(samples, critical.score_of({"settings": plan.settings()}))
         infos = {
             attack.condition: lm.attack_info(i, gathered.diagnostics[i])
@@ -216,8 +214,11 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         known = of_plan(plan, lm.conditions, attacks)
         run: dict[str, Any] = {"settings": plan.settings(), "attacks": infos}
         run["conditions"] = {name: condition.record() for name, condition in known.items()}
-        run["of_tasks"] = rows.whole_tasks(requests, list(infos), results)
+        run["of_tasks"] = rows.whole_tasks(requests, scores, list(infos), results)
         run[KNOWS_GOLD] = plan.needs_gold
+        kinds = {str(r.task_name): str(r.request_type) for r in requests}
+        if of_texts := texts.record(kinds, plan.loss):
+            run["texts"] = of_texts
         table = summarise(with_worst(samples, run), infos, run["of_tasks"])
         table = with_equivalence(table, plan.equivalence)
     clock.lap("judgement")
@@ -274,7 +275,7 @@ def _answer(prepared: Prepared, store: Store, progress: str, console: Console) -
     threads: set[int] = set()
     if prepared.plan.ray is None:
         threads.add(on_ray.threads_of(lm))
-        answers = lm.engine.answers(batches)
+        answers = lm.answers(batches)
     else:
         say = partial(note, progress, console)
         answers = on_ray.answers(prepared.plan, lm, batches, say, threads)
