@@ -28,6 +28,7 @@ from llm_attack.harness.patches import templates_compiled_once
 from llm_attack.harness.requests import Instance
 from llm_attack.harness.scores import Score
 from llm_attack.harness.tasks import look_up
+from llm_attack.harness.texts import without_choices
 from llm_attack.lm.engine.hookpoints import expand
 from llm_attack.lm.network.hook import frozen
 from llm_attack.suite.analysis import critical
@@ -128,14 +129,15 @@ class Prepared(NamedTuple):
 
 
 @templates_compiled_once()
-def prepare(plan: Plan, progress: str, console: Console, checked: bool = True) -> Prepared:
+def prepare(plan: Plan, progress: str, console: Console, doctor: bool = False) -> Prepared:
     """Loads the model and builds the tasks.
 
     Args:
         plan: the plan.
         progress: of `progress.MODES`.
         console: where it is shown.
-        checked: whether a model is refused whose gradient is wrong.
+        doctor: whether it is for `doctor`, which examines a wrong gradient instead of refusing it,
+            and tasks with choices alone.
 
     Raises:
         UsageError: an argument is not allowed, or the gradient is not that of the model.
@@ -150,12 +152,17 @@ def prepare(plan: Plan, progress: str, console: Console, checked: bool = True) -
         if plan.hookpoints:
             conditions = plan.conditions_at(expand(lm.model, plan.hookpoints))
         lm.use(*conditions)
-        if checked:
+        if not doctor:
             lm.check_gradient()
     clock.lap("model")
     with status(progress, console, "building the requests"):
         judge = Judge(lm, manager, tasks, **plan.evaluation)
         requests = judge.requests()
+        for request in filter(without_choices, requests if doctor else ()):
+            raise UsageError(
+                f"tasks={request.task_name}: must be a task with choices for doctor, which compares"
+                " their log-likelihoods"
+            )
         gold = rows.gold_of(requests)
         scores = rows.scores_of(requests, plan.score)
         work = list(work_of(lm, requests))

@@ -92,22 +92,25 @@ def work_of(lm: AttackedHFLM, requests: Sequence[Instance]) -> Iterator[Work]:
     for number, request in enumerate(requests):
         by_task.setdefault(str(request.task_name), []).append(number)
     for task, numbers in by_task.items():
-        asked = [requests[n] for n in numbers]
-        batches: Sequence[AnyBatch]
-        places: Sequence[int] = ()
-        if asked[0].request_type == texts.GENERATE:
-            check_generation(lm.settings, task)
-            batches = lm.prompts(asked)
-        elif asked[0].request_type == texts.ROLLING:
-            check_rolling(lm.settings, task)
-            alone = distinct(requests, numbers)
-            windows = texts.windows_of(lm, [requests[n] for n in alone])
-            batches = lm.batches(windows.questions)
-            numbers, places = [alone[i] for i in windows.text], windows.place
-        else:
-            batches = lm.batches(questions_of(asked, encode(lm, asked), lm.settings))
+        batches, places, owners = _batches(lm, task, [requests[n] for n in numbers])
+        of_windows = [numbers[i] for i in owners]
         for i, batch in enumerate(batches):
-            yield Work((task, i), batch, numbers, places)
+            yield Work((task, i), batch, of_windows or numbers, places)
+
+
+def _batches(
+    lm: AttackedHFLM, task: str, asked: Sequence[Instance]
+) -> tuple[Sequence[AnyBatch], Sequence[int], Sequence[int]]:
+    """The batches of a task, and for each window of its texts the number there and the text's."""
+    if asked[0].request_type == texts.GENERATE:
+        check_generation(lm.settings, task)
+        return lm.prompts(asked), (), ()
+    if asked[0].request_type != texts.ROLLING:
+        return lm.batches(questions_of(asked, encode(lm, asked), lm.settings)), (), ()
+    check_rolling(lm.settings, task)
+    alone = distinct(asked, range(len(asked)))
+    windows = texts.windows_of(lm, [asked[n] for n in alone])
+    return lm.batches(windows.questions), windows.place, [alone[i] for i in windows.text]
 
 
 class Gathered(NamedTuple):
