@@ -278,9 +278,10 @@ const row = (i) =>
 
 /** A generated text, in which the first token that differs is marked. */
 function marked(text, start, token) {
-  const shown = foreign("p", text.slice(0, start), { class: "text" });
+  const letters = [...text]; // as Python counts them, not halves of surrogate pairs
+  const shown = foreign("p", letters.slice(0, start).join(""), { class: "text" });
   const spoken = element("span", { class: "spoken" }, token ? " first difference: " : " ends here");
-  shown.append(spoken, foreign("mark", token || "∎"), text.slice(start + token.length));
+  shown.append(spoken, foreign("mark", token || "∎"), letters.slice(start + [...token].length).join(""));
   return shown;
 }
 
@@ -292,14 +293,14 @@ function textsOf(i, conditions) {
     const token = conditions.length > 1 && n === 0 ? before : after;
     const shown =
       at === undefined || conditions.length < 2 ? foreign("p", text, { class: "text" }) : marked(text, start, token);
-    return [element("h4", {}, data.conditions[condition]), shown];
+    return [element("h3", {}, data.conditions[condition]), shown];
   });
   const said =
     conditions.length < 2 ? [] : [at === undefined ? "The texts are equal." : `The texts part at token ${at + 1}.`];
   return element(
     "div",
     { class: "texts" },
-    element("h4", {}, "Prompt"),
+    element("h3", {}, "Prompt"),
     foreign("p", data.question[i], { class: "text" }),
     ...blocks,
     ...said.map((text) => element("p", {}, text)),
