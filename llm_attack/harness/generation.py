@@ -292,7 +292,7 @@ def _check_greedy(task: str, how: dict[str, Any]) -> None:
     if sample is True or (sample is None and temperature > 0):
         given = "do_sample=True" if sample else f"temperature={temperature:g}"
         raise UsageError(
-            f"tasks={task}: {given} in its generation_kwargs draws its texts at random; must be"
-            " do_sample=False, so that texts differ only by the attack. llm-attack eval takes the"
-            " task as it is"
+            f"tasks={task}: {given} in its generation_kwargs draws texts at random, which differ"
+            " without an attack, too; must be do_sample=False. llm-attack eval takes the task as it"
+            " is"
         )
