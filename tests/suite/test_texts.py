@@ -19,10 +19,12 @@ from llm_attack.harness.tasks import look_up
 from llm_attack.suite import results, thresholds
 from llm_attack.suite.analysis.outcomes import BINARY, NUMBER
 from llm_attack.suite.analysis.pairs import paired
+from llm_attack.suite.analysis.summary import summarise
 from llm_attack.suite.evaluate import evaluate
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.report import summary_file
 from llm_attack.suite.report.page import columns
+from llm_attack.suite.report.words import in_words
 from llm_attack.suite.run.estimate import estimate
 from llm_attack.suite.run.execute import prepare
 from llm_attack.suite.run.store import Store
@@ -161,6 +163,16 @@ def test_drops_are_positive_where_an_attack_harms(run):
         assert drop == pytest.approx(100 * sign * (attacked - clean), abs=1e-9)
 
 
+def test_nats_per_byte_in_words(run):
+    """In their own unit, and worse where they rise."""
+    samples = run[0].samples
+    table = summarise(samples[samples["task"] == TEXTS])
+    clean, fgsm = (table.loc[table["condition"] == c, "acc"].iloc[0] for c in ("none", "fgsm@0.05"))
+    (said,) = (line for line in in_words(table) if line.startswith("FGSM"))
+    assert f"the score is worse by {fgsm - clean:.3f} (" in said
+    assert said.count("points") == 0
+
+
 def test_worst_is_the_worse_of_two_texts(run):
     judged = run[0].worst()
     for task, worse in ((ANSWERS, np.minimum), (TEXTS, np.maximum)):
@@ -272,6 +284,7 @@ def test_a_dry_run_counts_the_steps():
     assert counts.steps == 3 * 12 * math.ceil(LIMIT / 4)  # conditions, max_gen_toks, batches
     prompts = [q.requests[0].tokens for work in prepared.work for q in work.batch.questions]
     assert counts.tokens_asked == sum(map(len, prompts))
+    assert "generation" in prepared.mark  # the model's defaults, on which texts depend
 
 
 def filtered(tmp_path, how="max_gen_toks: 8, until: ['\\n']"):
