@@ -288,21 +288,26 @@ def test_a_dry_run_counts_the_steps():
 
 
 def filtered(tmp_path, how="max_gen_toks: 8, until: ['\\n']"):
-    docs = [{"question": f"What does a {name} eat?", "answer": "seeds"} for name in "abc"]
+    asked = {
+        "What are the young of a mutuk called?": "grubs",
+        "What does a sevil eat?": "clover",
+        "How does a ginut get away?": "it crawls",
+    }
+    docs = [{"question": question, "answer": answer} for question, answer in asked.items()]
     data = tmp_path / "data.jsonl"
     data.write_text("".join(f"{json.dumps(doc)}\n" for doc in docs))
     (tmp_path / "filtered.yaml").write_text(FILTERED.format(data=data, how=how))
     return {"tasks": "filtered", "include_path": str(tmp_path), "attacks": "none"}
 
 
-@pytest.mark.parametrize("asked", [None, "exact_match,first_word"])
-def test_the_score_is_of_one_filter(tmp_path, asked):
+@pytest.mark.parametrize(("asked", "right"), [(None, 3), ("exact_match,first_word", 2)])
+def test_the_score_is_of_one_filter(tmp_path, asked, right):
     settings = filtered(tmp_path) | ({"score": asked} if asked else {})
     result = evaluate(Plan(**HOW | settings), progress="quiet")
     name = asked or "exact_match,whole"
     expected = result.lm_eval["none"]["results"]["filtered"][name]
     assert set(result.table["score"]) == {name}
-    assert result.table["acc"].iloc[0] == expected
+    assert result.table["acc"].iloc[0] == expected == right / 3
 
 
 @pytest.mark.parametrize("how", ["do_sample: true", "temperature: 0.7"])
