@@ -335,5 +335,6 @@ def test_a_build_fails_by_nats():
     drop = table.loc[(table["task"] == "mean") & (table["attack"] == "random"), "drop"].item()
     assert 1 < drop < 99
     for limit, missed in ((drop - 1, 1), (drop + 1, 0)):
-        limits = thresholds.drop(f"{limit:.3f}:point", plan)
-        assert len(thresholds.check_run(table, limits)) == missed
+        lines = thresholds.check_run(table, thresholds.drop(f"{limit:.3f}:point", plan))
+        assert len(lines) == missed
+        assert all(f"random@0.02 drops by {drop / 100:.3f} (" in line for line in lines)
