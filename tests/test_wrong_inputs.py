@@ -50,7 +50,10 @@ CHOICE = "output_type: multiple_choice\ndoc_to_text: q\ndoc_to_choice: c\ndoc_to
 TEXT = "doc_to_text: q\ndoc_to_target: a\n"
 TASKS = {
     "text": (f"output_type: generate_until\n{TEXT}", "data"),
-    "rolling": ("output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: q\n", "data"),
+    "drawn": (
+        f"output_type: generate_until\n{TEXT}generation_kwargs: {{do_sample: true}}\n",
+        "data",
+    ),
     "nowhere": (CHOICE.format(gold="a"), "nowhere"),
     "field": (CHOICE.format(gold="'{{no_such_field}}'"), "data"),
     "template": (CHOICE.format(gold="a").replace("q\n", "'{{ q'\n", 1), "data"),

@@ -99,7 +99,7 @@ def gold_choices(requests: Sequence[Instance]) -> list[bool]:
     return gold
 
 
-def judged(request: Instance, results: Sequence[tuple[float, bool]]) -> dict[str, Any]:
+def judged(request: Instance, results: Sequence[Any]) -> dict[str, Any]:
     """The metrics that the task gives for made-up answers to the question of `request`.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -18,10 +18,8 @@ from llm_attack.base.failures import one_line
 from llm_attack.base.record import finite
 from llm_attack.base.redact import redacted
 from llm_attack.harness import patches
-from llm_attack.harness.gold import task_of
 from llm_attack.harness.model import AttackedHFLM
 from llm_attack.harness.paths import portable
-from llm_attack.lm.engine.engine import Answer
 
 
 class _Collected(Exception):
@@ -29,25 +27,24 @@ class _Collected(Exception):
 
 
 class _Stand(LM):  # type: ignore[misc]  # lm-eval is not typed
-    """Stands in for the model: records the requests, or returns answers computed before."""
+    """Stands in for the model: stops at the requests, or returns answers computed before.
 
-    def __init__(self, lm: AttackedHFLM, answers: list[Answer] | None = None) -> None:
+    Args:
+        lm: the model.
+        answers: by the `id` of the request; None: it stops.
+    """
+
+    def __init__(self, lm: AttackedHFLM, answers: Mapping[int, Any] | None = None) -> None:
         super().__init__()
         self.lm, self.answers = lm, answers
         self.config = lm.config  # where lm-eval finds the model's name
-        self.requests: list[Instance] = []
 
-    def loglikelihood(self, requests: list[Instance]) -> list[Answer]:
-        self.requests = list(requests)
+    def loglikelihood(self, requests: list[Instance]) -> list[Any]:
         if self.answers is None:
             raise _Collected
-        return self.answers
+        return [self.answers[id(request)] for request in requests]
 
-    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        raise _no_choices(requests[0])
-
-    def generate_until(self, requests: list[Instance]) -> list[str]:
-        raise _no_choices(requests[0])
+    loglikelihood_rolling = generate_until = loglikelihood
 
     @property
     def tokenizer_name(self) -> str:
@@ -66,7 +63,7 @@ class Judge:
     Args:
         lm: the model; lm-eval asks it for its chat template and its description.
         manager: lm-eval's TaskManager.
-        tasks: names of tasks with choices.
+        tasks: names of tasks.
         **options: of lm-eval's `simple_evaluate`.
     """
 
@@ -79,17 +76,17 @@ class Judge:
         self.asked: list[Instance] = []
 
     def requests(self) -> list[Instance]:
-        """All requests, in lm-eval's order.
+        """All requests, in lm-eval's order: by their type, then by task.
 
         Raises:
-            UsageError: the tasks cannot be built, their data cannot be had, or one has no choices.
+            UsageError: the tasks cannot be built, or their data cannot be had.
         """
-        stand = _Stand(self.lm)
+        tasks: list[Any] = []
         given = "".join(f", {name}={value}" for name, value in self.given.items())
         asked_for = f"tasks={','.join(self.tasks)}{given}"
         try:
-            with suppress(_Collected):
-                self._evaluate(stand)
+            with patches.tasks_built() as tasks, suppress(_Collected):
+                self._evaluate(_Stand(self.lm))
         except UsageError:
             raise
         except OSError as error:
@@ -102,21 +99,30 @@ class Judge:
                 f"{asked_for}: cannot be built ({one_line(error)}); must be tasks that lm-eval"
                 " can build"
             ) from error
-        if not stand.requests:
+        asked = [r for task in tasks for r in task.instances for _ in range(r.repeats)]
+        if not asked:
             raise UsageError(f"{asked_for}: no questions were found; must be tasks with questions")
-        for task in {id(task): task for task in map(task_of, stand.requests)}.values():
+        for task in tasks:
             _check_all_asked(task, self.options.get("limit"))
             # lm-eval builds anew at each evaluation: as costly as judging
             task.build_all_requests = lambda **options: None
-        self.asked = stand.requests
+        types = dict.fromkeys(request.request_type for request in asked)
+        self.asked = [r for kind in types for r in asked if r.request_type == kind]
         return self.asked
 
-    def results(self, answers: list[Answer], condition: int) -> dict[str, Any]:
-        """lm-eval's results, when these are the answers to `requests()` under a condition."""
+    def results(self, answers: Sequence[Any], condition: int) -> dict[str, Any]:
+        """lm-eval's results, when these are the answers to `requests()` under a condition.
+
+        Args:
+            answers: as the model gives them to the type of the request; of a request that is asked
+                several times the first counts.
+            condition: its number.
+        """
         for request in self.asked:
             request.resps.clear()
             request.filtered_resps.clear()
-        results = self._evaluate(_Stand(self.lm, answers))
+        pairs = zip(reversed(self.asked), reversed(answers), strict=True)
+        results = self._evaluate(_Stand(self.lm, {id(request): a for request, a in pairs}))
         assert results is not None  # as it is on lm-eval's first process, the only one
         # not by the stand: lm-eval 0.4.9 asks none but its own models
         attack = self.lm.attack_info(condition)
@@ -157,16 +163,9 @@ def _check_all_asked(task: Any, limit: float | None) -> None:
     missing = sorted(set(range(n)) - {request.doc_id for request in task.instances})
     if missing:
         raise UsageError(
-            f"tasks={task.config.task}: question {missing[0]} has no choices; must be a task in"
-            " which every question has choices"
+            f"tasks={task.config.task}: question {missing[0]} asks nothing; must be a task in which"
+            " every question has choices, a prompt or a text"
         )
-
-
-def _no_choices(request: Instance) -> UsageError:
-    return UsageError(
-        f"tasks={request.task_name}: must be a task with choices, not one of {request.request_type}"
-        " requests; `llm-attack eval` evaluates any task"
-    )
 
 
 def as_json(results: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, astuple
 from functools import cached_property
 from typing import Any
@@ -17,8 +17,6 @@ from typing import Any
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from llm_attack.attacks import Attack
@@ -28,6 +26,7 @@ from llm_attack.base.loaded import name_of
 from llm_attack.demo import MODEL_PATH
 from llm_attack.harness import cache, gguf, hashes, loading
 from llm_attack.harness.arguments import check_names, check_string, check_values, trusted
+from llm_attack.harness.generation import Generating, Prompts
 from llm_attack.harness.in_use import InUse
 from llm_attack.harness.requests import (
     TokenRequest,
@@ -40,14 +39,12 @@ from llm_attack.harness.requests import (
 from llm_attack.harness.revision import check_revision
 from llm_attack.harness.start import report_if_lm_eval_runs, set_device, source_of
 from llm_attack.lm.engine.diagnostics import Diagnostics
-from llm_attack.lm.engine.engine import Answer, Engine, Layout
-from llm_attack.lm.engine.generate import attacked_prompts
+from llm_attack.lm.engine.engine import Answer, BatchResult, Engine, Layout
 from llm_attack.lm.engine.gradient import Finding, examine, refusal
 from llm_attack.lm.engine.hookpoints import scorers
 from llm_attack.lm.engine.probe import longest_tree
 from llm_attack.lm.engine.scatter import by_index
 from llm_attack.lm.engine.scoring import Scorer
-from llm_attack.lm.losses import LOSSES
 from llm_attack.lm.network import half
 from llm_attack.lm.network.blocks import prepare
 from llm_attack.lm.network.hook import frozen, resolve, vocabulary_of
@@ -64,7 +61,7 @@ log = logging.getLogger(__name__)
 DEFAULT_MODEL = "TinyLlama/TinyLlama_v1.1"
 
 
-class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
+class AttackedHFLM(Generating):
     """A causal Hugging Face model that answers under attack.
 
     Args:
@@ -419,7 +416,7 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[float]:
         """Log-likelihood of each text. Every window of a text is attacked by itself."""
-        self._refuse_questions(requests)
+        check_rolling(self.settings, str(requests[0].task_name))
         answers: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
         self._pool()
         return answers
@@ -473,47 +470,15 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
             return self.engine.batches(questions, int(limit), self.tokens_per_batch)
 
     @torch.inference_mode(False)
-    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continuations of the prompts. The prompts are attacked at prefill."""
-        self._refuse_questions(requests)
-        loss = self.settings.loss
-        if not LOSSES[loss].whole:
-            raise UsageError(f"loss={loss}: must be sequence for tasks that generate text")
-        answers: list[str] = super().generate_until(requests, disable_tqdm=disable_tqdm)
-        self._pool()
-        return answers
-
-    def _model_generate(
-        self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any
-    ) -> torch.Tensor:
-        options.setdefault("attention_mask", torch.ones_like(context))
-        mask, rotary = options["attention_mask"], self.engine.scorer.rotary
-        self._check_known(context[mask.bool()].tolist())
-        shortest = int(mask.sum(-1).min())
-        exact = self.engine_settings.deterministic
-        alone = exact or rotary.scale(shortest) != rotary.scale(max_length)
-        if len(context) > 1 and alone:
-            return self._generate_alone(context, max_length, stop, **options)
-        generate: Callable[..., torch.Tensor] = super()._model_generate
-        with frozen(self.model), rotary.fresh(), reproducible(exact):
-            if self.attack.identity:
-                return generate(context, max_length, stop, **options)
-            with attacked_prompts(self.engine, context, mask) as sums:
-                self._now.add([sums])
-                return generate(context, max_length, stop, **options)
-
-    def _generate_alone(
-        self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any
-    ) -> torch.Tensor:
-        """Generates for each prompt separately, without padding, so no prompt affects another."""
-        rows = []
-        for row, keep in zip(context, options.pop("attention_mask").bool(), strict=True):
-            left = int((~keep).sum())
-            prompt = row[None, left:]
-            (text,) = self._model_generate(prompt, max_length - left, stop, **options)
-            rows.append(torch.cat([row[:left], text]))
-        pad = self.tokenizer.pad_token_id
-        return pad_sequence(rows, batch_first=True, padding_value=pad)
+    def answers(
+        self, todo: Iterable[Batch | Prompts]
+    ) -> Iterator[tuple[Batch | Prompts, BatchResult]]:
+        """Yields each batch of a run with its answers under every condition."""
+        batches = list(todo)
+        yield from self.engine.answers(b for b in batches if isinstance(b, Batch))
+        for batch in batches:
+            if isinstance(batch, Prompts):
+                yield batch, self.generated(batch)
 
     def _pool(self) -> None:
         """Sets `diagnostics`, which lm-eval reads after the run, to the sums over all processes."""
@@ -532,18 +497,6 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         """
         diagnostics = self.diagnostics if diagnostics is None else diagnostics
         return [*self.warnings, *self._now.warnings(diagnostics)]
-
-    def _refuse_questions(self, requests: Sequence[Instance]) -> None:
-        if self.settings.needs_gold:
-            raise UsageError(
-                f"loss={self.settings.loss}: task {requests[0].task_name} is not a"
-                " multiple-choice task with labels; use loss=sequence"
-            )
-        if self.settings.positions == QUESTION:
-            raise UsageError(
-                f"positions={QUESTION}: task {requests[0].task_name} has no continuations of a"
-                " question; must be another value, such as not_first"
-            )
 
     # -- descriptions for the results --------------------------------------------------------------
 
@@ -575,3 +528,21 @@ class AttackedHFLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
             settings |= hashes.of_model(self) | {"generation": hashes.generation(self.model)}
             cache.guard(cache_hook.dbdict, settings, cache_hook.dbdict.filename)
         super().set_cache_hook(cache_hook)
+
+
+def check_rolling(settings: AttackSettings, task: str) -> None:
+    """Refuses settings that mean nothing for a task that scores whole texts.
+
+    Raises:
+        UsageError: the loss needs choices, or the positions do.
+    """
+    if settings.needs_gold:
+        raise UsageError(
+            f"loss={settings.loss}: task {task} is not a multiple-choice task with labels; use"
+            " loss=sequence"
+        )
+    if settings.positions == QUESTION:
+        raise UsageError(
+            f"positions={QUESTION}: task {task} has no continuations of a question; must be another"
+            " value, such as not_first"
+        )

@@ -81,6 +81,20 @@ note_tasks()
 
 
 @contextmanager
+def tasks_built() -> Iterator[list[Any]]:
+    """The tasks that build their requests meanwhile, in order."""
+    build, tasks = Task.build_all_requests, []
+
+    @functools.wraps(build)
+    def build_and_keep(self: Task, *args: Any, **kwargs: Any) -> None:
+        build(self, *args, **kwargs)
+        tasks.append(self)
+
+    with replaced(Task, build_all_requests=build_and_keep):
+        yield tasks
+
+
+@contextmanager
 def templates_compiled_once() -> Iterator[None]:
     """Caches templates. lm-eval compiles them for every question: half of its host time."""
     with replaced(utils.env, from_string=functools.lru_cache(4096)(utils.env.from_string)):

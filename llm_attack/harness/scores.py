@@ -64,7 +64,21 @@ class Score:
             metrics: what lm-eval made of its answers.
             right: whether the likeliest choice is a gold one.
         """
-        return _number(self.name, metrics[self.name]) if self.reported else float(right)
+        return number(self.name, metrics[self.name]) if self.reported else float(right)
+
+    def of_answers(
+        self, asked: Sequence[Instance], answers: Sequence[Any], gold: Sequence[bool]
+    ) -> float:
+        """The score of one question.
+
+        Args:
+            asked: its requests; first those of the choices.
+            answers: of the model to them.
+            gold: whether each choice is right.
+        """
+        metrics = task_of(asked[0]).process_results(asked[0].doc, list(answers))
+        compared = self.compared(np.array([value for value, _ in answers]), asked)
+        return self.value(metrics, gold[int(compared[: len(gold)].argmax())])
 
     def compared(self, log_likelihoods: _Floats, asked: Sequence[Instance]) -> _Floats:
         """What the score compares: the choices' log-likelihoods, unless its name says more.
@@ -113,7 +127,7 @@ def _reported(questions: Sequence[Sequence[Instance]]) -> list[Score]:
     """The scores that a task has of a question, as far as a few questions show."""
     task, first = task_of(questions[0][0]), questions[0]
     lower = {name for name, higher in task.higher_is_better().items() if higher is False}
-    names = [k for k, v in judged(first[0], made_up(len(first))).items() if _has_number(k, v)]
+    names = [k for k, v in judged(first[0], made_up(len(first))).items() if has_number(k, v)]
     if by_lm_eval(task):
         traits = {name: (name in _OF_CHOICES, name != _BRIER) for name in names}
         return [Score(name, True, name in lower, *traits[name]) for name in names]
@@ -121,7 +135,7 @@ def _reported(questions: Sequence[Sequence[Instance]]) -> list[Score]:
     scores = []
     for name in names:
         values = [
-            (_number(name, metrics[name]), right) for metrics, right in trials if name in metrics
+            (number(name, metrics[name]), right) for metrics, right in trials if name in metrics
         ]
         counted = all(value in (0, 1) for value, _ in values)
         choice = counted and name not in lower and all(value == right for value, right in values)
@@ -142,16 +156,17 @@ def made_up(n: int, preferred: int = 0) -> list[tuple[float, bool]]:
     return [(-_STEP * ((i - preferred) % n), False) for i in range(n)]
 
 
-def _has_number(name: str, value: Any) -> bool:
+def has_number(name: str, value: Any) -> bool:
     """Whether a question has a value of this metric, given what lm-eval makes of one."""
     try:
-        _number(name, value)
+        number(name, value)
     except (TypeError, ValueError, LookupError):
         return False
     return True
 
 
-def _number(name: str, value: Any) -> float:
+def number(name: str, value: Any) -> float:
+    """The value of a metric for one question, as a number."""
     if name == _BRIER and isinstance(value, tuple):  # lm-eval's aggregate is a mean of these
         return float(brier_score([value]))
     return float(value)
@@ -190,7 +205,7 @@ def check(name: str, questions: Sequence[Sequence[Instance]], score: Score) -> N
                     name, requests[0], Unjudged(f"has no {score.name}, but other questions have it")
                 )
             judgements.append(metrics)
-        failure = _not_aggregated(task.aggregation(), judgements)
+        failure = not_aggregated(task.aggregation(), judgements)
         if failure is None:
             return
         failures.append(failure)
@@ -201,7 +216,7 @@ def check(name: str, questions: Sequence[Sequence[Instance]], score: Score) -> N
     ) from reason
 
 
-def _not_aggregated(
+def not_aggregated(
     aggregates: Mapping[str, Any], judgements: Sequence[Mapping[str, Any]]
 ) -> tuple[str, Exception] | None:
     """The first metric that lm-eval cannot aggregate, and why."""
@@ -222,23 +237,26 @@ def refused(task: str, request: Instance, reason: Unlabelled) -> UsageError:
     return UsageError(f"tasks={task}: question {request.doc_id} {reason}; {reason.remedy}")
 
 
-def check_asked(asked: str, tasks: Mapping[str, Sequence[Instance]]) -> None:
+def check_asked(
+    asked: str, tasks: Mapping[str, Sequence[Instance]], others: Iterable[str] = ()
+) -> None:
     """Refuses the name of a score that no task has.
 
     Args:
         asked: the name.
         tasks: by their names, the requests of one question each.
+        others: scores of tasks without choices.
 
     Raises:
         UsageError: with the names that there are.
     """
-    names: dict[str, None] = {ACC: None}
+    names: dict[str, None] = dict.fromkeys((ACC, *others))
     for name, requests in tasks.items():
         try:
             metrics = judged(requests[0], made_up(len(requests)))
         except Unlabelled as error:
             raise refused(name, requests[0], error) from error
-        numbers = [k for k, v in metrics.items() if _has_number(k, v)]
+        numbers = [k for k, v in metrics.items() if has_number(k, v)]
         if asked in metrics and asked not in numbers:
             raise _no_number(asked, name, task_of(requests[0]), metrics[asked], numbers)
         names |= dict.fromkeys(numbers)

@@ -241,7 +241,7 @@ class AttackSettings(ThreatSettings):
             )
 
     def resolved(self, signal: Signal, label: str | None = None) -> Attack:
-        """The attack in the units of the point. `label` is of `labels`, unless it is the only one."""
+        """The attack in the units of the point. `label` is of `labels`; None: there is no other."""
         attack = self.attack_in_units
         if label is not None:
             attack = replace(attack, label=label)

@@ -21,6 +21,7 @@ from llm_attack.lm.engine.attacked import AttackedBatch
 from llm_attack.lm.engine.clean import Needs, clean_pass
 from llm_attack.lm.engine.diagnostics import LEAST_REACHED
 from llm_attack.lm.network.hook import frozen
+from llm_attack.lm.packing.batches import Batch
 from llm_attack.lm.units import Epsilon
 from llm_attack.suite.analysis.worst import knows_gold
 from llm_attack.suite.evaluate import silence
@@ -70,7 +71,7 @@ def doctor(plan: Plan, progress: str) -> list[Check]:
     console = Console(stderr=True)
     attacks, epsilons = (tuple(dict.fromkeys(column)) for column in zip(*CONDITIONS, strict=True))
     plan = replace(plan, attacks=attacks, epsilons=epsilons)
-    prepared = prepare(plan, progress, console, checked=False)
+    prepared = prepare(plan, progress, console, doctor=True)
     lm, known = prepared.lm, {(c.attack, c.epsilon): c for c in plan.conditions}
     some = [known[pair] for pair in CONDITIONS]
     lm.use(*some)
@@ -139,7 +140,9 @@ def nothing_changes(prepared: Prepared) -> Check:
     """Whether the clean point, put where attacks put theirs, gives the clean answers."""
     engine, name = prepared.lm.engine, "epsilon 0 equals clean"
     with frozen(prepared.lm.model):
-        pack = engine.pack(prepared.work[0].batch).to(engine.device)
+        batch = prepared.work[0].batch
+        assert isinstance(batch, Batch)
+        pack = engine.pack(batch).to(engine.device)
         point = clean_pass(engine.scorer, pack, engine.threat, Needs())
         attacked = AttackedBatch(engine.scorer, pack, engine.threat, point)
         clean, at_0 = (attacked.answers(x).log_prob.double() for x in (None, attacked.x))
@@ -205,6 +208,7 @@ def _slopes(prepared: Prepared) -> tuple[float, float, float]:
     """Slopes by the gradient and by central differences, and the step; 0 where nothing moves."""
     lm, batch = prepared.lm, prepared.work[0].batch
     engine = lm.engine
+    assert isinstance(batch, Batch)
     pack = engine.pack(replace(batch, questions=batch.questions[:_QUESTIONS])).to(lm.device)
     with frozen(lm.model):
         clean = clean_pass(engine.scorer, pack, engine.threat, Needs(gradient=True))

@@ -340,6 +340,7 @@ def save(result: Result, folder: Path, command: list[str] | str) -> list[str]:
     `samples.parquet`, `questions.parquet`, `table.csv`, `table.md`, figures as PNG and SVG, where
     critical epsilons were looked for `critical.csv`, `foretold.csv` and `critical.md`, of several
     hookpoints `hookpoints.md` (the other tables, figures and the report are of the first of them),
+    of tasks that generate or score whole texts `texts.md`,
     `report.html`, `lm_eval/results_CONDITION.json` and `run.json`.
 
     Args:

@@ -19,10 +19,13 @@ import pandas as pd
 from llm_attack.base.errors import UsageError
 from llm_attack.base.failures import one_line
 from llm_attack.harness.sources import clusters
-from llm_attack.suite.analysis.outcomes import ACC, BINARY, CHOICE, HIGHER, LOWER, kind_of
+from llm_attack.suite.analysis.outcomes import ACC, BINARY, CHOICE, HIGHER, LOWER, NUMBER, kind_of
 
 _SAMPLES = re.compile(r"samples_(?P<task>.+)_(?P<date>\d{4}-\d\d-\d\dT[\d-]+(\.\d+)?)\.jsonl")
 _OF_CHOICES = (ACC, "acc_norm", "acc_bytes")
+# Of a text that is scored as a whole, as in `harness.texts`.
+_OCTETS = ("bits_per_byte", "byte_perplexity")
+NATS_PER_BYTE = "nats_per_byte"
 _NEEDED = ("doc_id", "doc_hash", "filter")
 
 
@@ -149,6 +152,11 @@ def _rows(
     path: Path, task: str, shown: str, samples: list[dict[str, Any]], higher: dict[str, Any]
 ) -> list[dict[str, Any]]:
     first = samples[0]
+    octets = next((name for name in _OCTETS if all(_is_pair(s.get(name)) for s in samples)), None)
+    if octets is not None:  # texts that are scored as a whole
+        per_byte = [{**s, NATS_PER_BYTE: -s[octets][0] / s[octets][1]} for s in samples]
+        samples = [{**sample, "metrics": [NATS_PER_BYTE]} for sample in per_byte]
+        first, higher = samples[0], {NATS_PER_BYTE: False}
     metrics = [str(name) for name in first.get("metrics") or _OF_CHOICES]
     metrics = [name for name in metrics if all(_is_number(sample.get(name)) for sample in samples)]
     if not metrics:
@@ -156,9 +164,11 @@ def _rows(
     score = ACC if ACC in metrics else metrics[0]
     values = [float(sample[score]) for sample in samples]
     chosen = score in _OF_CHOICES and len(first.get("resps") or ()) > 1
+    least = NUMBER if score == NATS_PER_BYTE else CHOICE if chosen else BINARY
+    kind = kind_of(values, least)
     about = {
         **{"task": shown, "condition": "none", "attack": "none", "hookpoint": "embed"},
-        **{"epsilon": 0.0, "score": score, "kind": kind_of(values, CHOICE if chosen else BINARY)},
+        **{"epsilon": 0.0, "score": score, "kind": kind},
         "better": LOWER if higher.get(score) is False else HIGHER,
         # the second outcome needs the gold, which a sample does not always say
         **dict.fromkeys(("gold_probability", "log_likelihood", "margin"), np.nan),
@@ -171,6 +181,13 @@ def _rows(
         }
         for sample, value, source in zip(samples, values, of_source, strict=True)
     ]
+
+
+def _is_pair(value: Any) -> bool:
+    """Whether it is the log-likelihood of a text and its bytes."""
+    return (
+        isinstance(value, list) and len(value) == 2 and all(map(_is_number, value)) and value[1] > 0
+    )
 
 
 def _is_number(value: Any) -> bool:

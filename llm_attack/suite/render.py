@@ -15,7 +15,7 @@ from llm_attack.base.failures import Attempts
 from llm_attack.base.record import write_text
 from llm_attack.suite.analysis import calibration as calibrated
 from llm_attack.suite.analysis import critical
-from llm_attack.suite.report import figures, paper, perturbations, summary_file, tables
+from llm_attack.suite.report import figures, paper, perturbations, summary_file, tables, texts
 from llm_attack.suite.report.layout import panels, paper_style, print_style, unit_of
 from llm_attack.suite.report.page import PERTURBATIONS, Picture, page_template, write_report
 from llm_attack.suite.report.tables import Cells
@@ -88,6 +88,7 @@ class Tables:
             epsilons are of.
         score: of `critical.score_of`.
         whole: scores of whole tasks; None where there are none.
+        texts: of `texts.cells`; None where no task generates or scores whole texts.
         critical: of `survival.tables`.
         hookpoints: accuracy by hookpoint; None of one.
         steps: accuracy by steps, of attacks that the run has with several; None without.
@@ -99,6 +100,7 @@ class Tables:
             self.samples = hookpoints.at_first(result.worst())
         self.score, self.searched = critical.score_of(result.run), self.samples
         self.whole: Cells | None = None
+        self.texts: Cells | None = None
         self.critical: dict[str, tuple[Cells, pd.DataFrame]] = {}
         self.hookpoints: Cells | None = None
         self.steps: Cells | None = None
@@ -106,6 +108,8 @@ class Tables:
             self.steps = steps.cells(self.table, result.conditions)
         with attempts("the table of the scores of whole tasks"):
             self.whole = tables.of_whole_tasks(self.table)
+        with attempts(f"the table of {texts.TITLE}"):
+            self.texts = texts.cells(self.samples, result.run)
         with attempts("the tables of critical epsilons"):
             self.searched = critical.of_score(self.samples, result.questions, self.score)
             self.critical = survival.tables(self.searched, self.score)
@@ -115,6 +119,7 @@ class Tables:
     def named(self) -> dict[str, Cells]:
         """Those that there are, by their titles."""
         titled = {WHOLE: self.whole} | {title: cells for title, (cells, _) in self.critical.items()}
+        titled |= {texts.TITLE: self.texts}
         titled |= {hookpoints.TITLE: self.hookpoints, steps.TITLE: self.steps}
         return {title: cells for title, cells in titled.items() if cells is not None}
 
@@ -149,6 +154,8 @@ def render(result: Result, folder: Path, run: dict[str, Any]) -> list[str]:
         text = calibration.cells(of_answers)
         more |= {} if text is None else {calibration.TITLE: text}
         calibration.save(of_answers, folder)
+    with attempts(texts.FILE):
+        texts.save(made.texts, folder)
     with attempts("critical.md"):
         survival.save(made.critical, folder)
     with attempts("layers.md"):

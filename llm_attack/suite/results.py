@@ -163,6 +163,15 @@ _SCHEMA: dict[str, dict[str, Callable[[Any], bool]]] = {
         **dict.fromkeys(("score", "kind", "better"), is_string_dtype),
     },
 }
+# What only runs with tasks that generate or score whole texts have.
+_COLUMNS_OF_TEXTS: dict[str, dict[str, Callable[[Any], bool]]] = {
+    "questions": {"target": lambda _: True, "n_bytes": _whole_or_missing},
+    "samples": {
+        "request": is_string_dtype,
+        **dict.fromkeys(("text", "parts_none", "parts_token"), lambda _: True),
+        **dict.fromkeys(("parts_at", "parts_from"), _whole_or_missing),
+    },
+}
 # What earlier runs have not.
 _COLUMNS_SINCE: dict[str, dict[str, Any]] = {
     "questions": {"cluster": None},
@@ -215,16 +224,21 @@ def _fault(frame: pd.DataFrame, name: str) -> str | None:
     """What a stored frame lacks, if anything."""
     if frame.empty:
         return "has no rows"
-    of_columns = _fault_of_columns(frame, _SCHEMA[name])
+    of_texts = _COLUMNS_OF_TEXTS[name]
+    if next(iter(of_texts)) not in frame:
+        of_texts = {}
+    of_columns = _fault_of_columns(frame, _SCHEMA[name] | of_texts)
     if of_columns is not None:
         return of_columns
     if frame.duplicated(_UNIQUE[name]).any():
         return f"{', '.join(_UNIQUE[name])} are the same in two rows"
-    if name == "samples" and not (
-        _lengths(frame["log_likelihoods"]) == frame["n_choices"].tolist()
-        and frame["prediction"].between(0, frame["n_choices"] - 1).all()
-    ):
-        return "does not have one answer for each choice"
+    if name == "samples":
+        with_choices = frame[frame["n_choices"] > 0] if "request" in frame else frame
+        if not (
+            _lengths(with_choices["log_likelihoods"]) == with_choices["n_choices"].tolist()
+            and with_choices["prediction"].between(0, with_choices["n_choices"] - 1).all()
+        ):
+            return "does not have one answer for each choice"
     return None
 
 

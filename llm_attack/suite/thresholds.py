@@ -12,7 +12,7 @@ from llm_attack.base.declare import is_plain, listed
 from llm_attack.base.errors import UsageError, hint, invalid
 from llm_attack.base.failures import ThresholdMissed
 from llm_attack.lm.settings import condition_names
-from llm_attack.suite.analysis.outcomes import LOWER
+from llm_attack.suite.analysis.outcomes import LOWER, NUMBER
 from llm_attack.suite.analysis.summary import MEAN
 from llm_attack.suite.plan import WORST, Plan
 
@@ -180,8 +180,9 @@ def _drop(row: dict[str, object], threshold: Threshold, verb: str = "drops") -> 
     name = str(row["condition"])
     value, low, high = (_float(row[f"drop{end}"]) for end in ("", "_low", "_high"))
     counts = value if threshold.point or math.isnan(high) else high
-    ends = "" if math.isnan(high) else f" ({low:.1f} to {high:.1f})"
-    shown = f"{name} {verb} by {value + 0.0:.1f} points{ends}"
+    form, unit, size = (".3f", "", 100) if row.get("kind") == NUMBER else (".1f", " points", 1)
+    ends = "" if math.isnan(high) else f" ({low / size:{form}} to {high / size:{form}})"
+    shown = f"{name} {verb} by {value / size + 0.0:{form}}{unit}{ends}"
     return _case(name, value, threshold.value - counts, shown)
 
 

@@ -19,6 +19,21 @@ def load(questions: str, **_: Any) -> dict[str, datasets.Dataset]:
     return {"test": datasets.Dataset.from_list(documents)}
 
 
+def answers(**_: Any) -> dict[str, datasets.Dataset]:
+    """The questions of `arc_easy` with the text of the right answer, which is to be generated."""
+    questions = question_set("arc_easy")
+    documents = [{"question": _inside(q.context), "answer": q.choices[q.gold]} for q in questions]
+    return {"test": datasets.Dataset.from_list(documents)}
+
+
+def texts(sentences: int, **_: Any) -> dict[str, datasets.Dataset]:
+    """True stories of `hellaswag`, so many in a text."""
+    stories = [question.texts()[question.gold] for question in question_set("hellaswag")]
+    starts = range(0, len(stories), sentences)
+    documents = [{"text": " ".join(stories[i : i + sentences])} for i in starts]
+    return {"test": datasets.Dataset.from_list(documents)}
+
+
 def _lettered(question: Question) -> dict[str, Any]:
     labels = list("ABCD")
     return {

@@ -44,7 +44,7 @@ def test_what_lm_eval_writes_is_read(build, tmp_path):
     found = lm_eval.simple_evaluate(
         model="hf",
         model_args=f"pretrained={MODEL_PATH}",
-        tasks=["demo_piqa"],
+        tasks=["demo_piqa", "demo_answers", "demo_texts"],
         task_manager=TaskManager(include_path=str(tasks_path())),
         limit=6,
         device="cpu",
@@ -57,9 +57,16 @@ def test_what_lm_eval_writes_is_read(build, tmp_path):
     for task, of in samples.items():
         tracker.save_results_samples(task_name=task, samples=of)
     run = logged.load(logged.folder_of(tmp_path))
-    assert run.samples["acc"].tolist() == [sample["acc"] for sample in samples["demo_piqa"]]
-    assert run.questions["doc_hash"].tolist() == [of["doc_hash"] for of in samples["demo_piqa"]]
-    assert set(run.samples["kind"]) == {"right or wrong"}
+    for task, score, kind, better in (
+        ("demo_piqa", lambda of: of["acc"], "right or wrong", "higher"),
+        ("demo_answers", lambda of: of["exact_match"], "0 or 1", "higher"),
+        ("demo_texts", lambda of: -float(of["resps"][0][0]) / len(of["target"]), "number", "lower"),
+    ):
+        rows = run.samples[run.samples["task"] == task]
+        assert rows["acc"].tolist() == pytest.approx([score(of) for of in samples[task]], rel=1e-12)
+        hashes = run.questions.loc[run.questions["task"] == task, "doc_hash"]
+        assert hashes.tolist() == [of["doc_hash"] for of in samples[task]]
+        assert set(rows["kind"]) == {kind} and set(rows["better"]) == {better}
 
 
 def test_two_runs_are_paired(tmp_path):

@@ -353,7 +353,7 @@ BAD = {
         [*kinds.questions(2, 2), {**kinds.questions(1, 2)[0], "options": []}],
         ["acc"],
         "",
-        "question 2 has no choices",
+        "question 2 asks nothing",
     ),
     "null": (
         [{**of, "right": None} for of in kinds.questions(2, 2)],

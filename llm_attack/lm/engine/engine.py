@@ -165,7 +165,7 @@ class Engine:
 
         The model supports short trees, or else `longest_tree` is 0. Long trees can still fail.
         """
-        takes_tree = partial(self._takes_tree, tokens or self._budget)
+        takes_tree = partial(self._takes_tree, tokens or self.budget)
         trees, _ = layouts(questions, takes_tree, self.threat.shared)
         longest = max((q for (q,) in trees), key=lambda q: len(q.trie), default=None)
         if longest is None or len(longest.trie) <= self._tried:
@@ -194,7 +194,7 @@ class Engine:
                 more; None: a number that suits the device.
         """
         rows = 1 if self.layout.deterministic else rows
-        tokens = tokens or self._budget
+        tokens = tokens or self.budget
         layout = layouts(questions, partial(self._takes_tree, tokens), self.threat.shared)
         return [
             Batch(batch, shape is of_tree, prefix, tokens)
@@ -204,7 +204,7 @@ class Engine:
         ]
 
     @property
-    def _budget(self) -> int:
+    def budget(self) -> int:
         return BUDGET.get(self.device.type, BUDGET["cpu"])
 
     def _groups(
@@ -221,7 +221,7 @@ class Engine:
         starts = [start(q, positions) if scale(q.longest) == scale(0) else () for q in questions]
         by_prefix = [
             (n, [[questions[i]] for i in numbers])
-            for n, numbers in groups(starts, self._budget)
+            for n, numbers in groups(starts, self.budget)
             if numbers
         ]
         longest, members = max(by_prefix, key=lambda group: group[0], default=(0, []))
@@ -301,9 +301,7 @@ class Engine:
         first = batches[self.scorers[0]]
         alignment = first.alignment(self.attacks[0].norm) if needs.gradient else None
         computed = Computed([], [], alignment, [], [])
-        for attack, scorer, end in zip(
-            self.attacks, self.scorers, self._ends(batches), strict=True
-        ):
+        for attack, scorer, end in zip(self.attacks, self.scorers, self.ends(batches), strict=True):
             at = batches[scorer]
             if end is None:  # the clean point
                 scores, x = first.clean.scores, at.clean.x
@@ -345,7 +343,7 @@ class Engine:
             prepared[scorer] = AttackedBatch(scorer, pack, self.threat, both, slopes)
         return prepared
 
-    def _ends(self, batches: Mapping[Scorer, AttackedBatch]) -> list[Attacked | None]:
+    def ends(self, batches: Mapping[Scorer, AttackedBatch]) -> list[Attacked | None]:
         """The result of every attack; None for `none`. Attacks with the same steps run once."""
         ends: list[Attacked | None] = [None] * len(self.attacks)
         ways: dict[tuple[Scorer, Attack], list[int]] = {}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
+from llm_attack.lm.engine.attacked import Attacked
 from llm_attack.lm.engine.clean import Needs
 from llm_attack.lm.engine.engine import Engine
 from llm_attack.lm.network.hook import edit_output
@@ -16,39 +17,82 @@ from llm_attack.lm.packing.pack import pack_rows
 from llm_attack.lm.packing.questions import Question, Request
 
 
-@contextmanager
-def attacked_prompts(engine: Engine, context: Tensor, mask: Tensor) -> Iterator[dict[str, float]]:
-    """While the context lasts, the first forward over `context` reads attacked prompts.
+@dataclass(frozen=True)
+class AttackedPrompts:
+    """Prompts of a batch under every attack of an engine.
 
-    The loss is the negative log-likelihood of each prompt (`sequence`). Each is attacked by itself.
-    Yields the values to add to the sums of `Diagnostics`.
+    Attributes:
+        engine: with the attacks.
+        prompts: their tokens, without padding.
+        length: of the rows with padding.
+        ends: for each attack, what it found; None: the clean prompts.
+        sums: for each attack, what it adds to the sums of `Diagnostics`.
+        alignments: of `AttackedBatch.alignment`, by the tokens of the prompt; empty where no
+            attack needs that gradient.
+    """
+
+    engine: Engine
+    prompts: list[list[int]]
+    length: int
+    ends: list[Attacked | None]
+    sums: list[dict[str, float]]
+    alignments: dict[tuple[int, ...], tuple[float, ...]]
+
+    @contextmanager
+    def under(self, condition: int) -> Iterator[None]:
+        """While it lasts, the first forward over the prompts reads them as attacked.
+
+        Args:
+            condition: the number of the attack.
+        """
+        end = self.ends[condition]
+        if end is None:
+            yield
+            return
+        prefilled = False
+
+        def put(output: Tensor) -> Tensor:
+            nonlocal prefilled
+            if prefilled or output.shape[1] < self.length:
+                return output
+            prefilled = True
+            output = output.clone()
+            beams = output.shape[0] // len(self.prompts)
+            for i, prompt in enumerate(self.prompts):
+                attacked = end.x[i, : len(prompt)].to(output)
+                output[i * beams : (i + 1) * beams, -len(prompt) :] = attacked
+            return output
+
+        with edit_output(self.engine.scorers[condition].hookpoint, put):
+            yield
+
+
+def attacked_prompts(engine: Engine, context: Tensor, mask: Tensor) -> AttackedPrompts:
+    """Attacks prompts, each alone. The loss is the negative log-likelihood of the prompt.
 
     Args:
-        engine: an engine with one attack.
+        engine: with the attacks; its loss reads all tokens of a request (`LossKind.whole`).
         context: (B, L) token ids, padded on the left.
         mask: (B, L), 0 on padding.
     """
-    rows, length = context.shape
     prompts = [row[keep.bool()].tolist() for row, keep in zip(context, mask, strict=True)]
+    if engine.clean:
+        nothing: list[Any] = [None] * len(engine.attacks)
+        return AttackedPrompts(
+            engine, prompts, context.shape[1], nothing, [{} for _ in nothing], {}
+        )
     questions = [Question([Request(tuple(prompt), 0)], [[0]]) for prompt in prompts]
     how: dict[str, Any] = {"whole": True, "positions": engine.threat.positions}
     pack = pack_rows(questions, engine.layout.pad, **how).to(engine.device)
-    (attack,) = engine.attacks
-    needs = replace(Needs.of([attack]), answers=False)
-    adversarial, sums, _ = engine.prepared(pack, needs)[engine.scorer].attack(attack)
-    prefilled = False
-
-    def put(output: Tensor) -> Tensor:
-        nonlocal prefilled
-        if prefilled or output.shape[1] < length:
-            return output
-        prefilled = True
-        output = output.clone()
-        beams = output.shape[0] // rows
-        for i, prompt in enumerate(prompts):
-            attacked = adversarial[i, : len(prompt)].to(output)
-            output[i * beams : (i + 1) * beams, -len(prompt) :] = attacked
-        return output
-
-    with edit_output(engine.scorer.hookpoint, put):
-        yield {name: float(value) for name, value in sums.items()}
+    needs = replace(Needs.of(engine.attacks), answers=False)
+    batches = engine.prepared(pack, needs)
+    ends = engine.ends(batches)
+    alignments = {}
+    if needs.gradient:
+        rows = batches[engine.scorers[0]].alignment(engine.attacks[0].norm).tolist()
+        alignments = {tuple(p): tuple(row) for p, row in zip(prompts, rows, strict=True)}
+    sums = [
+        {} if end is None else {name: float(value) for name, value in end.sums.items()}
+        for end in ends
+    ]
+    return AttackedPrompts(engine, prompts, context.shape[1], ends, sums, alignments)

@@ -145,7 +145,8 @@ def _share(scores: np.ndarray, gold: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore"):
         weights = np.exp(scores - best)
         share = np.where(gold, weights, 0.0).sum(1) / weights.sum(1)
-    return np.where(np.isfinite(best[:, 0]), share, np.nan)
+    known = np.isfinite(best[:, 0]) & gold.any(1)  # of a text there is no gold
+    return np.where(known, share, np.nan)
 
 
 def _probabilities(scores: np.ndarray) -> np.ndarray:
@@ -187,7 +188,7 @@ def _per_row(samples: pd.DataFrame, measures: Sequence[_Measure]) -> list[pd.Ser
     lists, golds = samples["log_likelihoods"].to_numpy(), samples["gold"].to_numpy()
     lengths = np.fromiter(map(len, lists), int, len(lists))
     columns = np.full((len(measures), len(lists)), np.nan)
-    for length in np.unique(lengths):
+    for length in np.unique(lengths[lengths > 0]):  # of a generated text there is none
         (rows,) = np.nonzero(lengths == length)
         scores = np.concatenate(lists[rows]).astype(float).reshape(len(rows), length)
         of_rows = golds[rows]

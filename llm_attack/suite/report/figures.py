@@ -135,7 +135,8 @@ def bars(table: pd.DataFrame) -> Figure:
         edge = Patch(fc="none", ec=_EDGE, lw=0.5)
         for attack, bar in zip(_attacks(table), axes.containers[::2], strict=True):
             columns.setdefault(attack, []).append(((bar, edge), str(bar.get_label())))
-        columns["none"].append((guess, "random guess"))
+        if table["baseline"].notna().any():
+            columns["none"].append((guess, "random guess"))
         legend(figure, list(columns.values()))
     return figure
 

@@ -229,7 +229,8 @@ def shade_options(axes: Axes, rows: pd.DataFrame, inches: float) -> list[str]:
         axes.axvspan(left, left + n, color=greys[int(left + 0.5)], lw=0, zorder=0)
         axes.axvline(left, color="white", lw=1, zorder=0.1)  # spans may be of equal grey
         number = f"{few}" if few == many else f"{few}–{many}"
-        above(axes, left + n / 2, f"{number}{between}options")
+        if many:  # a text has none
+            above(axes, left + n / 2, f"{number}{between}options")
         left += n
     return greys
 

@@ -107,8 +107,27 @@ function margin(i, condition) {
   return Number.isFinite(difference) ? difference : null;
 }
 
+/** What was generated for question i under a condition; null where nothing was. */
+const generated = (i, condition) => data.text?.[condition]?.[i] ?? null;
+
+/** Whether a generated text is right; null where its score is not 0 or 1. */
+function isRight(i, condition) {
+  const value = data.value[condition]?.[i] ?? null;
+  return value === 0 || value === 1 ? value === 1 : null;
+}
+
+/** How the text of question i changes: a value of the filter "Flipped"; null if unknown. */
+function textChange(i, after) {
+  const [was, is] = [isRight(i, CLEAN), isRight(i, after)];
+  if (generated(i, CLEAN) === generated(i, after)) return "same";
+  if (was === null || is === null) return null;
+  if (was !== is) return was ? "lost" : "gained";
+  return was ? "swapped" : "moved";
+}
+
 /** How the prediction of question i changes: a value of the filter "Flipped"; null if unknown. */
 function change(i, after) {
+  if (generated(i, after) !== null && generated(i, CLEAN) !== null) return textChange(i, after);
   const predictions = [data.prediction[CLEAN]?.[i] ?? null, data.prediction[after][i]];
   if (predictions.includes(null)) return null;
   const [was, is] = predictions.map((choice) => data.gold[i].includes(choice));
@@ -138,9 +157,9 @@ function compare() {
     task: data.task.map((t) => data.tasks[t]),
     id: data.id,
     question: data.question,
-    gold: data.gold.map((gold) => gold[0]),
-    before: data.prediction[CLEAN] ?? [],
-    after: data.prediction[after],
+    gold: data.gold.map((gold, i) => data.target?.[i] ?? gold[0]),
+    before: every.map((i) => generated(i, CLEAN) ?? data.prediction[CLEAN]?.[i] ?? null),
+    after: every.map((i) => generated(i, after) ?? data.prediction[after][i]),
     change: every.map((i) => change(i, after)),
     value_before: data.value?.[CLEAN] ?? [],
     value_after: data.value?.[after] ?? [],
@@ -154,7 +173,9 @@ function compare() {
 
 let texts; // what is searched, made when it is first needed
 const text = (i) => {
-  texts ??= every.map((j) => [data.question[j], ...data.choices[j]].join("\n").toLowerCase());
+  texts ??= every.map((j) =>
+    [data.question[j], ...data.choices[j], data.target?.[j] ?? ""].join("\n").toLowerCase(),
+  );
   return texts[i];
 };
 
@@ -202,13 +223,20 @@ const letter = (i) =>
 const signed = (x, plus = "") =>
   x === null || x === undefined ? "–" : (x > 0 ? plus : "") + x.toFixed(3).replace("-", "−");
 
-function prediction(i, choice) {
-  if (choice === null || choice === undefined) return element("td", {}, "–");
-  const right = data.gold[i].includes(choice);
+function verdict(right) {
   const mark = element("span", { class: right ? "right" : "wrong", "aria-hidden": "true" });
   mark.textContent = right ? "✓" : "✗";
-  const spoken = element("span", { class: "spoken" }, right ? " right" : " wrong");
-  return element("td", {}, letter(choice), " ", mark, spoken);
+  return [" ", mark, element("span", { class: "spoken" }, right ? " right" : " wrong")];
+}
+
+function prediction(i, choice, condition) {
+  if (generated(i, condition) !== null) {
+    const right = isRight(i, condition);
+    const shown = foreign("span", choice.length > 60 ? `${choice.slice(0, 60)}…` : choice);
+    return element("td", {}, shown, ...(right === null ? [] : verdict(right)));
+  }
+  if (choice === null || choice === undefined) return element("td", {}, "–");
+  return element("td", {}, letter(choice), ...verdict(data.gold[i].includes(choice)));
 }
 
 const CELLS = {
@@ -222,9 +250,10 @@ const CELLS = {
   },
   question: (i) =>
     element("td", { class: "question" }, foreign("div", data.question[i] || "(in the choices)")),
-  gold: (i) => element("td", {}, data.gold[i].map(letter).join(", ")),
-  before: (i) => prediction(i, columns.before[i]),
-  after: (i) => prediction(i, columns.after[i]),
+  gold: (i) =>
+    data.target?.[i] ? foreign("td", data.target[i]) : element("td", {}, data.gold[i].map(letter).join(", ")),
+  before: (i) => prediction(i, columns.before[i], CLEAN),
+  after: (i) => prediction(i, columns.after[i], data.conditions.indexOf(view.condition)),
   change: (i) => element("td", { class: "change" }, CHANGES[columns.change[i]]?.name ?? "–"),
   value_before: (i) => element("td", { class: "number" }, signed(columns.value_before[i])),
   value_after: (i) => element("td", { class: "number" }, signed(columns.value_after[i])),
@@ -247,17 +276,66 @@ const NAMES = headers.map((header) => header.textContent);
 const row = (i) =>
   labelled(element("tr", {}, ...headers.map((header) => CELLS[header.dataset.key](i))), NAMES);
 
-/** The row under question i: its choices, with log-likelihoods and what was chosen. */
+/** A generated text, in which the first token that differs is marked. */
+function marked(text, start, token) {
+  const letters = [...text]; // as Python counts them, not halves of surrogate pairs
+  const shown = foreign("p", letters.slice(0, start).join(""), { class: "text" });
+  const spoken = element("span", { class: "spoken" }, token ? " first difference: " : " ends here");
+  shown.append(spoken, foreign("mark", token || "∎"), letters.slice(start + [...token].length).join(""));
+  return shown;
+}
+
+/** The texts of question i, before and after. */
+function textsOf(i, conditions) {
+  const [at, start, before, after] = data.parts[conditions.at(-1)][i] ?? [];
+  const blocks = conditions.flatMap((condition, n) => {
+    const text = generated(i, condition);
+    const token = conditions.length > 1 && n === 0 ? before : after;
+    const shown =
+      at === undefined || conditions.length < 2 ? foreign("p", text, { class: "text" }) : marked(text, start, token);
+    return [element("h3", {}, data.conditions[condition]), shown];
+  });
+  const said =
+    conditions.length < 2 ? [] : [at === undefined ? "The texts are equal." : `The texts part at token ${at + 1}.`];
+  return element(
+    "div",
+    { class: "texts" },
+    element("h3", {}, "Prompt"),
+    foreign("p", data.question[i], { class: "text" }),
+    ...blocks,
+    ...said.map((text) => element("p", {}, text)),
+  );
+}
+
+/** The row under question i: its texts, or its choices with log-likelihoods and what was chosen. */
 function details(i) {
   const after = data.conditions.indexOf(view.condition);
   const conditions = CLEAN < 0 || CLEAN === after ? [after] : [CLEAN, after];
+  const cell = element("td", { colspan: headers.length, role: "cell" });
+  cell.append(generated(i, after) === null ? choicesOf(i, conditions) : textsOf(i, conditions));
+  const cosine = data.cosine[i];
+  if (cosine !== null)
+    cell.append(element("p", {}, `Cosine of embeddings and gradient: ${signed(cosine)}`));
+  const link = element("button", { type: "button", class: "copy" }, "Copy a link to this question");
+  link.addEventListener("click", () => {
+    const to = new URLSearchParams({ condition: view.condition, question: key(i) });
+    copy(link, `${location.href.split("#")[0]}#${to}`);
+  });
+  cell.append(element("div", {}, link));
+  return element("tr", { class: "details", id: `choices-${i}`, role: "row" }, cell);
+}
+
+/** The choices of question i, with log-likelihoods and what was chosen. */
+function choicesOf(i, conditions) {
   const values = conditions.map((c) => data.log_likelihoods[c][i] ?? []);
   const names = conditions.map((c) => `Log-likelihood, ${data.conditions[c]}`);
   const columnNames = ["Choice", "Text", "Marks", ...names, ...(values.length > 1 ? ["Change"] : [])];
   const head = columnNames.map((name, column) =>
     element("th", { scope: "col", role: "columnheader", ...(column > 2 && { class: "number" }) }, name),
   );
-  const body = data.choices[i].map((text, choice) => {
+  // a text that is scored as a whole has one log-likelihood and no choices
+  const choices = data.choices[i].length ? data.choices[i] : [data.question[i]];
+  const body = choices.map((text, choice) => {
     const marks = conditions
       .filter((c) => data.prediction[c][i] === choice)
       .map((c) => `predicted, ${data.conditions[c]}`);
@@ -277,24 +355,13 @@ function details(i) {
     return labelled(made, columnNames);
   });
   const name = `Choices of ${columns.task[i]} ${data.id[i]}`;
-  const table = element(
+  return element(
     "table",
     { role: "table", class: "c8" },
     element("caption", {}, name),
     element("thead", { role: "rowgroup" }, element("tr", { role: "row" }, ...head)),
     element("tbody", { role: "rowgroup" }, ...body),
   );
-  const cell = element("td", { colspan: headers.length, role: "cell" }, table);
-  const cosine = data.cosine[i];
-  if (cosine !== null)
-    cell.append(element("p", {}, `Cosine of embeddings and gradient: ${signed(cosine)}`));
-  const link = element("button", { type: "button", class: "copy" }, "Copy a link to this question");
-  link.addEventListener("click", () => {
-    const to = new URLSearchParams({ condition: view.condition, question: key(i) });
-    copy(link, `${location.href.split("#")[0]}#${to}`);
-  });
-  cell.append(element("div", {}, link));
-  return element("tr", { class: "details", id: `choices-${i}`, role: "row" }, cell);
 }
 
 let rows;

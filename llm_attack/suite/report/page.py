@@ -33,6 +33,7 @@ from llm_attack.suite.report.words import headlines, in_words, strongest
 PERTURBATIONS = "perturbations.html"
 _HERE = Path(__file__).parent
 _KEY = ["task", "doc_id"]
+_OF_TEXTS = ("text", "parts_at", "parts_from", "parts_none", "parts_token")
 _TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
 
 # Columns of the table of questions: key (of page.js and of a link to a view), heading, whether it
@@ -197,7 +198,7 @@ def columns(samples: pd.DataFrame, questions: pd.DataFrame) -> dict[str, Any]:
         (index into `tasks`), `id`, `question`, `choices`, `gold` (list), `cosine`. One list per
         condition, with a value per question: `prediction`, `log_likelihoods` (list, rounded to
         four decimals), and `value`, the score, where it is not plain accuracy. None stands for what
-        is missing or not finite.
+        is missing or not finite. Where texts were generated, also those of `_texts`.
 
     Raises:
         ValueError: `questions` lacks a question of `samples`.
@@ -209,7 +210,8 @@ def columns(samples: pd.DataFrame, questions: pd.DataFrame) -> dict[str, Any]:
         raise ValueError(
             f"questions: {missing} of {len(keys)} questions of the samples are missing"
         )
-    answers = samples[[*_KEY, "condition", "prediction", "log_likelihoods", "acc"]]
+    read = [*_KEY, "condition", "prediction", "log_likelihoods", "acc", *_OF_TEXTS]
+    answers = samples[[name for name in read if name in samples]]
     of_conditions = {
         str(condition): keys.merge(rows, on=_KEY, how="left", validate="one_to_one")
         for condition, rows in answers.groupby("condition", sort=False)
@@ -217,6 +219,7 @@ def columns(samples: pd.DataFrame, questions: pd.DataFrame) -> dict[str, Any]:
     scored = with_scores(samples)
     plain = ((scored["score"] == ACC) & (scored["kind"] == CHOICE)).all()
     values = [] if plain else [_finite(rows["acc"]) for rows in of_conditions.values()]
+    generated = _texts(of_conditions, texts) if "text" in samples else {}
     tasks = list(dict.fromkeys(texts["task"]))
     number = {task: i for i, task in enumerate(tasks)}
     cosine = samples.groupby(_KEY, sort=False)["cosine"].first().astype(float)
@@ -235,6 +238,30 @@ def columns(samples: pd.DataFrame, questions: pd.DataFrame) -> dict[str, Any]:
         ],
         "log_likelihoods": [_lists(rows["log_likelihoods"]) for rows in of_conditions.values()],
         **({"value": values} if values else {}),
+        **generated,
+    }
+
+
+def _texts(of_conditions: Mapping[str, pd.DataFrame], texts: pd.DataFrame) -> dict[str, Any]:
+    """What was generated, and where it parts from the text without an attack.
+
+    Returns:
+        `target`: the answer that each question expects, or None. One list per condition, with a
+        value per question, None where nothing was generated: `text`, and `parts`: (number of the
+        first other token, the character where it starts, it without and with the attack).
+    """
+    names = [*_OF_TEXTS]
+    plain = {
+        name: rows[names].astype(object).where(rows[names].notna(), None)
+        for name, rows in of_conditions.items()
+    }
+    return {
+        "target": [None if pd.isna(target) else str(target) for target in texts["target"]],
+        "text": [rows["text"].tolist() for rows in plain.values()],
+        "parts": [
+            [None if part[0] is None else list(part) for part in rows[names[1:]].values.tolist()]
+            for rows in plain.values()
+        ],
     }
 
 

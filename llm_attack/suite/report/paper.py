@@ -236,7 +236,7 @@ def caption(
     known = of_run(run, table)
     attacks = [attack for name, attack in known.items() if attack.attack not in ("none", WORST)]
     attacks = [attack for attack in attacks if attack.name in set(table["condition"])]
-    said += _threat(attacks, settings) if attacks else []
+    said += _threat(attacks, settings, "texts" in run) if attacks else []
     if len(shown(table)) < len(table) and title is None:
         said.append("For each attack, the largest amplitude of the run is shown")
     drop = title is None and table["drop"].notna().any()
@@ -261,8 +261,10 @@ def caption(
     return ". ".join(said) + "."
 
 
-def _threat(attacks: Sequence[Condition], settings: Mapping[str, Any]) -> list[str]:
-    """Threat model and amplitudes, a sentence each."""
+def _threat(
+    attacks: Sequence[Condition], settings: Mapping[str, Any], texts: bool = False
+) -> list[str]:
+    """Threat model and amplitudes, a sentence each; `texts`: of tasks without choices, too."""
 
     def values(name: str) -> list[Any]:
         return list(dict.fromkeys(x.get(name) for x in attacks if x.get(name) is not None))
@@ -278,6 +280,7 @@ def _threat(attacks: Sequence[Condition], settings: Mapping[str, Any]) -> list[s
     context = values("context")
     if context:
         each = {"own": "one for each choice", "shared": "one for what the choices share"}
+        each["own"] += ", prompt or text" if texts else ""
         parts[0] += f"; perturbations: {_listed([each.get(str(c), escaped(c)) for c in context])}"
     positions = [p for p in values("positions") if p != "all"]
     parts[0] += f"; perturbed positions: {escaped(_listed(positions))}" if positions else ""

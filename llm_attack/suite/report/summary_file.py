@@ -59,6 +59,7 @@ def content(table: pd.DataFrame, run: Mapping[str, Any], known: Conditions) -> d
         "conditions": {
             name: known[name].settings() for name in table["condition"].unique() if name in known
         },
+        **({"texts": run["texts"]} if "texts" in run else {}),
         "level": 1 - ALPHA,
         "results": [_row(row) for row in table.to_dict("records")],
     }

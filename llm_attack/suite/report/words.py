@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import nan
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +11,7 @@ import pandas as pd
 from llm_attack.lm.units import ABSOLUTE
 from llm_attack.stats import ALPHA
 from llm_attack.suite.analysis.conditions import Condition, Conditions, by_name, steps_told
-from llm_attack.suite.analysis.outcomes import LOWER
+from llm_attack.suite.analysis.outcomes import LOWER, NUMBER
 from llm_attack.suite.analysis.summary import ABOVE, MEAN, TOO_FEW
 from llm_attack.suite.analysis.worst import WORST
 from llm_attack.suite.report.tables import score_of
@@ -176,7 +175,7 @@ def _attack(mean: pd.DataFrame, tasks: pd.DataFrame, known: Conditions) -> str:
         )
     if not any(changed) and _shows_nothing(last):
         verb = "lost" if last["drop"] > 0 else "gained"
-        size = _points(last["drop"], nan, nan)
+        size = _points(last, ends=False)
         said = f"{number(last['n'])} questions cannot show a change ({size} {verb})."
         return f"{name} at {sizes[-1]}: {said}"
     if not any(changed):
@@ -184,13 +183,15 @@ def _attack(mean: pd.DataFrame, tasks: pd.DataFrame, known: Conditions) -> str:
         low, high = (_shown(mean, end(row["acc"] for row in rows)) for end in (min, max))
         acc = left if low == high else f"{low.removesuffix(' %')} to {high}"
         least = max(row["detectable"] for row in rows)
-        could = f"; with {last['n']:,} questions we could detect {least:.1f} points"
+        could = f"; with {last['n']:,} questions we could detect {_size(last, least)}"
         said = f"no detectable change ({acc}{'' if pd.isna(least) else could})."
         return f"{name}{at}: {said}" + _equivalent(last)
     if changed[-1]:
         verb = "costs" if last["drop"] > 0 else "gains"
-        size = _points(last["drop"], last["drop_low"], last["drop_high"])
-        said = f"{verb} {size}, {left} {'left' if last['drop'] > 0 else 'right'}."
+        said = f"{verb} {_points(last)}, {left} {'left' if last['drop'] > 0 else 'right'}."
+        if last.get("kind") == NUMBER:  # of which nothing is left or right
+            side = "worse" if last["drop"] > 0 else "better"
+            said = f"the score is {side} by {_points(last)}, {left}."
         first = changed.index(True)
         if first > 0:
             said += f" Below {sizes[first]} no detectable change."
@@ -230,12 +231,20 @@ def _ends(table: pd.DataFrame, row: dict[Any, Any]) -> str:
     return f"{_shown(table, low).removesuffix(' %')} to {_shown(table, high)}"
 
 
-def _points(drop: float, low: float, high: float) -> str:
+def _points(row: dict[Any, Any], ends: bool = True) -> str:
     """A drop, or a gain without its sign, with its interval."""
+    drop, low, high = (row[f"drop{end}"] for end in ("", "_low", "_high"))
     if drop <= 0:
         drop, low, high = -drop, -high, -low
-    ends = "" if pd.isna(low) else f" ({low:.1f} to {high:.1f})"
-    return f"{drop:.1f} points{ends}"
+    if not ends or pd.isna(low):
+        return _size(row, drop)
+    number_form, factor = (".3f", 0.01) if row.get("kind") == NUMBER else (".1f", 1)
+    return f"{_size(row, drop)} ({factor * low:{number_form}} to {factor * high:{number_form}})"
+
+
+def _size(row: dict[Any, Any], points: float) -> str:
+    """A size in points of a percent, or of a score that is no share in its own unit."""
+    return f"{points / 100:.3f}" if row.get("kind") == NUMBER else f"{points:.1f} points"
 
 
 def _amplitude(condition: Condition, epsilon: float) -> str:

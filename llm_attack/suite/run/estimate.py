@@ -16,18 +16,22 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from llm_attack.attacks import Attack
 from llm_attack.base.errors import UsageError, invalid
+from llm_attack.harness.generation import Prompts
 from llm_attack.harness.requests import by_question
+from llm_attack.harness.texts import NatsPerByte
 from llm_attack.lm.engine.attacked import AttackedBatch
 from llm_attack.lm.engine.clean import Needs, clean_pass, usable_twins
 from llm_attack.lm.engine.engine import Engine
 from llm_attack.lm.engine.scoring import Scorer
 from llm_attack.lm.losses import ThreatModel
 from llm_attack.lm.network.hook import frozen
+from llm_attack.lm.packing.batches import Batch
 from llm_attack.lm.packing.pack import Pack
 from llm_attack.lm.packing.questions import Request
 from llm_attack.stats import ALPHA, POWER, planned
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.run.cost import Passes, Sizes, passes
+from llm_attack.suite.run.cost_of_texts import as_read, seconds_of_step
 from llm_attack.suite.run.execute import Prepared, Processes, prepare
 from llm_attack.suite.run.perturbations import Saved, amount
 from llm_attack.suite.run.progress import MODES
@@ -48,6 +52,7 @@ class Counts:
         gradients, forwards: FLOP of passes with a backward, and of those without.
         largest: tokens of the largest batch.
         positions: looked at in the batch that has the most.
+        steps: forwards of one token each, by which texts are generated, at most.
         prefix: of the last batch.
     """
 
@@ -59,6 +64,7 @@ class Counts:
     forwards: int = 0
     largest: int = 0
     positions: int = 0
+    steps: int = 0
     prefix: tuple[int, ...] = ()
 
     @property
@@ -90,6 +96,7 @@ class Rates:
 
     Attributes:
         gradient, forward: seconds per FLOP, of passes with a backward and without; 0: not needed.
+        step: seconds per step of generation.
         kept: bytes that a token has kept for the backward, logits included.
         seconds: that the measurement took.
     """
@@ -98,6 +105,7 @@ class Rates:
     forward: float = 0.0
     kept: float = 0.0
     seconds: float = 0.0
+    step: float = 0.0
 
 
 @dataclass
@@ -127,12 +135,15 @@ class Estimate:
     def __post_init__(self) -> None:
         counts, rates = self.counts, self.rates
         self.seconds = counts.gradients * rates.gradient + counts.forwards * rates.forward
+        self.seconds += counts.steps * rates.step
 
     def lines(self) -> dict[str, str]:
         """As it is shown."""
         n, rates = self.counts, self.rates
         share = n.tokens_packed / max(1, n.tokens_asked)
-        rate = n.flop / self.seconds if self.seconds else 0.0
+        passes = self.seconds - n.steps * rates.step
+        rate = n.flop / passes if passes else 0.0
+        steps = f" and {rates.step:.2g} s for a step of generation" if n.steps else ""
         name, copied = self.copied or ("", 0)
         copy = f" and {amount(copied)} for a copy of them in {name}" if copied else ""
         return {
@@ -141,8 +152,9 @@ class Estimate:
             "tokens": f"{n.tokens_asked:,}",
             "tokens packed, with padding": f"{n.tokens_packed:,} ({share:.0%})",
             "FLOP": f"{n.flop:.3g} ({n.gradients / max(1, n.flop):.0%} of them with gradients)",
+            **({"steps of generation": f"{n.steps:,} at most"} if n.steps else {}),
             "time": f"{timedelta(seconds=round(self.seconds))} ({self.seconds:.3g} s) at"
-            f" {rate:.3g} FLOP/s, measured for {rates.seconds:.1f} s",
+            f" {rate:.3g} FLOP/s{steps}, measured for {rates.seconds:.1f} s",
             "memory": f"{amount(self.weights + copied + self.activations)}: weights"
             f" {amount(self.weights)}{copy}, activations of the largest batch about"
             f" {amount(self.activations)}",
@@ -169,8 +181,9 @@ def estimate(prepared: Prepared, seconds: float = SECONDS) -> Estimate:
     lm = prepared.lm
     engine, model = lm.engine, lm.model
     sizes = Sizes.of(model, lm.engine_settings.gradient_checkpointing)
-    batches = [work.batch for work in prepared.work]
-    others = max((len(q.gold) - 1 for b in batches for q in b.questions), default=0)
+    generated = [work.batch for work in prepared.work if isinstance(work.batch, Prompts)]
+    answered = [work.batch for work in prepared.work if isinstance(work.batch, Batch)]
+    others = max((len(q.gold) - 1 for b in answered for q in b.questions), default=0)
     places = list(dict.fromkeys(engine.scorers))
     first = [
         attack
@@ -183,8 +196,13 @@ def estimate(prepared: Prepared, seconds: float = SECONDS) -> Estimate:
         moved, points = len(saved.of_conditions), prepared.plan.path_points
         todo = todo.plus(Passes(gradients=moved * points, losses=2 * moved))
     counts = Counts(len(by_question(prepared.requests)), len(prepared.requests))
-    for batch in batches:
+    for batch in answered:
         counts.add(engine.pack(batch), sizes, todo, engine.scorer.takes_twins)
+    conditions = len(engine.attacks)
+    for prompts in generated:  # every condition reads them anew
+        counts.add(engine.pack(as_read(prompts)), sizes, todo._replace(answers=conditions, clean=0))
+        counts.steps += prompts.most * conditions
+    batches = [*answered, *map(as_read, generated)]
     order = random.Random(0).sample(range(len(batches)), len(batches))
     calibration = Calibration(engine, sizes, bool(todo.gradients))
     with frozen(model):
@@ -195,6 +213,8 @@ def estimate(prepared: Prepared, seconds: float = SECONDS) -> Estimate:
             if calibration.seconds > seconds:
                 break
     rates = calibration.rates()
+    if generated:
+        rates.step = seconds_of_step(lm, generated[len(generated) // 2])
     tensors = {t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}
     itemsize = model.dtype.itemsize
     logits = counts.positions * sizes.vocabulary * itemsize
@@ -203,7 +223,8 @@ def estimate(prepared: Prepared, seconds: float = SECONDS) -> Estimate:
     copied = (str(lm.engine_settings.gradient_dtype), lm.copy_bytes) if lm.copy_bytes else None
     weights = sum(tensors.values())
     asked = Counter(prepared.requests[n[0]].task_name for n in by_question(prepared.requests))
-    compares = {"none"} < {attack.name for attack in engine.attacks}
+    counted = not any(isinstance(score, NatsPerByte) for score in prepared.scores.values())
+    compares = counted and {"none"} < {attack.name for attack in engine.attacks}
     n = tuple(asked.values()) if compares else ()
     activations = kept + passing + logits
     said = "" if saved is None else saved.words()

@@ -28,9 +28,9 @@ from llm_attack.harness.patches import templates_compiled_once
 from llm_attack.harness.requests import Instance
 from llm_attack.harness.scores import Score
 from llm_attack.harness.tasks import look_up
+from llm_attack.harness.texts import without_choices
 from llm_attack.lm.engine.hookpoints import expand
 from llm_attack.lm.network.hook import frozen
-from llm_attack.lm.settings import EMBED
 from llm_attack.suite.analysis import critical
 from llm_attack.suite.analysis.conditions import of_plan
 from llm_attack.suite.analysis.equivalence import with_equivalence
@@ -39,7 +39,7 @@ from llm_attack.suite.analysis.summary import summarise
 from llm_attack.suite.analysis.worst import KNOWS_GOLD, hidden_gradients, with_worst
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.results import LM_EVAL, Result
-from llm_attack.suite.run import fingerprint, on_ray, perturbations, rows
+from llm_attack.suite.run import fingerprint, on_ray, perturbations, rows, texts
 from llm_attack.suite.run.load import load_model
 from llm_attack.suite.run.progress import RunProgress, note, status
 from llm_attack.suite.run.store import Follower, Store, all_here
@@ -130,14 +130,15 @@ class Prepared(NamedTuple):
 
 
 @templates_compiled_once()
-def prepare(plan: Plan, progress: str, console: Console, checked: bool = True) -> Prepared:
+def prepare(plan: Plan, progress: str, console: Console, doctor: bool = False) -> Prepared:
     """Loads the model and builds the tasks.
 
     Args:
         plan: the plan.
         progress: of `progress.MODES`.
         console: where it is shown.
-        checked: whether a model is refused whose gradient is wrong.
+        doctor: whether it is for `doctor`, which examines a wrong gradient instead of refusing it,
+            and tasks with choices alone.
 
     Raises:
         UsageError: an argument is not allowed, or the gradient is not that of the model.
@@ -152,12 +153,17 @@ def prepare(plan: Plan, progress: str, console: Console, checked: bool = True) -
         if plan.hookpoints:
             conditions = plan.conditions_at(expand(lm.model, plan.hookpoints))
         lm.use(*conditions)
-        if checked:
+        if not doctor:
             lm.check_gradient()
     clock.lap("model")
     with status(progress, console, "building the requests"):
         judge = Judge(lm, manager, tasks, **plan.evaluation)
         requests = judge.requests()
+        for request in filter(without_choices, requests if doctor else ()):
+            raise UsageError(
+                f"tasks={request.task_name}: must be a task with choices for doctor, which compares"
+                " their log-likelihoods"
+            )
         gold = rows.gold_of(requests)
         scores = rows.scores_of(requests, plan.score)
         work = list(work_of(lm, requests))
@@ -214,8 +220,7 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         results = [judge.results(answers, i) for i, answers in enumerate(gathered.answers)]
         questions = rows.question_rows(requests, gold, results[0])
         attacks = lm.engine.attacks
-        places = [condition.hookpoint or EMBED for condition in lm.conditions]
-        samples = rows.samples_of(questions, requests, scores, attacks, places, results, gathered)
+        samples = rows.samples_of(questions, requests, scores, lm, results, gathered)
         samples = critical.judged(samples, critical.score_of({"settings": plan.settings()}))
         infos = {
             attack.condition: lm.attack_info(i, gathered.diagnostics[i])
@@ -224,8 +229,11 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         known = of_plan(plan, lm.conditions, attacks)
         run: dict[str, Any] = {"settings": plan.settings(), "attacks": infos}
         run["conditions"] = {name: condition.record() for name, condition in known.items()}
-        run["of_tasks"] = rows.whole_tasks(requests, list(infos), results)
+        run["of_tasks"] = rows.whole_tasks(requests, scores, list(infos), results)
         run[KNOWS_GOLD] = plan.needs_gold
+        kinds = {str(r.task_name): str(r.request_type) for r in requests}
+        if of_texts := texts.record(kinds, plan.loss):
+            run["texts"] = of_texts
         table = summarise(with_worst(samples, run), infos, run["of_tasks"])
         table = with_equivalence(table, plan.equivalence)
     clock.lap("judgement")
@@ -286,7 +294,7 @@ def _answer(
     threads: set[int] = set()
     if prepared.plan.ray is None:
         threads.add(on_ray.threads_of(lm))
-        answers = lm.engine.answers(batches)
+        answers = lm.answers(batches)
     else:
         say = partial(note, progress, console)
         answers = on_ray.answers(prepared.plan, lm, batches, say, threads)

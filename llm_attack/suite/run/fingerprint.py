@@ -20,6 +20,7 @@ from llm_attack.harness import hashes
 from llm_attack.harness.hashes import DIGITS, digest
 from llm_attack.harness.model import AttackedHFLM
 from llm_attack.harness.requests import Instance
+from llm_attack.harness.texts import GENERATE
 from llm_attack.lm.losses import LOSSES
 from llm_attack.lm.units import unit_source
 from llm_attack.suite.plan import Plan
@@ -54,9 +55,11 @@ def of_run(
     units = {condition.amplitude.epsilon.unit for condition in plan.conditions}
     own |= {str(unit): unit_source(unit) for unit in sorted(map(str, units))}
     own = {name: source for name, source in own.items() if source}
+    generates = any(request.request_type == GENERATE for request in requests)
     return {
         **settings,
         **({"sources": own} if own else {}),  # of functions of the user's own
+        **({"generation": hashes.generation(lm.model)} if generates else {}),
         **of_model(lm),
         "tasks": {name: content.hexdigest()[:DIGITS] for name, content in tasks.items()},
         "tokens": digest(map(json.dumps, tokens)),

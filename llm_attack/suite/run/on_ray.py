@@ -26,11 +26,11 @@ from llm_attack.base.folder import differences
 from llm_attack.harness.model import AttackedHFLM
 from llm_attack.lm.engine.engine import BatchResult
 from llm_attack.lm.network.hook import frozen
-from llm_attack.lm.packing.batches import Batch
 from llm_attack.lm.settings import AttackSettings
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.run import fingerprint
 from llm_attack.suite.run.load import load_model
+from llm_attack.suite.run.work import AnyBatch
 
 PAUSE = 1.0  # seconds, at most, between two looks at how large the cluster is
 LONGEST = 30.0  # seconds for which the head of a cluster may be gone, and an answer be on its way
@@ -66,10 +66,10 @@ class Worker:
         """The model's part of the fingerprint, and the number of threads."""
         return fingerprint.of_model(self.lm), threads_of(self.lm)
 
-    def answer(self, batch: Batch) -> BatchResult:
+    def answer(self, batch: AnyBatch) -> BatchResult:
         """The answers to a batch."""
         with frozen(self.lm.model):
-            ((_, answers),) = self.lm.engine.answers([batch])
+            ((_, answers),) = self.lm.answers([batch])
         return answers
 
 
@@ -147,10 +147,10 @@ def _check_devices(plan: Plan, there: bool) -> None:
 def answers(
     plan: Plan,
     lm: AttackedHFLM,
-    todo: Iterable[Batch],
+    todo: Iterable[AnyBatch],
     say: Callable[[str], None],
     threads: set[int],
-) -> Iterator[tuple[Batch, BatchResult]]:
+) -> Iterator[tuple[AnyBatch, BatchResult]]:
     """Batches with their answers, by the workers of `cluster`, in the order in which they finish.
 
     There is a worker for every GPU (on CPUs, for every core) of the cluster as it is and as it
@@ -209,11 +209,16 @@ class _Workers:
     """
 
     def __init__(
-        self, ray: Any, make: Callable[[], Any], waiting: deque[Batch], say: Callable[[str], None]
+        self,
+        ray: Any,
+        make: Callable[[], Any],
+        waiting: deque[AnyBatch],
+        say: Callable[[str], None],
     ) -> None:
         self.ray, self.make, self.waiting, self.say = ray, make, waiting, say
         self.idle: list[Any] = []
-        self.busy: dict[Any, tuple[Any, Batch | None]] = {}  # without a batch: it loads the model
+        # without a batch: it loads the model
+        self.busy: dict[Any, tuple[Any, AnyBatch | None]] = {}
         self.alive = _Alive(ray)
         self.number = self.deaths = 0
 
@@ -232,7 +237,7 @@ class _Workers:
             worker, batch = self.idle.pop(), self.waiting.popleft()
             self.busy[worker.answer.remote(batch)] = worker, batch
 
-    def finished(self, wanted: int | None, kind: str) -> Iterator[tuple[Batch | None, Any]]:
+    def finished(self, wanted: int | None, kind: str) -> Iterator[tuple[AnyBatch | None, Any]]:
         """(batch, answers) of those that finish within a pause, and (None, `Worker.ready`).
 
         Args:
@@ -268,7 +273,7 @@ class _Workers:
             raise ProcessDied(f"Ray: {one_line(error)}") from error
         return [*finished]
 
-    def _replace(self, batch: Batch | None, error: Exception) -> None:
+    def _replace(self, batch: AnyBatch | None, error: Exception) -> None:
         """Starts another worker for one that died, whose batch waits again."""
         self.deaths += 1
         if self.deaths > DEATHS * self.number:

@@ -75,10 +75,22 @@ class Saved(NamedTuple):
 
     @classmethod
     def of(cls, plan: Plan, lm: AttackedHFLM, work: Sequence[Work]) -> Saved | None:
-        """Those of a plan; None: it saves none."""
+        """Those of a plan; None: it saves none.
+
+        Raises:
+            UsageError: a task has no choices.
+        """
         if not plan.save_perturbations:
             return None
-        of_conditions = layouts(lm, work[0].batch)
+        first = work[0].batch
+        for batch in work:
+            if batch.places or not isinstance(batch.batch, Batch):
+                raise UsageError(
+                    f"save_perturbations=True: task {batch.key[0]} has no choices; must be run"
+                    " without save_perturbations, or without this task"
+                )
+        assert isinstance(first, Batch)
+        of_conditions = layouts(lm, first)
         return cls(plan, lm, of_conditions, _bytes_of(of_conditions, work, plan.positions))
 
     def check_room(self, folder: Path) -> None:

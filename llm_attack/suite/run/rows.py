@@ -8,22 +8,27 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from llm_attack.attacks import Attack
 from llm_attack.base.errors import UsageError
 from llm_attack.harness import gold, scores
 from llm_attack.harness.requests import Instance, by_question, distinct
 from llm_attack.harness.scores import Score
 from llm_attack.harness.sources import clusters
+from llm_attack.harness.texts import CHOICES, NatsPerByte, TextScore, names_of, without_choices
+from llm_attack.harness.texts import of_task as texts_of_task
+from llm_attack.lm.settings import EMBED
 from llm_attack.suite.analysis.outcomes import (
     BINARY,
     CHOICE,
     HIGHER,
     LOWER,
+    NUMBER,
     SHARE,
     kind_of,
 )
+from llm_attack.suite.run import texts
 
 if TYPE_CHECKING:
+    from llm_attack.harness.model import AttackedHFLM
     from llm_attack.suite.run.work import Gathered
 
 
@@ -37,11 +42,16 @@ def grouped(requests: Sequence[Instance]) -> dict[tuple[str, Any], list[int]]:
 def gold_of(requests: Sequence[Instance]) -> dict[tuple[str, Any], list[bool]]:
     """For each question, (task, doc_id), whether each of its choices is right.
 
+    A question of a task that generates or scores whole texts has none.
+
     Raises:
-        UsageError: a question has no choices with gold labels.
+        UsageError: a question of another task has no choices with gold labels.
     """
-    golds = {}
+    golds: dict[tuple[str, Any], list[bool]] = {}
     for (task, doc_id), numbers in grouped(requests).items():
+        if without_choices(requests[numbers[0]]):
+            golds[task, doc_id] = []
+            continue
         try:
             golds[task, doc_id] = gold.gold_choices([requests[n] for n in numbers])
         except gold.Unlabelled as error:
@@ -62,9 +72,17 @@ def scores_of(requests: Sequence[Instance], asked: str) -> dict[str, Score]:
     of_tasks: dict[str, list[list[Instance]]] = {}
     for (task, _), numbers in grouped(requests).items():
         of_tasks.setdefault(task, []).append([requests[n] for n in numbers])
-    scores.check_asked(asked, {task: questions[0] for task, questions in of_tasks.items()})
-    score_of = {}
-    for task, questions in of_tasks.items():
+    first = {task: questions[0] for task, questions in of_tasks.items()}
+    score_of = {
+        task: texts_of_task(task, of_tasks[task], asked)
+        for task, some in first.items()
+        if without_choices(some[0])
+    }
+    names = [name for task in score_of for name in names_of(first[task][0])]
+    first = {task: some for task, some in first.items() if task not in score_of}
+    scores.check_asked(asked, first, names)
+    for task in first:
+        questions = of_tasks[task]
         try:
             score_of[task] = scores.of_task(questions, asked)
         except gold.Unlabelled as error:
@@ -84,7 +102,8 @@ def question_rows(
     of the right choices), `question`, `choices`, `lengths` (characters of each choice, which
     acc_norm divides by; None where the task does not list its choices), `cluster` (number of the
     source that it shares with other questions of the task, `sources.clusters`; null where the task
-    does not tell).
+    does not tell). Runs with tasks that have no choices also have `target`, the answer that such a
+    task expects, and `n_bytes`, of a text that is scored as a whole.
 
     Args:
         requests: all requests of the run.
@@ -94,38 +113,42 @@ def question_rows(
     rows = []
     groups = grouped(requests)
     for task, samples in results["samples"].items():
-        kept = _first_filter(samples)
+        kept = _kept(samples)
         docs = [requests[groups[task, sample["doc_id"]][0]].doc for sample in kept]
         for sample, cluster in zip(kept, clusters(docs), strict=True):
             asked = [requests[n] for n in groups[task, sample["doc_id"]]]
-            right = right_of[task, sample["doc_id"]]
-            try:
-                lengths = gold.choice_lengths(asked)
-            except UsageError:
-                lengths = None
-            question, choices = _texts([r.args for r in asked[: len(right)]])
-            rows.append(
-                {
-                    "task": task,
-                    "doc_id": sample["doc_id"],
-                    "doc_hash": sample["prompt_hash"],
-                    "n_choices": len(right),
-                    "gold": [i for i, is_right in enumerate(right) if is_right],
-                    "question": question,
-                    "choices": choices,
-                    "lengths": lengths,
-                    "cluster": cluster,
-                }
-            )
-    return pd.DataFrame(rows).astype({"cluster": "Int64"})
+            if without_choices(asked[0]):
+                content = texts.of_question(asked[0])
+            else:
+                content = _with_choices(asked, right_of[task, sample["doc_id"]])
+            place = {"task": task, "doc_id": sample["doc_id"], "doc_hash": sample["prompt_hash"]}
+            rows.append({**place, **content, "cluster": cluster})
+    frame = pd.DataFrame(rows)
+    types = {"cluster": "Int64", **({"n_bytes": "Int64"} if "n_bytes" in frame else {})}
+    return frame.astype(types)
+
+
+def _with_choices(asked: Sequence[Instance], right: Sequence[bool]) -> dict[str, Any]:
+    """What `question_rows` says of a question with choices, beside its name."""
+    try:
+        lengths = gold.choice_lengths(asked)
+    except UsageError:
+        lengths = None
+    question, choices = _texts([r.args for r in asked[: len(right)]])
+    return {
+        "n_choices": len(right),
+        "gold": [i for i, is_right in enumerate(right) if is_right],
+        "question": question,
+        "choices": choices,
+        "lengths": lengths,
+    }
 
 
 def samples_of(
     questions: pd.DataFrame,
     requests: Sequence[Instance],
     scored: Mapping[str, Score],
-    attacks: Sequence[Attack],
-    hookpoints: Sequence[str],
+    lm: AttackedHFLM,
     results: Sequence[dict[str, Any]],
     gathered: Gathered,
 ) -> pd.DataFrame:
@@ -141,21 +164,27 @@ def samples_of(
     is wrong, infinite where none was found), `first_order` (its estimate from the clean point,
     `AttackedBatch.alignment`; where the loss knows the gold).
 
+    Runs with tasks that have no choices also have `request` (lm-eval's type), `text` (that was
+    generated), and where it parts from the text of `none` (`texts.Parting`): `parts_at`,
+    `parts_from`, `parts_none` and `parts_token`. The log-likelihood of a text that is scored as a
+    whole is the only one of its row.
+
     Args:
         questions: of `question_rows`.
         requests: all requests of the run.
         scored: of `scores_of`.
-        attacks: of the conditions.
-        hookpoints: of the conditions.
+        lm: the model, with the conditions of the run.
         results: lm-eval's, for each condition.
         gathered: of `work.gather`.
     """
-    groups = grouped(requests)
+    groups, attacks = grouped(requests), lm.engine.attacks
+    places = [condition.hookpoint or EMBED for condition in lm.conditions]
+    clean = next((i for i, attack in enumerate(attacks) if attack.identity), None)
     judged = [
         {
             (task, sample["doc_id"]): sample
             for task, samples in judged_samples["samples"].items()
-            for sample in _first_filter(samples)
+            for sample in _kept(samples, scored[task])
         }
         for judged_samples in results
     ]
@@ -167,41 +196,39 @@ def samples_of(
         cosine = _cosine(alignments)
         critical_epsilons = gathered.critical_epsilons.get(numbers[0], [None] * len(attacks))
         score, asked = scored[place[0]], [requests[n] for n in numbers]
-        gold_ones = set(question["gold"])
-        of_conditions = zip(
-            attacks, hookpoints, judged, gathered.answers, critical_epsilons, strict=True
-        )
-        for attack, hookpoint, samples, answers, critical in of_conditions:
-            known = alignments and hookpoint == hookpoints[0]  # where the gradient was taken
-            found_here = np.array([answers[n][0] for n in numbers])
-            values, n = found_here[: question["n_choices"]], question["n_choices"]
-            prediction = int(score.compared(found_here, asked)[:n].argmax())
-            norm, lengths = samples[place].get("acc_norm"), question["lengths"]
+        for i, attack in enumerate(attacks):
+            known = alignments and places[i] == places[0]  # where the gradient was taken
+            found = [gathered.answers[i][n] for n in numbers]
+            if without_choices(asked[0]):
+                pair = found[0], None if clean is None else gathered.answers[clean][numbers[0]]
+                outcome = texts.of_answer(asked[0], score, judged[i][place], pair, lm.pieces)
+            else:
+                outcome = _of_choices(question, score, asked, judged[i][place], found)
             rows.append(
                 {
                     **{key: question[key] for key in ("task", "doc_id", "cluster")},
                     "condition": attack.condition,
                     "attack": attack.name,
-                    "hookpoint": hookpoint,
+                    "hookpoint": places[i],
                     "epsilon": 0.0 if attack.identity else attack.epsilon,
                     **{key: question[key] for key in ("n_choices", "gold")},
-                    "prediction": prediction,
-                    "prediction_norm": None
-                    if lengths is None or norm is None
-                    else int((values / lengths).argmax()),
+                    **{key: outcome.pop(key) for key in ("prediction", "prediction_norm")},
                     "score": score.name,
                     "better": LOWER if score.lower else HIGHER,
-                    "acc": score.value(samples[place], prediction in gold_ones),
-                    "acc_norm": None if norm is None else float(norm),
-                    "log_likelihoods": values.tolist(),
+                    **{key: outcome.pop(key) for key in ("acc", "acc_norm", "log_likelihoods")},
                     "cosine": cosine,
-                    "critical_epsilon": critical,
+                    "critical_epsilon": critical_epsilons[i],
                     "first_order": alignments[0][3] if known else None,
+                    **outcome,
                 }
             )
     types = dict.fromkeys(("prediction_norm", "cluster"), "Int64")
     types |= dict.fromkeys(("acc_norm", "cosine", "critical_epsilon", "first_order"), "float")
-    frame = pd.DataFrame(rows).astype(types)
+    frame = pd.DataFrame(rows)
+    if "request" in frame:
+        types |= texts.TYPES
+        frame["request"] = frame["request"].fillna(CHOICES)
+    frame = frame.astype(types)
     kinds = {
         task: kind_of(values, _kind(scored[str(task)]))
         for task, values in frame["acc"].groupby(frame["task"], sort=False)
@@ -210,20 +237,48 @@ def samples_of(
     return frame
 
 
+def _of_choices(
+    question: Mapping[str, Any],
+    score: Score,
+    asked: Sequence[Instance],
+    sample: Mapping[str, Any],
+    answers: Sequence[Any],
+) -> dict[str, Any]:
+    """What `samples_of` says of a question with choices under a condition."""
+    log_likelihoods = np.array([answer[0] for answer in answers])
+    n, lengths = question["n_choices"], question["lengths"]
+    values = log_likelihoods[:n]
+    prediction = int(score.compared(log_likelihoods, asked)[:n].argmax())
+    norm = sample.get("acc_norm")
+    divided = lengths is not None and norm is not None
+    return {
+        "prediction": prediction,
+        "prediction_norm": int((values / lengths).argmax()) if divided else None,
+        "acc": score.value(sample, prediction in set(question["gold"])),
+        "acc_norm": None if norm is None else float(norm),
+        "log_likelihoods": values.tolist(),
+    }
+
+
 def _kind(score: Score) -> str:
     """What a score is as far as made-up answers show; real ones may show more."""
+    if isinstance(score, NatsPerByte):
+        return NUMBER
     return CHOICE if score.choice else BINARY if score.counted else SHARE
 
 
 def whole_tasks(
-    requests: Sequence[Instance], conditions: Sequence[str], results: Sequence[dict[str, Any]]
+    requests: Sequence[Instance],
+    scored: Mapping[str, Score],
+    conditions: Sequence[str],
+    results: Sequence[dict[str, Any]],
 ) -> dict[str, dict[str, dict[str, float]]]:
     """For each condition and task, lm-eval's numbers that are no mean over questions."""
     tasks = {str(r.task_name): gold.task_of(r) for r in requests}
     whole: dict[str, dict[str, dict[str, float]]] = {}
     for condition, result in zip(conditions, results, strict=True):
         for task, task_result in tasks.items():
-            kept = _first_filter(result["samples"][task])[0]
+            kept = _kept(result["samples"][task], scored[task])[0]
             names = {
                 n: f"{n},{kept['filter']}"
                 for n in scores.of_whole_tasks(task_result, kept["metrics"])
@@ -235,9 +290,10 @@ def whole_tasks(
     return whole
 
 
-def _first_filter(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """lm-eval judges once per filter; a question's first judgement is taken."""
-    return [s for s in samples if s["filter"] == samples[0]["filter"]]
+def _kept(samples: list[dict[str, Any]], score: Score | None = None) -> list[dict[str, Any]]:
+    """lm-eval judges once per filter: of a question the judgement by the score's, or the first."""
+    kept = score.filter if isinstance(score, TextScore) else samples[0]["filter"]
+    return [sample for sample in samples if sample["filter"] == kept]
 
 
 def _texts(pairs: Sequence[tuple[str, str]]) -> tuple[str, list[str]]:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from operator import itemgetter
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from llm_attack.harness.gold import task_of
-from llm_attack.harness.model import AttackedHFLM
+from llm_attack.harness import texts
+from llm_attack.harness.generation import Prompts, check_generation
+from llm_attack.harness.model import AttackedHFLM, check_rolling
 from llm_attack.harness.requests import Instance, by_question, distinct, encode, questions_of
 from llm_attack.harness.scores import Score
 from llm_attack.lm.engine.diagnostics import Diagnostics
-from llm_attack.lm.engine.engine import Answer, BatchResult
+from llm_attack.lm.engine.engine import BatchResult
 from llm_attack.lm.engine.scatter import by_index
 from llm_attack.lm.packing.batches import Batch
 from llm_attack.suite.run.store import Key
+
+AnyBatch = Batch | Prompts
 
 
 class Work(NamedTuple):
@@ -27,11 +30,14 @@ class Work(NamedTuple):
         batch: the questions.
         numbers: of the task's requests among all of the run; answers of the batch's questions are
             indices into these.
+        places: of a task that scores whole texts: the number of each window in its text; `numbers`
+            has the text's for each window.
     """
 
     key: Key
-    batch: Batch
+    batch: AnyBatch
     numbers: Sequence[int]
+    places: Sequence[int] = ()
 
     def asked(self) -> list[list[list[int]]]:
         """Numbers of the run's requests, per question and request of the model."""
@@ -42,7 +48,22 @@ class Work(NamedTuple):
 
     def content(self, result: BatchResult) -> dict[str, Any]:
         """The finished batch as it is kept: numbers of requests, and what belongs to each."""
-        requests = [(self.numbers[i], parts) for i, parts in by_index(result.answered).items()]
+        found = by_index(result.answered)
+        requests = [(self.numbers[i], parts) for i, parts in found.items()]
+        if self.places:
+            return {
+                "answers": [],
+                "windows": [
+                    (
+                        self.numbers[i],
+                        self.places[i],
+                        [a for a, _ in parts.answers],
+                        parts.alignment,
+                    )
+                    for i, parts in found.items()
+                ],
+                "diagnostics": [asdict(d) for d in result.diagnostics],
+            }
         return {
             "answers": [(n, parts.answers) for n, parts in requests],
             "alignments": [
@@ -62,27 +83,46 @@ class Work(NamedTuple):
 
 
 def work_of(lm: AttackedHFLM, requests: Sequence[Instance]) -> Iterator[Work]:
-    """Yields all batches, task by task; they depend on the requests and the settings alone."""
+    """Yields all batches, task by task; they depend on the requests and the settings alone.
+
+    Raises:
+        UsageError: settings mean nothing for a task, or a request cannot be answered.
+    """
     by_task: dict[str, list[int]] = {}
     for number, request in enumerate(requests):
         by_task.setdefault(str(request.task_name), []).append(number)
     for task, numbers in by_task.items():
-        asked = [requests[n] for n in numbers]
-        questions = questions_of(asked, encode(lm, asked), lm.settings)
-        for i, batch in enumerate(lm.batches(questions)):
-            yield Work((task, i), batch, numbers)
+        batches, places, owners = _batches(lm, task, [requests[n] for n in numbers])
+        of_windows = [numbers[i] for i in owners]
+        for i, batch in enumerate(batches):
+            yield Work((task, i), batch, of_windows or numbers, places)
+
+
+def _batches(
+    lm: AttackedHFLM, task: str, asked: Sequence[Instance]
+) -> tuple[Sequence[AnyBatch], Sequence[int], Sequence[int]]:
+    """The batches of a task, and for each window of its texts the number there and the text's."""
+    if asked[0].request_type == texts.GENERATE:
+        check_generation(lm.settings, task)
+        return lm.prompts(asked), (), ()
+    if asked[0].request_type != texts.ROLLING:
+        return lm.batches(questions_of(asked, encode(lm, asked), lm.settings)), (), ()
+    check_rolling(lm.settings, task)
+    alone = distinct(asked, range(len(asked)))
+    windows = texts.windows_of(lm, [asked[n] for n in alone])
+    return lm.batches(windows.questions), windows.place, [alone[i] for i in windows.text]
 
 
 class Gathered(NamedTuple):
     """The answers and measurements of a whole run.
 
     Attributes:
-        answers: for each condition, one per request.
+        answers: for each condition, one per request: what lm-eval's models return for it.
         diagnostics: for each condition.
         alignments, critical_epsilons: see `Answered`, by the numbers of requests.
     """
 
-    answers: list[list[Answer]]
+    answers: list[list[Any]]
     diagnostics: list[Diagnostics]
     alignments: dict[int, Sequence[float]]
     critical_epsilons: dict[int, Sequence[float | None]]
@@ -95,21 +135,34 @@ def gather(contents: Mapping[Key, Any], work: Sequence[Work], n: int) -> Gathere
     answers: list[list[Any]] = [[None] * n for _ in range(conditions)]
     alignments: dict[int, Sequence[float]] = {}
     critical_epsilons: dict[int, Sequence[float | None]] = {}
+    windows: dict[int, list[Any]] = {}
     totals = [Diagnostics() for _ in range(conditions)]
     for content in batches:
         for number, of_request in content["answers"]:
-            for of_condition, (log_likelihood, greedy) in zip(answers, of_request, strict=True):
-                of_condition[number] = (log_likelihood, greedy)
-        alignments.update(content["alignments"])
+            for of_condition, answer in zip(answers, of_request, strict=True):
+                of_condition[number] = answer if isinstance(answer, str) else tuple(answer)
+        for number, *window in content.get("windows", ()):
+            windows.setdefault(number, []).append(window)
+        alignments.update(content.get("alignments", ()))
         epsilons = content.get("critical_epsilons", content.get("needed", []))  # its earlier name
         critical_epsilons.update(epsilons)
         for total, sums in zip(totals, content["diagnostics"], strict=True):
             total.add(sums)
+    for number, parts in windows.items():
+        _, of_windows, of_gradients = zip(*sorted(parts, key=itemgetter(0)), strict=True)
+        for of_condition, values in zip(answers, zip(*of_windows, strict=True), strict=True):
+            of_condition[number] = sum(values)  # in the order of the text, as lm-eval
+        if None not in of_gradients:
+            *sums, _ = map(sum, zip(*of_gradients, strict=True))
+            alignments[number] = [*sums, math.nan]
     return Gathered(answers, totals, alignments, critical_epsilons)
 
 
 class RunningAccuracy:
-    """Judges a question as soon as all its requests are answered."""
+    """Judges a question as soon as all its requests are answered.
+
+    Texts that are scored as a whole are left out: nats per byte are no accuracy.
+    """
 
     def __init__(
         self,
@@ -119,9 +172,9 @@ class RunningAccuracy:
     ) -> None:
         self.requests, self.scores, self.gold = requests, scores, gold
         self.question = {n: numbers for numbers in by_question(requests) for n in numbers}
-        self.answers: dict[int, list[Answer]] = {}
+        self.answers: dict[int, list[Any]] = {}
 
-    def add(self, answers: Sequence[tuple[int, list[Answer]]]) -> list[list[float]]:
+    def add(self, answers: Sequence[tuple[int, list[Any]]]) -> list[list[float]]:
         """For each question that became complete, its score under each condition."""
         self.answers.update(answers)
         questions = {numbers[0]: numbers for numbers in (self.question[n] for n, _ in answers)}
@@ -131,12 +184,7 @@ class RunningAccuracy:
                 asked = [self.requests[n] for n in distinct(self.requests, numbers)]
                 of_requests = {id(self.requests[n]): self.answers.pop(n) for n in numbers}
                 by_condition = zip(*(of_requests[id(r)] for r in asked), strict=True)
-                judged.append([self._score(asked, list(answered)) for answered in by_condition])
+                task, doc_id = str(asked[0].task_name), asked[0].doc_id
+                score, gold = self.scores[task], self.gold[task, doc_id]
+                judged.append([score.of_answers(asked, one, gold) for one in by_condition])
         return judged
-
-    def _score(self, asked: list[Instance], answers: list[Answer]) -> float:
-        task = str(asked[0].task_name)
-        score, gold = self.scores[task], self.gold[task, asked[0].doc_id]
-        metrics = task_of(asked[0]).process_results(asked[0].doc, answers)
-        compared = score.compared(np.array([value for value, _ in answers]), asked)
-        return score.value(metrics, gold[int(compared[: len(gold)].argmax())])
