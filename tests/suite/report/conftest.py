@@ -3,11 +3,11 @@
 The tests in it are skipped, saying so, where chromium or chromedriver is missing.
 """
 
-import json
 import re
 import shutil
 
 import pytest
+from browsing import requests
 from report_input import build
 from report_page import Report, write
 from selenium import webdriver
@@ -54,10 +54,3 @@ def page(browser):
     assert any(address.startswith("file:///") for address in asked)
     inside = re.compile(r"data:|file:///.*/report\.html(#|$)")
     assert [address for address in asked if not inside.match(address)] == []
-
-
-def requests(browser):
-    """Addresses that were asked for since the last call."""
-    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    sent = [m["params"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-    return [params["request"]["url"] for params in sent]

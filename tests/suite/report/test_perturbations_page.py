@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import requests
+from browsing import requests
 from perturbed_input import CONDITIONS, HOSTILE, build
 from report_page import Report
 from selenium.webdriver.common.keys import Keys
