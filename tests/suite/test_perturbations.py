@@ -218,6 +218,19 @@ def test_the_scores_are_those_of_a_run_without(own, tmp_path):
         plain.perturbations("demo_piqa", "fgsm@0.01")
 
 
+def test_shares_that_miss_much_are_a_warning(own, shared, monkeypatch):
+    """Of four points, most do; without shares, none can."""
+    (text,) = [w for w in own.run["warnings"] if "fgsm" in w]
+    found = [own.perturbations(task, "fgsm@0.01") for task in tasks_in(own.folder)]
+    change = np.concatenate([of.loss[:, 1] - of.loss[:, 0] for of in found])
+    missed = np.abs(np.concatenate([of.remainder for of in found])) > 0.05 * np.abs(change)
+    assert f": {missed.sum()} of {len(missed)} perturbations of fgsm@0.01 miss" in text
+    assert not [w for w in own.run["warnings"] if "random" in w]
+    assert perturbations.warnings(own.folder) == [text]
+    monkeypatch.setattr(perturbations, "_MISSED", 10)
+    assert perturbations.warnings(own.folder) == []
+
+
 @contextmanager
 def counted(monkeypatch):
     """The batches that go through the model."""

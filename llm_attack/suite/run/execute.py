@@ -249,6 +249,7 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
             *hidden_gradients(samples, known),
             *(f"{name}: {text}" for name, text in critical.stalled(samples).items()),
             *_critical_of_others(attacks, scores),
+            *([] if saved is None else perturbations.warnings(folder)),
         ],
         "fingerprint": fingerprint.plain(mark),
         "versions": versions(),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -22,7 +24,15 @@ from llm_attack.lm.engine.traces import Trace
 from llm_attack.lm.network.hook import frozen
 from llm_attack.lm.packing.batches import Batch
 from llm_attack.lm.packing.positions import of_question
-from llm_attack.suite.analysis.perturbations import FOLDER, SCHEMA, path_of
+from llm_attack.suite.analysis.perturbations import (
+    FOLDER,
+    SCHEMA,
+    conditions_in,
+    opened,
+    path_of,
+    read,
+    tasks_in,
+)
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.run.rows import grouped
 from llm_attack.suite.run.task_files import Layout, Units, write_task
@@ -34,6 +44,9 @@ _DTYPES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
 }
+# Shares of the loss are rough where they miss more of its change than this, and than so many nats;
+# and what share of the perturbations may be so without a word.
+_MISSED, _NATS, _FEW = 0.05, 0.01, 0.01
 # Bytes of each token of a request, and of each request, besides those of its rows.
 _OF_TOKEN, _OF_REQUEST = 8, 28
 
@@ -152,6 +165,29 @@ class Saved(NamedTuple):
             task = Units(of_task, self.plan.positions)
             path = path_of(folder, name)
             write_task(path, self.lm, task, places[name], self.of_conditions, metadata)
+
+
+def warnings(folder: Path) -> list[str]:
+    """Sentences on conditions whose shares do not sum to the change of the loss.
+
+    Args:
+        folder: of the run, whose perturbations are written.
+    """
+    missed: Counter[str] = Counter()
+    total: Counter[str] = Counter()
+    for task in tasks_in(folder):
+        for name in conditions_in(opened(folder, task)):
+            found = read(folder, task, name)
+            change = np.abs(found.loss[:, 1] - found.loss[:, 0])
+            rough = np.abs(found.remainder) > np.maximum(_MISSED * change, _NATS)
+            missed[name] += int(rough.sum())
+            total[name] += len(rough)
+    return [
+        f"shares of the loss: {missed[name]} of {n} perturbations of {name} miss more than"
+        f" {_MISSED:.0%} of its change; path_points should be larger"
+        for name, n in total.items()
+        if missed[name] > _FEW * n
+    ]
 
 
 def _bytes_of(of_conditions: Sequence[Layout], work: Sequence[Work], positions: str) -> int:
