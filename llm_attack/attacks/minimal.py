@@ -34,7 +34,7 @@ def fmn(hill: Hill, ball: Ball, watch: Watch, *, steps: int, step: Tensor | floa
 
     Args:
         hill: the loss; the last try needs no gradient.
-        ball: the largest that is allowed; its `balls` are its examples.
+        ball: the largest that is allowed.
         watch: told which points are the shortest so far.
         steps: gradients.
         step: L2 length of the first step, one or (examples,); steps get shorter as a cosine, to a
@@ -47,20 +47,20 @@ def fmn(hill: Hill, ball: Ball, watch: Watch, *, steps: int, step: Tensor | floa
     first = ball.examples.spread(step, x).to(x.dtype) if isinstance(step, Tensor) else step
     value, slope = hill.slope(x)
     fooled = torch.zeros_like(value, dtype=torch.bool)
-    length = ball.norm.length(x - x, ball.balls)
+    length = ball.length(x - x)
     least, radius = torch.full_like(length, math.inf), torch.full_like(length, math.inf)
     for i in range(steps):
         cosine = (1 + math.cos(math.pi * i / steps)) / 2
         size, change = (b + (a - b) * cosine for a, b in (_STEPS, _CHANGES))
         if i:
             value, slope = hill.slope(point)
-            length = ball.norm.length(point - x, ball.balls)
+            length = ball.length(point - x)
         wrong = value > 0
         better = wrong & (length < least)
         best, least = ball.where(better, point, best), torch.where(better, length, least)
         watch.on_best(better)
         fooled = fooled | wrong
-        ahead = length + value.abs() / ball.norm.dual(slope, ball.balls).clamp(min=1e-12)
+        ahead = length + value.abs() / ball.dual(slope).clamp(min=1e-12)
         near = torch.where(fooled, radius * (1 + change), ahead)
         radius = torch.where(wrong, torch.minimum(radius * (1 - change), least), near)
         radius = radius.clamp(max=ball.epsilon)
@@ -92,7 +92,7 @@ def bisect(
     Args:
         climb: a ball -> the point that the attack finds there.
         hill: the loss, of which the values are read.
-        ball: the largest that is tried; its `balls` are its examples.
+        ball: the largest that is tried.
         watch: told which points are the shortest so far.
         rounds: radii. The first is that of `ball`, the second `first`; then it is divided by
             four as long as that is enough, and then comes the geometric mean of the largest that
@@ -107,13 +107,13 @@ def bisect(
         clean = hill.value(ball.x)
         watch.on_best(torch.ones_like(clean, dtype=torch.bool))
     shortest = torch.where(clean > 0, 0.0, math.inf)
-    shortest = shortest.to(ball.norm.length(ball.x - ball.x, ball.balls))
+    shortest = shortest.to(ball.length(ball.x - ball.x))
     largest = torch.zeros_like(shortest)  # of those that were not enough
     radius = torch.full_like(shortest, ball.epsilon)
     for i in range(rounds):
         point = climb(replace(ball, scale=radius / ball.epsilon))
         wrong = hill.value(point) > 0
-        length = ball.norm.length(point - ball.x, ball.balls)
+        length = ball.length(point - ball.x)
         better = wrong & (length < shortest)
         taken = better | (shortest.isinf() & (i == 0))
         watch.on_best(taken)

@@ -132,13 +132,11 @@ class ThreatModel:
         loss: a key of `LOSSES`.
         shared: one perturbation for the tokens that a question's requests share, instead of one
             perturbation per request.
-        per_token: every token has a ball of its own, instead of one for the whole perturbation.
         seed: of the random draws.
         positions: the tokens that may move; see `lm.packing.positions`.
     """
 
     loss: str = "sequence"
     shared: bool = False
-    per_token: bool = False
     seed: int = 0
     positions: str = "all"

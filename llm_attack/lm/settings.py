@@ -9,7 +9,13 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from llm_attack.attacks import ATTACKS, Attack
-from llm_attack.attacks.settings import Kind, StepSettings, register_attack, step_settings
+from llm_attack.attacks.settings import (
+    BATTERIES,
+    Kind,
+    StepSettings,
+    register_attack,
+    step_settings,
+)
 from llm_attack.base.declare import check, names, parse, setting, underscored
 from llm_attack.base.errors import UsageError, invalid
 from llm_attack.lm.losses import LOSSES, ThreatModel, known_loss, register_loss
@@ -163,8 +169,7 @@ class ThreatSettings(StepSettings):
 
     @property
     def threat(self) -> ThreatModel:
-        per_token = self.norm.endswith(PER_TOKEN)
-        return ThreatModel(self.loss, self.shared, per_token, self.seed, self.positions)
+        return ThreatModel(self.loss, self.shared, self.seed, self.positions)
 
 
 @dataclass(frozen=True)
@@ -177,8 +182,9 @@ class AttackSettings(ThreatSettings):
 
     attack: str = setting(
         "fgsm",
-        f"Name of the attack: one of {', '.join(ATTACKS)}, or package.module:function of your own",
-        allowed=_named(ATTACKS),
+        f"Name of the attack: one of {', '.join((*ATTACKS, *BATTERIES))}, or"
+        " package.module:function of your own",
+        allowed=_named({**ATTACKS, **BATTERIES}),
         parse=_attack_name,
         group="attack",
     )
@@ -210,6 +216,7 @@ class AttackSettings(ThreatSettings):
             epsilon.number,
             norm=self.norm.removesuffix(PER_TOKEN),
             by_size=epsilon.unit == NEFTUNE,
+            per_token=self.norm.endswith(PER_TOKEN),
             label=str(self.amplitude),
             **step_settings(self),
         )
@@ -223,12 +230,8 @@ class AttackSettings(ThreatSettings):
             raise UsageError(
                 f"attack={self.attack}: {what}, so it needs {knowing}, not loss={self.loss}"
             )
-        if kind.minimal and self.norm.endswith(PER_TOKEN):
-            raise UsageError(
-                f"norm={self.norm}: must be linf or l2 with attack={self.attack}, which looks for"
-                " one smallest amplitude"
-            )
-        if kind.minimal and self.amplitude.epsilon.unit == NEFTUNE:
+        minimal = any(attack.kind.minimal for attack in self.attack_in_units.members)
+        if minimal and self.amplitude.epsilon.unit == NEFTUNE:
             raise UsageError(
                 f"epsilon_unit={NEFTUNE}: must be another unit with attack={self.attack}, which"
                 " compares amplitudes between questions"
@@ -255,7 +258,7 @@ class AttackSettings(ThreatSettings):
     def sources(self) -> dict[str, str]:
         """Hashes of the source of an attack, a loss and a unit of the user's own, if they are."""
         sources = {
-            "attack_source": ATTACKS[self.attack].source,
+            "attack_source": self.attack_in_units.kind.source,
             "loss_source": LOSSES[self.loss].source,
             "unit_source": unit_source(self.amplitude.epsilon.unit),
         }

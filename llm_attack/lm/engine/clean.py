@@ -17,7 +17,7 @@ from llm_attack.attacks import Attack, least_likely
 from llm_attack.lm.engine.choices import ChoiceScores, sum_by
 from llm_attack.lm.engine.scoring import Scorer, Scores
 from llm_attack.lm.losses import LOSSES, ThreatModel
-from llm_attack.lm.packing.pack import Pack, Twins
+from llm_attack.lm.packing.pack import Entries, Pack, Twins
 
 _ROUNDING = 4.0  # of a sum of log-probabilities, in units of its last place
 
@@ -43,7 +43,7 @@ class Needs:
         minimal = any(a.kind.minimal for a in every)
         # one target: the choice that is least likely at the clean point
         targets = any(a.kind.targeted and not a.kind.adaptive for a in every if not a.identity)
-        answers = targets or minimal or any(a.identity for a in every)
+        answers = targets or minimal or any(a.identity or a.kind.members for a in every)
         gradient = minimal or any(a.uses_clean_gradient for a in every)
         return cls(not all(a.identity for a in every), answers, gradient)
 
@@ -90,13 +90,18 @@ class BatchLoss:
         """The loss that attacks ascend: (requests,), or (questions,) where it knows the gold."""
         return self.kind.value(self.sums(scores), self.choices if self.kind.gold else None)
 
-    def gap(self, scores: Scores) -> Tensor:
+    def gap(self, scores: Scores, entries: Entries | None = None) -> Tensor:
         """(questions,) `ChoiceScores.gap`: above 0 the answer is wrong.
 
         Scores that differ by less than `_ROUNDING` count as right, unless they are equal: lm-eval
         adds up in the precision of the log-probabilities, where they may be the other way round.
+
+        Args:
+            scores: of the predictions.
+            entries: which these are; None: those that the loss reads.
         """
-        sums = self.sums(scores)
+        entries = entries or self.pack.watched
+        sums = sum_by(scores.log_prob, entries.request, len(self.pack.requests))
         gap, best = self.choices.gap(sums), self.choices.matrix(sums).detach().amax(-1)
         rounding = _ROUNDING * torch.finfo(scores.log_prob.dtype).eps * best.abs()
         return torch.where(gap > torch.finfo(gap.dtype).tiny, gap - rounding, gap)

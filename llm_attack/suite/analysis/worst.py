@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from llm_attack.attacks.settings import ATTACKS, BOUNDED_NOISE, condition_name
+from llm_attack.attacks.settings import ATTACKS, BATTERIES, BOUNDED_NOISE, condition_name
 from llm_attack.lm.losses import LOSSES
 from llm_attack.stats import ALPHA, more_often
 from llm_attack.suite.analysis.conditions import Condition, Conditions, of_run
@@ -150,7 +150,8 @@ def comparable_attacks(
         frame: with the columns `condition`, `attack` and `epsilon`.
         known: the conditions of the run.
     """
-    attacks = frame[~frame["attack"].isin([WORST, *NO_PART]) & (frame["epsilon"] > 0)]
+    no_part = [WORST, *NO_PART, *BATTERIES]
+    attacks = frame[~frame["attack"].isin(no_part) & (frame["epsilon"] > 0)]
     kinds = attacks["condition"].map(
         {name: str(condition.ball) for name, condition in known.items()}
     )

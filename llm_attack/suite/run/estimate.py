@@ -109,6 +109,7 @@ class Estimate:
         seconds: of computing; neither loading the model nor tables and figures.
         weights: bytes of parameters and buffers.
         activations: bytes of the largest batch.
+        battery: whether there is a battery, which takes no longer than this.
         copied: bytes of the weights' copy that gradients are taken of, by the name of its dtype.
         sizes: questions of each task.
     """
@@ -120,6 +121,7 @@ class Estimate:
     copied: tuple[str, int] | None = None
     sizes: tuple[int, ...] = ()
     seconds: float = field(init=False)
+    battery: bool = False
 
     def __post_init__(self) -> None:
         counts, rates = self.counts, self.rates
@@ -139,7 +141,9 @@ class Estimate:
             "tokens packed, with padding": f"{n.tokens_packed:,} ({share:.0%})",
             "FLOP": f"{n.flop:.3g} ({n.gradients / max(1, n.flop):.0%} of them with gradients)",
             "time": f"{timedelta(seconds=round(self.seconds))} ({self.seconds:.3g} s) at"
-            f" {rate:.3g} FLOP/s, measured for {rates.seconds:.1f} s",
+            f" {rate:.3g} FLOP/s, measured for {rates.seconds:.1f} s"
+            + ", at most: attacks leave out questions that are wrong already"
+            * self.battery,
             "memory": f"{_size(self.weights + copied + self.activations)}: weights"
             f" {_size(self.weights)}{copy}, activations of the largest batch about"
             f" {_size(self.activations)}",
@@ -197,7 +201,8 @@ def estimate(prepared: Prepared, seconds: float = SECONDS) -> Estimate:
     asked = Counter(prepared.requests[n[0]].task_name for n in by_question(prepared.requests))
     compares = {"none"} < {attack.name for attack in engine.attacks}
     n = tuple(asked.values()) if compares else ()
-    return Estimate(counts, rates, weights, kept + passing + logits, copied, n)
+    battery = any(attack.kind.members for attack in engine.attacks)
+    return Estimate(counts, rates, weights, kept + passing + logits, copied, n, battery=battery)
 
 
 class Calibration:

@@ -16,6 +16,7 @@ from llm_attack.harness.scores import Score
 from llm_attack.harness.sources import clusters
 from llm_attack.suite.analysis.outcomes import (
     BINARY,
+    BROKEN_BY,
     CHOICE,
     HIGHER,
     LOWER,
@@ -139,7 +140,9 @@ def samples_of(
     (similarity of the question's embeddings and the gradient of the loss there), `critical_epsilon`
     (of attacks that look for it, the smallest amplitude with a wrong answer: 0 where the clean one
     is wrong, infinite where none was found), `first_order` (its estimate from the clean point,
-    `AttackedBatch.alignment`; where the loss knows the gold).
+    `AttackedBatch.alignment`; where the loss knows the gold). Of a run with a battery also
+    `broken_by`: the attack of it that made the answer wrong; null where none did, or it was wrong
+    without an attack.
 
     Args:
         questions: of `question_rows`.
@@ -160,18 +163,21 @@ def samples_of(
         for judged_samples in results
     ]
     rows = []
+    batteries = any(attack.kind.members for attack in attacks)
     for question in questions.to_dict("records"):
         place = question["task"], question["doc_id"]
         numbers = groups[place]
         alignments = [gathered.alignments[n] for n in numbers if n in gathered.alignments]
         cosine = _cosine(alignments)
         critical_epsilons = gathered.critical_epsilons.get(numbers[0], [None] * len(attacks))
+        broken_by = gathered.broken_by.get(numbers[0], [None] * len(attacks))
         score, asked = scored[place[0]], [requests[n] for n in numbers]
         gold_ones = set(question["gold"])
         of_conditions = zip(
-            attacks, hookpoints, judged, gathered.answers, critical_epsilons, strict=True
+            *(attacks, hookpoints, judged, gathered.answers, critical_epsilons, broken_by),
+            strict=True,
         )
-        for attack, hookpoint, samples, answers, critical in of_conditions:
+        for attack, hookpoint, samples, answers, critical, broken in of_conditions:
             known = alignments and hookpoint == hookpoints[0]  # where the gradient was taken
             found_here = np.array([answers[n][0] for n in numbers])
             values, n = found_here[: question["n_choices"]], question["n_choices"]
@@ -197,6 +203,7 @@ def samples_of(
                     "cosine": cosine,
                     "critical_epsilon": critical,
                     "first_order": alignments[0][3] if known else None,
+                    **({BROKEN_BY: broken} if batteries else {}),
                 }
             )
     types = dict.fromkeys(("prediction_norm", "cluster"), "Int64")

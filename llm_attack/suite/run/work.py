@@ -53,6 +53,7 @@ class Work(NamedTuple):
                 for n, parts in requests
                 if any(x is not None for x in parts.critical_epsilons)
             ],
+            "broken_by": [(n, parts.broken_by) for n, parts in requests if any(parts.broken_by)],
             "diagnostics": [asdict(d) for d in result.diagnostics],
         }
 
@@ -79,13 +80,14 @@ class Gathered(NamedTuple):
     Attributes:
         answers: for each condition, one per request.
         diagnostics: for each condition.
-        alignments, critical_epsilons: see `Answered`, by the numbers of requests.
+        alignments, critical_epsilons, broken_by: see `Answered`, by the numbers of requests.
     """
 
     answers: list[list[Answer]]
     diagnostics: list[Diagnostics]
     alignments: dict[int, Sequence[float]]
     critical_epsilons: dict[int, Sequence[float | None]]
+    broken_by: dict[int, Sequence[str | None]]
 
 
 def gather(contents: Mapping[Key, Any], work: Sequence[Work], n: int) -> Gathered:
@@ -95,6 +97,7 @@ def gather(contents: Mapping[Key, Any], work: Sequence[Work], n: int) -> Gathere
     answers: list[list[Any]] = [[None] * n for _ in range(conditions)]
     alignments: dict[int, Sequence[float]] = {}
     critical_epsilons: dict[int, Sequence[float | None]] = {}
+    broken_by: dict[int, Sequence[str | None]] = {}
     totals = [Diagnostics() for _ in range(conditions)]
     for content in batches:
         for number, of_request in content["answers"]:
@@ -103,9 +106,10 @@ def gather(contents: Mapping[Key, Any], work: Sequence[Work], n: int) -> Gathere
         alignments.update(content["alignments"])
         epsilons = content.get("critical_epsilons", content.get("needed", []))  # its earlier name
         critical_epsilons.update(epsilons)
+        broken_by.update(content.get("broken_by", []))
         for total, sums in zip(totals, content["diagnostics"], strict=True):
             total.add(sums)
-    return Gathered(answers, totals, alignments, critical_epsilons)
+    return Gathered(answers, totals, alignments, critical_epsilons, broken_by)
 
 
 class RunningAccuracy:
