@@ -6,23 +6,19 @@ docs/standard.md says why each number was chosen.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from dataclasses import dataclass
 from typing import Any
 
 from llm_attack.lm.units import Epsilon
 
 # What no standard leaves open, whatever its loss is.
-_FIXED = MappingProxyType(
-    {
-        **{"epsilon_unit": "absolute", "epsilon_max": None, "critical": False},
-        **{"context": None, "positions": "all", "hookpoint": None, "hookpoints": ()},
-        **{"score": "acc", "seed": 0, "encode_separately": False, "gradient_dtype": None},
-        **{"steps": 10, "step_size": None, "decay": 1.0, "restarts": 1, "queries": 100},
-        **{"rounds": 12, "first_epsilon": None},
-    }
-)
+_FIXED = {
+    **{"epsilon_unit": "absolute", "epsilon_max": None, "critical": False},
+    **{"context": None, "positions": "all", "hookpoint": None, "hookpoints": ()},
+    **{"score": "acc", "seed": 0, "encode_separately": False, "gradient_dtype": None},
+    **{"steps": 10, "step_size": None, "decay": 1.0, "restarts": 1, "queries": 100},
+    **{"rounds": 12, "first_epsilon": None},
+}
 
 
 @dataclass(frozen=True)
@@ -42,12 +38,11 @@ class Standard:
     epsilons: tuple[Epsilon, ...]
     norms: tuple[str, ...]
     loss: str
-    settings: Mapping[str, Any] = field(default=_FIXED, repr=False)
 
     @property
     def fixed(self) -> dict[str, Any]:
         """The settings of a plan that it decides, by name."""
-        return {**self.settings, "loss": self.loss, "epsilons": self.epsilons, "norm": "linf"}
+        return {**_FIXED, "loss": self.loss, "epsilons": self.epsilons, "norm": "linf"}
 
 
 _EPSILONS = (Epsilon(0.004, "rms"), Epsilon(0.016, "rms"), Epsilon(0.064, "rms"))
