@@ -304,6 +304,28 @@ def compare(folders: tuple[Path, ...], **settings: Any) -> None:
     commands.compare(folders, **settings)
 
 
+@main.command(
+    epilog=examples(
+        "llm-attack card out/demo",
+        "llm-attack card out/demo --name 'A. Author' --link https://example.org/paper -o card.json",
+    )
+)
+@click.argument("folder", type=_FOLDER)
+@click.option(
+    "-o", "--output", metavar="PATH", help="JSON file. The default is card.json in FOLDER."
+)
+@click.option("--name", metavar="TEXT", help="Who hands the card in.")
+@click.option("--link", metavar="URL", help="Address of a paper, a page or a person.")
+def card(folder: Path, **settings: Any) -> None:
+    """Write the card of a run with --attacks standard: model, tasks and robust accuracy as JSON.
+
+    A run that the standard does not allow is refused.
+    """
+    from llm_attack.suite import cards
+
+    cards.card(folder, **settings)
+
+
 @main.group(
     epilog=examples(
         "llm-attack reproduce fig4",

@@ -60,6 +60,7 @@ def content(table: pd.DataFrame, run: Mapping[str, Any], known: Conditions) -> d
             name: known[name].settings() for name in table["condition"].unique() if name in known
         },
         "level": 1 - ALPHA,
+        **({"checks": run["checks"]} if "checks" in run else {}),
         "results": [_row(row) for row in table.to_dict("records")],
     }
 
