@@ -326,6 +326,22 @@ def card(folder: Path, **settings: Any) -> None:
     cards.card(folder, **settings)
 
 
+@main.command(epilog=examples("llm-attack board board/cards/*.json -o site"))
+@click.argument("cards", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option(
+    "-o", "--output", metavar="PATH", required=True, help="Folder for the pages and downloads."
+)
+def board(cards: tuple[Path, ...], output: str) -> None:
+    """Make pages of cards: sortable tables, a figure, a page for each model, and downloads.
+
+    The pages need neither a server nor a network. Models are compared if they answered the same
+    questions under the same version of a standard.
+    """
+    from llm_attack.suite import cards as commands
+
+    commands.board(cards, output)
+
+
 @main.group(
     epilog=examples(
         "llm-attack reproduce fig4",

@@ -1,7 +1,8 @@
-"""The command `card`. Neither torch nor lm-eval is needed."""
+"""The commands `card` and `board`. Neither torch nor lm-eval is needed."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from llm_attack.base.errors import UsageError
@@ -9,6 +10,7 @@ from llm_attack.base.folder import check_writable, resolved, resolved_file
 from llm_attack.base.record import write_json
 from llm_attack.suite import results
 from llm_attack.suite.run.progress import written
+from llm_attack.suite.studies import board as boards
 from llm_attack.suite.studies import card as cards
 
 
@@ -27,3 +29,13 @@ def card(folder: Path, output: str | None, name: str | None, link: str | None) -
     made = cards.of_result(results.load(folder), name, link, f"folder={folder}")
     write_json(path, made)
     written(path)
+
+
+def board(paths: Sequence[Path], output: str) -> None:
+    """The command `llm-attack board`: pages that show cards."""
+    folder = resolved(output)
+    boards.check(folder)
+    check_writable(folder, boards.MARK)
+    loaded = [cards.load_card(path) for path in paths]
+    boards.save(loaded, folder)
+    written(f"{folder}: index.html, with a page, a table and a card for each of {len(loaded)}")

@@ -53,7 +53,7 @@ def of_result(
         raise UsageError(f"{source}: {reason}")
     run, table = result.run, result.table
     mark, settings, versions = run["fingerprint"], run["settings"], run.get("versions") or {}
-    model = {"name": str(run["model_name"]), "source": str(run["model"])}
+    model: dict[str, Any] = {"name": str(run["model_name"]), "source": str(run["model"])}
     model |= {"revision": (settings.get("model_args") or {}).get("revision")}
     model |= dict(run.get("of_model") or {"family": None, "parameters": None})
     model |= {key: mark.get(key) for key in _OF_MODEL}
@@ -69,7 +69,7 @@ def of_result(
         "tasks": tasks,
         "n": sum(task["n"] for task in tasks),
         "limit": settings.get("limit"),
-        "clean": _accuracy(table, "none"),
+        "clean": _accuracy(result, "none"),
         "robust": [
             _robust(condition, result)
             for condition in result.conditions.values()
@@ -182,7 +182,7 @@ def _robust(condition: Condition, result: Result) -> dict[str, Any]:
         "attack": condition.attack,
         "norm": amplitude.norm,
         "epsilon": {"number": amplitude.epsilon.number, "unit": amplitude.epsilon.unit},
-        **_accuracy(result.table, condition.name),
+        **_accuracy(result, condition.name),
     }
     if BROKEN_BY in result.samples:
         rows = result.samples[result.samples["condition"] == condition.name]
@@ -191,9 +191,9 @@ def _robust(condition: Condition, result: Result) -> dict[str, Any]:
     return robust
 
 
-def _accuracy(table: pd.DataFrame, condition: str) -> dict[str, Any]:
-    """Accuracy under a condition: of each task, and the mean over tasks."""
-    rows = table[table["condition"] == condition].to_dict("records")
+def _accuracy(result: Result, condition: str) -> dict[str, Any]:
+    """Accuracy under a condition: the mean over tasks, and of each task with its questions."""
+    rows = result.table[result.table["condition"] == condition].to_dict("records")
     of_tasks = {
         str(row["task"]): {
             end: _number(row[column])
@@ -202,7 +202,15 @@ def _accuracy(table: pd.DataFrame, condition: str) -> dict[str, Any]:
         for row in rows
     }
     mean = of_tasks.pop(MEAN)
-    return {"accuracy": mean, "tasks": of_tasks}
+    samples = result.samples[result.samples["condition"] == condition].sort_values("doc_id")
+    right = {
+        str(task): {"right": "".join("1" if value > 0 else "0" for value in values)}
+        for task, values in samples.groupby("task")["acc"]
+    }
+    return {
+        "accuracy": mean,
+        "tasks": {task: part | right[task] for task, part in of_tasks.items()},
+    }
 
 
 def _number(value: Any) -> float | None:
@@ -285,19 +293,20 @@ def _implausible(row: Mapping[str, Any], card: Mapping[str, Any]) -> list[str]:
         if not 0 <= part["low"] <= part["value"] <= part["high"] <= 1:
             lines.append(f"{name}: the interval does not hold its accuracy")
     for name, n in of_tasks.items():
-        count = row["tasks"][name]["value"] * n
-        if abs(count - round(count)) > 1e-6:
-            lines.append(f"{name}: the accuracy is no whole number of {n} questions")
+        right, value = row["tasks"][name]["right"], row["tasks"][name]["value"]
+        if len(right) != n or abs(right.count("1") / n - value) > 1e-9:
+            lines.append(f"{name}: the accuracy is not that of its {n} questions")
     mean = sum(part["value"] for part in row["tasks"].values()) / len(row["tasks"])
     if abs(mean - row["accuracy"]["value"]) > 1e-9:
         lines.append("the accuracy is not the mean of its tasks")
     broken = row.get("broken_by")
     if broken is not None:
-        clean = card["clean"]["tasks"]
-        lost = sum(
-            round((clean[name]["value"] - row["tasks"][name]["value"]) * of_tasks[name])
-            for name in of_tasks
-        )
+        pairs = [
+            pair
+            for name, part in card["clean"]["tasks"].items()
+            for pair in zip(part["right"], row["tasks"][name]["right"], strict=False)
+        ]
+        lost = pairs.count(("1", "0"))
         # an answer that was wrong by rounding alone may be among them
         if abs(sum(broken.values()) - lost) > _TIES * card["n"]:
             lines.append(f"broken_by: names {sum(broken.values())} questions, but {lost} fell")
