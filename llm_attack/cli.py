@@ -307,7 +307,8 @@ def compare(folders: tuple[Path, ...], **settings: Any) -> None:
 @main.command(
     epilog=examples(
         "llm-attack card out/demo",
-        "llm-attack card out/demo --name 'A. Author' --link https://example.org/paper -o card.json",
+        "llm-attack card out/demo -o cards/demo.json",
+        "llm-attack card out/demo --name 'A. Author' --link https://example.org/paper",
     )
 )
 @click.argument("folder", type=_FOLDER)
@@ -326,7 +327,13 @@ def card(folder: Path, **settings: Any) -> None:
     cards.card(folder, **settings)
 
 
-@main.command(epilog=examples("llm-attack board board/cards/*.json -o site"))
+@main.command(
+    epilog=examples(
+        "llm-attack board out/demo/card.json -o site",
+        "llm-attack board board/cards/*.json -o site",
+        "llm-attack board board/cards/*.json out/mine/card.json -o site",
+    )
+)
 @click.argument("cards", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option(
     "-o", "--output", metavar="PATH", required=True, help="Folder for the pages and downloads."

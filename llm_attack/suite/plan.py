@@ -295,8 +295,8 @@ class Plan(ThreatSettings, EngineSettings):
         version = standard.version
         if {*named} - {"none", version} or len(named) > len({*named}):
             raise UsageError(
-                f"attacks={','.join(self.attacks)}: must name nothing besides {version}, whose"
-                " attacks are fixed"
+                f"attacks={','.join(self.attacks)}: must name only {version} and none, because a"
+                " standard fixes its attacks"
             )
         object.__setattr__(self, "attacks", ("none", version))
         usual = {entry.name: entry.default for entry in fields(self)}
@@ -305,7 +305,7 @@ class Plan(ThreatSettings, EngineSettings):
             if given not in (usual[name], value):
                 shown = ",".join(map(str, given)) if isinstance(given, tuple) else given
                 raise UsageError(
-                    f"{name}={shown}: must be left out with attacks={version}, which decides it"
+                    f"{name}={shown}: must be left out with attacks={version}, which sets it"
                 )
             object.__setattr__(self, name, value)
 

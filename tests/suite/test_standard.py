@@ -5,15 +5,18 @@ import json
 
 import pandas as pd
 import pytest
+import torch
 
 from llm_attack import Plan, evaluate, load_card, robust_accuracy
 from llm_attack.attacks.settings import BATTERIES, Kind
 from llm_attack.base.errors import UsageError
 from llm_attack.harness.model import AttackedHFLM
+from llm_attack.lm.engine.scoring import Scorer
+from llm_attack.lm.packing.questions import Question, Request
 from llm_attack.lm.standard import STANDARDS
 from llm_attack.suite import results
 from llm_attack.suite.analysis.outcomes import BROKEN_BY
-from llm_attack.suite.run.checks import at_end, sentences
+from llm_attack.suite.run.checks import GRADIENT, REPEATS, ZEROS, at_end, at_start, sentences
 from llm_attack.suite.studies import card
 
 VERSION = "standard-1"
@@ -73,8 +76,11 @@ def test_without_the_label_it_has_the_papers_conditions():
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"attacks": "standard,fgsm"}, "attacks=standard,fgsm: must name nothing besides"),
-        ({"attacks": "standard,worst"}, "attacks=standard,worst: must name nothing besides"),
+        ({"attacks": "standard,fgsm"}, "attacks=standard,fgsm: must name only standard-1 and none"),
+        (
+            {"attacks": "standard,worst"},
+            "attacks=standard,worst: must name only standard-1 and none",
+        ),
         ({"loss": "choice"}, "loss=choice: must be left out with attacks=standard-1"),
         ({"epsilons": "0.1rms"}, "epsilons=0.1rms: must be left out with"),
         ({"norm": "l2"}, "norm=l2: must be left out with"),
@@ -220,12 +226,68 @@ def test_a_loaded_model_has_the_card_of_its_name(result, monkeypatch):
 def test_a_search_that_wins_is_said():
     names = ["apgdt"] * 2 + ["blocks"] * 12 + [None] * 3
     samples = pd.DataFrame({"attack": VERSION, "condition": "c", BROKEN_BY: names})
-    info = {"c": {"zero_gradient_fraction": 0.2}}
-    zeros, search = at_end(samples, info)
-    assert not zeros["passed"] and not search["passed"]
+    (search,) = at_end(samples)
     assert sentences([search]) == [
         "check failed: a search without gradients does not win (wrong under c: 2 by the gradient,"
         " then 12 by the search)"
     ]
     fewer = samples.assign(**{BROKEN_BY: ["apgdt"] * 5 + ["blocks"] * 2 + [None] * 10})
-    assert all(check["passed"] for check in at_end(fewer, {"c": {"zero_gradient_fraction": 0.0}}))
+    assert [check["passed"] for check in at_end(fewer)] == [True]
+    assert at_end(samples.drop(columns=BROKEN_BY)) == []
+
+
+@pytest.mark.parametrize(
+    ("what", "fails"),
+    [
+        ("varies", [REPEATS, GRADIENT]),
+        ("differs", [GRADIENT]),
+        ("zero", [ZEROS]),
+        ("nothing", []),
+    ],
+)
+def test_what_is_wrong_with_a_model_is_seen_at_the_start(what, fails, monkeypatch):
+    lm = AttackedHFLM("demo", loss="margin")
+    asked = [Request((5, 6, 7 + i), 1, 1) for i in range(3)]
+    question = Question(asked, [[0], [1], [2]], [True, False, False])
+    engine = lm.engine
+    (batch,) = engine.batches([question], 8)
+    call, calls = Scorer.__call__, []
+
+    def strange(self, pack, entries, x=None, below=None):
+        calls.append(x)
+        scores = call(self, pack, entries, x, below)
+        factor = 1.0
+        if what == "varies":
+            factor += 0.1 * len(calls)
+        if what == "differs" and torch.is_grad_enabled():
+            factor += 0.1
+        log_prob = scores.log_prob * factor
+        if what == "zero" and x is not None:
+            log_prob = log_prob.detach() + 0 * x.sum()
+        return scores._replace(log_prob=log_prob)
+
+    monkeypatch.setattr(Scorer, "__call__", strange)
+    checked = at_start(lm, batch)
+    assert [check["name"] for check in checked] == [REPEATS, GRADIENT, ZEROS]
+    assert [check["name"] for check in checked if not check["passed"]] == fails
+
+
+# Of each question, the answers under no attack and then under each condition: 1 is right.
+PINNED = {
+    ("demo_openbookqa", 0): "1110110",
+    ("demo_openbookqa", 1): "1111111",
+    ("demo_piqa", 0): "1111110",
+    ("demo_piqa", 1): "1100100",
+}
+
+
+@pytest.mark.slow
+def test_the_numbers_of_a_version_stay():
+    """The bundled model under standard-1, question by question."""
+    plan = Plan(model="demo", tasks="demo_openbookqa,demo_piqa", limit=2, attacks="standard-1")
+    samples = evaluate(plan, progress="quiet").samples
+    found = {
+        place: "".join(str(int(value)) for value in rows["acc"])
+        for place, rows in samples.groupby(["task", "doc_id"])
+    }
+    assert found == PINNED

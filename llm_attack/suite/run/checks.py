@@ -7,7 +7,6 @@ forward pass differs with and without a gradient, and where a search without gra
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 
 from llm_attack.attacks.settings import ATTACKS, BATTERIES
 from llm_attack.harness.model import AttackedHFLM
+from llm_attack.lm.engine.attacked import AttackedBatch
 from llm_attack.lm.engine.clean import Needs, clean_pass
 from llm_attack.lm.network.hook import frozen
 from llm_attack.lm.network.reproducible import reproducible
@@ -28,7 +28,6 @@ Checked = dict[str, Any]
 
 _QUESTIONS = 4  # of the first batch
 _ROUNDING = 1e-3  # of the log-probabilities, that of bfloat16 too; also of `doctor`
-_ZEROS = 0.1  # share of coordinates without a gradient; also of `studies.sanity`
 
 REPEATS, GRADIENT = "answers do not vary from call to call", "answers with a gradient are the same"
 ZEROS, SEARCH = "the gradient is not zero", "a search without gradients does not win"
@@ -47,12 +46,18 @@ def at_start(lm: AttackedHFLM, batch: Batch) -> list[Checked]:
         pack = engine.pack(few).to(engine.device)
         with torch.no_grad():
             first, again = (engine.scorer(pack, pack.scored).log_prob.double() for _ in range(2))
-        followed = clean_pass(engine.scorer, pack, engine.threat, Needs(gradient=True)).scores
-    assert followed is not None
+        clean = clean_pass(engine.scorer, pack, engine.threat, Needs(gradient=True))
+        assert clean.scores is not None and clean.gradient is not None
+        examples = AttackedBatch(engine.scorer, pack, engine.threat, clean).examples
+        zero = int((examples.largest(clean.gradient) == 0).sum())
     size = float(first.abs().mean())
+    figure = f"zero in every coordinate for {zero} of {examples.n} points"
     return [
-        _changed(name, float((other.double() - first).abs().max()), size)
-        for name, other in ((REPEATS, again), (GRADIENT, followed.log_prob))
+        *(
+            _changed(name, float((other.double() - first).abs().max()), size)
+            for name, other in ((REPEATS, again), (GRADIENT, clean.scores.log_prob))
+        ),
+        {"name": ZEROS, "passed": zero == 0, "figure": figure},
     ]
 
 
@@ -62,23 +67,15 @@ def _changed(name: str, most: float, size: float) -> Checked:
     return {"name": name, "passed": share <= _ROUNDING, "figure": figure}
 
 
-def at_end(samples: pd.DataFrame, attacks: Mapping[str, Mapping[str, Any]]) -> list[Checked]:
-    """Of what the attacks met.
+def at_end(samples: pd.DataFrame) -> list[Checked]:
+    """Of what a battery found.
 
     Args:
         samples: a row per question and condition.
-        attacks: what `run.json` says of each condition.
     """
-    shares = {name: info.get("zero_gradient_fraction") for name, info in attacks.items()}
-    known = {name: share for name, share in shares.items() if share is not None}
-    checked = []
-    if known:
-        name = max(known, key=lambda name: known[name])
-        figure = f"zero in {known[name]:.2%} of coordinates ({name})"
-        checked.append({"name": ZEROS, "passed": known[name] <= _ZEROS, "figure": figure})
-    if BROKEN_BY in samples:
-        checked.append(_search(samples[samples["attack"].isin(BATTERIES)]))
-    return checked
+    if BROKEN_BY not in samples:
+        return []
+    return [_search(samples[samples["attack"].isin(BATTERIES)])]
 
 
 def _search(samples: pd.DataFrame) -> Checked:

@@ -222,7 +222,7 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         run["of_tasks"] = rows.whole_tasks(requests, list(infos), results)
         run[KNOWS_GOLD] = plan.needs_gold
         if plan.standard is not None:
-            checked += checks.at_end(samples, infos)
+            checked += checks.at_end(samples)
             run |= {"standard": plan.standard.version, "checks": checked}
         run |= {"of_model": _of_model(lm), "tasks": _tasks(results[0])}
         table = summarise(with_worst(samples, run), infos, run["of_tasks"])
