@@ -308,14 +308,14 @@ def compare(folders: tuple[Path, ...], **settings: Any) -> None:
     epilog=examples(
         "llm-attack card out/demo",
         "llm-attack card out/demo -o cards/demo.json",
-        "llm-attack card out/demo --name 'A. Author' --link https://example.org/paper",
+        "llm-attack card out/demo --name Ada --link https://example.org/paper",
     )
 )
 @click.argument("folder", type=_FOLDER)
 @click.option(
     "-o", "--output", metavar="PATH", help="JSON file. The default is card.json in FOLDER."
 )
-@click.option("--name", metavar="TEXT", help="Who hands the card in.")
+@click.option("--name", metavar="TEXT", help="Name of the person or group that hands the card in.")
 @click.option("--link", metavar="URL", help="Address of a paper, a page or a person.")
 def card(folder: Path, **settings: Any) -> None:
     """Write the card of a run with --attacks standard: model, tasks and robust accuracy as JSON.
