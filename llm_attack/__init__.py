@@ -14,8 +14,19 @@ if TYPE_CHECKING:
     from llm_attack.suite.evaluate import evaluate
     from llm_attack.suite.plan import Plan
     from llm_attack.suite.results import Result
+    from llm_attack.suite.standard import robust_accuracy
+    from llm_attack.suite.studies.card import load_card
 
-__all__ = ["Attack", "AttackedHFLM", "Plan", "Result", "evaluate", "perturb"]
+__all__ = [
+    "Attack",
+    "AttackedHFLM",
+    "Plan",
+    "Result",
+    "evaluate",
+    "load_card",
+    "perturb",
+    "robust_accuracy",
+]
 
 _HOME = {
     "Attack": "llm_attack.attacks",
@@ -23,7 +34,9 @@ _HOME = {
     "Plan": "llm_attack.suite.plan",
     "Result": "llm_attack.suite.results",
     "evaluate": "llm_attack.suite.evaluate",
+    "load_card": "llm_attack.suite.studies.card",
     "perturb": "llm_attack.attacks",
+    "robust_accuracy": "llm_attack.suite.standard",
 }
 
 

@@ -331,6 +331,51 @@ def compare(folders: tuple[Path, ...], **settings: Any) -> None:
         commands.compare(folders, **settings)
 
 
+@main.command(
+    epilog=examples(
+        "llm-attack card out/demo",
+        "llm-attack card out/demo -o cards/demo.json",
+        "llm-attack card out/demo --name Ada --link https://example.org/paper",
+    )
+)
+@click.argument("folder", type=_FOLDER)
+@click.option(
+    "-o", "--output", metavar="PATH", help="JSON file. The default is card.json in FOLDER."
+)
+@click.option("--name", metavar="TEXT", help="Name of the person or group that hands the card in.")
+@click.option("--link", metavar="URL", help="Address of a paper, a page or a person.")
+def card(folder: Path, **settings: Any) -> None:
+    """Write the card of a run with --attacks standard: model, tasks and robust accuracy as JSON.
+
+    A run that the standard does not allow is refused.
+    """
+    from llm_attack.suite import cards
+
+    cards.card(folder, **settings)
+
+
+@main.command(
+    epilog=examples(
+        "llm-attack board out/demo/card.json -o site",
+        "llm-attack board board/cards/*.json -o site",
+        "llm-attack board board/cards/*.json out/mine/card.json -o site",
+    )
+)
+@click.argument("cards", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option(
+    "-o", "--output", metavar="PATH", required=True, help="Folder for the pages and downloads."
+)
+def board(cards: tuple[Path, ...], output: str) -> None:
+    """Make pages of cards: sortable tables, a figure, a page for each model, and downloads.
+
+    The pages need neither a server nor a network. Models are compared if they answered the same
+    questions under the same version of a standard.
+    """
+    from llm_attack.suite import cards as commands
+
+    commands.board(cards, output)
+
+
 @main.group(
     epilog=examples(
         "llm-attack reproduce fig4",

@@ -130,6 +130,21 @@ RULES = (
         more="--help",
     ),
     Rule(
+        r"llm-attack run .*--attacks standard .*",
+        "one question: the battery takes seconds for each",
+        changes=(
+            (r"--model MODEL", "--model demo"),
+            (r"demo_six|paper_six", "demo_piqa"),
+        ),
+        more="--limit 1",
+    ),
+    Rule(
+        r"llm-attack (card|board) .*",
+        "they need a run of a standard: their help; tests/suite/test_board.py runs both",
+        changes=((r"(card|board) .*", r"\1"),),
+        more="--help",
+    ),
+    Rule(
         r"lm_eval --model attacked-hf --model_args .*",
         f"{FEW}; where there are no data, tasks of ours, of which lm_eval has to be told",
         changes=(*MODEL, *TASKS),

@@ -197,6 +197,8 @@ class _Run:
     def result(self) -> Tensor:
         """The final point of an attack that is more than steps, or has none."""
         kind = self.attack.kind
+        if kind.members:
+            return self._battery()
         if kind.function is not None:
             return self._own(kind.function)
         if kind.search:
@@ -207,6 +209,24 @@ class _Run:
         if not kind.gradient:
             return self.start()
         return self._nearest() if kind.minimal else self._climbed(self.ball, self.watch)
+
+    def _battery(self) -> Tensor:
+        """For each example the point of the first member with a gap above 0; of all with the
+        greatest gap where there is none.
+        """
+        gap, watch = self._hill(self.losses.gap, _without_nan(self.known.gap)), self.watch
+        value = gap.value(self.ball.x) if gap.clean_value is None else gap.clean_value
+        best = Best(self.ball, watch.on_best)
+        best.start(self.ball.x, value)
+        assert best.value is not None and best.point is not None
+        for member in self.attack.members:
+            wrong = best.value > 0
+            if wrong.all():
+                break
+            alone = replace(watch, on_best=Watch().on_best)
+            point = replace(self, attack=member, watch=alone).result()
+            best.offer(point, torch.where(wrong, -torch.inf, gap.value(point)))
+        return best.point
 
     def _own(self, function: Callable[..., Any]) -> Tensor:
         """The point that a user's own attack returns, projected on the ball."""

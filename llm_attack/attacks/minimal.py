@@ -35,7 +35,7 @@ def fmn(hill: Hill, ball: Ball, watch: Watch, *, steps: int, step: Tensor | floa
 
     Args:
         hill: the loss; the last try needs no gradient.
-        ball: the largest ball that is allowed; each of its `balls` is one example.
+        ball: the largest ball that is allowed.
         watch: called with the points that are the shortest so far.
         steps: number of gradients.
         step: L2 length of the first step, a number or (examples,). Steps shrink along a cosine, to
@@ -48,20 +48,20 @@ def fmn(hill: Hill, ball: Ball, watch: Watch, *, steps: int, step: Tensor | floa
     first = ball.examples.spread(step, x).to(x.dtype) if isinstance(step, Tensor) else step
     value, slope = hill.slope(x)
     fooled = torch.zeros_like(value, dtype=torch.bool)
-    length = ball.norm.length(x - x, ball.balls)
+    length = ball.length(x - x)
     least, radius = torch.full_like(length, math.inf), torch.full_like(length, math.inf)
     for i in range(steps):
         cosine = (1 + math.cos(math.pi * i / steps)) / 2
         size, change = (b + (a - b) * cosine for a, b in (_STEPS, _CHANGES))
         if i:
             value, slope = hill.slope(point)
-            length = ball.norm.length(point - x, ball.balls)
+            length = ball.length(point - x)
         wrong = value > 0
         better = wrong & (length < least)
         best, least = ball.where(better, point, best), torch.where(better, length, least)
         watch.on_best(better)
         fooled = fooled | wrong
-        ahead = length + value.abs() / ball.norm.dual(slope, ball.balls).clamp(min=1e-12)
+        ahead = length + value.abs() / ball.dual(slope).clamp(min=1e-12)
         near = torch.where(fooled, radius * (1 + change), ahead)
         radius = torch.where(wrong, torch.minimum(radius * (1 - change), least), near)
         radius = radius.clamp(max=ball.epsilon)
@@ -93,7 +93,7 @@ def bisect(
     Args:
         climb: ball -> the point that the attack finds in it.
         hill: the loss; only its values are read.
-        ball: the largest ball to try; each of its `balls` is one example.
+        ball: the largest ball to try.
         watch: called with the points that are the shortest so far.
         rounds: number of radii. The first is the radius of `ball`, and the second is `first`. Then
             the radius is divided by four as long as the attack succeeds. After that comes the
@@ -108,13 +108,13 @@ def bisect(
         clean = hill.value(ball.x)
         watch.on_best(torch.ones_like(clean, dtype=torch.bool))
     shortest = torch.where(clean > 0, 0.0, math.inf)
-    shortest = shortest.to(ball.norm.length(ball.x - ball.x, ball.balls))
+    shortest = shortest.to(ball.length(ball.x - ball.x))
     largest = torch.zeros_like(shortest)  # radius at which the attack failed
     radius = torch.full_like(shortest, ball.epsilon)
     for i in range(rounds):
         point = climb(replace(ball, scale=radius / ball.epsilon))
         wrong = hill.value(point) > 0
-        length = ball.norm.length(point - ball.x, ball.balls)
+        length = ball.length(point - ball.x)
         better = wrong & (length < shortest)
         taken = better | (shortest.isinf() & (i == 0))
         watch.on_best(taken)

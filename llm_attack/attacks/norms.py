@@ -198,6 +198,9 @@ class Ball:
         """The ball of an `Attack`. The other arguments are as for `perturb`."""
         examples, mask = elements.examples or Groups.rows(x), elements.mask
         balls = elements.balls or examples
+        if attack.per_token:
+            n = x.shape[:-1].numel()
+            balls = Groups(torch.arange(n, device=x.device).reshape(x.shape[:-1]), n)
         moves = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
         moves = moves.reshape(moves.shape + (1,) * (x.dim() - moves.dim()))
         scale = None
@@ -235,9 +238,27 @@ class Ball:
         away: Tensor = self.sized(self.epsilon) * draw(keys, self.moves, self.x, self.balls)
         return self.x + away
 
+    def length(self, change: Tensor) -> Tensor:
+        """(examples.n,) the smallest radius that allows a change, in float64."""
+        of_balls = self.norm.length(change, self.balls)
+        if self.balls is self.examples:
+            return of_balls
+        return self.examples.largest(self.balls.spread(of_balls, change))
+
+    def dual(self, slope: Tensor) -> Tensor:
+        """(examples.n,) by how much a step of length 1 in all balls gains along its direction.
+
+        Balls are those of the examples, or of one element each.
+        """
+        of_balls = self.norm.dual(slope, self.balls)
+        if self.balls is self.examples:
+            return of_balls
+        of_elements = of_balls[self.balls.index].reshape(*self.examples.index.shape, -1)
+        return self.examples.sum(of_elements)
+
     @property
     def farthest(self) -> Tensor:
-        """(examples.n,) L2 distance of the farthest point, if each ball is one example."""
+        """(examples.n,) L2 distance of the farthest point."""
         corner = self.moves.expand_as(self.x).to(self.x.dtype)
         return self.epsilon * self.examples.norm(self.norm.direction(corner, self.balls), 2)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from inspect import signature
 from typing import Any
@@ -30,6 +30,7 @@ class Kind:
         minimal: looks for the nearest point with a loss above 0, at most epsilon away.
         function: a user's own function that does everything; see `register_attack`.
         source: hash of its source (`source_hash`); empty for the attacks of this package.
+        members: of a battery, its attacks in order, each with the settings that it reads.
     """
 
     gradient: bool = False
@@ -44,11 +45,14 @@ class Kind:
     minimal: bool = False
     function: Callable[..., Any] | None = None
     source: str = ""
+    members: tuple[tuple[str, Mapping[str, Any]], ...] = ()
 
     @property
     def settings(self) -> tuple[str, ...]:
         """The names of the `StepSettings` that it reads."""
         every = tuple(entry.name for entry in fields(StepSettings))
+        if self.members:  # which have their own
+            return ()
         if self.function is not None:
             named = signature(self.function).parameters.values()
             if any(parameter.kind is parameter.VAR_KEYWORD for parameter in named):
@@ -80,10 +84,10 @@ class Kind:
         """Whether it counts for the worst case: it tries to do harm in a ball of one amplitude.
 
         Clean answers, `reversed`, noise that may leave the ball, and searches for the smallest
-        amplitude do not count.
+        amplitude do not count. Nor does a battery, which is a worst case itself.
         """
         moves = self.gradient or self.search or self.start is not None
-        return moves and self.projected and not (self.reverse or self.minimal)
+        return moves and self.projected and not (self.reverse or self.minimal or self.members)
 
     @property
     def stepwise(self) -> bool:
@@ -127,6 +131,29 @@ ATTACKS: dict[str, Kind] = {
     "critical": Kind(gradient=True, iterative=True, adaptive=True, minimal=True),
     "reversed": Kind(gradient=True, reverse=True),
 }
+
+BATTERIES: dict[str, Kind] = {
+    "standard-1": Kind(
+        gradient=True,
+        targeted=True,
+        adaptive=True,
+        search=True,
+        members=(
+            ("apgdt", {"steps": 16, "step_size": None, "restarts": 1}),
+            ("fmn", {"steps": 50, "step_size": None}),
+            ("blocks", {"queries": 100}),
+        ),
+    ),
+}
+"""Attacks in a fixed order, of which each tries only the examples that those before left right.
+
+A version is never changed: other numbers make another version.
+"""
+
+
+def kind_of(name: str) -> Kind | None:
+    """The traits of an attack or of a battery; None: nothing has this name."""
+    return ATTACKS.get(name) or BATTERIES.get(name)
 
 
 def register_attack(function: Callable[..., Any], name: str | None = None) -> str:
@@ -245,12 +272,13 @@ class Attack(StepSettings):
     """One attack with its settings.
 
     Args:
-        name: a key of `ATTACKS`. `random`, `uniform` and `gaussian` are noise; `fgsm`: Goodfellow
-            et al. 2015; `bim`, `illc` and `ost` (one step towards the least likely class): Kurakin
-            et al. 2017; `pgd`: Madry et al. 2018; `mifgsm`: Dong et al. 2018; `apgd`, `apgdt`:
-            Croce and Hein 2020; `blocks`: after Andriushchenko et al. 2020; `fmn`: Pintor et al.
-            2021; `critical`: `apgd` at several epsilons; `reversed`: `fgsm` with the opposite sign,
-            a control that has to lower the loss.
+        name: a key of `ATTACKS` or `BATTERIES`. `random`, `uniform` and `gaussian` are noise;
+            `fgsm`: Goodfellow et al. 2015; `bim`, `illc` and `ost` (one step towards the least
+            likely class): Kurakin et al. 2017; `pgd`: Madry et al. 2018; `mifgsm`: Dong et al.
+            2018; `apgd`, `apgdt`: Croce and Hein 2020; `blocks`: after Andriushchenko et al. 2020;
+            `fmn`: Pintor et al. 2021; `critical`: `apgd` at several epsilons; `reversed`: `fgsm`
+            with the opposite sign, a control that has to lower the loss; `standard-1`: the battery
+            of that version.
         epsilon: radius of the ball round the clean point, in the units of the point; finite, >= 0.
             For `fmn` and `critical`, the largest radius.
         steps: number of steps of the iterative attacks; >= 1.
@@ -268,6 +296,8 @@ class Attack(StepSettings):
             itself.
         by_size: whether all lengths are divided by the square root of the number of the example's
             elements, such as tokens. The noise of NEFTune is scaled so (Jain et al. 2023).
+        per_token: whether each entry of the dimensions but the last, such as a token, has its own
+            ball. Otherwise one ball holds all entries of an example.
         label: the amplitude in the condition's name; None means epsilon.
 
     Raises:
@@ -278,10 +308,11 @@ class Attack(StepSettings):
     epsilon: float = 0.01
     norm: str = setting("linf", "Norm of the ball", choices=tuple(LENGTH_OF_ONES))
     by_size: bool = False
+    per_token: bool = False
     label: str | None = None
 
     def __post_init__(self) -> None:
-        if not known_attack(self.name):
+        if self.name not in BATTERIES and not known_attack(self.name):
             raise invalid("attack", self.name, ATTACKS)
         if not _EPSILON.allows(self.epsilon):
             raise invalid("epsilon", self.epsilon, _EPSILON.words())
@@ -292,7 +323,13 @@ class Attack(StepSettings):
 
     @property
     def kind(self) -> Kind:
-        return ATTACKS[self.name]
+        return ATTACKS.get(self.name) or BATTERIES[self.name]
+
+    @property
+    def members(self) -> tuple[Attack, ...]:
+        """The attacks of a battery in order; of another attack, itself."""
+        own = (replace(self, name=name, **settings) for name, settings in self.kind.members)
+        return tuple(own) or (self,)
 
     @property
     def identity(self) -> bool:

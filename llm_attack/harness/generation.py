@@ -196,7 +196,8 @@ class Generating(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         for i, question in enumerate(prompts.questions):
             answers: list[list[Any]] = [[of_condition[i]] for of_condition in texts]
             alignment = kept.alignments.get(question.requests[0].tokens)
-            result.answered.append(Answered(question, answers, alignment, [None] * len(texts)))
+            none: list[Any] = [None] * len(texts)
+            result.answered.append(Answered(question, answers, alignment, none, none))
         return True
 
     def _model_generate(

@@ -224,10 +224,11 @@ class AttackedHFLM(Generating):
                     f"epsilon={attack.epsilon:g}: must be a number of the model's dtype,"
                     f" {self.model.dtype}, whose largest number is {largest:g}"
                 )
-            if attack.name == "fmn" and self.engine_settings.gradient_dtype is not None:
+            fmn = any(member.name == "fmn" for member in attack.members)
+            if fmn and self.engine_settings.gradient_dtype is not None:
                 raise UsageError(
                     f"gradient_dtype={self.engine_settings.gradient_dtype}: must be left out with"
-                    " attack=fmn, which needs an answer with every gradient"
+                    f" attack={attack.name}, which needs an answer with every gradient"
                 )
 
     def _scorers(self, model: Any, names: Sequence[str | None]) -> list[Scorer]:

@@ -135,13 +135,11 @@ class ThreatModel:
         loss: a key of `LOSSES`.
         shared: the tokens that a question's requests share have one perturbation. Otherwise every
             request has its own.
-        per_token: every token has its own ball. Otherwise one ball holds the whole perturbation.
         seed: seed of the random draws.
         positions: the tokens that may move; see `lm.packing.positions`.
     """
 
     loss: str = "sequence"
     shared: bool = False
-    per_token: bool = False
     seed: int = 0
     positions: str = "all"

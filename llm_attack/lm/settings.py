@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from llm_attack.attacks import ATTACKS, Attack
 from llm_attack.attacks.settings import (
+    BATTERIES,
     Kind,
     StepSettings,
     condition_name,
@@ -169,8 +170,7 @@ class ThreatSettings(StepSettings):
 
     @property
     def threat(self) -> ThreatModel:
-        per_token = self.norm.endswith(PER_TOKEN)
-        return ThreatModel(self.loss, self.shared, per_token, self.seed, self.positions)
+        return ThreatModel(self.loss, self.shared, self.seed, self.positions)
 
 
 @dataclass(frozen=True)
@@ -183,8 +183,9 @@ class AttackSettings(ThreatSettings):
 
     attack: str = setting(
         "fgsm",
-        f"Name of the attack: one of {', '.join(ATTACKS)}, or package.module:function of your own",
-        allowed=_named(ATTACKS),
+        f"Name of the attack: one of {', '.join((*ATTACKS, *BATTERIES))}, or"
+        " package.module:function of your own",
+        allowed=_named({**ATTACKS, **BATTERIES}),
         parse=_attack_name,
         group="attack",
     )
@@ -216,6 +217,7 @@ class AttackSettings(ThreatSettings):
             epsilon.number,
             norm=self.norm.removesuffix(PER_TOKEN),
             by_size=epsilon.unit == NEFTUNE,
+            per_token=self.norm.endswith(PER_TOKEN),
             label=str(self.amplitude),
             **step_settings(self),
         )
@@ -229,12 +231,8 @@ class AttackSettings(ThreatSettings):
             raise UsageError(
                 f"attack={self.attack}: {what}, so it needs {knowing}, not loss={self.loss}"
             )
-        if kind.minimal and self.norm.endswith(PER_TOKEN):
-            raise UsageError(
-                f"norm={self.norm}: must be linf or l2 with attack={self.attack}, which looks for"
-                " one smallest amplitude"
-            )
-        if kind.minimal and self.amplitude.epsilon.unit == NEFTUNE:
+        minimal = any(attack.kind.minimal for attack in self.attack_in_units.members)
+        if minimal and self.amplitude.epsilon.unit == NEFTUNE:
             raise UsageError(
                 f"epsilon_unit={NEFTUNE}: must be another unit with attack={self.attack}, which"
                 " compares amplitudes between questions"
@@ -261,7 +259,7 @@ class AttackSettings(ThreatSettings):
     def sources(self) -> dict[str, str]:
         """Hashes of the source of a user's own attack, loss and unit, if there are any."""
         sources = {
-            "attack_source": ATTACKS[self.attack].source,
+            "attack_source": self.attack_in_units.kind.source,
             "loss_source": LOSSES[self.loss].source,
             "unit_source": unit_source(self.amplitude.epsilon.unit),
         }

@@ -11,7 +11,13 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from llm_attack.attacks.settings import ATTACKS, ITERATIVE, known_attack, register_attack
+from llm_attack.attacks.settings import (
+    ATTACKS,
+    BATTERIES,
+    ITERATIVE,
+    known_attack,
+    register_attack,
+)
 from llm_attack.base.declare import (
     SettingSpec,
     listed,
@@ -29,6 +35,7 @@ from llm_attack.lm.settings import (
     condition_names,
     unread,
 )
+from llm_attack.lm.standard import NEWEST, STANDARDS, Standard, version_of
 from llm_attack.lm.units import EPSILON, Epsilon
 
 # Settings that say how a plan is carried out or told; answers do not depend on them.
@@ -192,7 +199,9 @@ class Plan(_SeveralSteps, EngineSettings):
         f"Attacks to compare, separated by commas: {', '.join(ATTACKS)}, or"
         " package.module:function of your own. The name worst stands for the accuracy against all"
         " of them at each amplitude. If the loss knows the label, it is always reported. Otherwise"
-        " it is below guessing by construction, and is reported only if you name it",
+        " it is below guessing by construction, and is reported only if you name it. The names"
+        f" {' and '.join(NEWEST)} stand for fixed conditions, which everybody can compare; they set"
+        " epsilons, norms and loss",
         allowed=_NAMES,
         parse=_attacks,
         group="attack",
@@ -326,6 +335,7 @@ class Plan(_SeveralSteps, EngineSettings):
         self._check_loaded(tokenizer, name)
         super().__post_init__()
         EngineSettings.__post_init__(self)
+        self._take_standard()
         self._check_hookpoints()
         self._check_cluster()
         self._check_equivalence()
@@ -335,6 +345,38 @@ class Plan(_SeveralSteps, EngineSettings):
         self._check_used()
         self._check_distinct()
         self._check_saved()
+
+    def _take_standard(self) -> None:
+        """Sets what a standard decides, if the attacks name one.
+
+        Raises:
+            UsageError: something else is given as well.
+        """
+        named = tuple(version_of(name) for name in self.attacks)
+        standard = next((STANDARDS[name] for name in named if name in STANDARDS), None)
+        if standard is None:
+            return
+        version = standard.version
+        if {*named} - {"none", version} or len(named) > len({*named}):
+            raise UsageError(
+                f"attacks={','.join(self.attacks)}: must name only {version} and none, because a"
+                " standard fixes its attacks"
+            )
+        object.__setattr__(self, "attacks", ("none", version))
+        usual = {entry.name: entry.default for entry in fields(self)}
+        for name, value in standard.fixed.items():
+            given = getattr(self, name)
+            if given not in (usual[name], value):
+                shown = ",".join(map(str, given)) if isinstance(given, tuple) else given
+                raise UsageError(
+                    f"{name}={shown}: must be left out with attacks={version}, which sets it"
+                )
+            object.__setattr__(self, name, value)
+
+    @property
+    def standard(self) -> Standard | None:
+        """The standard that this is a run of; None: of none."""
+        return next((STANDARDS[name] for name in self.attacks if name in STANDARDS), None)
 
     def _check_hookpoints(self) -> None:
         for name, value in (("hookpoint", self.hookpoint), ("compile", self.compile)):
@@ -367,6 +409,11 @@ class Plan(_SeveralSteps, EngineSettings):
             raise UsageError(
                 "save_perturbations=True: needs an attack that perturbs something;"
                 f" attacks={','.join(self.attacks)}"
+            )
+        if self.save_perturbations and self.standard is not None:
+            raise UsageError(
+                f"save_perturbations=True: must be left out with attacks={self.standard.version},"
+                " whose attacks each see other questions"
             )
         if not self.save_perturbations and self.path_points != Plan.path_points:
             raise UsageError(
@@ -437,7 +484,7 @@ class Plan(_SeveralSteps, EngineSettings):
         run = {condition.attack for condition in self.conditions}
         others = {
             "epsilon_max": [attack for attack, kind in ATTACKS.items() if kind.minimal],
-            "epsilons": [attack for attack in ATTACKS if attack != "none"],
+            "epsilons": [attack for attack in (*ATTACKS, *BATTERIES) if attack != "none"],
         }
         for name, value, readers in unread(self, run, others):
             if name in _OF_MANY:
@@ -500,12 +547,19 @@ class Plan(_SeveralSteps, EngineSettings):
         common = {name: getattr(self, name) for name in names(ThreatSettings)}
         more = [name for name in _CRITICAL if self.critical and name not in self.attacks]
         asked = [name for name in self.attacks if name != WORST]
+        norms = [self.norm]
+        if self.standard is not None:
+            asked, norms = ["none", *self.standard.attacks], [*self.standard.norms]
         attacks = sorted([*asked, *more], key=lambda name: name != "none")
         return tuple(
-            AttackSettings(attack=attack, epsilon=epsilon, **{**common, "steps": steps})
+            AttackSettings(
+                attack=attack, epsilon=epsilon, **{**common, "norm": norm, "steps": steps}
+            )
+            for norm in norms
             for attack in attacks
             for epsilon in self._epsilons_of(attack)
             for steps in self._steps_of(attack)
+            if attack != "none" or norm == norms[0]
         )
 
     def conditions_at(self, hookpoints: Sequence[str | None]) -> tuple[AttackSettings, ...]:

@@ -24,7 +24,7 @@ from llm_attack.suite.analysis import perturbations
 from llm_attack.suite.analysis.calibration import calibration
 from llm_attack.suite.analysis.conditions import CONDITIONS, Condition
 from llm_attack.suite.analysis.equivalence import with_equivalence
-from llm_attack.suite.analysis.outcomes import with_scores
+from llm_attack.suite.analysis.outcomes import BROKEN_BY, with_scores
 from llm_attack.suite.analysis.perturbations import Perturbations
 from llm_attack.suite.analysis.summary import summarise
 from llm_attack.suite.analysis.worst import conditions as conditions_of
@@ -249,7 +249,8 @@ def _fault_of_columns(frame: pd.DataFrame, schema: dict[str, Callable[[Any], boo
         if not allows(frame[column]):
             return f"its column {column} holds {frame[column].dtype}"
     # one of the others under a damaged name
-    return next((f"has a column {column}" for column in frame if column not in schema), None)
+    known = {*schema, BROKEN_BY}
+    return next((f"has a column {column}" for column in frame if column not in known), None)
 
 
 def _lengths(column: pd.Series) -> list[int] | None:

@@ -195,3 +195,18 @@ def test_a_bigger_ball_does_not_change_what_is_near(name):
     attacks = (Attack(name, e, steps=50, rounds=20, step_size=0.2) for e in (0.5, 1.0))
     small, big = (at.lengths(perturb(attack, at.x, at.gap), "linf") for attack in attacks)
     assert torch.allclose(small, big, rtol=0.02)
+
+
+@pytest.mark.parametrize("name", MINIMAL)
+def test_with_a_ball_for_each_token_it_is_the_margin_over_the_sum_of_their_norms(name):
+    """The largest of the tokens' lengths is a norm; its dual is the sum of the tokens' lengths."""
+    w = torch.randn(3, 4, 5, generator=rng(2), dtype=torch.float64)
+    margin = torch.tensor([0.5, -0.3, 2.0], dtype=torch.float64)
+    x = torch.randn(3, 4, 5, generator=rng(3), dtype=torch.float64)
+    attack = Attack(name, 3.0, norm="l2", per_token=True, steps=60, rounds=30)
+    got = attacked(attack, x, lambda point: ((point - x) * w).flatten(1).sum(1) - margin)
+    expected = margin.clamp(min=0) / w.norm(dim=2).sum(1)
+    found = (got - x).norm(dim=2).amax(1)
+    assert torch.allclose(found, expected, rtol=3e-3, atol=1e-6)
+    assert (found[margin > 0] > expected[margin > 0]).all()
+    assert torch.equal(got[1], x[1])

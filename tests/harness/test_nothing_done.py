@@ -26,8 +26,6 @@ def carried_out(make, build, n=3, **arguments):
 @pytest.mark.sampled(3)
 def test_attacks_that_do_what_they_should(make, build, attack, norm):
     kind = ATTACKS[attack]
-    if kind.minimal and norm == "l2_token":
-        pytest.skip("one smallest amplitude has no ball for each token")
     arguments = {"attack": attack, "norm": norm, "epsilon": "0.02rms", "loss": "choice"}
     lm = carried_out(make, build, 2, **arguments, queries=5, rounds=2, steps=4)
     info = lm.attack_info()

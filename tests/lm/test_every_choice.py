@@ -55,8 +55,9 @@ def test_the_layout_does_not_matter(exact, build, task, attack):
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l2_token"])
 def test_first_order_is_the_margin_over_the_dual_norm_of_its_gradient(exact, build, norm):
-    at = batch_of(exact(loss="margin", norm=norm), build("demo_arc_challenge", 3).instances)
-    found = at.alignment(norm.removesuffix("_token"))[:, 3]
+    lm = exact(loss="margin", norm=norm)
+    at = batch_of(lm, build("demo_arc_challenge", 3).instances)
+    found = at.alignment(lm.attack)[:, 3]
     x = at.x.requires_grad_(True)
     gaps = at.gap(x)
     for i, gap in enumerate(gaps):

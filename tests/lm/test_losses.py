@@ -89,12 +89,7 @@ def test_the_table_of_losses():
     assert torch.equal(LOSSES["choice"].value(SCORES, choices), margin)
     assert torch.equal(LOSSES["margin"].value(SCORES, choices), choices.gap(SCORES))
     threat = ThreatModel()
-    assert (threat.loss, threat.shared, threat.per_token, threat.seed) == (
-        "sequence",
-        False,
-        False,
-        0,
-    )
+    assert (threat.loss, threat.shared, threat.seed) == ("sequence", False, 0)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 300.0])

@@ -17,8 +17,13 @@ THREATS = {
     "own": ThreatModel(),
     "shared": ThreatModel(shared=True),
     "choice": ThreatModel("choice", shared=True),
-    "each token": ThreatModel("margin", shared=True, per_token=True),
+    "each token": ThreatModel("margin", shared=True),
 }
+
+
+def ball_of(threat):
+    """Settings of attacks under one of `THREATS`."""
+    return {"norm": "l2", "per_token": True} if threat == "each token" else {}
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +72,8 @@ def answers(attacks, threat, longest_tree=0, questions=None):
 @pytest.mark.parametrize("longest_tree", [0, 100])
 @pytest.mark.parametrize("threat", THREATS)
 def test_bim_of_ones_own(threat, longest_tree):
-    attacks = [Attack("bim", 0.05, steps=3), Attack(register_attack(bim, "own"), 0.05, steps=3)]
+    names = "bim", register_attack(bim, "own")
+    attacks = [Attack(name, 0.05, steps=3, **ball_of(threat)) for name in names]
     found, diagnostics = answers(attacks, THREATS[threat], longest_tree)
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-9)
     ours, theirs = (d.report()["zero_gradient_fraction"] for d in diagnostics)
@@ -77,7 +83,10 @@ def test_bim_of_ones_own(threat, longest_tree):
 @pytest.mark.parametrize("threat", THREATS)
 def test_it_sees_a_loss_for_each_example(threat):
     """Of rows and of trees; each is better or equal, by its own loss."""
-    attacks = [Attack("none"), Attack(register_attack(best_of_noise, "best"), 0.3)]
+    attacks = [
+        Attack("none"),
+        Attack(register_attack(best_of_noise, "best"), 0.3, **ball_of(threat)),
+    ]
     rows, trees = (answers(attacks, THREATS[threat], longest)[0] for longest in (0, 100))
     torch.testing.assert_close(trees, rows, rtol=0, atol=1e-9)
     assert (rows[0] != rows[1]).any()

@@ -50,7 +50,7 @@ THREATS = {
     "own": ThreatModel(positions="question"),
     "shared": ThreatModel(shared=True, positions="question"),
     "choice": ThreatModel("choice", shared=True, positions="question"),
-    "l2": ThreatModel("choice", shared=True, per_token=True, positions="question"),
+    "l2": ThreatModel("choice", shared=True, positions="question"),
     "continuation": ThreatModel("continuation", positions="continuation"),
 }
 
@@ -83,7 +83,9 @@ def test_all_attacks_find_the_same(threat, longest_tree):
     """In float64, in both layouts: answers, alignment, and what diagnostics sum."""
     attacks = ATTACKS
     if threat == "l2":
-        attacks = [Attack(a.name, a.epsilon, "l2", steps=2, queries=4) for a in ATTACKS]
+        attacks = [
+            Attack(a.name, a.epsilon, "l2", per_token=True, steps=2, queries=4) for a in ATTACKS
+        ]
     how = {"longest_tree": longest_tree}
     whole = answers("llama", attacks, THREATS[threat], False, **how)
     behind = answers("llama", attacks, THREATS[threat], True, **how)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from llm_attack.attacks import (
-    NORMS,
     Attack,
     Ball,
     Elements,
@@ -117,17 +116,13 @@ class AttackedBatch:
         sizes = [len(q.trie) for q in self.pack.questions]
         return Groups(_owners(sizes).to(self.x.device), len(sizes))
 
-    @cached_property
-    def balls(self) -> Groups:
-        """The tokens whose perturbations share a ball."""
-        if not self.threat.per_token:
-            return self.examples
-        n = self.x.shape[:-1].numel()
-        return Groups(torch.arange(n, device=self.x.device).reshape(self.x.shape[:-1]), n)
-
     @property
     def elements(self) -> Elements:
-        return Elements(self.mask, self.examples, self.balls)
+        return Elements(self.mask, self.examples)
+
+    def ball(self, attack: Attack) -> Ball:
+        """Where an attack may go."""
+        return Ball.of(attack, self.x, elements=self.elements)
 
     # -- values that attacks ask for at a point ---------------------------------------------------
 
@@ -213,7 +208,7 @@ class AttackedBatch:
         assert clean.loss is not None
         return Known(self.of_examples(clean.loss), clean.gradient, gap)
 
-    def alignment(self, norm: str) -> Tensor:
+    def alignment(self, attack: Attack) -> Tensor:
         """(examples, 4): x·g, x·x and g·g at the clean point, and an estimate of an amplitude.
 
         x is the clean point and g the gradient. x·g / sqrt(x·x g·g) is the cosine similarity of
@@ -228,10 +223,7 @@ class AttackedBatch:
         sums = [self.examples.sum(part) for part in (x * g, x * x, g * g)]
         estimate = torch.full_like(sums[0], torch.nan)
         if self.read.kind.gold:
-            dual = NORMS[norm].dual(g, self.balls)
-            if self.balls is not self.examples:
-                dual = self.examples.sum(dual.reshape(*x.shape[:-1], 1))
-            estimate = self.clean.loss.neg().clamp(min=0) / dual
+            estimate = self.clean.loss.neg().clamp(min=0) / self.ball(attack).dual(g)
         return torch.stack([part.to(estimate) for part in (*sums, estimate)], -1)
 
     def critical_epsilon(self, attack: Attack, adversarial: Tensor, scores: Scores) -> Tensor:
@@ -244,7 +236,7 @@ class AttackedBatch:
         """
         n = len(self.pack.requests)
         sums = sum_by(scores.log_prob, self.pack.scored.request, n)
-        length = NORMS[attack.norm].length(adversarial - self.x, self.examples)
+        length = self.ball(attack).length(adversarial - self.x)
         return torch.where(self.read.choices.gap(sums) > 0, length, torch.inf)
 
     def _sums(self, attack: Attack, x: Tensor, zeros: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -254,14 +246,13 @@ class AttackedBatch:
         elements = moves.sum(dtype=wide) * self.x.shape[-1]
         clean = self.x.to(self._precise)
         noise = x.to(self._precise) - clean
-        ball = Ball.of(attack, self.x, elements=self.elements)
         return {
             "signal": (clean.square() * moves).sum(dtype=wide),
             "noise": noise.square().sum(dtype=wide),
             "elements": elements,
             "zero_gradients": sum(zeros, 0 * elements),
             "gradients": elements * len(zeros),
-            **diagnostics.moved(attack, ball, noise),
+            **diagnostics.moved(attack, self.ball(attack), noise),
             **self._nearest(x),
         }
 

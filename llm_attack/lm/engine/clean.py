@@ -17,7 +17,7 @@ from llm_attack.attacks import Attack, least_likely
 from llm_attack.lm.engine.choices import ChoiceScores, sum_by
 from llm_attack.lm.engine.scoring import Scorer, Scores
 from llm_attack.lm.losses import LOSSES, ThreatModel
-from llm_attack.lm.packing.pack import Pack, Twins
+from llm_attack.lm.packing.pack import Entries, Pack, Twins
 
 _ROUNDING = 4.0  # rounding of a sum of log-probabilities, in units of its last place
 
@@ -43,7 +43,7 @@ class Needs:
         minimal = any(a.kind.minimal for a in every)
         # these have one target: the choice that is least likely at the clean point
         targets = any(a.kind.targeted and not a.kind.adaptive for a in every if not a.identity)
-        answers = targets or minimal or any(a.identity for a in every)
+        answers = targets or minimal or any(a.identity or a.kind.members for a in every)
         gradient = minimal or any(a.uses_clean_gradient for a in every)
         return cls(not all(a.identity for a in every), answers, gradient)
 
@@ -90,13 +90,18 @@ class BatchLoss:
         """The loss that attacks raise: (requests,), or (questions,) if it knows the gold."""
         return self.kind.value(self.sums(scores), self.choices if self.kind.gold else None)
 
-    def gap(self, scores: Scores) -> Tensor:
+    def gap(self, scores: Scores, entries: Entries | None = None) -> Tensor:
         """(questions,) `ChoiceScores.gap`: above 0 the answer is wrong.
 
         Scores that differ by less than `_ROUNDING` count as right, unless they are equal. lm-eval
         sums in the precision of the log-probabilities, and there their order may be reversed.
+
+        Args:
+            scores: scores of the predictions.
+            entries: these predictions; None: those that the loss reads.
         """
-        sums = self.sums(scores)
+        entries = entries or self.pack.watched
+        sums = sum_by(scores.log_prob, entries.request, len(self.pack.requests))
         gap, best = self.choices.gap(sums), self.choices.matrix(sums).detach().amax(-1)
         rounding = _ROUNDING * torch.finfo(scores.log_prob.dtype).eps * best.abs()
         return torch.where(gap > torch.finfo(gap.dtype).tiny, gap - rounding, gap)

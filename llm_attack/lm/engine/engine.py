@@ -15,6 +15,7 @@ from torch import Tensor
 from llm_attack.attacks import Attack
 from llm_attack.base.errors import UsageError
 from llm_attack.lm.engine.attacked import Attacked, AttackedBatch, Slopes
+from llm_attack.lm.engine.battery import survive
 from llm_attack.lm.engine.clean import CleanPass, Needs
 from llm_attack.lm.engine.diagnostics import Diagnostics
 from llm_attack.lm.engine.hookpoints import clean_passes
@@ -48,12 +49,14 @@ class Answered(NamedTuple):
             if no attack needs that gradient.
         critical_epsilons: for each attack that searches for it, the amplitude that makes the answer
             wrong (`AttackedBatch.critical_epsilon`); None for the others.
+        broken_by: for each battery, as of `Survived`; None for the others.
     """
 
     question: Question
     answers: list[list[Answer]]
     alignment: tuple[float, ...] | None
     critical_epsilons: list[float | None]
+    broken_by: list[str | None]
 
 
 @dataclass
@@ -76,6 +79,7 @@ class Computed(NamedTuple):
         sums: for each attack, the values to add to its `Diagnostics`, by name.
         alignment: (questions, 4), see `Answered`; or None.
         critical_epsilons: for each attack (questions,), or None.
+        broken_by: for each attack, a name or None of each question.
         traces: for each attack, or None.
     """
 
@@ -83,6 +87,7 @@ class Computed(NamedTuple):
     sums: list[dict[str, Tensor]]
     alignment: Tensor | None
     critical_epsilons: list[Tensor | None]
+    broken_by: list[list[str | None]]
     traces: list[Trace | None]
 
 
@@ -294,18 +299,26 @@ class Engine:
         return replace(pack, limit=batch.limit)
 
     def compute(self, pack: Pack) -> Computed:
-        """Runs one batch under all attacks. Nothing waits for the device."""
+        """Runs one batch under all attacks. Nothing but a battery waits for the device."""
         pack = pack.to(self.device)
         needs = Needs.of(self.attacks)
         batches = self.prepared(pack, needs)
         first = batches[self.scorers[0]]
-        alignment = first.alignment(self.attacks[0].norm) if needs.gradient else None
-        computed = Computed([], [], alignment, [], [])
+        alignment = first.alignment(self.attacks[0]) if needs.gradient else None
+        computed = Computed([], [], alignment, [], [], [])
         for attack, scorer, end in zip(self.attacks, self.scorers, self.ends(batches), strict=True):
             at = batches[scorer]
-            if end is None:  # the clean point
+            broken_by: list[str | None] = [None] * len(pack.questions)
+            sums = {} if end is None else end.sums
+            if attack.kind.members and not attack.identity:
+                assert first.clean.scores is not None
+                prepare, x = partial(self._alone, scorer), None
+                scores, sums, broken_by = survive(
+                    attack, pack, self.threat, first.clean.scores, prepare
+                )
+            elif end is None:  # the clean point
+                assert first.clean.scores is not None
                 scores, x = first.clean.scores, at.clean.x
-                assert scores is not None
             else:
                 x = end.x
                 scores = at.answers(x) if end.scores is None else end.scores
@@ -314,8 +327,9 @@ class Engine:
                 assert x is not None
                 critical = at.critical_epsilon(attack, x, scores)
             computed.scores.append(scores)
-            computed.sums.append({} if end is None else end.sums)
+            computed.sums.append(sums)
             computed.critical_epsilons.append(critical)
+            computed.broken_by.append(broken_by)
             computed.traces.append(self._trace(at, end))
         return computed
 
@@ -325,9 +339,16 @@ class Engine:
             return None
         return traced(batch, end.x, self.path_points)
 
-    def prepared(self, pack: Pack, needs: Needs) -> dict[Scorer, AttackedBatch]:
-        """The pack at each hookpoint, with its clean pass."""
-        scorers = list(dict.fromkeys(self.scorers))
+    def _alone(self, scorer: Scorer, batch: Batch, attack: Attack) -> AttackedBatch:
+        """A batch made ready for one attack."""
+        pack = self.pack(batch).to(self.device)
+        return self.prepared(pack, Needs.of([attack]), [scorer])[scorer]
+
+    def prepared(
+        self, pack: Pack, needs: Needs, at: Sequence[Scorer] = ()
+    ) -> dict[Scorer, AttackedBatch]:
+        """The pack at each hookpoint, or at those of some scorers, with its clean pass."""
+        scorers = list(dict.fromkeys(at or self.scorers))
         if not self.slopes:
             passes = clean_passes(scorers, pack, self.threat, needs)
             return {
@@ -348,7 +369,7 @@ class Engine:
         ends: list[Attacked | None] = [None] * len(self.attacks)
         ways: dict[tuple[Scorer, Attack], list[int]] = {}
         for i, (attack, scorer) in enumerate(zip(self.attacks, self.scorers, strict=True)):
-            if not attack.identity:
+            if not (attack.identity or attack.kind.members):
                 ways.setdefault((scorer, attack.path), []).append(i)
         for (scorer, _), numbers in ways.items():
             attacked = batches[scorer].attacks([self.attacks[i] for i in numbers])
@@ -389,7 +410,10 @@ class Engine:
             end = at + len(question.requests)
             of_question = [of_attack[at:end] for of_attack in answers]
             amplitudes = [of_attack[i] for of_attack in critical]
-            result.answered.append(Answered(question, of_question, alignments[i], amplitudes))
+            names = [of_attack[i] for of_attack in computed.broken_by]
+            result.answered.append(
+                Answered(question, of_question, alignments[i], amplitudes, names)
+            )
             at = end
 
 

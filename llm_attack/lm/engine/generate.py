@@ -89,7 +89,7 @@ def attacked_prompts(engine: Engine, context: Tensor, mask: Tensor) -> AttackedP
     ends = engine.ends(batches)
     alignments = {}
     if needs.gradient:
-        rows = batches[engine.scorers[0]].alignment(engine.attacks[0].norm).tolist()
+        rows = batches[engine.scorers[0]].alignment(engine.attacks[0]).tolist()
         alignments = {tuple(p): tuple(row) for p, row in zip(prompts, rows, strict=True)}
     sums = [
         {} if end is None else {name: float(value) for name, value in end.sums.items()}

@@ -14,13 +14,19 @@ class OfRequest(NamedTuple):
     answers: list[Answer]
     alignment: tuple[float, ...] | None
     critical_epsilons: list[float | None]
+    broken_by: list[str | None]
 
 
 def by_index(answered: Iterable[Answered]) -> dict[int, OfRequest]:
     """The answers by the indices in `Question.answers`."""
     return {
-        index: OfRequest([of_attack[i] for of_attack in answers], alignment, critical_epsilons)
-        for question, answers, alignment, critical_epsilons in answered
-        for i, indices in enumerate(question.answers)
+        index: OfRequest(
+            [of_attack[i] for of_attack in parts.answers],
+            parts.alignment,
+            parts.critical_epsilons,
+            parts.broken_by,
+        )
+        for parts in answered
+        for i, indices in enumerate(parts.question.answers)
         for index in indices
     }

@@ -14,8 +14,8 @@ from typing import Any
 
 import pandas as pd
 
-from llm_attack.attacks import ATTACKS, Attack
-from llm_attack.attacks.settings import condition_name
+from llm_attack.attacks import Attack
+from llm_attack.attacks.settings import condition_name, kind_of
 from llm_attack.base.declare import declared, names
 from llm_attack.base.errors import UsageError
 from llm_attack.lm.losses import LOSSES
@@ -24,6 +24,7 @@ from llm_attack.lm.units import ABSOLUTE, NEFTUNE, UNITS, Amplitude, Epsilon
 from llm_attack.suite.plan import WORST, Plan
 
 CONDITIONS = "conditions"  # where run.json and samples.parquet have them
+STANDARD = "standard"  # the version in the settings of a condition that a standard decides
 _SIZE = "amplitude"  # where the record of a condition has it
 
 # Settings of a plan that are no part of a condition: they choose the model, the questions (which
@@ -59,7 +60,7 @@ class Condition:
 
     Attributes:
         name: for people, such as `bim@0.003`; not compared.
-        attack: a key of `ATTACKS`, or `worst`.
+        attack: a key of `ATTACKS` or `BATTERIES`, or `worst`.
         values: (setting, value) of each setting that the attack uses, by name.
         amplitude: of what is perturbed; None of `none`. Not compared: `values` have it.
     """
@@ -81,7 +82,7 @@ class Condition:
             amplitude: of what is perturbed.
         """
         attack = str(values["attack"])
-        known = values if attack not in ATTACKS else {**_DEFAULTS, **values}
+        known = values if kind_of(attack) is None else {**_DEFAULTS, **values}
         used = _used(attack, {k: v for k, v in known.items() if k != "attack"})
         return cls(name, attack, tuple(sorted(used.items())), amplitude)
 
@@ -150,7 +151,7 @@ def steps_told(known: Conditions) -> dict[str, int]:
 
 def _used(attack: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Of all settings, those that the numbers of an attack depend on, as they are resolved."""
-    kind = ATTACKS.get(attack)
+    kind = kind_of(attack)
     if kind is None:  # of another version, or of the user's own: as it was recorded
         return dict(values)
     used = {name: value for name, value in values.items() if kind.uses(name)}
@@ -195,6 +196,8 @@ def of_plan(
     prompt, conditions = {name: getattr(plan, name) for name in PROMPT}, [*conditions]
     if plan.gradient_dtype is not None:
         prompt["gradient_dtype"] = plan.gradient_dtype
+    if plan.standard is not None:
+        prompt[STANDARD] = plan.standard.version
     by_condition = {}
     for settings, attack, place in zip(conditions, attacks, places(conditions), strict=True):
         values = {**prompt, **settings.arguments(), **settings.sources}

@@ -13,6 +13,7 @@ import pandas as pd
 CHOICE, BINARY, SHARE, NUMBER = "right or wrong", "0 or 1", "share, 0 to 1", "number"
 HIGHER, LOWER = "higher", "lower"  # which is better
 ACC = "acc"
+BROKEN_BY = "broken_by"  # the column of runs with a battery; see `rows.samples_of`
 
 Columns = Mapping[str, np.ndarray]
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from llm_attack.attacks.settings import ATTACKS, BOUNDED_NOISE, condition_name
+from llm_attack.attacks.settings import ATTACKS, BATTERIES, BOUNDED_NOISE, condition_name
 from llm_attack.lm.losses import LOSSES
 from llm_attack.stats import ALPHA, more_often
 from llm_attack.suite.analysis.conditions import Condition, Conditions, of_run
@@ -149,7 +149,8 @@ def comparable_attacks(
         known: the conditions of the run.
     """
     attacks = frame[["condition", "attack", "epsilon"]].drop_duplicates()
-    attacks = attacks[~attacks["attack"].isin([WORST, *NO_PART]) & (attacks["epsilon"] > 0)]
+    no_part = [WORST, *NO_PART, *BATTERIES]
+    attacks = attacks[~attacks["attack"].isin(no_part) & (attacks["epsilon"] > 0)]
     balls = [str(known[name].ball) for name in attacks["condition"]]
     for _, rows in attacks.groupby(balls, sort=False):
         for row in rows.drop_duplicates("epsilon").itertuples():

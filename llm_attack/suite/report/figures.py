@@ -17,6 +17,7 @@ import pandas as pd
 from llm_attack.attacks import ATTACKS
 from llm_attack.base.drawing import COLOURS, draw
 from llm_attack.base.failures import Attempts
+from llm_attack.suite.analysis.conditions import by_name
 from llm_attack.suite.analysis.outcomes import gold_margin, right
 from llm_attack.suite.analysis.summary import MEAN
 from llm_attack.suite.analysis.worst import WORST
@@ -161,6 +162,8 @@ def curves(table: pd.DataFrame, unit: Unit = OF_POINT) -> Figure | None:
     of_attacks = table[table["attack"] != "none"]
     if not of_attacks.groupby("attack")["epsilon"].nunique().max() > 1:
         return None
+    if len({c.amplitude.norm for c in by_name(of_attacks).values() if c.amplitude}) > 1:
+        return None  # epsilons of several norms are no one axis
     epsilons = of_attacks.loc[of_attacks["epsilon"] > 0, "epsilon"]
     table = named_by_score(table[table["acc"].notna()])
     scored = "score" in table

@@ -61,6 +61,7 @@ def content(table: pd.DataFrame, run: Mapping[str, Any], known: Conditions) -> d
         },
         **({"texts": run["texts"]} if "texts" in run else {}),
         "level": 1 - ALPHA,
+        **({"checks": run["checks"]} if "checks" in run else {}),
         "results": [_row(row) for row in table.to_dict("records")],
     }
 

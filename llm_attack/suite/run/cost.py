@@ -41,7 +41,7 @@ class Passes(NamedTuple):
 def passes(
     attacks: Sequence[Attack], others: int, *, apart: bool = False, hookpoints: int = 1
 ) -> Passes:
-    """What `Engine.compute` does under all attacks.
+    """What `Engine.compute` does under all attacks; of a battery the most that it can do.
 
     Args:
         attacks: the conditions, those of a hookpoint only.
@@ -49,6 +49,7 @@ def passes(
         apart: whether another model takes the gradients, so that they give no answers.
         hookpoints: at how many the attacks are made.
     """
+    attacks = [member for attack in attacks for member in attack.members]
     needs = Needs.of(attacks)
     clean = needs.answers if hookpoints == 1 else True  # it gives the points of all hookpoints
     total = Passes(gradients=1, first=1) if needs.gradient else Passes()

@@ -118,6 +118,7 @@ class Estimate:
         seconds: of computing; neither loading the model nor tables and figures.
         weights: bytes of parameters and buffers.
         activations: bytes of the largest batch.
+        battery: whether there is a battery, which takes no longer than this.
         copied: bytes of the weights' copy that gradients are taken of, by the name of its dtype.
         sizes: questions of each task.
         saved: what is said of the perturbations that are saved; empty: none are.
@@ -131,6 +132,7 @@ class Estimate:
     sizes: tuple[int, ...] = ()
     saved: str = ""
     seconds: float = field(init=False)
+    battery: bool = False
 
     def __post_init__(self) -> None:
         counts, rates = self.counts, self.rates
@@ -154,7 +156,9 @@ class Estimate:
             "FLOP": f"{n.flop:.3g} ({n.gradients / max(1, n.flop):.0%} of them with gradients)",
             **({"steps of generation": f"{n.steps:,} at most"} if n.steps else {}),
             "time": f"{timedelta(seconds=round(self.seconds))} ({self.seconds:.3g} s) at"
-            f" {rate:.3g} FLOP/s{steps}, measured for {rates.seconds:.1f} s",
+            f" {rate:.3g} FLOP/s{steps}, measured for {rates.seconds:.1f} s"
+            + ", at most: attacks leave out questions that are wrong already"
+            * self.battery,
             "memory": f"{amount(self.weights + copied + self.activations)}: weights"
             f" {amount(self.weights)}{copy}, activations of the largest batch about"
             f" {amount(self.activations)}",
@@ -228,7 +232,8 @@ def estimate(prepared: Prepared, seconds: float = SECONDS) -> Estimate:
     n = tuple(asked.values()) if compares else ()
     activations = kept + passing + logits
     said = "" if saved is None else saved.words()
-    return Estimate(counts, rates, weights, activations, copied, n, said)
+    battery = any(attack.kind.members for attack in engine.attacks)
+    return Estimate(counts, rates, weights, activations, copied, n, said, battery=battery)
 
 
 class Calibration:

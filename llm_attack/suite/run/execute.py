@@ -31,6 +31,7 @@ from llm_attack.harness.tasks import look_up
 from llm_attack.harness.texts import without_choices
 from llm_attack.lm.engine.hookpoints import expand
 from llm_attack.lm.network.hook import frozen
+from llm_attack.lm.packing.batches import Batch
 from llm_attack.suite.analysis import critical
 from llm_attack.suite.analysis.conditions import of_plan
 from llm_attack.suite.analysis.equivalence import with_equivalence
@@ -39,7 +40,7 @@ from llm_attack.suite.analysis.summary import summarise
 from llm_attack.suite.analysis.worst import KNOWS_GOLD, hidden_gradients, with_worst
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.results import LM_EVAL, Result
-from llm_attack.suite.run import fingerprint, on_ray, perturbations, rows, texts
+from llm_attack.suite.run import checks, fingerprint, on_ray, perturbations, rows, texts
 from llm_attack.suite.run.load import load_model
 from llm_attack.suite.run.progress import RunProgress, note, status
 from llm_attack.suite.run.store import Follower, Store, all_here
@@ -206,6 +207,11 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         for path in store.check():
             text = f"{path.with_suffix('.sqlite')}: cannot be read; moved aside, and computed again"
             note(progress, console, f"{text}: {path}")
+        checked = []
+        if who.first and plan.standard is not None:
+            first = work[0].batch
+            assert isinstance(first, Batch)  # the loss of a standard needs choices
+            checked = checks.at_start(lm, first)
         threads = sorted(_answer(prepared, store, saved is not None, progress, console))
         if not who.first:
             return None
@@ -234,6 +240,10 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         kinds = {str(r.task_name): str(r.request_type) for r in requests}
         if of_texts := texts.record(kinds, plan.loss):
             run["texts"] = of_texts
+        if plan.standard is not None:
+            checked += checks.at_end(samples)
+            run |= {"standard": plan.standard.version, "checks": checked}
+        run |= {"of_model": _of_model(lm), "tasks": _tasks(results[0])}
         table = summarise(with_worst(samples, run), infos, run["of_tasks"])
         table = with_equivalence(table, plan.equivalence)
     clock.lap("judgement")
@@ -248,6 +258,7 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
             *lm.all_warnings(gathered.diagnostics),
             *hidden_gradients(samples, known),
             *(f"{name}: {text}" for name, text in critical.stalled(samples).items()),
+            *checks.sentences(checked),
             *_critical_of_others(attacks, scores),
             *([] if saved is None else perturbations.warnings(folder)),
         ],
@@ -258,6 +269,24 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         "timings": {"processes": who.world, "seconds": seconds, "date": now()},
     }
     return Result(table, samples, questions, redacted(run), dict(zip(infos, results, strict=True)))
+
+
+def _of_model(lm: AttackedHFLM) -> dict[str, Any]:
+    """What a list of models may be sorted by."""
+    weights = {weight.data_ptr(): weight.numel() for weight in lm.model.parameters()}
+    family = str(getattr(lm.model.config, "model_type", ""))
+    return {"family": family, "parameters": sum(weights.values())}
+
+
+def _tasks(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """lm-eval's version and number of examples of each task."""
+    return {
+        task: {
+            "version": result.get("versions", {}).get(task),
+            "num_fewshot": result.get("n-shot", {}).get(task),
+        }
+        for task in result["samples"]
+    }
 
 
 def _critical_of_others(attacks: Sequence[Attack], scores: Mapping[str, Score]) -> list[str]:

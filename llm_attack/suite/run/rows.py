@@ -18,6 +18,7 @@ from llm_attack.harness.texts import of_task as texts_of_task
 from llm_attack.lm.settings import EMBED
 from llm_attack.suite.analysis.outcomes import (
     BINARY,
+    BROKEN_BY,
     CHOICE,
     HIGHER,
     LOWER,
@@ -162,7 +163,9 @@ def samples_of(
     (similarity of the question's embeddings and the gradient of the loss there), `critical_epsilon`
     (of attacks that look for it, the smallest amplitude with a wrong answer: 0 where the clean one
     is wrong, infinite where none was found), `first_order` (its estimate from the clean point,
-    `AttackedBatch.alignment`; where the loss knows the gold).
+    `AttackedBatch.alignment`; where the loss knows the gold). Of a run with a battery also
+    `broken_by`: the attack of it that made the answer wrong; null where none did, or it was wrong
+    without an attack.
 
     Runs with tasks that have no choices also have `request` (lm-eval's type), `text` (that was
     generated), and where it parts from the text of `none` (`texts.Parting`): `parts_at`,
@@ -189,12 +192,14 @@ def samples_of(
         for judged_samples in results
     ]
     rows = []
+    batteries = any(attack.kind.members for attack in attacks)
     for question in questions.to_dict("records"):
         place = question["task"], question["doc_id"]
         numbers = groups[place]
         alignments = [gathered.alignments[n] for n in numbers if n in gathered.alignments]
         cosine = _cosine(alignments)
         critical_epsilons = gathered.critical_epsilons.get(numbers[0], [None] * len(attacks))
+        broken_by = gathered.broken_by.get(numbers[0], [None] * len(attacks))
         score, asked = scored[place[0]], [requests[n] for n in numbers]
         for i, attack in enumerate(attacks):
             known = alignments and places[i] == places[0]  # where the gradient was taken
@@ -220,6 +225,7 @@ def samples_of(
                     "critical_epsilon": critical_epsilons[i],
                     "first_order": alignments[0][3] if known else None,
                     **outcome,
+                    **({BROKEN_BY: broken_by[i]} if batteries else {}),
                 }
             )
     types = dict.fromkeys(("prediction_norm", "cluster"), "Int64")

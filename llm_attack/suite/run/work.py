@@ -74,6 +74,7 @@ class Work(NamedTuple):
                 for n, parts in requests
                 if any(x is not None for x in parts.critical_epsilons)
             ],
+            "broken_by": [(n, parts.broken_by) for n, parts in requests if any(parts.broken_by)],
             "diagnostics": [asdict(d) for d in result.diagnostics],
         }
 
@@ -119,13 +120,14 @@ class Gathered(NamedTuple):
     Attributes:
         answers: for each condition, one per request: what lm-eval's models return for it.
         diagnostics: for each condition.
-        alignments, critical_epsilons: see `Answered`, by the numbers of requests.
+        alignments, critical_epsilons, broken_by: see `Answered`, by the numbers of requests.
     """
 
     answers: list[list[Any]]
     diagnostics: list[Diagnostics]
     alignments: dict[int, Sequence[float]]
     critical_epsilons: dict[int, Sequence[float | None]]
+    broken_by: dict[int, Sequence[str | None]]
 
 
 def gather(contents: Mapping[Key, Any], work: Sequence[Work], n: int) -> Gathered:
@@ -136,6 +138,7 @@ def gather(contents: Mapping[Key, Any], work: Sequence[Work], n: int) -> Gathere
     alignments: dict[int, Sequence[float]] = {}
     critical_epsilons: dict[int, Sequence[float | None]] = {}
     windows: dict[int, list[Any]] = {}
+    broken_by: dict[int, Sequence[str | None]] = {}
     totals = [Diagnostics() for _ in range(conditions)]
     for content in batches:
         for number, of_request in content["answers"]:
@@ -146,6 +149,7 @@ def gather(contents: Mapping[Key, Any], work: Sequence[Work], n: int) -> Gathere
         alignments.update(content.get("alignments", ()))
         epsilons = content.get("critical_epsilons", content.get("needed", []))  # its earlier name
         critical_epsilons.update(epsilons)
+        broken_by.update(content.get("broken_by", []))
         for total, sums in zip(totals, content["diagnostics"], strict=True):
             total.add(sums)
     for number, parts in windows.items():
@@ -155,7 +159,7 @@ def gather(contents: Mapping[Key, Any], work: Sequence[Work], n: int) -> Gathere
         if None not in of_gradients:
             *sums, _ = map(sum, zip(*of_gradients, strict=True))
             alignments[number] = [*sums, math.nan]
-    return Gathered(answers, totals, alignments, critical_epsilons)
+    return Gathered(answers, totals, alignments, critical_epsilons, broken_by)
 
 
 class RunningAccuracy:

@@ -1,0 +1,89 @@
+"""Checks cards that are handed in: their form, hashes and plausibility, and a few questions again.
+
+    python board/check.py [CARDS...] [--rerun 10]
+
+Without cards it checks all in `board/cards`. Exit code 1: something is wrong with a card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from llm_attack import load_card
+from llm_attack.base.errors import UsageError
+from llm_attack.base.failures import one_line
+
+CARDS = Path(__file__).parent / "cards"
+_DIFFERENT = 0.05  # share of the answers that may differ: rounding decides a few
+
+
+def rerun(card: dict[str, Any], n: int) -> str | None:
+    """Repeats the first questions of a card; what differs, in one line.
+
+    Args:
+        card: of `load_card`.
+        n: about how many questions, over all tasks; at least one of each.
+    """
+    from llm_attack import robust_accuracy
+
+    names = [task["name"] for task in card["tasks"]]
+    kept = ("num_fewshot", "apply_chat_template", "system_instruction", "fewshot_as_multiturn")
+    settings = {k: v for k in kept if (v := card["settings"].get(k)) not in (None, False)}
+    arguments = card["settings"].get("model_args") or {}
+    found = robust_accuracy(
+        card["model"]["source"],
+        tasks=names,
+        version=card["standard"],
+        limit=math.ceil(n / len(names)),
+        progress="quiet",
+        model_args=arguments,
+        **settings,
+    )
+    if found["model"]["weights"] != card["model"]["weights"]:
+        return "weights: the model that is loaded has others"
+    pairs = [
+        pair
+        for here, there in zip(_rows(found), _rows(card), strict=True)
+        for name in names
+        for pair in zip(here[name]["right"], there[name]["right"], strict=False)
+    ]
+    differing = sum(here != there for here, there in pairs)
+    if differing > _DIFFERENT * len(pairs):
+        return f"{differing} of {len(pairs)} answers differ when they are repeated"
+    return None
+
+
+def _rows(card: dict[str, Any]) -> list[dict[str, Any]]:
+    return [card["clean"]["tasks"], *(row["tasks"] for row in card["robust"])]
+
+
+def check(path: Path, n: int) -> list[str]:
+    """What is wrong with a card, a line each."""
+    try:
+        card = load_card(path)
+        wrong = rerun(card, n) if n else None
+    except UsageError as error:
+        return [str(error)]
+    except OSError as error:  # a model that cannot be had here
+        print(f"{path}: not repeated ({one_line(error)})")
+        return []
+    return [] if wrong is None else [f"card={path}: {wrong}"]
+
+
+def main() -> int:
+    """The exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("cards", nargs="*", type=Path, default=sorted(CARDS.glob("*.json")))
+    parser.add_argument("--rerun", type=int, default=0, metavar="N", help="questions to repeat")
+    given = parser.parse_args()
+    wrong = [line for path in given.cards for line in check(path, given.rerun)]
+    print(*wrong, f"{len(given.cards)} cards checked", sep="\n")
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

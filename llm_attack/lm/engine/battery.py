@@ -1,0 +1,93 @@
+"""A battery of attacks on a batch: each attack runs only on the questions that are still right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llm_attack.attacks import Attack
+from llm_attack.lm.engine.attacked import AttackedBatch
+from llm_attack.lm.engine.clean import BatchLoss
+from llm_attack.lm.engine.scoring import Scores
+from llm_attack.lm.losses import ThreatModel
+from llm_attack.lm.packing.batches import Batch
+from llm_attack.lm.packing.pack import Pack
+
+Prepare = Callable[[Batch, Attack], AttackedBatch]
+
+# Of the last point of every attack, also of those that were not enough: no ratio of these would be
+# that of the answers.
+_OF_POINTS = ("signal", "noise", "elements", "tokens", "nearest_l2", "nearest_linf")
+
+
+class Survived(NamedTuple):
+    """What a battery did to a pack.
+
+    Attributes:
+        scores: of the continuations' tokens: for each question at the point of the first attack
+            that made it wrong; at the point with the lowest margin where none did.
+        sums: what it adds to the sums of `Diagnostics`, of all attacks together.
+        broken_by: for each question the attack that made it wrong; None: none did, or it was wrong
+            without an attack.
+    """
+
+    scores: Scores
+    sums: dict[str, Tensor]
+    broken_by: list[str | None]
+
+
+def survive(
+    attack: Attack, pack: Pack, threat: ThreatModel, clean: Scores, prepare: Prepare
+) -> Survived:
+    """Runs a battery. A question that is wrong, or becomes so, takes part in no further attack.
+
+    What is found for a question does not depend on the others: draws go by its own tokens.
+
+    Args:
+        attack: of the battery.
+        pack: the batch.
+        threat: its loss, which knows the gold.
+        clean: the scores without an attack.
+        prepare: makes a batch and an attack ready.
+    """
+    kept = Scores(*(part.clone() for part in clean))
+    gap = BatchLoss(pack, threat).gap(clean, pack.scored)
+    broken_by: list[str | None] = [None] * len(pack.questions)
+    places, sums = _entries(pack), dict[str, Tensor]()
+    for member in attack.members:
+        left = [i for i, value in enumerate(gap.tolist()) if not value > 0]
+        if not left:
+            break
+        questions = [pack.questions[i] for i in left]
+        batch = Batch(questions, pack.end is not None, len(pack.prefix), pack.limit)
+        at = prepare(batch, member)
+        end = at.attack(member)
+        found = at.answers(end.x) if end.scores is None else end.scores
+        new = at.read.gap(found, at.pack.scored)
+        better = torch.zeros_like(gap, dtype=torch.bool)
+        better[left] = new > gap[left]
+        gap[left] = torch.maximum(new, gap[left])
+        mine = _entries(at.pack)
+        for i, own in zip(left, mine, strict=True):
+            if better[i]:
+                for whole, part in zip(kept, found, strict=True):
+                    whole[places[i]] = part[own]
+            if gap[i] > 0:
+                broken_by[i] = member.name
+        for name, value in end.sums.items():
+            if name not in _OF_POINTS:
+                sums[name] = sums[name] + value if name in sums else value
+    return Survived(kept, sums, broken_by)
+
+
+def _entries(pack: Pack) -> Sequence[slice]:
+    """For each question where its predictions are among those of `Pack.scored`."""
+    slices, start = [], 0
+    for question in pack.questions:
+        end = start + sum(r.n_continuation for r in question.requests)
+        slices.append(slice(start, end))
+        start = end
+    return slices

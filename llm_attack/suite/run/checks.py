@@ -1,0 +1,108 @@
+"""Checks of a run of a standard: what speaks against its numbers, as AutoAttack looks for it.
+
+Croce and Hein's AutoAttack warns of a model whose answers are random, whose gradient is zero, whose
+forward pass differs with and without a gradient, and where a search without gradients wins.
+`llm-attack doctor` checks more, with a run of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pandas as pd
+import torch
+
+from llm_attack.attacks.settings import ATTACKS, BATTERIES
+from llm_attack.harness.model import AttackedHFLM
+from llm_attack.lm.engine.attacked import AttackedBatch
+from llm_attack.lm.engine.clean import Needs, clean_pass
+from llm_attack.lm.network.hook import frozen
+from llm_attack.lm.network.reproducible import reproducible
+from llm_attack.lm.packing.batches import Batch
+from llm_attack.stats import ALPHA, more_often
+from llm_attack.suite.analysis.outcomes import BROKEN_BY
+
+Checked = dict[str, Any]
+"""A check: its name, whether it `passed`, and the `figure` that this rests on."""
+
+_QUESTIONS = 4  # of the first batch
+_ROUNDING = 1e-3  # of the log-probabilities, that of bfloat16 too; also of `doctor`
+
+REPEATS, GRADIENT = "answers do not vary from call to call", "answers with a gradient are the same"
+ZEROS, SEARCH = "the gradient is not zero", "a search without gradients does not win"
+
+
+def at_start(lm: AttackedHFLM, batch: Batch) -> list[Checked]:
+    """Of the first questions of a run, without an attack.
+
+    Args:
+        lm: the model.
+        batch: with the questions.
+    """
+    engine = lm.engine
+    few = replace(batch, questions=batch.questions[:_QUESTIONS])
+    with frozen(lm.model), reproducible(engine.layout.deterministic):
+        pack = engine.pack(few).to(engine.device)
+        with torch.no_grad():
+            first, again = (engine.scorer(pack, pack.scored).log_prob.double() for _ in range(2))
+        clean = clean_pass(engine.scorer, pack, engine.threat, Needs(gradient=True))
+        assert clean.scores is not None and clean.gradient is not None
+        examples = AttackedBatch(engine.scorer, pack, engine.threat, clean).examples
+        zero = int((examples.largest(clean.gradient) == 0).sum())
+    size = float(first.abs().mean())
+    figure = f"zero in every coordinate for {zero} of {examples.n} points"
+    return [
+        *(
+            _changed(name, float((other.double() - first).abs().max()), size)
+            for name, other in ((REPEATS, again), (GRADIENT, clean.scores.log_prob))
+        ),
+        {"name": ZEROS, "passed": zero == 0, "figure": figure},
+    ]
+
+
+def _changed(name: str, most: float, size: float) -> Checked:
+    share = most / size if size else most
+    figure = f"log-probabilities change by {share:.2g} of their size"
+    return {"name": name, "passed": share <= _ROUNDING, "figure": figure}
+
+
+def at_end(samples: pd.DataFrame) -> list[Checked]:
+    """Of what a battery found.
+
+    Args:
+        samples: a row per question and condition.
+    """
+    if BROKEN_BY not in samples:
+        return []
+    return [_search(samples[samples["attack"].isin(BATTERIES)])]
+
+
+def _search(samples: pd.DataFrame) -> Checked:
+    """Whether what no attack by gradient made wrong is made wrong by the search significantly more
+    often than the gradient made questions wrong, under any condition.
+    """
+    searches = [name for name, kind in ATTACKS.items() if kind.search]
+    worst, figure = True, "it made no question wrong that the gradient left right"
+    most = 0
+    for condition, rows in samples.groupby("condition", sort=False):
+        by_search = int(rows[BROKEN_BY].isin(searches).sum())
+        by_gradient = int(rows[BROKEN_BY].notna().sum()) - by_search
+        wins = by_search > by_gradient and more_often(by_search, by_gradient) <= ALPHA
+        if by_search > most or (wins and worst):
+            most = by_search
+            figure = (
+                f"wrong under {condition}: {by_gradient} by the gradient, then {by_search} by the"
+                " search"
+            )
+        worst = worst and not wins
+    return {"name": SEARCH, "passed": worst, "figure": figure}
+
+
+def sentences(checked: list[Checked]) -> list[str]:
+    """A warning for each check that failed."""
+    return [
+        f"check failed: {check['name']} ({check['figure']})"
+        for check in checked
+        if not check["passed"]
+    ]

@@ -1,0 +1,54 @@
+"""A standard from Python: one call for a model that is loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from llm_attack.base.errors import UsageError, invalid
+from llm_attack.lm.standard import STANDARDS, version_of
+from llm_attack.suite.evaluate import evaluate
+from llm_attack.suite.plan import Plan
+from llm_attack.suite.studies import card
+
+
+def robust_accuracy(
+    model: Any,
+    tokenizer: Any = None,
+    tasks: str | Sequence[str] = ("paper_six",),
+    version: str = "standard-1",
+    *,
+    name: str | None = None,
+    output: str | os.PathLike[str] | None = None,
+    progress: str = "bar",
+    **settings: Any,
+) -> dict[str, Any]:
+    """The card of a model under a standard: clean and robust accuracy with intervals, and checks.
+
+    Args:
+        model: of transformers, loaded; or the name of one.
+        tokenizer: of a loaded model.
+        tasks: of lm-eval.
+        version: of a standard.
+        name: what results call a loaded model.
+        output: as of `evaluate`.
+        progress: as of `evaluate`.
+        **settings: others of `Plan`, such as `limit`; not those that the standard decides.
+
+    Returns:
+        What `load_card` reads. `card["robust"]` has an entry for each amplitude and norm, whose
+        `accuracy` holds `value`, `low` and `high`.
+
+    Raises:
+        UsageError: an argument is not allowed, or the standard does not allow such a run.
+    """
+    if version_of(version) not in STANDARDS:
+        raise invalid("version", version, STANDARDS)
+    own = {} if tokenizer is None else {"tokenizer": tokenizer}
+    own |= {} if name is None else {"name": name}
+    plan = Plan(model=model, tasks=tasks, attacks=version, **own, **settings)
+    result = evaluate(plan, output=output, progress=progress)
+    if result is None:
+        raise UsageError("robust_accuracy: must be called in one process")
+    return card.of_result(result)
