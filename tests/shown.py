@@ -308,14 +308,14 @@ RULES = (
         " --subset 10 --epochs 1",
     ),
     Rule(
-        r"llm-attack reproduce factors .*",
+        r"llm-attack reproduce factors( .*)?",
         "one narrow network and seed, few images, one epoch",
         changes=IMAGES,
         more="--network cnn --width 0.1 --widths 1 --seeds 1 --train_size 64 --test_size 20"
         " --subset 5 --epochs 1 --label_smoothings 0 --schedules cycle",
     ),
     Rule(
-        r"llm-attack reproduce declines .*",
+        r"llm-attack reproduce declines( .*)?",
         "a narrow network, few images, one epoch",
         changes=IMAGES,
         more="--network cnn --width 0.1 --train_size 64 --test_size 20 --subset 5 --epochs 1",
