@@ -140,12 +140,14 @@ class Hub:
 @pytest.fixture
 def hub(monkeypatch):
     hub = Hub()
-    monkeypatch.setattr(EvaluationTracker, "_api", staticmethod(lambda token=None: hub))
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda token: hub)
+    module = sys.modules[EvaluationTracker.__module__]
+    monkeypatch.setattr(module, "HfApi", lambda token: hub, raising=False)  # of earlier releases
     monkeypatch.setattr(EvaluationTracker, "recreate_metadata_card", lambda self: None)
     return hub
 
 
-PUSH = "hub_results_org=us,details_repo_name=robust,push_results_to_hub=True"
+PUSH = "token=secret,hub_results_org=us,details_repo_name=robust,push_results_to_hub=True"
 
 
 def test_the_hub_gets_each_condition_as_a_model(hub, result):
