@@ -222,7 +222,7 @@ def test_the_epsilon_of_features_follows_them():
     assert (table["epsilon"] / table["rms"]).round(4).unique().tolist() == [0.1]
     ends = table["epsilon"].iloc[[0, -1]].tolist()
     assert cnn[-1] == "{:.4f} after the first, {:.4f} after the last".format(*ends)
-    assert f"Epsilon grew by {ends[1] / ends[0] - 1:.0%} meanwhile".replace("%", " %") in TEXT
+    assert f"Epsilon also grew by {ends[1] / ends[0] - 1:.0%}".replace("%", " %") in TEXT
     table = pd.read_csv(RESULTS / "fig5-cifar10-resnet18/table.csv")
     assert table["epoch"].unique().tolist() == [20]
     assert resnet[-1] == f"{table['epsilon'].iloc[0]:.4f}"
@@ -308,7 +308,7 @@ def test_the_relation_on_lines():
         assert row["direction"] != "gradient" or 0.9 <= below <= 1
         assert kinds.loc[True, "dp"] > kinds.loc[False, "dp"]
         apart += kinds.loc[True, "dp_low"] > kinds.loc[False, "dp_high"]
-    assert apart == 7 and "in seven of twelve" in TEXT
+    assert apart == 7 and "In seven of twelve" in TEXT
     assert len(table) == 2000 and (table["product"] - table["bound"]).min() > -1e-6
 
 

@@ -85,7 +85,7 @@ YAMLS = {
     "underscore": b"steps: 1_0\n",
     "sexagesimal": b"seed: 1:30\n",
     "hexadecimal": b"limit: 0x2\n",
-    "a_list": b"steps: [1]\n",
+    "a_list": b"limit: [1]\n",
     "model_number": b"model: 5\n",
     "device_number": b"device: 5\n",
     "arguments_number": b"model_args: 5\n",

@@ -312,7 +312,9 @@ class Attack(StepSettings):
     label: str | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in BATTERIES and not known_attack(self.name):
+        if not known_attack(self.name) and (
+            not isinstance(self.name, str) or self.name not in BATTERIES
+        ):
             raise invalid("attack", self.name, ATTACKS)
         if not _EPSILON.allows(self.epsilon):
             raise invalid("epsilon", self.epsilon, _EPSILON.words())

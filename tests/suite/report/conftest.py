@@ -46,6 +46,7 @@ def run(tmp_path_factory):
 @pytest.fixture
 def page(browser):
     """The page; afterwards the console must be empty, and nothing outside asked for."""
+    requests(browser)  # those of another test's pages
     yield Report(browser)
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": []})
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
