@@ -119,7 +119,7 @@ def test_the_loss_is_the_one_that_is_raised():
 def test_each_share_is_the_integral_of_its_token():
     """Against a sum of Simpson over many more points, from embeddings, request by request."""
     questions, _, traces = traced("own", "rows", points=50)
-    n = 400
+    n = 200
     weights = torch.tensor([1.0, *[4.0, 2.0] * (n // 2 - 1), 4.0, 1.0], dtype=torch.float64) / 3 / n
     question, row = questions[0], torch.from_numpy(places(questions, "all")[0])
     (request,) = question.requests
