@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from pathlib import Path
 
 import pytest
 from cards import made
@@ -10,6 +11,8 @@ from cards import made
 from llm_attack.base.errors import UsageError
 from llm_attack.cli import main
 from llm_attack.suite.studies import board, card
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +95,11 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UsageError, match="holds other files"):
         board.check(tmp_path)
+
+
+def test_the_cards_of_the_repository():
+    """Also those of pull requests."""
+    paths = sorted((ROOT / "board" / "cards").glob("*.json"))
+    assert paths
+    for path in paths:
+        assert card.faults(json.loads(path.read_text())) == [], path
