@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, fields, replace
 from functools import cached_property
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,8 @@ from llm_attack.attacks.settings import (
     BATTERIES,
     ITERATIVE,
     known_attack,
-    register_attack,
 )
 from llm_attack.base.declare import (
-    SettingSpec,
     listed,
     names,
     setting,
@@ -37,6 +33,7 @@ from llm_attack.lm.settings import (
 )
 from llm_attack.lm.standard import NEWEST, STANDARDS, Standard, version_of
 from llm_attack.lm.units import EPSILON, Epsilon
+from llm_attack.suite.plan import values
 
 # Settings that say how a plan is carried out or told; answers do not depend on them.
 _HOW = ("device", "equivalence", "shard", "ray", "ray_workers")
@@ -56,100 +53,6 @@ _CRITICAL = ("critical", "fmn")
 # Settings that most attacks read, so that a file of settings may have them for any run.
 _OF_MANY = ("steps", "step_size")
 
-_COUNT = SettingSpec("", int, minimum=1)
-
-# What is allowed, in words.
-_NAMES = "names, separated by commas"
-_NUMBERS = "numbers such as 0.01 or 0.7rms, separated by commas"
-_PAIRS = "key=value,..."
-_SHARD = "i/n, with i from 1 to n, such as 2/8"
-_RAY = "local, auto or host:port"
-_ROWS = "auto or an integer, 1 or more"
-
-
-def _given(name: str, value: Any) -> Any:
-    """One value, several, or several in a string with commas between them."""
-    parts = listed(value)
-    if isinstance(parts, tuple) and not parts:
-        raise UsageError(f"{name}=: must name at least one")
-    return parts
-
-
-def _texts(value: Any) -> Any:
-    """A tuple of texts, if it is one of texts and numbers."""
-    if not isinstance(value, tuple):
-        return value
-    return tuple(str(part) if isinstance(part, Real) else part for part in value)
-
-
-def _attacks(given: Any) -> Any:
-    parts = _given("attacks", [given] if callable(given) else given)
-    if not isinstance(parts, tuple):
-        return given
-    return _texts(
-        tuple(register_attack(attack) if callable(attack) else attack for attack in parts)
-    )
-
-
-def _epsilons(given: Any) -> Any:
-    parts = _given("epsilons", given)
-    if not isinstance(parts, tuple):
-        return given
-    try:
-        return tuple(Epsilon.parse(part) for part in parts)
-    except (TypeError, ValueError, OverflowError):
-        raise invalid("epsilons", list(parts), _NUMBERS) from None
-
-
-def _steps(given: Any) -> Any:
-    """One number as it is, several from the smallest to the largest."""
-    if not isinstance(given, (list, tuple)):
-        return given
-    if not given:
-        raise UsageError("steps=: must name at least one")
-    for number in given:
-        if not _COUNT.allows(number):
-            raise invalid("steps", number, _COUNT.words())
-        if list(given).count(number) > 1:
-            raise UsageError(f"steps={','.join(map(str, given))}: must name {number} only once")
-    return given[0] if len(given) == 1 else tuple(sorted(given))
-
-
-def _epsilon_max(given: Any) -> Epsilon | None:
-    if given is None:
-        return None
-    epsilon = Epsilon.parse(given, "epsilon_max")
-    if not SettingSpec("", float, minimum=0.0).allows(epsilon.number):
-        raise invalid("epsilon_max", epsilon.number, EPSILON)
-    return epsilon
-
-
-def _limit(given: Any) -> Any:
-    number = isinstance(given, (float, Real)) and not isinstance(given, bool)
-    return int(given) if number and 1 <= given <= sys.maxsize and given % 1 == 0 else given
-
-
-def _batch_size(given: Any) -> int | str:
-    if not re.fullmatch("auto|[1-9][0-9]*", str(given)):
-        raise invalid("batch_size", given, _ROWS)
-    return "auto" if str(given) == "auto" else int(given)
-
-
-def _model_args(given: Any) -> dict[str, Any]:
-    if isinstance(given, str) and all("=" in part for part in given.split(",") if part):
-        from llm_attack.harness.arguments import check_string, simple_parse_args_string
-
-        check_string(given)
-        parsed: dict[str, Any] = simple_parse_args_string(given)
-        return parsed
-    if not isinstance(given, dict):
-        raise invalid("model_args", given, _PAIRS)
-    return dict(given)
-
-
-def _device(given: Any) -> Any:
-    return str(given) if type(given).__module__ == "torch" else given  # a torch.device
-
 
 @dataclass(frozen=True, kw_only=True)
 class _SeveralSteps(ThreatSettings):
@@ -164,8 +67,8 @@ class _SeveralSteps(ThreatSettings):
         also_type=(list, tuple),
         option=Numbers(int),
         minimum=1,
-        allowed=f"{_COUNT.words()}, or several, separated by commas",
-        parse=_steps,
+        allowed=f"{values.COUNT.words()}, or several, separated by commas",
+        parse=values.steps,
         group="attack",
     )
 
@@ -190,8 +93,8 @@ class Plan(_SeveralSteps, EngineSettings):
     tasks: Sequence[str] = setting(
         ("paper_six",),
         "Tasks, groups, tags or patterns of lm-eval, separated by commas",
-        allowed=_NAMES,
-        parse=lambda given: _texts(_given("tasks", given)),
+        allowed=values.NAMES,
+        parse=lambda given: values.texts(values.several("tasks", given)),
         group="task",
     )
     attacks: Sequence[Any] = setting(
@@ -202,8 +105,8 @@ class Plan(_SeveralSteps, EngineSettings):
         " it is below guessing by construction, and is reported only if you name it. The names"
         f" {' and '.join(NEWEST)} stand for fixed conditions, which everybody can compare; they set"
         " epsilons, norms and loss",
-        allowed=_NAMES,
-        parse=_attacks,
+        allowed=values.NAMES,
+        parse=values.attacks,
         group="attack",
     )
     epsilons: Sequence[Any] = setting(
@@ -211,8 +114,8 @@ class Plan(_SeveralSteps, EngineSettings):
         "Amplitudes, separated by commas. A suffix such as in 0.7rms takes precedence over"
         " epsilon_unit",
         also_type=tuple,
-        allowed=_NUMBERS,
-        parse=_epsilons,
+        allowed=values.NUMBERS,
+        parse=values.epsilons,
         group="attack",
     )
     critical: bool = setting(
@@ -227,7 +130,7 @@ class Plan(_SeveralSteps, EngineSettings):
         also_type=(str, Epsilon),
         option=str,
         allowed=EPSILON,
-        parse=_epsilon_max,
+        parse=values.epsilon_max,
         group="attack",
     )
     hookpoints: Sequence[str] = setting(
@@ -236,8 +139,8 @@ class Plan(_SeveralSteps, EngineSettings):
         " hookpoint. The name embed is the input embedding, layers is the output of every block,"
         " and * stands for any name, as in model.layers.*.mlp",
         kind=tuple,
-        allowed=_NAMES,
-        parse=lambda given: _texts(listed(given)),
+        allowed=values.NAMES,
+        parse=lambda given: values.texts(listed(given)),
         group="threat model",
     )
     limit: float | None = setting(
@@ -245,7 +148,7 @@ class Plan(_SeveralSteps, EngineSettings):
         "Largest number of questions of each task; below 1 it is a share of them",
         minimum=0.0,
         exclusive_minimum=True,
-        parse=_limit,
+        parse=values.limit,
         group="task",
     )
     num_fewshot: int | None = setting(
@@ -268,8 +171,8 @@ class Plan(_SeveralSteps, EngineSettings):
         "auto",
         "Largest number of rows of a batch. With auto, the device decides",
         kind=tuple,
-        allowed=_ROWS,
-        parse=_batch_size,
+        allowed=values.ROWS,
+        parse=values.batch_size,
         group="engine",
     )
     equivalence: float | None = setting(
@@ -296,14 +199,14 @@ class Plan(_SeveralSteps, EngineSettings):
         None,
         "Share of the work to do in this process, such as 2/8 for the second of eight. All shares"
         " use the same folder. The first one waits for the others and writes the results",
-        allowed=_SHARD,
+        allowed=values.SHARD,
         group="cluster",
     )
     ray: str | None = setting(
         None,
         "Ray cluster whose workers answer the batches: its address, auto for the cluster of this"
         " machine, or local to start one here. This process writes the results",
-        allowed=_RAY,
+        allowed=values.RAY,
         group="cluster",
     )
     ray_workers: int | None = setting(
@@ -317,15 +220,15 @@ class Plan(_SeveralSteps, EngineSettings):
         None,
         "Device to compute on, such as cpu or cuda:1. The default is cuda if there is a GPU, and"
         " else cpu",
-        parse=_device,
+        parse=values.device,
         group="engine",
     )
     model_args: dict[str, Any] = setting(
         "",
         "More arguments of attacked-hf, written key=value and separated by commas",
         also_type=dict,
-        allowed=_PAIRS,
-        parse=_model_args,
+        allowed=values.PAIRS,
+        parse=values.model_args,
         group="model",
     )
     tokenizer: InitVar[Any] = None
@@ -385,9 +288,9 @@ class Plan(_SeveralSteps, EngineSettings):
 
     def _check_cluster(self) -> None:
         if self.shard is not None and self.share is None:
-            raise invalid("shard", self.shard, _SHARD)
+            raise invalid("shard", self.shard, values.SHARD)
         if self.ray is not None and not re.fullmatch(r"local|auto|[^\s/]+:\d+", self.ray):
-            raise invalid("ray", self.ray, _RAY)
+            raise invalid("ray", self.ray, values.RAY)
         if self.ray is None and self.ray_workers is not None:
             raise UsageError(
                 f"ray_workers={self.ray_workers}: must be given together with ray, such as"

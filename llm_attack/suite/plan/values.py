@@ -1,0 +1,112 @@
+"""What a setting of a plan becomes: texts, lists and single values as the plan keeps them."""
+
+from __future__ import annotations
+
+import re
+import sys
+from numbers import Real
+from typing import Any
+
+from llm_attack.attacks.settings import register_attack
+from llm_attack.base.declare import SettingSpec, listed
+from llm_attack.base.errors import UsageError, invalid
+from llm_attack.lm.units import EPSILON, Epsilon
+
+COUNT = SettingSpec("", int, minimum=1)
+
+# What is allowed, in words.
+NAMES = "names, separated by commas"
+NUMBERS = "numbers such as 0.01 or 0.7rms, separated by commas"
+PAIRS = "key=value,..."
+SHARD = "i/n, with i from 1 to n, such as 2/8"
+RAY = "local, auto or host:port"
+ROWS = "auto or an integer, 1 or more"
+
+
+def several(name: str, value: Any) -> Any:
+    """One value, several, or several in a string with commas between them."""
+    parts = listed(value)
+    if isinstance(parts, tuple) and not parts:
+        raise UsageError(f"{name}=: must name at least one")
+    return parts
+
+
+def texts(value: Any) -> Any:
+    """A tuple of texts, if it is one of texts and numbers."""
+    if not isinstance(value, tuple):
+        return value
+    return tuple(str(part) if isinstance(part, Real) else part for part in value)
+
+
+def attacks(given: Any) -> Any:
+    """Names of attacks; functions of the user's own are registered."""
+    parts = several("attacks", [given] if callable(given) else given)
+    if not isinstance(parts, tuple):
+        return given
+    return texts(tuple(register_attack(attack) if callable(attack) else attack for attack in parts))
+
+
+def epsilons(given: Any) -> Any:
+    """Amplitudes, each with its unit."""
+    parts = several("epsilons", given)
+    if not isinstance(parts, tuple):
+        return given
+    try:
+        return tuple(Epsilon.parse(part) for part in parts)
+    except (TypeError, ValueError, OverflowError):
+        raise invalid("epsilons", list(parts), NUMBERS) from None
+
+
+def steps(given: Any) -> Any:
+    """One number as it is, several from the smallest to the largest."""
+    if not isinstance(given, (list, tuple)):
+        return given
+    if not given:
+        raise UsageError("steps=: must name at least one")
+    for number in given:
+        if not COUNT.allows(number):
+            raise invalid("steps", number, COUNT.words())
+        if list(given).count(number) > 1:
+            raise UsageError(f"steps={','.join(map(str, given))}: must name {number} only once")
+    return given[0] if len(given) == 1 else tuple(sorted(given))
+
+
+def epsilon_max(given: Any) -> Epsilon | None:
+    """The largest amplitude of searches; None: it is not given."""
+    if given is None:
+        return None
+    epsilon = Epsilon.parse(given, "epsilon_max")
+    if not SettingSpec("", float, minimum=0.0).allows(epsilon.number):
+        raise invalid("epsilon_max", epsilon.number, EPSILON)
+    return epsilon
+
+
+def limit(given: Any) -> Any:
+    """Questions of each task. A number without fraction from 1 on is an integer."""
+    number = isinstance(given, (float, Real)) and not isinstance(given, bool)
+    return int(given) if number and 1 <= given <= sys.maxsize and given % 1 == 0 else given
+
+
+def batch_size(given: Any) -> int | str:
+    """Rows of a batch, or auto."""
+    if not re.fullmatch("auto|[1-9][0-9]*", str(given)):
+        raise invalid("batch_size", given, ROWS)
+    return "auto" if str(given) == "auto" else int(given)
+
+
+def model_args(given: Any) -> dict[str, Any]:
+    """Arguments of `hf`, as a mapping or as key=value,..."""
+    if isinstance(given, str) and all("=" in part for part in given.split(",") if part):
+        from llm_attack.harness.arguments import check_string, simple_parse_args_string
+
+        check_string(given)
+        parsed: dict[str, Any] = simple_parse_args_string(given)
+        return parsed
+    if not isinstance(given, dict):
+        raise invalid("model_args", given, PAIRS)
+    return dict(given)
+
+
+def device(given: Any) -> Any:
+    """The name of a device, also of a `torch.device`."""
+    return str(given) if type(given).__module__ == "torch" else given  # a torch.device
