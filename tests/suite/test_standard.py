@@ -3,6 +3,7 @@
 import copy
 import json
 
+import jsonschema
 import pandas as pd
 import pytest
 import torch
@@ -16,6 +17,7 @@ from llm_attack.lm.packing.questions import Question, Request
 from llm_attack.lm.standard import STANDARDS
 from llm_attack.suite import results
 from llm_attack.suite.analysis.outcomes import BROKEN_BY
+from llm_attack.suite.report import summary_file
 from llm_attack.suite.run.checks import GRADIENT, REPEATS, ZEROS, at_end, at_start, sentences
 from llm_attack.suite.studies import card
 
@@ -129,6 +131,7 @@ def test_its_version_is_part_of_every_condition_and_file(result, folder):
     assert {c.get("standard") for c in conditions} == {VERSION}
     assert json.loads((folder / "run.json").read_text())["standard"] == VERSION
     summary = json.loads((folder / "summary.json").read_text())
+    jsonschema.validate(summary, json.loads(summary_file.SCHEMA.read_text()))
     assert {c.get("standard") for n, c in summary["conditions"].items() if n != "none"} == {VERSION}
     for name in ("table.csv", "table.md", "report.html"):
         assert VERSION in (folder / name).read_text(), name
