@@ -5,8 +5,6 @@ from importlib.metadata import version
 from packaging.version import Version
 
 TRANSFORMERS = Version(version("transformers"))
-# In transformers 4, its SDPA makes the mask itself.
-GPT2_TAKES_TREES = TRANSFORMERS.major >= 5
 # `datasets` 4 has another form of lists, and transformers 5 another class of tokenizers, than those
 # before: what was stored by these is not read by them.
 READS_STORED_DATA = Version(version("datasets")).major >= 4 and TRANSFORMERS.major >= 5

@@ -24,7 +24,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     PreTrainedTokenizerFast,
 )
-from versions import GPT2_TAKES_TREES, TRANSFORMERS, dtype_of
+from versions import TRANSFORMERS, dtype_of
 
 from llm_attack.base.errors import UsageError
 from llm_attack.harness.model import AttackedHFLM
@@ -104,7 +104,7 @@ ARCHITECTURES = {
         kind="llama",
         note=f"{BY_LENGTH}, {BY_EACH_LENGTH}",
     ),
-    "gpt2": Architecture(GPT, trees=ANY * GPT2_TAKES_TREES, note="plain with transformers 4"),
+    "gpt2": Architecture(GPT),
     "gpt_neox": Architecture(),
     "gpt_neo": Architecture(
         {

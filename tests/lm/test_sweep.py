@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from networks import ARCHITECTURES, CPU, network, path_of, prepared, scorer_of
-from versions import GPT2_TAKES_TREES, TRANSFORMERS
+from versions import TRANSFORMERS
 
 from llm_attack.attacks import Attack
 from llm_attack.base.errors import UsageError
@@ -131,8 +131,6 @@ def test_one_pass_for_all(pack, name):
     Falcon adds the attention's output into that of the MLP, in place.
     """
     name, _, recomputed = name.partition(", ")
-    if name == "gpt2" and len(pack.input_ids) == len(MADE) and not GPT2_TAKES_TREES:
-        pytest.skip("with transformers 4 it takes no trees")
     model = copy.deepcopy(network(name))
     for block in known_blocks(model) if recomputed else ():
         recompute(block)
@@ -153,8 +151,6 @@ def test_one_pass_for_all(pack, name):
 @pytest.mark.parametrize("longest", [99, 0])
 @pytest.mark.parametrize("loss", ["sequence", "choice"])
 def test_answers_are_those_of_a_run_for_each(longest, loss):
-    if longest and not GPT2_TAKES_TREES:
-        pytest.skip("with transformers 4 GPT-2 takes no trees")
     model = network("gpt2")
     names = places(model)
     threat = ThreatModel(loss, shared=loss == "choice")

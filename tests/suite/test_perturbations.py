@@ -161,7 +161,7 @@ def test_norms_and_texts(own):
     np.testing.assert_allclose(found.norm, np.linalg.norm(found.change, axis=1), rtol=1e-5)
     np.testing.assert_allclose(found.norm, 0.01 * found.change.shape[1] ** 0.5, rtol=1e-4)
     first = found.tokens[: found.start[1]].tolist()
-    question = own.questions.iloc[0]
+    question = own.questions[own.questions["task"] == "demo_piqa"].iloc[0]
     read = " ".join(found.texts[token].strip() for token in first)
     assert read.split()[:3] == question["question"].replace(":", " :").split()[:3]
     assert {int(token) for token in found.nearest} <= found.texts.keys()

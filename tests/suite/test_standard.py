@@ -148,10 +148,11 @@ def test_the_card_of_a_run(result, folder, tmp_path):
         {name: acc for name, acc in mean.items() if name != "none"}
     )
     assert made["n"] == 8 and made["limit"] == 4
-    assert [(t["name"], t["version"], t["n"]) for t in made["tasks"]] == [
+    # in lm-eval's order, which depends on its release
+    assert {(t["name"], t["version"], t["n"]) for t in made["tasks"]} == {
         ("demo_piqa", 1.0, 4),
         ("demo_arc_easy", 1.0, 4),
-    ]
+    }
     assert made["model"]["family"] == "llama" and made["model"]["parameters"] > 1000
     assert [check["passed"] for check in made["checks"]] == [True] * 4
     assert made["failed_checks"] == []
