@@ -60,6 +60,22 @@ def test_accuracies(folder):
             assert float(cell) == pytest.approx(expected, abs=5.1e-4), (task, condition)
 
 
+def test_the_standard_of_the_bundled_model():
+    """docs/standard.md: the card in board/cards."""
+    card = json.loads((ROOT / "board/cards/demo-standard-1.json").read_text("utf-8"))
+    heading, *rows = table_of("docs/standard.md", "condition", "accuracy", "95 % interval")
+    expected = [("none", card["clean"]["accuracy"], {})]
+    expected += [(r["condition"], r["accuracy"], r["broken_by"]) for r in card["robust"]]
+    assert heading[-1] == "broken by"
+    for row, (name, accuracy, broken_by) in zip(rows, expected, strict=True):
+        ends = f"{accuracy['low']:.3f}–{accuracy['high']:.3f}"
+        by = ", ".join(f"`{attack}` {n}" for attack, n in broken_by.items())
+        assert row == [name, f"{accuracy['value']:.3f}", ends, by]
+    total = sum(n for _, _, broken_by in expected for n in broken_by.values())
+    assert f"Auto-PGD made all {total} answers wrong" in words("docs/standard.md")
+    assert {attack for _, _, broken_by in expected for attack in broken_by} == {"apgdt"}
+
+
 def test_calibration():
     """docs/explain/calibration.md: the means over tasks of two runs."""
     page = "docs/explain/calibration.md"
