@@ -58,7 +58,7 @@ def main(dataset, network, epochs, train_size, batch, rounds, authors, output):
     )
     images = load_dataset(dataset, settings)
     classifier = untrained(images, network, settings)
-    for epoch, loss, _ in train(classifier, images.train, settings, []):
+    for epoch, loss, _ in train(classifier, images.train, settings):
         print(f"epoch {epoch} of {epochs}, loss {loss:.4f}")
     with frozen(classifier):
         x = images.test[: 2 * batch].scaled()

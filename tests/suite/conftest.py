@@ -46,6 +46,15 @@ def whole(uninterrupted):
     return contents(uninterrupted / "run"), computed(uninterrupted)
 
 
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory):
+    """The files of `RUN` with its figures, as a process that no test has changed writes them."""
+    folder = tmp_path_factory.mktemp("drawn")
+    command = Command(folder, *RUN, DRAWN="1")
+    assert command.wait() == 0, command.err
+    return contents(folder / "run")
+
+
 @pytest.fixture
 def finished(uninterrupted, tmp_path):
     """A folder of the test's own where `RUN` has been: `run`, `out`, `err` and `computed`."""

@@ -96,7 +96,8 @@ def enter(
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which background jobs lack
     count_batches(folder, hold)
-    drawing.save_figure = save_figure
+    if "DRAWN" not in environment:
+        drawing.save_figure = save_figure
     from llm_attack.cli import main
 
     sys.argv = ["llm-attack", *words]

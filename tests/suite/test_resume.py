@@ -60,8 +60,7 @@ def test_killed_at_random_moments(tmp_path, whole):
 
 
 @pytest.mark.slow
-def test_python_m_is_killed(tmp_path, whole):
-    files, _ = whole
+def test_python_m_is_killed(tmp_path, drawn):
     command = [sys.executable, "-m", "llm_attack", *RUN]
     for kept in (2, 7):
         folder = tmp_path / str(kept)
@@ -71,7 +70,7 @@ def test_python_m_is_killed(tmp_path, whole):
         os.kill(run.pid, signal.SIGKILL)
         run.wait()
         assert subprocess.run(command, cwd=folder, check=False).returncode == 0
-        assert contents(folder / "run") == files
+        assert contents(folder / "run") == drawn
 
 
 def _rows(folder):
@@ -176,8 +175,7 @@ def test_started_with_one_resumed_with_two(tmp_path, whole):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
-def test_launchers(tmp_path, whole, launcher):
-    files, _ = whole
+def test_launchers(tmp_path, drawn, launcher):
     options = {
         # without --multi_gpu it starts a single process where there are no GPUs
         "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"],
@@ -192,6 +190,6 @@ def test_launchers(tmp_path, whole, launcher):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert contents(tmp_path / "run") == files
+    assert contents(tmp_path / "run") == drawn
     run = json.loads((tmp_path / "run/run.json").read_text())
     assert run["timings"]["processes"] == 2
