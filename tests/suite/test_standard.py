@@ -18,6 +18,7 @@ from llm_attack.lm.standard import STANDARDS
 from llm_attack.suite import results
 from llm_attack.suite.analysis.outcomes import BROKEN_BY
 from llm_attack.suite.report import summary_file
+from llm_attack.suite.run import execute
 from llm_attack.suite.run.checks import GRADIENT, REPEATS, ZEROS, at_end, at_start, sentences
 from llm_attack.suite.studies import card
 
@@ -295,3 +296,12 @@ def test_the_numbers_of_a_version_stay():
         for place, rows in samples.groupby(["task", "doc_id"])
     }
     assert found == PINNED
+
+
+def test_parameters_are_counted_where_they_are_not():
+    """With Ray the process that writes the results has given the weights away."""
+    lm = AttackedHFLM("demo", device="cpu")
+    here = execute._of_model(lm)
+    assert here == {"family": "llama", "parameters": lm.model.num_parameters()}
+    lm.model.to("meta")
+    assert execute._of_model(lm) == here

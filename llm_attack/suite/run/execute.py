@@ -273,9 +273,8 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
 
 def _of_model(lm: AttackedHFLM) -> dict[str, Any]:
     """What a list of models may be sorted by."""
-    weights = {weight.data_ptr(): weight.numel() for weight in lm.model.parameters()}
     family = str(getattr(lm.model.config, "model_type", ""))
-    return {"family": family, "parameters": sum(weights.values())}
+    return {"family": family, "parameters": int(lm.model.num_parameters())}
 
 
 def _tasks(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
