@@ -1,4 +1,4 @@
-"""The uncertainty relation by adaptive quadrature, a reference for the rule of the package."""
+"""The uncertainty relation by adaptive quadrature: a reference for the package's rule."""
 
 import math
 from functools import cache

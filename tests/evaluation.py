@@ -1,4 +1,4 @@
-"""`llm_attack.evaluate` with the settings of its plan as they are typed."""
+"""`llm_attack.evaluate` with the settings of its plan in the form that users type."""
 
 import re
 

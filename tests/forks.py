@@ -1,4 +1,4 @@
-"""Processes of their own that need not import the libraries: forked off a server that has."""
+"""Separate processes that need not import the libraries: forks of a server that has done so."""
 
 from __future__ import annotations
 

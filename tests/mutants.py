@@ -1,9 +1,9 @@
 """The tests of the tests: small faults in the code, one at a time, that some test has to notice.
 
-mutmut makes the faults (a sign turned, an argument dropped, a constant changed, ...). Each is tried
-in a process of its own, forked off one that has imported the libraries; no file is changed. What
-mutmut itself leaves out because it changes functions in place is tried, too: properties and the
-tables of a module.
+mutmut makes the faults (a changed sign, a missing argument, another constant, ...). Each is tried
+in a separate process, forked from one that has imported the libraries. No file is changed. mutmut
+leaves out properties and the tables of a module, because it changes functions in place. This script
+tries them, too.
 
     python tests/mutants.py --output FILE [--limit N] [--again] [module ...]
 """

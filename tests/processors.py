@@ -1,7 +1,7 @@
-"""The numerical tests with every instruction set that this processor has, on one thread and two.
+"""The numerical tests with every instruction set of this processor, on one thread and on two.
 
-Another instruction set, or number of threads, sums in another order: its last bits differ. Here
-that is tried out, on one machine. Installation, command line, files and browser have no part in it.
+Another instruction set or number of threads sums in another order, so the last bits differ. This
+script tries that on one machine. It leaves out installation, command line, files and browser.
 
     python tests/processors.py [arguments of pytest]
 """

@@ -1,8 +1,8 @@
 """The command lines that the documentation shows, and how a test runs each.
 
-A command of the documentation takes a model from the hub, or an hour. `RULES` says what is changed
-so that it takes seconds, and why; all else is as shown. One that no rule knows is an error: whoever
-shows a new command adds a line here, where the present rules do not cover it.
+A command of the documentation may need a model from the hub, or an hour. `RULES` says what is
+changed so it takes seconds, and why. All else is as shown. A command without a rule is an error.
+Whoever shows a new command adds a rule here, if no present rule fits.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""Figures that are made and laid down as files, but not drawn: that takes longer than all else.
+"""Figures that are made and laid down as files, but not drawn, because drawing takes longest.
 
-Of what draws, `test_figures`, `test_layers`, `test_saving` and the tests of the report look at the
-drawings themselves.
+`test_figures`, `test_layers`, `test_saving` and the tests of the report look at real drawings.
 """
 
 from __future__ import annotations

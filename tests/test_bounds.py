@@ -1,4 +1,4 @@
-"""`make test-oldest` has the lowest releases that pyproject.toml allows, and no others."""
+"""`make test-oldest` uses the lowest releases that pyproject.toml allows, and no others."""
 
 import re
 from pathlib import Path

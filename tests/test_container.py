@@ -1,4 +1,4 @@
-"""The Dockerfile, which no test builds: its instructions, what it copies, what it runs."""
+"""The Dockerfile, which no test builds: its instructions, its files, its command."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""What the documentation shows, runs."""
+"""The commands and code of the documentation run."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The notebook and the scripts run, without a network, and show what they say."""
+"""The notebook and the scripts run without a network, and show what they say."""
 
 import inspect
 import json

@@ -1,4 +1,4 @@
-"""What docs/extending.md shows works: functions of one's own, and diffs of the package."""
+"""The content of docs/extending.md works: the user's own functions, and diffs of the package."""
 
 import os
 import re

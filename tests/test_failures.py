@@ -1,4 +1,4 @@
-"""Signals wait for a place where nothing is half done, and handlers are as they were afterwards."""
+"""Signals wait until nothing is half done, and handlers are restored afterwards."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""What `--help` shows: options under the headings of their groups, with their choices."""
+"""The output of `--help`: options under the headings of their groups, with their choices."""
 
 import re
 

@@ -1,8 +1,8 @@
-"""What pip installs and removes, in a fresh environment, and whether stock `lm_eval` finds it.
+"""Files that pip installs and removes in a fresh environment; stock `lm_eval` finds the model.
 
-The fresh environment sees torch, transformers and lm-eval through a line in a `.pth` file of its
-own. The interpreter does not start the `.pth` files of a folder that it reaches in this way, so
-what is started there is what this test has installed.
+The fresh environment sees torch, transformers and lm-eval through a line in its own `.pth` file.
+The interpreter does not start the `.pth` files of folders that it reaches in this way. So only the
+installation of this test is started.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Public functions that are given something of another type: an error that names the argument."""
+"""Public functions with an argument of a wrong type raise an error that names the argument."""
 
 import functools
 import inspect

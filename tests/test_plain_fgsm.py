@@ -1,4 +1,4 @@
-"""The plain FGSM that benchmarks compare with computes what the default attack does."""
+"""The plain FGSM of the benchmarks computes the same as the default attack."""
 
 import sys
 

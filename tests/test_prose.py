@@ -1,4 +1,4 @@
-"""The pages are easy to read, as far as a program can see; and it sees what it should."""
+"""Pages and docstrings are easy to read, as far as a program can see; and the check works."""
 
 import sys
 

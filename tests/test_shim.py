@@ -1,7 +1,6 @@
-"""The start-up shim, each time in an interpreter of its own, with fake and real lm-eval releases.
+"""The start-up shim in separate interpreters, with fake and real lm-eval releases.
 
-The fakes run under `python -S`, where no installed lm-eval is in reach and none is started by a
-`.pth` file.
+The fakes run under `python -S`, so no installed lm-eval is found, and no `.pth` file starts one.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The results that `docs/paper` shows, of the images above all, and their commands."""
+"""The results in `docs/paper`, mainly those of the images, and their commands."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The numbers that the documentation shows are those of the results in the repository."""
+"""The numbers in the documentation are those of the results in the repository."""
 
 import json
 import re

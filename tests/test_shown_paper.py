@@ -1,4 +1,4 @@
-"""Short tables of `docs/paper` and `docs/critical.md`, and the list of claims, beside results."""
+"""Short tables of `docs/paper` and `docs/critical.md`, and the list of claims, against results."""
 
 import json
 import re

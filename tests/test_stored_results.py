@@ -1,4 +1,4 @@
-"""What `results/` keeps: numbers, and of the figures those that a page shows."""
+"""`results/` keeps only numbers, and figures that a page shows."""
 
 import json
 import re

@@ -1,6 +1,6 @@
-"""Wrong invocations of every command: one line that names the value, exit code 2, nothing written.
+"""Wrong calls of every command: one line that names the value, exit code 2, nothing written.
 
-The table is `wrong_inputs.yaml`. All run in this process, one after another, in one folder.
+The table is `wrong_inputs.yaml`. All calls run in this process, one after another, in one folder.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""What has another name or form in other releases of the libraries that we support."""
+"""Names and forms that differ between the supported releases of the libraries."""
 
 from importlib.metadata import version
 

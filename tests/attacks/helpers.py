@@ -1,4 +1,4 @@
-"""What the tests of the attacks share: losses and points with known answers, bits of tensors."""
+"""Shared by the tests of the attacks: losses and points with known answers, bits of tensors."""
 
 import torch
 

@@ -1,9 +1,10 @@
 """SparseFool for one image, coordinate by coordinate, as Modas et al. 2019 define it.
 
-Written for plainness from the paper and from what the authors' program does where the paper leaves
-it open: the steps of DeepFool are at least 1e-4 long, the linear solver passes the hyperplane by
-1e-3 and moves a coordinate by at least 1e-4, DeepFool is linearised without its overshoot and never
-clipped, the normal is the gradient where DeepFool's steps end. It shares nothing with the package.
+It is plain code from the paper. If the paper leaves a question open, it follows the authors'
+program. Steps of DeepFool are at least 1e-4 long. The linear solver passes the hyperplane by 1e-3,
+and moves a coordinate by at least 1e-4. DeepFool is linearised without its overshoot and never
+clipped. The normal is the gradient at the end of DeepFool's steps. The code shares nothing with the
+package.
 """
 
 import torch

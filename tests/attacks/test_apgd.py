@@ -1,4 +1,4 @@
-"""APGD: that of its authors step by step, the best of what it has seen, each example by itself."""
+"""APGD: equal to its authors' code step by step, keeps the best point, examples are independent."""
 
 from types import SimpleNamespace
 

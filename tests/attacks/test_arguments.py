@@ -1,4 +1,4 @@
-"""What `perturb` and the searches refuse, and where they may be called."""
+"""Arguments that `perturb` and the searches refuse, and contexts in which they may be called."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Block search: what it may touch, that it gains, and that it needs no gradient."""
+"""Block search: what it may move, that it gains, and that it needs no gradient."""
 
 import pytest
 import torch

@@ -1,7 +1,7 @@
-"""Attacks on losses whose answer is known: linear, quadratic, cross-entropy of a linear model.
+"""Attacks on losses with known answers: linear, quadratic, cross-entropy of a linear model.
 
-Points, weights, epsilon and steps are multiples of powers of two, so that every sum is exact and
-the comparisons are, too.
+Points, weights, epsilon and steps are multiples of powers of two. So every sum is exact, and the
+comparisons are exact, too.
 """
 
 from itertools import product

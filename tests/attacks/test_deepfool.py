@@ -1,4 +1,4 @@
-"""DeepFool where the nearest boundary is known, beside other libraries, and at the edges."""
+"""DeepFool: known nearest boundaries, comparison with other libraries, and edge cases."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The draws: SplitMix64 to the bit, alike whatever surrounds an element, fair and independent."""
+"""Random draws: SplitMix64 to the bit, independent of the other elements, fair and uncorrelated."""
 
 import hashlib
 import math

@@ -1,18 +1,18 @@
 """Agreement with torchattacks 3.5.1, foolbox 3.3.4 and cleverhans 4.0.0 on the same small CNN.
 
-Where the definitions differ, the settings are those at which they coincide:
+If definitions differ, the test uses settings for which they coincide:
 
 - step size: torchattacks' `alpha`, cleverhans' `eps_iter` and foolbox' `rel_stepsize` have other
-  defaults than ours, epsilon / 4, which is passed to each.
-- foolbox' FGSM takes no target: OST is its BIM with one step of epsilon. torchattacks and
-  cleverhans have no name for OST and ILLC: they are FGSM and BIM towards a target.
-- the least likely class: torchattacks looks for it itself; foolbox and cleverhans are told ours.
-- cleverhans' BIM is its PGD without a random start; it works in float32 alone.
-- PGD draws its start from torch's generator in each library. The draw is replaced by ours, and
-  the test sees that the library's first gradient is taken there.
+  defaults than ours, epsilon / 4. So the test passes ours to each.
+- foolbox' FGSM takes no target. Its BIM with one step of epsilon is OST. torchattacks and
+  cleverhans have no name for OST and ILLC, which are FGSM and BIM towards a target.
+- the least likely class: torchattacks finds it itself; foolbox and cleverhans get ours.
+- cleverhans' BIM is its PGD without a random start. It works only in float32.
+- PGD draws its start from torch's generator in each library. The test replaces the draw by ours,
+  and checks that the library's first gradient is taken at this point.
 
-Sums are rounded in another order by each library, so a sign could differ where a gradient is zero
-but for rounding. The network is smooth and no gradient on the way is so small: `ours` checks it.
+Each library rounds sums in another order. So a sign could differ if a gradient is zero except for
+rounding. The network is smooth, and no gradient on the way is so small; `ours` checks it.
 """
 
 import numpy as np

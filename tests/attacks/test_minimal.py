@@ -1,4 +1,4 @@
-"""The nearest wrong answer: closed forms, adv-lib's FMN step by step, and what must always hold."""
+"""Searches for the nearest wrong answer: closed forms, adv-lib's FMN step by step, invariants."""
 
 import sys
 from functools import partial

@@ -1,7 +1,7 @@
-"""An attack leaves nothing behind: not in the network, nor in the point, nor in torch's own state.
+"""An attack changes neither the network, nor the point, nor torch's own state.
 
-The closure's forward passes are the caller's affair: in training mode BatchNorm counts them, so
-here it is frozen then, as for fine-tuning.
+The caller is responsible for the forward passes of the closure. In training mode, BatchNorm counts
+them, so the test freezes it, as for fine-tuning.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""Attacks of the user's own: in the ball, with the draws and the settings of all others."""
+"""The user's own attacks: they stay in the ball, with the draws and settings of all others."""
 
 import functools
 import subprocess

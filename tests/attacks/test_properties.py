@@ -1,4 +1,4 @@
-"""What holds for every attack, shape, epsilon, step, box, mask and dtype; without tolerance."""
+"""Invariants of every attack, shape, epsilon, step, box, mask and dtype, without tolerance."""
 
 import math
 from dataclasses import replace

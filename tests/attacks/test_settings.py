@@ -1,4 +1,4 @@
-"""Settings of an attack: what is refused, with which message, and what follows from the values."""
+"""Settings of an attack: refused values, their messages, and values that follow from others."""
 
 from dataclasses import fields
 from fractions import Fraction

@@ -1,7 +1,7 @@
-"""SparseFool beside its definition, image by image, coordinate by coordinate; and by brute force.
+"""SparseFool compared with its definition, image by image, and with brute force.
 
-`reference_sparsefool` is the definition, and shares nothing with the package. All in float64, so
-that the order of sums decides nothing.
+`reference_sparsefool` is the definition, and shares nothing with the package. All tests are in
+float64, so the order of sums decides nothing.
 """
 
 import copy

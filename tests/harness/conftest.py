@@ -1,4 +1,4 @@
-"""What the tests of the harness share."""
+"""Shared by the tests of the harness."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""lm-eval's response cache never answers for other settings than those it was written under."""
+"""lm-eval's response cache never gives answers that were written under other settings."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Text under several conditions at once is what each condition gives by itself."""
+"""Text under several conditions at once equals the text under each condition by itself."""
 
 import pickle
 

@@ -1,4 +1,4 @@
-"""Gold labels come from the task itself, whatever it is made of."""
+"""Gold labels come from the task itself, whatever its form."""
 
 import datasets
 import pytest

@@ -1,4 +1,4 @@
-"""What `attacked-hf` says of a model that cannot be loaded: only what it has looked at."""
+"""Messages about a model that cannot be loaded state only what was checked."""
 
 import pytest
 import torch

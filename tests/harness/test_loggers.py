@@ -1,4 +1,4 @@
-"""lm-eval's loggers are told of each condition what lm-eval itself would tell them."""
+"""lm-eval's loggers get for each condition what lm-eval itself would give them."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""Attacks that do nothing, or less than half of what was asked: said where the numbers are."""
+"""Attacks without effect, or with less than half of their amplitude: results have a warning."""
 
 import json
 

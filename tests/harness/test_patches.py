@@ -1,4 +1,4 @@
-"""What of lm-eval is replaced: our own part alone, for as long as it is needed."""
+"""Patches of lm-eval affect only our part, and only while it is in use."""
 
 import copy
 import functools

@@ -1,4 +1,4 @@
-"""Weights that libraries of quantisation make: tensors of their own kind, which know little."""
+"""Weights from libraries of quantisation: special tensors that support few functions."""
 
 import pytest
 import torch

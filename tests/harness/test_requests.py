@@ -1,4 +1,4 @@
-"""Requests in tokens where a prompt is blank, cut, or shares a token with its answer."""
+"""Requests in tokens if a prompt is blank, cut, or shares a token with its answer."""
 
 import inspect
 from contextlib import nullcontext

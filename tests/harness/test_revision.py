@@ -1,4 +1,4 @@
-"""A revision of what has none is refused, not passed over."""
+"""A revision of a model without revisions is refused, and not ignored."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""Results that would be wrong and look right: weights that are missing, numbers that are none."""
+"""Results that would be wrong and look right: missing weights, answers that are not finite."""
 
 import json
 import logging

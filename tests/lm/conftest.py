@@ -1,4 +1,4 @@
-"""The definitions, to compare with."""
+"""The definitions that tests compare with."""
 
 import pytest
 from reference import Reference

@@ -1,8 +1,8 @@
-"""A question of 64 choices of 2,000 tokens through a small Llama, in so much memory.
+"""A question of 64 choices of 2,000 tokens through a small Llama, within a limit of memory.
 
     python tests/lm/many_choices.py TOKENS_OF_A_FORWARD BYTES
 
-The memory is what may be taken beyond what the imports have; prints the peak's growth.
+The limit does not include the memory of the imports. The script prints how much the peak grows.
 """
 
 import resource

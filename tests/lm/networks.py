@@ -1,6 +1,6 @@
 """Every architecture that the tests know, as a small network with random weights.
 
-`ARCHITECTURES` is the one list of them; `docs/architectures.md` shows what `measured` finds.
+`ARCHITECTURES` is the only list of them. `docs/architectures.md` shows the results of `measured`.
 """
 
 import copy

@@ -1,8 +1,8 @@
-"""The definitions, written once more and as naively as possible: one request or question at a time.
+"""The definitions as naive code: one request or question at a time.
 
-Embeddings are fed as `inputs_embeds` and all logits are computed: no hook, no packing, no sharing
-with the code under test but the keyed draws. In float64, because log-softmax's gradient in float32
-is rounding error where the model is sure, and its sign decides.
+Embeddings go in as `inputs_embeds`, and all logits are computed. There is no hook, no packing, and
+nothing but the keyed draws in common with the code under test. The dtype is float64, because in
+float32 the gradient of log-softmax is rounding error if the model is sure, and its sign decides.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""A battery gives each question what its attacks, one after the other, would give it alone."""
+"""A battery gives each question the result of its attacks one after the other."""
 
 import functools
 

@@ -1,7 +1,7 @@
-"""A model whose layers are on two devices: what is computed where.
+"""A model whose layers are on two devices: each part is computed on the right one.
 
-There is one processor here. torch's fake tensors know their devices and have no content, and refuse
-to compute with two from different ones; `meta` is the second device.
+The machine may have only one processor. torch's fake tensors know their devices and have no
+content, and refuse to compute with tensors on different ones. `meta` is the second device.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""Rows go through the model without their padding: scores and gradients are those of whole rows."""
+"""Rows without padding give the scores and gradients of whole rows."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Generation: the prompt's embeddings are perturbed at prefill, and only there."""
+"""Generation: the attack perturbs the prompt's embeddings at prefill, and nowhere else."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Gradients that are not those of the model: refused or told, and right ones never."""
+"""Gradients that are not those of the model are refused or reported; right ones never."""
 
 import copy
 import json

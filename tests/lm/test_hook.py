@@ -1,4 +1,4 @@
-"""The hookpoint: found by name, left as it was, and nothing of the model changed."""
+"""The hookpoint: found by name, restored afterwards, and nothing of the model changed."""
 
 import pytest
 import torch

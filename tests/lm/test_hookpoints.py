@@ -1,4 +1,4 @@
-"""Hookpoints that cannot work are refused by a trial, whatever they are called."""
+"""A trial refuses hookpoints that cannot work, whatever their names."""
 
 import pytest
 import torch

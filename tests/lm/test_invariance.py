@@ -1,4 +1,4 @@
-"""Results do not depend on batch size, order, subset, or on what else is asked."""
+"""Results do not depend on batch size, order, subset, or on other requests."""
 
 import random
 import weakref

@@ -1,4 +1,4 @@
-"""Norms and rotary embeddings of ours in place of the model's own: the same numbers."""
+"""Our norms and rotary embeddings give the same numbers as the model's own."""
 
 import copy
 

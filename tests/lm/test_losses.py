@@ -1,4 +1,4 @@
-"""What an attack ascends, by hand."""
+"""The losses that attacks raise, computed by hand."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""A model's mode, and torch's, do not change the answers, and are afterwards what they were."""
+"""The modes of a model and of torch do not change the answers, and are restored afterwards."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The clean forward computes once what rows have in common; gradients are those of each row."""
+"""The clean forward computes shared parts of rows once, and gives the gradients of each row."""
 
 import pytest
 import torch

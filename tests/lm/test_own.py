@@ -1,4 +1,4 @@
-"""Attacks and losses of the user's own give on language models what the built-in ones do."""
+"""The user's own attacks and losses give the results of equal built-in ones on language models."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Units of the user's own: how large an epsilon is follows from a function of activations."""
+"""The user's own units: a function of activations gives the size of an epsilon."""
 
 import dataclasses
 import re

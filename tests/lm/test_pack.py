@@ -1,4 +1,4 @@
-"""Packs hold what was asked: every token, every prediction, every shared prefix."""
+"""Packs hold every token, every prediction and every shared prefix of their questions."""
 
 from dataclasses import fields
 

@@ -1,4 +1,4 @@
-"""positions: what may move, in every layout, and nothing else by a bit."""
+"""`positions`: the right tokens may move, in every layout, and no other moves by a bit."""
 
 import pytest
 import torch

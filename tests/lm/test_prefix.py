@@ -1,4 +1,4 @@
-"""A prefix that no attack moves is computed once: the numbers are those of whole rows."""
+"""A prefix that no attack moves is computed once, with the numbers of whole rows."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""On a model that knows something: what is true is likely, and attacks do what their names say."""
+"""A trained model: true statements are likely, and attacks do what their names say."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""`deterministic=True`: the same bits for a question, whatever it is asked along with."""
+"""`deterministic=True`: a question has the same bits, whatever else is asked."""
 
 import random
 

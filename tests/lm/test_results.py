@@ -1,4 +1,4 @@
-"""The command line end to end, and what its results file says of itself."""
+"""The command line from end to end, and the description in its results file."""
 
 import json
 

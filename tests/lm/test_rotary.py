@@ -1,7 +1,6 @@
-"""Rotary embeddings that depend on the longest row: an answer is that of the request alone.
+"""Rotary embeddings that depend on the longest row: an answer equals that of the request by itself.
 
-What is expected is computed by a copy of the model that has seen nothing before, one request at a
-time, without padding.
+A fresh copy of the model computes the expected answers, one request at a time, without padding.
 """
 
 import copy

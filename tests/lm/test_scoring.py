@@ -1,4 +1,4 @@
-"""One forward, and the places of it that are looked at, of a model that is seen through."""
+"""One forward of a model that is known exactly, and the positions that are read."""
 
 from types import SimpleNamespace
 

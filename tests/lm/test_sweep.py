@@ -1,4 +1,4 @@
-"""Several hookpoints: the same as a run for each, and forwards that start there as whole ones."""
+"""Several hookpoints: equal to a run for each, and partial forwards equal to whole ones."""
 
 import copy
 import functools

@@ -1,4 +1,4 @@
-"""Traces: perturbations that give the answers again, and shares that sum to the loss's change."""
+"""Traces: perturbations that reproduce the answers, and shares that sum to the loss's change."""
 
 import functools
 

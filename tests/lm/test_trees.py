@@ -1,4 +1,4 @@
-"""A question packed as a tree has the logits, gradients and answers of its requests alone."""
+"""A question packed as a tree has the logits, gradients and answers of its separate requests."""
 
 import copy
 import functools

@@ -1,4 +1,4 @@
-"""Nothing of a model differs after an attack from before."""
+"""Checks that an attack changes nothing of a model."""
 
 from contextlib import contextmanager
 

@@ -1,4 +1,4 @@
-"""What the tests of the suite share."""
+"""Shared by the tests of the suite."""
 
 import shutil
 

@@ -1,7 +1,7 @@
-"""Runs that are cut off at a chosen one of their durable operations.
+"""Runs that are cut off at a chosen durable operation.
 
-One process imports the command line and prepares the model and the tasks; every run is forked off
-it, and so takes less than a second.
+One process imports the command line and prepares the model and the tasks. Every run is a fork of
+it, and takes less than a second.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Frames of a run that never was: questions and samples with known accuracies; and of guesses."""
+"""Frames of an invented run: questions and samples with known accuracies, and with guesses."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The command line in processes of their own, forked off a server that has imported it.
+"""The command line in separate processes, forked from a server that has imported it.
 
-A test can so kill a run in the middle, and need not wait for imports at each try.
+So a test can kill a run in the middle, and need not wait for imports each time.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Amplitudes in units of the RMS: their names, their values, and what is refused."""
+"""Amplitudes in units of the RMS: their names, their values, and refused ones."""
 
 import json
 from dataclasses import replace

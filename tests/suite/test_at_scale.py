@@ -1,4 +1,4 @@
-"""What a report computes per question is computed for all questions at once."""
+"""A report computes numbers per question for all questions at once."""
 
 import sys
 from collections import Counter

@@ -1,4 +1,4 @@
-"""A board: cards of the same questions in one table, and what it writes."""
+"""A board: one table for cards with the same questions, and the files that it writes."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""Calibration: by hand, against scikit-learn and lm-eval, and where the truth is known."""
+"""Calibration: by hand, against scikit-learn and lm-eval, and for known truths."""
 
 import numpy as np
 import pandas as pd

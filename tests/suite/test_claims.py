@@ -1,4 +1,4 @@
-"""The paper's claims on runs that never were, and the area under curves that judges some."""
+"""The paper's claims on invented runs, and the area under curves that judges some of them."""
 
 import numpy as np
 import pandas as pd

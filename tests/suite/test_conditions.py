@@ -1,4 +1,4 @@
-"""What a condition is: two runs that differ in one setting alone, for every setting there is."""
+"""Conditions: two runs that differ in only one setting, for every setting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Robustness curves and what foretells them: closed forms, scipy, sklearn, a run of the demo."""
+"""Robustness curves and their predictors: closed forms, scipy, sklearn, a run of the demo."""
 
 import numpy as np
 import pandas as pd

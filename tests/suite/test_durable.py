@@ -1,6 +1,6 @@
-"""Each durable operation of a run as its last: nothing is lost, and nothing is left lying about.
+"""A run may end after any durable operation: nothing is lost, and nothing is left behind.
 
-By default the first and the last operation of each name are tried; all of them are slow tests.
+By default, the first and the last operation of each name are tried. Slow tests try all of them.
 """
 
 import errno

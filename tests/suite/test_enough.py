@@ -1,4 +1,4 @@
-"""Is n enough: said before a run, and by a run that can show nothing."""
+"""Is n enough? The estimate before a run says so, and so does a run that can show nothing."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The estimate of a run: FLOP that torch counts itself, passes that the engine makes."""
+"""The estimate of a run: FLOP as torch counts them, passes as the engine makes them."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Bad input and faults: a clear line each, the right exit code, nothing written or lost."""
+"""Bad input and faults: one clear line for each, the right exit code, nothing written or lost."""
 
 import errno
 import json

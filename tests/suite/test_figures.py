@@ -1,4 +1,4 @@
-"""What the figures show is what the frames say; nothing is compared by pixels."""
+"""Figures show the numbers of the frames. No test compares pixels."""
 
 import re
 from itertools import pairwise

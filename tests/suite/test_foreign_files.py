@@ -1,4 +1,4 @@
-"""Outputs that are not ours: refused, or left as they are; links are not followed."""
+"""Output paths with other people's files: refused or left unchanged; links are not followed."""
 
 import json
 import shutil

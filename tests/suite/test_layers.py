@@ -1,4 +1,4 @@
-"""Accuracy by hookpoint: a run over several is a run for each, and what is shown of it."""
+"""Accuracy by hookpoint: a run over several equals a run for each; tables and figures of it."""
 
 import json
 

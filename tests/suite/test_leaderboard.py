@@ -1,4 +1,4 @@
-"""The leaderboard as a file: who may write it, when, and over what."""
+"""The leaderboard as a file: who may write it, when, and what it replaces."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Runs with a model that is loaded: equal to those by its name, and it is left as it was."""
+"""Runs with a loaded model: equal to runs with its name; the model is unchanged afterwards."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""Runs of lm_eval, which `compare` reads as `--log_samples` writes them."""
+"""Runs of lm_eval in the form of `--log_samples`, which `compare` reads."""
 
 import json
 

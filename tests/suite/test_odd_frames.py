@@ -1,4 +1,4 @@
-"""Frames of legal runs that are odd: nothing that is told or drawn of them fails."""
+"""Unusual but legal frames: tables, texts and figures of them do not fail."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory

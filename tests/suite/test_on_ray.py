@@ -1,4 +1,4 @@
-"""Batches on the workers of a Ray cluster: what is handed to whom, without Ray; and with it."""
+"""Batches on the workers of a Ray cluster: who gets which, without Ray, and with it."""
 
 import json
 import os

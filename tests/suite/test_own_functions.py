@@ -1,4 +1,4 @@
-"""Runs with an attack or a loss of the user's own: another source is another run."""
+"""Runs with the user's own attack or loss: another source code makes another run."""
 
 import importlib
 import linecache

@@ -1,4 +1,4 @@
-"""Shares of a run, and models of which every process holds a part."""
+"""Shares of a run, and models that are divided over several processes."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""Paths that lead elsewhere than they seem to: what is checked is what is written."""
+"""Paths with links and other surprises: the path that is checked is the path that is written."""
 
 import errno
 import io

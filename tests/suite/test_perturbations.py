@@ -1,4 +1,4 @@
-"""Saved perturbations: they give the stored scores again, whatever the batches were."""
+"""Saved perturbations reproduce the stored scores, whatever the batches were."""
 
 import json
 import subprocess

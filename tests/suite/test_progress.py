@@ -1,4 +1,4 @@
-"""What a run shows while it lasts, off a terminal and from Python."""
+"""The output of a run while it lasts, without a terminal and from Python."""
 
 import io
 import json

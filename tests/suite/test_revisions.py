@@ -1,4 +1,4 @@
-"""Checkpoints of one training: which they are, and what is drawn of them."""
+"""Checkpoints of one training: how they are named, and figures of them."""
 
 import re
 import shutil

@@ -1,4 +1,4 @@
-"""What a run finds: question by question, what lm-eval itself finds under each condition."""
+"""A run has, question by question, the results of lm-eval itself under each condition."""
 
 import json
 

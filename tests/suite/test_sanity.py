@@ -1,4 +1,4 @@
-"""The checklist: what passes, what fails, and models that hide their gradient."""
+"""The checklist: cases that pass and fail, and models that hide their gradient."""
 
 import re
 

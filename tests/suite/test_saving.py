@@ -1,4 +1,4 @@
-"""What fails at the end of a run is a line; its numbers are there, and can be told again."""
+"""A failure at the end of a run is one line. Its numbers are stored, and can be shown again."""
 
 import errno
 import shutil

@@ -1,4 +1,4 @@
-"""Tasks of every kind of score: lm-eval's own numbers, and what is said of each."""
+"""Tasks of every kind of score: lm-eval's own numbers, and the texts about each."""
 
 import json
 from itertools import product

@@ -1,4 +1,4 @@
-"""Several numbers of steps in one run: conditions, numbers, and what the report makes of them."""
+"""Several numbers of steps in one run: conditions, numbers, and the report."""
 
 import numpy as np
 import pandas as pd

@@ -1,4 +1,4 @@
-"""Batches on disk: what was kept is found again, by any process, and damage is told from it."""
+"""Batches on disk: any process finds stored ones again, and damage is noticed."""
 
 import sqlite3
 import threading

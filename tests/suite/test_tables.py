@@ -1,4 +1,4 @@
-"""Tables: what stands in which cell, the marks and their notes, bytes that do not vary."""
+"""Tables: content of the cells, marks and their notes, bytes that do not vary."""
 
 import io
 

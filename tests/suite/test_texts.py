@@ -1,4 +1,4 @@
-"""Tasks that generate text or score whole texts: what runs say is what lm-eval itself finds."""
+"""Tasks that generate text or score whole texts: runs have the results of lm-eval itself."""
 
 import json
 import math

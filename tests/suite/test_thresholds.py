@@ -1,4 +1,4 @@
-"""Builds that must fail: `--fail_under` and `--fail_drop`, and the workflow that the docs show."""
+"""Builds that must fail: `--fail_under` and `--fail_drop`, and the workflow in the docs."""
 
 import re
 import shlex

@@ -1,4 +1,4 @@
-"""The worst case over attacks, and gradients that are hidden: by hand."""
+"""The worst case over attacks, and hidden gradients: by hand."""
 
 import numpy as np
 import pandas as pd

@@ -1,4 +1,4 @@
-"""Word sentiment: cosines against torch.nn, word by word; splits; what is written."""
+"""Word sentiment: cosines against torch.nn, word by word; splits; files."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""The package's words, words of one's own, and their encoding."""
+"""The package's words, the user's own words, and their encoding."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""The packet along lines: networks whose loss is known there."""
+"""The packet along lines, for networks whose loss on these lines is known."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The relation against closed forms, another way to integrate, and what it does not depend on."""
+"""The relation against closed forms and another integration, and its invariances."""
 
 import math
 from dataclasses import astuple

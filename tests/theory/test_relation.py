@@ -1,4 +1,4 @@
-"""dx · dp of image classifiers: which lines are drawn, and what is written of them."""
+"""dx · dp of image classifiers: the lines, and the files."""
 
 from collections import OrderedDict
 

@@ -1,4 +1,4 @@
-"""Networks of several seeds as one: against torch.nn, and against each seed alone."""
+"""Networks of several seeds as one, against torch.nn and against each seed by itself."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Data sets: pixels and labels as they were written, augmentation, and what is refused."""
+"""Data sets: pixels and labels, augmentation, and refused input."""
 
 import os
 

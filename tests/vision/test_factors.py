@@ -1,4 +1,4 @@
-"""The factorial experiment: each combination once, what a factor changes, bad input."""
+"""The factorial experiment: each combination once, effects of factors, bad input."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""Accuracies under attack on classifiers whose answers are known, and what is reported of them."""
+"""Accuracies under attack for classifiers whose answers are known, and their rows."""
 
 import math
 from functools import partial

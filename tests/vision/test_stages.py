@@ -1,4 +1,4 @@
-"""Training under attack: what is kept when it stops, where it ends, what is measured."""
+"""Training under attack: files when it stops, its end, its measurements."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Clean against robust accuracy: files, what the numbers are of, resuming, bad input."""
+"""Clean and robust accuracy: files, numbers, resuming, bad input."""
 
 import json
 import math

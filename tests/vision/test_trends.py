@@ -1,4 +1,4 @@
-"""What rises and what falls: against scipy's Kendall, its exact moments, and drawn curves."""
+"""Rising and falling values: against scipy's Kendall, its exact moments, and drawn curves."""
 
 from itertools import permutations
 

@@ -1,4 +1,4 @@
-"""What a browser that shows a page has asked for."""
+"""The requests that a browser makes when it shows a page."""
 
 import json
 

@@ -1,6 +1,6 @@
 """A headless Chromium and the report of a run.
 
-The tests in it are skipped, saying so, where chromium or chromedriver is missing.
+Without chromium or chromedriver, the tests in this folder are skipped, and say so.
 """
 
 import re

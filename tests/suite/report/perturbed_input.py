@@ -1,4 +1,4 @@
-"""A folder with perturbations that no model made: files, samples and questions."""
+"""A folder with invented perturbations: files, samples and questions."""
 
 import json
 

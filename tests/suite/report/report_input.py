@@ -1,4 +1,4 @@
-"""Frames of a run that never was, for the tests of the report: hostile text, odd numbers."""
+"""Frames of an invented run, for the tests of the report: hostile text, odd numbers."""
 
 import numpy as np
 import pandas as pd

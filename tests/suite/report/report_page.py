@@ -1,4 +1,4 @@
-"""report.html as its reader meets it in a browser, and the rows that pandas says it should show."""
+"""report.html in a browser, and the rows that it should show according to pandas."""
 
 import numpy as np
 import pandas as pd

@@ -1,4 +1,4 @@
-"""The page serves keyboards, screen readers, light and dark, paper and small screens."""
+"""The page works with keyboards, screen readers, light and dark, on paper and small screens."""
 
 from itertools import pairwise
 

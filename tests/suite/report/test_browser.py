@@ -1,4 +1,4 @@
-"""What the page shows, sorts and filters in a real Chromium is what pandas says it should."""
+"""The page shows, sorts and filters in a real Chromium what pandas says it should."""
 
 import numpy as np
 import pandas as pd

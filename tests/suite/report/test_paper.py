@@ -1,4 +1,4 @@
-"""What a paper takes of a run: PDF figures, LaTeX, and what to cite."""
+"""The files of a run for a paper: PDF figures, LaTeX, and BibTeX entries."""
 
 import re
 import shutil

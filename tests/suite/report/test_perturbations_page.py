@@ -1,4 +1,4 @@
-"""perturbations.html shows what the files say: in a real Chromium, from a disk, with no network."""
+"""perturbations.html shows the content of the files: in a real Chromium, from a disk, offline."""
 
 import re
 import time

@@ -1,4 +1,4 @@
-"""What goes into report.html, without a browser: words, data, and that no text becomes markup."""
+"""The content of report.html, without a browser: words and data; no text becomes markup."""
 
 import base64
 import gzip
