@@ -24,7 +24,7 @@ help: ## this list
 .PHONY: .venv
 .venv: .venv/.installed ## the environment, with the project in editable form; PYTHON=... chooses the interpreter
 
-.venv/.installed: pyproject.toml constraints.txt _llm_attack_shim.py llm_attack_shim.pth
+.venv/.installed: pyproject.toml constraints.txt hatch_build.py _llm_attack_shim.py llm_attack_shim.pth
 	$(PYTHON) -m venv .venv
 	$(PIP) install --quiet -c constraints.txt -e ".[dev]"
 	@touch $@
@@ -69,7 +69,7 @@ test-ray: .venv/.ray ## the tests of runs on Ray, which it installs; five minute
 	$(BIN)/python -m pytest -ra -m "slow or not slow" tests/suite/test_on_ray.py
 
 # An environment of its own; Python 3.11. Without the libraries of attack-libs.
-.venv-oldest/.installed: pyproject.toml constraints-oldest.txt _llm_attack_shim.py llm_attack_shim.pth
+.venv-oldest/.installed: pyproject.toml constraints-oldest.txt hatch_build.py _llm_attack_shim.py llm_attack_shim.pth
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet -c constraints-oldest.txt -e ".[dev]"
 	@touch $@
@@ -79,7 +79,7 @@ test-oldest: .venv-oldest/.installed ## the tests with the lowest releases that 
 	.venv-oldest/bin/python -m pytest -ra -n auto --dist worksteal
 
 # The newest releases, pre-releases too, but for torch: its newest Linux builds bring gigabytes of CUDA libraries.
-.venv-newest/.installed: pyproject.toml constraints.txt _llm_attack_shim.py llm_attack_shim.pth
+.venv-newest/.installed: pyproject.toml constraints.txt hatch_build.py _llm_attack_shim.py llm_attack_shim.pth
 	$(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --pre -e ".[dev]" $$(grep '^torch==' constraints.txt)
 	@touch $@
@@ -109,6 +109,10 @@ mutants: .venv/.mutants ## the tests of the tests: FAULTS=40 small faults in eac
 docs: .venv/.docs ## the documentation as a site, into site/; a broken link is an error
 	$(BIN)/python docs/pages.py build/docs
 	$(BIN)/zensical build --strict --clean
+
+.PHONY: dist
+dist: .venv ## wheel and source distribution, into dist/; REPOSITORY=https://... is where the links of the README then lead
+	REPOSITORY="$(REPOSITORY)" $(BIN)/python -m build
 
 .PHONY: prose
 prose: .venv ## sentences of the documentation: length, and constructions to avoid
