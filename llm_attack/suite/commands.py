@@ -269,7 +269,10 @@ def _compare_many(runs: dict[str, Result], output: Path | None, pdf: bool) -> Ce
         claim_file(_drops_of(output), first_line, "a comparison of drops of three runs or more")
     cells = models.cells(frame, models.unshared(runs))
     Console().print(cells.rich("models, accuracy and drop"))
-    Console().print(drop_pairs.cells(of_pairs).rich(drop_pairs.TITLE))
+    if len(runs) <= drop_pairs.MOST:
+        Console().print(drop_pairs.cells(of_pairs).rich(drop_pairs.TITLE))
+    else:
+        print(f"differences of drops: not compared; give {drop_pairs.MOST} runs or fewer")
     if output is not None:
         write_text(output, text)
         write_text(_drops_of(output), text_of_pairs)

@@ -14,6 +14,7 @@ from llm_attack.suite.analysis.summary import MEAN
 from llm_attack.suite.report.tables import Cells
 from llm_attack.suite.results import Result
 
+MOST = 10  # runs: more have too many pairs to be read, and to be tested in seconds
 TITLE = "differences of drops, b minus a: above 0, a is more robust"
 COLUMNS = [
     *("condition", "a", "b", "task", "n", "drop_a", "drop_b", "difference"),
@@ -30,8 +31,10 @@ def pairs(runs: Mapping[str, Result]) -> pd.DataFrame:
     Returns:
         A row per condition, pair of models `a` and `b`, and task, with the mean over tasks as the
         last; other columns as of `analysis.drops.differences`, but for `p_holm`: `p` adjusted over
-        the pairs, for each condition and task.
+        the pairs, for each condition and task. Empty for more than `MOST` runs.
     """
+    if len(runs) > MOST:
+        return pd.DataFrame(columns=COLUMNS)
     found = []
     for (a, of_a), (b, of_b) in itertools.combinations(runs.items(), 2):
         content = (of_a.worst(), of_a.questions, of_b.worst(), of_b.questions)
