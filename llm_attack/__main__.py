@@ -1,10 +1,10 @@
-"""The program `llm-attack`, and `python -m llm_attack` where launchers want a module."""
+"""The program `llm-attack`; also `python -m llm_attack`, for launchers that need a module."""
 
 import sys
 
 
 def main() -> None:
-    """The command line. Ctrl-C is a line from here on, also while its libraries are imported."""
+    """Runs the command line. From here on, Ctrl-C ends in one line, even during imports."""
     try:
         from llm_attack.cli import main as commands
 

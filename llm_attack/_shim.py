@@ -1,7 +1,7 @@
-"""`register()`, which makes ``attacked-hf`` known to lm-eval, where the .pth may not have run.
+"""`register()`, which makes ``attacked-hf`` known to lm-eval if the .pth file has not run.
 
-The module itself lies beside this package, because it has to be importable at the start of every
-interpreter without the package.
+The module itself is beside this package. Every interpreter imports it at its start, and must be
+able to do so without this package.
 """
 
 from _llm_attack_shim import register

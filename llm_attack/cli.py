@@ -31,7 +31,7 @@ class _Commands(click.Group):
     def main(self, args: Sequence[str] | None = None, *more: Any, **extra: Any) -> NoReturn:
         words = list(sys.argv[1:] if args is None else args)
         for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):  # other letters become question marks
+            if isinstance(stream, io.TextIOWrapper):  # unknown letters become question marks
                 stream.reconfigure(errors="replace")
         extra["standalone_mode"] = False
         try:
@@ -424,7 +424,7 @@ def fig3(arguments: tuple[str, ...]) -> None:
 def all_(ctx: click.Context, /, output: str, **options: Any) -> None:
     """Every figure in turn."""
     folders = {command: str(resolved(output) / str(command.name)) for command in FIGURES}
-    for command, folder in folders.items():  # all folders before anything is computed in one
+    for command, folder in folders.items():  # all folders are prepared before anything is computed
         command.settle(output=folder, **options)
     for command, folder in folders.items():
         click.echo(f"{command.name}:")

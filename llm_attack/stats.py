@@ -1,6 +1,6 @@
-"""Intervals and exact tests of shares of right answers; numbers in, numbers out.
+"""Intervals and exact tests for shares of right answers. Numbers in, numbers out.
 
-Does without `scipy.stats`: importing that takes longer than all that a small report computes.
+The module avoids `scipy.stats`, because its import takes longer than a small report computes.
 """
 
 from __future__ import annotations
@@ -15,42 +15,43 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import bdtrc, expit, logit, ndtr, ndtri, stdtr, stdtrit
 
-ALPHA = 0.05  # level of the tests; the intervals cover 1 - ALPHA
+ALPHA = 0.05  # level of the tests; intervals cover 1 - ALPHA
 POWER = 0.8
 DRAWS = 99_999
-_ALL = 7  # pairs whose permutations are all tried
-_SURE = 82  # exponent of Hoeffding's inequality (1963), from which on no draw gets there
-_SIGNS = 16  # clusters whose signs are all tried
+_ALL = 7  # with at most so many pairs, all permutations are tried
+_SURE = 82  # exponent of Hoeffding's inequality (1963) above which no draw is so extreme
+_SIGNS = 16  # with at most so many clusters, all signs are tried
 
 
 def wilson(right: float, n: float) -> tuple[float, float]:
     """Wilson's 95 % interval of the share right / n (E. B. Wilson 1927, doi:10.2307/2276774).
 
-    Not `scipy.stats.binomtest(...).proportion_ci`, to which it is equal: that takes whole numbers.
+    `scipy.stats.binomtest(...).proportion_ci` gives the same, but takes only whole numbers.
 
     Args:
-        right: answers; divided by `design_effect` where questions share sources.
-        n: questions, likewise.
+        right: number of right answers, divided by `design_effect` if questions share sources.
+        n: number of questions, divided by the same.
     """
     z, share = float(-ndtri(ALPHA / 2)), float(right / n)
     middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
-    # Rounding must not put the share itself outside: 0 of n and n of n lie on the interval's edge.
+    # Rounding must not exclude the share itself: 0 of n and n of n are ends of the interval.
     return max(0.0, min(middle - half, share)), min(1.0, max(middle + half, share))
 
 
 def binomial(n: int, p: float) -> np.ndarray:
-    """(n + 1,) probability of 0, 1, ..., n successes of n, each of probability p.
+    """(n + 1,) probability of 0, 1, ..., n successes in n trials, each with probability p.
 
-    From the likeliest number to both sides by the ratio of neighbours, then divided by the sum:
-    every term is the product of positive numbers, so that the relative error is of rounding alone.
+    The computation starts at the likeliest number, multiplies by ratios of neighbours in both
+    directions, and divides by the sum. Every term is a product of positive numbers, so its relative
+    error is only that of rounding.
     """
     if p in (0, 1):
         return np.asarray(np.eye(n + 1)[round(n * p)])
     k = np.arange(n)
     ratio = (n - k) / (k + 1) * (p / (1 - p))  # of k + 1 successes to k
     best = min(n, int((n + 1) * p))
-    start = [1e280]  # the smallest terms are rounded once, at the end
+    start = [1e280]  # so the smallest terms are rounded only once, at the end
     below, above = (
         np.cumprod([*start, *ratios]) for ratios in (1 / ratio[:best][::-1], ratio[best:])
     )
@@ -64,17 +65,17 @@ def fair(n: int) -> np.ndarray:
     ways = [1]
     for k in range(n // 2):
         ways.append(ways[-1] * (n - k) // (k + 1))
-    half = [way / 2**n for way in ways]  # of whole numbers of any size
+    half = [way / 2**n for way in ways]  # integers of any size
     return np.array(half + half[: (n + 1) // 2][::-1])
 
 
 def more_often(more: int, less: int) -> float:
-    """One-sided p-value of `more` against `less` of pairs that differ (McNemar's exact test)."""
+    """One-sided p-value of McNemar's exact test: `more` against `less` of pairs that differ."""
     return float(bdtrc(more - 1, more + less, 0.5))
 
 
 def ranks(values: ArrayLike) -> np.ndarray:
-    """Ranks along the last axis from 1 on, the mean of them for ties; NaN where a row has one."""
+    """Ranks along the last axis, from 1. Ties get their mean rank; rows with a NaN get NaN."""
     return np.asarray(np.apply_along_axis(_ranks, -1, np.asarray(values, dtype=float)))
 
 
@@ -87,10 +88,11 @@ def _ranks(row: np.ndarray) -> np.ndarray:
 
 
 def guessing(chances: ArrayLike) -> np.ndarray:
-    """Distribution of the number of right answers when every question is guessed.
+    """Distribution of the number of right answers if every question is guessed.
 
-    The Poisson binomial distribution. Benchmarks have few different numbers of choices: one
-    binomial distribution for each, convolved. All terms are positive, so nothing cancels.
+    This is the Poisson binomial distribution. Benchmarks have few different numbers of choices. So
+    it is a convolution of one binomial distribution for each. All terms are positive, so nothing
+    cancels.
 
     Args:
         chances: (n,) probability to guess each question right.
@@ -106,20 +108,21 @@ def guessing(chances: ArrayLike) -> np.ndarray:
 
 
 def chance_test(right: int, chances: ArrayLike) -> float:
-    """Exact two-sided p-value of `right` answers against guessing.
+    """Exact two-sided p-value of the number of `right` answers against guessing.
 
-    As in `scipy.stats.binomtest`, which it equals where all chances are equal: the probability of
-    all outcomes that are not likelier than the one observed, with the same tolerance for ties.
+    It is the probability of all outcomes that are not likelier than the observed one, as in
+    `scipy.stats.binomtest` and with its tolerance for ties. If all chances are equal, both agree.
     """
     pmf = guessing(chances)
     return min(1.0, float(pmf[pmf <= pmf[right] * (1 + 1e-7)].sum()))
 
 
 def tells_from_guessing(chances: ArrayLike) -> bool:
-    """Whether so many questions tell a model half-way between guessing and perfect from guessing.
+    """Whether these questions suffice to distinguish a half-good model from guessing.
 
-    That is: whether `chance_test` finds it at `ALPHA` with power `POWER`. With 10 questions of two
-    choices it does not, and 8 right answers of them are no sign of guessing.
+    A half-good model is half-way between guessing and perfect. The questions suffice if
+    `chance_test` finds it at `ALPHA` with power `POWER`. Ten questions with two choices do not, so
+    8 right answers out of 10 are no sign of guessing.
 
     Args:
         chances: (n,) probability to guess each question right.
@@ -134,19 +137,21 @@ def tells_from_guessing(chances: ArrayLike) -> bool:
 
 
 def sign_test(net: Sequence[ArrayLike], n: Sequence[int]) -> float:
-    """Two-sided p-value of the mean over tasks of the net change: signs of clusters, by chance.
+    """Two-sided p-value of the net change (mean over tasks), by random signs of clusters.
 
-    Under the null hypothesis what changed in a cluster of questions was as likely to have changed
-    the other way round; clusters are independent. With one question in each cluster and one task it
-    is McNemar's exact test, with several tasks McNemar's test stratified. Changes that are no whole
-    numbers make it Fisher's randomization test of paired differences. The distribution of the mean
-    is exact where all tasks have the same `n` and count questions, and of numbers where at most
-    `_SIGNS` clusters changed; else it is drawn, `DRAWS` times, always the same draws.
+    Null hypothesis: clusters of questions are independent, and each could as well have changed the
+    other way round. With one question per cluster, this is McNemar's exact test for one task, and
+    the stratified test of McNemar for several. If changes are not whole numbers, it is Fisher's
+    randomization test of paired differences.
+
+    For counts, the distribution of the mean is exact if all tasks have the same `n`. For other
+    numbers, it is exact if at most `_SIGNS` clusters changed. Otherwise it is drawn `DRAWS` times,
+    always with the same draws.
 
     Args:
-        net: of each task, (clusters,) questions gained less those lost; or the sums over a cluster
-            of the changes of its questions' scores.
-        n: of each task, its questions.
+        net: for each task, (clusters,) number of questions gained minus lost, or sum of the changes
+            of a cluster's scores.
+        n: for each task, its number of questions.
     """
     changed = [np.asarray(changes, dtype=float) for changes in net]
     changed = [changes[changes != 0] for changes in changed]
@@ -161,7 +166,7 @@ def sign_test(net: Sequence[ArrayLike], n: Sequence[int]) -> float:
     kinds = [np.unique(np.abs(changes), return_counts=True) for changes in changed]
     sums = np.array([changes.sum() for changes in changed])
     if len(set(n)) == 1:
-        pmf = np.ones(1)  # of the sum over clusters plus its largest, in steps of one
+        pmf = np.ones(1)  # of the sum over clusters, from its smallest value, in steps of one
         for size, count in (pair for kind in kinds for pair in zip(*kind, strict=True)):
             steps = np.zeros(2 * size * count + 1)
             steps[:: 2 * size] = fair(int(count))
@@ -172,16 +177,16 @@ def sign_test(net: Sequence[ArrayLike], n: Sequence[int]) -> float:
     return _by_draws(counts, tuple(n), abs(float((sums / np.array(n)).sum())))
 
 
-@lru_cache(maxsize=256)  # a report tests the same change in its table and among the claims
+@lru_cache(maxsize=256)  # a report tests the same change for its table and for the claims
 def _by_draws(
     counts: tuple[tuple[tuple[int, int], ...], ...], n: tuple[int, ...], far: float
 ) -> float:
-    """Two-sided p-value of a mean over tasks that is `far` from 0, by drawn signs.
+    """Two-sided p-value, by drawn signs, of a mean over tasks at a distance from 0.
 
     Args:
-        counts: of each task, (size, clusters whose change is of that size).
-        n: of each task, its questions.
-        far: the distance.
+        counts: for each task, (size of the change, number of clusters with this size).
+        n: for each task, its number of questions.
+        far: the distance from 0.
     """
     squares = sum(
         count * (k / size) ** 2
@@ -194,22 +199,22 @@ def _by_draws(
     for of_task, size in zip(counts, n, strict=True):
         for k, count in of_task:
             drawn += k * (2 * rng.binomial(count, 0.5, DRAWS) - count) / size
-    # with a little slack: the sums are of floats
+    # with a small tolerance, because the sums are floats
     reached = np.count_nonzero(np.abs(drawn) >= far - 1e-12)
     return float((reached + 1) / (DRAWS + 1))
 
 
 def _by_signs(terms: np.ndarray) -> float:
-    """Two-sided p-value of the sum of (clusters,) numbers whose signs are a matter of chance."""
+    """Two-sided p-value of the sum of (clusters,) numbers whose signs are random."""
     if np.isnan(terms).any():
         return np.nan
     k, total = len(terms), terms.sum()
-    enough = abs(total) - 1e-9 * np.abs(terms).sum()  # the sums are of floats
+    enough = abs(total) - 1e-9 * np.abs(terms).sum()  # the sums are floats
     if k <= _SIGNS:
         every = np.arange(2**k)[:, None] >> np.arange(k) & 1
         return float((np.abs(total - 2 * (every @ terms)) >= enough).mean())
     rng, reached, left = np.random.default_rng(0), 0, DRAWS
-    while left:  # in parts: of 10,000 questions all draws at once would take gigabytes
+    while left:  # in parts, because for 10,000 questions all draws at once would take gigabytes
         some = min(left, max(1, 10_000_000 // k))
         octets = rng.integers(256, size=(some, -(-k // 8)), dtype=np.uint8)
         turned = np.unpackbits(octets, axis=1, count=k)
@@ -219,20 +224,21 @@ def _by_signs(terms: np.ndarray) -> float:
 
 
 def design_effect(values: ArrayLike, clusters: ArrayLike) -> float:
-    """How many questions that share sources tell as much as one that shares none; at least 1.
+    """The number of questions with shared sources that one independent question is worth.
 
-    The variance of the mean by clusters over that of independent questions (Kish 1965), times the
-    squared ratio of the quantiles of Student's t that belong to each (Korn and Graubard 1998).
-    Shares whose counts are divided by it have intervals that allow for clusters (Dean and Pagano
-    2015, doi:10.1093/jssam/smv024). Of values that are all equal: the mean size of a cluster.
+    It is the variance of the mean with clusters, divided by that of independent questions (Kish
+    1965), times the squared ratio of the matching quantiles of Student's t (Korn and Graubard
+    1998); at least 1. If counts are divided by it, intervals of shares allow for clusters (Dean and
+    Pagano 2015, doi:10.1093/jssam/smv024). If all values are equal, it is the mean size of a
+    cluster.
 
     Args:
-        values: (n,) numbers, of a question each.
+        values: (n,) numbers, one per question.
         clusters: (n,) labels.
     """
     values, labels = np.asarray(values, dtype=float), np.unique(clusters, return_inverse=True)[1]
     n, k = len(values), labels.max() + 1
-    if k == n or k == 1:  # nothing shared, or nothing to compare
+    if k == n or k == 1:  # nothing is shared, or there is nothing to compare
         return 1.0
     away = values - values.mean()
     alone = (away**2).sum() / (n - 1) / n
@@ -246,16 +252,16 @@ def design_effect(values: ArrayLike, clusters: ArrayLike) -> float:
 
 
 def standard_error(values: ArrayLike, clusters: ArrayLike) -> float:
-    """Standard error of the mean of (n,) numbers that clusters of questions share.
+    """Standard error of the mean of (n,) numbers, if questions share clusters.
 
-    NaN where it is not known: of one cluster, and where nothing varies.
+    NaN if it is not known, because there is one cluster or because nothing varies.
     """
     variance = _variance_of_mean(values, clusters)
     return float(np.sqrt(variance)) if variance > 0 else np.nan
 
 
 def _variance_of_mean(values: ArrayLike, clusters: ArrayLike) -> float:
-    """Of Liang and Zeger 1986, by the sums of clusters; NaN of one cluster."""
+    """Variance of Liang and Zeger 1986, from the sums of clusters; NaN for one cluster."""
     numbers = np.asarray(values, dtype=float)
     labels = np.unique(clusters, return_inverse=True)[1]
     k = labels.max() + 1
@@ -264,7 +270,7 @@ def _variance_of_mean(values: ArrayLike, clusters: ArrayLike) -> float:
 
 
 class Mean(NamedTuple):
-    """A mean with its 95 % interval, and the p-value of its being 0."""
+    """A mean with its 95 % interval, and the p-value of the hypothesis that it is 0."""
 
     value: float
     low: float
@@ -273,13 +279,13 @@ class Mean(NamedTuple):
 
 
 def mean_of(tasks: Sequence[tuple[ArrayLike, ArrayLike]]) -> Mean:
-    """The mean over tasks of the mean of numbers that clusters of questions share, by Student's t.
+    """The mean over tasks of means of clustered numbers, by Student's t.
 
-    Its error is that of means of clusters (Liang and Zeger 1986), its degrees of freedom are
-    Satterthwaite's (1946). NaN for interval and test where a task has less than two clusters.
+    The error is that of means of clusters (Liang and Zeger 1986), with the degrees of freedom of
+    Satterthwaite (1946). Interval and test are NaN if a task has fewer than two clusters.
 
     Args:
-        tasks: of each, (n,) numbers and (n,) labels of clusters.
+        tasks: for each task, (n,) numbers and (n,) labels of clusters.
     """
     means, errors, freedom = [], [], []
     for values, clusters in tasks:
@@ -298,8 +304,8 @@ def mean_of(tasks: Sequence[tuple[ArrayLike, ArrayLike]]) -> Mean:
 def paired_error(lost: ArrayLike, gained: ArrayLike, n: ArrayLike) -> Any:
     """Standard error of (gained - lost) / n, a difference of two shares of the same n questions.
 
-    One question more is counted as lost, and one as gained, as in `paired_interval`: where none
-    changed, the error is not 0.
+    As in `paired_interval`, one lost and one gained question are added. So the error is not 0 if no
+    question changed.
     """
     down, up, sizes = (np.asarray(x, dtype=float) for x in (lost, gained, n))
     a, b = (down + 1) / (sizes + 2), (up + 1) / (sizes + 2)
@@ -307,30 +313,30 @@ def paired_error(lost: ArrayLike, gained: ArrayLike, n: ArrayLike) -> Any:
 
 
 def detectable(errors: ArrayLike) -> float:
-    """The smallest mean over tasks of paired differences that is found with power 0.8.
+    """The smallest mean over tasks of paired differences that a test finds with power 0.8.
 
-    By a two-sided test at `ALPHA` of the same questions, if they vary as here (for counts: Connor
-    1987, whose variance under the alternative `paired_error` is).
+    This is for a two-sided test at `ALPHA` of the same questions, if they vary as here. For counts
+    see Connor 1987; his variance under the alternative is `paired_error`.
 
     Args:
-        errors: (tasks,) standard errors of each task's difference.
+        errors: (tasks,) standard error of each task's difference.
     """
     return float((ndtri(1 - ALPHA / 2) + ndtri(POWER)) * error_of_mean(errors))
 
 
 def planned(sizes: ArrayLike, discordance: float) -> float:
-    """The smallest drop of the mean over tasks that a run of so many questions will show.
+    """The smallest drop (mean over tasks) that a run with these numbers of questions will show.
 
-    As `detectable`, before anything is computed (R. J. Connor 1987, doi:10.2307/2531961, without
-    the term of the second order): a share `discordance` of the questions is assumed to change, or
-    as many as the drop itself needs.
+    Like `detectable`, but before anything is computed (R. J. Connor 1987, doi:10.2307/2531961,
+    without the second-order term). It assumes that a share `discordance` of the questions changes,
+    or as many as the drop itself needs.
 
     Args:
-        sizes: (tasks,) questions of each task, independent of each other.
-        discordance: share of the questions whose answer changes, lost and gained.
+        sizes: (tasks,) number of independent questions of each task.
+        discordance: share of the questions whose answer changes, lost and gained together.
 
     Returns:
-        A share; 1 or more: no drop is found.
+        A share. If it is 1 or more, the run shows no drop.
     """
     n = np.asarray(sizes, dtype=float)
     drop = detectable(np.sqrt(discordance / n))
@@ -344,28 +350,29 @@ def error_of_mean(errors: ArrayLike) -> Any:
 
 
 def equivalence_test(difference: ArrayLike, error: ArrayLike, within: float) -> Any:
-    """p-value of the claim that a difference is not beyond `within`.
+    """p-value of equivalence; if it is small, the difference is shown to be within the margin.
 
-    The larger of the two one-sided tests of Schuirmann 1987 (TOST), each of a normal distribution:
-    that the difference is not above -within, and that it is not below within. Rejecting both is
-    evidence of equivalence, which a difference that is not significant is not.
+    It is the larger of the two one-sided tests of Schuirmann 1987 (TOST), with normal
+    distributions. Their null hypotheses are that the difference is at most -within, and that it is
+    at least within. Rejecting both is evidence of equivalence. A difference that is not significant
+    is no such evidence.
 
     Args:
         difference: (...) differences, as shares.
         error: (...) their standard errors.
-        within: a share, above 0.
+        within: the margin, a share above 0.
 
     Returns:
-        (...) p-values; NaN where the error is.
+        (...) p-values; NaN if the error is NaN.
     """
     return ndtr((np.abs(difference) - within) / np.asarray(error, dtype=float))
 
 
 def holm(p_values: ArrayLike) -> np.ndarray:
-    """Holm's adjusted p-values; NaN stays NaN and does not count as a test.
+    """Holm's adjusted p-values. NaN stays NaN and does not count as a test.
 
-    Not `statsmodels.stats.multitest.multipletests`, to which it is equal: that collects garbage at
-    every call, which takes 0.3 s beside loaded models and data sets.
+    `statsmodels.stats.multitest.multipletests` gives the same. But it collects garbage at every
+    call, which takes 0.3 s if models and data sets are loaded.
     """
     adjusted = np.array(p_values, dtype=float)
     order = np.argsort(adjusted)[: np.count_nonzero(~np.isnan(adjusted))]  # NaN is sorted last
@@ -375,9 +382,9 @@ def holm(p_values: ArrayLike) -> np.ndarray:
 
 
 def spearman(x: ArrayLike, y: ArrayLike) -> np.ndarray:
-    """Spearman's rank correlations of (..., n) and (..., n), (...,); NaN where one is constant.
+    """Spearman's rank correlations (...,) of (..., n) and (..., n); NaN if one is constant.
 
-    Not `scipy.stats.spearmanr`, which takes one pair of rows at a time and tests it.
+    `scipy.stats.spearmanr` takes only one pair of rows at a time and also tests it.
     """
     a, b = (of - of.mean(-1, keepdims=True) for of in (ranks(of) for of in (x, y)))
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -386,11 +393,11 @@ def spearman(x: ArrayLike, y: ArrayLike) -> np.ndarray:
 
 
 def auroc(values: ArrayLike, larger: ArrayLike) -> np.ndarray:
-    """Areas under the ROC curve, (...,), from the rank sums of Mann and Whitney; ties count half.
+    """Areas (...,) under the ROC curve, from the rank sums of Mann and Whitney. Ties count half.
 
     Args:
         values: (..., n) numbers.
-        larger: (..., n) 1 for those that are claimed to be the larger ones, and 0 for the others.
+        larger: (..., n) 1 for numbers that should be larger, and 0 for the others.
     """
     larger = np.asarray(larger)
     upper, n = larger.sum(-1), larger.shape[-1]
@@ -400,11 +407,11 @@ def auroc(values: ArrayLike, larger: ArrayLike) -> np.ndarray:
 
 
 def rank_correlation(x: ArrayLike, y: ArrayLike) -> Mean:
-    """Spearman's rank correlation with its 95 % interval, and the p-value of there being none.
+    """Spearman's rank correlation with its 95 % interval, and the p-value of no correlation.
 
-    The interval is `rank_interval`; the p-value is exact, by permutation, of up to seven pairs,
-    else drawn, always the same draws. NaN where all x or all y are equal, or of fewer than four
-    pairs.
+    The interval is `rank_interval`. The p-value is from permutations: all of them for up to seven
+    pairs (exact), and otherwise drawn ones, always the same. NaN if all x or all y are equal, or if
+    there are fewer than four pairs.
 
     Args:
         x: (n,) numbers.
@@ -420,40 +427,40 @@ def rank_correlation(x: ArrayLike, y: ArrayLike) -> Mean:
     away = (first - first.mean()) @ (second - second.mean())
     drawn = (first - first.mean())[orders] @ (second - second.mean())
     reached = np.count_nonzero(np.abs(drawn) >= abs(away) - 1e-9)
-    counted = 0 if n <= _ALL else 1  # of draws, the one that was seen counts as well
+    counted = 0 if n <= _ALL else 1  # the observed order counts as one of the draws
     p_value = (reached + counted) / (len(orders) + counted)
     return Mean(value, float(low), float(high), float(p_value))
 
 
-@lru_cache(maxsize=1)  # tens of megabytes; the conditions of a comparison have as many models
+@lru_cache(maxsize=1)  # tens of megabytes; the conditions of a comparison share them
 def _orders(n: int) -> np.ndarray:
-    """Permutations of n numbers, a row for each: all of few, `DRAWS` of more."""
+    """Permutations of n numbers, one per row: all if n is small, and else `DRAWS` random ones."""
     if n <= _ALL:
         return np.array(list(permutations(range(n))))
     return np.random.default_rng(0).permuted(np.tile(np.arange(n), (DRAWS, 1)), axis=1)
 
 
 def auc(smaller: ArrayLike, larger: ArrayLike) -> Mean:
-    """Probability that a number of the one sample is below one of the other; ties count half.
+    """Probability that a number of one sample is below a number of the other. Ties count half.
 
-    With its 95 % interval on the scale of log odds, from the variance of DeLong et al. 1988; the
-    p-value is that of its being a half (Brunner and Munzel 2000, normal). NaN for both where either
-    sample has but one number.
+    The 95 % interval is on the scale of log odds, with the variance of DeLong et al. 1988. The
+    p-value is for the hypothesis that the probability is a half (Brunner and Munzel 2000, normal).
+    Both are NaN if a sample has only one number.
 
     Args:
-        smaller: (n,) numbers that are claimed to be the smaller ones.
-        larger: (m,) the others.
+        smaller: (n,) numbers that should be smaller.
+        larger: (m,) the other numbers.
     """
     x, y = (np.asarray(values, dtype=float) for values in (smaller, larger))
     n, m = len(x), len(y)
     together, alone = ranks(np.concatenate([x, y])), (ranks(x), ranks(y))
-    # of each number, the share of the other sample on its right side
+    # for each number, the share of the other sample on its right side
     of_x = 1 - (together[:n] - alone[0]) / m
     of_y = (together[n:] - alone[1]) / n
     value = float(auroc(np.concatenate([x, y]), np.repeat([0, 1], [n, m])))
     if n < 2 or m < 2:
         return Mean(value, *3 * (np.nan,))
-    # half a pair keeps apart from 0 and 1, where the variance is 0
+    # half a pair keeps the value away from 0 and 1, where the variance is 0
     error = np.sqrt(of_x.var(ddof=1) / n + of_y.var(ddof=1) / m + 0.25 / (n * m) ** 2)
     kept = np.clip(value, 0.5 / (n * m), 1 - 0.5 / (n * m))
     half = ndtri(1 - ALPHA / 2) * error / (kept * (1 - kept))
@@ -463,10 +470,10 @@ def auc(smaller: ArrayLike, larger: ArrayLike) -> Mean:
 
 
 def rank_interval(value: ArrayLike, n: int) -> tuple[Any, Any]:
-    """95 % interval of Spearman's rank correlation of n pairs, 4 or more.
+    """95 % interval of Spearman's rank correlation of n pairs; n must be 4 or more.
 
-    Of Fisher's z with the variance of Bonett and Wright 2000 (doi:10.1007/BF02294183). Of a
-    perfect correlation it is that alone.
+    It uses Fisher's z with the variance of Bonett and Wright 2000 (doi:10.1007/BF02294183). The
+    interval of a perfect correlation is a single point.
     """
     bounded = np.clip(np.asarray(value, dtype=float), -1, 1)
     half = ndtri(1 - ALPHA / 2) * np.sqrt((1 + bounded**2 / 2) / (n - 3))
@@ -478,9 +485,9 @@ def rank_interval(value: ArrayLike, n: int) -> tuple[Any, Any]:
 def paired_interval(lost: float, gained: float, n: float) -> tuple[float, float]:
     """95 % interval of the difference (gained - lost) / n of two shares of the same n questions.
 
-    All three are divided by `design_effect` where questions share sources. Wald's interval after
-    one more question is lost and one more gained: Bonett and Price 2012, recommended by Fagerland,
-    Lydersen and Laake 2014 (doi:10.1002/sim.6148).
+    If questions share sources, divide all three arguments by `design_effect`. It is Wald's interval
+    after adding one lost and one gained question (Bonett and Price 2012). Fagerland, Lydersen and
+    Laake 2014 recommend it (doi:10.1002/sim.6148).
     """
     down, up = (lost + 1) / (n + 2), (gained + 1) / (n + 2)
     half = ndtri(1 - ALPHA / 2) * np.sqrt((up + down - (up - down) ** 2) / (n + 2))
@@ -490,8 +497,8 @@ def paired_interval(lost: float, gained: float, n: float) -> tuple[float, float]
 def mean_interval(values: ArrayLike, low: ArrayLike, high: ArrayLike) -> tuple[float, float]:
     """Interval of the mean of independent estimates, from their own intervals.
 
-    The distances to the lower ends are added in squares, and so are those to the upper ends (the
-    method of variance estimates recovery: Zou and Donner 2008). Of one estimate: its own interval.
+    Squared distances to the lower ends are added, and so are those to the upper ends (method of
+    variance estimates recovery: Zou and Donner 2008). One estimate keeps its own interval.
     """
     values = np.asarray(values, dtype=float)
     down, up = (np.linalg.norm(values - end) / len(values) for end in (low, high))

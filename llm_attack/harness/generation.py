@@ -1,6 +1,6 @@
-"""Text that `attacked-hf` generates: prompts in batches, continued under every condition.
+"""Text generation by `attacked-hf`: batches of prompts, continued under every condition.
 
-The prompts are perturbed at prefill (`lm.engine.generate`). All else is lm-eval's own
+The attack perturbs the prompts at prefill (`lm.engine.generate`). The rest is lm-eval's own
 `generate_until`: how prompts become tokens, where a text ends, and what is cut off.
 """
 
@@ -31,12 +31,12 @@ from llm_attack.lm.packing.questions import Question, Request
 
 GENERATE = "generate_until"
 
-# What lm-eval reads the largest number of tokens from, the first that is given.
+# Arguments from which lm-eval reads the largest number of tokens. The first that is given counts.
 _MOST = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
 class Piece(NamedTuple):
-    """A token of a text: its id, and where it stands there."""
+    """A token of a text: its id, and the characters where it starts and ends."""
 
     token: int
     start: int
@@ -48,10 +48,10 @@ class Prompts:
     """Prompts that are continued together.
 
     Attributes:
-        questions: a prompt each, in tokens.
-        texts: the same as text.
+        questions: the tokens of each prompt.
+        texts: the text of each prompt.
         how: lm-eval's arguments of generation.
-        most: tokens that are generated at most.
+        most: largest number of generated tokens.
     """
 
     questions: list[Question]
@@ -60,7 +60,7 @@ class Prompts:
     most: int
 
     def halves(self) -> list[Prompts]:
-        """Two batches."""
+        """Splits the batch into two."""
         middle = len(self.texts) // 2
         parts = slice(middle), slice(middle, None)
         return [replace(self, questions=self.questions[p], texts=self.texts[p]) for p in parts]
@@ -68,12 +68,13 @@ class Prompts:
 
 @dataclass
 class _Kept:
-    """What is left of a call of `generate_until` beside its texts.
+    """Data from a call of `generate_until`, in addition to its texts.
 
     Attributes:
-        outputs: for each condition but the first, what lm-eval's later calls get, in their order.
-        sums: for each batch and condition, what it adds to its `Diagnostics`.
-        alignments: of `AttackedBatch.alignment`, by the tokens of the prompt.
+        outputs: for each condition except the first, the outputs for lm-eval's later calls, in
+            order.
+        sums: for each batch and condition, the values to add to its `Diagnostics`.
+        alignments: results of `AttackedBatch.alignment`, by the tokens of the prompt.
     """
 
     outputs: list[deque[torch.Tensor]]
@@ -84,8 +85,8 @@ class _Kept:
 class Generating(HFLM):  # type: ignore[misc]  # lm-eval is not typed
     """The part of `AttackedHFLM` that generates text."""
 
-    _kept: _Kept | None = None  # while `generated` runs
-    _condition = 0  # whose texts it makes
+    _kept: _Kept | None = None  # only while `generated` runs
+    _condition = 0  # the condition that generates
 
     @torch.inference_mode(False)
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -97,10 +98,10 @@ class Generating(HFLM):  # type: ignore[misc]  # lm-eval is not typed
 
     @torch.inference_mode(False)
     def prompts(self, requests: Sequence[Instance]) -> list[Prompts]:
-        """The requests of a task in batches, which depend on nothing but them and the settings.
+        """Puts the requests of a task into batches, which depend only on them and the settings.
 
         Args:
-            requests: `generate_until` requests; the answers of the questions are indices into them.
+            requests: `generate_until` requests. The questions' answers are indices into them.
 
         Raises:
             UsageError: a prompt leaves no room for an answer, has unknown tokens, or is sampled.
@@ -137,7 +138,7 @@ class Generating(HFLM):  # type: ignore[misc]  # lm-eval is not typed
             questions[text] = Question([Request(tuple(tokens[-room:]), 0)], [of_text])
         self._check_known({t for q in questions.values() for t in q.requests[0].tokens})
         self._warn_cut(task, cut, len(questions), room)
-        # as lm-eval sorts them
+        # the order in which lm-eval sorts them
         order = sorted(questions, key=lambda text: (-questions[text].longest, text))
         while order:
             rows = self._rows(questions[order[0]].longest + most)
@@ -153,7 +154,7 @@ class Generating(HFLM):  # type: ignore[misc]  # lm-eval is not typed
             self.warnings.append(sentence)
 
     def _rows(self, length: int) -> int:
-        """How many prompts a batch has, given the tokens of the longest with its answer."""
+        """The number of prompts of a batch, if the longest has this many tokens with its answer."""
         if self.engine.layout.deterministic:
             return 1
         if not str(self.batch_size).startswith("auto"):
@@ -164,7 +165,7 @@ class Generating(HFLM):  # type: ignore[misc]  # lm-eval is not typed
 
     @torch.inference_mode(False)
     def generated(self, prompts: Prompts) -> BatchResult:
-        """The texts under every condition; a batch that runs out of memory is halved."""
+        """The texts under every condition. A batch that runs out of memory is halved."""
         result = BatchResult([], [Diagnostics() for _ in self.conditions])
         waiting = [prompts]
         while waiting:
@@ -175,7 +176,7 @@ class Generating(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         return result
 
     def _answered(self, prompts: Prompts, result: BatchResult) -> bool:
-        """Adds the texts to `result`; False: memory has run out, and the batch can be halved."""
+        """Adds the texts to `result`; False if memory ran out and the batch can be halved."""
         kept = _Kept([deque() for _ in self.conditions[1:]])
         asked = [Instance(GENERATE, {}, (text, prompts.how), 0) for text in prompts.texts]
         generate, texts = super().generate_until, []
@@ -215,7 +216,7 @@ class Generating(HFLM):  # type: ignore[misc]  # lm-eval is not typed
     def _continued(
         self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any
     ) -> list[torch.Tensor]:
-        """Prompts with their continuations: for each condition (B, L) token ids."""
+        """Prompts with their continuations: (B, L) token ids for each condition."""
         mask, rotary = options["attention_mask"], self.engine.scorer.rotary
         self._check_known(context[mask.bool()].tolist())
         shortest = int(mask.sum(-1).min())
@@ -240,7 +241,7 @@ class Generating(HFLM):  # type: ignore[misc]  # lm-eval is not typed
     def _continued_alone(
         self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any
     ) -> list[torch.Tensor]:
-        """A prompt at a time, without its padding on the left: so that none depends on another."""
+        """Continues one prompt at a time, without its padding, so that none depends on another."""
         rows = []
         for row, keep in zip(context, options.pop("attention_mask").bool(), strict=True):
             left = int((~keep).sum())
@@ -255,7 +256,7 @@ class Generating(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         ]
 
     def pieces(self, text: str) -> list[Piece]:
-        """The tokens of a text, as the tokenizer splits it by itself."""
+        """The tokens of a text, which the tokenizer splits by itself."""
         if getattr(self.tokenizer, "is_fast", False):
             found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
             pairs = zip(found["input_ids"], found["offset_mapping"], strict=True)
@@ -266,10 +267,10 @@ class Generating(HFLM):  # type: ignore[misc]  # lm-eval is not typed
 
 
 def check_generation(settings: Any, task: str) -> None:
-    """Refuses settings that mean nothing for a task that generates text.
+    """Refuses settings that have no meaning for a task that generates text.
 
     Raises:
-        UsageError: the loss needs choices or a continuation, or the positions do.
+        UsageError: the loss or the positions need choices or a continuation.
     """
     if settings.needs_gold:
         raise UsageError(
@@ -288,7 +289,7 @@ def check_generation(settings: Any, task: str) -> None:
 
 
 def _check_greedy(task: str, how: dict[str, Any]) -> None:
-    """Refuses tasks whose texts are drawn: they would differ without an attack, too."""
+    """Refuses tasks that draw texts at random, because these differ even without an attack."""
     sample, temperature = how.get("do_sample"), float(how.get("temperature") or 0)
     if sample is True or (sample is None and temperature > 0):
         given = "do_sample=True" if sample else f"temperature={temperature:g}"

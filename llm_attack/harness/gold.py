@@ -1,9 +1,9 @@
 """Gold labels from the task itself, whatever its fields are called.
 
-lm-eval hands a model requests, not tasks; so the task is noted on each request
-(`patches.note_tasks`). A task that lm-eval judges by its own rules says its gold label. A task with
-a `process_results` of its own keeps it inside; that is asked to judge made-up results: the choices
-that it calls right when the model prefers them are its gold ones.
+lm-eval gives requests to a model, but not their tasks. So `patches.note_tasks` stores the task on
+each request. If lm-eval judges a task by its own rules, the task states its gold label. If a task
+has its own `process_results`, this function judges made-up answers. The choices that it calls right
+when the model prefers them are the gold ones.
 """
 
 from __future__ import annotations
@@ -19,18 +19,20 @@ from llm_attack.base.errors import UsageError
 from llm_attack.base.failures import one_line
 from llm_attack.harness.patches import Noted, noted
 
-# The made-up log-likelihood of the choices that are not preferred; far enough to decide every
-# metric, near enough that exp() of it is a number.
+# The made-up log-likelihood of the other choices. It is low enough to decide every metric, and high
+# enough that exp() of it is finite.
 _REJECTED = -1e4
-# Metrics whose value of a question is a tuple that begins with the gold label.
+# For these metrics, a question's value is a tuple that begins with the gold label.
 _WITH_GOLD = ("f1", "mcc", "brier_score", "likelihood")
 
 
 class Unlabelled(Exception):
-    """A question has no gold label, or none can be told; the text says why, as a predicate.
+    """A question has no gold label, or none can be found.
+
+    The text gives the reason. It continues a sentence that begins with the question.
 
     Attributes:
-        remedy: what must be otherwise.
+        remedy: the requirement that the question does not meet.
     """
 
     remedy = "must be a task in which every question has choices and a label"
@@ -46,7 +48,7 @@ def siblings(request: Instance) -> list[Instance]:
     """All requests of the question that `request` belongs to, in the order of the choices.
 
     Raises:
-        UsageError: as of `task_of`.
+        UsageError: see `task_of`.
     """
     return _noted(request).requests
 
@@ -55,7 +57,7 @@ def task_of(request: Instance) -> Task:
     """The task that built `request`.
 
     Raises:
-        UsageError: none did, or it did before it could be noted.
+        UsageError: no task built it, or the task built it before this package was imported.
     """
     return _noted(request).task
 
@@ -73,7 +75,7 @@ def _noted(request: Instance) -> Noted:
 def gold_choices(requests: Sequence[Instance]) -> list[bool]:
     """Whether each choice of a question is right; shorter than `requests` if some are no choices.
 
-    (lm-eval's acc_mutual_info adds a request without context for each choice.)
+    For example, lm-eval's acc_mutual_info adds a request without context for each choice.
 
     Raises:
         Unlabelled: the task is not multiple choice, or has no gold label for this question.
@@ -100,10 +102,10 @@ def gold_choices(requests: Sequence[Instance]) -> list[bool]:
 
 
 def judged(request: Instance, results: Sequence[Any]) -> dict[str, Any]:
-    """The metrics that the task gives for made-up answers to the question of `request`.
+    """The task's metrics for made-up answers to the question of `request`.
 
     Raises:
-        Unjudged: it raises an exception.
+        Unjudged: the task raises an exception.
     """
     try:
         metrics: dict[str, Any] = task_of(request).process_results(request.doc, list(results))
@@ -115,11 +117,11 @@ def judged(request: Instance, results: Sequence[Any]) -> dict[str, Any]:
 
 
 def choice_lengths(requests: Sequence[Instance], octets: bool = False) -> list[float]:
-    """What lm-eval's acc_norm divides the log-likelihood of each choice by: its characters.
+    """The length of each choice in characters, by which lm-eval's acc_norm divides log-likelihoods.
 
     Args:
-        requests: of a question.
-        octets: its bytes in UTF-8 instead, as of acc_bytes.
+        requests: the requests of a question.
+        octets: whether to count bytes in UTF-8 instead, as acc_bytes does.
 
     Raises:
         UsageError: the task does not list its choices.
@@ -135,7 +137,7 @@ def choice_lengths(requests: Sequence[Instance], octets: bool = False) -> list[f
 
 
 def choices_of(task: Task, doc: Any) -> Sequence[str]:
-    """The texts of a question's choices; none where the task does not list them."""
+    """The texts of a question's choices; empty if the task does not list them."""
     if getattr(task.config, "doc_to_choice", None) is None:
         return []
     choices: Sequence[str] = task.doc_to_choice(doc)
@@ -153,7 +155,7 @@ def by_lm_eval(task: Task) -> bool:
 
 
 def _target(task: Task, doc: Any) -> Any:
-    """A question's gold label as the task has it: a number, a text, or a list of them."""
+    """A question's gold label in the task's own form: a number, a text, or a list of them."""
     return task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
 
 
@@ -174,19 +176,19 @@ def _named(target: Any, choices: Sequence[str]) -> list[bool]:
 
 
 def _asked(task: Task, request: Instance, n: int, asked: int) -> list[bool]:
-    """Whether the task calls each of `n` choices right, tried with made-up answers."""
+    """Whether the task calls each of `n` choices right, according to made-up answers."""
     gold = []
     for preferred in range(n):
         results = [(0.0 if i == preferred else _REJECTED, i == preferred) for i in range(asked)]
         verdict = _verdict(judged(request, results), preferred)
-        if verdict is None:  # it has no score that tells right from wrong
+        if verdict is None:  # no score tells right from wrong
             return _stated(task, request)
         gold.append(verdict)
     return gold
 
 
 def _stated(task: Task, request: Instance) -> list[bool]:
-    """The gold label of a task whose process_results does not show it."""
+    """The gold label that the task states, if its process_results does not show it."""
     target = None
     with suppress(Exception):  # such a task need not have a target
         target = _target(task, request.doc)
@@ -196,7 +198,7 @@ def _stated(task: Task, request: Instance) -> list[bool]:
 
 
 def _verdict(metrics: dict[str, Any], preferred: int) -> bool | None:
-    """Whether the metrics call the choice `preferred` right; None where none of them says so."""
+    """Whether the metrics call the choice `preferred` right; None if no metric shows it."""
     for name, value in metrics.items():
         if name in _WITH_GOLD and isinstance(value, tuple):
             gold = value[0]

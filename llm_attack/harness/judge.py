@@ -1,4 +1,4 @@
-"""lm-eval builds the tasks and judges the answers; in between the answers are ours."""
+"""lm-eval builds the tasks and judges the answers. The answers come from our engine."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from llm_attack.harness.paths import portable
 
 
 class _Collected(Exception):
-    """Ends lm-eval's evaluation once the requests are known."""
+    """Ends lm-eval's evaluation when the requests are known."""
 
 
 class _Stand(LM):  # type: ignore[misc]  # lm-eval is not typed
-    """Stands in for the model: stops at the requests, or returns answers computed before.
+    """A stand-in for the model. It stops at the requests, or returns known answers.
 
     Args:
         lm: the model.
-        answers: by the `id` of the request; None: it stops.
+        answers: answers by the `id` of their request; None: it stops.
     """
 
     def __init__(self, lm: AttackedHFLM, answers: Mapping[int, Any] | None = None) -> None:
         super().__init__()
         self.lm, self.answers = lm, answers
-        self.config = lm.config  # where lm-eval finds the model's name
+        self.config = lm.config  # lm-eval finds the model's name in it
 
     def loglikelihood(self, requests: list[Instance]) -> list[Any]:
         if self.answers is None:
@@ -61,10 +61,10 @@ class Judge:
     """Tasks that are loaded and built once, and judged once per condition.
 
     Args:
-        lm: the model; lm-eval asks it for its chat template and its description.
+        lm: the model. lm-eval reads its chat template and its description.
         manager: lm-eval's TaskManager.
         tasks: names of tasks.
-        **options: of lm-eval's `simple_evaluate`.
+        **options: options of lm-eval's `simple_evaluate`.
     """
 
     def __init__(
@@ -76,10 +76,10 @@ class Judge:
         self.asked: list[Instance] = []
 
     def requests(self) -> list[Instance]:
-        """All requests, in lm-eval's order: by their type, then by task.
+        """All requests in lm-eval's order: by type, then by task.
 
         Raises:
-            UsageError: the tasks cannot be built, or their data cannot be had.
+            UsageError: the tasks cannot be built, or their data cannot be loaded.
         """
         tasks: list[Any] = []
         given = "".join(f", {name}={value}" for name, value in self.given.items())
@@ -104,27 +104,28 @@ class Judge:
             raise UsageError(f"{asked_for}: no questions were found; must be tasks with questions")
         for task in tasks:
             _check_all_asked(task, self.options.get("limit"))
-            # lm-eval builds anew at each evaluation: as costly as judging
+            # lm-eval would build the requests again at each evaluation, which costs as much as
+            # judging
             task.build_all_requests = lambda **options: None
         types = dict.fromkeys(request.request_type for request in asked)
         self.asked = [r for kind in types for r in asked if r.request_type == kind]
         return self.asked
 
     def results(self, answers: Sequence[Any], condition: int) -> dict[str, Any]:
-        """lm-eval's results, when these are the answers to `requests()` under a condition.
+        """lm-eval's results for these answers to `requests()`.
 
         Args:
-            answers: as the model gives them to the type of the request; of a request that is asked
-                several times the first counts.
-            condition: its number.
+            answers: one answer per request, in the form for its type. If a request is asked several
+                times, its first answer counts.
+            condition: number of the condition.
         """
         for request in self.asked:
             request.resps.clear()
             request.filtered_resps.clear()
         pairs = zip(reversed(self.asked), reversed(answers), strict=True)
         results = self._evaluate(_Stand(self.lm, {id(request): a for request, a in pairs}))
-        assert results is not None  # as it is on lm-eval's first process, the only one
-        # not by the stand: lm-eval 0.4.9 asks none but its own models
+        assert results is not None  # this is lm-eval's first process, which gets the results
+        # lm-eval 0.4.9 asks only its own models for this, and not the stand-in
         attack = self.lm.attack_info(condition)
         results["config"] |= {**self.lm.get_model_info(), "attack": attack}
         return results
@@ -150,13 +151,13 @@ class _LoadedOnce:
         self._loaded = self._loaded or self._manager.load(names)
         return self._loaded
 
-    def load_task_or_group(self, names: Any) -> Any:  # before
+    def load_task_or_group(self, names: Any) -> Any:  # earlier lm-eval
         self._loaded = self._loaded or self._manager.load_task_or_group(names)
         return self._loaded
 
 
 def _check_all_asked(task: Any, limit: float | None) -> None:
-    """Raises `UsageError` where a question asks nothing: lm-eval fails when it judges it."""
+    """Raises `UsageError` if a question has no requests, because lm-eval fails to judge it."""
     n = len(task.eval_docs)
     if limit is not None:
         n = min(n, int(limit) if limit >= 1 else math.ceil(limit * n))
@@ -169,10 +170,10 @@ def _check_all_asked(task: Any, limit: float | None) -> None:
 
 
 def as_json(results: dict[str, Any]) -> str:
-    """lm-eval's results without samples, as in its own files.
+    """lm-eval's results without samples, in the form of its own files.
 
-    Functions are there by name, not address, files by where they are in a package, the working
-    folder or the user's, and no secrets.
+    Functions appear by name instead of address. Paths are relative to a package, the working folder
+    or the home folder. Secrets are left out.
     """
 
     def plain(value: Any) -> Any:

@@ -27,7 +27,7 @@ _SHOWN = 3  # number of weights that a message names
 _PACKAGES = {"peft": "peft", "autogptq": "auto_gptq", "gptqmodel": "gptqmodel"}
 _EXCLUSIVE = [("peft", "delta"), ("autogptq", "gptqmodel"), ("tp_plan", "parallelize")]
 _BITS = ("load_in_4bit", "load_in_8bit")
-_OF_BITS = ("bnb_4bit_", "llm_int8_")  # prefixes of arguments that belong to them
+_OF_BITS = ("bnb_4bit_", "llm_int8_")  # prefixes of the options for these
 
 # Arguments that `hf` silently ignores if the model is already loaded.
 _OF_LOADING = [

@@ -1,7 +1,7 @@
-"""lm-eval's own loggers (Weights & Biases, Trackio, the hub) told of a run's conditions.
+"""Reports a run's conditions to lm-eval's own loggers: Weights & Biases, Trackio and the hub.
 
-Each condition is an evaluation of its own, as one of `lm_eval` is: a run of W&B or Trackio by the
-name of the condition, all in the group of the model, and a model of its own on the hub.
+Each condition is a separate evaluation, like one call of `lm_eval`. In W&B and Trackio it is a run
+with the name of the condition, in the group of the model. On the hub it is a separate model.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from llm_attack.base.failures import Attempts, one_line
 from llm_attack.harness.arguments import check_string, simple_parse_args_string
 from llm_attack.harness.judge import as_json
 
-# The classes of lm-eval by our arguments, and the packages that they need.
+# Our arguments, the classes of lm-eval behind them, and the packages that these need.
 CLASSES = {
     "wandb_args": ("WandbLogger", "wandb"),
     "trackio_args": ("TrackioLogger", "trackio"),
     "hf_hub_log_args": ("EvaluationTracker", "huggingface_hub"),
 }
 _PAIRS = "key=value,..., such as project=robustness"
-_STEP = "step"  # which lm-eval reads itself
+_STEP = "step"  # an argument that lm-eval reads itself
 
 
 class Loggers:
@@ -38,29 +38,29 @@ class Loggers:
 
     Args:
         model: name of the model.
-        given: what was typed, by the keys of `CLASSES`; None: not asked for.
+        given: the typed value of each key of `CLASSES`; None: not asked for.
 
     Raises:
-        UsageError: a value cannot be read, its logger is not there, or refuses it.
+        UsageError: a value cannot be read, its logger is not installed, or the logger refuses it.
     """
 
     def __init__(self, model: str, given: Mapping[str, str | None]) -> None:
         self.model = model
         self.given = {name: _parsed(name, text) for name, text in given.items() if text is not None}
-        if "hf_hub_log_args" in self.given and os.environ.get("HF_TOKEN"):  # as lm_eval does
+        if "hf_hub_log_args" in self.given and os.environ.get("HF_TOKEN"):  # lm_eval does the same
             self.given["hf_hub_log_args"].setdefault("token", os.environ["HF_TOKEN"])
         for name, arguments in self.given.items():
             _check(name, arguments)
 
     def log(self, results: Mapping[str, dict[str, Any]], group: str = "") -> list[str]:
-        """Tells all loggers of lm-eval's results under each condition.
+        """Gives lm-eval's results under each condition to all loggers.
 
         Args:
-            results: by condition, with `samples` where they are known.
-            group: what W&B and Trackio keep together, unless the user says so; the model if empty.
+            results: results by condition, with `samples` if they are known.
+            group: the group in W&B and Trackio, unless the user gives one; empty: the model's name.
 
         Returns:
-            What failed: a line for each.
+            A line for each failure.
         """
         attempts = Attempts()
         for condition, result in results.items():
@@ -114,14 +114,14 @@ def _check(name: str, arguments: Mapping[str, Any]) -> None:
             loggers.EvaluationTracker(**arguments)
         if name == "wandb_args" and not _is_logged_in(arguments):
             raise ValueError("no API key is configured; WANDB_MODE=offline needs none")
-    except Exception as error:  # of a server that is asked who one is
+    except Exception as error:  # a server may check the identity of the user
         raise UsageError(
             f"{name}={shown}: is refused by {_called(name)} ({one_line(error)})"
         ) from (error)
 
 
 def _is_logged_in(arguments: Mapping[str, Any]) -> bool:
-    """Whether W&B takes a run, which it would ask for a key in the terminal otherwise."""
+    """Whether W&B accepts a run without asking for a key in the terminal."""
     import wandb
 
     mode = arguments.get("mode") or os.environ.get("WANDB_MODE") or "online"
@@ -129,7 +129,7 @@ def _is_logged_in(arguments: Mapping[str, Any]) -> bool:
         return True
     if "prompt" in inspect.signature(wandb.login).parameters:
         return bool(wandb.login(prompt=False))
-    return bool(wandb.api.api_key)  # of earlier releases
+    return bool(wandb.api.api_key)  # earlier releases
 
 
 def _called(name: str) -> str:
@@ -154,7 +154,7 @@ def _plain(result: Mapping[str, Any]) -> dict[str, Any]:
 def _tracked(
     name: str, arguments: dict[str, Any], results: dict[str, Any], samples: Mapping[str, Any]
 ) -> None:
-    """A run of W&B or Trackio."""
+    """Writes a run of W&B or Trackio."""
     logger = getattr(loggers, CLASSES[name][0])(arguments)
     try:
         logger.post_init(results)
@@ -169,7 +169,7 @@ def _tracked(
 def _hub(
     name: str, arguments: dict[str, Any], results: dict[str, Any], samples: Mapping[str, Any]
 ) -> None:
-    """Files as those of `lm_eval`, in `output_path` if that is given, and on the hub."""
+    """Writes the files of `lm_eval`, into `output_path` if it is given, and to the hub."""
     model = arguments.pop("model")
     with tempfile.TemporaryDirectory() as nowhere, _failures() as failed:
         tracker = loggers.EvaluationTracker(**{"output_path": nowhere, **arguments})
@@ -191,12 +191,12 @@ def _hub(
 
 @contextmanager
 def _failures() -> Iterator[list[str]]:
-    """What lm-eval's tracker says of its failures, which it raises nowhere."""
+    """Collects failures of lm-eval's tracker, which logs them and raises nothing."""
     log = logging.getLogger(loggers.EvaluationTracker.__module__)
     failed: list[str] = []
 
     class Handler(logging.Handler):
-        """Keeps a warning, and the line behind it that has the reason."""
+        """Keeps each warning, and the next line, which has the reason."""
 
         def emit(self, record: logging.LogRecord) -> None:
             text = record.getMessage()

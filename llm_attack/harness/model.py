@@ -77,10 +77,10 @@ class AttackedHFLM(Generating):
     """Makes the progress bar of a batch of requests; called like tqdm."""
 
     tokens_per_batch: int | None = None
-    """Of a batch at most, padding included; None: as many as are good for the device."""
+    """Largest number of tokens of a batch, with padding; None: a number that suits the device."""
 
     path_points: int | None = None
-    """Of the engine's traces; None: it makes none. Conditions of `use` have it from then on."""
+    """`path_points` of the engine's traces from the next call of `use` on; None: no traces."""
 
     @torch.inference_mode(False)
     def __init__(self, pretrained: Any = DEFAULT_MODEL, **arguments: Any) -> None:
@@ -112,7 +112,7 @@ class AttackedHFLM(Generating):
         self.enable_thinking = arguments.get("enable_thinking")
         self._copy: Any = None  # the copy in `gradient_dtype`, as soon as a condition needs it
         self.warnings: list[str] = []
-        """What a reader of the results should know of the model, a sentence each."""
+        """Sentences about the model that a reader of the results should know."""
         self._load(pretrained, source, passed)
         self._check_loaded()
         prepare(self.model, self.engine_settings, resolve(self.model, settings.hookpoint))
@@ -285,7 +285,7 @@ class AttackedHFLM(Generating):
 
     @property
     def attack(self) -> Attack:
-        """The first condition's, in the units of the point."""
+        """The first condition's attack, in the units of the point."""
         return self.engine.attacks[0]
 
     def gradient(self) -> Finding | None:
@@ -532,7 +532,7 @@ class AttackedHFLM(Generating):
 
 
 def check_rolling(settings: AttackSettings, task: str) -> None:
-    """Refuses settings that mean nothing for a task that scores whole texts.
+    """Refuses settings that have no meaning for a task that scores whole texts.
 
     Raises:
         UsageError: the loss needs choices, or the positions do.

@@ -82,7 +82,7 @@ note_tasks()
 
 @contextmanager
 def tasks_built() -> Iterator[list[Any]]:
-    """The tasks that build their requests meanwhile, in order."""
+    """Collects the tasks that build their requests while the context lasts, in order."""
     build, tasks = Task.build_all_requests, []
 
     @functools.wraps(build)
@@ -129,7 +129,7 @@ def without_inventory() -> Iterator[None]:
 
 @contextmanager
 def tasks_also_in(folder: Path) -> Iterator[None]:
-    """Every `TaskManager` also finds the tasks in `folder`."""
+    """While the context lasts, every `TaskManager` also finds the tasks in `folder`."""
     from lm_eval.tasks import TaskManager
 
     init = TaskManager.__init__

@@ -1,8 +1,8 @@
 """Chooses the score of a task that is reported, and reads its value for one question.
 
-lm-eval makes a dictionary of metrics of each question, and aggregates each metric over the task.
-Where a question's value is a number, it is a score, which tests can compare. Where it is not (mcc,
-f1), only the aggregate exists: it is reported beside the score, without a test.
+lm-eval computes a dictionary of metrics for each question, and aggregates each metric over the
+task. If a question's value is a number, the metric is a score, and tests can compare it. Otherwise
+(mcc, f1) only the aggregate exists. It is reported beside the score, without a test.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from llm_attack.harness.gold import (
 _Floats = NDArray[np.float64]
 
 ACC, _BRIER, _MUTUAL = "acc", "brier_score", "acc_mutual_info"
-# By lm-eval's own rules these are of the choice that the model prefers.
+# By lm-eval's own rules, these judge the choice that the model prefers.
 _OF_CHOICES = (ACC, "acc_norm", "acc_bytes", _MUTUAL)
-_PROBED = 5  # questions by which the scores of a process_results are judged
-_STEP = 0.7  # nats, by which each made-up answer is less likely than the one before
-_TRIALS = 3  # sets of made-up answers that lm-eval may fail to aggregate
+_PROBED = 5  # number of questions that show the scores of a process_results
+_STEP = 0.7  # nats between the log-likelihoods of made-up answers
+_TRIALS = 3  # tried sets of made-up answers; lm-eval must aggregate one of them
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class Score:
     """The metric that a task's questions are judged by.
 
     Attributes:
-        name: of lm-eval's metric.
-        reported: whether the task reports it; else it is acc, of the likeliest choice.
+        name: name of lm-eval's metric.
+        reported: whether the task reports it. Otherwise it is acc of the likeliest choice.
         lower: whether lower is better.
-        choice: whether it is 1 where the model prefers a gold choice and 0 elsewhere.
+        choice: whether it is 1 if the model prefers a gold choice, and 0 otherwise.
         counted: whether it is 0 or 1.
     """
 
@@ -61,7 +61,7 @@ class Score:
         """The score of one question.
 
         Args:
-            metrics: what lm-eval made of its answers.
+            metrics: lm-eval's metrics of its answers.
             right: whether the likeliest choice is a gold one.
         """
         return number(self.name, metrics[self.name]) if self.reported else float(right)
@@ -69,11 +69,11 @@ class Score:
     def of_answers(
         self, asked: Sequence[Instance], answers: Sequence[Any], gold: Sequence[bool]
     ) -> float:
-        """The score of one question.
+        """The score of one question, from the model's answers.
 
         Args:
-            asked: its requests; first those of the choices.
-            answers: of the model to them.
+            asked: the question's requests, those of the choices first.
+            answers: the model's answers to them.
             gold: whether each choice is right.
         """
         metrics = task_of(asked[0]).process_results(asked[0].doc, list(answers))
@@ -81,11 +81,11 @@ class Score:
         return self.value(metrics, gold[int(compared[: len(gold)].argmax())])
 
     def compared(self, log_likelihoods: _Floats, asked: Sequence[Instance]) -> _Floats:
-        """What the score compares: the choices' log-likelihoods, unless its name says more.
+        """The numbers that the score compares: log-likelihoods, or for some scores a normed form.
 
         Args:
-            log_likelihoods: of the requests of a question.
-            asked: these requests; first those of the choices.
+            log_likelihoods: log-likelihoods of a question's requests.
+            asked: these requests, those of the choices first.
         """
         if self.name == _MUTUAL and len(asked) % 2 == 0:
             n = len(asked) // 2
@@ -94,10 +94,10 @@ class Score:
         return log_likelihoods if lengths is None else log_likelihoods / np.asarray(lengths)
 
     def lengths(self, asked: Sequence[Instance]) -> list[float] | None:
-        """The lengths that the score divides log-likelihoods by; None if it does not.
+        """The lengths that the score divides log-likelihoods by; None if it does not divide.
 
         Raises:
-            UsageError: as of `choice_lengths`.
+            UsageError: see `choice_lengths`.
         """
         if self.name not in ("acc_norm", "acc_bytes"):
             return None
@@ -107,11 +107,12 @@ class Score:
 def of_task(questions: Iterable[Sequence[Instance]], asked: str = ACC) -> Score:
     """The score of a task.
 
-    It is the one asked for where the task reports that, else acc, else the first that is of a
-    choice, that is 0 or 1, or that a question has at all; else acc of the likeliest choice.
+    The score is the first of these that exists: the one asked for, acc, a score that judges a
+    choice, a score that is 0 or 1, any score of a question. If there is none, it is acc of the
+    likeliest choice.
 
     Args:
-        questions: requests of each question of the task; a few are looked at.
+        questions: requests of each question of the task; a few questions are looked at.
         asked: name of a score.
 
     Raises:
@@ -124,7 +125,7 @@ def of_task(questions: Iterable[Sequence[Instance]], asked: str = ACC) -> Score:
 
 
 def _reported(questions: Sequence[Sequence[Instance]]) -> list[Score]:
-    """The scores that a task has of a question, as far as a few questions show."""
+    """The scores that a task has for one question, as far as a few questions show."""
     task, first = task_of(questions[0][0]), questions[0]
     lower = {name for name, higher in task.higher_is_better().items() if higher is False}
     names = [k for k, v in judged(first[0], made_up(len(first))).items() if has_number(k, v)]
@@ -144,7 +145,10 @@ def _reported(questions: Sequence[Sequence[Instance]]) -> list[Score]:
 
 
 def _preferring_each(requests: Sequence[Instance]) -> list[tuple[dict[str, Any], bool]]:
-    """A question judged as if the model preferred each choice, though greedily it said none."""
+    """For each choice, metrics as if the model preferred it, and whether it is right.
+
+    In the made-up answers, no choice is the greedy continuation.
+    """
     trials = []
     for preferred, right in enumerate(gold_choices(requests)):
         trials.append((judged(requests[0], made_up(len(requests), preferred)), right))
@@ -152,12 +156,12 @@ def _preferring_each(requests: Sequence[Instance]) -> list[tuple[dict[str, Any],
 
 
 def made_up(n: int, preferred: int = 0) -> list[tuple[float, bool]]:
-    """Answers to `n` requests, of which one is the likeliest and the model itself says none."""
+    """Answers to `n` requests. One is the likeliest, and none is the greedy continuation."""
     return [(-_STEP * ((i - preferred) % n), False) for i in range(n)]
 
 
 def has_number(name: str, value: Any) -> bool:
-    """Whether a question has a value of this metric, given what lm-eval makes of one."""
+    """Whether the metric's value for a question is a number."""
     try:
         number(name, value)
     except (TypeError, ValueError, LookupError):
@@ -187,7 +191,7 @@ def check(name: str, questions: Sequence[Sequence[Instance]], score: Score) -> N
     """Judges made-up answers to all questions of a task, so that nothing fails at the end.
 
     Raises:
-        UsageError: a question has no such score, or lm-eval cannot aggregate a metric.
+        UsageError: a question lacks the score, or lm-eval cannot aggregate a metric.
     """
     task = task_of(questions[0][0])
     failures = []
@@ -219,7 +223,7 @@ def check(name: str, questions: Sequence[Sequence[Instance]], score: Score) -> N
 def not_aggregated(
     aggregates: Mapping[str, Any], judgements: Sequence[Mapping[str, Any]]
 ) -> tuple[str, Exception] | None:
-    """The first metric that lm-eval cannot aggregate, and why."""
+    """The first metric that lm-eval cannot aggregate, with the exception; None if there is none."""
     for metric, aggregate in aggregates.items():
         values = [metrics[metric] for metrics in judgements if metric in metrics]
         try:
@@ -244,11 +248,11 @@ def check_asked(
 
     Args:
         asked: the name.
-        tasks: by their names, the requests of one question each.
+        tasks: requests of one question of each task, by name of the task.
         others: scores of tasks without choices.
 
     Raises:
-        UsageError: with the names that there are.
+        UsageError: the message lists the names that exist.
     """
     names: dict[str, None] = dict.fromkeys((ACC, *others))
     for name, requests in tasks.items():
@@ -266,7 +270,7 @@ def check_asked(
 
 
 def _no_number(asked: str, name: str, task: Any, value: Any, numbers: Sequence[str]) -> UsageError:
-    """The error for a score whose value of a question tests cannot compare."""
+    """The error for a score whose value for a question is no number that tests can compare."""
     if asked != ACC and of_whole_tasks(task, [asked]):
         return UsageError(
             f"score={asked}: {name} has this score only for the whole task, so no question has a"

@@ -1,7 +1,7 @@
-"""Tasks without choices in a run: texts that are generated, and texts that are scored as a whole.
+"""Tasks without choices in a run: tasks that generate texts, and tasks that score whole texts.
 
-A question of such a task has one request. Its score is what the task's own `process_results` makes
-of the answer (`generate_until`), or nats per byte (`loglikelihood_rolling`).
+A question of such a task has one request. Its score comes from the task's own `process_results`
+(`generate_until`), or is nats per byte (`loglikelihood_rolling`).
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from llm_attack.lm.packing.questions import Question, Request
 CHOICES, GENERATE, ROLLING = "loglikelihood", "generate_until", "loglikelihood_rolling"
 NATS_PER_BYTE = "nats_per_byte"
 
-_OCTETS = ("bits_per_byte", "byte_perplexity")  # whose value of a text is (log-likelihood, bytes)
+_OCTETS = ("bits_per_byte", "byte_perplexity")  # their value for a text is (log-likelihood, bytes)
 
 
 def without_choices(request: Instance) -> bool:
-    """Whether the request is of a task that generates or scores whole texts."""
+    """Whether the request's task generates texts or scores whole texts."""
     return request.request_type in (GENERATE, ROLLING)
 
 
@@ -37,16 +37,16 @@ class TextScore(Score):
     """A metric of generated texts.
 
     Attributes:
-        metric: of lm-eval; `name` is that with the filter, as lm-eval writes it, where the task has
-            several filters.
-        filter: what lm-eval makes of a text before it judges it.
+        metric: lm-eval's name of the metric. If the task has several filters, `name` adds the
+            filter, as lm-eval does.
+        filter: the filter that lm-eval applies to a text before it judges the text.
     """
 
     metric: str = ""
     filter: str = "none"
 
     def value(self, metrics: Any, right: bool = False) -> float:
-        """The score of one question, given what lm-eval made of its answer."""
+        """The score of one question, from lm-eval's metrics of its answer."""
         return number(self.metric, metrics[self.metric])
 
     def of_answers(self, asked: Sequence[Instance], answers: Sequence[Any], gold: Any) -> float:
@@ -56,7 +56,7 @@ class TextScore(Score):
 
 @dataclass(frozen=True)
 class NatsPerByte(Score):
-    """Negative log-likelihood of a text over its bytes, which the task counts."""
+    """Negative log-likelihood of a text divided by its number of bytes, as the task counts them."""
 
     name: str = NATS_PER_BYTE
     lower: bool = True
@@ -69,10 +69,10 @@ class NatsPerByte(Score):
 
 
 def octets(request: Instance) -> int:
-    """The bytes of a text as its task counts them, such as before its own clean-up.
+    """The number of bytes of a text as its task counts them. It may count the uncleaned text.
 
     Raises:
-        Unjudged: the task fails, or the text has none.
+        Unjudged: the task fails, or the text is empty.
     """
     metrics = judged(request, (-1.0,))
     counts = [metrics[name][1] for name in _OCTETS if isinstance(metrics.get(name), tuple)]
@@ -83,7 +83,7 @@ def octets(request: Instance) -> int:
 
 
 def judged_text(request: Instance, text: str) -> dict[str, dict[str, Any]]:
-    """The metrics that the task gives for a text, by filter.
+    """The task's metrics for a text, by filter.
 
     Raises:
         Unjudged: a filter or `process_results` raises an exception.
@@ -101,7 +101,7 @@ def judged_text(request: Instance, text: str) -> dict[str, dict[str, Any]]:
 
 
 def target_of(request: Instance) -> str | None:
-    """The answer that the task expects, as text; None: it has none."""
+    """The answer that the task expects, as text; None if it has none."""
     target = None
     with suppress(Exception):  # such a task need not have a target
         target = task_of(request).doc_to_target(request.doc)
@@ -113,17 +113,17 @@ def target_of(request: Instance) -> str | None:
 def of_task(name: str, questions: Sequence[Sequence[Instance]], asked: str = ACC) -> Score:
     """The score of a task without choices.
 
-    Of generated texts it is the one asked for where the task has it, else the first that is 0 or 1,
-    else the first that a question has at all; of whole texts nats per byte.
+    Whole texts have nats per byte. For generated texts, the score is the first of these that
+    exists: the one asked for, a score that is 0 or 1, any score of a question.
 
     Args:
-        name: of the task.
+        name: name of the task.
         questions: the requests of each of its questions.
         asked: name of a score.
 
     Raises:
-        UsageError: a question cannot be judged, or has several requests, or the task has no score
-            of a single question.
+        UsageError: a question cannot be judged or has several requests, or the task has no score of
+            a single question.
     """
     for requests in questions:
         with _named(name, requests[0]):
@@ -172,7 +172,7 @@ def _scores(requests: Sequence[Instance], probed: int = 5) -> list[TextScore]:
 
 
 def _made_up(request: Instance) -> list[str]:
-    """Answers by which a task shows its scores: none, a word, and the one it expects."""
+    """Answers that make a task show its scores: none, a word, and the expected one."""
     return ["", "word", target_of(request) or "0"]
 
 
@@ -201,7 +201,7 @@ def _check(name: str, requests: Sequence[Instance]) -> None:
 
 @contextmanager
 def _named(task: str, request: Instance) -> Iterator[None]:
-    """Says of which question an `Unjudged` is."""
+    """Adds the question to the message of an `Unjudged`."""
     try:
         yield
     except Unjudged as error:
@@ -212,9 +212,9 @@ class Windows(NamedTuple):
     """The windows of texts that are scored as a whole, as lm-eval cuts them.
 
     Attributes:
-        questions: a window each, whose answer is its number.
+        questions: a question for each window. Its answer is the number of the window.
         text: for each window, the number of its request.
-        place: for each window, its number in its text.
+        place: for each window, its number within its text.
     """
 
     questions: list[Question]
@@ -223,7 +223,7 @@ class Windows(NamedTuple):
 
 
 def windows_of(lm: Any, requests: Iterable[Instance]) -> Windows:
-    """The windows of each text; every one is attacked alone.
+    """The windows of each text. Each window is attacked by itself.
 
     Args:
         lm: the model.

@@ -1,1 +1,1 @@
-"""Many conditions over many tasks: what is run, and the tables of what came out."""
+"""Many conditions over many tasks: running them, and the tables of the results."""

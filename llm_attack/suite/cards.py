@@ -1,4 +1,4 @@
-"""The commands `card` and `board`. Neither torch nor lm-eval is needed."""
+"""The commands `card` and `board`. They need neither torch nor lm-eval."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands `report` and `compare`: finished runs. Neither torch nor lm-eval is needed."""
+"""The commands `report` and `compare` for finished runs. They need neither torch nor lm-eval."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def report(
     formats: str | None = None,
     intervals: str = "below",
 ) -> None:
-    """The command `llm-attack report`: tables, figures and report anew from the samples."""
+    """The command `llm-attack report`: writes tables, figures and report again from the samples."""
     wanted = paper.formats_of(formats)
     folder = resolved(folder, "folder")
     check_writable(folder, argument="folder")
@@ -53,7 +53,7 @@ def compare(
     intervals: str = "below",
     fail_drop: str | None = None,
 ) -> None:
-    """The command `llm-attack compare`: runs on the questions that all of them asked."""
+    """The command `llm-attack compare`: compares runs on the questions that all of them asked."""
     wanted = paper.formats_of(formats)
     table, path = _file("output", output), _file("leaderboard", leaderboard)
     folders = [as_path("folders", folder) for folder in folders]
@@ -100,7 +100,7 @@ def _check(
     equivalence: float | None,
     wanted: Sequence[str],
 ) -> None:
-    """Refuses options of `compare` that do not go with each other, or with `n` folders."""
+    """Refuses options of `compare` that do not fit each other or the number of folders, `n`."""
     listed = ",".join(wanted)
     if wanted and table is None:
         raise UsageError(
@@ -139,7 +139,7 @@ def _write_for_paper(
     intervals: str,
     run: dict[str, Any],
 ) -> None:
-    """The comparison in LaTeX beside its CSV file, if it is asked for, and what to cite."""
+    """Writes the comparison in LaTeX, if the user asked for it, and the BibTeX entries."""
     if "tex" in wanted and table is not None:
         write_text(table.with_suffix(".tex"), paper.table_of_cells(cells, title, intervals))
         write_text(table.parent / paper.CITATION, paper.bibtex(run))
@@ -151,7 +151,7 @@ def _drops_of(table: Path) -> Path:
 
 
 def _claim_for_paper(table: Path, wanted: Sequence[str], drawn: Path) -> None:
-    """Refuses files beside the table that are not ours to replace; `drawn` has the figure."""
+    """Refuses to replace files of others beside the table. The figure is beside `drawn`."""
     if table.suffix in (".tex", ".pdf", ".bib"):
         raise UsageError(f"output={table}: must be a CSV file, such as {table.stem}.csv")
     if "tex" in wanted:
@@ -162,7 +162,7 @@ def _claim_for_paper(table: Path, wanted: Sequence[str], drawn: Path) -> None:
 
 
 def _file(argument: str, given: str | None) -> Path | None:
-    """A file that is to be written, resolved, when writing it and a figure beside it was tried."""
+    """The resolved path of an output file, after a trial that writes it and a figure beside it."""
     if given is None:
         return None
     path = resolved_file(given, argument)
@@ -177,7 +177,7 @@ def _compare_two(
     equivalence: float | None,
     pdf: bool = False,
 ) -> tuple[Cells, pd.DataFrame]:
-    """Two runs in pairs: what is shown, and the frame of `paired`."""
+    """Prints two runs in pairs; returns the table, and the frame of `paired`."""
     a, b = compared
     samples = [run.worst() for run in compared]
     content = samples[0], a.questions, samples[1], b.questions
@@ -228,7 +228,7 @@ def _compare_two(
 def _compare_logged(
     places: Sequence[Path], output: Path | None, equivalence: float | None
 ) -> tuple[Cells, pd.DataFrame]:
-    """Two runs of lm_eval, question by question."""
+    """Prints two runs of lm_eval, question by question; returns the table and its frame."""
     a, b = (logged.load(place) for place in places)
     notes = logged.differences(a, b)
     frame = paired(a.samples, a.questions, b.samples, b.questions)

@@ -58,11 +58,11 @@ def _number(text: str) -> int | float:
 
 
 def _read_yaml(text: str) -> Any:
-    """The content of a YAML text; of a key that occurs twice, YAML itself would take the last."""
+    """The content of a YAML text. A repeated key is an error, while YAML would take the last."""
     import yaml
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML is not typed
-        """Numbers as JSON has them: YAML 1.1 reads 1_0, 010 and 1:30 as 10, 8 and 90."""
+        """Reads numbers as JSON does. YAML 1.1 reads 1_0, 010 and 1:30 as 10, 8 and 90."""
 
         yaml_implicit_resolvers = {  # noqa: RUF012
             first: [pair for pair in resolvers if not pair[0].endswith((":int", ":float"))]

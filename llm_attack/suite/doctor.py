@@ -1,4 +1,4 @@
-"""The command `llm-attack doctor`: a small run of its own that looks for gradients that hide."""
+"""The command `llm-attack doctor`: a small run that looks for hidden gradients."""
 
 from __future__ import annotations
 
@@ -32,30 +32,30 @@ from llm_attack.suite.run.progress import MODES
 from llm_attack.suite.studies import sanity
 from llm_attack.suite.studies.sanity import FAILS, PASSES, Check
 
-# In units of the RMS: little, more, and as much as there is signal.
+# Amplitudes in units of the RMS: a small one, a larger one, and one as large as the signal.
 LITTLE, MORE, ALL = (Epsilon(number, "rms") for number in (0.02, 0.1, 1.0))
-# All of a kind would take minutes, most of them for `blocks`.
+# Every attack at every amplitude would take minutes, most of them for `blocks`.
 CONDITIONS = [
     *[("none", LITTLE), ("random", MORE), ("fgsm", MORE), ("blocks", MORE)],
     *[("bim", epsilon) for epsilon in (LITTLE, MORE, ALL)],
 ]
 ATTACKS, EPSILONS = (tuple(dict.fromkeys(column)) for column in zip(*CONDITIONS, strict=True))
-_RISING = 0.2  # share of what the steps have reached that as many again may add
-_STEP = 1e-5  # of the finite differences, in units of the RMS of the point
-_ROUNDING = 1e-3  # of the log-likelihoods, that of bfloat16 too
-_WRONG = 0.01  # of a derivative; the loss choice has weights that are not below a least
-_QUESTIONS = 4  # whose gradients are compared
+_RISING = 0.2  # the check fails if twice the steps reach more than this share beyond the first ones
+_STEP = 1e-5  # step of the finite differences, in units of the RMS of the point
+_ROUNDING = 1e-3  # relative to the log-likelihoods; bfloat16 rounds less
+_WRONG = 0.01  # relative error of a derivative; the smallest weights of the loss choice are cut off
+_QUESTIONS = 4  # number of questions whose gradients are compared
 
 
 def doctor(plan: Plan, progress: str) -> list[Check]:
-    """Every check of `sanity.checks`, and those that take more than samples.
+    """All checks of `sanity.checks`, and checks that need more than samples.
 
     Args:
         plan: model, tasks, limit and loss; its attacks and epsilons are replaced.
-        progress: of `progress.MODES`.
+        progress: one of `progress.MODES`.
 
     Raises:
-        UsageError: an argument is not allowed, or the clean model gives no numbers.
+        UsageError: an argument is not allowed, or the clean model gives no finite numbers.
     """
     if progress not in MODES:
         raise invalid("progress", progress, MODES)
@@ -96,18 +96,19 @@ def doctor(plan: Plan, progress: str) -> list[Check]:
 def _carried_out(prepared: Prepared, progress: str, console: Console) -> Result:
     with tempfile.TemporaryDirectory() as nowhere:
         result = execute(prepared, Path(nowhere), progress, console)
-    assert result is not None  # as there is one process
+    assert result is not None  # None is for other processes, and there is only one
     return result
 
 
 def still_rising(samples: pd.DataFrame, longer: pd.DataFrame, knows: bool) -> Check:
     """Whether twice as many steps of BIM find much more than the steps of the run.
 
-    Where the loss knows the gold, margins below 0 count as 0: a wrong answer need not get worse.
+    If the loss knows the gold, margins below 0 count as 0, because a wrong answer need not get
+    worse.
 
     Args:
-        samples: of the run.
-        longer: of one with twice as many steps.
+        samples: the samples of the run.
+        longer: the samples of a run with twice as many steps.
         knows: whether the loss knows the gold.
     """
     name, clean = "the loss no longer rises at the last step", samples["condition"] == "none"
@@ -137,7 +138,7 @@ def still_rising(samples: pd.DataFrame, longer: pd.DataFrame, knows: bool) -> Ch
 
 
 def nothing_changes(prepared: Prepared) -> Check:
-    """Whether the clean point, put where attacks put theirs, gives the clean answers."""
+    """Whether the clean point, put in place as attacks do, gives the clean answers."""
     engine, name = prepared.lm.engine, "epsilon 0 equals clean"
     with frozen(prepared.lm.model):
         batch = prepared.work[0].batch
@@ -152,10 +153,10 @@ def nothing_changes(prepared: Prepared) -> Check:
 
 
 def perturbed(attacks: Mapping[str, Any]) -> Check:
-    """Whether attacks moved the points, as far as they were asked to.
+    """Whether attacks moved the points as far as their amplitude says.
 
     Args:
-        attacks: what `run.json` says of each condition.
+        attacks: the entry `attacks` of `run.json`.
     """
     name = "attacks perturb as much as they are asked to"
     asked = {
@@ -182,7 +183,7 @@ def own_gradient(prepared: Prepared) -> Check:
 
 
 def finite_differences(prepared: Prepared) -> Check:
-    """The loss's slope along the sign of its gradient against central differences, in float64."""
+    """Compares the gradient's slope along its own sign with central differences, in float64."""
     name, lm = "the gradient is that of the loss", prepared.lm
     if lm.device.type == "mps":
         return sanity.not_applicable(name, "the device has no float64")
@@ -193,7 +194,7 @@ def finite_differences(prepared: Prepared) -> Check:
         lm.model.double()
         lm.use(*lm.conditions)
         claimed, measured, step = _slopes(prepared)
-    except Exception as error:  # kernels that do not know float64, or no room for it
+    except Exception as error:  # kernels may not support float64, or memory may be short
         return sanity.not_applicable(name, f"float64 fails here ({one_line(error)})")
     finally:
         lm.model.to(before)
@@ -205,7 +206,7 @@ def finite_differences(prepared: Prepared) -> Check:
 
 
 def _slopes(prepared: Prepared) -> tuple[float, float, float]:
-    """Slopes by the gradient and by central differences, and the step; 0 where nothing moves."""
+    """Slopes by the gradient and by central differences, and the step; zeros if nothing moves."""
     lm, batch = prepared.lm, prepared.work[0].batch
     engine = lm.engine
     assert isinstance(batch, Batch)
@@ -227,7 +228,7 @@ def _slopes(prepared: Prepared) -> tuple[float, float, float]:
 
 
 def command(plan: Plan, progress: str, verbose: int = 0) -> int:
-    """Prints the list; returns the exit code, 1 where a check fails."""
+    """Prints the checks and returns the exit code, which is 1 if a check fails."""
     silence(verbose)
     with without_bars():
         checks = doctor(plan, progress)

@@ -128,7 +128,7 @@ def _finished(
         return results.load(folder, plan.equivalence)
     except UsageError as error:
         if who.first:
-            fingerprint.keep(folder, mark)  # while run.json, which has it, is still there
+            fingerprint.keep(folder, mark)  # before run.json, which contains the mark, is renamed
             aside = ", ".join(map(str, results.set_aside(folder)))
             note(shown, console, f"{error}; moved aside, and computed again: {aside}")
         return None
@@ -142,7 +142,7 @@ def _given(plan: Plan) -> dict[str, Any]:
 
 
 def call(plan: Plan, folder: str | os.PathLike[str] | None) -> str:
-    """The call in Python that repeats the run of a model that is loaded already."""
+    """The call in Python that repeats the run of a loaded model."""
     given = {"name": redacted(plan.model), **_given(plan)}
     words = [
         "model, tokenizer=tokenizer",
@@ -154,7 +154,7 @@ def call(plan: Plan, folder: str | os.PathLike[str] | None) -> str:
 
 
 def command(plan: Plan, folder: str | os.PathLike[str] | None) -> list[str]:
-    """The command line of a plan, without secrets: what differs from the defaults."""
+    """The command line of a plan: the settings that differ from the defaults, without secrets."""
     words = ["llm-attack", "run"]
     for name, value in _given(plan).items():
         if isinstance(value, dict):
@@ -239,7 +239,7 @@ def _run_revisions(
         for name, each in of_each.items():
             if who.first:
                 note(progress, Console(stderr=True), name)
-            revision = str(each.model_args.get("revision", name))  # as it is on the hub
+            revision = str(each.model_args.get("revision", name))  # its name on the hub
             runs[revision] = evaluate(each, output=output / name, progress=progress)
     finished = {name: result for name, result in runs.items() if result is not None}
     if not who.first:
@@ -258,9 +258,10 @@ def _run_revisions(
 
 @contextmanager
 def _stops_are_explained(again: str, output: Path | None, first: bool) -> Iterator[None]:
-    """Says of a run that stops, or is stopped, with which command it goes on.
+    """If the run stops or is stopped, prints the command that continues it.
 
-    SIGTERM is an exception meanwhile (in the main thread; no other one can have handlers).
+    While the context lasts, SIGTERM raises an exception in the main thread. Other threads cannot
+    have handlers.
     """
     kept = (
         f"finished batches are kept; to continue: {again}"
@@ -292,11 +293,11 @@ LIBRARIES = ("lm_eval", "transformers", "datasets", "accelerate", "huggingface_h
 
 
 def silence(verbose: int = 0) -> None:
-    """Silences the bars of the libraries, which would break up ours, and their logs.
+    """Silences the progress bars of the libraries, which would break up ours, and their logs.
 
     Args:
-        verbose: 0: of the libraries errors alone; 1: what they and this package inform of; 2 or
-            more: also what is for debugging.
+        verbose: 0: the libraries log only errors; 1: the libraries and this package log
+            information; 2 or more: they also log for debugging.
     """
     import datasets
     import transformers
@@ -314,7 +315,7 @@ def silence(verbose: int = 0) -> None:
 
 @contextmanager
 def silenced() -> Iterator[None]:
-    """`silence`, and lm-eval's bars, while the context lasts."""
+    """While the context lasts, applies `silence` and turns off lm-eval's bars."""
     import datasets
     import transformers
 
@@ -335,22 +336,19 @@ def silenced() -> Iterator[None]:
 
 
 def save(result: Result, folder: Path, command: list[str] | str) -> list[str]:
-    """Writes everything of a run into `folder`; `run.json` last, which says that it is complete.
+    """Writes everything of a run into `folder`. `run.json` is last, and marks the run as complete.
 
-    `samples.parquet`, `questions.parquet`, `table.csv`, `table.md`, figures as PNG and SVG, where
-    critical epsilons were looked for `critical.csv`, `foretold.csv` and `critical.md`, of several
-    hookpoints `hookpoints.md` (the other tables, figures and the report are of the first of them),
-    of tasks that generate or score whole texts `texts.md`,
-    `report.html`, `lm_eval/results_CONDITION.json` and `run.json`.
+    docs/files.md lists the files. If a run has several hookpoints, `layers.md` compares them, and
+    the other tables, figures and the report show only the first.
 
     Args:
         result: the run.
-        folder: where to.
-        command: that repeats it, in words, or a text.
+        folder: the folder of the run.
+        command: the command that repeats the run, as a list of arguments or as text.
 
     Returns:
-        What could not be made of what `render` writes, and of lm-eval's results: a line for each.
-        The others, and the numbers, are there.
+        A line for each file of `render` or of lm-eval's results that could not be written. The
+            numbers and all other files are written nevertheless.
     """
     samples = result.samples.copy(deep=False)
     samples.attrs[CONDITIONS] = result.run.get(CONDITIONS, {})

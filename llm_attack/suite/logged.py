@@ -1,7 +1,6 @@
-"""Runs of lm_eval itself, as `lm_eval --log_samples` writes them: any model, any task.
+"""Runs of lm_eval itself, in the form of `lm_eval --log_samples`: any model, any task.
 
-Read for `llm-attack compare`, which pairs two of them question by question. Nothing of lm-eval is
-imported.
+`llm-attack compare` pairs two of them question by question. The module imports nothing of lm-eval.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from llm_attack.suite.analysis.outcomes import ACC, BINARY, CHOICE, HIGHER, LOWE
 
 _SAMPLES = re.compile(r"samples_(?P<task>.+)_(?P<date>\d{4}-\d\d-\d\dT[\d-]+(\.\d+)?)\.jsonl")
 _OF_CHOICES = (ACC, "acc_norm", "acc_bytes")
-# Of a text that is scored as a whole, as in `harness.texts`.
+# Metrics of texts that are scored as a whole, as in `harness.texts`.
 _OCTETS = ("bits_per_byte", "byte_perplexity")
 NATS_PER_BYTE = "nats_per_byte"
 _NEEDED = ("doc_id", "doc_hash", "filter")
@@ -33,10 +32,11 @@ class Logged(NamedTuple):
     """A run of lm_eval.
 
     Attributes:
-        name: of the model, as lm_eval has it.
-        samples: a row per question, with the columns that `pairs.paired` needs; condition `none`.
-        questions: a row per question: `task`, `doc_id`, `doc_hash`: lm-eval's, of the question
-            itself, and `prompt_hash`, of the prompt, or None.
+        name: lm_eval's name of the model.
+        samples: a row per question, with the columns that `pairs.paired` needs, under the condition
+            `none`.
+        questions: a row per question with `task`, `doc_id`, and two hashes of lm-eval: `doc_hash`
+            of the question itself, and `prompt_hash` of the prompt (may be None).
     """
 
     name: str
@@ -45,7 +45,7 @@ class Logged(NamedTuple):
 
 
 def folder_of(folder: Path) -> Path | None:
-    """Where a run of lm_eval lies: `folder`, or the folder of the one model in it; None: nowhere.
+    """The folder of a run of lm_eval: `folder` itself, or that of the only model in it, or None.
 
     Raises:
         UsageError: there are several models.
@@ -69,7 +69,7 @@ def load(folder: Path) -> Logged:
         UsageError: a file cannot be read, or a task has no score of a single question.
     """
     results, rows = _results(folder), []
-    # a later run of other tasks says nothing of these
+    # a later run of other tasks does not contain these
     higher = {task: of for result in results for task, of in _higher(result).items()}
     for task, path in _newest(folder).items():
         samples = list(_lines(path))
@@ -90,7 +90,7 @@ def load(folder: Path) -> Logged:
 
 
 def differences(a: Logged, b: Logged) -> list[str]:
-    """Sentences on what a reader must know of the pairs.
+    """Sentences about the pairs that a reader must know.
 
     Raises:
         UsageError: the runs share no question.
@@ -108,17 +108,17 @@ def differences(a: Logged, b: Logged) -> list[str]:
 
 
 def _newest(folder: Path) -> dict[str, Path]:
-    """The last file of each task."""
+    """The newest file of each task."""
     newest = {}
     for path in sorted(folder.glob("samples_*.jsonl"), key=lambda path: path.name):
         parts = _SAMPLES.fullmatch(path.name)
-        if parts is not None:  # of one task they are sorted by date
+        if parts is not None:  # the files of a task are sorted by date
             newest[parts["task"]] = path
     return newest
 
 
 def _results(folder: Path) -> list[dict[str, Any]]:
-    """What lm_eval says of each of its runs there, the oldest first."""
+    """The results of each run of lm_eval in the folder, the oldest first."""
     found = []
     for path in sorted(folder.glob("results_*.json")):
         try:
@@ -129,7 +129,7 @@ def _results(folder: Path) -> list[dict[str, Any]]:
 
 
 def _higher(result: dict[str, Any]) -> dict[str, Any]:
-    """For each task whether more is better, by metric."""
+    """For each task and metric, whether higher is better."""
     of_tasks = result.get("higher_is_better")
     return of_tasks if isinstance(of_tasks, dict) else {}
 
@@ -142,7 +142,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
                 missing = [name for name in _NEEDED if name not in sample]
                 if missing:
                     raise UsageError(f"{path}: line {number} has no {missing[0]}")
-                int(sample["doc_id"])  # the rest relies on it
+                int(sample["doc_id"])  # other code relies on it
                 yield sample
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"{path}: cannot be read ({one_line(error)})") from error
@@ -170,7 +170,7 @@ def _rows(
         **{"task": shown, "condition": "none", "attack": "none", "hookpoint": "embed"},
         **{"epsilon": 0.0, "score": score, "kind": kind},
         "better": LOWER if higher.get(score) is False else HIGHER,
-        # the second outcome needs the gold, which a sample does not always say
+        # the second outcome needs the gold, which a sample does not always contain
         **dict.fromkeys(("gold_probability", "log_likelihood", "margin"), np.nan),
     }
     of_source = clusters([sample.get("doc") for sample in samples])
@@ -184,7 +184,7 @@ def _rows(
 
 
 def _is_pair(value: Any) -> bool:
-    """Whether it is the log-likelihood of a text and its bytes."""
+    """Whether a value is the (log-likelihood, bytes) of a text."""
     return (
         isinstance(value, list) and len(value) == 2 and all(map(_is_number, value)) and value[1] > 0
     )

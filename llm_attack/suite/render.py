@@ -26,9 +26,9 @@ WHOLE = "scores of whole tasks"
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_MANY = 6  # conditions
+_MANY = 6  # conditions; with more, the report begins with curves
 
-# What draw_all draws, and what a reader who cannot see it should know.
+# The pictures of the report: caption, and description for readers who cannot see them.
 _PICTURES = {
     "figure": (
         figures.TITLES["figure"],
@@ -78,20 +78,21 @@ _PICTURES = {
 
 
 class Tables:
-    """The tables of a run beside its accuracies, which the terminal, the files and the page share.
+    """The tables of a run besides its accuracies, for the terminal, the files and the page.
 
-    Of several hookpoints the first, but for the table that compares them.
+    If the run has several hookpoints, they show the first, except for the table that compares
+    hookpoints.
 
     Attributes:
-        table: accuracies of the first hookpoint.
-        samples: of the first hookpoint, worst cases included, with the score that critical
-            epsilons are of.
-        score: of `critical.score_of`.
-        whole: scores of whole tasks; None where there are none.
-        texts: of `texts.cells`; None where no task generates or scores whole texts.
-        critical: of `survival.tables`.
-        hookpoints: accuracy by hookpoint; None of one.
-        steps: accuracy by steps, of attacks that the run has with several; None without.
+        table: accuracies at the first hookpoint.
+        samples: samples at the first hookpoint, worst cases included.
+        searched: the same, with the score that critical epsilons refer to.
+        score: the result of `critical.score_of`.
+        whole: scores of whole tasks; None if there are none.
+        texts: the result of `texts.cells`; None if no task generates or scores whole texts.
+        critical: the result of `survival.tables`.
+        hookpoints: accuracy by hookpoint; None for one hookpoint.
+        steps: accuracy by steps; None if no attack has several numbers of steps.
     """
 
     def __init__(self, result: Result, attempts: Attempts) -> None:
@@ -117,7 +118,7 @@ class Tables:
             self.hookpoints = hookpoints.cells(result.table, result.conditions)
 
     def named(self) -> dict[str, Cells]:
-        """Those that there are, by their titles."""
+        """The tables that exist, by their titles."""
         titled = {WHOLE: self.whole} | {title: cells for title, (cells, _) in self.critical.items()}
         titled |= {texts.TITLE: self.texts}
         titled |= {hookpoints.TITLE: self.hookpoints, steps.TITLE: self.steps}
@@ -128,7 +129,7 @@ def render(result: Result, folder: Path, run: dict[str, Any]) -> list[str]:
     """Writes tables, then figures, then the report.
 
     Returns:
-        What could not be made: a line for each. The others are there.
+        A line for each file that could not be written. The others are written nevertheless.
     """
     attempts = Attempts()
     run = hookpoints.shown_of(run, result.table)
@@ -176,11 +177,11 @@ def render(result: Result, folder: Path, run: dict[str, Any]) -> list[str]:
         name = str(run.get("model_name") or run.get("model"))
         perturbations.write_page(folder, result.samples, result.questions, name)
     with attempts("report.html"):
-        # a curve says more than very many bars
+        # curves are easier to read than very many bars
         first = "epsilon" if table["condition"].nunique() > _MANY else "figure"
         drawn.sort(key=lambda name: name != first)
         pictures = [Picture(*_PICTURES[name], folder / f"{name}.svg") for name in drawn]
-        # the same run gives the same report, however long it took
+        # without times, the same run gives the same report
         lasting = {key: value for key, value in run.items() if key != "timings"}
         lasting["warnings"] = [*(run.get("warnings") or ()), *attempts.lines]
         write_report(folder, samples, result.questions, table, pictures, lasting, more)
@@ -190,17 +191,18 @@ def render(result: Result, folder: Path, run: dict[str, Any]) -> list[str]:
 def for_paper(
     result: Result, folder: Path, formats: Sequence[str], intervals: str = "below"
 ) -> list[str]:
-    """Writes what a paper takes of a run into `folder`.
+    """Writes the files for a paper into `folder`.
 
     Args:
         result: the run.
-        folder: where to.
-        formats: of `paper.FORMATS`. `pdf`: each figure at a column's width; the bars show what the
-            table does. `tex`: `table.tex`, with `pdf` also `figures.tex`, and what to cite.
-        intervals: of `paper.table_of_run`.
+        folder: the folder to write into.
+        formats: some of `paper.FORMATS`. `pdf` writes each figure at a column's width; the bars
+            show the conditions of the table. `tex` writes `table.tex`, BibTeX entries and, together
+            with `pdf`, `figures.tex`.
+        intervals: see `paper.table_of_run`.
 
     Returns:
-        What could not be made: a line for each.
+        A line for each file that could not be written.
     """
     attempts = Attempts()
     run = hookpoints.shown_of(result.run, result.table)
@@ -238,10 +240,10 @@ def for_paper(
 
 
 def try_out() -> None:
-    """What `render` needs of other libraries, before a run whose end depends on it.
+    """Tries the libraries that `render` needs, before a run that would fail at its end.
 
     Raises:
-        UsageError: it does not work on this machine.
+        UsageError: a library does not work on this machine.
     """
     attempts = Attempts()
     with tempfile.TemporaryDirectory() as nowhere:

@@ -1,6 +1,6 @@
-"""What a finished run is, and its folder: the frames, the record, and reading them.
+"""A finished run and its folder: the frames, the record, and functions that read them.
 
-Needs neither torch nor lm-eval.
+The module needs neither torch nor lm-eval.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from llm_attack.suite.report.layout import paper_style, print_style, unit_of
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# The subfolder of lm-eval's own results in that of a run.
+# The subfolder of a run's folder for lm-eval's own results.
 LM_EVAL = "lm_eval"
 FRAMES = ("questions", "samples")
-# Zstandard finds what repeats better than Parquet's dictionaries do: half of Snappy's bytes.
+# Zstandard compresses repetitions better than Parquet's dictionaries: half of Snappy's bytes.
 _SMALL = {"compression": "zstd", "compression_level": 9, "use_dictionary": False}
 
-# Parts of run.json that the rest relies on, and those that earlier records have not.
+# The parts of run.json that other code relies on. Older records lack those of `_PARTS_SINCE`.
 _PARTS_SINCE: dict[str, type] = {
     "model_name": str,
     "warnings": list,
@@ -66,9 +66,9 @@ class Result:
         questions: a row per question; see docs/files.md.
         run: the content of run.json: settings, versions, hardware, timings, and for each condition
             its resolved settings with its diagnostics (`attacks`).
-        lm_eval: for each condition, lm-eval's own results; empty if the run was read from a folder.
+        lm_eval: lm-eval's own results for each condition; empty if the run was read from a folder.
         judged: the result of `worst`, if it is known already.
-        folder: where it is stored; None: nowhere.
+        folder: the folder of the run; None if it is not stored.
     """
 
     table: pd.DataFrame
@@ -80,7 +80,7 @@ class Result:
     folder: Path | None = field(default=None, repr=False, compare=False)
 
     def worst(self) -> pd.DataFrame:
-        """The samples, with the worst case over the attacks of each amplitude added."""
+        """The samples with the worst case over the attacks of each amplitude added."""
         return with_worst(self.samples, self.run) if self.judged is None else self.judged
 
     def calibration(self) -> pd.DataFrame:
@@ -92,7 +92,7 @@ class Result:
 
         Args:
             name: bars, curves, margins or cosines.
-            paper: whether it has the width of a column, and letters of 8 points.
+            paper: whether to draw for a paper, one column wide and with letters of 8 points.
 
         Raises:
             UsageError: there is no such figure, or the run has no data for it.
@@ -110,14 +110,14 @@ class Result:
         return drawn
 
     def perturbations(self, task: str, condition: str) -> Perturbations:
-        """What was added to each token of a task under a condition, and what it did.
+        """The perturbation of each token of a task under a condition, and its effect.
 
         Args:
-            task: its name.
-            condition: its name, such as `fgsm@0.01`.
+            task: name of the task.
+            condition: name of the condition, such as `fgsm@0.01`.
 
         Raises:
-            UsageError: the run has no folder, or did not save them.
+            UsageError: the run has no folder, or did not save perturbations.
         """
         if self.folder is None:
             raise UsageError(
@@ -132,10 +132,10 @@ class Result:
 
 
 def save_frames(folder: Path, **frames: pd.DataFrame) -> None:
-    """Writes each frame as `name`.parquet, whole or not at all; equal frames give equal files."""
+    """Writes each frame as `name`.parquet, whole or not at all. Equal frames give equal files."""
     for name, frame in frames.items():
         path = folder / f"{name}.parquet"
-        # not by its name: Arrow takes only names in UTF-8, and pandas 2 looks up that of a file
+        # no path is passed: Arrow takes only paths in UTF-8, and pandas 2 looks up a file's path
         content = frame.to_parquet(None, index=False, write_page_checksum=True, **_SMALL)
         with whole_or_not(path) as draft:
             draft.write_bytes(content)
@@ -145,7 +145,7 @@ def _whole_or_missing(column: Any) -> bool:
     return is_integer_dtype(column) or bool(column.isna().all())
 
 
-# What of a stored frame the rest relies on: column -> whether it holds numbers, lists or text.
+# The columns of a stored frame, and a test of whether the type of each is right.
 _SCHEMA: dict[str, dict[str, Callable[[Any], bool]]] = {
     "questions": {
         **dict.fromkeys(("task", "doc_hash", "question"), is_string_dtype),
@@ -163,7 +163,7 @@ _SCHEMA: dict[str, dict[str, Callable[[Any], bool]]] = {
         **dict.fromkeys(("score", "kind", "better"), is_string_dtype),
     },
 }
-# What only runs with tasks that generate or score whole texts have.
+# More columns, in runs with tasks that generate or score whole texts.
 _COLUMNS_OF_TEXTS: dict[str, dict[str, Callable[[Any], bool]]] = {
     "questions": {"target": lambda _: True, "n_bytes": _whole_or_missing},
     "samples": {
@@ -172,7 +172,7 @@ _COLUMNS_OF_TEXTS: dict[str, dict[str, Callable[[Any], bool]]] = {
         **dict.fromkeys(("parts_at", "parts_from"), _whole_or_missing),
     },
 }
-# What earlier runs have not.
+# Default values of columns that older runs lack.
 _COLUMNS_SINCE: dict[str, dict[str, Any]] = {
     "questions": {"cluster": None},
     "samples": {
@@ -187,7 +187,7 @@ def load_frames(folder: Path) -> dict[str, pd.DataFrame]:
     """The frames of a finished run.
 
     Raises:
-        UsageError: there is none in `folder`, or a file of it cannot be read or is not of a run.
+        UsageError: `folder` has no finished run, or a file cannot be read or is not of a run.
     """
     folder = as_path("folder", folder)
     frames = {}
@@ -200,7 +200,7 @@ def load_frames(folder: Path) -> dict[str, pd.DataFrame]:
             raise UsageError(
                 f"{folder}: has no {path.name}; must be the folder of a finished run"
             ) from None
-        except (OSError, TypeError, ValueError) as error:  # TypeError: of a damaged dtype
+        except (OSError, TypeError, ValueError) as error:  # TypeError comes from a damaged dtype
             raise UsageError(f"{path}: cannot be read ({one_line(error)})") from error
         if name == "samples" and {"task", "acc"} <= {*frames[name]}:
             frames[name] = with_scores(frames[name])
@@ -221,7 +221,7 @@ def load_frames(folder: Path) -> dict[str, pd.DataFrame]:
 
 
 def _fault(frame: pd.DataFrame, name: str) -> str | None:
-    """What a stored frame lacks, if anything."""
+    """What is wrong with a stored frame; None if it is whole."""
     if frame.empty:
         return "has no rows"
     of_texts = _COLUMNS_OF_TEXTS[name]
@@ -248,13 +248,13 @@ def _fault_of_columns(frame: pd.DataFrame, schema: dict[str, Callable[[Any], boo
             return f"has no column {column}"
         if not allows(frame[column]):
             return f"its column {column} holds {frame[column].dtype}"
-    # one of the others under a damaged name
+    # any other column is one of these under a damaged name
     known = {*schema, BROKEN_BY}
     return next((f"has a column {column}" for column in frame if column not in known), None)
 
 
 def _lengths(column: pd.Series) -> list[int] | None:
-    """Of the lists in a column; None where it holds something else."""
+    """The lengths of the lists in a column; None if it holds something else."""
     try:
         return list(map(len, column))
     except TypeError:
@@ -262,14 +262,14 @@ def _lengths(column: pd.Series) -> list[int] | None:
 
 
 def load(folder: Path, equivalence: float | None = None) -> Result:
-    """A finished run.
+    """Reads a finished run.
 
     Args:
-        folder: of the run.
-        equivalence: of `with_equivalence`, in place of what the run was told with.
+        folder: the folder of the run.
+        equivalence: the equivalence margin (`with_equivalence`); None: the run's own.
 
     Raises:
-        UsageError: there is none in `folder`, or a file of it cannot be read.
+        UsageError: `folder` has no finished run, or a file cannot be read.
     """
     path = as_path("folder", folder) / "run.json"
     try:
@@ -300,7 +300,7 @@ def load(folder: Path, equivalence: float | None = None) -> Result:
 
 
 def lm_eval_of(result: Result) -> dict[str, dict[str, Any]]:
-    """lm-eval's own results by condition: as judged, or without samples from a finished folder."""
+    """lm-eval's own results by condition. From a folder they are without samples."""
     if result.lm_eval or result.folder is None:
         return result.lm_eval
     paths = {
@@ -315,7 +315,7 @@ def lm_eval_of(result: Result) -> dict[str, dict[str, Any]]:
 
 
 def set_aside(folder: Path) -> list[Path]:
-    """Renames the files of a run one of which cannot be read; returns where they are now."""
+    """Renames the files of a run that cannot be read whole, and returns the new paths."""
     renamed = []
     for path in [folder / "run.json", *(folder / f"{name}.parquet" for name in FRAMES)]:
         if path.exists():

@@ -1,4 +1,4 @@
-"""A standard from Python: one call for a model that is loaded."""
+"""A standard from Python: one call for a loaded model."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ def robust_accuracy(
     """The card of a model under a standard: clean and robust accuracy with intervals, and checks.
 
     Args:
-        model: of transformers, loaded; or the name of one.
-        tokenizer: of a loaded model.
-        tasks: of lm-eval.
-        version: of a standard.
-        name: what results call a loaded model.
-        output: as of `evaluate`.
-        progress: as of `evaluate`.
-        **settings: others of `Plan`, such as `limit`; not those that the standard decides.
+        model: a loaded model of transformers, or the name of one.
+        tokenizer: the tokenizer of a loaded model.
+        tasks: tasks of lm-eval.
+        version: name of the standard.
+        name: name of a loaded model in the results.
+        output: see `evaluate`.
+        progress: see `evaluate`.
+        **settings: other settings of `Plan`, such as `limit`, except those that the standard fixes.
 
     Returns:
-        What `load_card` reads. `card["robust"]` has an entry for each amplitude and norm, whose
-        `accuracy` holds `value`, `low` and `high`.
+        The card, as `load_card` reads it. `card["robust"]` has an entry for each amplitude and
+            norm, with `value`, `low` and `high` in its `accuracy`.
 
     Raises:
         UsageError: an argument is not allowed, or the standard does not allow such a run.

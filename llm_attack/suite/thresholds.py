@@ -1,4 +1,4 @@
-"""`--fail_under` and `--fail_drop`: what a build must reach, checked when all is written."""
+"""`--fail_under` and `--fail_drop`: thresholds for a build, checked after all files are written."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Threshold(NamedTuple):
     """A number that a build must reach.
 
     Attributes:
-        given: as the user typed it, with the name of the option.
-        value: a share for `fail_under`, points of a percent for `fail_drop`.
-        point: whether the estimate counts, and not the end of its 95 % interval.
-        condition: of `fail_under`: a condition, an attack (at every amplitude), or `worst` (every
+        given: the threshold as the user typed it, with the name of the option.
+        value: a share for `fail_under`, percentage points for `fail_drop`.
+        point: whether the estimate is compared, instead of the worse end of its 95 % interval.
+        condition: for `fail_under`, a condition, an attack (at every amplitude), or `worst` (every
             attack); empty for `fail_drop`.
     """
 
@@ -37,7 +37,7 @@ class Threshold(NamedTuple):
 
 
 class _Case(NamedTuple):
-    """A row that is compared with a threshold; `margin` below 0 misses it."""
+    """A row that is compared with a threshold. If `margin` is below 0, the row misses it."""
 
     name: str
     margin: float
@@ -48,11 +48,11 @@ def under(given: str | None, plan: Plan) -> list[Threshold]:
     """Reads `fail_under`, such as "worst=0.3,none=0.5:point".
 
     Args:
-        given: as typed; None: nothing is required.
-        plan: whose conditions may be named.
+        given: the typed text; None: nothing is required.
+        plan: the plan, whose conditions may be named.
 
     Raises:
-        UsageError: it cannot be read, or names a condition that the plan does not have.
+        UsageError: the text cannot be read, or names a condition that the plan does not have.
     """
     if given is None:
         return []
@@ -82,11 +82,11 @@ def drop(given: str | None, plan: Plan | None = None) -> list[Threshold]:
     """Reads `fail_drop`, such as "2" or "2:point".
 
     Args:
-        given: as typed; None: nothing is required.
-        plan: of the run; None: two runs are compared.
+        given: the typed text; None: nothing is required.
+        plan: the plan of the run; None: two runs are compared.
 
     Raises:
-        UsageError: it cannot be read, or the plan has no attack, or no `none` to drop from.
+        UsageError: the text cannot be read, or the plan lacks an attack or `none`.
     """
     if given is None:
         return []
@@ -114,11 +114,11 @@ def _number(
 
 
 def check_run(table: pd.DataFrame, thresholds: Sequence[Threshold]) -> list[str]:
-    """What the means over tasks of a run do not reach: a sentence for each threshold.
+    """A sentence for each threshold that the means over tasks of a run miss.
 
     Args:
-        table: of `summarise`.
-        thresholds: of `under` and `drop`.
+        table: the result of `summarise`.
+        thresholds: the results of `under` and `drop`.
     """
     mean = table[table["task"] == MEAN]
     missed = []
@@ -135,11 +135,11 @@ def check_run(table: pd.DataFrame, thresholds: Sequence[Threshold]) -> list[str]
 
 
 def check_pair(frame: pd.DataFrame, thresholds: Sequence[Threshold]) -> list[str]:
-    """By how much the second run is worse than the first, where it is too much.
+    """A sentence for each threshold that is missed because the second run is much worse.
 
     Args:
-        frame: of `analysis.pairs.paired`.
-        thresholds: of `drop`.
+        frame: the result of `analysis.pairs.paired`.
+        thresholds: the result of `drop`.
     """
     rows = frame[frame["task"] == MEAN].to_dict("records")
     missed = []
@@ -156,10 +156,10 @@ def check_pair(frame: pd.DataFrame, thresholds: Sequence[Threshold]) -> list[str
 
 
 def fail(missed: Iterable[str]) -> None:
-    """Ends the command with exit code 3 and one line, if something was missed.
+    """Ends the command with exit code 3 and one line, if a threshold was missed.
 
     Raises:
-        ThresholdMissed: something was.
+        ThresholdMissed: a threshold was missed.
     """
     text = "; ".join(missed)
     if text:
@@ -187,7 +187,7 @@ def _drop(row: dict[str, object], threshold: Threshold, verb: str = "drops") -> 
 
 
 def _case(name: str, value: float, margin: float, shown: str) -> _Case:
-    if math.isnan(value):  # what cannot be judged does not pass
+    if math.isnan(value):  # a score that cannot be judged does not pass
         return _Case(name, -math.inf, f"{name} has no mean over tasks")
     return _Case(name, margin, shown)
 
@@ -197,7 +197,7 @@ def _float(value: object) -> float:
 
 
 def _missed(threshold: Threshold, cases: Sequence[_Case]) -> list[str]:
-    """A sentence with the case that misses the threshold by most, if one does."""
+    """A sentence about the case that misses the threshold by most; empty if none does."""
     below = sorted((case for case in cases if case.margin < 0), key=lambda case: case.margin)
     if not below:
         return []

@@ -1,7 +1,7 @@
-"""Is a model as often right as it is sure, without an attack and under it?
+"""Calibration: is a model right as often as it is confident, without and under an attack?
 
-A question's confidence is the probability of the choice that is answered, by the likelihoods that
-`acc` compares. It needs no more than `samples.parquet` holds, so runs of earlier versions have it.
+The confidence in an answer is the probability of the chosen option, from the log-likelihoods that
+`acc` compares. It needs only `samples.parquet`, so older runs have it too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NUMBERS = ("gap", "ece", "brier")
 
 
 class Bin(NamedTuple):
-    """Questions of about the same confidence: their number, and two means."""
+    """Number, mean confidence and accuracy of questions with similar confidence."""
 
     n: int
     confidence: float
@@ -30,27 +30,27 @@ class Bin(NamedTuple):
 
 
 def bins(confidences: np.ndarray, right: np.ndarray, number: int = BINS) -> list[np.ndarray]:
-    """Questions in bins of equal size, by their confidence: the places of each bin's questions.
+    """Sorts questions by confidence into bins of equal size, and returns the indices of each bin.
 
-    Equal mass, and not equal width (Nixon et al. 2019, arXiv 1904.01685): no bin is nearly empty.
-    Equal confidences that a boundary divides are ordered by the answer, wrong before right, so that
+    Bins have equal mass instead of equal width, so none is nearly empty (Nixon et al. 2019, arXiv
+    1904.01685). If a boundary divides questions of equal confidence, wrong answers come first. So
     the order of the questions does not matter.
 
     Args:
-        confidences: (n,) of questions.
-        right: (n,) whether they are right.
-        number: of bins; with fewer questions there is one for each.
+        confidences: (n,) confidence in each answer.
+        right: (n,) whether each answer is right.
+        number: number of bins; at most one per question.
     """
     order = np.lexsort((right, confidences))
     return [part for part in np.array_split(order, number) if len(part)]
 
 
 def reliability(samples: pd.DataFrame, number: int = BINS) -> list[Bin]:
-    """The reliability diagram of one condition, whose tasks are taken together.
+    """The reliability diagram of one condition, over the questions of all tasks.
 
     Args:
-        samples: of `judged`.
-        number: of bins.
+        samples: the result of `judged`.
+        number: number of bins.
     """
     sure, right = samples["confidence"].to_numpy(float), samples["right"].to_numpy(float)
     return [
@@ -60,21 +60,21 @@ def reliability(samples: pd.DataFrame, number: int = BINS) -> list[Bin]:
 
 
 def expected_error(confidences: np.ndarray, parts: Sequence[np.ndarray]) -> float:
-    """The expected calibration error of a model that is calibrated, with these confidences.
+    """The expected calibration error that a calibrated model has by chance, with these confidences.
 
-    It is above 0, as the share of right answers in a bin varies by chance. The sum over the bins of
-    the mean absolute value of a normal distribution with the variance sum p (1 - p).
+    It is above 0, because the share of right answers in a bin varies. It sums, over the bins, the
+    mean absolute value of a normal distribution with variance sum p (1 - p), and divides by n.
 
     Args:
-        confidences: (n,) of independent questions.
-        parts: of `bins`.
+        confidences: (n,) confidence in each answer. The questions are independent.
+        parts: the result of `bins`.
     """
     spread = [np.sqrt((confidences[part] * (1 - confidences[part])).sum()) for part in parts]
     return float(np.sqrt(2 / np.pi) * np.sum(spread) / len(confidences))
 
 
 def judged(samples: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `samples` that have a confidence, with it, `right`, `brier` and `source`.
+    """The rows of `samples` with a confidence, and `confidence`, `right`, `brier`, `source`.
 
     `right` is whether the likeliest choice is gold. Questions with one choice have no confidence.
     """
@@ -94,14 +94,21 @@ def calibration(samples: pd.DataFrame) -> pd.DataFrame:
         samples: as in `samples.parquet`.
 
     Returns:
-        A row per task and condition. `n` questions; `acc` and `confidence`, their means; `gap`,
-        confidence less accuracy; `ece`, the expected calibration error: mean over questions of
-        |confidence - accuracy| of their bin; `ece_by_chance` of `expected_error`; `brier`. The last
-        three but one have 95 % intervals `*_low` and `*_high` by Student's t over the sources of
-        the questions; that of `ece` takes the bins and the signs of their differences as they are.
-        `fallen`, questions that are right without an attack and wrong under it, `fallen_before` and
-        `fallen_after`: their mean confidence, before in the right answer and after in the wrong
-        one; NaN where there are none, or no condition without an attack.
+        A row per task and condition. Columns:
+
+        - `n`: number of questions
+        - `acc`, `confidence`: accuracy and mean confidence
+        - `gap`: confidence minus accuracy
+        - `ece`: expected calibration error, the mean over questions of |confidence - accuracy| of
+          their bin
+        - `ece_by_chance`: the result of `expected_error`
+        - `brier`: mean Brier score
+        - `gap_low`, `gap_high` and the same for `ece` and `brier`: 95 % intervals by Student's t
+          over the sources of the questions. For `ece`, the bins and the signs of their differences
+          are fixed
+        - `fallen`: number of questions that are right without an attack and wrong under it
+        - `fallen_before`, `fallen_after`: their mean confidence in the right answer without an
+          attack, and in the wrong one under it. NaN if there are none, or if `none` was not run
     """
     known = judged(samples)
     rows, terms = [], {}
@@ -128,7 +135,7 @@ _Terms = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 def _of(group: pd.DataFrame) -> tuple[dict[str, Any], _Terms]:
-    """The numbers of one task's questions under one condition, and what their means are of."""
+    """One task's numbers under one condition, and the terms of the means with an interval."""
     sure, right = group["confidence"].to_numpy(float), group["right"].to_numpy(float)
     source, parts = group["source"].to_numpy(), bins(sure, right)
     away, sign = sure - right, np.empty(len(sure))

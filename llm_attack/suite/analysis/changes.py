@@ -1,4 +1,4 @@
-"""What changed from one condition, or one run, to another. Imports neither torch nor lm-eval."""
+"""The change from one condition, or one run, to another. Imports neither torch nor lm-eval."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from llm_attack.stats import (
 )
 from llm_attack.suite.analysis.outcomes import HIGHER, LOWER, Columns, counted
 
-# Differences, after minus before, and what they are called before minus after.
+# Names of differences (after minus before), and of their negatives (before minus after).
 DROPS = {"difference": "drop", "gold_difference": "gold_probability_drop"}
 
 
 class Change(NamedTuple):
-    """A question's outcomes before and after, and its source: what tests over tasks start from.
+    """The changes of one task's questions, from which tests over several tasks start.
 
     Attributes:
-        net: (sources,) questions gained less those lost, or sums of the changes of their scores;
-            above 0 where the answers got better.
+        net: (sources,) number of questions gained minus lost per source, or sum of the changes of
+            their scores. Above 0 if the answers got better.
         error: standard error of the mean change.
         gold: (n,) change of `gold_probability`.
-        source: (n,) labels.
+        source: (n,) label of each question's source.
     """
 
     net: np.ndarray
@@ -41,18 +41,19 @@ class Change(NamedTuple):
 
 
 def compared(pairs: Columns, before: Mapping[str, str], after: Mapping[str, str]) -> Any:
-    """One task's questions before and after: a row's entries, and a `Change` as `_change`.
+    """Compares one task's questions before and after: entries of a row, and a `Change`.
 
     Args:
-        pairs: of each question: `source`, `kind`, `better`, and the columns named by the others.
-        before: the columns of `acc` and `gold_probability`.
-        after: likewise.
+        pairs: columns with one entry per question: `source`, `kind`, `better`, and those that the
+            other arguments name.
+        before: names of the columns with `acc` and `gold_probability` before.
+        after: names of the columns with `acc` and `gold_probability` after.
 
     Returns:
-        `lost` and `gained`: questions whose answer got worse and better, null where the score does
-        not count; `difference` (after minus before, in points of a percent) with `difference_low`
-        and `_high`, `detectable`, `design_effect`, `p_mcnemar`, `gold_difference` with `_low` and
-        `_high`, `p_gold_probability`.
+        `lost` and `gained`: number of questions whose answers got worse and better, null if the
+            score cannot be counted. `difference` (after minus before, in percentage points) with
+            `difference_low` and `_high`, `detectable`, `design_effect`, `p_mcnemar`,
+            `gold_difference` with `_low` and `_high`, `p_gold_probability`; `_change`, a `Change`.
     """
     sign = -1 if pairs["better"][0] == LOWER else 1
     step, gold = (pairs[after[name]] - pairs[before[name]] for name in ("acc", "gold_probability"))
@@ -70,7 +71,7 @@ def compared(pairs: Columns, before: Mapping[str, str], after: Mapping[str, str]
 
 
 def _of_counts(step: np.ndarray, source: np.ndarray, sign: int) -> dict[str, Any]:
-    """What is said of a change of scores that are 0 or 1."""
+    """The entries for scores that are 0 or 1."""
     down, up, n = int((step < 0).sum()), int((step > 0).sum()), len(step)
     effect = design_effect(step, source)
     low, high = paired_interval(down / effect, up / effect, n / effect)
@@ -84,7 +85,7 @@ def _of_counts(step: np.ndarray, source: np.ndarray, sign: int) -> dict[str, Any
 
 
 def _of_numbers(step: np.ndarray, source: np.ndarray, sign: int) -> dict[str, Any]:
-    """What is said of a change of any other scores."""
+    """The entries for all other scores."""
     mean, error = mean_of([(step, source)]), standard_error(step, source)
     low, high = (mean.low, mean.high) if error > 0 else (np.nan, np.nan)
     return {
@@ -106,7 +107,7 @@ def _of_gold(tasks: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]
 
 
 def pooled(group: Columns) -> dict[str, Any]:
-    """Of the mean over tasks what is not a mean: the tests, and what they can detect."""
+    """The entries of a mean over tasks that are no means: tests, and detectable differences."""
     changes = list(group["_change"])
     if any(change is None for change in changes):
         return {}
@@ -118,7 +119,7 @@ def pooled(group: Columns) -> dict[str, Any]:
 
 
 def as_drops(columns: dict[str, Any], better: str = HIGHER) -> dict[str, Any]:
-    """Differences of `compared` as drops: how much worse, whichever direction is better."""
+    """Turns differences of `compared` into drops. A drop is above 0 if the score is worse."""
     rest = dict(columns)
     for name, drop in DROPS.items():
         if name in rest:

@@ -1,8 +1,8 @@
-"""What a condition is: one value that holds all that its numbers depend on.
+"""Conditions as values: a condition holds everything that its numbers depend on.
 
-Names are for people: `bim@0.003` does not say how many steps there were. Whatever pairs, merges or
-ranks conditions of different runs compares `Condition`s. This module alone reads names, for the
-runs of earlier versions that recorded nothing else.
+Names are for people. For example, `bim@0.003` does not show the number of steps. Code that pairs,
+merges or ranks conditions of different runs compares `Condition`s. Only this module reads names,
+because older runs recorded nothing else.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from llm_attack.lm.settings import EMBED, AttackSettings, EngineSettings, places
 from llm_attack.lm.units import ABSOLUTE, NEFTUNE, UNITS, Amplitude, Epsilon
 from llm_attack.suite.plan import WORST, Plan
 
-CONDITIONS = "conditions"  # where run.json and samples.parquet have them
-STANDARD = "standard"  # the version in the settings of a condition that a standard decides
-_SIZE = "amplitude"  # where the record of a condition has it
+CONDITIONS = "conditions"  # the key in run.json and in the attributes of samples.parquet
+STANDARD = "standard"  # the key of the standard's version in the settings of a condition
+_SIZE = "amplitude"  # the key in the record of a condition
 
-# Settings of a plan that are no part of a condition: they choose the model, the questions (which
+# Settings of a plan that are no part of a condition. They choose the model, the questions (which
 # are paired by the hash of their prompts) and the conditions, or say how a run is carried out.
 OF_THE_RUN = (
     *("model", "model_args", "tasks", "limit", "include_path"),
@@ -42,7 +42,7 @@ _DEFAULTS: dict[str, Any] = {
     for entry, _ in declared(kind)
     if entry.name not in OF_THE_RUN
 }
-# The settings of prompts. The answers without an attack depend on these alone.
+# The settings of prompts. The answers without an attack depend only on these.
 PROMPT = tuple(
     name
     for name in names(Plan)
@@ -57,13 +57,14 @@ _LABEL = re.compile(
 
 @dataclass(frozen=True)
 class Condition:
-    """An attack and the settings that its numbers depend on; two that are equal may be paired.
+    """An attack and the settings that its numbers depend on. Equal conditions may be paired.
 
     Attributes:
-        name: for people, such as `bim@0.003`; not compared.
+        name: name for people, such as `bim@0.003`. It takes no part in comparisons.
         attack: a key of `ATTACKS` or `BATTERIES`, or `worst`.
-        values: (setting, value) of each setting that the attack uses, by name.
-        amplitude: of what is perturbed; None of `none`. Not compared: `values` have it.
+        values: (setting, value) of each setting that the attack uses, sorted by name.
+        amplitude: the amplitude of the perturbation; None for `none`. It takes no part in
+            comparisons, because `values` contain it.
     """
 
     name: str = field(compare=False)
@@ -75,12 +76,12 @@ class Condition:
     def of(
         cls, name: str, values: Mapping[str, Any], amplitude: Amplitude | None = None
     ) -> Condition:
-        """The condition with these settings; those that its attack does not use are left out.
+        """The condition with these settings, without those that its attack does not use.
 
         Args:
-            name: of the condition.
-            values: settings by name, `attack` among them; one that is not there has its default.
-            amplitude: of what is perturbed.
+            name: name of the condition.
+            values: settings by name, including `attack`. Missing ones have their defaults.
+            amplitude: the amplitude of the perturbation.
         """
         attack = str(values["attack"])
         known = values if kind_of(attack) is None else {**_DEFAULTS, **values}
@@ -88,21 +89,21 @@ class Condition:
         return cls(name, attack, tuple(sorted(used.items())), amplitude)
 
     def get(self, setting: str) -> Any:
-        """The value of a setting; None where the attack does not use it."""
+        """The value of a setting; None if the attack does not use it."""
         return dict(self.values).get(setting)
 
     @property
     def ball(self) -> tuple[Any, ...]:
-        """What amplitudes of one run have in common if they can be compared with each other.
+        """The properties that two conditions of one run share if their amplitudes are comparable.
 
-        Amplitudes in any unit but that of NEFTune can, as the samples have them in the units of the
-        point; one of NEFTune is divided by the root of each question's tokens.
+        Samples have amplitudes in the units of the point, so any two units can be compared. NEFTune
+        is the exception: it divides the amplitude by the root of each question's number of tokens.
         """
         unit = self.get("epsilon_unit") == NEFTUNE
         return (*(self.get(name) for name in ("norm", "hookpoint", "positions", "context")), unit)
 
     def elsewhere(self) -> Condition:
-        """The same at the input embedding: what a sweep over hookpoints repeats at each."""
+        """The same condition at the input embedding. A sweep over hookpoints repeats it at each."""
         if self.amplitude is None:
             return self
         amplitude = replace(self.amplitude, hookpoint=None)
@@ -112,17 +113,18 @@ class Condition:
         return Condition(condition_name(self.attack, label), self.attack, values, amplitude)
 
     def settings(self) -> dict[str, Any]:
-        """All that its numbers depend on, by the names of settings."""
+        """All settings that its numbers depend on, by name."""
         return {"attack": self.attack, **dict(self.values)}
 
     def record(self) -> dict[str, Any]:
-        """The condition as `run.json` and the samples have it."""
+        """The condition in the form of `run.json` and the samples."""
         return self.settings() | ({} if self.amplitude is None else {_SIZE: asdict(self.amplitude)})
 
     def differences(self, other: Condition) -> list[tuple[str, Any, Any]]:
         """(setting, value here, value there) of each setting in which two conditions differ.
 
-        Settings that one of the two does not use follow from others that differ, and are left out.
+        A setting that only one of the two uses is left out, because it follows from another
+        difference. If there is no other, such settings are returned.
         """
         here, there = self.settings(), other.settings()
         differing = [
@@ -137,7 +139,7 @@ Conditions = Mapping[str, Condition]
 
 
 def steps_told(known: Conditions) -> dict[str, int]:
-    """The steps of each condition that these tell from others of its attack and amplitude."""
+    """`steps` by name, for conditions that differ from another one only in their steps."""
     counts: dict[Any, set[Any]] = {}
     for condition in known.values():
         key = condition.attack, condition.amplitude
@@ -151,9 +153,9 @@ def steps_told(known: Conditions) -> dict[str, int]:
 
 
 def _used(attack: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Of all settings, those that the numbers of an attack depend on, as they are resolved."""
+    """The resolved settings that the numbers of an attack depend on."""
     kind = kind_of(attack)
-    if kind is None:  # of another version, or of the user's own: as it was recorded
+    if kind is None:  # of another version, or of the user: as it was recorded
         return dict(values)
     used = {name: value for name, value in values.items() if kind.uses(name)}
     if attack == "none" or not used["epsilon"]:
@@ -168,14 +170,14 @@ def _used(attack: str, values: Mapping[str, Any]) -> dict[str, Any]:
     try:
         steps = {name: used[name] for name in ("step_size", "restarts") if name in used}
         resolved = Attack(attack, used["epsilon"], **steps)
-    except UsageError:  # of a damaged record
+    except UsageError:  # a damaged record
         return used
-    if kind.iterative and (kind.adaptive or not kind.minimal):  # `fmn` has none unless given
+    if kind.iterative and (kind.adaptive or not kind.minimal):  # `fmn` has none by default
         used["step_size"] = resolved.step
     if used.get("first_epsilon", 0) is None:
         used["first_epsilon"] = resolved.epsilon / 16
     unused = {
-        # the targeted ones and `fmn` follow scores of choices, whatever the loss makes of them
+        # targeted attacks and `fmn` follow the scores of choices, whatever the loss is
         "loss": not kind.search and (not kind.gradient or kind.targeted or attack == "fmn"),
         "seed": not resolved.draws,
         "gradient_dtype": not kind.gradient,
@@ -190,9 +192,9 @@ def of_plan(
     """The conditions of a run, by name.
 
     Args:
-        plan: of the run.
-        conditions: their settings.
-        attacks: the same, resolved, which have the names.
+        plan: the plan of the run.
+        conditions: the settings of each condition.
+        attacks: the resolved attack of each condition, which has the name.
     """
     prompt, conditions = {name: getattr(plan, name) for name in PROMPT}, [*conditions]
     if plan.gradient_dtype is not None:
@@ -211,9 +213,9 @@ def of_run(run: Mapping[str, Any], frame: pd.DataFrame) -> dict[str, Condition]:
     """The conditions in a frame, by name.
 
     Args:
-        run: what `run.json` holds. Runs of earlier versions have no `conditions` there: theirs are
-            put together from `settings`, `attacks` and the names.
-        frame: with the columns `condition` and `attack`.
+        run: the content of `run.json`. Older runs have no `conditions` in it. Then `settings`,
+            `attacks` and the names replace them.
+        frame: a frame with the columns `condition` and `attack`.
     """
     stored, attacks = (_mapping(run.get(part)) for part in (CONDITIONS, "attacks"))
     settings = {k: v for k, v in _mapping(run.get("settings")).items() if k in _DEFAULTS}
@@ -230,12 +232,12 @@ def of_run(run: Mapping[str, Any], frame: pd.DataFrame) -> dict[str, Condition]:
 
 
 def by_name(frame: pd.DataFrame) -> dict[str, Condition]:
-    """The conditions in a frame as their names tell them, for want of a record."""
+    """The conditions in a frame as far as their names show them, if there is no record."""
     return {name: Condition.of(name, *named) for name, named in _from_names(frame).items()}
 
 
 def _amplitude(stored: Any) -> Amplitude | None:
-    """The amplitude in the record of a condition; None: there is none, or it is damaged."""
+    """The amplitude in the record of a condition; None if it is missing or damaged."""
     try:
         number, unit = float(stored["epsilon"]["number"]), stored["epsilon"]["unit"]
         return Amplitude(Epsilon(number, unit), stored["norm"], stored["hookpoint"])
@@ -244,7 +246,7 @@ def _amplitude(stored: Any) -> Amplitude | None:
 
 
 def _from_names(frame: pd.DataFrame) -> dict[str, tuple[dict[str, Any], Amplitude | None]]:
-    """Settings and amplitude of each condition, as far as its name and the frame tell them."""
+    """Settings and amplitude of each condition, as far as its name and the frame show them."""
     columns = [name for name in ("condition", "attack", "epsilon", "hookpoint") if name in frame]
     conditions: dict[str, tuple[dict[str, Any], Amplitude | None]] = {}
     for row in frame[columns].drop_duplicates("condition").to_dict("records"):
@@ -263,14 +265,14 @@ def _from_names(frame: pd.DataFrame) -> dict[str, tuple[dict[str, Any], Amplitud
 
 
 def aligned(a: Conditions, b: Conditions) -> tuple[dict[str, str], dict[str, str], list[str]]:
-    """Names under which the conditions of two runs may be paired, and what differs in the others.
+    """Names under which the conditions of two runs may be paired.
 
-    Equal conditions get the name that the first run has. Those that differ, but have the same name,
-    get one that says in what, such as `bim@0.003 (steps=2 vs steps=20)`.
+    Equal conditions get the name of the first run. Different conditions with the same name get a
+    name that shows the difference, such as `bim@0.003 (steps=2 vs steps=20)`.
 
     Returns:
-        The new names of run a, those of run b, by the old ones, and a sentence for each name that
-        means two conditions.
+        New names by old names for run a, the same for run b, and a sentence for each name that
+            stands for two conditions.
     """
     of_a, of_b = {name: name for name in a}, {name: name for name in b}
     sentences = []

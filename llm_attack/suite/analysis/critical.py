@@ -1,13 +1,14 @@
-"""How far a question is from its nearest wrong answer: the robustness curve, and what foretells it.
+"""The distance of a question from its nearest wrong answer: robustness curve, and predictors of it.
 
-The critical epsilon of a question is the smallest amplitude that was found to change the answer: 0
-where the clean answer is wrong, infinite (censored) where none was found up to the largest tried.
-The share of questions whose critical epsilon is above epsilon is the robustness curve. Pure
-functions over the frame of `samples.parquet`.
+The critical epsilon of a question is the smallest amplitude that was found to change the answer. It
+is 0 if the clean answer is wrong. It is infinite (censored) if no wrong answer was found up to the
+largest amplitude. The robustness curve is the share of questions whose critical epsilon is above
+epsilon. All functions are pure functions over the frame of `samples.parquet`.
 
-An answer is the first of the choices with the best score, as lm-eval takes it. The score is the
-run's (`score=`): the log-likelihood (`acc`), or that per character (`acc_norm`). What is compared
-with critical epsilons must be of the same score: `of_score` makes the frames for this module.
+The answer is the first choice with the best score, as in lm-eval. The score is the run's
+(`score=`): the log-likelihood (`acc`), or the log-likelihood per character (`acc_norm`). Numbers
+that are compared with critical epsilons must be of the same score. `of_score` makes the frames for
+this module.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ from llm_attack.suite.analysis.summary import MEAN
 
 ACC, ACC_NORM = "acc", "acc_norm"
 
-# The columns of answers by each score.
+# The columns with the answer by each score.
 _PREDICTIONS = {ACC: "prediction", ACC_NORM: "prediction_norm"}
 
 Numbers = NDArray[np.float64]
 
 RESAMPLES = 1000
-ALL = "all"  # stands in the column `task` of rows on the questions of all tasks
+ALL = "all"  # the entry of the column `task` for the questions of all tasks together
 
-# Of an attack on a question, what might foretell when it falls; the larger, the later.
+# Possible predictors of when a question falls to an attack. Larger values predict a later fall.
 _FORETELL: dict[str, Callable[[pd.DataFrame], Any]] = {
     "first_order": lambda clean: clean["first_order"],
     "margin": gold_margin,
@@ -45,20 +46,21 @@ _PLACE = ["task", "doc_id"]
 
 
 def score_of(run: Mapping[str, Any]) -> str:
-    """The score that the critical epsilons of a run are of; `run`: what `run.json` holds."""
+    """The score that the critical epsilons of a run refer to; `run` is the data of `run.json`."""
     return ACC_NORM if run.get("settings", {}).get("score") == ACC_NORM else ACC
 
 
 def judged(samples: pd.DataFrame, score: str) -> pd.DataFrame:
-    """The samples with critical epsilons that agree with the answers, as lm-eval judges those.
+    """The samples with critical epsilons that agree with lm-eval's judgement of the answers.
 
-    An attack judges on its way by sums in float64. Where lm-eval's, in float32, are the other way
-    round, its answers count: 0 where the clean one is wrong, infinite where the one at the point
-    that was found is right, the largest epsilon at most where it is wrong.
+    An attack judges by sums in float64 and lm-eval by sums in float32, so they can disagree. Then
+    lm-eval's judgement counts. The critical epsilon is 0 if the clean answer is wrong. It is
+    infinite if the answer at the point that the attack found is right. It is at most the largest
+    epsilon if that answer is wrong.
 
     Args:
         samples: as in `samples.parquet`.
-        score: of `score_of`.
+        score: the result of `score_of`.
     """
     if not looked_for(samples):
         return samples
@@ -76,7 +78,7 @@ def of_score(samples: pd.DataFrame, questions: pd.DataFrame, score: str) -> pd.D
     Args:
         samples: as in `samples.parquet`.
         questions: as in `questions.parquet`.
-        score: of `score_of`; `acc_norm` wants the lengths of all choices.
+        score: the result of `score_of`; `acc_norm` needs the lengths of all choices.
     """
     if not looked_for(samples):
         return samples
@@ -89,13 +91,13 @@ def of_score(samples: pd.DataFrame, questions: pd.DataFrame, score: str) -> pd.D
 
 
 def _right(samples: pd.DataFrame, score: str) -> pd.Series:
-    """1 where the answer is a right choice, else 0."""
+    """1 if the answer is a right choice, else 0."""
     pairs = zip(samples[_PREDICTIONS[score]], samples["gold"], strict=True)
     return pd.Series([float(answer in gold) for answer, gold in pairs], samples.index, dtype=float)
 
 
 def stalled(samples: pd.DataFrame) -> dict[str, str]:
-    """For each condition of `fmn` with censored questions what has to be said of them."""
+    """A warning for each condition of `fmn` that found no wrong answer for some questions."""
     sentences = {}
     others = samples[(samples["attack"] == "critical") & np.isfinite(samples["critical_epsilon"])]
     for condition in looked_for(samples):
@@ -115,7 +117,7 @@ def stalled(samples: pd.DataFrame) -> dict[str, str]:
 
 
 def looked_for(samples: pd.DataFrame) -> list[str]:
-    """The conditions that looked for critical epsilons."""
+    """The conditions that searched for critical epsilons."""
     if "critical_epsilon" not in samples:
         return []
     return list(samples.loc[samples["critical_epsilon"].notna(), "condition"].unique())
@@ -128,10 +130,10 @@ def curve(values: Sequence[Numbers], epsilons: Numbers) -> Numbers:
 
 
 def half_life(values: Sequence[Numbers]) -> float:
-    """The epsilon at which half of the clean accuracy is left (every task has the same weight).
+    """The epsilon at which half of the clean accuracy is left. Every task has the same weight.
 
-    Of one task the median critical epsilon of the questions that are right at first; infinite where
-    fewer fell, NaN where none was right.
+    For one task, this is the median critical epsilon of the questions that are right without an
+    attack. It is infinite if less than half of them fell, and NaN if none was right.
     """
     all_values = np.concatenate(values)
     weights = np.concatenate([np.full(len(task), 1 / len(task)) for task in values])
@@ -140,27 +142,32 @@ def half_life(values: Sequence[Numbers]) -> float:
     fallen = weights[right][order].cumsum()
     if not len(fallen):
         return np.nan
-    # half of the weight up to rounding
+    # half of the weight, except for rounding
     at = np.searchsorted(fallen, fallen[-1] / 2 * (1 - 1e-12))
     return float(all_values[right][order][at])
 
 
 def area(values: Sequence[Numbers], largest: float) -> float:
-    """Area under the curve from 0 to `largest`, over `largest`: the mean accuracy up to there."""
+    """Area under the curve from 0 to `largest`, divided by `largest`: the mean accuracy."""
     if largest == 0:
         return float(curve(values, np.zeros(1))[0])
     return float(np.mean([np.minimum(task, largest).mean() / largest for task in values]))
 
 
 def robustness(samples: pd.DataFrame) -> pd.DataFrame:
-    """The frame of `critical.csv`: a row per task and condition that looked for critical epsilons.
+    """The frame of `critical.csv`: a row per task and condition with critical epsilons.
 
     Returns:
-        Columns: `task`, `condition`, `epsilon_max`, `n` questions, `acc` clean accuracy, `censored`
-        questions, `median`: the epsilon at which half of the clean accuracy is left, `area`: mean
-        accuracy over all epsilons up to the largest; `..._low` and `..._high`: their 95 % bootstrap
-        intervals (percentiles, `RESAMPLES` of the questions of each task). The last row of a
-        condition is of the mean over tasks.
+        The last row of a condition is the mean over tasks. Columns:
+
+        - `task`, `condition`, `epsilon_max`
+        - `n`: number of questions
+        - `acc`: clean accuracy
+        - `censored`: number of questions without a known wrong answer
+        - `median`: the epsilon at which half of the clean accuracy is left
+        - `area`: mean accuracy over all epsilons up to the largest
+        - `median_low`, `median_high`, `area_low`, `area_high`: 95 % bootstrap intervals
+          (percentiles of `RESAMPLES` resamples of the questions of each task)
     """
     rows: list[dict[str, Any]] = []
     for condition in looked_for(samples):
@@ -190,12 +197,12 @@ def robustness(samples: pd.DataFrame) -> pd.DataFrame:
 
 
 def against_fixed(samples: pd.DataFrame) -> pd.DataFrame:
-    """The curves beside the attacks of the run at one epsilon: a row for each pair.
+    """Compares the curves with the run's attacks at one epsilon; a row for each pair.
 
     Returns:
-        Columns: `condition` that looked for critical epsilons, `fixed`: the condition compared
-        with, `attack`: its attack, `epsilon`, `curve`: the curve's accuracy there, `acc`: the
-        attack's, both means over tasks.
+        Columns: `condition` that searched for critical epsilons, `fixed`: the condition compared
+            with it, `attack` and `epsilon` of the latter, `curve`: the curve's accuracy at this
+            epsilon, `acc`: the attack's accuracy. Both accuracies are means over tasks.
     """
     rows = []
     fixed = samples[samples["critical_epsilon"].isna() & (samples["epsilon"] > 0)]
@@ -211,19 +218,24 @@ def against_fixed(samples: pd.DataFrame) -> pd.DataFrame:
 
 
 def foretold(samples: pd.DataFrame) -> pd.DataFrame:
-    """The frame of `foretold.csv`: what is known at the clean point against what attacks find.
+    """The frame of `foretold.csv`: how well clean quantities predict the results of attacks.
 
-    Of the questions that are right without an attack. `first_order` is the estimate of the critical
-    epsilon from one gradient, `margin` the gold's log-likelihood minus the best of the others',
-    `cosine` minus the absolute cosine of embeddings and gradient (arXiv 2603.19562).
+    It covers the questions that are right without an attack. The predictors are `first_order`, the
+    estimate of the critical epsilon from one gradient; `margin`, the gold's log-likelihood minus
+    the best of the others; and `cosine`, minus the absolute cosine of embeddings and gradient
+    (arXiv 2603.19562).
 
     Returns:
-        A row per task, `ALL` together last, and predictor. Columns: `task`, `condition` that is
-        foretold, `measure`: `spearman`, the rank correlation with critical epsilons (censored ones
-        are equal and the largest), or `auroc`, the probability that of a question that falls and
-        one that does not the first has the smaller value; `predictor`, `n` questions, `value`,
-        `low`, `high`: its 95 % bootstrap interval (percentiles, `RESAMPLES` of the questions of
-        each task). The predictor "first_order - margin" is their difference on the same questions.
+        A row per task and predictor; the task `ALL` comes last. Columns:
+
+        - `task`, and `condition` whose results are predicted
+        - `measure`: `spearman` is the rank correlation with critical epsilons. Censored ones are
+          equal and the largest. `auroc` is the probability that a question that falls has a smaller
+          value than one that does not
+        - `predictor`. "first_order - margin" is the difference of the two on the same questions
+        - `n`: number of questions
+        - `value`, `low`, `high`: the measure and its 95 % bootstrap interval (percentiles of
+          `RESAMPLES` resamples of the questions of each task)
     """
     clean = samples[samples["condition"] == "none"]
     if clean.empty or not looked_for(samples) or clean["first_order"].isna().all():
@@ -277,14 +289,14 @@ def of_tasks(rows: pd.DataFrame) -> dict[str, Numbers]:
 
 
 def _redrawn(values: Sequence[NDArray[Any]]) -> Iterator[list[NDArray[Any]]]:
-    """Each task's values drawn again with replacement, `RESAMPLES` times; always the same draws."""
+    """Resamples each task's values with replacement, `RESAMPLES` times; the draws are fixed."""
     generator = np.random.default_rng(0)
     for _ in range(RESAMPLES):
         yield [task[generator.integers(len(task), size=len(task))] for task in values]
 
 
 def _interval(values: Sequence[float] | Numbers) -> tuple[float, float]:
-    """Percentiles of what resamples gave; those that are infinite included, undefined ones not."""
+    """The percentile interval of resampled values, infinite ones included and NaN left out."""
     defined = np.asarray(values)[~np.isnan(values)]
     if not len(defined):
         return np.nan, np.nan

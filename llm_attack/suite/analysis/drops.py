@@ -1,7 +1,7 @@
 """Is one model more robust than another? The paired difference of their drops.
 
-A drop is how much worse a score is under an attack than under `none`. Its difference between two
-runs is found question by question, so that questions on which both models lose cancel.
+A drop is how much worse a score is under an attack than under `none`. The drops of two runs are
+compared question by question, so questions on which both models lose cancel.
 """
 
 from __future__ import annotations
@@ -30,23 +30,29 @@ def differences(
     questions_b: pd.DataFrame,
     conditions: tuple[Conditions, Conditions] | None = None,
 ) -> pd.DataFrame:
-    """Drops of run b less those of run a, on the questions that both asked in the same words.
+    """Drops of run b minus those of run a, on the questions that both asked in the same words.
 
     Args:
-        samples_a: a row per question and condition, as in `samples.parquet`.
-        questions_a: a row per question, as in `questions.parquet`.
-        samples_b: of the other run.
-        questions_b: of the other run.
-        conditions: of the runs; None: conditions of the same name are the same. Conditions with the
-            same name and other settings are not compared.
+        samples_a: a row per question and condition of run a, as in `samples.parquet`.
+        questions_a: a row per question of run a, as in `questions.parquet`.
+        samples_b: the same for run b.
+        questions_b: the same for run b.
+        conditions: the conditions of both runs. Conditions with the same name and other settings
+            are not compared. None: conditions with the same name are the same.
 
     Returns:
-        A row per task and condition that both runs have beside `none`, then for every condition the
-        mean over tasks. Columns: `task`, `condition`, `n` questions, `drop_a`, `drop_b` and
-        `difference` = b - a in points of a percent: above 0 where a is the more robust;
-        `difference_low`, `difference_high`: its paired 95 % interval, by clusters of questions
-        (`stats.mean_of`); `p`: test of no difference (`stats.sign_test`), of the mean stratified by
-        task; `p_holm`: adjusted over tasks. Empty where there is no such condition, or no `none`.
+        A row per task and condition that both runs have in addition to `none`, then for every
+            condition the mean over tasks. Empty if there is no such condition, or no `none`.
+            Columns:
+
+        - `task`, `condition`
+        - `n`: number of questions
+        - `drop_a`, `drop_b`, `difference` = b - a in percentage points. The difference is above 0
+          if a is more robust
+        - `difference_low`, `difference_high`: paired 95 % interval, by clusters of questions
+          (`stats.mean_of`)
+        - `p`: test of no difference (`stats.sign_test`). That of the mean is stratified by task
+        - `p_holm`: the same, adjusted over tasks
     """
     known = set(samples_a["condition"]) & set(samples_b["condition"])
     if conditions is not None:
@@ -91,7 +97,7 @@ def differences(
 
 
 def _row(task: str, condition: str, tasks: list[pd.DataFrame]) -> dict[str, object]:
-    """One task, or the mean over several."""
+    """The row of one task, or of the mean over several."""
     steps = [(task["step"].to_numpy(float), task["source"].to_numpy()) for task in tasks]
     mean: Mean = mean_of(steps)
     net = [np.bincount(np.unique(source, return_inverse=True)[1], step) for step, source in steps]

@@ -1,4 +1,4 @@
-"""Whether differences are shown to be small. Imports neither torch nor lm-eval."""
+"""Equivalence: are differences shown to be small? Imports neither torch nor lm-eval."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from llm_attack.suite.analysis.summary import MEAN, holm_over_tasks
 
 
 def with_equivalence(table: pd.DataFrame, within: float | None) -> pd.DataFrame:
-    """A table and, where `within` is given, whether its differences are that small at most.
+    """Adds equivalence tests to a table; returns it unchanged without `within`.
 
     Args:
-        table: of `summarise`, or of `pairs.paired`.
-        within: points of a percent, stated before the numbers were seen.
+        table: the result of `summarise` or `pairs.paired`.
+        within: the equivalence margin in percentage points, chosen before the numbers were seen.
 
     Returns:
-        The table, with three columns more: `within`, `p_equivalence` (`equivalence_test`: small
-        where the difference from `none`, or between the runs, is shown to be no larger), and
-        `p_equivalence_holm`, adjusted over the tasks of a condition; of a mean there is one.
+        The table with three more columns. `within` is the margin. `p_equivalence` is the p-value of
+            `equivalence_test`: if it is small, the difference from `none` (or between the runs) is
+            shown to be within the margin. `p_equivalence_holm` is adjusted over the tasks of a
+            condition. A mean is one hypothesis and needs no adjustment.
 
     Raises:
         UsageError: `within` is not above 0 and at most 100, or nothing is compared.

@@ -1,4 +1,4 @@
-"""What a question came to, per row of `samples.parquet`. Imports neither torch nor lm-eval."""
+"""Outcomes of questions, per row of `samples.parquet`. Imports neither torch nor lm-eval."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-# What a task's score of a question is. Only a choice can be guessed.
+# The kinds of scores. Guessing has a known accuracy only for choices.
 CHOICE, BINARY, SHARE, NUMBER = "right or wrong", "0 or 1", "share, 0 to 1", "number"
-HIGHER, LOWER = "higher", "lower"  # which is better
+HIGHER, LOWER = "higher", "lower"  # which direction is better
 ACC = "acc"
-BROKEN_BY = "broken_by"  # the column of runs with a battery; see `rows.samples_of`
+BROKEN_BY = "broken_by"  # a column of runs with a battery; see `rows.samples_of`
 
 Columns = Mapping[str, np.ndarray]
 
 
 def groups(frame: pd.DataFrame, by: str | list[str]) -> Iterator[tuple[Any, Columns]]:
-    """The rows of each group as arrays, by column; groups in the order in which they appear.
+    """Yields each group's key and its rows as arrays by column, in order of appearance.
 
     Args:
-        frame: what is divided.
-        by: its columns, whose values name a group.
+        frame: the frame to divide.
+        by: the columns whose values name a group.
     """
     number = frame.groupby(by, sort=False).ngroup().to_numpy()
     order = np.argsort(number, kind="stable")
@@ -35,9 +35,9 @@ def groups(frame: pd.DataFrame, by: str | list[str]) -> Iterator[tuple[Any, Colu
 
 
 def with_scores(samples: pd.DataFrame) -> pd.DataFrame:
-    """The samples with `score`, `kind` and `better`, which runs of earlier versions lack.
+    """The samples with `score`, `kind` and `better`, which older runs lack.
 
-    There the score is `acc`, and its kind is what the values of the task show.
+    If they lack, the score is `acc`, and the values of a task show its kind.
     """
     missing = {"score": ACC, "better": HIGHER}
     samples = samples.assign(**{k: v for k, v in missing.items() if k not in samples})
@@ -48,7 +48,7 @@ def with_scores(samples: pd.DataFrame) -> pd.DataFrame:
 
 
 def kind_of(values: Iterable[float], least: str = CHOICE) -> str:
-    """The kind of a score: `least`, or what these values of it need beyond that."""
+    """The kind of a score: `least`, or the kind that these values need if that is wider."""
     scores = np.fromiter(values, dtype=float)
     scores = scores[~np.isnan(scores)]
     if least in (CHOICE, BINARY) and np.isin(scores, (0, 1)).all():
@@ -58,19 +58,19 @@ def kind_of(values: Iterable[float], least: str = CHOICE) -> str:
 
 
 def counted(rows: Columns) -> bool:
-    """Whether the score of one task's questions is 0 or 1, so that it can be counted."""
+    """Whether the score of one task's questions is 0 or 1, so it can be counted."""
     return rows["kind"][0] in (CHOICE, BINARY)
 
 
 def goodness(samples: pd.DataFrame, column: str = "acc") -> pd.Series:
-    """The score per row, with its sign turned where lower is better."""
+    """The score per row, negated if lower is better."""
     return samples[column].where(with_scores(samples)["better"] != LOWER, -samples[column])
 
 
 def right(samples: pd.DataFrame) -> pd.Series:
     """Whether the answer is right, per row.
 
-    By the score where that says so, else by the choice that is likeliest.
+    The score decides if it is 0 or 1. Otherwise the likeliest choice decides.
     """
     counts = with_scores(samples)["kind"].isin([CHOICE, BINARY])
     if counts.all():
@@ -81,8 +81,10 @@ def right(samples: pd.DataFrame) -> pd.Series:
 
 
 def measured(samples: pd.DataFrame) -> dict[str, pd.Series]:
-    """What log-likelihoods come to, per row and by name: `gold_probability`, `log_likelihood` (mean
-    of the choices, in nats) and `margin` (`gold_margin`); those of `with_worst` as they stand.
+    """Outcomes from log-likelihoods, by name and per row.
+
+    They are `gold_probability`, `log_likelihood` (mean of the choices, in nats) and `margin`
+    (`gold_margin`). Columns that `with_worst` computed are returned unchanged.
     """
     missing = {name: measure for name, measure in _MEASURES.items() if name not in samples}
     made = _per_row(samples, list(missing.values())) if missing else []
@@ -91,9 +93,9 @@ def measured(samples: pd.DataFrame) -> dict[str, pd.Series]:
 
 
 def chances(samples: pd.DataFrame) -> pd.Series:
-    """The probability that a guess is right, per row: number of gold choices / of choices.
+    """The probability that a guess is right, per row: number of gold choices / number of choices.
 
-    NaN where the score is not of a choice.
+    NaN if the score does not judge a choice.
     """
     guessed = samples["gold"].map(len) / samples["n_choices"]
     return guessed.where(with_scores(samples)["kind"] == CHOICE)
@@ -102,16 +104,16 @@ def chances(samples: pd.DataFrame) -> pd.Series:
 def gold_margin(samples: pd.DataFrame) -> pd.Series:
     """Best log-likelihood of a gold choice minus the best of the others, per row, in nats.
 
-    NaN where a question has no other choice, or where the difference is not a number.
+    NaN if a question has no other choice, or if the difference is not finite.
     """
     return _per_row(samples, [_margin])[0]
 
 
 def gold_probability(samples: pd.DataFrame) -> pd.Series:
-    """Share of the right choices in the probability of all of a question's choices, per row.
+    """Share of the right choices in the total probability of a question's choices, per row.
 
-    By the likelihoods of the choices as they are, which `acc` compares. Unlike `acc` it tells a
-    narrow answer from a sure one, so that its mean varies less. NaN where no number is finite.
+    It uses the log-likelihoods that `acc` compares, without normalisation. Unlike `acc` it shows
+    how sure an answer is, so its mean varies less. NaN if no number is finite.
     """
     return _per_row(samples, [_share])[0]
 
@@ -122,12 +124,12 @@ def log_likelihood(samples: pd.DataFrame) -> pd.Series:
 
 
 def confidence(samples: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
-    """What a question's answer is trusted with, and the Brier score of all its choices, per row.
+    """The confidence in a question's answer, and the Brier score of all its choices, per row.
 
-    The confidence is the probability of the likeliest choice, where the probabilities of a
-    question's choices sum to 1. The Brier score is the sum over the choices of the squared distance
-    to 1 for the gold and 0 for the others (Brier 1950): 0 is best, 2 is worst. It is NaN where
-    there is not exactly one gold. Both are NaN where a log-likelihood is.
+    The confidence is the probability of the likeliest choice, if the probabilities of a question's
+    choices sum to 1. The Brier score is the sum over the choices of the squared distance to 1 for
+    the gold and 0 for the others (Brier 1950). 0 is best, 2 is worst. It is NaN unless there is
+    exactly one gold. Both are NaN if a log-likelihood is.
     """
     first, second = _per_row(samples, [_likeliest, _brier])
     return first, second
@@ -146,12 +148,12 @@ def _share(scores: np.ndarray, gold: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore"):
         weights = np.exp(scores - best)
         share = np.where(gold, weights, 0.0).sum(1) / weights.sum(1)
-    known = np.isfinite(best[:, 0]) & gold.any(1)  # of a text there is no gold
+    known = np.isfinite(best[:, 0]) & gold.any(1)  # generated texts have no gold
     return np.where(known, share, np.nan)
 
 
 def _probabilities(scores: np.ndarray) -> np.ndarray:
-    """(rows, choices); NaN in rows where no number is finite."""
+    """(rows, choices) probabilities; NaN in rows without a finite number."""
     with np.errstate(invalid="ignore"):
         weights = np.exp(scores - scores.max(1, keepdims=True))
         return np.asarray(weights / weights.sum(1, keepdims=True))
@@ -179,17 +181,17 @@ _MEASURES: dict[str, _Measure] = {
 
 
 def _per_row(samples: pd.DataFrame, measures: Sequence[_Measure]) -> list[pd.Series]:
-    """Numbers per row, made of all questions with as many choices at once.
+    """Computes numbers per row, for all questions with the same number of choices at once.
 
     Args:
-        samples: with `log_likelihoods` and `gold`.
-        measures: each makes (rows,) numbers of (rows, choices) log-likelihoods, and of whether each
-            choice is gold.
+        samples: a frame with `log_likelihoods` and `gold`.
+        measures: functions from (rows, choices) log-likelihoods and (rows, choices) booleans (is it
+            gold?) to (rows,) numbers.
     """
     lists, golds = samples["log_likelihoods"].to_numpy(), samples["gold"].to_numpy()
     lengths = np.fromiter(map(len, lists), int, len(lists))
     columns = np.full((len(measures), len(lists)), np.nan)
-    for length in np.unique(lengths[lengths > 0]):  # of a generated text there is none
+    for length in np.unique(lengths[lengths > 0]):  # generated texts have no log-likelihoods
         (rows,) = np.nonzero(lengths == length)
         scores = np.concatenate(lists[rows]).astype(float).reshape(len(rows), length)
         of_rows = golds[rows]
@@ -201,7 +203,7 @@ def _per_row(samples: pd.DataFrame, measures: Sequence[_Measure]) -> list[pd.Ser
 
 
 def sources(samples: pd.DataFrame) -> pd.Series:
-    """Which source a question is from, per row: its `cluster` where it has one, else its own."""
+    """The source of each question, per row: its `cluster`; without one, a number of its own."""
     places = samples.groupby(["task", "doc_id"], sort=False).ngroup()
     clusters = samples.get("cluster")
     if clusters is None or clusters.isna().all():

@@ -35,28 +35,33 @@ def paired(
 ) -> pd.DataFrame:
     """Compares run b with run a on the questions that both asked in the same words.
 
-    A pair of conditions that have the same name and differ is shown under a name that says in what
+    If two conditions have the same name and differ, the name shows the difference
     (`conditions.aligned`).
 
     Args:
-        samples_a: a row per question and condition, as in `samples.parquet`.
-        questions_a: a row per question, as in `questions.parquet`. Questions are paired where
+        samples_a: a row per question and condition of run a, as in `samples.parquet`.
+        questions_a: a row per question of run a, as in `questions.parquet`. Questions are paired if
             `task`, `doc_id` and `doc_hash` agree.
-        samples_b: of the other run.
-        questions_b: of the other run.
-        conditions: of the runs; None: conditions of the same name are the same.
+        samples_b: the same for run b.
+        questions_b: the same for run b.
+        conditions: the conditions of both runs. None: conditions with the same name are the same.
 
     Returns:
         A row per task and condition that both runs have, in the order of run a, then for every
-        condition the mean over tasks. Columns: `task`, `condition`, `n` questions paired,
-        `left_out`: questions of either run that found no partner, `acc_a`, `acc_b`, `difference`:
-        accuracy in b minus accuracy in a, in points of a percent, `difference_low`,
-        `difference_high`: its 95 % interval (`paired_interval`; of a mean: `mean_interval`),
-        `detectable`: the smallest difference that so many questions show with power 0.8, `lost`:
-        questions right in a and wrong in b, `gained`: the reverse, `p_mcnemar`: exact test
-        (`sign_test`), `p_mcnemar_holm`: adjusted over the tasks of a condition; `clusters`,
-        `design_effect` and, of the second outcome, `gold_difference...` and `p_gold_probability`
-        as in `summarise`.
+            condition the mean over tasks. Columns:
+
+        - `task`, `condition`
+        - `n`: number of paired questions
+        - `left_out`: questions of either run without a partner
+        - `acc_a`, `acc_b`, `difference`: accuracies, and that of b minus that of a in percentage
+          points
+        - `difference_low`, `difference_high`: 95 % interval (`paired_interval`; of a mean:
+          `mean_interval`)
+        - `detectable`: smallest difference that this number of questions shows with power 0.8
+        - `lost`, `gained`: questions right in a and wrong in b, and the reverse
+        - `p_mcnemar`: exact test (`sign_test`); `p_mcnemar_holm`: adjusted over the tasks of a
+          condition
+        - `clusters`, `design_effect`, `gold_difference...`, `p_gold_probability`: as in `summarise`
 
     Raises:
         UsageError: the runs share no task, no condition or no question.
@@ -90,14 +95,14 @@ def in_pairs(pairs: pd.DataFrame, asked: Mapping[Any, int]) -> pd.DataFrame:
     """The frame of `paired`.
 
     Args:
-        pairs: a row per question and condition: `task`, `condition`, `source`, `SCORE`, and each
-            of `OUTCOMES` with `_a` and `_b` behind its name.
-        asked: for each task, the questions of either run.
+        pairs: a row per question and condition: `task`, `condition`, `source`, `SCORE`, and each of
+            `OUTCOMES` with the suffixes `_a` and `_b`.
+        asked: the number of questions of either run, by task.
     """
     of_a, of_b = ({key: f"{key}_{run}" for key in OUTCOMES} for run in "ab")
     both = [f"acc_{run}" for run in "ab"]
     pairs[both] = pairs[both].astype(float)
-    kinds = {  # of either run, what its values need
+    kinds = {  # the kind that the values of both runs need
         task: kind_of(np.concatenate([group[acc] for acc in both]), group["kind"][0])
         for task, group in groups(pairs[["task", "kind", *both]], "task")
     }
@@ -122,7 +127,7 @@ def in_pairs(pairs: pd.DataFrame, asked: Mapping[Any, int]) -> pd.DataFrame:
 
 
 def _check_scores(a: pd.DataFrame, b: pd.DataFrame) -> None:
-    """Raises `UsageError` where a task has another score in one run than in the other."""
+    """Raises `UsageError` if a task has different scores in the two runs."""
     of_a, of_b = (samples.drop_duplicates("task").set_index("task")["score"] for samples in (a, b))
     for task in of_a.index.intersection(of_b.index):
         if of_a[task] != of_b[task]:
@@ -139,9 +144,7 @@ def unshared(
     questions_b: pd.DataFrame,
     conditions: tuple[Conditions, Conditions] | None = None,
 ) -> list[str]:
-    """Sentences on conditions that differ, and on what `paired` leaves out besides single
-    questions, one for each kind.
-    """
+    """Sentences on conditions that differ, and on tasks and conditions that `paired` leaves out."""
     samples_a, samples_b, sentences = aligned_samples(samples_a, samples_b, conditions)
     for key in KEYS:
         for run, ours, theirs in (("a", samples_a, samples_b), ("b", samples_b, samples_a)):
@@ -161,7 +164,7 @@ def aligned_samples(
     samples_b: pd.DataFrame,
     conditions: tuple[Conditions, Conditions] | None,
 ) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
-    """The samples under names of conditions that both runs mean alike; see `aligned`."""
+    """The samples with names of conditions that mean the same in both runs; see `aligned`."""
     if conditions is None:
         return samples_a, samples_b, []
     *names, sentences = aligned(*conditions)

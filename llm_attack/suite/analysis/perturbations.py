@@ -1,4 +1,4 @@
-"""Saved perturbations of a run: the files, and what is in them. Needs neither torch nor lm-eval."""
+"""Files of saved perturbations, and their content. The module needs neither torch nor lm-eval."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llm_attack.base.tensors import TensorFile, widened
 
 FOLDER = "perturbations"
 SCHEMA = "1"
-# Tensors of every file, then those of each condition, by their names before a slash.
+# Names of the tensors of every file, and of each condition (the part before the slash).
 REQUESTS = ("doc_id", "choice", "n_continuation", "start", "tokens", "row", "unit")
 CONDITIONS = ("change", "norm", "nearest", "distance", "share", "loss")
 _SUFFIX = ".safetensors"
@@ -39,11 +39,11 @@ class Perturbed(NamedTuple):
     """A request under attack: T tokens, from the first of the prompt to the last of the choice.
 
     Attributes:
-        tokens: (T,) their ids.
-        n_continuation: how many of the last are the choice's, which are scored.
-        change: (T, H) float32, what was added to the embedding of each (to the output of the
-            hookpoint there); 0 where nothing was perturbed, as at the last token, which the model
-            does not read.
+        tokens: (T,) token ids.
+        n_continuation: number of the choice's tokens, which come last and are scored.
+        change: (T, H) float32 perturbation of each token's embedding, or of the output of the
+            hookpoint. 0 if the token was not perturbed. That includes the last token, which the
+            model does not read.
     """
 
     tokens: NDArray[np.int32]
@@ -55,27 +55,28 @@ class Perturbed(NamedTuple):
 class Perturbations:
     """The perturbations of a task under a condition.
 
-    A row is a token that was perturbed: R rows. Requests that share a perturbation share rows, as
-    those of a question do with `context=shared`. A request is a (prompt, choice) pair: Q requests.
+    A row is a perturbed token; there are R rows. Requests that share a perturbation share rows, as
+    those of a question do with `context=shared`. A request is a (prompt, choice) pair; there are Q
+    requests. A unit is one perturbation; there are U units.
 
     Attributes:
-        task, condition: whose they are.
-        metadata: of the file: `model`, `schema`, and as JSON `settings`, `fingerprint` (hashes of
-            weights, tokens and tasks), `conditions` and `texts` (of tokens, by id).
-        doc_id, choice: (Q,) the question of each request, and its number there.
-        n_continuation: (Q,) how many of its last tokens are the choice's.
-        start: (Q + 1,) where its tokens begin in `tokens`.
-        tokens: (T,) ids of the tokens of all requests, one request behind the other.
-        row: (T,) the row of each token; -1 where nothing was perturbed.
-        unit: (Q,) the perturbation that a request has a part in: an index into `loss`.
-        norm: (R,) L2 norm of the change.
-        nearest: (R,) the token other than its own whose embedding is nearest to the perturbed one;
-            -1 where the hookpoint is not the input embedding.
-        distance: (R,) its L2 distance; NaN where there is none.
+        task, condition: their names.
+        metadata: the file's metadata: `model`, `schema`, and as JSON `settings`, `fingerprint`
+            (hashes of weights, tokens and tasks), `conditions` and `texts` (of tokens, by id).
+        doc_id, choice: (Q,) the question of each request, and its number in the question.
+        n_continuation: (Q,) number of tokens of each request's choice, which come last.
+        start: (Q + 1,) index in `tokens` at which each request begins.
+        tokens: (T,) token ids of all requests, one request after the other.
+        row: (T,) row of each token; -1 if it was not perturbed.
+        unit: (Q,) the unit of each request, an index into `loss`.
+        norm: (R,) L2 norm of the perturbation.
+        nearest: (R,) id of the token, other than its own, whose embedding is nearest to the
+            perturbed one; -1 if the hookpoint is not the input embedding.
+        distance: (R,) L2 distance to that embedding; NaN if there is none.
         share: (R,) part of the loss's change that the token carries, in the unit of the loss
-            (docs/perturbations.md); NaN where the run had `path_points=0`.
+            (docs/perturbations.md); NaN if the run had `path_points=0`.
         loss: (U, 2) the loss that the attack raised, without and with the perturbation. The shares
-            of a unit's rows sum to the difference, but for `remainder`.
+            of a unit's rows sum to the difference, up to `remainder`.
     """
 
     task: str
@@ -97,13 +98,13 @@ class Perturbations:
 
     @cached_property
     def change(self) -> NDArray[np.float32]:
-        """(R, H) the perturbations, in float32, which holds every number of the model's dtype."""
+        """(R, H) perturbations. Float32 holds every number of narrower dtypes."""
         stored = self._file.numbers(f"change/{self.condition}")
         return np.asarray(stored, np.float32) if stored.itemsize < 4 else stored
 
     @cached_property
     def rows(self) -> list[NDArray[np.int64]]:
-        """Of each unit its rows, each once."""
+        """The rows of each unit, without repetition."""
         rows: list[list[NDArray[Any]]] = [[] for _ in self.loss]
         for request, unit in enumerate(self.unit):
             rows[unit].append(self.row[self.start[request] : self.start[request + 1]])
@@ -112,7 +113,7 @@ class Perturbations:
 
     @cached_property
     def remainder(self) -> NDArray[np.float64]:
-        """(U,) change of the loss less the sum of the shares."""
+        """(U,) change of the loss minus the sum of the shares."""
         sums = np.array([self.share[rows].sum(dtype=np.float64) for rows in self.rows])
         return np.asarray(self.loss[:, 1] - self.loss[:, 0] - sums)
 
@@ -120,11 +121,11 @@ class Perturbations:
         """One request.
 
         Args:
-            doc_id: of the question.
-            choice: its number there.
+            doc_id: the question.
+            choice: the request's number in the question.
 
         Raises:
-            UsageError: there is none.
+            UsageError: there is no such request.
         """
         (here,) = np.nonzero((self.doc_id == doc_id) & (self.choice == choice))
         if not len(here):
@@ -139,7 +140,7 @@ class Perturbations:
 
     @cached_property
     def texts(self) -> dict[int, str]:
-        """The tokens as text, by their ids: those in `tokens` and in `nearest`."""
+        """The text of each token in `tokens` and `nearest`, by token id."""
         return {int(key): text for key, text in json.loads(self.metadata["texts"]).items()}
 
 
@@ -153,7 +154,7 @@ def opened(folder: Path, task: str) -> TensorFile:
     """The file of a task.
 
     Raises:
-        UsageError: there is none, or it cannot be read.
+        UsageError: there is no such file, or it cannot be read.
     """
     known = tasks_in(folder)
     if not known:
@@ -181,12 +182,12 @@ def read(folder: Path, task: str, condition: str) -> Perturbations:
     """The perturbations of a task under a condition.
 
     Args:
-        folder: of a finished run with `save_perturbations`.
-        task: its name.
-        condition: its name, such as `fgsm@0.01`.
+        folder: the folder of a finished run with `save_perturbations`.
+        task: name of the task.
+        condition: name of the condition, such as `fgsm@0.01`.
 
     Raises:
-        UsageError: they are not there, or cannot be read.
+        UsageError: the perturbations are missing, or cannot be read.
     """
     file = opened(folder, task)
     known = conditions_in(file)

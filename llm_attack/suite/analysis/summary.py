@@ -1,7 +1,7 @@
-"""A run's samples summarised: accuracies with intervals and tests.
+"""Summary of a run's samples: accuracies with intervals and tests.
 
-Pure functions over pandas frames: `summarise` makes the frame of `table.csv`. Imports neither torch
-nor lm-eval.
+All functions are pure functions over pandas frames; `summarise` makes the frame of `table.csv`. The
+module imports neither torch nor lm-eval.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from llm_attack.suite.analysis.outcomes import (
 ABOVE, BELOW = "above guessing", "below guessing"
 INDISTINGUISHABLE = "indistinguishable from guessing"
 TOO_FEW = "too few questions to tell from guessing"
-_ENOUGH = 200  # questions that tell, whatever the number of choices; not computed for more
-MEAN = "mean"  # stands in the column `task` of rows with the mean over tasks
+_ENOUGH = 200  # this many questions suffice with any number of choices, so more are not checked
+MEAN = "mean"  # the entry of the column `task` in rows with the mean over tasks
 
 # columns of the frame of `table.csv`, in order
 _TABLE = [
@@ -59,10 +59,10 @@ _TABLE = [
 ]
 KEYS = ["task", "condition"]
 SCORE = ["score", "kind", "better"]
-SEVERAL = "several"  # stands in their place where tasks have different ones
-OF_TASK = "task_"  # what the columns of scores over a whole task begin with
+SEVERAL = "several"  # the entry of these columns if tasks have different scores
+OF_TASK = "task_"  # prefix of the columns with scores over a whole task
 _OF_CONDITION = ("attack", "hookpoint", "epsilon")
-# of a question, from `none` to another condition
+# columns that are compared with `none`, question by question
 _CHANGING = ["acc", "gold_probability", "log_likelihood", "margin"]
 _SUMMARISED = [
     *KEYS,
@@ -86,41 +86,53 @@ def summarise(
 
     Args:
         samples: a row per question and condition, as in `samples.parquet`.
-        attacks: what `run.json` says of each condition; of it `snr_db` is taken.
+        attacks: the entry `attacks` of `run.json`, for `snr_db`.
         of_tasks: for each condition and task, lm-eval's scores that are computed over the whole
             task and have no value for one question, such as `mcc`.
 
     Returns:
-        Rows in the order of the run, then for every condition one whose `task` is "mean": the
-        unweighted mean over tasks, with the total of the counts. Columns:
+        Rows in the order of the run, then for every condition one row whose `task` is "mean": the
+            unweighted mean over tasks, with the total of the counts. Columns:
 
-        - `task`, `condition`, `attack`, `hookpoint`, `epsilon` in the units of the point,
-          `snr_db`: signal to noise of the condition over all tasks, `n` questions, `clusters`:
-          sources of questions, as many as questions where none is shared; all intervals, and the
-          tests against `none`, allow for those that are; `n_choices_min`, `n_choices_max`
-        - `acc`, `acc_low`, `acc_high`: accuracy and Wilson's 95 % interval (of a mean:
-          `mean_interval`); `acc_norm...`: the same, where every question has it
-        - `score`, `kind`, `better`: name of the score of which `acc` is the mean, what it is, and
-          whether higher or lower is better. These columns are there where some task has another
-          score than `acc` that is 0 or 1. A score that is neither 0 nor 1 has intervals of means
-          (`mean_of`), no baseline, no test against guesses, no `lost` and no `gained`; its
-          `p_mcnemar` is Fisher's randomization test (`sign_test`). `task_mcc`, ...: of `of_tasks`.
-          Scores that cannot be averaged (of other kinds or directions) have no mean over tasks.
-        - `baseline`: accuracy of random guesses; `p_chance`: exact test against it, and
-          `p_chance_holm`: adjusted over the tasks of a condition; `verdict`: in words, at 0.05
-        - `p_mcnemar`: exact test against `none` (`sign_test`; McNemar's where no question shares a
-          source), `p_mcnemar_holm`: adjusted over tasks; `drop`: how much worse the
-          score is here than under `none`, in points of a percent, `drop_low`, `drop_high`: its
-          paired 95 % interval (`paired_interval`; of a mean: `mean_interval`); `detectable`: the
-          smallest drop that so many questions show with power 0.8; `design_effect` of shared
-          sources on the drop; `lost`: questions right under `none` and wrong here, or worse where
-          lower is better; `gained`: the reverse. Of a mean,
-          `p_mcnemar` is of one hypothesis, which Holm leaves as it is
-        - `gold_probability` and `gold_probability_drop...`: the same of the second outcome
-          (`gold_probability`, `mean_of`), a share and points; `p_gold_probability`: t-test
-        - `log_likelihood_change`, `margin_change`: of a choice, and of the gold against the best
-          other choice, from `none` to here, mean over questions in nats. These, like the tests
-          against `none`, are null for `none` itself, and everywhere when it was not run.
+        - `task`, `condition`, `attack`, `hookpoint`
+        - `epsilon`: amplitude in the units of the point
+        - `snr_db`: signal-to-noise ratio of the condition over all tasks
+        - `n`: number of questions
+        - `clusters`: number of sources of questions, which is `n` if no questions share a source.
+          All intervals, and the tests against `none`, allow for shared sources
+        - `n_choices_min`, `n_choices_max`: smallest and largest number of choices
+        - `acc`, `acc_low`, `acc_high`: accuracy with Wilson's 95 % interval (of a mean:
+          `mean_interval`)
+        - `acc_norm...`: the same, if every question has it
+        - `score`, `kind`, `better`: name of the score that `acc` averages, its kind, and whether
+          higher or lower is better. The columns exist only if some task has another score than
+          `acc` with the values 0 and 1
+        - `task_mcc`, ...: the scores of `of_tasks`
+        - `baseline`: accuracy of random guesses
+        - `p_chance`: exact test against guessing; `p_chance_holm`: adjusted over the tasks of a
+          condition
+        - `verdict`: the result of this test in words, at level 0.05
+        - `p_mcnemar`: exact test against `none` (`sign_test`), which is McNemar's if no questions
+          share a source; `p_mcnemar_holm`: adjusted over tasks. In a row of a mean it is one
+          hypothesis, which needs no adjustment
+        - `drop`: how much worse the score is than under `none`, in percentage points
+        - `drop_low`, `drop_high`: paired 95 % interval (`paired_interval`; of a mean:
+          `mean_interval`)
+        - `detectable`: smallest drop that this number of questions shows with power 0.8
+        - `design_effect`: effect of shared sources on the variance of the drop
+        - `lost`: questions right under `none` and wrong here, or worse if lower is better;
+          `gained`: the reverse
+        - `gold_probability`, `gold_probability_drop...`: the same for the second outcome
+          (`gold_probability`, `mean_of`), as a share and in percentage points;
+          `p_gold_probability`: t-test
+        - `log_likelihood_change`, `margin_change`: change from `none`, mean over questions in nats,
+          of a choice's log-likelihood and of the gold's margin over the best other choice
+
+        Comparisons with `none` are null for `none` itself, and everywhere if it was not run.
+
+        A score other than 0 or 1 has intervals of means (`mean_of`), no baseline, no test against
+            guessing, no `lost` and no `gained`. Its `p_mcnemar` is Fisher's randomization test
+            (`sign_test`). Scores of different kinds or directions have no mean over tasks.
 
     Raises:
         UsageError: there are no samples.
@@ -157,7 +169,7 @@ def summarise(
 def _with_scores_of_tasks(
     table: pd.DataFrame, of_tasks: Mapping[str, Mapping[str, Mapping[str, float]]]
 ) -> tuple[pd.DataFrame, list[str]]:
-    """The table with a column for each score of a whole task; and the columns of the result."""
+    """Adds a column for each score of a whole task. Returns the table and its final columns."""
     places = zip(table["condition"], table["task"], strict=True)
     scores = [of_tasks.get(condition, {}).get(task, {}) for condition, task in places]
     names = list(dict.fromkeys(name for of_place in scores for name in of_place))
@@ -187,7 +199,7 @@ def _row(group: Columns) -> dict[str, Any]:
         "n_choices_max": group["n_choices"].max(),
         "baseline": mean_known(chance),
         "p_chance": np.nan,
-        "_tells": np.isnan(chance).any()  # of a score that is not tested against guessing
+        "_tells": np.isnan(chance).any()  # such a score is not tested against guessing
         or n > _ENOUGH
         or tells_from_guessing(chance),
         "gold_probability": mean_known(group["gold_probability"]),
@@ -208,7 +220,7 @@ def _row(group: Columns) -> dict[str, Any]:
 
 
 def mean_known(values: np.ndarray) -> float:
-    """The mean of those that are numbers; NaN if none is."""
+    """The mean without NaN; NaN if there are no other numbers."""
     known = ~np.isnan(values)
     return float(np.where(known, values, 0).sum() / known.sum()) if known.any() else np.nan
 
@@ -233,7 +245,7 @@ def holm_over_tasks(table: pd.DataFrame, column: str) -> pd.Series:
 
 
 def averaged(tasks: Columns) -> bool:
-    """Whether the scores of these tasks have a mean: one score, or all from 0 to 1 and alike."""
+    """Whether tasks have a mean: one score, or scores from 0 to 1 with the same direction."""
     if all(len({*tasks[key]}) == 1 for key in SCORE):
         return True
     return len({*tasks["better"]}) == 1 and NUMBER not in {*tasks["kind"]}
@@ -246,9 +258,10 @@ def with_means(
 
     Args:
         table: a row per task and condition, with the `_change` of `compared`.
-        columns: of the result; those without a mean or a total are null in its rows.
+        columns: the columns of the result. In rows of means, those without a mean or total are
+            null.
         measured: columns that have an interval in `..._low` and `..._high`.
-        plain: other columns whose mean is taken.
+        plain: other columns to average.
     """
     means = []
     for condition, group in groups(table, "condition"):

@@ -16,7 +16,7 @@ from llm_attack.suite.analysis.outcomes import goodness, measured, right
 from llm_attack.suite.plan import NO_PART
 from llm_attack.suite.plan import WORST as WORST
 
-KNOWS_GOLD = "knows_gold"  # where run.json says so
+KNOWS_GOLD = "knows_gold"  # the key in run.json
 
 (SEARCH,) = (name for name, kind in ATTACKS.items() if kind.search)
 _PLACE = ["task", "doc_id"]
@@ -27,14 +27,14 @@ def knows_gold(run: Mapping[str, Any]) -> bool:
     loss = run.get("settings", {}).get("loss")
     if loss in LOSSES:
         return LOSSES[loss].gold
-    return run.get(KNOWS_GOLD) is True  # of the user's own, and not imported here
+    return run.get(KNOWS_GOLD) is True  # a loss of the user that is not imported here
 
 
 def wanted(run: Mapping[str, Any]) -> bool:
     """Whether a run has worst cases: its loss knows the gold, or its attacks name `worst`.
 
-    Attacks that do not know the gold each leave chance behind, but are right by chance on different
-    questions: what is right under all of them is below guessing by construction.
+    If the adversary does not know the label, the worst case of several attacks is below guessing by
+    construction. Each attack leaves chance accuracy, but on different questions.
     """
     return knows_gold(run) or WORST in (run.get("settings", {}).get("attacks") or ())
 
@@ -42,16 +42,18 @@ def wanted(run: Mapping[str, Any]) -> bool:
 def with_worst(samples: pd.DataFrame, run: Mapping[str, Any]) -> pd.DataFrame:
     """The samples of a run and, for each amplitude, the worst case over its attacks.
 
-    A row under `worst@E` is over every attack of the run whose epsilon is E or smaller (of the same
-    norm and at the same hookpoint: what they did is in the ball of E). A question counts as right
-    if it does under all of them: `acc`, and so `acc_norm` and the outcomes of `measured`, is the
-    worst of each. The other columns are those of the attack that left the smallest margin. Only
-    for amplitudes at which the run has an attack, and at or below which it has two; without the
-    controls and the searches for the smallest amplitude.
+    A row under `worst@E` covers every attack of the run with epsilon E or smaller, the same norm
+    and the same hookpoint, because these stay within the ball of E. A question counts as right if
+    it is right under all of them. `acc`, `acc_norm` and the outcomes of `measured` are each the
+    worst over the attacks. The other columns are those of the attack that left the smallest margin.
+
+    An amplitude has a worst case if the run has an attack at it, and two attacks up to it. Controls
+    and searches for the smallest amplitude do not count.
 
     Args:
         samples: a row per question and condition, as in `samples.parquet`.
-        run: what `run.json` holds. Where it is not `wanted`, the samples are returned as they are.
+        run: the content of `run.json`. If worst cases are not `wanted`, the samples are returned
+            unchanged.
     """
     own = samples["attack"] != WORST
     if not own.all():
@@ -79,7 +81,7 @@ def with_worst(samples: pd.DataFrame, run: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def conditions(samples: pd.DataFrame, run: Mapping[str, Any]) -> dict[str, Condition]:
-    """The conditions of `with_worst`, by name. A worst case is what was tried, and how."""
+    """The conditions of `with_worst`, by name. Worst cases list their attacks and settings."""
     known = of_run(run, samples)
     if wanted(run):
         known |= {case.name: case for case, _, _ in _worst_cases(samples, known)}
@@ -89,7 +91,7 @@ def conditions(samples: pd.DataFrame, run: Mapping[str, Any]) -> dict[str, Condi
 def _worst_cases(
     samples: pd.DataFrame, known: Conditions
 ) -> Iterator[tuple[Condition, float, list[str]]]:
-    """Each worst case: its condition, its epsilon, and the conditions that it is the worst of."""
+    """Each worst case: its condition, its epsilon, and the conditions that it covers."""
     for largest, epsilon, attacks in comparable_attacks(samples, known):
         over = [known[name] for name in attacks.loc[attacks["epsilon"] <= epsilon, "condition"]]
         if len(over) < 2:
@@ -106,11 +108,11 @@ def _worst_cases(
 
 
 def hidden_gradients(samples: pd.DataFrame, known: Conditions) -> list[str]:
-    """A sentence for each amplitude at which `blocks` is stronger than every attack by gradient.
+    """A warning for each amplitude at which `blocks` is stronger than every attack with gradients.
 
-    It takes no gradient, so that a model where it finds more hides its own. Compared are the
-    questions that one of the two made wrong and the other did not (McNemar's exact test, one-sided:
-    that it loses by chance is no news), with the strongest of the attacks that follow it.
+    `blocks` takes no gradient. If it finds more, the model hides its gradient. It is compared with
+    the strongest attack that follows the gradient, on the questions that only one of the two made
+    wrong (McNemar's exact test, one-sided).
 
     Args:
         samples: a row per question and condition.
@@ -141,11 +143,13 @@ def hidden_gradients(samples: pd.DataFrame, known: Conditions) -> list[str]:
 def comparable_attacks(
     frame: pd.DataFrame, known: Conditions
 ) -> Iterator[tuple[Condition, float, pd.DataFrame]]:
-    """Each amplitude of a ball (`Condition.ball`): the first condition of it, epsilon in the units
-    of the point, and all attacks in the ball, a row for each condition.
+    """Yields each amplitude of each ball (`Condition.ball`) with the attacks that may be compared.
+
+    An item has the first condition at this amplitude, epsilon in the units of the point, and all
+    attacks in the ball, a row for each condition.
 
     Args:
-        frame: with the columns `condition`, `attack` and `epsilon`.
+        frame: a frame with the columns `condition`, `attack` and `epsilon`.
         known: the conditions of the run.
     """
     attacks = frame[["condition", "attack", "epsilon"]].drop_duplicates()

@@ -1,4 +1,4 @@
-"""Plans of runs: conditions over tasks with one model."""
+"""The plan of a run: one model, its tasks, and the conditions to compare."""
 
 from __future__ import annotations
 
@@ -35,28 +35,28 @@ from llm_attack.lm.standard import NEWEST, STANDARDS, Standard, version_of
 from llm_attack.lm.units import EPSILON, Epsilon
 from llm_attack.suite.plan import values
 
-# Settings that say how a plan is carried out or told; answers do not depend on them.
+# How a plan is carried out or reported. The answers do not depend on these settings.
 _HOW = ("device", "equivalence", "shard", "ray", "ray_workers")
-# What saved perturbations depend on, and nothing else does.
+# Only saved perturbations depend on these settings.
 _SAVED = ("save_perturbations", "path_points")
 
-# Asks for the worst case over the attacks (`suite.analysis.worst`) also where the loss knows no
-# gold.
+# The attack that asks for the worst case over all attacks (`suite.analysis.worst`). A loss that
+# does not know the label needs this request.
 WORST = "worst"
-# What is no part of it, as it is no attack of one amplitude: the clean answers, the control, noise
-# that may be larger, the searches for the smallest.
+# The worst case leaves these out, because they have no fixed amplitude: the clean answers, the
+# control, noise without a bound, and searches for the smallest amplitude.
 NO_PART = tuple(name for name, kind in ATTACKS.items() if not kind.bounded)
 
-# What `critical=True` adds to the attacks.
+# `critical=True` adds these attacks.
 _CRITICAL = ("critical", "fmn")
 
-# Settings that most attacks read, so that a file of settings may have them for any run.
+# Most attacks read these settings, so a settings file may contain them for any run.
 _OF_MANY = ("steps", "step_size")
 
 
 @dataclass(frozen=True, kw_only=True)
 class _SeveralSteps(ThreatSettings):
-    """The settings of all conditions, of which the iterative attacks may have several steps."""
+    """The settings of all conditions. Iterative attacks may have several values of `steps`."""
 
     steps: Any = setting(
         10,
@@ -75,10 +75,10 @@ class _SeveralSteps(ThreatSettings):
 
 @dataclass(frozen=True)
 class Plan(_SeveralSteps, EngineSettings):
-    """Conditions over tasks: every attack at every epsilon and, if it takes steps, every `steps`.
+    """Conditions over tasks: every attack at every epsilon and, if it is iterative, every `steps`.
 
-    From Python, `model` may be a model of transformers that is loaded already. Then `tokenizer` is
-    its tokenizer, and `name` what results call it (`LoadedModel`).
+    From Python, `model` may be a loaded model of transformers. Then `tokenizer` is its tokenizer,
+    and `name` is its name in results (`LoadedModel`).
 
     Raises:
         UsageError: a value is not allowed.
@@ -250,10 +250,10 @@ class Plan(_SeveralSteps, EngineSettings):
         self._check_saved()
 
     def _take_standard(self) -> None:
-        """Sets what a standard decides, if the attacks name one.
+        """Fills in the settings that a standard fixes, if the attacks name a standard.
 
         Raises:
-            UsageError: something else is given as well.
+            UsageError: a setting that the standard fixes is given as well.
         """
         named = tuple(version_of(name) for name in self.attacks)
         standard = next((STANDARDS[name] for name in named if name in STANDARDS), None)
@@ -278,7 +278,7 @@ class Plan(_SeveralSteps, EngineSettings):
 
     @property
     def standard(self) -> Standard | None:
-        """The standard that this is a run of; None: of none."""
+        """The standard that this run follows. None if it follows no standard."""
         return next((STANDARDS[name] for name in self.attacks if name in STANDARDS), None)
 
     def _check_hookpoints(self) -> None:
@@ -357,10 +357,11 @@ class Plan(_SeveralSteps, EngineSettings):
             raise UsageError(f"attacks, epsilons: must give the condition {twice} only once")
 
     def _check_loaded(self, tokenizer: Any, name: str | None) -> None:
-        """Takes a loaded model, which one process alone can evaluate.
+        """Takes a loaded model, which only one process can evaluate.
 
         Raises:
-            UsageError: something else is given that does not go with it, or goes with it alone.
+            UsageError: another setting needs a model that is not loaded, or a setting needs a
+                loaded model and there is none.
         """
         if is_loaded(self.model):
             object.__setattr__(self, "model", LoadedModel(self.model, tokenizer, name))
@@ -377,12 +378,14 @@ class Plan(_SeveralSteps, EngineSettings):
                     )
 
     def _check_used(self) -> None:
-        """Refuses settings that no attack of the plan reads: nothing would come of them.
+        """Refuses settings that no attack of the plan reads, because they would have no effect.
 
-        Of those that most attacks read there is a warning in the results instead.
+        Most attacks read `steps` and `step_size`. If no attack of the plan does, the results have a
+        warning instead.
 
         Raises:
-            UsageError: naming the first of them, and the attacks that read it.
+            UsageError: a setting is not read. The message names the first one, and the attacks that
+                read it.
         """
         run = {condition.attack for condition in self.conditions}
         others = {
@@ -400,7 +403,7 @@ class Plan(_SeveralSteps, EngineSettings):
 
     @property
     def share(self) -> tuple[int, int] | None:
-        """`shard` as (number from 0, of how many); None: not given, or not of that form."""
+        """`shard` as (its number from 0, number of shards); None if not given or malformed."""
         parts = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", str(self.shard))
         if parts is None:
             return None
@@ -416,10 +419,10 @@ class Plan(_SeveralSteps, EngineSettings):
 
     @property
     def largest_epsilon(self) -> Epsilon:
-        """Up to which `critical` and `fmn` look.
+        """The largest amplitude that `critical` and `fmn` try.
 
         Raises:
-            UsageError: epsilons have different units, so that none is known to be the largest.
+            UsageError: the epsilons have different units, so none is known to be the largest.
         """
         if isinstance(self.epsilon_max, Epsilon):
             return self.epsilon_max
@@ -443,9 +446,9 @@ class Plan(_SeveralSteps, EngineSettings):
 
     @cached_property
     def conditions(self) -> tuple[AttackSettings, ...]:
-        """`none` once and first, every other attack at every epsilon, with each number of steps.
+        """All conditions: `none` first, then every other attack at every epsilon and every `steps`.
 
-        Those that look for the smallest epsilon have the largest alone.
+        Searches for the smallest amplitude appear once, with the largest epsilon.
         """
         common = {name: getattr(self, name) for name in names(ThreatSettings)}
         more = [name for name in _CRITICAL if self.critical and name not in self.attacks]
@@ -466,7 +469,7 @@ class Plan(_SeveralSteps, EngineSettings):
         )
 
     def conditions_at(self, hookpoints: Sequence[str | None]) -> tuple[AttackSettings, ...]:
-        """The conditions at each of these modules; `none` once."""
+        """The conditions at each of these modules; `none` appears once."""
         return tuple(
             condition if condition.hookpoint == name else replace(condition, hookpoint=name)
             for i, name in enumerate(hookpoints)
@@ -476,7 +479,7 @@ class Plan(_SeveralSteps, EngineSettings):
 
     @property
     def evaluation(self) -> dict[str, Any]:
-        """Arguments of lm-eval's `simple_evaluate`."""
+        """The arguments for lm-eval's `simple_evaluate`."""
         passed = (
             "limit",
             "num_fewshot",
@@ -488,22 +491,22 @@ class Plan(_SeveralSteps, EngineSettings):
         return {k: v for k, v in given.items() if v is not None and v is not False}
 
     def plain(self) -> dict[str, Any]:
-        """Every setting as it is typed and stored."""
+        """Every setting in the form in which users type it and files store it."""
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         epsilon_max, epsilons = values["epsilon_max"], values["epsilons"]
-        values["model"] = str(self.model)  # without the model itself, if it is loaded
+        values["model"] = str(self.model)  # without the model itself if it is loaded
         values["epsilons"] = tuple(epsilon.plain for epsilon in epsilons)
         values["epsilon_max"] = None if epsilon_max is None else epsilon_max.plain
         return values
 
     def settings(self) -> dict[str, Any]:
-        """All that answers, and perturbations that are saved, depend on."""
+        """All settings that the answers and saved perturbations depend on."""
         left_out = _HOW if self.save_perturbations else (*_HOW, *_SAVED)
         return {name: value for name, value in self.plain().items() if name not in left_out}
 
 
 def within(value: float) -> float:
-    """A limit for differences that are called none.
+    """The equivalence margin: smaller differences count as no difference.
 
     Raises:
         UsageError: it is not above 0 and at most 100.

@@ -1,4 +1,4 @@
-"""What a setting of a plan becomes: texts, lists and single values as the plan keeps them."""
+"""Converters of plan settings: each turns a given value into the form that a plan keeps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llm_attack.lm.units import EPSILON, Epsilon
 
 COUNT = SettingSpec("", int, minimum=1)
 
-# What is allowed, in words.
+# Allowed values, in words for messages.
 NAMES = "names, separated by commas"
 NUMBERS = "numbers such as 0.01 or 0.7rms, separated by commas"
 PAIRS = "key=value,..."
@@ -24,7 +24,7 @@ ROWS = "auto or an integer, 1 or more"
 
 
 def several(name: str, value: Any) -> Any:
-    """One value, several, or several in a string with commas between them."""
+    """Splits a string at commas; returns other values unchanged."""
     parts = listed(value)
     if isinstance(parts, tuple) and not parts:
         raise UsageError(f"{name}=: must name at least one")
@@ -32,14 +32,14 @@ def several(name: str, value: Any) -> Any:
 
 
 def texts(value: Any) -> Any:
-    """A tuple of texts, if it is one of texts and numbers."""
+    """A tuple of strings if `value` consists of strings and numbers; otherwise `value` itself."""
     if not isinstance(value, tuple):
         return value
     return tuple(str(part) if isinstance(part, Real) else part for part in value)
 
 
 def attacks(given: Any) -> Any:
-    """Names of attacks; functions of the user's own are registered."""
+    """The names of attacks. Functions of the user are registered as attacks."""
     parts = several("attacks", [given] if callable(given) else given)
     if not isinstance(parts, tuple):
         return given
@@ -58,7 +58,7 @@ def epsilons(given: Any) -> Any:
 
 
 def steps(given: Any) -> Any:
-    """One number as it is, several from the smallest to the largest."""
+    """One number unchanged, or several in increasing order."""
     if not isinstance(given, (list, tuple)):
         return given
     if not given:
@@ -72,7 +72,7 @@ def steps(given: Any) -> Any:
 
 
 def epsilon_max(given: Any) -> Epsilon | None:
-    """The largest amplitude of searches; None: it is not given."""
+    """The largest amplitude of searches; None if it is not given."""
     if given is None:
         return None
     epsilon = Epsilon.parse(given, "epsilon_max")
@@ -82,20 +82,20 @@ def epsilon_max(given: Any) -> Epsilon | None:
 
 
 def limit(given: Any) -> Any:
-    """Questions of each task. A number without fraction from 1 on is an integer."""
+    """The number or share of questions per task. Whole numbers from 1 on become integers."""
     number = isinstance(given, (float, Real)) and not isinstance(given, bool)
     return int(given) if number and 1 <= given <= sys.maxsize and given % 1 == 0 else given
 
 
 def batch_size(given: Any) -> int | str:
-    """Rows of a batch, or auto."""
+    """The number of rows of a batch, or `auto`."""
     if not re.fullmatch("auto|[1-9][0-9]*", str(given)):
         raise invalid("batch_size", given, ROWS)
     return "auto" if str(given) == "auto" else int(given)
 
 
 def model_args(given: Any) -> dict[str, Any]:
-    """Arguments of `hf`, as a mapping or as key=value,..."""
+    """Arguments of lm-eval's `hf`, given as a mapping or as key=value,..."""
     if isinstance(given, str) and all("=" in part for part in given.split(",") if part):
         from llm_attack.harness.arguments import check_string, simple_parse_args_string
 
@@ -108,5 +108,5 @@ def model_args(given: Any) -> dict[str, Any]:
 
 
 def device(given: Any) -> Any:
-    """The name of a device, also of a `torch.device`."""
+    """The name of a device, which may be given as a `torch.device`."""
     return str(given) if type(given).__module__ == "torch" else given  # a torch.device

@@ -1,8 +1,9 @@
 """Figures of a run: accuracies as bars and against epsilon, gold margins, cosines of gradients.
 
-Each takes a frame of a run and returns a matplotlib figure of its size in print: one column of a
-paper (3.5 inches) where that is enough, at most the width of a page. Attacks differ in colour,
-lightness, hatch and marker, so that neither grey print nor colour-blindness hides which is which.
+Each function takes a frame of a run and returns a matplotlib figure of the size that it has in
+print. That is one column of a paper (3.5 inches) if possible, and at most the width of a page.
+Attacks differ in colour, lightness, hatch and marker, so they stay distinct in grey print and for
+colour-blind readers.
 """
 
 from __future__ import annotations
@@ -76,20 +77,20 @@ _LOOKS = {
     "worst": _Look("#000000", "///", "o", (0, (1, 1))),
 }
 
-_EDGE = "#333333"  # of bars: 3:1 and more against every ground, however pale a bar is
-_GREY = "#8C8C8C"  # of areas without an edge, 3:1 against white
-_FAR = 1e300  # nats; differences of larger margins are no numbers
+_EDGE = "#333333"  # of bars; contrast 3:1 and more on every background, however pale a bar is
+_GREY = "#8C8C8C"  # of areas without an edge; contrast 3:1 on white
+_FAR = 1e300  # nats; differences of larger margins overflow
 
 
 def bars(table: pd.DataFrame) -> Figure:
     """Accuracy per task and condition, as in Fig. 3 of arXiv 2205.01493.
 
-    Error bars are the 95 % intervals; the dashed lines are the accuracies of random guesses; the
-    background is darker where a question has more options; the values are written on the bars.
-    Many bars are set in several rows of tasks.
+    Error bars are 95 % intervals. Dashed lines are the accuracies of random guesses. The background
+    is darker if a question has more options. Values are written on the bars. Many bars are divided
+    into several rows of tasks.
 
     Args:
-        table: of `summarise`.
+        table: the result of `summarise`.
     """
     from matplotlib.collections import PolyCollection
     from matplotlib.patches import Patch
@@ -119,15 +120,15 @@ def bars(table: pd.DataFrame) -> Figure:
                 _, caps, lines = axes.errorbar(
                     x, acc, ends, fmt="none", ecolor="k", lw=0.6, capsize=1.3
                 )
-                for part in (*caps, *lines):  # seen on dark bars, too
+                for part in (*caps, *lines):  # visible on dark bars, too
                     part.set_path_effects([withStroke(linewidth=1.4, foreground="white")])
-                ends = np.fmax(high, acc)  # NaN where there is no interval
+                ends = np.fmax(high, acc)  # NaN if there is no interval
                 for at, end, value, grey in zip(x, ends, acc, greys, strict=True):
                     upright(axes, at, end + 0.025 * (top - bottom), f"{value:.3f}", grey)
             left = np.arange(len(tasks)) - 0.5
             guess = axes.hlines(of_tasks["baseline"], left, left + 1, "k", "--", lw=0.9, zorder=3)
             axes.set(ylim=(bottom, bottom + (1 + scaled(0.27)) * (top - bottom)))
-            axes.spines["left"].set_bounds(bottom, top)  # what is above has room for the values
+            axes.spines["left"].set_bounds(bottom, top)  # the room above is for the values
             axes.set_ylabel("score" if scored else "accuracy")
             if (bottom, top) == (0, 1):
                 axes.set_yticks(np.arange(0, 1.01, 0.2))
@@ -145,25 +146,25 @@ def bars(table: pd.DataFrame) -> Figure:
 def curves(table: pd.DataFrame, unit: Unit = OF_POINT) -> Figure | None:
     """Accuracy against epsilon, a panel per task and one for their mean; None without such a curve.
 
-    A curve starts at the accuracy without an attack. The bands are the 95 % intervals, the dashed
-    lines the accuracies of random guesses. `worst` starts where there are two attacks to take the
-    worst of. The searches for the smallest epsilon are left out: they have an accuracy at one
-    epsilon alone, and their curves are in `survival.figure`.
+    A curve starts at the accuracy without an attack. Bands are 95 % intervals, and dashed lines are
+    the accuracies of random guesses. `worst` starts at the first amplitude that has two attacks.
+    Searches for the smallest epsilon have an accuracy at only one epsilon, so they are left out.
+    `survival.figure` has their curves.
 
     Args:
-        table: of `summarise`.
-        unit: that epsilons are shown in.
+        table: the result of `summarise`.
+        unit: the unit of the epsilon axis.
     """
     searches = [name for name, kind in ATTACKS.items() if kind.minimal]
     table = table[~table["attack"].isin(searches)]
     table = table.assign(epsilon=table["epsilon"] / unit.size)
-    # of several numbers of steps, the largest
+    # if an attack has several numbers of steps, the largest
     table = table.drop_duplicates(["task", "attack", "epsilon"], keep="last")
     of_attacks = table[table["attack"] != "none"]
     if not of_attacks.groupby("attack")["epsilon"].nunique().max() > 1:
         return None
     if len({c.amplitude.norm for c in by_name(of_attacks).values() if c.amplitude}) > 1:
-        return None  # epsilons of several norms are no one axis
+        return None  # epsilons of several norms do not fit on one axis
     epsilons = of_attacks.loc[of_attacks["epsilon"] > 0, "epsilon"]
     table = named_by_score(table[table["acc"].notna()])
     scored = "score" in table
@@ -196,9 +197,9 @@ def curves(table: pd.DataFrame, unit: Unit = OF_POINT) -> Figure | None:
 def margins(samples: pd.DataFrame) -> Figure | None:
     """Histogram of the gold margin before (grey) and after each attack, a panel per condition.
 
-    The margin is the log-likelihood of the gold minus the best of the other choices: above 0 the
-    answer is right. Every task has the same weight. The outermost bins hold all that is beyond.
-    None where no question has a margin.
+    The margin is the log-likelihood of the gold minus the best of the other choices. Above 0 the
+    answer is right. Every task has the same weight. The outermost bins include all values beyond.
+    None if no question has a margin.
 
     Args:
         samples: as in `samples.parquet`.
@@ -212,7 +213,7 @@ def margins(samples: pd.DataFrame) -> Figure | None:
     ends = frame.groupby("condition")["margin"].quantile([0.01, 0.99])
     low, high = ends.min(), ends.max()
     width = (high - low) / 40 or 1.0
-    width = max(width, 1e-9 * abs(low), 1e-9 * abs(high))  # so that edges differ
+    width = max(width, 1e-9 * abs(low), 1e-9 * abs(high))  # so edges differ
     edges = width * np.arange(np.floor(low / width), np.ceil(high / width) + 1.5)
     inside = frame["margin"].clip(edges[0], (edges[-2] + edges[-1]) / 2)
     shares = {
@@ -235,10 +236,11 @@ def margins(samples: pd.DataFrame) -> Figure | None:
 
 
 def cosines(samples: pd.DataFrame) -> Figure | None:
-    """Cosine of embeddings and gradient, of questions answered rightly and wrongly under `none`.
+    """Cosine of embeddings and gradient, for questions answered right and wrong under `none`.
 
-    Boxes hold the middle half, whiskers the middle 90 %, of a task's questions, whose number stands
-    above; the line is the median. None where no gradient was taken or `none` was not run.
+    For each task, boxes hold the middle half of the questions, whiskers the middle 90 %, and the
+    line is the median. Their number is written above. None if no gradient was computed or `none`
+    was not run.
 
     Args:
         samples: as in `samples.parquet`.
@@ -288,8 +290,7 @@ def draw_all(
 ) -> list[str]:
     """Writes the figures that the data allow, each as .png and .svg; returns their names.
 
-    `figure`: `bars`; `epsilon`: `curves`; `margin`: `margins`; `cosine`: `cosines`. `unit` is what
-    epsilons are shown in; `attempts` is that of `drawing.draw`.
+    `unit` is the unit of the epsilon axis, and `attempts` is that of `drawing.draw`.
     """
     figures = {
         "figure": lambda: bars(table),
@@ -304,7 +305,7 @@ def draw_all(
         ]
 
 
-# Figures by name, of samples, table and unit; None where the data do not allow one.
+# Figures by name, from samples, table and unit; None if the data do not allow one.
 FIGURES: dict[str, Callable[[pd.DataFrame, pd.DataFrame, Unit], Figure | None]] = {
     "bars": lambda samples, table, unit: bars(table),
     "curves": lambda samples, table, unit: curves(table, unit),
@@ -314,12 +315,12 @@ FIGURES: dict[str, Callable[[pd.DataFrame, pd.DataFrame, Unit], Figure | None]] 
 
 
 def look(attack: str) -> _Look:
-    """How an attack is drawn."""
+    """Colour, hatch, marker and line of an attack."""
     return _LOOKS.get(attack, _Look("#000000", "..", "P", "-"))
 
 
 def _range(table: pd.DataFrame) -> tuple[float, float]:
-    """What an axis of scores shows: from 0 to 1, and more where scores are beyond."""
+    """The range of an axis of scores: from 0 to 1, and more if scores are outside."""
     values = table[["acc", "acc_low", "acc_high"]].to_numpy(float)
     return min(0.0, float(np.nanmin(values))), max(1.0, float(np.nanmax(values)))
 
@@ -330,7 +331,7 @@ def _attacks(table: pd.DataFrame) -> list[str]:
 
 
 def _conditions(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """Face of the bars of each condition: the smaller an attack's epsilon, the paler its colour."""
+    """Colour and hatch of each condition's bars. Smaller epsilons of an attack are paler."""
     from matplotlib.colors import to_rgb
 
     rows = table.drop_duplicates("condition")

@@ -1,7 +1,7 @@
-"""Where things stand in the figures of a run: rows of tasks, small panels, labels, legends.
+"""The layout of a run's figures: rows of tasks, small panels, labels, legends.
 
-Sizes are those of print: letters of 6 points and more in a figure of a column's width. Inside
-`paper_style` no figure is wider than a column, and all letters have 8 points.
+Sizes are those in print. Letters have at least 6 points in a figure of a column's width. Inside
+`paper_style`, no figure is wider than a column, and all letters have 8 points.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLUMN, _PAGE, _AXIS = 3.5, 7.2, 0.5  # inches: widths in print, and what the y axis takes of them
+_COLUMN, _PAGE, _AXIS = 3.5, 7.2, 0.5  # inches: widths in print, and of the y axis
 _SMALL = 6  # points
 _LETTER = 0.053  # inches, the mean width of a small letter
-_LINE = 0.12  # inches, what a line of tick labels needs
-_DECADES = 6  # of a logarithmic axis at most; what is smaller stands near 0
+_LINE = 0.12  # inches for a line of tick labels
+_DECADES = 6  # longest logarithmic axis; smaller values are near 0
 _FONT: Any = {
     "axes.axisbelow": True,
     "axes.titlesize": _SMALL,
@@ -46,16 +46,16 @@ _FONT_OF_PAPER: Any = {
     **dict.fromkeys(
         ("axes.titlesize", "figure.labelsize", "font.size", "legend.fontsize"), _POINTS
     ),
-    "pdf.fonttype": 42,  # whole TrueType fonts, which publishers take
+    "pdf.fonttype": 42,  # whole TrueType fonts, which publishers accept
 }
 
-# What XML, and so an SVG file, cannot hold.
+# Characters that XML, and so an SVG file, cannot contain.
 _NOT_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 @contextmanager
 def print_style() -> Iterator[None]:
-    """The settings of these figures, to draw and to save them."""
+    """Sets the style of these figures, for drawing and saving."""
     import matplotlib
 
     with style(), matplotlib.rc_context(_FONT | (_FONT_OF_PAPER if _PAPER.get() else {})):
@@ -64,7 +64,7 @@ def print_style() -> Iterator[None]:
 
 @contextmanager
 def paper_style() -> Iterator[None]:
-    """Figures made and saved in it are for a column of a paper: see `print_style`."""
+    """Sets the style for figures in a column of a paper; see `print_style`."""
     before = _PAPER.set(True)
     try:
         with print_style():
@@ -74,7 +74,7 @@ def paper_style() -> Iterator[None]:
 
 
 def scaled(inches: float) -> float:
-    """A length for small letters, for letters of the size that they have here."""
+    """Scales a length that suits small letters to the current size of letters."""
     return inches * _small() / _SMALL
 
 
@@ -83,18 +83,18 @@ def _small() -> int:
 
 
 def legible(name: str) -> str:
-    """A name as text that can be drawn; matplotlib leaves what begins with _ out of legends."""
+    """A name as drawable text. Matplotlib leaves names that begin with _ out of legends."""
     name = _NOT_TEXT.sub("\ufffd", name)
     return f" {name}" if name.startswith("_") else name
 
 
 def _letters(name: str) -> int:
-    """The width of a name in small letters; Chinese ones, for example, are as wide as two."""
+    """The width of a name in small letters. For example, Chinese letters are twice as wide."""
     return len(name) + sum(unicodedata.east_asian_width(letter) in "WF" for letter in name)
 
 
 def wrapped(name: str, letters: int) -> str:
-    """A task's name in lines, broken behind underscores where possible; nothing is left out."""
+    """A task's whole name in several lines, broken after underscores if possible."""
     name = _NOT_TEXT.sub("\ufffd", name)
     letters = max(1, letters * len(name) // max(1, _letters(name)))
     lines = textwrap.wrap(name.replace("_", "_ "), letters)
@@ -102,11 +102,11 @@ def wrapped(name: str, letters: int) -> str:
 
 
 class Unit(NamedTuple):
-    """What epsilons are shown in.
+    """The unit in which a figure shows epsilons.
 
     Attributes:
-        name: what an axis has behind "epsilon"; empty: nothing.
-        size: one of it in the units of the point.
+        name: text after "epsilon" on an axis; may be empty.
+        size: its size in the units of the point.
     """
 
     name: str = ""
@@ -117,10 +117,10 @@ OF_POINT = Unit()
 
 
 def unit_of(run: Mapping[str, Any]) -> Unit:
-    """The unit that the user gave the epsilons in; that of the point where there are several.
+    """The unit in which the user gave the epsilons; that of the point if there are several.
 
     Args:
-        run: what `run.json` holds, of one hookpoint.
+        run: the content of `run.json`, for one hookpoint.
     """
     given = [attack for attack in run.get("attacks", {}).values() if attack.get("attack") != "none"]
     units = sorted({attack.get("epsilon_unit", ABSOLUTE) for attack in given})
@@ -139,8 +139,8 @@ def epsilon_axis(axes: Axes, marks: Iterable[float], least: float, room: float) 
     Args:
         axes: a panel of `panels`.
         marks: epsilons that get a tick, and a label if there is room for it.
-        least: where the logarithmic part begins, above 0.
-        room: for what is below that, in decades.
+        least: start of the logarithmic part, above 0.
+        room: length of the linear part, in decades.
     """
     marks = np.unique([0.0, *marks])
     least = max(least, marks[-1] / 10.0**_DECADES)
@@ -164,12 +164,13 @@ def rows_of_tasks(
     """A figure with rows of tasks.
 
     Args:
-        tasks: all of them.
-        inches: width that a task needs for its bars; more if its labels are wider.
-        height: of a row without labels, in inches.
+        tasks: names of all tasks.
+        inches: width of a task's bars; a task is wider if its labels need it.
+        height: height of a row without labels, in inches.
 
     Returns:
-        The figure; axes and tasks of each row, which stand at x = 0, 1, ...; the width of a task.
+        The figure, the axes and tasks of each row (the tasks are at x = 0, 1, ...), and the width
+            of a task.
     """
     from matplotlib.figure import Figure
 
@@ -194,10 +195,10 @@ def rows_of_tasks(
 
 
 def panels(names: Sequence[str], height: float = 1.15) -> tuple[Figure, dict[str, Axes]]:
-    """A figure with small panels of equal axes, three or four abreast, by their names.
+    """A figure with small panels with equal axes, three or four in a row, by their names.
 
-    Where they do not fill the grid, the first row is short: every column has an axis below. The
-    height is that of a row, in inches.
+    If they do not fill the grid, the first row is short, so every column has an axis at its end.
+    `height` is that of a row, in inches.
     """
     from matplotlib.figure import Figure
 
@@ -205,7 +206,7 @@ def panels(names: Sequence[str], height: float = 1.15) -> tuple[Figure, dict[str
     rows = int(np.ceil(len(names) / columns))
     figure = Figure(figsize=(_COLUMN, 0.6 + height * rows))
     cells = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
-    filled = columns - (rows * columns - len(names))  # of the first row
+    filled = columns - (rows * columns - len(names))  # panels in the first row
     for axes in cells[filled:columns]:
         axes.remove()
     grid = [*cells[:filled], *cells[columns:]]
@@ -216,7 +217,7 @@ def panels(names: Sequence[str], height: float = 1.15) -> tuple[Figure, dict[str
 
 
 def shade_options(axes: Axes, rows: pd.DataFrame, inches: float) -> list[str]:
-    """Darkens the background of each task by its number of options, and names the number.
+    """Darkens the background of each task by its number of options, and writes the number above.
 
     Returns:
         The grey of each task.
@@ -227,22 +228,22 @@ def shade_options(axes: Axes, rows: pd.DataFrame, inches: float) -> list[str]:
     left, between = -0.5, " " if min(n for _, n in spans) * inches > scaled(0.65) else "\n"
     for (few, many), n in spans:
         axes.axvspan(left, left + n, color=greys[int(left + 0.5)], lw=0, zorder=0)
-        axes.axvline(left, color="white", lw=1, zorder=0.1)  # spans may be of equal grey
+        axes.axvline(left, color="white", lw=1, zorder=0.1)  # neighbours may have the same grey
         number = f"{few}" if few == many else f"{few}–{many}"
-        if many:  # a text has none
+        if many:  # a text has no options
             above(axes, left + n / 2, f"{number}{between}options")
         left += n
     return greys
 
 
 def above(axes: Axes, x: float, text: str) -> None:
-    """Writes over the axes, at `x` in the data's units."""
+    """Writes above the axes, at `x` in the data's units."""
     where: Any = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "bottom"}
     axes.text(x, 1.02, text, size=_small(), **where)
 
 
 def upright(axes: Axes, x: float, y: float, text: str, ground: str) -> None:
-    """Writes from (x, y) upwards, on a ground that hides the lines behind."""
+    """Writes from (x, y) upwards, on a background that hides the lines behind."""
     box = {"facecolor": ground, "edgecolor": "none", "pad": 0.2}
     place: Any = {"rotation": 90, "ha": "center", "va": "bottom", "bbox": box, "zorder": 4}
     axes.text(x, y, text, size=_small(), **place)
@@ -254,7 +255,7 @@ def handles(axes: Axes) -> list[list[tuple[Any, str]]]:
 
 
 def legend(figure: Figure, columns: list[list[tuple[Any, str]]]) -> None:
-    """A legend above the panels; where its columns find no room, in as many as do."""
+    """Adds a legend above the panels; with fewer columns if they do not fit."""
     from matplotlib.lines import Line2D
 
     letter = scaled(_LETTER)

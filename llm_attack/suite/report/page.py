@@ -1,9 +1,9 @@
 """`report.html`: a run as one page that needs no network, for a browser and for print.
 
-The page is `page.html.j2`, its looks `page.css`, its table of questions `page.js`; this
-module gathers what goes in. Nothing from outside can run in the page: text goes in escaped, the
-questions go in as compressed data, and a content security policy allows the two files and images
-that are part of the page, and no connections.
+The page is `page.html.j2`, its style `page.css`, and its table of questions `page.js`. This module
+collects their content. No foreign code can run in the page: text is escaped, and questions are
+compressed data. A content security policy allows only these two files and the images in the page,
+and no connections.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _KEY = ["task", "doc_id"]
 _OF_TEXTS = ("text", "parts_at", "parts_from", "parts_none", "parts_token")
 _TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
 
-# Columns of the table of questions: key (of page.js and of a link to a view), heading, whether it
-# holds numbers, and whether it compares with the clean model.
+# Columns of the table of questions: key (in page.js and in links), heading, whether it holds
+# numbers, and whether it compares with the clean model.
 _COLUMNS = [
     ("task", "Task", False, False),
     ("id", "Id", True, False),
@@ -53,18 +53,18 @@ _COLUMNS = [
     ("margin_change", "Margin change", True, True),
 ]
 
-# How an answer can change from before to after, in the order of sorting; keys as in page.js.
+# The possible changes of an answer, in the order of sorting; the keys are those of page.js.
 _CHANGES = [
     ("lost", "right → wrong"),
     ("gained", "wrong → right"),
     ("moved", "wrong → other wrong"),
-    ("swapped", "right → other right"),  # of questions with several right choices
+    ("swapped", "right → other right"),  # questions with several right choices
     ("same", "no"),
 ]
 
-_ABREAST = 6  # conditions of the first table; where there are more, one of each attack
+_ABREAST = 6  # most conditions of the first table; if there are more, it has one of each attack
 
-# Entries of run.json that have places of their own in the page, or none.
+# Entries of run.json that are not listed, because the page shows them elsewhere or not at all.
 _PLACED = ("command", "attacks", "conditions", "warnings", "fingerprint", "of_tasks")
 
 
@@ -72,8 +72,8 @@ class Picture(NamedTuple):
     """A figure of the report.
 
     Attributes:
-        title: its caption.
-        description: what a reader who cannot see it should know.
+        title: caption of the figure.
+        description: text for readers who cannot see the figure.
         path: an SVG or PNG file, which is copied into the page.
     """
 
@@ -94,17 +94,17 @@ def write_report(
     """Writes `report.html` into `folder`, whole or not at all; equal input gives equal bytes.
 
     Args:
-        folder: of the run.
-        samples: a row per question and condition: `task, doc_id, condition, prediction,
-            log_likelihoods, cosine`; the questions stand in the page in its order.
-        questions: a row per question: `task, doc_id, question, choices, gold`.
-        table: the accuracies, see `in_words`, with `acc_low` and `acc_high`.
-        figures: `Picture`s, or tuples of the same; the first stands beside the summary.
-        run: what `run.json` holds. `command` (a string, or a list of arguments), `model_name` (or
-            `model`), `warnings` (sentences) and `attacks` (for each condition, its settings and
-            diagnostics) have places of their own; of `fingerprint` the hash of the weights is
-            shown, and whatever else is there as it stands.
-        tables: more of them, by their titles.
+        folder: the folder of the run.
+        samples: a row per question and condition, with the columns `task, doc_id, condition,
+            prediction, log_likelihoods, cosine`. The page has the questions in this order.
+        questions: a row per question, with the columns `task, doc_id, question, choices, gold`.
+        table: the accuracies (see `in_words`), with `acc_low` and `acc_high`.
+        figures: `Picture`s, or tuples of the same parts. The first is shown beside the summary.
+        run: the content of `run.json`. `command` (a string, or a list of arguments), `model_name`
+            (or `model`), `warnings` (sentences) and `attacks` (settings and diagnostics of each
+            condition) have places of their own. Of `fingerprint`, the page shows the hash of the
+            weights. It lists all other entries.
+        tables: more tables, by their titles.
 
     Returns:
         The path of the report.
@@ -158,13 +158,13 @@ def write_report(
         script_hash=hashed(script),
     )
     path = folder / "report.html"
-    # half of a surrogate pair is no character, but text from models and command lines may hold one
+    # text from models and command lines may hold half of a surrogate pair, which is no character
     write_text(path, page.encode("utf-8", "replace").decode("utf-8"))
     return path
 
 
 def page_template(name: str = "page.html.j2") -> Any:
-    """A page, a template of jinja2."""
+    """The template of a page, for jinja2."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -181,7 +181,7 @@ def page_template(name: str = "page.html.j2") -> Any:
 
 
 def _width(heading: Sequence[str]) -> str:
-    """The class of a table with so many columns: from page.css, where its rows become blocks."""
+    """The class in page.css for this number of columns; it decides when rows become blocks."""
     return next((f"c{most}" for most in (4, 8, 12) if len(heading) <= most), "c99")
 
 
@@ -194,11 +194,12 @@ def columns(samples: pd.DataFrame, questions: pd.DataFrame) -> dict[str, Any]:
     """The questions and their answers, column by column, as page.js reads them.
 
     Returns:
-        `tasks` and `conditions`: names, in the order of `samples`. One value per question: `task`
-        (index into `tasks`), `id`, `question`, `choices`, `gold` (list), `cosine`. One list per
-        condition, with a value per question: `prediction`, `log_likelihoods` (list, rounded to
-        four decimals), and `value`, the score, where it is not plain accuracy. None stands for what
-        is missing or not finite. Where texts were generated, also those of `_texts`.
+        `tasks` and `conditions` are names, in the order of `samples`. `task` (index into `tasks`),
+            `id`, `question`, `choices`, `gold` (list) and `cosine` have one value per question.
+            `prediction` and `log_likelihoods` (lists, rounded to four decimals) have one list per
+            condition, with one value per question. So has `value`, the score, if it is not plain
+            accuracy. None stands for a value that is missing or not finite. Runs with generated
+            texts also have the entries of `_texts`.
 
     Raises:
         ValueError: `questions` lacks a question of `samples`.
@@ -243,12 +244,13 @@ def columns(samples: pd.DataFrame, questions: pd.DataFrame) -> dict[str, Any]:
 
 
 def _texts(of_conditions: Mapping[str, pd.DataFrame], texts: pd.DataFrame) -> dict[str, Any]:
-    """What was generated, and where it parts from the text without an attack.
+    """Generated texts, and their first difference from the text without an attack.
 
     Returns:
-        `target`: the answer that each question expects, or None. One list per condition, with a
-        value per question, None where nothing was generated: `text`, and `parts`: (number of the
-        first other token, the character where it starts, it without and with the attack).
+        `target` is the expected answer of each question, or None. `text` and `parts` have one list
+            per condition, with one value per question, which is None if nothing was generated.
+            `parts` is (number of the first different token, the character where it starts, the
+            token without and with the attack).
     """
     names = [*_OF_TEXTS]
     plain = {
@@ -266,7 +268,7 @@ def _texts(of_conditions: Mapping[str, pd.DataFrame], texts: pd.DataFrame) -> di
 
 
 def _lists(column: pd.Series) -> list[list[float | None] | None]:
-    """`_finite` of each list in a column, of all of them at once; None where there is none."""
+    """`_finite` for each list in a column, computed at once; None for a missing list."""
     there = column.notna().tolist()
     lists = column[there].to_list()
     flat = iter(_finite(np.concatenate(lists)) if lists else ())
@@ -275,9 +277,10 @@ def _lists(column: pd.Series) -> list[list[float | None] | None]:
 
 
 def _finite(values: Iterable[float]) -> list[float | None]:
-    """Rounded to four decimals, which is what float32 log-likelihoods of whole texts carry."""
+    """Rounds to four decimals, the precision of float32 log-likelihoods of whole texts."""
     numbers = np.asarray(values, dtype=float)
-    # `round` is exact, and ten times as slow: of what lies half-way, and of what is no number
+    # `round` is exact and ten times slower. It is used for values half-way between two results, and
+    # for values that are not finite
     with np.errstate(invalid="ignore", over="ignore"):
         rounded: list[float | None] = numbers.round(4).tolist()
         scaled = np.abs(numbers) * 1e4
@@ -289,7 +292,7 @@ def _finite(values: Iterable[float]) -> list[float | None]:
 
 
 def packed(data: dict[str, Any]) -> str:
-    """JSON, compressed, in base64: half of its plain size, and no character that HTML minds."""
+    """Compressed JSON in base64. It is half as long, and has no special characters of HTML."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     return base64.b64encode(gzip.compress(text.encode("ascii"), compresslevel=6, mtime=0)).decode(
         "ascii"
@@ -311,7 +314,7 @@ def _accuracies(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _abreast(table: pd.DataFrame) -> list[str]:
-    """The conditions of the first table: all, or of each attack that with the largest epsilon."""
+    """The conditions of the first table: all, or the largest epsilon of each attack."""
     rows = table.drop_duplicates("condition")
     if len(rows) > _ABREAST:
         last = rows.sort_values("epsilon", kind="stable").drop_duplicates("attack", keep="last")
@@ -320,14 +323,14 @@ def _abreast(table: pd.DataFrame) -> list[str]:
 
 
 def _measures(table: pd.DataFrame) -> Cells:
-    """What else was measured of each condition, over all tasks: a row for each."""
+    """Further measurements over all tasks: a row for each condition."""
     columns = means(table)
     rows = [[str(c), *(columns[name][c] for name in columns)] for c in table["condition"].unique()]
     return Cells(["condition", *columns], rows, [])
 
 
 def _common(attacks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The settings that all attacks share, where there are two or more."""
+    """The settings that all attacks share, if there are two or more attacks."""
     attacked = [settings for name, settings in attacks.items() if name != "none"]
     if len(attacked) < 2:
         return {}
@@ -338,7 +341,7 @@ def _different(attacks: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The settings and diagnostics that differ between attacks."""
     keys = dict.fromkeys(key for settings in attacks.values() for key in settings)
     named = all(settings.get("condition") == name for name, settings in attacks.items())
-    hidden = {*_common(attacks), *(["condition"] if named else [])}  # the rows have it
+    hidden = {*_common(attacks), *(["condition"] if named else [])}  # the names of the rows show it
     return [key for key in keys if key not in hidden]
 
 

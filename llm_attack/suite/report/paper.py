@@ -1,7 +1,7 @@
-"""A run for a paper: figures as PDF, a table in LaTeX with its caption, and what to cite.
+"""A run for a paper: figures as PDF, a table in LaTeX with its caption, and BibTeX entries.
 
-Figures have the width of a column, letters of 8 points and whole fonts. The table needs the
-package booktabs. Names of tasks and models go in with their special characters escaped.
+Figures have the width of a column, letters of 8 points and whole fonts. The table needs the package
+booktabs. Special characters in the names of tasks and models are escaped.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 
 FORMATS = ("pdf", "tex")
 INTERVALS = ("below", "beside", "none")
-HEAD = "% llm-attack: needs \\usepackage{booktabs}"  # how our files of LaTeX begin
+HEAD = "% llm-attack: needs \\usepackage{booktabs}"  # the first line of our LaTeX files
 CITATION = "llm_attack.bib"
-_ABREAST = 5  # conditions of the table; where there are more, one of each attack
+_ABREAST = 5  # most conditions of the table; if there are more, it has one of each attack
 
-# Letters that LaTeX takes as commands, and dashes and signs that some fonts do not have.
+# Characters that LaTeX takes as commands, and dashes and signs that some fonts lack.
 _SPECIAL = {
     **{letter: f"\\{letter}" for letter in "&%$#_{}"},
     "\\": r"\textbackslash{}",
@@ -83,10 +83,10 @@ BIBTEX = r"""@software{llm_attack,
 
 
 def formats_of(given: str | None) -> tuple[str, ...]:
-    """The formats in a list with commas.
+    """The formats in a comma-separated list.
 
     Raises:
-        UsageError: one of them is none.
+        UsageError: a name is no format.
     """
     formats = tuple(part.strip() for part in given.split(",")) if given else ()
     for name in formats:
@@ -96,7 +96,7 @@ def formats_of(given: str | None) -> tuple[str, ...]:
 
 
 def escaped(text: object) -> str:
-    """Text as LaTeX sets it, without letters that have no form."""
+    """Text for LaTeX, without unprintable characters."""
     plain = " ".join(str(text).split())
     return "".join(
         _SPECIAL.get(character, character if character.isprintable() else "") for character in plain
@@ -104,7 +104,7 @@ def escaped(text: object) -> str:
 
 
 def shown(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows that a reader needs: of all conditions, or of each attack's largest epsilon."""
+    """The rows of the table: all conditions, or each attack's largest epsilon."""
     rows = table.drop_duplicates("condition")
     if len(rows) > _ABREAST:
         last = rows.sort_values("epsilon", kind="stable").drop_duplicates("attack", keep="last")
@@ -116,9 +116,9 @@ def table_of_run(table: pd.DataFrame, run: Mapping[str, Any], intervals: str = "
     """A run as a table of LaTeX: tasks, mean and drop, a column for each condition.
 
     Args:
-        table: of `summarise`.
-        run: what `run.json` holds.
-        intervals: where they are: `below` the numbers, `beside` them, or `none`.
+        table: the result of `summarise`.
+        run: the content of `run.json`.
+        intervals: place of the intervals: `below` the numbers, `beside` them, or `none`.
     """
     few, known = shown(table), of_run(run, table)
     conditions = list(few["condition"].unique())
@@ -129,7 +129,7 @@ def table_of_run(table: pd.DataFrame, run: Mapping[str, Any], intervals: str = "
     marks: set[str] = set()
     for task, rows in few.groupby("task", sort=False):
         if task == MEAN and few["task"].nunique() == 2:
-            continue  # of one task
+            continue  # the mean of one task
         row_of = {row["condition"]: row for row in rows.to_dict("records")}
         counts = "kind" not in rows or rows["kind"].isin([CHOICE, BINARY]).all()
         factor, digits = (100, 1) if counts else (1, 3)
@@ -173,7 +173,7 @@ def _drops(few: pd.DataFrame, conditions: Sequence[str], intervals: str) -> list
 def _with_ends(
     name: str, cells: Sequence[str], ends: Sequence[str], intervals: str, last: Sequence[str]
 ) -> list[str]:
-    """A row, with its intervals beside the numbers, or in a row of their own."""
+    """A row with its intervals beside the numbers, or in a second row."""
     if intervals == "beside":
         cells = [f"{a} ({b})" if b else a for a, b in zip(cells, ends, strict=True)]
     lines = [_row([name, *cells, *last])]
@@ -184,12 +184,12 @@ def _with_ends(
 
 
 def table_of_cells(cells: Cells, title: str, intervals: str = "beside") -> str:
-    """A comparison of runs as a table of LaTeX; its notes are the caption.
+    """A comparison of runs as a table of LaTeX. The notes become the caption.
 
     Args:
-        cells: of `tables.comparison`, or of `models.cells`.
-        title: what the caption begins with, and the label is made of.
-        intervals: `none`, or where they stand in the cells: `beside` the numbers.
+        cells: the result of `tables.comparison` or `models.cells`.
+        title: start of the caption, and source of the label.
+        intervals: place of the intervals in the cells: `beside` the numbers, or `none`.
     """
     rows = cells.rows
     if intervals == "none":
@@ -209,14 +209,14 @@ def caption(
     intervals: str = "below",
     title: str | None = None,
 ) -> str:
-    """What a reader must know: model, tasks, n, threat model, amplitudes, and tests, in LaTeX.
+    """A caption in LaTeX: model, tasks, n, threat model, amplitudes, and tests.
 
     Args:
-        table: of `summarise`.
-        run: what `run.json` holds.
-        marks: those in the table, which are explained.
-        intervals: of `table_of_run`.
-        title: of a figure, which has no drop; None for the table.
+        table: the result of `summarise`.
+        run: the content of `run.json`.
+        marks: the marks in the table, which the caption explains.
+        intervals: see `table_of_run`.
+        title: title of a figure, which has no drop; None for the table.
     """
     settings: Mapping[str, Any] = run.get("settings") or {}
     tasks = table[table["task"] != MEAN]
@@ -264,7 +264,7 @@ def caption(
 def _threat(
     attacks: Sequence[Condition], settings: Mapping[str, Any], texts: bool = False
 ) -> list[str]:
-    """Threat model and amplitudes, a sentence each; `texts`: of tasks without choices, too."""
+    """Sentences on threat model and amplitudes; `texts` says whether tasks have no choices."""
 
     def values(name: str) -> list[Any]:
         return list(dict.fromkeys(x.get(name) for x in attacks if x.get(name) is not None))
@@ -302,9 +302,9 @@ def figures_of_run(names: Mapping[str, str], table: pd.DataFrame, run: Mapping[s
     """The figures as floats of LaTeX.
 
     Args:
-        names: of the files, without their ends, and the titles of the figures.
-        table: of `summarise`.
-        run: what `run.json` holds.
+        names: file names without suffix, and the titles of the figures.
+        table: the result of `summarise`.
+        run: the content of `run.json`.
     """
     parts = []
     for name, title in names.items():
@@ -330,14 +330,14 @@ def bibtex(run: Mapping[str, Any]) -> str:
 
 
 def save_pdf(figure: Figure, path: Path, title: str) -> None:
-    """Writes a figure of `paper_style`, in which this is called; equal ones give equal files."""
+    """Writes a figure. Call it inside `paper_style`. Equal figures give equal files."""
     dateless: Any = {"CreationDate": None, "Title": title}
     with whole_or_not(path) as draft:
         figure.savefig(draft, format="pdf", metadata=dateless)
 
 
 def _float(columns: Sequence[str], lines: Sequence[str], text: str, run: Mapping[str, Any]) -> str:
-    """A table over both columns of a page; with one column, `table*` is the same as `table`."""
+    """A table over both columns of a page. In one-column layouts, `table*` equals `table`."""
     body = [
         HEAD,
         r"\begin{table*}[t]",

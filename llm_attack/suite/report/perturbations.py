@@ -1,9 +1,9 @@
-"""`perturbations.html`: of a question each token, what was added to it, and what that did.
+"""`perturbations.html`: each token of a question, its perturbation, and the effect.
 
-The page is `perturbations.html.j2` with the looks of `page.css`. The questions are in files of
-their own beside it, some in each: a script loads that of the question that is shown, also where a
-browser opens the page from a disk, and gets nothing but compressed data from it. The content
-security policy allows our script, and what that loads.
+The page is `perturbations.html.j2` with the style of `page.css`. Files beside it hold the
+questions, several in each. A script loads the file of the question that is shown. This also works
+if a browser opens the page from a disk. The script gets only compressed data from the file. The
+content security policy allows our script, and the files that it loads.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from llm_attack.suite.report.page import PERTURBATIONS, hashed, packed, page_tem
 
 PAGES = "pages"
 _HERE = Path(__file__).parent
-_NUMBERS = 60_000  # of tokens and conditions in a file: about half a megabyte
+_NUMBERS = 60_000  # tokens times conditions in a file: about half a megabyte
 _SHOWN = 90  # characters of a question in the list
 _DIGITS = 4
 
@@ -33,16 +33,16 @@ def write_page(folder: Path, samples: pd.DataFrame, questions: pd.DataFrame, mod
     """Writes the page of a run's saved perturbations, if there are any.
 
     Args:
-        folder: of the run.
+        folder: the folder of the run.
         samples: a row per question and condition.
         questions: a row per question.
-        model: its name.
+        model: name of the model.
 
     Returns:
-        Whether there are any.
+        Whether the run has saved perturbations.
 
     Raises:
-        UsageError: a file of them cannot be read.
+        UsageError: a file of perturbations cannot be read.
     """
     from markupsafe import Markup
 
@@ -83,7 +83,7 @@ def write_page(folder: Path, samples: pd.DataFrame, questions: pd.DataFrame, mod
 
 
 def _write_piece(folder: Path, number: int, piece: Sequence[Mapping[str, Any]]) -> None:
-    """A file that hands its questions to the page's script."""
+    """Writes a file that passes its questions to the page's script."""
     data = {f"{q['task']}/{q['id']}": q for q in piece}
     text = f'perturbations({number}, "{packed(data)}");\n'
     write_text(folder / FOLDER / PAGES / f"{number}.js", text)
@@ -96,11 +96,11 @@ def _line(question: Mapping[str, Any]) -> str:
 
 
 class _Section(NamedTuple):
-    """Tokens that the same choices have.
+    """Tokens that belong to the same choices.
 
     Attributes:
-        choices: their numbers; empty: none of them, but a request beside the choices.
-        rows: of the tokens.
+        choices: numbers of the choices; empty for a request that is no choice.
+        rows: rows of the tokens.
     """
 
     choices: list[int]
@@ -108,13 +108,13 @@ class _Section(NamedTuple):
 
 
 class _Task:
-    """The questions of a task as the page shows them.
+    """The questions of a task in the form that the page shows.
 
     Args:
-        folder: of the run.
-        task: its name.
-        samples: of the run.
-        questions: of the run.
+        folder: the folder of the run.
+        task: name of the task.
+        samples: the samples of the run.
+        questions: the questions of the run.
     """
 
     def __init__(
@@ -129,11 +129,11 @@ class _Task:
 
     @property
     def one(self) -> Perturbations:
-        """Of any condition: what all have in common."""
+        """The perturbations of any condition, for what all conditions share."""
         return self.found[self.conditions[0]]
 
     def pieces(self) -> Iterator[list[dict[str, Any]]]:
-        """The questions, some at a time."""
+        """Yields the questions of each file."""
         piece: list[dict[str, Any]] = []
         size = 0
         where = _requests_of(self.one.doc_id)
@@ -186,7 +186,7 @@ class _Task:
 
 
 def _answers(samples: pd.DataFrame, conditions: Sequence[str]) -> dict[Any, dict[str, list[Any]]]:
-    """By question and condition: the prediction, and the log-likelihood of each choice."""
+    """The prediction and the log-likelihood of each choice, by question and condition."""
     asked = samples[samples["condition"].isin(["none", *conditions])]
     columns = ("doc_id", "condition", "prediction", "log_likelihoods")
     found: dict[Any, dict[str, list[Any]]] = {}
@@ -196,7 +196,7 @@ def _answers(samples: pd.DataFrame, conditions: Sequence[str]) -> dict[Any, dict
 
 
 class _Numbers(NamedTuple):
-    """What is shown of each row, shortened, and the loss of each unit."""
+    """The rounded numbers of each row, and the loss of each unit."""
 
     norm: list[float | None]
     nearest: list[int]
@@ -211,7 +211,7 @@ class _Numbers(NamedTuple):
         return cls(parts[0], found.nearest.tolist(), parts[1], parts[2], loss)
 
     def of_rows(self, rows: Sequence[int], units: Sequence[int]) -> dict[str, Any]:
-        """Of these rows and units."""
+        """The numbers of these rows and units."""
         of_rows = {name: [getattr(self, name)[row] for row in rows] for name in self._fields[:-1]}
         return {**of_rows, "loss": [self.loss[unit] for unit in units]}
 
@@ -221,7 +221,7 @@ def _one(x: float) -> Any:
 
 
 def _short(values: NDArray[Any]) -> list[float | None]:
-    """Numbers of four digits; None for what is not finite."""
+    """Rounds to four digits; None for values that are not finite."""
     wide = np.asarray(values, np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         size = np.floor(np.log10(np.abs(wide)))
@@ -231,7 +231,7 @@ def _short(values: NDArray[Any]) -> list[float | None]:
 
 
 def _requests_of(doc_ids: NDArray[Any]) -> dict[Any, range]:
-    """The requests of each question, which stand one behind the other."""
+    """The requests of each question, which follow each other."""
     found, start = {}, 0
     for doc_id, group in groupby(doc_ids.tolist()):
         end = start + len(list(group))
@@ -241,7 +241,7 @@ def _requests_of(doc_ids: NDArray[Any]) -> dict[Any, range]:
 
 
 def _sections(rows_of: Sequence[NDArray[Any]], requests: Sequence[int], n: int) -> list[_Section]:
-    """The rows of a perturbation, by the choices that have them; in the order of the tokens."""
+    """The rows of a perturbation in the order of tokens, by the choices that contain them."""
     owners: dict[int, list[int]] = {}
     for request in requests:
         for row in rows_of[request].tolist():

@@ -1,7 +1,8 @@
 """`summary.json`: a run in numbers, for programs.
 
-A row per task and condition, and for the mean over tasks. Its form is `summary.schema.json`, a JSON
-Schema beside this file; docs/numbers.md says what the fields mean. The same run gives equal bytes.
+It has a row per task and condition, and rows for the mean over tasks. `summary.schema.json`, a JSON
+Schema beside this file, describes its form, and docs/numbers.md the meaning of the fields. The same
+run gives equal bytes.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from llm_attack.suite.analysis.summary import MEAN, SEVERAL
 
 FILE = "summary.json"
 SCHEMA = Path(__file__).parent / "summary.schema.json"
-VERSION = 1  # raised when a field goes or changes its meaning; new fields do not raise it
+VERSION = 1  # raised if a field is removed or changes its meaning; new fields do not raise it
 
-_DIGITS = 12  # significant ones: what remains equal between releases of the libraries
+_DIGITS = 12  # significant digits, which stay equal between releases of the libraries
 
 MCNEMAR = "McNemar, exact"
 SIGNS = "signs of clusters, exact"
@@ -34,16 +35,16 @@ def save(table: pd.DataFrame, folder: Path, run: Mapping[str, Any], known: Condi
     """Writes `summary.json`, whole or not at all.
 
     Args:
-        table: of `summarise`.
-        folder: of the run.
-        run: what `run.json` holds.
+        table: the result of `summarise`.
+        folder: the folder of the run.
+        run: the content of `run.json`.
         known: the conditions of the run.
     """
     write_json(folder / FILE, content(table, run, known))
 
 
 def content(table: pd.DataFrame, run: Mapping[str, Any], known: Conditions) -> dict[str, Any]:
-    """What `summary.json` holds; arguments as of `save`."""
+    """The content of `summary.json`; see `save` for the arguments."""
     mark, versions = run.get("fingerprint") or {}, run.get("versions") or {}
     return {
         "schema_version": VERSION,
@@ -98,7 +99,7 @@ def _row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _test(row: Mapping[str, Any]) -> str:
-    """Which test the p-value of a drop is of; see `stats.sign_test`."""
+    """The name of the test behind the p-value of a drop; see `stats.sign_test`."""
     if row["task"] == MEAN:
         return STRATIFIED
     if row.get("kind", CHOICE) not in (CHOICE, BINARY):

@@ -1,6 +1,6 @@
 """Tables of a run and of two runs: for the terminal, in Markdown, and as CSV.
 
-The numbers come from `llm_attack.suite.analysis.summary`; here they become text.
+The numbers come from `llm_attack.suite.analysis.summary`. This module turns them into text.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _MARKS = {
 }
 
 
-# What a reader must know where a score is not accuracy.
+# Notes for scores that are not accuracy.
 OF_SCORES = [
     "score: name of the metric in lm-eval. If its values are not 0 or 1, intervals are those of a"
     " mean, and tests against none are randomization tests of paired differences instead of"
@@ -53,7 +53,7 @@ OF_SCORES = [
     " judge the preferred choice have a baseline and a test against guessing",
 ]
 
-# Rows under the mean accuracies: their names, columns and forms.
+# Rows under the mean accuracies: name, column and number format.
 _DROP, _GOLD = "mean drop, points", "p(gold) drop"
 _MEANS = [
     (_DROP, "drop", ".1f"),
@@ -70,23 +70,23 @@ _MEANS = [
 
 @dataclass(frozen=True)
 class Cells:
-    """A table as text: heading and rows, left column first, and the notes that explain it."""
+    """A table as text: heading and rows, left column first, and notes that explain it."""
 
     heading: list[str]
     rows: list[list[str]]
     notes: list[str]
 
     def markdown(self) -> str:
-        """As a Markdown table with the notes under it, one a line."""
+        """The table in Markdown, with one line for each note below it."""
         rule = ["---", *["---:"] * (len(self.heading) - 1)]
         rows = [[_cell(text) for text in row] for row in (self.heading, *self.rows)]
         lines = ["| " + " | ".join(row) + " |" for row in (rows[0], rule, *rows[1:])]
         return "\n".join([*lines, "", *(f"- {note}" for note in self.notes)]) + "\n"
 
     def rich(self, title: str = "") -> Table:
-        """As a rich table: intervals on lines of their own, a rule above the means.
+        """The table for rich: intervals on their own lines, a rule above the means.
 
-        When there is too little room, the names in the first column are folded.
+        If there is too little room, names in the first column are folded.
         """
         from rich.box import HORIZONTALS
         from rich.table import Table
@@ -116,11 +116,11 @@ def accuracies(
     """A row per task, their mean and its drop; a column per condition; the baseline.
 
     Args:
-        table: of `summarise`.
-        metric: `acc` or `acc_norm`; the tests, and so the marks and the drop, are of `acc`.
-        conditions: those to show; default: all.
-        intervals: whether to show them.
-        warnings: what else a reader should know, a sentence each.
+        table: the result of `summarise`.
+        metric: `acc` or `acc_norm`. Tests, marks and drop always refer to `acc`.
+        conditions: the conditions to show; default: all.
+        intervals: whether to show intervals.
+        warnings: further sentences for the reader.
     """
     conditions = table["condition"].unique() if conditions is None else conditions
     rows, marks = [], set()
@@ -166,7 +166,7 @@ def accuracies(
 
 
 def score_of(rows: pd.DataFrame) -> str:
-    """What the numbers of a task's rows are, in words."""
+    """The score of a task's rows, in words."""
     score, kind, better = (rows[key].iloc[0] for key in ("score", "kind", "better"))
     if pd.isna(kind) or score == SEVERAL:
         return str(score)
@@ -175,7 +175,7 @@ def score_of(rows: pd.DataFrame) -> str:
 
 
 def named_by_score(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with the score behind the name of each task that has another than acc."""
+    """Adds the score to the name of each task that has another score than acc."""
     if "score" not in table:
         return table
     plain = (table["score"] == ACC) & (table["kind"] == CHOICE)
@@ -184,10 +184,10 @@ def named_by_score(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def of_whole_tasks(table: pd.DataFrame) -> Cells | None:
-    """lm-eval's scores that only a whole task has; None where there are none.
+    """lm-eval's scores that only a whole task has; None if there are none.
 
     Args:
-        table: of `summarise`.
+        table: the result of `summarise`.
     """
     conditions, rows = list(table["condition"].unique()), []
     for column in (name for name in table if name.startswith(OF_TASK)):
@@ -206,16 +206,16 @@ def of_whole_tasks(table: pd.DataFrame) -> Cells | None:
 
 
 def warned(warnings: Sequence[str]) -> set[str]:
-    """The conditions that warnings are of: what stands before a colon, if it is one."""
+    """The texts before the colon of warnings; for some warnings, that is a condition."""
     return {sentence.partition(": ")[0] for sentence in warnings}
 
 
 def means(table: pd.DataFrame, intervals: bool = True) -> dict[str, dict[str, str]]:
-    """Rows under the accuracies: name -> condition -> text; those without a value left out.
+    """Rows under the accuracies: name -> condition -> text. Rows without values are left out.
 
     Args:
-        table: of `summarise`.
-        intervals: whether the drop has its own.
+        table: the result of `summarise`.
+        intervals: whether drops have intervals.
     """
     mean = table[table["task"] == MEAN].set_index("condition")
     shown = {
@@ -234,10 +234,10 @@ def means(table: pd.DataFrame, intervals: bool = True) -> dict[str, dict[str, st
 
 
 def changes(table: pd.DataFrame) -> Cells | None:
-    """What every attack changed on every task, against none; None without `none` or an attack.
+    """The changes under every attack on every task; None without `none` or an attack.
 
     Args:
-        table: of `summarise`.
+        table: the result of `summarise`.
     """
     rows = [
         [
@@ -268,12 +268,12 @@ def changes(table: pd.DataFrame) -> Cells | None:
 
 
 def comparison(frame: pd.DataFrame, names: tuple[str, str], notes: Iterable[str] = ()) -> Cells:
-    """Two runs beside each other: a row per task and condition.
+    """Two runs side by side: a row per task and condition.
 
     Args:
-        frame: of `paired`, or of `with_equivalence`.
-        names: of the runs.
-        notes: more to say under the table, such as what `unshared` returns.
+        frame: the result of `paired` or `with_equivalence`.
+        names: names of the runs.
+        notes: more notes, such as the result of `unshared`.
     """
     rows, also = [], "p_equivalence_holm" in frame
     for row in frame.to_dict("records"):
@@ -306,14 +306,14 @@ def comparison(frame: pd.DataFrame, names: tuple[str, str], notes: Iterable[str]
 
 @dataclass(frozen=True)
 class RunTable:
-    """A run as rich prints it: its accuracies, with their intervals if there is room for them.
+    """A run as rich prints it: its accuracies, with their intervals if there is room.
 
-    Otherwise as many conditions abreast as there is room for, the others below.
+    If not, it prints as many conditions side by side as fit, and the others below.
 
     Args:
-        table: of `summarise`.
-        title: above it.
-        warnings: what else a reader should know, a sentence each.
+        table: the result of `summarise`.
+        title: title above the table.
+        warnings: further sentences for the reader.
     """
 
     table: pd.DataFrame
@@ -338,12 +338,12 @@ class RunTable:
 
 
 def _width(table: Table, console: Console) -> int:
-    """How wide `table` would like to be."""
+    """The width of `table` with unlimited room."""
     return console.measure(table, options=console.options.update(max_width=10_000)).maximum
 
 
 def markdown_of_run(table: pd.DataFrame, warnings: Sequence[str] = ()) -> str:
-    """The content of `table.md`: acc, acc_norm where a task has it, and `changes`."""
+    """The content of `table.md`: acc, acc_norm if a task has it, and `changes`."""
     text = accuracies(table, warnings=warnings).markdown()
     also = table
     if "score" in table:
@@ -364,14 +364,14 @@ def csv(frame: pd.DataFrame) -> str:
 
 
 def save(table: pd.DataFrame, folder: Path, warnings: Sequence[str] = ()) -> None:
-    """Writes `table.csv` and `table.md` of a run into `folder`; the second of one hookpoint."""
+    """Writes `table.csv`, and `table.md` for the first hookpoint, into `folder`."""
     write_text(folder / "table.csv", csv(table))
     first = table[table["hookpoint"] == table["hookpoint"].iloc[0]]
     write_text(folder / "table.md", markdown_of_run(first, warnings))
 
 
 def _cell(text: str) -> str:
-    """Text as it is, in one cell of Markdown."""
+    """Escapes text for one cell of Markdown."""
     return " ".join(text.replace("\\", r"\\").replace("|", r"\|").splitlines())
 
 

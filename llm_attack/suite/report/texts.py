@@ -1,4 +1,4 @@
-"""Tasks without choices in a run: which loss their texts were attacked with, and what changed."""
+"""Tasks without choices in a run: the loss that attacked their texts, and the changes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ GENERATE = "generate_until"
 
 
 def cells(samples: pd.DataFrame, run: Mapping[str, Any]) -> Cells | None:
-    """How many texts each attack changed, and from which token on; None without such tasks.
+    """The number of texts that each attack changed, and from which token; None without such tasks.
 
     Args:
         samples: a row per question and condition, as in `samples.parquet`.
-        run: what `run.json` holds.
+        run: the content of `run.json`.
     """
     of_tasks = run.get("texts")
     if not of_tasks:
@@ -52,7 +52,7 @@ def cells(samples: pd.DataFrame, run: Mapping[str, Any]) -> Cells | None:
 
 
 def _changes(parts: pd.Series) -> list[str]:
-    """How many texts changed, and where."""
+    """The number of changed texts, and the number of the first changed token."""
     at = parts.dropna().astype(float) + 1
     count = f"{len(at)} ({len(at) / len(parts):.0%})"
     if at.empty:

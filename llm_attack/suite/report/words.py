@@ -18,7 +18,7 @@ from llm_attack.suite.report.tables import score_of
 
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
-# Of attacks that are no abbreviations.
+# Names of attacks that are no abbreviations.
 ATTACK_NAMES = {
     "random": "Random noise",
     "uniform": "Uniform noise",
@@ -32,7 +32,7 @@ ATTACK_NAMES = {
 }
 
 
-# Of an amplitude: what stands behind the number.
+# Units as text after the number of an amplitude.
 _UNITS: dict[str | None, str] = {
     "rms": " RMS",
     "token_norm": " token norms",
@@ -41,11 +41,11 @@ _UNITS: dict[str | None, str] = {
 
 
 class Headline(NamedTuple):
-    """A number that is read first.
+    """A number that readers see first.
 
     Attributes:
-        number: as it is shown.
-        meaning: what it is.
+        number: the number as text.
+        meaning: its meaning.
         interval: its 95 % interval; empty if it has none.
     """
 
@@ -55,9 +55,9 @@ class Headline(NamedTuple):
 
 
 def strongest(table: pd.DataFrame) -> str | None:
-    """The condition that costs most, and of equal ones that with the smallest epsilon.
+    """The condition that costs most; of equal ones, the one with the smallest epsilon.
 
-    Worst cases do not count: they are several attacks. None without an attack.
+    Worst cases do not count, because they are several attacks. None without an attack.
 
     Args:
         table: see `in_words`.
@@ -77,7 +77,7 @@ def strongest(table: pd.DataFrame) -> str | None:
 
 
 def headlines(table: pd.DataFrame, known: Conditions | None = None) -> list[Headline]:
-    """Mean accuracy without an attack, under the strongest one, and of guesses, where they exist.
+    """Mean accuracy without an attack, under the strongest attack, and of guesses, if they exist.
 
     Args:
         table: see `in_words`.
@@ -103,16 +103,16 @@ def headlines(table: pd.DataFrame, known: Conditions | None = None) -> list[Head
 def in_words(table: pd.DataFrame, known: Conditions | None = None) -> list[str]:
     """A sentence or two on the clean model, then on each attack, in the table's order.
 
-    "Nothing is left" of an amplitude if the mean accuracy is no higher than that of guesses and no
-    task is above guessing by the test, at it and at all larger ones.
+    "Nothing is left" at an amplitude means: at this and all larger amplitudes, the mean accuracy is
+    no higher than that of guesses, and the test finds no task above guessing.
 
     Args:
         table: a row per task and condition, and a row per condition with the task "mean"; columns
             `task, condition, attack, epsilon, n, acc, acc_low, acc_high, baseline, drop, drop_low,
-            drop_high, detectable, p_mcnemar_holm, verdict`. Accuracies are shares of one, `drop` is
-            in points of a percent (null, like `p_mcnemar_holm`, in a run without the condition
-            `none`).
-        known: the conditions of the run; as their names tell unless given.
+            drop_high, detectable, p_mcnemar_holm, verdict`. Accuracies are shares of one, and
+            `drop` is in percentage points. Without the condition `none`, `drop` and
+            `p_mcnemar_holm` are null.
+        known: the conditions of the run; by default, those that the names show.
     """
     known = by_name(table) if known is None else known
     mean, tasks = table[table["task"] == MEAN], table[table["task"] != MEAN]
@@ -150,18 +150,18 @@ def in_words(table: pd.DataFrame, known: Conditions | None = None) -> list[str]:
 
 
 def percent(share: float) -> str:
-    """0.9661 as "96.6 %"."""
+    """Formats 0.9661 as "96.6 %"."""
     return f"{100 * share:.1f} %"
 
 
 def number(n: int) -> str:
-    """A count as it is written in a sentence."""
+    """A count in the form that a sentence has."""
     return _NUMBERS[n] if n < len(_NUMBERS) else f"{n:,}"
 
 
 def _attack(mean: pd.DataFrame, tasks: pd.DataFrame, known: Conditions) -> str:
-    """One attack: what its largest amplitude costs, and from which one nothing is left."""
-    # of several numbers of steps, the largest
+    """The sentences on one attack: the cost of its largest amplitude, and when nothing is left."""
+    # if there are several numbers of steps, the largest
     mean = mean.drop_duplicates("epsilon", keep="last")
     rows = mean.sort_values("epsilon", kind="stable").to_dict("records")
     last = rows[-1]
@@ -189,7 +189,7 @@ def _attack(mean: pd.DataFrame, tasks: pd.DataFrame, known: Conditions) -> str:
     if changed[-1]:
         verb = "costs" if last["drop"] > 0 else "gains"
         said = f"{verb} {_points(last)}, {left} {'left' if last['drop'] > 0 else 'right'}."
-        if last.get("kind") == NUMBER:  # of which nothing is left or right
+        if last.get("kind") == NUMBER:  # for such a score, nothing is left or right
             side = "worse" if last["drop"] > 0 else "better"
             said = f"the score is {side} by {_points(last)}, {left}."
         first = changed.index(True)
@@ -206,7 +206,7 @@ def _name(attack: str) -> str:
 
 
 def _with_steps(name: str, condition: str, known: Conditions) -> str:
-    """An attack, with its steps where the run has it with several numbers of them."""
+    """An attack, with its steps if the run has it with several numbers of steps."""
     steps = steps_told(known).get(condition)
     return name if steps is None else f"{name} with {steps} step{'s' * (steps != 1)}"
 
@@ -243,12 +243,12 @@ def _points(row: dict[Any, Any], ends: bool = True) -> str:
 
 
 def _size(row: dict[Any, Any], points: float) -> str:
-    """A size in points of a percent, or of a score that is no share in its own unit."""
+    """A size in percentage points; for a score that is no share, in its own unit."""
     return f"{points / 100:.3f}" if row.get("kind") == NUMBER else f"{points:.1f} points"
 
 
 def _amplitude(condition: Condition, epsilon: float) -> str:
-    """As the condition's name has it, the unit in words."""
+    """The amplitude as in the condition's name, with the unit in words."""
     amplitude = condition.amplitude
     if amplitude is None:
         return f"{epsilon:g}"
@@ -258,7 +258,7 @@ def _amplitude(condition: Condition, epsilon: float) -> str:
 
 
 def _changed(mean: dict[Any, Any], tasks: pd.DataFrame) -> bool:
-    """Whether the answers of all tasks together differ; untested ones, whether any task's do."""
+    """Whether the answers of all tasks together differ. If there is no such test, of any task."""
     p = mean["p_mcnemar_holm"]
     if pd.isna(p):
         p = tasks.loc[tasks["condition"] == mean["condition"], "p_mcnemar_holm"].min()
@@ -266,12 +266,12 @@ def _changed(mean: dict[Any, Any], tasks: pd.DataFrame) -> bool:
 
 
 def _shows_nothing(mean: dict[Any, Any]) -> bool:
-    """Whether the sign test finds no change even where every question was lost."""
+    """Whether the sign test would find no change even if every question were lost."""
     return bool(2 * 0.5 ** int(mean["n"]) > ALPHA)
 
 
 def _left(rows: list[dict[Any, Any]], sizes: list[str], tasks: pd.DataFrame) -> str:
-    """From which amplitude nothing is left; else at how many tasks, at the largest one."""
+    """The amplitude from which nothing is left, or the number of tasks not above guessing."""
     of_conditions = [tasks[tasks["condition"] == row["condition"]] for row in rows]
     none_left = [
         bool(row["acc"] <= row["baseline"] and not some["verdict"].isin([ABOVE, TOO_FEW]).any())
@@ -299,7 +299,7 @@ def _left(rows: list[dict[Any, Any]], sizes: list[str], tasks: pd.DataFrame) -> 
 
 
 def _equivalent(mean: dict[Any, Any]) -> str:
-    """Whether the answers of all tasks together are equivalent, where this was asked."""
+    """Whether the answers of all tasks together are equivalent, if the user asked."""
     if "within" not in mean or pd.isna(mean["within"]):
         return ""
     shown = "Equivalent" if mean["p_equivalence_holm"] <= ALPHA else "Not shown to be equivalent"
@@ -307,5 +307,5 @@ def _equivalent(mean: dict[Any, Any]) -> str:
 
 
 def _listed(parts: Sequence[str]) -> str:
-    """Parts of a sentence with commas and a last "and"."""
+    """Joins parts of a sentence with commas and a last "and"."""
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)

@@ -1,1 +1,1 @@
-"""Carrying out a plan: work, store, processes, progress, and the rows that come out."""
+"""Carrying out a plan: work, store, processes, progress, and the rows of the result."""

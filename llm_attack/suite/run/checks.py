@@ -1,8 +1,8 @@
-"""Checks of a run of a standard: what speaks against its numbers, as AutoAttack looks for it.
+"""Checks of a run of a standard: they look for the signs of a failed attack, as AutoAttack does.
 
-Croce and Hein's AutoAttack warns of a model whose answers are random, whose gradient is zero, whose
-forward pass differs with and without a gradient, and where a search without gradients wins.
-`llm-attack doctor` checks more, with a run of its own.
+AutoAttack (Croce and Hein) warns in four cases: the answers are random, the gradient is zero, the
+forward pass differs with and without a gradient, or a search without gradients finds more.
+`llm-attack doctor` makes a run of its own and checks more.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from llm_attack.stats import ALPHA, more_often
 from llm_attack.suite.analysis.outcomes import BROKEN_BY
 
 Checked = dict[str, Any]
-"""A check: its name, whether it `passed`, and the `figure` that this rests on."""
+"""One check: its `name`, whether it `passed`, and the `figure` behind the verdict."""
 
-_QUESTIONS = 4  # of the first batch
-_ROUNDING = 1e-3  # of the log-probabilities, that of bfloat16 too; also of `doctor`
+_QUESTIONS = 4  # number of questions, from the first batch
+_ROUNDING = 1e-3  # of the log-probabilities; bfloat16 rounds less. `doctor` has the same limit
 
 REPEATS, GRADIENT = "answers do not vary from call to call", "answers with a gradient are the same"
 ZEROS, SEARCH = "the gradient is not zero", "a search without gradients does not win"
 
 
 def at_start(lm: AttackedHFLM, batch: Batch) -> list[Checked]:
-    """Of the first questions of a run, without an attack.
+    """Checks the first questions of a run without an attack.
 
     Args:
         lm: the model.
-        batch: with the questions.
+        batch: the first batch of the run.
     """
     engine = lm.engine
     few = replace(batch, questions=batch.questions[:_QUESTIONS])
@@ -68,7 +68,7 @@ def _changed(name: str, most: float, size: float) -> Checked:
 
 
 def at_end(samples: pd.DataFrame) -> list[Checked]:
-    """Of what a battery found.
+    """Checks the results of a battery; an empty list if the run has none.
 
     Args:
         samples: a row per question and condition.
@@ -79,8 +79,10 @@ def at_end(samples: pd.DataFrame) -> list[Checked]:
 
 
 def _search(samples: pd.DataFrame) -> Checked:
-    """Whether what no attack by gradient made wrong is made wrong by the search significantly more
-    often than the gradient made questions wrong, under any condition.
+    """Checks that the search without gradients does not find more than the attacks with gradients.
+
+    Each condition is checked. The search sees only questions that the gradient left right. The
+    check fails if the search made significantly more questions wrong than the gradient did.
     """
     searches = [name for name, kind in ATTACKS.items() if kind.search]
     worst, figure = True, "it made no question wrong that the gradient left right"
@@ -100,7 +102,7 @@ def _search(samples: pd.DataFrame) -> Checked:
 
 
 def sentences(checked: list[Checked]) -> list[str]:
-    """A warning for each check that failed."""
+    """A warning for each failed check."""
     return [
         f"check failed: {check['name']} ({check['figure']})"
         for check in checked

@@ -1,4 +1,4 @@
-"""What a batch costs: passes of each attack, and the FLOP of a pass; formulas in docs/scale.md."""
+"""The cost of a batch: passes of each attack, and FLOP of a pass. Formulas: docs/scale.md."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from llm_attack.lm.packing.pack import Pack
 
 
 class Passes(NamedTuple):
-    """Passes through the model, by kind.
+    """The number of passes through the model, by kind.
 
     Attributes:
-        gradients: forward and backward of the loss.
-        losses: forwards of the loss alone.
-        answers: forwards for the answers under a perturbation.
-        clean: forwards for the answers without one, where no gradient's gives them.
-        first: of the gradients, those at the clean point, which conditions share: 1 or 0.
+        gradients: forward and backward passes of the loss.
+        losses: forward passes that compute only the loss.
+        answers: forward passes that answer the questions with a perturbation.
+        clean: forward passes that answer the questions without one, unless a gradient pass does so.
+        first: number of gradients at the clean point, which conditions share: 1 or 0. `gradients`
+            includes it.
     """
 
     gradients: int = 0
@@ -34,24 +35,24 @@ class Passes(NamedTuple):
     first: int = 0
 
     def plus(self, other: Passes) -> Passes:
-        """Of both."""
+        """The sum of both."""
         return Passes(*(a + b for a, b in zip(self, other, strict=True)))
 
 
 def passes(
     attacks: Sequence[Attack], others: int, *, apart: bool = False, hookpoints: int = 1
 ) -> Passes:
-    """What `Engine.compute` does under all attacks; of a battery the most that it can do.
+    """The passes of `Engine.compute` under all attacks; for a battery, the largest possible number.
 
     Args:
-        attacks: the conditions, those of a hookpoint only.
-        others: choices that are not gold, of the question that has the most.
-        apart: whether another model takes the gradients, so that they give no answers.
-        hookpoints: at how many the attacks are made.
+        attacks: the conditions at one hookpoint.
+        others: number of wrong choices of the question that has the most.
+        apart: whether another model computes the gradients. These passes then give no answers.
+        hookpoints: number of hookpoints.
     """
     attacks = [member for attack in attacks for member in attack.members]
     needs = Needs.of(attacks)
-    clean = needs.answers if hookpoints == 1 else True  # it gives the points of all hookpoints
+    clean = needs.answers if hookpoints == 1 else True  # this pass gives all points
     total = Passes(gradients=1, first=1) if needs.gradient else Passes()
     if clean and (apart or not needs.gradient):
         total = total.plus(Passes(clean=1))
@@ -64,7 +65,7 @@ def passes(
             ways.setdefault(attack.path, []).append(attack)
     for family in ways.values():
         longest = max(family, key=lambda attack: attack.steps)
-        looked = not (apart and longest.kind.gradient)  # whose answers its losses are
+        looked = not (apart and longest.kind.gradient)  # then its losses are also its answers
         answers = int(not longest.keeps_best) if looked else len(family)
         of_family = _of_attack(longest, others, known).plus(Passes(answers=answers))
         total = total.plus(Passes(*(n * hookpoints for n in of_family)))
@@ -72,12 +73,14 @@ def passes(
 
 
 def _of_attack(attack: Attack, others: int, clean: bool) -> Passes:
-    """Counted, not known by name: the attack runs on a point of four numbers and a linear loss,
-    which crosses 0 inside of the ball, so that the searches for the smallest amplitude go on.
+    """The passes of one attack, counted in a trial.
+
+    The attack runs on a point of four numbers with a linear loss. The loss crosses 0 inside the
+    ball, so searches for the smallest amplitude do not end early.
 
     Args:
         attack: the condition.
-        others: as of `passes`.
+        others: see `passes`.
         clean: whether the clean answers are known.
     """
     x = torch.zeros(1, 2, 2, dtype=torch.float64)
@@ -101,16 +104,16 @@ def _of_attack(attack: Attack, others: int, clean: bool) -> Passes:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the FLOP of a pass depend on.
+    """The sizes of a model that the FLOP of a pass depend on.
 
     Attributes:
-        blocks: weights that every token is multiplied with.
-        head: weights that every position looked at is multiplied with.
-        attention: summed over layers, width of all queries of a token.
+        blocks: weights that are multiplied with every token.
+        head: weights that are multiplied with every position that is read.
+        attention: width of all queries of a token, summed over layers.
         vocabulary: outputs of the head.
-        widest: the greatest width within a block.
-        recomputed: whether the backward pass repeats the forward one: all of it but each block's
-            last product, which is counted here as well.
+        widest: largest width within a block.
+        recomputed: whether the backward pass repeats the forward pass (gradient checkpointing). It
+            leaves out the last product of each block, which is counted here nevertheless.
     """
 
     blocks: int
@@ -122,7 +125,7 @@ class Sizes:
 
     @classmethod
     def of(cls, model: PreTrainedModel, recomputed: bool = False) -> Sizes:
-        """Those of a model."""
+        """The sizes of `model`."""
         matrices = [p for b in known_blocks(model) for p in b.parameters() if p.dim() > 1]
         config = model.config.get_text_config()
         heads = getattr(config, "num_attention_heads", 0)
@@ -140,22 +143,22 @@ class Sizes:
         )
 
     def forward(self, pack: Pack, positions: int) -> int:
-        """FLOP of a forward of `pack` that looks at so many positions."""
+        """FLOP of a forward pass of `pack` that reads this number of positions."""
         products = self.blocks * pack.inputs.tokens.numel() + self.head * positions
         return 2 * products + 4 * _pairs(pack) * self.attention
 
     def prefix(self, pack: Pack) -> int:
-        """FLOP of computing what `pack` has as a prefix."""
+        """FLOP of computing the prefix of `pack`."""
         n = len(pack.prefix)
         return 2 * self.blocks * n + 4 * n**2 * self.attention
 
     def backward(self, pack: Pack, positions: int) -> int:
-        """FLOP of the gradient with respect to the point alone: weights have none."""
+        """FLOP of the gradient with respect to the point; weights get no gradient."""
         again = self.forward(pack, 0) if self.recomputed else 0
         return self.forward(pack, positions) + 4 * _pairs(pack) * self.attention + again
 
     def gradient(self, pack: Pack, positions: int, once: bool = False) -> int:
-        """FLOP of a forward and a backward; `once`: what rows have in common is computed once."""
+        """FLOP of a forward and a backward pass; with `once`, shared parts of rows count once."""
         whole = self.forward(pack, positions) + self.backward(pack, positions)
         if not once or pack.twins is None:
             return whole
@@ -165,5 +168,5 @@ class Sizes:
 
 
 def _pairs(pack: Pack) -> int:
-    """Pairs of tokens of which one looks at the other; kernels compute masked ones too."""
+    """Number of (query, key) pairs of tokens. Masked pairs count, because kernels compute them."""
     return pack.inputs.tokens.numel() * pack.input_ids.shape[1]

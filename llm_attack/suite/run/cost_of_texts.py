@@ -1,4 +1,4 @@
-"""What generated texts cost: the prompts as a batch that is read, and the time of a step."""
+"""The cost of generated texts: reading the prompts, and the time of a step of generation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llm_attack.lm.packing.questions import Question, Request
 
 
 def as_read(prompts: Prompts) -> Batch:
-    """The batch that reads the prompts, and looks at the prediction of one token behind them."""
+    """The batch that reads the prompts, and the prediction of the last token of each."""
     questions = []
     for question in prompts.questions:
         tokens = question.requests[0].tokens
@@ -22,11 +22,11 @@ def as_read(prompts: Prompts) -> Batch:
 
 
 def seconds_of_step(lm: AttackedHFLM, prompts: Prompts) -> float:
-    """Seconds of a step of generation: the difference of a longer and a short text, measured.
+    """Measures the seconds of a step of generation, from a longer and a shorter text.
 
     Args:
         lm: the model.
-        prompts: a batch whose rows are continued.
+        prompts: the batch of prompts to continue.
     """
     few, more = 1, min(9, prompts.most)
     if more <= few:
@@ -35,7 +35,7 @@ def seconds_of_step(lm: AttackedHFLM, prompts: Prompts) -> float:
     longest = max(map(len, tokens))
     rows = torch.tensor([[of[0]] * (longest - len(of)) + of for of in tokens]).to(lm.device)
     seconds = []
-    for n in (few, few, more):  # the first is to warm up
+    for n in (few, few, more):  # the first one warms up
         start = time.perf_counter()
         how = {"max_new_tokens": n, "min_new_tokens": n, "do_sample": False, "pad_token_id": 0}
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""`llm-attack run --dry-run`: what a run would take, from its batches and a short calibration."""
+"""`llm-attack run --dry-run`: estimates a run from its batches and a short calibration."""
 
 from __future__ import annotations
 
@@ -36,24 +36,24 @@ from llm_attack.suite.run.execute import Prepared, Processes, prepare
 from llm_attack.suite.run.perturbations import Saved, amount
 from llm_attack.suite.run.progress import MODES
 
-_LIVE = 4  # activations of a block's greatest width that exist at once, besides those kept
-SECONDS = 2.0  # of calibration
-DISCORDANCE = (0.1, 0.3)  # shares of the questions that may change their answer under an attack
+_LIVE = 4  # number of activations of a block's largest width that exist at once, besides kept ones
+SECONDS = 2.0  # duration of the calibration
+DISCORDANCE = (0.1, 0.3)  # assumed shares of the questions that change their answer under an attack
 
 
 @dataclass
 class Counts:
-    """What is counted of the batches, before any of them is computed.
+    """Counts over all batches, made before any batch is computed.
 
     Attributes:
-        questions, requests: asked.
-        tokens_asked: that requests have, each by itself.
-        tokens_packed: of the batches, padding included.
-        gradients, forwards: FLOP of passes with a backward, and of those without.
+        questions, requests: their numbers.
+        tokens_asked: tokens of all requests, each counted by itself.
+        tokens_packed: tokens of the batches, padding included.
+        gradients, forwards: FLOP of passes with and without a backward pass.
         largest: tokens of the largest batch.
-        positions: looked at in the batch that has the most.
-        steps: forwards of one token each, by which texts are generated, at most.
-        prefix: of the last batch.
+        positions: the most positions that are read in one batch.
+        steps: largest number of generation steps. Each is a forward pass of one token.
+        prefix: prefix of the last batch.
     """
 
     questions: int = 0
@@ -69,11 +69,11 @@ class Counts:
 
     @property
     def flop(self) -> int:
-        """Of all passes."""
+        """The FLOP of all passes."""
         return self.gradients + self.forwards
 
     def add(self, pack: Pack, sizes: Sizes, todo: Passes, once: bool = False) -> None:
-        """Counts a batch; `once` as of `Sizes.gradient`, for the first gradient."""
+        """Counts a batch. `once` is that of `Sizes.gradient`, for the first gradient."""
         scored, watched = len(pack.scored.positions), len(pack.watched.positions)
         if pack.prefix != self.prefix:
             self.prefix = pack.prefix
@@ -92,13 +92,14 @@ class Counts:
 
 @dataclass
 class Rates:
-    """What the device does, as measured on some of the batches.
+    """The speed of the device, measured on some of the batches.
 
     Attributes:
-        gradient, forward: seconds per FLOP, of passes with a backward and without; 0: not needed.
+        gradient, forward: seconds per FLOP of passes with and without a backward pass; 0 if there
+            are none.
         step: seconds per step of generation.
-        kept: bytes that a token has kept for the backward, logits included.
-        seconds: that the measurement took.
+        kept: bytes per token that are kept for the backward pass, logits included.
+        seconds: duration of the measurement.
     """
 
     gradient: float = 0.0
@@ -113,15 +114,16 @@ class Estimate:
     """The estimate of a run.
 
     Attributes:
-        counts: of the batches.
-        rates: of the device.
-        seconds: of computing; neither loading the model nor tables and figures.
+        counts: counts over the batches.
+        rates: speed of the device.
+        seconds: computing time, without loading the model and without tables and figures.
         weights: bytes of parameters and buffers.
-        activations: bytes of the largest batch.
-        battery: whether there is a battery, which takes no longer than this.
-        copied: bytes of the weights' copy that gradients are taken of, by the name of its dtype.
-        sizes: questions of each task.
-        saved: what is said of the perturbations that are saved; empty: none are.
+        activations: bytes of activations of the largest batch.
+        battery: whether the run has a battery. Then `seconds` is an upper bound.
+        copied: (dtype, bytes) of the copy of the weights that computes gradients; None if there is
+            none.
+        sizes: number of questions of each task.
+        saved: a sentence about saved perturbations; empty if none are saved.
     """
 
     counts: Counts
@@ -140,7 +142,7 @@ class Estimate:
         self.seconds += counts.steps * rates.step
 
     def lines(self) -> dict[str, str]:
-        """As it is shown."""
+        """The estimate as labels and texts."""
         n, rates = self.counts, self.rates
         share = n.tokens_packed / max(1, n.tokens_asked)
         passes = self.seconds - n.steps * rates.step
@@ -168,7 +170,7 @@ class Estimate:
 
 
 def dry_run(plan: Plan, progress: str) -> Estimate:
-    """Estimates a run; writes nothing.
+    """Estimates a run and writes nothing.
 
     Raises:
         UsageError: an argument is not allowed, or there are several processes.
@@ -181,7 +183,7 @@ def dry_run(plan: Plan, progress: str) -> Estimate:
 
 
 def estimate(prepared: Prepared, seconds: float = SECONDS) -> Estimate:
-    """The estimate of what was prepared, from a calibration of about so many seconds."""
+    """Estimates a prepared run from a calibration of about this number of seconds."""
     lm = prepared.lm
     engine, model = lm.engine, lm.model
     sizes = Sizes.of(model, lm.engine_settings.gradient_checkpointing)
@@ -203,7 +205,7 @@ def estimate(prepared: Prepared, seconds: float = SECONDS) -> Estimate:
     for batch in answered:
         counts.add(engine.pack(batch), sizes, todo, engine.scorer.takes_twins)
     conditions = len(engine.attacks)
-    for prompts in generated:  # every condition reads them anew
+    for prompts in generated:  # every condition reads the prompts again
         counts.add(engine.pack(as_read(prompts)), sizes, todo._replace(answers=conditions, clean=0))
         counts.steps += prompts.most * conditions
     batches = [*answered, *map(as_read, generated)]
@@ -211,7 +213,7 @@ def estimate(prepared: Prepared, seconds: float = SECONDS) -> Estimate:
     calibration = Calibration(engine, sizes, bool(todo.gradients))
     with frozen(model):
         calibration.measure(engine.pack(batches[order[0]]))
-        calibration = Calibration(engine, sizes, bool(todo.gradients))  # that was to warm up
+        calibration = Calibration(engine, sizes, bool(todo.gradients))  # the first warmed up
         for i in order:
             calibration.measure(engine.pack(batches[i]))
             if calibration.seconds > seconds:
@@ -237,12 +239,12 @@ def estimate(prepared: Prepared, seconds: float = SECONDS) -> Estimate:
 
 
 class Calibration:
-    """Runs batches, each once with a gradient and once with noise, and keeps the time.
+    """Times batches, each once with a gradient and once with noise.
 
     Args:
-        engine: with the conditions.
-        sizes: of its model.
-        gradients: whether a gradient is needed.
+        engine: the engine with the conditions.
+        sizes: the sizes of its model.
+        gradients: whether to time gradients.
     """
 
     def __init__(self, engine: Engine, sizes: Sizes, gradients: bool) -> None:
@@ -252,11 +254,11 @@ class Calibration:
 
     @property
     def seconds(self) -> float:
-        """So far."""
+        """Seconds spent so far."""
         return sum(self.spent)
 
     def measure(self, pack: Pack) -> None:
-        """Runs a batch."""
+        """Runs and times a batch."""
         attack = self.engine.attacks[-1]
         noise = Attack("random", attack.epsilon, norm=attack.norm)
         engine, scorer = self.engine, self.engine.scorers[-1]
@@ -291,7 +293,7 @@ class Calibration:
         return tensor
 
     def rates(self) -> Rates:
-        """What was measured."""
+        """The measured speed."""
         gradient, forward = (
             s / f if f else 0.0 for s, f in zip(self.spent, self.flop, strict=True)
         )
@@ -305,7 +307,7 @@ def _slope(scorer: Scorer, pack: Pack, threat: ThreatModel, needs: Needs) -> Ten
 
 
 def show(estimated: Estimate, name: str) -> Table:
-    """The table of an estimate."""
+    """The estimate as a table."""
     table = Table(title=f"{name}: time and memory that the run would need", show_header=False)
     for label, value in estimated.lines().items():
         table.add_row(label, value)
@@ -313,13 +315,13 @@ def show(estimated: Estimate, name: str) -> Table:
 
 
 def _answered(pack: Pack) -> Iterator[tuple[Request, list[int]]]:
-    """The requests of a pack, and which of the run's they answer."""
+    """The requests of a pack, each with the numbers of the run's requests that it answers."""
     for question in pack.questions:
         yield from zip(question.requests, question.answers, strict=True)
 
 
 def _shows(sizes: Sequence[int]) -> str:
-    """The smallest drop of the mean that so many questions show, for each of `DISCORDANCE`."""
+    """The smallest drop of the mean that these numbers of questions show, per `DISCORDANCE`."""
     said = {}
     for share in DISCORDANCE:
         drop = planned(sizes, share)

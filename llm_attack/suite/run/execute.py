@@ -1,7 +1,8 @@
-"""The way of a run: tasks -> requests -> batches, each kept when finished -> judgement -> outputs.
+"""The way of a run: tasks -> requests -> batches, each stored when finished -> judgement ->
+outputs.
 
-Processes share no memory and send no messages. Every one takes each `world`-th batch; the first
-waits for the others, judges, and writes.
+Processes share no memory and send no messages. Each takes every `world`-th batch. The first waits
+for the others, judges, and writes.
 """
 
 from __future__ import annotations
@@ -48,12 +49,12 @@ from llm_attack.suite.run.work import RunningAccuracy, Work, gather, work_of
 
 
 class Processes(NamedTuple):
-    """Which of how many processes this is.
+    """The place of this process among all processes of a run.
 
     Attributes:
-        rank, world: which share of the batches it answers, of how many.
-        member: which process it is of those that hold a part of the model each and answer the same
-            batches (tensor parallelism); the first of them keeps what is finished.
+        rank, world: the process answers share `rank` of `world` shares of the batches.
+        member: number of this process among those that each hold a part of the model and answer the
+            same batches (tensor parallelism). The first of them stores finished batches.
     """
 
     rank: int
@@ -62,18 +63,18 @@ class Processes(NamedTuple):
 
     @property
     def first(self) -> bool:
-        """Whether it judges and writes."""
+        """Whether this process judges and writes."""
         return self.rank == 0 and self.member == 0
 
     @classmethod
     def of(cls, plan: Plan) -> Processes:
-        """As RANK and WORLD_SIZE say, which torchrun and accelerate launch set, or `shard`.
+        """Reads RANK and WORLD_SIZE, which torchrun and accelerate launch set, or `shard`.
 
-        With `tp_plan` all processes of a launch are one worker, and `shard` alone tells workers
-        from each other.
+        With `tp_plan`, all processes of a launch are one worker, and only `shard` divides the
+        batches.
 
         Raises:
-            UsageError: they make no sense.
+            UsageError: the values are not allowed together.
         """
         launch = {"RANK": "0", "WORLD_SIZE": "1"}
         for name in launch:
@@ -105,18 +106,18 @@ class Processes(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """All that is known before anything is computed or written.
+    """A run of which nothing has been computed or written yet.
 
     Attributes:
         plan: the plan.
         lm: the model with the plan's conditions.
-        judge: the tasks.
-        requests: all of them.
-        gold: of `rows.gold_of`.
-        scores: of `rows.scores_of`.
+        judge: lm-eval's tasks, ready to judge answers.
+        requests: the requests of all tasks.
+        gold: the result of `rows.gold_of`.
+        scores: the result of `rows.scores_of`.
         work: the batches.
         mark: the fingerprint.
-        timings: seconds, by what they were spent on.
+        timings: seconds by stage.
     """
 
     plan: Plan
@@ -136,10 +137,10 @@ def prepare(plan: Plan, progress: str, console: Console, doctor: bool = False) -
 
     Args:
         plan: the plan.
-        progress: of `progress.MODES`.
-        console: where it is shown.
-        doctor: whether it is for `doctor`, which examines a wrong gradient instead of refusing it,
-            and tasks with choices alone.
+        progress: one of `progress.MODES`.
+        console: shows the progress.
+        doctor: whether `doctor` calls. It examines a wrong gradient instead of refusing it, and
+            takes only tasks with choices.
 
     Raises:
         UsageError: an argument is not allowed, or the gradient is not that of the model.
@@ -178,17 +179,19 @@ def prepare(plan: Plan, progress: str, console: Console, doctor: bool = False) -
 
 @templates_compiled_once()
 def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -> Result | None:
-    """Carries out what is left of a run; None on all processes but the first.
+    """Carries out the rest of a run. Returns None on all processes except the first.
 
     Args:
-        prepared: of `prepare`.
-        folder: where finished batches are kept (`Store`) until the run is complete.
-        progress: of `progress.MODES`.
-        console: where it is shown.
+        prepared: the result of `prepare`.
+        folder: the folder of the run. It keeps finished batches (`Store`) until the run is
+            complete.
+        progress: one of `progress.MODES`.
+        console: shows the progress.
 
     Raises:
-        UsageError: another process is writing there, or the clean model gives no numbers.
-        ProcessDied: another process of this run is gone; what is finished is kept.
+        UsageError: another process writes into the folder, or the clean model gives no finite
+            numbers.
+        ProcessDied: another process of this run ended early. Finished batches are kept.
     """
     plan, lm, judge, requests, gold, scores, work, mark, _ = prepared
     clock = Stopwatch(prepared.timings)
@@ -248,7 +251,7 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         table = with_equivalence(table, plan.equivalence)
     clock.lap("judgement")
     seconds = {name: round(duration, 2) for name, duration in clock.items()}
-    # where all was finished before, those of this process
+    # of this process if all batches were finished before
     of_threads = {"threads": threads if len(threads) > 1 else threads[0]} if threads else {}
     run |= {
         "model": str(plan.model),
@@ -272,13 +275,13 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
 
 
 def _of_model(lm: AttackedHFLM) -> dict[str, Any]:
-    """What a list of models may be sorted by."""
+    """Properties of the model that a list of models may be sorted by."""
     family = str(getattr(lm.model.config, "model_type", ""))
     return {"family": family, "parameters": int(lm.model.num_parameters())}
 
 
 def _tasks(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """lm-eval's version and number of examples of each task."""
+    """lm-eval's version and number of few-shot examples of each task."""
     return {
         task: {
             "version": result.get("versions", {}).get(task),
@@ -289,7 +292,7 @@ def _tasks(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _critical_of_others(attacks: Sequence[Attack], scores: Mapping[str, Score]) -> list[str]:
-    """A sentence where critical epsilons are not of the scores that are reported."""
+    """A warning if the critical epsilons do not refer to the scores that are reported."""
     of_choices = ("acc", "acc_norm", "acc_bytes")
     others = [
         task for task, score in scores.items() if not (score.choice and score.name in of_choices)
@@ -303,16 +306,17 @@ def _critical_of_others(attacks: Sequence[Attack], scores: Mapping[str, Score]) 
 def _answer(
     prepared: Prepared, store: Store, traces: bool, progress: str, console: Console
 ) -> set[int]:
-    """Answers this process's share of the batches that no attempt has finished; returns the numbers
-    of threads of what computed them.
+    """Answers the unfinished batches of this process's share.
+
+    Returns the numbers of threads that computed them.
     """
     lm = prepared.lm
     conditions = [attack.condition for attack in lm.engine.attacks]
-    all_here()  # what cannot be read has been moved aside
+    all_here()  # damaged parts have been moved aside by now
     finished = store.keys()
     if traces:  # a batch without its traces is not finished
         finished = {key for key in finished if perturbations.is_kept(store.traces(key))}
-    all_here()  # nothing is added before all have looked
+    all_here()  # no process adds batches before all have looked
     own = set(store.share(store.rank))
     share = [w for w in prepared.work if w.key in own]
     todo = {id(w.batch): w for w in share if w.key not in finished}

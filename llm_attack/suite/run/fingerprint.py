@@ -1,4 +1,4 @@
-"""Fingerprints of runs: the same fingerprint, the same numbers."""
+"""Fingerprints of runs: runs with equal fingerprints have equal numbers."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def of_run(
     tokens: Iterable[Any],
     batches: Sequence[Any],
 ) -> dict[str, Any]:
-    """All that results depend on; secrets are no part of it.
+    """Everything that the results of a run depend on, without secrets.
 
     Args:
-        plan: with the settings of attacks and tasks.
+        plan: the settings of attacks and tasks.
         lm: the model.
-        requests: of all tasks.
-        tokens: what the model reads for them.
-        batches: which of them are computed together.
+        requests: the requests of all tasks.
+        tokens: the tokens that the model reads for them.
+        batches: the requests that are computed together.
     """
     tasks: dict[str, Any] = {}
     for request in requests:
@@ -58,7 +58,7 @@ def of_run(
     generates = any(request.request_type == GENERATE for request in requests)
     return {
         **settings,
-        **({"sources": own} if own else {}),  # of functions of the user's own
+        **({"sources": own} if own else {}),  # source code of the user's functions
         **({"generation": hashes.generation(lm.model)} if generates else {}),
         **of_model(lm),
         "tasks": {name: content.hexdigest()[:DIGITS] for name, content in tasks.items()},
@@ -68,15 +68,15 @@ def of_run(
 
 
 def of_model(lm: AttackedHFLM) -> dict[str, Any]:
-    """The part of the model, and of what computes it."""
+    """The part of a fingerprint about the model and the software and device that run it."""
     return {**hashes.of_model(lm), "device": lm.device.type, "versions": versions()}
 
 
 def kept(folder: Path) -> dict[str, Any] | None:
-    """The fingerprint of the run in `folder`, finished or not; None: there is none.
+    """The fingerprint of the finished or unfinished run in `folder`; None if there is no run.
 
     Raises:
-        UsageError: there is something else.
+        UsageError: a file is not the record of a run.
     """
     for path in (folder / STORE / MARK, folder / "run.json"):
         try:
@@ -92,10 +92,11 @@ def kept(folder: Path) -> dict[str, Any] | None:
 
 
 def check(folder: Path, mark: dict[str, Any]) -> None:
-    """Compares `mark` with that of the run in `folder`, if there is one.
+    """Compares `mark` with the fingerprint of the run in `folder`, if there is one.
 
     Raises:
-        UsageError: it is another run, and the message says what differs; or batches have no mark.
+        UsageError: it is another run (the message names the differences), or batches have no
+            fingerprint.
     """
     stored = kept(folder)
     if stored is None:
@@ -105,12 +106,12 @@ def check(folder: Path, mark: dict[str, Any]) -> None:
 
 
 def keep(folder: Path, mark: dict[str, Any]) -> None:
-    """Marks the unfinished run in `folder`, unless it has this mark already.
+    """Writes the fingerprint of the unfinished run into `folder`, unless it is there already.
 
-    Of two runs that start there at once one writes, and the other is refused.
+    If two runs start in one folder at the same time, one writes and the other is refused.
 
     Raises:
-        UsageError: as of `check`.
+        UsageError: see `check`.
     """
     _check_batches(folder)
     (folder / STORE).mkdir(parents=True, exist_ok=True)
@@ -121,7 +122,7 @@ def keep(folder: Path, mark: dict[str, Any]) -> None:
 
 
 def _check_batches(folder: Path) -> None:
-    # in this order: a process writes the mark before anything else
+    # in this order, because a process writes the mark before anything else
     if strangers(folder / STORE) and not (folder / STORE / MARK).exists():
         raise UsageError(
             f"output={folder}: {STORE} in this folder has no {MARK}, so its run is unknown; must"
@@ -130,6 +131,6 @@ def _check_batches(folder: Path) -> None:
 
 
 def plain(mark: dict[str, Any]) -> dict[str, Any]:
-    """`mark` as it comes back from a file."""
+    """`mark` in the form that a JSON file gives back."""
     read: dict[str, Any] = json.loads(json.dumps(mark, default=str))
     return read

@@ -1,4 +1,4 @@
-"""The model of a plan, on the device of its process; one that is loaded is left as it was."""
+"""Loading the model of a plan onto the device of its process."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def load_model(plan: Plan) -> AttackedHFLM:
 
 @contextmanager
 def left_as_it_was(model: str) -> Iterator[None]:
-    """Undoes at the end what a run does to the blocks of a model that was loaded before it.
+    """Restores the blocks of a model that was loaded before the run.
 
-    Recomputed and compiled blocks have another `forward`. Modes, hooks and which weights are
-    trained are restored by what changes them.
+    A run may replace `forward` of blocks, to recompute or to compile them. The code that changes
+    modes, hooks and `requires_grad` restores these itself.
     """
     modules = list(model.model.modules()) if isinstance(model, LoadedModel) else []
     forwards = [vars(module).get("forward") for module in modules]
@@ -64,7 +64,7 @@ def left_as_it_was(model: str) -> Iterator[None]:
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """Hides the other processes from accelerate, which would connect them and wait for all."""
+    """Hides the other processes from accelerate, which would connect to them and wait for all."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:

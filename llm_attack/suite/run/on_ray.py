@@ -1,7 +1,8 @@
-"""A run's batches on the workers of a Ray cluster; this process alone judges and writes.
+"""Answers a run's batches on the workers of a Ray cluster. Only this process judges and writes.
 
-A worker is an actor: the model, and nothing of tasks, folder or files. Ray places the actors, tells
-when one has died, and carries batches and answers, so that nothing is shared but the network.
+A worker is an actor that holds the model. It knows nothing of tasks, folders or files. Ray places
+the actors, reports when one dies, and carries batches and answers. So machines share only the
+network.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ from llm_attack.suite.run import fingerprint
 from llm_attack.suite.run.load import load_model
 from llm_attack.suite.run.work import AnyBatch
 
-PAUSE = 1.0  # seconds, at most, between two looks at how large the cluster is
-LONGEST = 30.0  # seconds for which the head of a cluster may be gone, and an answer be on its way
-DEATHS = 3  # for each worker, in a row and without a finished batch in between, that are borne
-_SHARE = 0.9  # of a GPU, for a worker: one on each, and some is left for a driver that is a job
+PAUSE = 1.0  # seconds, at most, between two looks at the size of the cluster
+LONGEST = 30.0  # seconds that the head of a cluster may be gone, or an answer may take to arrive
+DEATHS = 3  # tolerated deaths for each worker, in a row and without a finished batch in between
+_SHARE = 0.9  # of a GPU for each worker; a driver that runs as a job gets the rest
 
 
 def threads_of(lm: AttackedHFLM) -> int:
@@ -47,8 +48,8 @@ class Worker:
     """The model of a run on one device.
 
     Args:
-        plan: with the device.
-        conditions: of the run.
+        plan: the plan, with the device.
+        conditions: the conditions of the run.
     """
 
     def __init__(self, plan: Plan, conditions: Sequence[AttackSettings]) -> None:
@@ -56,10 +57,10 @@ class Worker:
 
     @cached_property
     def lm(self) -> AttackedHFLM:
-        """Loaded by the first call, whose errors are those of loading."""
+        """The model. The first access loads it and raises the errors of loading."""
         lm = load_model(self.plan)
         lm.use(*self.conditions)
-        lm.check_gradient()  # of the kernels of this device
+        lm.check_gradient()  # the kernels of this device may differ
         return lm
 
     def ready(self) -> tuple[dict[str, Any], int]:
@@ -75,11 +76,11 @@ class Worker:
 
 @contextmanager
 def cluster(plan: Plan) -> Iterator[None]:
-    """Connects with the cluster that the plan names, or starts one here; nothing without a name.
+    """Connects to the cluster that the plan names, or starts one here. Does nothing without `ray`.
 
     Raises:
-        UsageError: Ray is not installed, there is no such cluster, or its devices are not those of
-            this machine.
+        UsageError: Ray is not installed, the cluster does not answer, or its devices differ from
+            those of this machine.
     """
     if plan.ray is None:
         yield
@@ -117,7 +118,7 @@ def _no_cluster(plan: Plan, error: Exception) -> UsageError:
 
 @contextmanager
 def _handlers_kept() -> Iterator[None]:
-    """`ray.init` makes SIGTERM a SystemExit, in the main thread; afterwards it is as before."""
+    """Restores the handler of SIGTERM after `ray.init`, which makes the signal a SystemExit."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
@@ -151,22 +152,23 @@ def answers(
     say: Callable[[str], None],
     threads: set[int],
 ) -> Iterator[tuple[AnyBatch, BatchResult]]:
-    """Batches with their answers, by the workers of `cluster`, in the order in which they finish.
+    """Yields batches with the answers of the cluster's workers, in the order in which they finish.
 
-    There is a worker for every GPU (on CPUs, for every core) of the cluster as it is and as it
-    grows, or `ray_workers`. One that dies is replaced as soon as there is room, and its batch goes
-    to whichever is free: Ray's own restarts would keep it waiting for that room.
+    There is one worker for every GPU of the cluster (on CPUs, for every core), or as many as
+    `ray_workers` says. New machines get workers too. A dead worker is replaced when there is room,
+    and any free worker repeats its batch. Ray's own restarts would let the batch wait for that
+    room.
 
     Args:
-        plan: of the run.
-        lm: its model, whose weights are let go of here.
+        plan: the plan of the run.
+        lm: its model. This process frees its weights.
         todo: the batches.
-        say: told what the user should know.
-        threads: gets the numbers of threads that workers have.
+        say: gets messages for the user.
+        threads: gets the numbers of threads of the workers.
 
     Raises:
-        UsageError: a worker has another model, or says so of its own.
-        ProcessDied: workers die and nothing is finished, or Ray itself is gone.
+        UsageError: a worker has another model, or raises this error itself.
+        ProcessDied: workers die without a finished batch, or Ray itself is gone.
     """
     import ray
     import ray.exceptions
@@ -199,13 +201,13 @@ def answers(
 
 
 class _Workers:
-    """The workers of a run: what each is busy with, and the batches that wait for one.
+    """The workers of a run, what each one does, and the waiting batches.
 
     Args:
         ray: the module.
         make: starts a worker.
         waiting: the batches.
-        say: told what the user should know.
+        say: gets messages for the user.
     """
 
     def __init__(
@@ -217,7 +219,7 @@ class _Workers:
     ) -> None:
         self.ray, self.make, self.waiting, self.say = ray, make, waiting, say
         self.idle: list[Any] = []
-        # without a batch: it loads the model
+        # a worker without a batch is loading the model
         self.busy: dict[Any, tuple[Any, AnyBatch | None]] = {}
         self.alive = _Alive(ray)
         self.number = self.deaths = 0
@@ -227,22 +229,23 @@ class _Workers:
         return bool(self.waiting) or any(batch for _, batch in self.busy.values())
 
     def start(self) -> None:
-        """Starts one, which loads the model."""
+        """Starts a worker, which loads the model."""
         worker = self.make()
         self.busy[worker.ready.remote()] = worker, None
 
     def hand_out(self) -> None:
-        """Gives batches to those that are idle."""
+        """Gives batches to idle workers."""
         while self.idle and self.waiting:
             worker, batch = self.idle.pop(), self.waiting.popleft()
             self.busy[worker.answer.remote(batch)] = worker, batch
 
     def finished(self, wanted: int | None, kind: str) -> Iterator[tuple[AnyBatch | None, Any]]:
-        """(batch, answers) of those that finish within a pause, and (None, `Worker.ready`).
+        """Yields (batch, answers) or, from a new worker, (None, `Worker.ready`), for one pause at
+        most.
 
         Args:
-            wanted: how many workers there are to be; None: as many as there is room for.
-            kind: of resource that has room for one.
+            wanted: number of workers; None: as many as there is room for.
+            kind: the resource that a worker needs, "GPU" or "CPU".
         """
         for done in self._done(wanted, kind):
             worker, batch = self.busy.pop(done)
@@ -259,7 +262,7 @@ class _Workers:
             yield batch, result
 
     def _done(self, wanted: int | None, kind: str) -> list[Any]:
-        """Starts workers where there is room, and returns the calls that have finished."""
+        """Starts workers if there is room, and returns the finished calls."""
         try:
             if not self.alive.is_known():
                 time.sleep(PAUSE)
@@ -274,7 +277,7 @@ class _Workers:
         return [*finished]
 
     def _replace(self, batch: AnyBatch | None, error: Exception) -> None:
-        """Starts another worker for one that died, whose batch waits again."""
+        """Starts another worker for one that died. The batch of the dead worker waits again."""
         self.deaths += 1
         if self.deaths > DEATHS * self.number:
             text = f"{self.deaths} workers died in a row: {one_line(error)}"
@@ -285,10 +288,10 @@ class _Workers:
 
 
 class _Alive:
-    """Whether the parts of Ray that a run cannot do without are there.
+    """Checks that the parts of Ray that a run needs are alive.
 
-    Ray waits for ever where the raylet of this machine has died; where the head of the cluster is
-    gone, its calls wait for a minute and then end this process.
+    Without this check, Ray waits forever if the raylet of this machine has died. If the head of the
+    cluster is gone, calls of Ray wait for a minute and then end this process.
     """
 
     def __init__(self, ray: Any) -> None:
@@ -297,7 +300,7 @@ class _Alive:
         self._seen = time.monotonic()
 
     def is_known(self) -> bool:
-        """Whether the head can be asked; raises `ProcessDied` where something is gone for good."""
+        """Whether the head answers. Raises `ProcessDied` if a part is gone for good."""
         host, _, port = self.head.rpartition(":")
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=PAUSE).close()

@@ -1,4 +1,4 @@
-"""Saving perturbations: a file for each finished batch, and at the end one for each task."""
+"""Saving perturbations: first a file for each finished batch, at the end one for each task."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ _DTYPES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
 }
-# Shares of the loss are rough where they miss more of its change than this, and than so many nats;
-# and what share of the perturbations may be so without a word.
+# Shares of the loss are rough if their sum misses its change by more than both limits: a share of
+# the change, and a number of nats. No warning if at most the third share of perturbations is rough.
 _MISSED, _NATS, _FEW = 0.05, 0.01, 0.01
-# Bytes of each token of a request, and of each request, besides those of its rows.
+# Bytes for each token of a request and for each request, without those of its rows.
 _OF_TOKEN, _OF_REQUEST = 8, 28
 
 
 def layouts(lm: AttackedHFLM, batch: Batch) -> list[Layout]:
-    """The conditions that perturb something.
+    """The layouts of the conditions that perturb something.
 
     Args:
         lm: the model with the run's conditions.
-        batch: one that goes through it, so that the points are seen.
+        batch: one batch. A trial with it shows dtype and width of the points.
     """
     engine = lm.engine
     pack = engine.pack(Batch(batch.questions[:1], batch.trees)).to(engine.device)
@@ -75,10 +75,10 @@ class Saved(NamedTuple):
     """The perturbations that a run saves.
 
     Attributes:
-        plan: of the run.
+        plan: the plan of the run.
         lm: its model.
-        of_conditions: the conditions that perturb something.
-        size: bytes of the files, but for their headers.
+        of_conditions: the layouts of the conditions that perturb something.
+        size: bytes of the files, without their headers.
     """
 
     plan: Plan
@@ -88,7 +88,7 @@ class Saved(NamedTuple):
 
     @classmethod
     def of(cls, plan: Plan, lm: AttackedHFLM, work: Sequence[Work]) -> Saved | None:
-        """Those of a plan; None: it saves none.
+        """The perturbations that a plan saves; None if it saves none.
 
         Raises:
             UsageError: a task has no choices.
@@ -107,10 +107,10 @@ class Saved(NamedTuple):
         return cls(plan, lm, of_conditions, _bytes_of(of_conditions, work, plan.positions))
 
     def check_room(self, folder: Path) -> None:
-        """Refuses a folder on a disk without room for the files of batches and of tasks.
+        """Checks that the disk has room for the files of batches and of tasks.
 
         Raises:
-            UsageError: there is less than twice the size.
+            UsageError: less than twice the size is free.
         """
         there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
         free = shutil.disk_usage(there).free
@@ -122,7 +122,7 @@ class Saved(NamedTuple):
             )
 
     def words(self, folder: Path | None = None) -> str:
-        """What is said before."""
+        """The note that a run shows at its start."""
         place = "" if folder is None else f" in {folder / FOLDER}"
         return (
             f"perturbations: {amount(self.size)}{place}, and as much again until the run is"
@@ -136,12 +136,12 @@ class Saved(NamedTuple):
         work: Sequence[tuple[Work, Path]],
         mark: Mapping[str, Any],
     ) -> None:
-        """Writes a file for each task from those of its batches.
+        """Writes a file for each task, from the files of its batches.
 
         Args:
-            folder: of the run.
-            requests: all of the run.
-            work: all batches, and the file of each.
+            folder: the folder of the run.
+            requests: all requests of the run.
+            work: all batches, each with its file.
             mark: the fingerprint.
 
         Raises:
@@ -168,10 +168,10 @@ class Saved(NamedTuple):
 
 
 def warnings(folder: Path) -> list[str]:
-    """Sentences on conditions whose shares do not sum to the change of the loss.
+    """Warnings about conditions whose shares do not sum to the change of the loss.
 
     Args:
-        folder: of the run, whose perturbations are written.
+        folder: the folder of a run with saved perturbations.
     """
     missed: Counter[str] = Counter()
     total: Counter[str] = Counter()
@@ -191,7 +191,7 @@ def warnings(folder: Path) -> list[str]:
 
 
 def _bytes_of(of_conditions: Sequence[Layout], work: Sequence[Work], positions: str) -> int:
-    """What the files of a run will hold, but for their headers."""
+    """Bytes of the files of a run, without their headers."""
     size = 0
     for of_batch in work:
         for question, asked in zip(of_batch.batch.questions, of_batch.asked(), strict=True):
@@ -206,7 +206,7 @@ def _bytes_of(of_conditions: Sequence[Layout], work: Sequence[Work], positions: 
 
 
 def amount(n: int) -> str:
-    """Bytes, in words."""
+    """A number of bytes as text."""
     return f"{n / 1e9:.3g} GB" if n >= 1e9 else f"{n / 1e6:.3g} MB"
 
 
@@ -225,7 +225,7 @@ def keep(path: Path, result: BatchResult) -> None:
 
 
 def is_kept(path: Path) -> bool:
-    """Whether the traces of a batch are there, as a whole."""
+    """Whether the file of a batch's traces exists and is whole."""
     try:
         TensorFile(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -1,4 +1,4 @@
-"""Shows how far a run is: as a bar, as lines off a terminal, as lines of JSON, or not at all."""
+"""Shows the progress of a run: as a bar, as plain lines, as lines of JSON, or not at all."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 MODES = ("bar", "json", "quiet")
 
 PAUSE = 10.0  # seconds between two lines of JSON
-PLAIN_PAUSE = 30.0  # and between two plain lines
-SHOWN = 12  # conditions below the bar, or in a plain line
+PLAIN_PAUSE = 30.0  # seconds between two plain lines
+SHOWN = 12  # most conditions below the bar or in a plain line
 
 log = logging.getLogger(__name__)
 
 
 class _Bar(Progress):
-    """The bar, and below it the accuracies, as many to a line as the screen is wide."""
+    """The bar, with the accuracies below it in as many columns as the screen has room for."""
 
     below: Sequence[str] = ()
 
@@ -37,11 +37,11 @@ class RunProgress:
     """Counts requests, and right answers under each condition.
 
     Args:
-        mode: of `MODES`.
-        console: where it is shown.
-        conditions: their names.
+        mode: one of `MODES`.
+        console: shows the progress.
+        conditions: names of the conditions.
         total: number of requests.
-        done: of them, those that were answered before.
+        done: number of requests that an earlier attempt answered.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class RunProgress:
         left = TimeRemainingColumn(), TextColumn("left")
         columns = TextColumn("requests"), BarColumn(), MofNCompleteColumn(), *left
         self._bars = _Bar(*columns, console=console)
-        # the time left is estimated from what is done here, not from what was done before
+        # only requests of this attempt count for the time left
         self._bar = self._bars.add_task("", total=total - done)
 
     def __enter__(self) -> RunProgress:
@@ -75,7 +75,7 @@ class RunProgress:
             self._line()
 
     def add(self, requests: int, right: Sequence[Sequence[float]]) -> None:
-        """Counts answered requests, and of judged questions the right ones per condition."""
+        """Adds answered requests, and for each judged question its score under every condition."""
         self.done += requests
         self.judged += len(right)
         for of_question in right:
@@ -89,7 +89,7 @@ class RunProgress:
             self._plain_line()
 
     def accuracy(self) -> dict[str, float]:
-        """So far, under each condition."""
+        """The accuracy so far under each condition."""
         return {name: n / self.judged for name, n in self.right.items()} if self.judged else {}
 
     def _accuracies(self) -> list[str]:
@@ -123,16 +123,16 @@ class RunProgress:
 
 
 def note(mode: str, console: Console, text: str) -> None:
-    """Says what the user should know, whatever the mode."""
+    """Shows a message to the user in every mode."""
     if mode == "json":
         _event(console, "note", text)
-    else:  # above the bar, where there is one
+    else:  # above the bar, if there is one
         _print(console, text)
 
 
 @contextmanager
 def status(mode: str, console: Console, text: str) -> Iterator[None]:
-    """Shows what is being done before and after the bar: as a spinner, or as a line."""
+    """Shows the current stage before and after the bar, as a spinner or as a line."""
     start = time.monotonic()
     if mode == "json":
         _event(console, "stage", text)
@@ -153,11 +153,11 @@ def _print(console: Console, text: str) -> None:
 
 
 def warn(lines: Iterable[str], progress: str = "bar") -> None:
-    """Says what speaks against the results, a line each, on the standard error."""
+    """Prints warnings about the results to standard error, one per line."""
     for line in lines:
         note(progress, Console(stderr=True), f"warning: {line}")
 
 
 def written(what: object) -> None:
-    """Says what has been written."""
+    """Prints the path that has been written."""
     note("bar", Console(), f"written: {what}")

@@ -34,16 +34,16 @@ if TYPE_CHECKING:
 
 
 def grouped(requests: Sequence[Instance]) -> dict[tuple[str, Any], list[int]]:
-    """Numbers of the requests of each question, (task, doc_id), in order of its choices."""
+    """The numbers of each question's requests by (task, doc_id), in the order of its choices."""
     groups = [distinct(requests, numbers) for numbers in by_question(requests)]
     first = [requests[numbers[0]] for numbers in groups]
     return {(str(r.task_name), r.doc_id): group for r, group in zip(first, groups, strict=True)}
 
 
 def gold_of(requests: Sequence[Instance]) -> dict[tuple[str, Any], list[bool]]:
-    """For each question, (task, doc_id), whether each of its choices is right.
+    """For each question (task, doc_id), whether each of its choices is right.
 
-    A question of a task that generates or scores whole texts has none.
+    The list is empty for tasks that generate or score whole texts.
 
     Raises:
         UsageError: a question of another task has no choices with gold labels.
@@ -65,10 +65,10 @@ def scores_of(requests: Sequence[Instance], asked: str) -> dict[str, Score]:
 
     Args:
         requests: all requests of the run.
-        asked: the score that is asked for.
+        asked: the score that the user asks for.
 
     Raises:
-        UsageError: no task has it, or lm-eval could not judge a task.
+        UsageError: no task has this score, or lm-eval could not judge a task.
     """
     of_tasks: dict[str, list[list[Instance]]] = {}
     for (task, _), numbers in grouped(requests).items():
@@ -99,17 +99,24 @@ def question_rows(
 ) -> pd.DataFrame:
     """A row per question, in the order of the run.
 
-    Columns: `task`, `doc_id`, `doc_hash` (of the prompt, lm-eval's), `n_choices`, `gold` (indices
-    of the right choices), `question`, `choices`, `lengths` (characters of each choice, which
-    acc_norm divides by; None where the task does not list its choices), `cluster` (number of the
-    source that it shares with other questions of the task, `sources.clusters`; null where the task
-    does not tell). Runs with tasks that have no choices also have `target`, the answer that such a
-    task expects, and `n_bytes`, of a text that is scored as a whole.
+    Columns:
+        task, doc_id: the question.
+        doc_hash: lm-eval's hash of the prompt.
+        n_choices: number of choices.
+        gold: indices of the right choices.
+        question, choices: their texts.
+        lengths: characters of each choice, by which acc_norm divides; None if the task does not
+            list its choices.
+        cluster: number of the source that questions of the task share (`sources.clusters`); null if
+            the task names no source.
+        target: the expected answer of a task that generates text. Only in runs with tasks without
+            choices.
+        n_bytes: bytes of a text that is scored as a whole. Only in runs with tasks without choices.
 
     Args:
         requests: all requests of the run.
-        right_of: of `gold_of`.
-        results: lm-eval's, of any condition.
+        right_of: the result of `gold_of`.
+        results: lm-eval's results under any condition.
     """
     rows = []
     groups = grouped(requests)
@@ -130,7 +137,7 @@ def question_rows(
 
 
 def _with_choices(asked: Sequence[Instance], right: Sequence[bool]) -> dict[str, Any]:
-    """What `question_rows` says of a question with choices, beside its name."""
+    """The part of a row of `question_rows` that follows from a question's choices."""
     try:
         lengths = gold.choice_lengths(asked)
     except UsageError:
@@ -155,30 +162,36 @@ def samples_of(
 ) -> pd.DataFrame:
     """A row per question and condition.
 
-    Columns: `task`, `doc_id`, `cluster`, `condition`, `attack`, `hookpoint`, `epsilon`,
-    `n_choices`, `gold`, `prediction` (the choice that the score prefers: the likeliest, unless it
-    divides by lengths) and `prediction_norm` (argmax of log-likelihood by length), `score`, `kind`
-    and `better`: name of the task's score, what it is (`outcomes.CHOICE`, ...), and which direction
-    is better; `acc`: its value, `acc_norm` (lm-eval's), `log_likelihoods`, `cosine`
-    (similarity of the question's embeddings and the gradient of the loss there), `critical_epsilon`
-    (of attacks that look for it, the smallest amplitude with a wrong answer: 0 where the clean one
-    is wrong, infinite where none was found), `first_order` (its estimate from the clean point,
-    `AttackedBatch.alignment`; where the loss knows the gold). Of a run with a battery also
-    `broken_by`: the attack of it that made the answer wrong; null where none did, or it was wrong
-    without an attack.
-
-    Runs with tasks that have no choices also have `request` (lm-eval's type), `text` (that was
-    generated), and where it parts from the text of `none` (`texts.Parting`): `parts_at`,
-    `parts_from`, `parts_none` and `parts_token`. The log-likelihood of a text that is scored as a
-    whole is the only one of its row.
+    Columns:
+        task, doc_id, cluster, n_choices, gold: as in `question_rows`.
+        condition, attack, hookpoint, epsilon: the condition.
+        prediction: the choice that the score prefers, which is the likeliest unless the score
+            divides by lengths.
+        prediction_norm: the choice with the largest log-likelihood by length.
+        score, kind, better: name of the task's score, its kind (`outcomes.CHOICE`, ...), and
+            whether higher or lower is better.
+        acc: value of the score.
+        acc_norm: lm-eval's metric of this name.
+        log_likelihoods: one per choice. A text that is scored as a whole has one.
+        cosine: cosine similarity of the question's embeddings and the gradient of the loss at them.
+        critical_epsilon: smallest amplitude with a wrong answer, for attacks that search for it. 0
+            if the clean answer is wrong, infinite if none was found.
+        first_order: first-order estimate of the critical epsilon from the clean point
+            (`AttackedBatch.alignment`), if the loss knows the gold.
+        broken_by: only in runs with a battery. The attack of the battery that made the answer
+            wrong; null if none did, or if the clean answer is wrong.
+        request, text: only in runs with tasks without choices. lm-eval's type of request, and the
+            generated text.
+        parts_at, parts_from, parts_none, parts_token: only in these runs. Where the text parts from
+            the text of `none` (`texts.Parting`).
 
     Args:
-        questions: of `question_rows`.
+        questions: the result of `question_rows`.
         requests: all requests of the run.
-        scored: of `scores_of`.
+        scored: the result of `scores_of`.
         lm: the model, with the conditions of the run.
-        results: lm-eval's, for each condition.
-        gathered: of `work.gather`.
+        results: lm-eval's results under each condition.
+        gathered: the result of `work.gather`.
     """
     groups, attacks = grouped(requests), lm.engine.attacks
     places = [condition.hookpoint or EMBED for condition in lm.conditions]
@@ -202,7 +215,7 @@ def samples_of(
         broken_by = gathered.broken_by.get(numbers[0], [None] * len(attacks))
         score, asked = scored[place[0]], [requests[n] for n in numbers]
         for i, attack in enumerate(attacks):
-            known = alignments and places[i] == places[0]  # where the gradient was taken
+            known = alignments and places[i] == places[0]  # the gradient was taken there
             found = [gathered.answers[i][n] for n in numbers]
             if without_choices(asked[0]):
                 pair = found[0], None if clean is None else gathered.answers[clean][numbers[0]]
@@ -250,7 +263,7 @@ def _of_choices(
     sample: Mapping[str, Any],
     answers: Sequence[Any],
 ) -> dict[str, Any]:
-    """What `samples_of` says of a question with choices under a condition."""
+    """The part of a row of `samples_of` that follows from answers about choices."""
     log_likelihoods = np.array([answer[0] for answer in answers])
     n, lengths = question["n_choices"], question["lengths"]
     values = log_likelihoods[:n]
@@ -267,7 +280,7 @@ def _of_choices(
 
 
 def _kind(score: Score) -> str:
-    """What a score is as far as made-up answers show; real ones may show more."""
+    """The kind of a score as far as made-up answers show it; real answers may show more."""
     if isinstance(score, NatsPerByte):
         return NUMBER
     return CHOICE if score.choice else BINARY if score.counted else SHARE
@@ -297,15 +310,17 @@ def whole_tasks(
 
 
 def _kept(samples: list[dict[str, Any]], score: Score | None = None) -> list[dict[str, Any]]:
-    """lm-eval judges once per filter: of a question the judgement by the score's, or the first."""
+    """The judgements of one filter. lm-eval judges once per filter: the score names it, or the
+    first.
+    """
     kept = score.filter if isinstance(score, TextScore) else samples[0]["filter"]
     return [sample for sample in samples if sample["filter"] == kept]
 
 
 def _texts(pairs: Sequence[tuple[str, str]]) -> tuple[str, list[str]]:
-    """Splits a question's requests into what they have in common and what each adds.
+    """Splits a question's requests into their common text and the text that each adds.
 
-    The context, unless the choices are contexts; cut between words.
+    The common text is the context, unless the choices are contexts. Then the cut is between words.
     """
     whole = [context + continuation for context, continuation in pairs]
     context = pairs[0][0]
@@ -318,7 +333,7 @@ def _texts(pairs: Sequence[tuple[str, str]]) -> tuple[str, list[str]]:
 
 
 def _cosine(products: Sequence[Sequence[float]]) -> float | None:
-    """Cosine similarity from the sums of x·g, x·x, g·g; None: no gradient, or a zero one."""
+    """Cosine similarity from the sums of x·g, x·x, g·g; None if the gradient is missing or zero."""
     if not products:
         return None
     xg, xx, gg, *_ = np.sum(products, axis=0)

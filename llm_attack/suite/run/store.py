@@ -1,7 +1,7 @@
-"""Finished batches on disk: durable one by one, written by any number of processes.
+"""Finished batches on disk. Each is durable by itself, and any number of processes may write.
 
-Every process writes a database of its own, so that no two ever wait for each other, and holds a
-lock for as long as it lives, which the system lets go of however it dies.
+Every process writes its own database, so no process waits for another. It also holds a lock while
+it lives. The operating system releases this lock however the process ends.
 """
 
 from __future__ import annotations
@@ -25,31 +25,32 @@ from llm_attack.base.record import DRAFT
 
 Key = tuple[str, int]
 
-# The store's folder in that of the run; its file that says whose it is; names of all files in it.
+# The store's folder within the run's folder, the file with the fingerprint, and the names of all
+# files in the store.
 STORE = "batches"
 MARK = "fingerprint.json"
 _LOCKS = ("process-*.lock", "fingerprint.lock", "watch.lock")
 _TRACES = "traces-{}.safetensors"
 _FILES = ("part-*.sqlite*", "part-*.corrupt", _TRACES.format("*"), *_LOCKS, f".*{DRAFT}")
 
-# Seconds after which a process that was never seen alive counts as dead.
+# A process that was never seen alive counts as dead after this number of seconds.
 LONGEST_START = 600.0
 
 
 class Store:
-    """The batches of one run.
+    """The finished batches of one run.
 
     Attributes:
-        keeps: whether it keeps batches.
+        keeps: whether this object stores batches.
 
     Args:
-        folder: of the run; the store is a subfolder of it.
-        planned: all batches; every process takes each `world`-th.
-        rank: of this process.
+        folder: the folder of the run. The store is a subfolder.
+        planned: the keys of all batches. Every process takes each `world`-th.
+        rank: number of this process.
         world: number of processes.
 
     Raises:
-        UsageError: another run is writing there.
+        UsageError: another run writes into the folder.
     """
 
     keeps = True
@@ -63,13 +64,13 @@ class Store:
                 path.unlink()
         self._lock = self._lock_of(rank)
         try:
-            self._lock.acquire(timeout=2)  # longer than another process tries it in `watch`
+            self._lock.acquire(timeout=2)  # longer than another process holds it in `watch`
         except Timeout:
             raise UsageError(
                 f"output={folder}: another run is writing into this folder; must be another"
                 " folder, or wait for that run to end"
             ) from None
-        self._seen: set[int] = set()  # processes that have been alive
+        self._seen: set[int] = set()  # processes that have been seen alive
         self._began = time.monotonic()
         self._part: sqlite3.Connection | None = None
 
@@ -82,7 +83,7 @@ class Store:
         self._lock.release()
 
     def share(self, rank: int) -> Sequence[Key]:
-        """The batches that are up to a process."""
+        """The batches that a process answers."""
         return self.planned[rank :: self.world]
 
     @cached_property
@@ -90,11 +91,11 @@ class Store:
         return {key: number for number, key in enumerate(self.planned)}
 
     def traces(self, key: Key) -> Path:
-        """The file that has the traces of a batch, where a run keeps them."""
+        """The file for the traces of a batch, if a run saves them."""
         return self.folder / _TRACES.format(self._numbers[key])
 
     def add(self, key: Key, content: Any) -> None:
-        """Keeps a finished batch; once this returns, it outlasts a kill or a loss of power."""
+        """Stores a finished batch. After the return it survives a kill and a loss of power."""
         path = self._path(self.rank)
         text = json.dumps(content, separators=(",", ":"))
         try:
@@ -112,7 +113,7 @@ class Store:
             raise OSError(f"{path}: {error}") from error
 
     def keys(self) -> set[Key]:
-        """Batches that are finished, by whichever process of whichever attempt."""
+        """The keys of finished batches, from all processes and all attempts."""
         return {row[:2] for row in self._rows("task, number")}
 
     def contents(self) -> dict[Key, Any]:
@@ -121,9 +122,10 @@ class Store:
         return {key: json.loads(kept[key]) for key in sorted(kept)}
 
     def check(self) -> list[Path]:
-        """Moves parts that cannot be read aside, and returns where they are now.
+        """Moves damaged parts aside, and returns their new paths.
 
-        A process looks at its own; the first also at those that no process of this attempt writes.
+        A process checks its own part. The first one also checks parts that no process of this
+        attempt writes.
         """
         set_aside = []
         for path in self._parts():
@@ -149,10 +151,11 @@ class Store:
         return set_aside
 
     def watch(self) -> None:
-        """Raises ProcessDied when another process of this run has ended without finishing."""
+        """Raises ProcessDied if another process of this run has ended without finishing."""
         for rank in set(range(self.world)) - {self.rank}:
             lock = self._lock_of(rank)
-            # one at a time: a lock that another one tries is not held by whom it belongs to
+            # one process at a time, so that nobody mistakes the lock of a watcher for that of a
+            # living process
             with FileLock(self.folder / "watch.lock"):
                 try:
                     lock.acquire(timeout=0)
@@ -161,12 +164,14 @@ class Store:
                     continue
                 lock.release()
             started = rank in self._seen or time.monotonic() - self._began > LONGEST_START
-            # looked for after the lock: a process keeps its last batch before it lets go
+            # checked after the lock: a process stores its last batch before it releases its lock
             if started and not self.keys().issuperset(self.share(rank)):
                 raise ProcessDied(f"process {rank} of {self.world} died")
 
     def wait(self, pause: float = 0.2) -> None:
-        """Returns when the batches of all processes are finished; ProcessDied as of `watch`."""
+        """Returns when the batches of all processes are finished; raises ProcessDied as `watch`
+        does.
+        """
         while missing := set(self.planned) - self.keys():
             if not missing.isdisjoint(self.share(self.rank)):
                 text = "finished batches are missing: they were removed, or could not be read"
@@ -185,7 +190,7 @@ class Store:
         return FileLock(self.folder / f"process-{rank}.lock")
 
     def _rows(self, columns: str) -> Iterator[tuple[Any, ...]]:
-        """Rows of all parts that can be read; a broken one is found by its own process."""
+        """The rows of all readable parts. The process that owns a damaged part reports it."""
         for path in self._parts():
             try:
                 with closing(sqlite3.connect(path)) as part:
@@ -198,13 +203,13 @@ class Store:
 
 
 class Follower(Store):
-    """Sees the batches of a store and keeps none: of processes that answer what another one keeps.
+    """A view of a store for processes whose batches another process stores (tensor parallelism).
 
     Args:
-        folder: of the run.
-        planned: all batches.
-        rank: of the process that keeps them.
-        world: number of those.
+        folder: the folder of the run.
+        planned: the keys of all batches.
+        rank: number of the process that stores them.
+        world: number of processes that store batches.
     """
 
     keeps = False
@@ -214,17 +219,17 @@ class Follower(Store):
         self.planned, self.rank, self.world = planned, rank, world
 
     def __exit__(self, *error: object) -> None:
-        """Nothing was taken."""
+        """Does nothing, because no lock is held."""
 
     def add(self, key: Key, content: Any) -> None:
-        """Nothing is kept."""
+        """Stores nothing."""
 
     def check(self) -> list[Path]:
-        """Nothing is moved."""
+        """Moves nothing."""
         return []
 
     def watch(self) -> None:
-        """The collectives of the model fail where another process has."""
+        """Does nothing: if another process fails, the model's collective operations fail too."""
 
 
 def all_here() -> None:
@@ -237,8 +242,9 @@ def all_here() -> None:
 
 @contextmanager
 def begun(folder: Path) -> Iterator[None]:
-    """Takes the store of a run back, and the folders that were made for it, if the context raises
-    before any process has kept a batch there.
+    """Removes the new store and its new parent folders if the context raises.
+
+    It does so only if no process has stored a batch yet.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -253,7 +259,7 @@ def begun(folder: Path) -> Iterator[None]:
 
 
 def _kept(store: Path) -> bool:
-    """Whether there are batches in a store, or processes that may have some soon."""
+    """Whether a store has batches, or living processes that may soon add some."""
     for lock in map(FileLock, store.glob("process-*.lock")):
         try:
             lock.acquire(timeout=0)
@@ -264,11 +270,11 @@ def _kept(store: Path) -> bool:
 
 
 def discard(folder: Path) -> None:
-    """Deletes the store of the run in `folder`, which is complete; no file of anyone else's."""
+    """Deletes the store of the complete run in `folder`, but no file that others put there."""
     store = folder / STORE
     with suppress(OSError):
         if (store / MARK).exists():
-            for path in (*_files(store), store / MARK):  # the mark last: without it nobody's
+            for path in (*_files(store), store / MARK):  # the mark last: it names the owner
                 path.unlink()
         store.rmdir()
 

@@ -1,4 +1,4 @@
-"""The file of a task's perturbations, put together from the files of its batches."""
+"""The file of a task's perturbations, assembled from the files of its batches."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from llm_attack.suite.run.work import Work
 
 
 class Layout(NamedTuple):
-    """What a condition changes: its name, and dtype and width of the points.
+    """The name of a condition, and dtype and width of the points that it perturbs.
 
     Attributes:
-        name: of the condition.
-        number: among all conditions of the run.
+        name: name of the condition.
+        number: its number among all conditions of the run.
         dtype: a key of `tensors.TYPES`.
-        width: H.
+        width: hidden size H.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Layout(NamedTuple):
     width: int
 
     def specs(self, rows: int, units: int) -> dict[str, Spec]:
-        """The tensors of the condition, by their names."""
+        """Name, dtype and shape of the condition's tensors."""
         kinds = {
             "change": Spec(self.dtype, (rows, self.width)),
             "norm": Spec("F32", (rows,)),
@@ -49,13 +49,13 @@ class Layout(NamedTuple):
 
 
 class _Unit(NamedTuple):
-    """A question that has one perturbation.
+    """A question of the model, which has one perturbation.
 
     Attributes:
-        first: the least number of the run's requests that it answers, by which units are ordered.
+        first: smallest number of the run's requests that it answers. Units are sorted by it.
         batch: the file of its batch.
-        place: of its rows there.
-        number: of it there.
+        place: its rows in that file.
+        number: its number in that file.
     """
 
     first: int
@@ -72,8 +72,8 @@ class Units:
     """The units of a task in order, and the rows of its requests.
 
     Args:
-        work: the task's batches, and the file of each.
-        positions: of the threat model.
+        work: the task's batches, each with its file.
+        positions: the threat model's setting.
     """
 
     def __init__(self, work: Sequence[tuple[Work, Path]], positions: str) -> None:
@@ -113,7 +113,7 @@ class Units:
 
 
 def _rows_of_requests(question: Question, moves: NDArray[np.bool_]) -> list[NDArray[np.int64]]:
-    """Of each request the row of each of its tokens among the question's, or -1."""
+    """For each request, the row of each of its tokens in the question; -1 if it has no row."""
     row = np.where(moves, moves.cumsum() - 1, -1)
     paths = zip(question.requests, question.trie.paths, strict=True)
     return [
@@ -132,12 +132,13 @@ def write_task(
     """Writes the file of a task, whole or not at all.
 
     Args:
-        path: where to.
-        lm: the model, whose tokenizer has the texts.
-        task: the perturbations.
-        places: of each request the question, its number there, and that among all of the run.
-        of_conditions: the conditions that perturb something.
-        metadata: of the file.
+        path: the file to write.
+        lm: the model; its tokenizer decodes tokens.
+        task: the units of the task.
+        places: for each request its question, its number in the question, and its number in the
+            run.
+        of_conditions: the layouts of the conditions that perturb something.
+        metadata: the metadata of the file.
 
     Raises:
         ProcessDied: the file of a batch is gone.
@@ -192,7 +193,7 @@ def _nearest(path: Path, of_conditions: Sequence[Layout]) -> NDArray[np.int32]:
 
 
 def _texts(lm: AttackedHFLM, ids: Sequence[int]) -> dict[str, str]:
-    """Tokens as text; of those that begin a word, with the blank that decoding one drops."""
+    """The text of each token. Tokens that begin a word keep the blank that decoding drops."""
     tokenizer = lm.tokenizer
     known = [number for number in ids if number < len(tokenizer)]  # embeddings may have more rows
     pieces = tokenizer.convert_ids_to_tokens(known)

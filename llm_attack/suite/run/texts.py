@@ -1,4 +1,4 @@
-"""Rows of tasks without choices: their texts, their scores, and where two texts part."""
+"""Rows of tasks without choices: texts, scores, and the first difference between two texts."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from llm_attack.harness.requests import Instance
 from llm_attack.harness.scores import Score
 from llm_attack.harness.texts import GENERATE, ROLLING, octets, target_of
 
-# Columns of `samples.parquet` that only runs with such tasks have, in order, and their types.
+# Columns of `samples.parquet` in runs with such tasks, in order, and their types.
 PARTS = ("parts_at", "parts_from", "parts_none", "parts_token")
 TYPES = {"parts_at": "Int64", "parts_from": "Int64", "prediction": "Int64"}
 
-# What an attack does to a request of these types; {loss} is its name.
+# A description of the attack for each type of request; {loss} is the name of the loss.
 _PERTURBED = {
     GENERATE: "generates text. Each prompt is perturbed by itself, once, before the first token is"
     " generated; texts are decoded greedily. The attack raises loss={loss} of the prompt (sequence:"
@@ -28,12 +28,13 @@ _PERTURBED = {
 
 
 class Parting(NamedTuple):
-    """The first token at which a text differs from another, which begins alike.
+    """The first token in which a text differs from another text.
 
     Attributes:
         token: its number, from 0.
-        start: the character at which it starts in both.
-        before, after: its text in the other one, and in this one; empty where the text has ended.
+        start: its first character, at the same place in both texts.
+        before, after: the token's text in the other text and in this one; empty if that text has
+            ended.
     """
 
     token: int
@@ -43,11 +44,11 @@ class Parting(NamedTuple):
 
 
 def parting(before: str, after: str, pieces: Callable[[str], Sequence[Piece]]) -> Parting | None:
-    """Where `after` parts from `before`; None where they are equal.
+    """The first difference of `after` from `before`; None if they are equal.
 
     Args:
         before: a text.
-        after: another.
+        after: another text.
         pieces: splits a text into tokens.
     """
     if before == after:
@@ -64,7 +65,7 @@ def parting(before: str, after: str, pieces: Callable[[str], Sequence[Piece]]) -
 
 
 def of_question(request: Instance) -> dict[str, Any]:
-    """What `question_rows` says of a question without choices, beside its name."""
+    """The part of a row of `question_rows` that follows from a question without choices."""
     generates = request.request_type == GENERATE
     return {
         "n_choices": 0,
@@ -84,14 +85,14 @@ def of_answer(
     answers: tuple[Any, Any],
     pieces: Callable[[str], Sequence[Piece]],
 ) -> dict[str, Any]:
-    """What `samples_of` says of an answer under a condition.
+    """The part of a row of `samples_of` that follows from an answer to such a question.
 
     Args:
-        request: of the question.
-        score: of its task.
-        metrics: what lm-eval made of the answer.
-        answers: a text, or the log-likelihood of one; and the same without an attack, or None where
-            that is not known.
+        request: the question's request.
+        score: the score of its task.
+        metrics: lm-eval's metrics of the answer.
+        answers: (the answer, the answer without an attack). Each is a text or the log-likelihood of
+            a text. The second is None if it is not known.
         pieces: splits a text into tokens.
     """
     answer, clean = answers
@@ -110,11 +111,11 @@ def of_answer(
 
 
 def record(requests: Mapping[str, str], loss: str) -> dict[str, dict[str, str]]:
-    """What `run.json` says of tasks without choices, by their names.
+    """The entries of `run.json` for tasks without choices, by task.
 
     Args:
         requests: lm-eval's type of request of each task.
-        loss: that attacks raise.
+        loss: the loss that attacks raise.
     """
     return {
         task: {"request": kind, "loss": loss, "attack": _PERTURBED[kind].format(loss=loss)}

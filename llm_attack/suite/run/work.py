@@ -1,4 +1,4 @@
-"""A run's requests as batches: how they are numbered, kept when finished, and put together."""
+"""A run's requests as numbered batches, and how answers are stored and put together."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Work(NamedTuple):
     Attributes:
         key: task and number.
         batch: the questions.
-        numbers: of the task's requests among all of the run; answers of the batch's questions are
-            indices into these.
-        places: of a task that scores whole texts: the number of each window in its text; `numbers`
-            has the text's for each window.
+        numbers: the numbers of the task's requests among all requests of the run.
+            `Question.answers` holds indices into this list.
+        places: for tasks that score whole texts, the number of each window within its text.
+            `numbers` then has the number of the text for each window.
     """
 
     key: Key
@@ -40,14 +40,14 @@ class Work(NamedTuple):
     places: Sequence[int] = ()
 
     def asked(self) -> list[list[list[int]]]:
-        """Numbers of the run's requests, per question and request of the model."""
+        """The numbers of the run's requests, per question and request of the model."""
         return [
             [[self.numbers[i] for i in indices] for indices in question.answers]
             for question in self.batch.questions
         ]
 
     def content(self, result: BatchResult) -> dict[str, Any]:
-        """The finished batch as it is kept: numbers of requests, and what belongs to each."""
+        """The finished batch in the form that the store keeps: results by numbers of requests."""
         found = by_index(result.answered)
         requests = [(self.numbers[i], parts) for i, parts in found.items()]
         if self.places:
@@ -84,10 +84,10 @@ class Work(NamedTuple):
 
 
 def work_of(lm: AttackedHFLM, requests: Sequence[Instance]) -> Iterator[Work]:
-    """Yields all batches, task by task; they depend on the requests and the settings alone.
+    """Yields all batches, task by task. They depend only on the requests and the settings.
 
     Raises:
-        UsageError: settings mean nothing for a task, or a request cannot be answered.
+        UsageError: settings have no meaning for a task, or a request cannot be answered.
     """
     by_task: dict[str, list[int]] = {}
     for number, request in enumerate(requests):
@@ -102,7 +102,11 @@ def work_of(lm: AttackedHFLM, requests: Sequence[Instance]) -> Iterator[Work]:
 def _batches(
     lm: AttackedHFLM, task: str, asked: Sequence[Instance]
 ) -> tuple[Sequence[AnyBatch], Sequence[int], Sequence[int]]:
-    """The batches of a task, and for each window of its texts the number there and the text's."""
+    """The batches of a task, and for each window of a text its place in the text and the text's
+    number.
+
+    The last two are empty for tasks that score no whole texts.
+    """
     if asked[0].request_type == texts.GENERATE:
         check_generation(lm.settings, task)
         return lm.prompts(asked), (), ()
@@ -118,9 +122,9 @@ class Gathered(NamedTuple):
     """The answers and measurements of a whole run.
 
     Attributes:
-        answers: for each condition, one per request: what lm-eval's models return for it.
-        diagnostics: for each condition.
-        alignments, critical_epsilons, broken_by: see `Answered`, by the numbers of requests.
+        answers: for each condition, one per request, in the form that lm-eval expects from a model.
+        diagnostics: one per condition.
+        alignments, critical_epsilons, broken_by: see `Answered`; by numbers of requests.
     """
 
     answers: list[list[Any]]
@@ -131,7 +135,7 @@ class Gathered(NamedTuple):
 
 
 def gather(contents: Mapping[Key, Any], work: Sequence[Work], n: int) -> Gathered:
-    """The finished batches of `n` requests put together."""
+    """Puts the finished batches of `n` requests together."""
     batches = [contents[key] for key in sorted(w.key for w in work)]
     conditions = len(batches[0]["diagnostics"])
     answers: list[list[Any]] = [[None] * n for _ in range(conditions)]
@@ -155,7 +159,7 @@ def gather(contents: Mapping[Key, Any], work: Sequence[Work], n: int) -> Gathere
     for number, parts in windows.items():
         _, of_windows, of_gradients = zip(*sorted(parts, key=itemgetter(0)), strict=True)
         for of_condition, values in zip(answers, zip(*of_windows, strict=True), strict=True):
-            of_condition[number] = sum(values)  # in the order of the text, as lm-eval
+            of_condition[number] = sum(values)  # in the order of the text, as in lm-eval
         if None not in of_gradients:
             *sums, _ = map(sum, zip(*of_gradients, strict=True))
             alignments[number] = [*sums, math.nan]
@@ -165,7 +169,7 @@ def gather(contents: Mapping[Key, Any], work: Sequence[Work], n: int) -> Gathere
 class RunningAccuracy:
     """Judges a question as soon as all its requests are answered.
 
-    Texts that are scored as a whole are left out: nats per byte are no accuracy.
+    It leaves out texts that are scored as a whole, because nats per byte are no accuracy.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """A board: cards of many models as pages that need no server and no network.
 
-Models are compared only if they answered the same questions under the same version of a standard;
-each such set has a table and a figure of its own. Text of cards goes in escaped, and a content
-security policy allows the script and the styles of the page and no connections.
+Models are compared only if they answered the same questions under the same version of a standard.
+Each such set has its own table and figure. Text from cards is escaped. A content security policy
+allows only the script and the styles of the page, and no connections.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from llm_attack.base.record import as_csv, write_json, write_text
 from llm_attack.suite.report.paper import BIBTEX, escaped
 
 _HERE = Path(__file__).parent
-MARK = "board.json"  # the file by which a folder is known as a board
+MARK = "board.json"  # the file that marks a folder as a board
 MODELS = "models"
 _FLAG = "⚠"
 
@@ -33,9 +33,9 @@ class Set(NamedTuple):
 
     Attributes:
         name: standard and tasks.
-        anchor: of its part of the page, and of its files.
-        cards: the best first.
-        conditions: of the standard.
+        anchor: name of its part of the page and of its files.
+        cards: the cards, the best first.
+        conditions: names of the standard's conditions.
     """
 
     name: str
@@ -45,10 +45,10 @@ class Set(NamedTuple):
 
 
 def sets(cards: Iterable[Card]) -> list[Set]:
-    """The cards by standard and questions; of two with the same identity the newer.
+    """Groups cards by standard and questions. If two have the same identity, the newer one counts.
 
     Args:
-        cards: of `load_card`.
+        cards: results of `load_card`.
     """
     newest: dict[str, Card] = {}
     for card in sorted(cards, key=lambda card: str(card["date"])):
@@ -70,7 +70,7 @@ def sets(cards: Iterable[Card]) -> list[Set]:
 
 
 def _middle(card: Card) -> str:
-    """The condition that the figure shows, and that tables are sorted by: the middle amplitude."""
+    """The condition of the figure, which also sorts tables: the one of the middle amplitude."""
     last = card["robust"][-1]["attack"]
     ladder = [row for row in card["robust"] if row["norm"] == "linf" and row["attack"] == last]
     return str(ladder[len(ladder) // 2]["condition"])
@@ -82,7 +82,7 @@ def _robust(card: Card, condition: str) -> float:
 
 
 def frame(members: Set) -> pd.DataFrame:
-    """A row per model: what it is, and each accuracy with its interval."""
+    """A row per model: its properties, and each accuracy with its interval."""
     rows = []
     for card in members.cards:
         model = card["model"]
@@ -124,7 +124,7 @@ def latex(members: Set) -> str:
 
 
 def bibtex(cards: Iterable[Card]) -> str:
-    """An entry for each card, and what the program asks to cite."""
+    """An entry for each card, and the entries for this program."""
     entries = []
     for card in cards:
         by = card["submitted_by"] or {}
@@ -141,15 +141,15 @@ def bibtex(cards: Iterable[Card]) -> str:
 
 
 def _address(link: str) -> str:
-    """An address without what would end its place in LaTeX."""
+    """An address without characters that would end its argument in LaTeX."""
     return re.sub(r"[\\{}%#\s]", lambda found: f"%{ord(found[0]):02x}", link)
 
 
 def check(folder: Path) -> None:
-    """Refuses a folder that holds something else than a board.
+    """Refuses a folder that holds other files than a board.
 
     Raises:
-        UsageError: it does.
+        UsageError: the folder is a file, or has files and is no board.
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"output={folder}: is a file; must be a folder")
@@ -160,10 +160,10 @@ def check(folder: Path) -> None:
 
 
 def save(cards: Sequence[Card], folder: Path) -> list[str]:
-    """Writes the pages, and the files that they offer, into `folder`.
+    """Writes the pages, and the files for download, into `folder`.
 
     Returns:
-        The names of the files, from `folder`.
+        The names of the files, relative to `folder`.
     """
     compared = sets(cards)
     folder.mkdir(parents=True, exist_ok=True)
@@ -196,7 +196,7 @@ def save(cards: Sequence[Card], folder: Path) -> list[str]:
 
 
 class Point(NamedTuple):
-    """A model in the figure: clean against robust accuracy, in the units of the drawing."""
+    """A model in the figure: clean and robust accuracy, in the units of the drawing."""
 
     card: Card
     x: float
@@ -207,11 +207,11 @@ class Point(NamedTuple):
     right: float
 
 
-_SIZE = 300.0  # of the drawing, inside of its frame
+_SIZE = 300.0  # of the drawing, without its frame
 
 
 def _points(members: Set) -> dict[str, Any]:
-    """What the figure of a set shows."""
+    """The content of a set's figure."""
     condition = _middle(members.cards[0])
     points = []
     for card in members.cards:
@@ -251,7 +251,7 @@ def _page(name: str, script: str, **content: Any) -> str:
 
 
 def _hash(text: str) -> str:
-    """Of a part of a page, as a content security policy names it."""
+    """The hash of a part of a page, for a content security policy."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
@@ -260,7 +260,7 @@ def _percent(share: float) -> str:
 
 
 def _size_of(n: int | None) -> str:
-    """A number of parameters as people say it."""
+    """A number of parameters in short form, such as 1.1 B."""
     if n is None:
         return "unknown"
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TITLE = "calibration"
-_FEWEST = 10 * BINS  # questions of a diagram: with fewer, chance alone bends it
+_FEWEST = 10 * BINS  # fewest questions of a diagram; with fewer, chance bends it
 _HEADING = ["task", "condition", "n", "accuracy", "confidence", "gap"]
 _HEADING += ["ECE", "by chance", "Brier", "fallen", "before", "after"]
 _NOTES = [
@@ -33,10 +33,10 @@ _NOTES = [
 
 
 def cells(frame: pd.DataFrame) -> Cells | None:
-    """The table as text; None where no question has a confidence.
+    """The table as text; None if no question has a confidence.
 
     Args:
-        frame: of `analysis.calibration.calibration`.
+        frame: the result of `analysis.calibration.calibration`.
     """
     if frame.empty:
         return None
@@ -65,10 +65,9 @@ def _number(value: float) -> str:
 def figure(samples: pd.DataFrame) -> Figure | None:
     """Reliability diagrams, a panel per condition, all tasks together.
 
-    None where a condition has fewer than 100 questions with a confidence: ten in each bin.
-
-    A point is a bin of equally many questions: its mean confidence, and its accuracy. Below the
-    diagonal a model is surer than it is right. Without an attack the curve is grey.
+    A point is a bin; all bins have equally many questions. Its coordinates are mean confidence and
+    accuracy. Below the diagonal, the model is overconfident. The curve without an attack is grey.
+    None if a condition has fewer than 100 questions with a confidence, which is ten in each bin.
 
     Args:
         samples: as in `samples.parquet`.
@@ -101,7 +100,7 @@ def figure(samples: pd.DataFrame) -> Figure | None:
 
 
 def save(frame: pd.DataFrame, folder: Path) -> None:
-    """Writes `calibration.csv` and `calibration.md` into `folder`; nothing of an empty frame."""
+    """Writes `calibration.csv` and `calibration.md` into `folder`, unless the frame is empty."""
     text = cells(frame)
     if text is not None:
         write_text(folder / "calibration.csv", csv(frame))

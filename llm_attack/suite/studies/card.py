@@ -1,7 +1,7 @@
-"""Cards: the result of a standard for one model as one JSON file, which a board is made of.
+"""Cards: the result of a standard for one model as one JSON file. Boards consist of cards.
 
-Its form is `card.schema.json`, a JSON Schema beside this file; docs/standard.md says what the
-fields mean. Needs neither torch nor lm-eval.
+`card.schema.json`, a JSON Schema beside this file, describes the form of a card, and
+docs/standard.md the meaning of its fields. The module needs neither torch nor lm-eval.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from llm_attack.suite.results import Result
 
 FILE = "card.json"
 SCHEMA = Path(__file__).parent / "card.schema.json"
-VERSION = 1  # raised when a field goes or changes its meaning; new fields do not raise it
+VERSION = 1  # raised if a field is removed or changes its meaning; new fields do not raise it
 
-_DIGITS = 12  # significant ones: what remains equal between releases of the libraries
-_TIES = 0.01  # share of the questions with equal scores that a plausible card may have
+_DIGITS = 12  # significant digits, which stay equal between releases of the libraries
+_TIES = 0.01  # of the questions; a plausible card may have so many with equal scores
 _OF_MODEL = ("weights", "config", "tokenizer", "dtype")
 
 
@@ -41,9 +41,9 @@ def of_result(
 
     Args:
         result: the run.
-        name: who hands it in.
-        link: an address to ask them, or of the paper.
-        source: what messages call the run.
+        name: name of the person or group that submits the card.
+        link: an address of them or of the paper.
+        source: name of the run in messages.
 
     Raises:
         UsageError: the standard does not allow the run.
@@ -94,7 +94,7 @@ def failed(run: Mapping[str, Any]) -> list[str]:
 
 
 def identity(version: str, model: Mapping[str, Any], tasks: list[dict[str, Any]]) -> str:
-    """A hash of what was measured: the standard, the model and the questions."""
+    """A hash of the standard, the model and the questions."""
     of_model = [model.get(key) for key in _OF_MODEL]
     questions = [[task["name"], task["questions"], task["n"]] for task in tasks]
     text = json.dumps([version, of_model, questions])
@@ -102,7 +102,7 @@ def identity(version: str, model: Mapping[str, Any], tasks: list[dict[str, Any]]
 
 
 def refusal(result: Result) -> str | None:
-    """Why a run is none that its standard allows, in one line; None: it is."""
+    """The reason why the standard does not allow a run, in one line; None if it does."""
     run = result.run
     standard = STANDARDS.get(str(run.get(STANDARD)))
     if standard is None:
@@ -129,7 +129,7 @@ def refusal(result: Result) -> str | None:
 
 
 def _differing(standard: Standard, conditions: Mapping[str, Condition]) -> str | None:
-    """What is missing, or is not as the standard has it."""
+    """The first condition that is missing or differs from the standard; None if there is none."""
     if "none" not in conditions:
         return f"the run lacks the condition none, which {standard.version} needs"
     found: dict[tuple[Any, ...], Condition] = {}
@@ -157,7 +157,7 @@ def _differing(standard: Standard, conditions: Mapping[str, Condition]) -> str |
 
 
 def _tasks(table: pd.DataFrame, run: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What was asked, task by task."""
+    """Name, version, size and hash of each task."""
     known, hashes = run.get("tasks") or {}, run["fingerprint"].get("tasks") or {}
     rows = table[(table["condition"] == "none") & (table["task"] != MEAN)]
     return [
@@ -192,7 +192,7 @@ def _robust(condition: Condition, result: Result) -> dict[str, Any]:
 
 
 def _accuracy(result: Result, condition: str) -> dict[str, Any]:
-    """Accuracy under a condition: the mean over tasks, and of each task with its questions."""
+    """Accuracy under a condition: the mean over tasks, and each task's with its questions."""
     rows = result.table[result.table["condition"] == condition].to_dict("records")
     of_tasks = {
         str(row["task"]): {
@@ -218,13 +218,13 @@ def _number(value: Any) -> float | None:
 
 
 def load_card(path: str | Path) -> dict[str, Any]:
-    """A card, checked: by its schema where jsonschema is installed, and by `faults`.
+    """Reads a card, and checks it by its schema (if jsonschema is installed) and by `faults`.
 
     Args:
-        path: of the file.
+        path: path of the file.
 
     Raises:
-        UsageError: it cannot be read, or is no card.
+        UsageError: the file cannot be read, or is no card.
     """
     path = as_path("card", path)
     try:
@@ -239,10 +239,10 @@ def load_card(path: str | Path) -> dict[str, Any]:
 
 
 def faults(card: Any) -> list[str]:
-    """What is wrong with a card, a line each; of one of another form the first.
+    """The faults of a card, a line each. If its form is wrong, only the first fault of the form.
 
-    Beyond its form: that the identity is that of its content, that numbers fit each other, and that
-    it has every condition of its standard.
+    Beyond the form, the identity must match the content, the numbers must fit each other, and every
+    condition of the standard must be there.
     """
     form = _fault_of_form(card)
     if form is not None:
@@ -284,7 +284,7 @@ def _fault_of_form(card: Any) -> str | None:
 
 
 def _implausible(row: Mapping[str, Any], card: Mapping[str, Any]) -> list[str]:
-    """What of an accuracy cannot be: intervals, counts, a mean, more than without an attack."""
+    """Impossible values of an accuracy: its interval, counts, mean, and the questions that fell."""
     lines = []
     of_tasks = {task["name"]: task["n"] for task in card["tasks"]}
     if row["tasks"].keys() != of_tasks.keys():
@@ -307,7 +307,7 @@ def _implausible(row: Mapping[str, Any], card: Mapping[str, Any]) -> list[str]:
             for pair in zip(part["right"], row["tasks"][name]["right"], strict=False)
         ]
         lost = pairs.count(("1", "0"))
-        # an answer that was wrong by rounding alone may be among them
+        # these may include an answer that was wrong only by rounding
         if abs(sum(broken.values()) - lost) > _TIES * card["n"]:
             lines.append(f"broken_by: names {sum(broken.values())} questions, but {lost} fell")
     return lines

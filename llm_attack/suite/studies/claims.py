@@ -1,7 +1,7 @@
-"""The claims of arXiv 2205.01493 about language models, each put to a test on a run's samples.
+"""The claims of arXiv 2205.01493 about language models, each tested on a run's samples.
 
-A claim holds, does not hold, or is not shown: a test that finds nothing is no evidence, so that
-"does not hold" needs one of its own, and so does "equals guessing".
+A claim holds, does not hold, or is not shown. A test that finds nothing is no evidence. So "does
+not hold" needs a test of its own, and so does "equals guessing".
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from llm_attack.suite.report.tables import Cells
 
 HOLDS, NOT, UNSHOWN = "holds", "does not hold", "not shown"
 TITLE = "the paper's claims"
-WITHIN = 2.0  # points of a percent: differences that are called none
+WITHIN = 2.0  # percentage points; smaller differences count as none
 
 _CONTROLS = (*(name for name, kind in ATTACKS.items() if kind.control), WORST)
 
@@ -39,10 +39,10 @@ class Claim(NamedTuple):
     """A claim of the paper and its verdict for one condition.
 
     Attributes:
-        text: what is claimed.
-        condition: its name.
+        text: the claim.
+        condition: name of the condition.
         verdict: HOLDS, NOT or UNSHOWN.
-        figure: on which that rests, with its 95 % interval.
+        figure: the number behind the verdict, with its 95 % interval.
     """
 
     text: str
@@ -57,9 +57,9 @@ def claims(
     """Every claim about every attack of a run, in the run's order.
 
     Args:
-        samples: a row per question and condition, as in `samples.parquet`; of one hookpoint.
-        within: points of a percent; smaller differences are called none.
-        known: the conditions of the run; as their names tell unless given.
+        samples: a row per question and condition, as in `samples.parquet`, at one hookpoint.
+        within: percentage points; smaller differences count as none.
+        known: the conditions of the run; by default, those that the names show.
     """
     known = by_name(samples) if known is None else known
     rows = with_scores(samples).assign(**measured(samples), chance=chances(samples))
@@ -76,7 +76,7 @@ def claims(
 
 
 def cells(claimed: list[Claim]) -> Cells:
-    """The list as a table."""
+    """The claims as a table."""
     notes = [
         f"{HOLDS}, {NOT}: shown, at {ALPHA:g}; {UNSHOWN}: the data show neither. Points are"
         f" percentage points of accuracy, mean over tasks. Differences within ±{WITHIN:g} count as"
@@ -90,7 +90,7 @@ def cells(claimed: list[Claim]) -> Cells:
 def _comparisons(
     by: Mapping[str, pd.DataFrame], known: Conditions
 ) -> Iterator[tuple[str, str, str]]:
-    """What costs accuracy, by the claims, and the conditions before and after."""
+    """Each claim about a cost in accuracy, with the conditions before and after."""
     named = {(condition.attack, condition.amplitude): name for name, condition in known.items()}
     for name, after in by.items():
         attack = str(after["attack"].iloc[0])
@@ -105,7 +105,7 @@ def _comparisons(
 
 
 def _costs(by: Mapping[str, pd.DataFrame], known: Conditions, within: float) -> list[Claim]:
-    """Whether accuracy falls from one condition to another: the test of the mean over tasks."""
+    """Whether accuracy falls from one condition to another, by the test of the mean over tasks."""
     place, compared = ["task", "doc_id"], list(_comparisons(by, known))
     pairs = [
         by[before][[*place, "source", *SCORE, *OUTCOMES]]
@@ -124,7 +124,7 @@ def _costs(by: Mapping[str, pd.DataFrame], known: Conditions, within: float) -> 
 
 
 def _falls(text: str, name: str, mean: Mapping[Any, Any], within: float) -> Claim:
-    """Whether accuracy falls, by the mean over tasks of a frame of `paired`."""
+    """Whether accuracy falls, by the mean over tasks in a frame of `paired`."""
     if pd.isna(mean["difference"]):
         return Claim(text, name, UNSHOWN, "the scores of the tasks have no mean")
     error = mean["detectable"] / 100 / detectable([1])
@@ -147,9 +147,9 @@ def _falls(text: str, name: str, mean: Mapping[Any, Any], within: float) -> Clai
 
 
 def _guesses(after: pd.DataFrame, within: float) -> Iterator[Claim]:
-    """Whether the mean accuracy is that of guesses: equivalence, not absence of significance.
+    """Whether the mean accuracy equals that of guesses, by an equivalence test.
 
-    Of the tasks whose score can be guessed.
+    Tasks whose score cannot be guessed do not count.
     """
     over = after.assign(over=100 * (after["acc"] - after["chance"]))
     over = over[over["chance"].notna()]
@@ -172,7 +172,7 @@ def _guesses(after: pd.DataFrame, within: float) -> Iterator[Claim]:
 
 
 def _falls_first(clean: pd.DataFrame, after: pd.DataFrame) -> Iterator[Claim]:
-    """Whether of the questions right without an attack those of small margin are lost."""
+    """Whether, of the questions right without an attack, those with a small margin fall first."""
     place = ["task", "doc_id"]
     first = clean[clean["right"] & clean["margin"].notna()]
     first = first.assign(margin=_ranks(first, "margin"))
@@ -185,7 +185,7 @@ def _falls_first(clean: pd.DataFrame, after: pd.DataFrame) -> Iterator[Claim]:
 
 
 def _cosines(clean: pd.DataFrame) -> Iterator[Claim]:
-    """The paper's Fig. 6 on a language model: right questions have the lower cosine."""
+    """Whether right questions have the lower cosine: the paper's Fig. 6 for a language model."""
     known = clean[clean["cosine"].notna()]
     known = known.assign(cosine=_ranks(known, "cosine"))
     of_right, of_wrong = (known.loc[known["right"] == is_right, "cosine"] for is_right in (1, 0))
@@ -195,7 +195,7 @@ def _cosines(clean: pd.DataFrame) -> Iterator[Claim]:
 
 
 def _ranks(rows: pd.DataFrame, column: str) -> pd.Series:
-    """Ranks within tasks as shares: tasks whose values differ are no evidence about questions."""
+    """Ranks within tasks as shares, so that differences between tasks do not matter."""
     return rows[column].astype(float).groupby(rows["task"]).rank(pct=True)
 
 

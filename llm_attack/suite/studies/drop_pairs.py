@@ -1,4 +1,4 @@
-"""Which of several models lose more under an attack: the differences of drops of all pairs."""
+"""Which of several models lose more under an attack: differences of drops of all pairs."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def pairs(runs: Mapping[str, Result]) -> pd.DataFrame:
     """The difference of drops of each pair of runs, on the questions that both asked.
 
     Args:
-        runs: by the names of the models.
+        runs: runs by the names of the models.
 
     Returns:
-        A row per condition, pair of models `a` and `b`, and task, with the mean over tasks as the
-        last; other columns as of `analysis.drops.differences`, but for `p_holm`: `p` adjusted over
-        the pairs, for each condition and task. Empty for more than `MOST` runs.
+        A row per condition, pair of models `a` and `b`, and task; the mean over tasks is last.
+            `p_holm` is `p` adjusted over the pairs, for each condition and task. The other columns
+            are those of `analysis.drops.differences`. Empty for more than `MOST` runs.
     """
     if len(runs) > MOST:
         return pd.DataFrame(columns=COLUMNS)
@@ -47,10 +47,10 @@ def pairs(runs: Mapping[str, Result]) -> pd.DataFrame:
 
 
 def cells(frame: pd.DataFrame) -> Cells:
-    """The table: a row per condition and pair, of the means over tasks.
+    """The table of the means over tasks: a row per condition and pair.
 
     Args:
-        frame: of `pairs`.
+        frame: the result of `pairs`.
     """
     rows = []
     for row in frame[frame["task"] == MEAN].to_dict("records"):

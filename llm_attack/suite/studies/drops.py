@@ -1,4 +1,4 @@
-"""Which of two models is the more robust: the table and the figure of the difference of drops."""
+"""Which of two models is more robust: table and figure of the difference of drops."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def cells(frame: pd.DataFrame, notes: list[str]) -> Cells:
     """The table: a row per task and condition.
 
     Args:
-        frame: of `analysis.drops.differences`.
-        notes: those of `amplitudes`.
+        frame: the result of `analysis.drops.differences`.
+        notes: the result of `amplitudes`.
     """
     rows = []
     for row in frame.to_dict("records"):
@@ -49,10 +49,10 @@ def cells(frame: pd.DataFrame, notes: list[str]) -> Cells:
 
 
 def amplitudes(frame: pd.DataFrame, a: Result, b: Result) -> list[str]:
-    """Sentences on what can be compared: amplitudes that are equal, and are not, in both models.
+    """Sentences on amplitudes that differ between the two models, or on a lack of shared attacks.
 
     Args:
-        frame: of `analysis.drops.differences`.
+        frame: the result of `analysis.drops.differences`.
         a: the first run.
         b: the second.
     """
@@ -83,7 +83,7 @@ def figure(frame: pd.DataFrame) -> Figure:
     """The differences with their intervals, a panel per condition, a line per task.
 
     Args:
-        frame: of `analysis.drops.differences`.
+        frame: the result of `analysis.drops.differences`.
     """
     tasks = list(frame["task"].unique())
     height = 0.4 + 0.14 * len(tasks)

@@ -25,14 +25,14 @@ TITLE = "accuracy by hookpoint"
 
 
 def at_first(frame: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the first hookpoint, of samples or of a table; all where there is but one."""
+    """The rows of the first hookpoint, of samples or of a table."""
     if "hookpoint" not in frame:
         return frame
     return frame[frame["hookpoint"] == frame["hookpoint"].iloc[0]].reset_index(drop=True)
 
 
 def shown_of(run: dict[str, Any], table: pd.DataFrame) -> dict[str, Any]:
-    """The record of a run with the conditions at the first hookpoint alone."""
+    """The record of a run with only the conditions at the first hookpoint."""
     conditions = set(at_first(table)["condition"])
     others = {name for name in run["attacks"] if name not in conditions}
     if not others:
@@ -49,12 +49,13 @@ def by_hookpoint(table: pd.DataFrame, known: Conditions | None = None) -> pd.Dat
     """The mean over tasks for each attack and hookpoint; empty if there is only one hookpoint.
 
     Args:
-        table: of `summarise`.
-        known: the conditions of the run; as their names tell unless given.
+        table: the result of `summarise`.
+        known: the conditions of the run; by default, those that the names show.
 
     Returns:
-        The rows of the table, with the columns `attacked`: the condition without its hookpoint,
-        `kind`: the hookpoint with * for its number, `depth`: blocks that have run, itself included.
+        The rows of the table with three more columns. `attacked` is the condition without its
+            hookpoint, `kind` is the hookpoint with * for its number, and `depth` is the number of
+            blocks up to and including this one.
     """
     attacked = table[(table["task"] == MEAN) & ~table["attack"].isin(["none", WORST])]
     if attacked["acc"].isna().all() or attacked["hookpoint"].nunique() < 2:
@@ -69,7 +70,7 @@ def by_hookpoint(table: pd.DataFrame, known: Conditions | None = None) -> pd.Dat
 
 
 def cells(table: pd.DataFrame, known: Conditions | None = None) -> Cells | None:
-    """A row for each hookpoint, a column for each attack; None where there is but one hookpoint."""
+    """A row for each hookpoint, a column for each attack; None if there is only one hookpoint."""
     means = by_hookpoint(table, known)
     if means.empty:
         return None
@@ -96,11 +97,12 @@ def _accuracy(row: Any) -> str:
 
 
 def figure(table: pd.DataFrame, known: Conditions | None = None) -> Figure | None:
-    """Mean accuracy against depth, a panel for each kind of hookpoint; None where there is but one.
+    """Mean accuracy against depth, a panel for each kind of hookpoint; None for one hookpoint.
 
-    A line for each attack and amplitude, paler the smaller that is, with its 95 % interval as a
-    band; the dashed lines are the accuracies without an attack and of random guesses. The input
-    embedding has depth 0. Modules that stand in no block are in the table alone, unless all do.
+    There is a line for each attack and amplitude, with its 95 % interval as a band. Smaller
+    amplitudes are paler. Dashed lines are the accuracies without an attack and of random guesses.
+    The input embedding has depth 0. Modules outside of blocks are only in the table, unless all
+    modules are outside.
     """
     means = by_hookpoint(table, known)
     if means.empty:
@@ -108,7 +110,7 @@ def figure(table: pd.DataFrame, known: Conditions | None = None) -> Figure | Non
     names = (
         [] if means["kind"].str.contains("*", regex=False).any() else means["hookpoint"].unique()
     )
-    if len(names):  # beside each other, as none stands in a block
+    if len(names):  # side by side, because none is in a block
         order = {name: i for i, name in enumerate(names)}
         means = means.assign(kind="hookpoints", depth=means["hookpoint"].map(order))
     kinds = [kind for kind in means["kind"].unique() if "*" in kind or len(names)]
@@ -145,7 +147,7 @@ def figure(table: pd.DataFrame, known: Conditions | None = None) -> Figure | Non
 
 
 def _titles(kinds: list[str]) -> list[str]:
-    """The kinds without what all of them begin with, but for the name before the *."""
+    """The kinds without their common beginning, except for the name before the *."""
     parts = [kind.split(".") for kind in kinds]
     shared = 0
     while len({part[shared] for part in parts}) == 1 and "*" not in parts[0][shared : shared + 2]:
@@ -154,6 +156,6 @@ def _titles(kinds: list[str]) -> list[str]:
 
 
 def save(means: Cells | None, folder: Path) -> None:
-    """Writes `layers.md` into `folder`; nothing where `cells` gave nothing."""
+    """Writes `layers.md` into `folder`, if there is a table."""
     if means is not None:
         write_text(folder / "layers.md", means.markdown())

@@ -24,22 +24,23 @@ from llm_attack.suite.studies.models import across
 
 _FIRST = ["model", "weights", "tasks", "n", "loss", "positions", "hookpoint", "condition"]
 _USED = ("llm-attack", "torch", "transformers", "lm-eval")
-# What a row is known by, at its end; those of earlier versions have neither.
+# The last columns identify a row. Older rows lack them.
 _KEY = "identity"
 _NEW = ["settings", _KEY]
-# Of a run's fingerprint, what decides numbers besides the conditions: the model and the questions.
+# The parts of a run's fingerprint that decide its numbers, besides the conditions: the model and
+# the questions.
 _OF_MODEL = ("weights", "config", "tokenizer", "dtype", "model_args", "tasks")
 _PATIENCE = 60.0  # seconds to wait for another process that writes
 
 
 def entries(runs: Mapping[str, Result]) -> pd.DataFrame:
-    """Rows of a leaderboard: of each model and condition the mean over all tasks of its own run.
+    """Rows of a leaderboard: for each model and condition the mean over all tasks of its run.
 
     Columns: `model`, `weights` (their hash), `tasks`, `n`, `loss`, `positions`, `hookpoint`,
-    `condition`, `epsilon_relative`, clean and attacked accuracy, drop and p-values with their
-    intervals, as in `across`, `versions`: of this package, torch, transformers and lm-eval,
-    `settings`: all that the condition's numbers depend on, and `identity`: a hash of these and of
-    the model and the questions.
+    `condition`, `epsilon_relative`, and accuracies, drops and p-values with their intervals, as in
+    `across`. `versions` are those of this package, torch, transformers and lm-eval. `settings` are
+    all that the condition's numbers depend on. `identity` is a hash of these, the model and the
+    questions.
     """
     parts = []
     for name, result in runs.items():
@@ -63,7 +64,7 @@ def entries(runs: Mapping[str, Result]) -> pd.DataFrame:
             )
         )
     frame = pd.concat(parts, ignore_index=True)
-    # the score stands behind the names of the tasks: all leaderboards have the same columns
+    # names of tasks contain the score, so all leaderboards have the same columns
     rest = [name for name in frame if name not in (*_FIRST, "versions", "score", *_NEW)]
     return frame[[*_FIRST, *rest, "versions", *_NEW]]
 
@@ -76,24 +77,24 @@ def _identity(model: str, mark: Mapping[str, Any], condition: Condition) -> str:
 
 
 def check(path: Path, runs: Mapping[str, Result]) -> None:
-    """Raises `UsageError` where `add` would; nothing is written."""
+    """Raises `UsageError` if `add` would; writes nothing."""
     _with(path, entries(runs))
 
 
 def add(path: Path, runs: Mapping[str, Result]) -> None:
-    """Appends the rows of `runs`; a row of the same model, questions and condition is replaced.
+    """Appends the rows of `runs`. Rows of the same model, questions and condition are replaced.
 
-    Processes that do so at once wait for each other.
+    Processes that write at the same time wait for each other.
 
     Args:
-        path: of the file; it need not exist.
-        runs: by the names of the models.
+        path: path of the file; it need not exist.
+        runs: runs by the names of the models.
 
     Raises:
-        UsageError: there is a file that is no leaderboard, or another process keeps it locked.
+        UsageError: the file is no leaderboard, or another process keeps it locked.
     """
     new = entries(runs)
-    _with(path, new)  # before anything is written, a lock included
+    _with(path, new)  # before anything is written, even a lock
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_name(f".{path.name}.lock")
     if lock.is_symlink() or (lock.exists() and (not lock.is_file() or lock.stat().st_size)):
@@ -115,9 +116,9 @@ def _with(path: Path, new: pd.DataFrame) -> str:
     text = tables.csv(new)
     heading, *rows = _rows(text)
     there = _there(path, heading)
-    replacing = {row[-1]: row for row in rows}  # of two runs of the same kind the last
+    replacing = {row[-1]: row for row in rows}  # of two equal rows, the last counts
     kept = [row for row in there if row[-1] not in replacing]
-    if kept:  # also what others wrote there
+    if kept:  # others may have written into these rows
         frame = pd.DataFrame(kept, columns=heading)
         texts = [*_FIRST, "versions", *_NEW]
         kept = frame.assign(**without_formulas(frame[texts])).to_numpy().tolist()
@@ -127,7 +128,7 @@ def _with(path: Path, new: pd.DataFrame) -> str:
 
 
 def _there(path: Path, heading: list[str]) -> list[list[str]]:
-    """The rows of the file at `path`; those of earlier versions without an identity."""
+    """The rows of the file at `path`. Older rows get an empty identity."""
     earlier = heading[: -len(_NEW)]
     first = ",".join(heading if not _is(path, earlier) else earlier)
     claim_file(path, first, "a leaderboard", "leaderboard")
@@ -138,7 +139,7 @@ def _there(path: Path, heading: list[str]) -> list[list[str]]:
         fault = next((i for i, row in enumerate(rows, 1) if len(row) != len(rows[0])), None)
         if fault is not None:
             raise ValueError(f"row {fault} has {len(rows[fault - 1])} cells, not {len(rows[0])}")
-    except (ValueError, csv.Error) as error:  # ValueError: also what is no UTF-8
+    except (ValueError, csv.Error) as error:  # ValueError includes text that is not UTF-8
         raise UsageError(
             f"leaderboard={path}: cannot be read ({error}); must be a CSV file that"
             " `compare --leaderboard` wrote"
@@ -149,7 +150,7 @@ def _there(path: Path, heading: list[str]) -> list[list[str]]:
 
 def _is(path: Path, heading: list[str]) -> bool:
     """Whether a file begins with a heading."""
-    if not path.is_file():  # a pipe, which would keep the reader waiting
+    if not path.is_file():  # a pipe would make the reader wait
         return False
     try:
         with path.open(encoding="utf-8", errors="replace") as file:

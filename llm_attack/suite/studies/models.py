@@ -1,4 +1,4 @@
-"""Many models under the same attacks: is the more accurate one the more vulnerable?"""
+"""Many models under the same attacks: is the more accurate one more vulnerable?"""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _QUESTION = ["task", "doc_id", "doc_hash"]
-# Of a row of `summarise`, what a model is compared by.
+# The columns of `summarise` by which models are compared.
 _MEASURED = [
     *("acc", "acc_low", "acc_high", "drop", "drop_low", "drop_high", "detectable"),
     *("p_mcnemar", "lost", "gained", "gold_probability_drop", "gold_probability_drop_low"),
     "gold_probability_drop_high",
 ]
 EVEN = 0.02  # relative epsilons that differ by less count as equal
-# Whose looks tell models apart.
+# The looks of these attacks distinguish models in figures.
 _LOOKS = ("fgsm", "bim", "random", "pgd", "ost", "illc", "apgd", "mifgsm", "blocks", "gaussian")
-FEWEST = 4  # models, for an interval of their rank correlation
+FEWEST = 4  # models; with fewer, a rank correlation has no interval
 
 
 def names(folders: Sequence[Path], runs: Sequence[Result]) -> list[str]:
-    """Names of the models; where two have the same, those of their folders."""
+    """Names of the models; if two have the same name, those of their folders."""
     named = [name_of(result.run) for result in runs]
     return named if len(set(named)) == len(named) else [str(folder) for folder in folders]
 
 
 def name_of(run: Mapping[str, Any]) -> str:
-    """A model's name, with its revision and adapter, which make another model of it.
+    """A model's name, with its revision and adapter, because these make it another model.
 
     Args:
-        run: what `run.json` holds.
+        run: the content of `run.json`.
     """
     name = str(run.get("model_name") or run.get("model"))
     arguments = (run.get("settings") or {}).get("model_args") or {}
@@ -67,18 +67,21 @@ def across(runs: Mapping[str, Result]) -> pd.DataFrame:
     """A row per condition and model, on the questions that all models were asked.
 
     Args:
-        runs: by the names of the models.
+        runs: runs by the names of the models.
 
     Returns:
-        Conditions that all runs have beside `none`, in the order of the first: the same attack with
-        the same settings (`conditions.Condition`). Columns:
-        `condition`, `model`, `n` questions, `epsilon_relative`: in units of the RMS of the model's
-        embeddings (or activations, at another hookpoint), `clean`, `clean_low`, `clean_high`:
-        accuracy under `none`, and of the mean over tasks what `summarise` says of the condition:
-        `acc`, `drop`, ...
+        The conditions that all runs have in addition to `none`, in the order of the first run. They
+            are the same attack with the same settings (`conditions.Condition`). Columns:
+
+        - `condition`, `model`
+        - `n`: number of questions
+        - `epsilon_relative`: amplitude in units of the RMS of the model's embeddings (or of the
+          activations, at another hookpoint)
+        - `clean`, `clean_low`, `clean_high`: accuracy under `none`
+        - `acc`, `drop`, ...: columns of `summarise`, for the mean over tasks
 
     Raises:
-        UsageError: the runs share no question, or no condition beside `none`.
+        UsageError: the runs share no question, or no condition in addition to `none`.
     """
     names, differing = _shared(runs)
     asked = [result.questions[_QUESTION].astype({"doc_id": str}) for result in runs.values()]
@@ -130,10 +133,10 @@ def across(runs: Mapping[str, Result]) -> pd.DataFrame:
 
 
 def _shared(runs: Mapping[str, Result]) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """The conditions that all runs have, and a sentence for each name that means several.
+    """The conditions that all runs have, and a sentence for each name with several meanings.
 
     Returns:
-        Name in the first run -> model -> name in its run; and the sentences.
+        (name in the first run -> model -> name in its run, the sentences).
     """
     (first, here), *others = ((name, result.conditions) for name, result in runs.items())
     shared, sentences = {}, []
@@ -155,7 +158,7 @@ def _shared(runs: Mapping[str, Result]) -> tuple[dict[str, dict[str, str]], list
 
 
 def unshared(runs: Mapping[str, Result]) -> list[str]:
-    """A sentence for each condition that `across` leaves out, as it differs between the runs."""
+    """A sentence for each condition that `across` leaves out because the runs differ in it."""
     return _shared(runs)[1]
 
 
@@ -171,12 +174,12 @@ def trends(frame: pd.DataFrame) -> pd.DataFrame:
     """The rank correlation of clean accuracy and drop over models, for each condition.
 
     Args:
-        frame: of `across`.
+        frame: the result of `across`.
 
     Returns:
-        Columns `condition`, `models`, `even`: whether the epsilon relative to the RMS is the same
-        for all, `correlation`, `low`, `high`, `p`: of `rank_correlation`, with as many models as
-        `FEWEST` or more.
+        Columns `condition`, `models` (their number), `even` (whether the epsilon relative to the
+            RMS is the same for all), and `correlation`, `low`, `high`, `p` from `rank_correlation`.
+            These four need at least `FEWEST` models.
     """
     rows = []
     for condition, rows_of in frame.groupby("condition", sort=False):
@@ -198,8 +201,8 @@ def cells(frame: pd.DataFrame, more: Iterable[str] = ()) -> Cells:
     """The table: a row per condition and model, and the trend of each condition in the notes.
 
     Args:
-        frame: of `across`.
-        more: further notes, such as those of `unshared`.
+        frame: the result of `across`.
+        more: further notes, such as the result of `unshared`.
     """
     rows = [
         [
@@ -237,7 +240,7 @@ def figure(frame: pd.DataFrame) -> Figure:
     """Drop against clean accuracy, a panel per condition, a point per model, with intervals.
 
     Args:
-        frame: of `across`.
+        frame: the result of `across`.
     """
     with print_style():
         drawn, grid = panels(list(frame["condition"].unique()))

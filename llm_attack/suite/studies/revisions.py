@@ -1,7 +1,7 @@
 """`llm-attack run --revisions`: checkpoints of one training under the same attacks.
 
-Does robustness fall while accuracy rises? Each checkpoint is a run in a folder of its own; one
-table and one figure show all.
+Does robustness fall while accuracy rises? Each checkpoint is a run in its own folder. One table and
+one figure show all.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ if TYPE_CHECKING:
 
 NAME = "revisions"  # of the table and the figure
 _FILES = tuple(f"{NAME}.{form}" for form in ("csv", "png", "svg"))
-# What is drawn besides accuracy: the columns that begin with it, and what stands at its axis.
+# The panels below accuracy: prefix of their columns, and label of their axis.
 _PANELS = {"critical": "median critical\nepsilon, RMS", "cosine": "cosine"}
 
 
-# What git takes for the name of a branch or a tag, part by part (git check-ref-format); a hash is
-# one, too.
+# Names that git accepts for branches and tags, part by part (git check-ref-format). A hash is one,
+# too.
 _PART = re.compile(
     r"(?![.@]$|\.|.*\.\.|.*@\{|.*\.lock$|.*\.$)[^\x00-\x20\x7f~^:?*\[\\/\ud800-\udfff]+"
 )
-# One of them is in the folder of a model, or of adapters.
+# The folder of a model, or of adapters, has one of these.
 _CONFIGS = ("config.json", "adapter_config.json")
 _LONGEST = 255  # bytes of a file's name
 
@@ -57,14 +57,14 @@ def plans(plan: Plan, revisions: str) -> dict[str, Plan]:
     """A plan for each revision, by the name of its folder.
 
     Args:
-        plan: of all.
-        revisions: names with commas between them: of subfolders, where the model is a local folder
-            that has them (as a trainer writes checkpoints), else of revisions on the hub. What a
-            folder's name cannot hold, such as the slash of a branch, is percent-encoded in it.
+        plan: the plan for all revisions.
+        revisions: names, separated by commas. They are subfolders if the model is a local folder (a
+            trainer writes checkpoints there), and else revisions on the hub. Characters that a
+            folder's name cannot have, such as the slash of a branch, are percent-encoded.
 
     Raises:
-        UsageError: one is named twice, is no subfolder, or no name of a revision; or the model is
-            neither a folder nor on a hub.
+        UsageError: a name appears twice, is no subfolder, or no possible name of a revision; or the
+            model is neither a folder nor on a hub.
     """
     given = listed(revisions)
     twice = next((name for name in given if given.count(name) > 1), None)
@@ -120,10 +120,10 @@ def _check_subfolders(given: Iterable[str], local: Path) -> None:
 
 
 def equal(runs: Mapping[str, Result]) -> list[str]:
-    """A sentence for each revision that has the weights of one before it.
+    """A sentence for each revision with the same weights as an earlier one.
 
     Args:
-        runs: by the names of the revisions.
+        runs: runs by the names of the revisions.
     """
     before: dict[Any, str] = {}
     sentences = []
@@ -139,19 +139,19 @@ def equal(runs: Mapping[str, Result]) -> list[str]:
 
 
 def along(runs: Mapping[str, Result]) -> pd.DataFrame:
-    """What `models.across` says of the revisions, and of each besides:
+    """The frame of `models.across` for revisions, with more columns.
 
-    `attack`; `step`: the last number in its name, or which one it is where not all have one;
-    `critical`, `critical_low`, `critical_high`: the epsilon, in RMS of the embeddings, at which
-    half of its clean accuracy is left, for conditions that look for it (`critical.robustness`);
-    `cosine`, `cosine_low`, `cosine_high`: of embeddings and gradient, mean over tasks; `weights`:
-    their hash.
+    They are `attack`; `step` (the last number in the revision's name, or its place in the list if
+    not all names have one); `critical`, `critical_low` and `critical_high` (the epsilon, in RMS of
+    the embeddings, at which half of the clean accuracy is left, for searches; see
+    `critical.robustness`); `cosine`, `cosine_low` and `cosine_high` (of embeddings and gradient,
+    mean over tasks); and `weights` (their hash).
 
     Args:
-        runs: by the names of the revisions.
+        runs: runs by the names of the revisions.
 
     Raises:
-        UsageError: as of `models.across`.
+        UsageError: see `models.across`.
     """
     frame = models.across(runs)
     numbers = [re.findall(r"\d+", name) for name in runs]
@@ -178,7 +178,7 @@ def _named(name: str, values: Sequence[float]) -> dict[str, float]:
 
 
 def _halves(samples: pd.DataFrame) -> dict[str, tuple[float, ...]]:
-    """The largest epsilon and the one that leaves half of the accuracy, for each search."""
+    """For each search, the largest epsilon, and the epsilon that leaves half of the accuracy."""
     table = critical.robustness(samples)
     if table.empty:
         return {}
@@ -188,18 +188,19 @@ def _halves(samples: pd.DataFrame) -> dict[str, tuple[float, ...]]:
 
 
 def _cosine(samples: pd.DataFrame) -> tuple[float, ...]:
-    """Mean over tasks of questions' cosines, and its interval; NaN where there are none."""
+    """Mean over tasks of the questions' cosines, and its interval; NaN if there are none."""
     once = samples.drop_duplicates(["task", "doc_id"]).dropna(subset="cosine")
     tasks = [(task["cosine"], np.arange(len(task))) for _, task in once.groupby("task")]
     return tuple(mean_of(tasks)[:3]) if tasks else (np.nan,) * 3
 
 
 def figure(frame: pd.DataFrame) -> Figure:
-    """Accuracy against the step, clean and attacked, with 95 % intervals as bands; below it what of
-    critical epsilon and cosine there is.
+    """Clean and attacked accuracy against the step, with 95 % intervals as bands.
+
+    Panels below show the critical epsilon and the cosine, if the runs have them.
 
     Args:
-        frame: of `along`.
+        frame: the result of `along`.
     """
     from matplotlib.figure import Figure
 
@@ -239,11 +240,11 @@ def _line(axes: Axes, rows: pd.DataFrame, name: str, condition: str) -> None:
 
 
 def cells(frame: pd.DataFrame, more: Iterable[str] = ()) -> Cells:
-    """The table of `models.cells`.
+    """The table of `models.cells`, for revisions.
 
     Args:
-        frame: of `along`.
-        more: further notes, such as those of `equal`.
+        frame: the result of `along`.
+        more: further notes, such as the result of `equal`.
     """
     plain = models.cells(frame, more)
     heading = ["condition", "revision", *plain.heading[2:]]
@@ -268,6 +269,6 @@ def save(frame: pd.DataFrame, folder: Path) -> list[str]:
 
 
 def check(folder: Path, revisions: Iterable[str]) -> None:
-    """Raises `UsageError` where `folder` holds what neither `save` wrote nor a revision's run."""
+    """Raises `UsageError` if `folder` holds anything but files of `save` and revisions' runs."""
     ours = {*revisions, *_FILES}
     claim(folder, lambda names: ours >= set(names))

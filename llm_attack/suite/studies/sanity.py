@@ -1,8 +1,8 @@
-"""Whether attacks did what attacks must: a run's checklist against gradients that hide.
+"""A checklist for a run: did the attacks work, or does the model hide its gradient?
 
-After Carlini et al. 2019 (arXiv 1902.06705, section 5) and Pintor et al. 2022 (arXiv 2106.09947):
-what speaks for an evaluation that is too weak rather than for a model that is robust. From the
-samples of a run alone; `doctor` adds what takes more.
+The checks follow Carlini et al. 2019 (arXiv 1902.06705, section 5) and Pintor et al. 2022 (arXiv
+2106.09947). They look for signs of a weak evaluation, which a robust model would not show. They
+need only the samples of a run. `doctor` adds checks that need more.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from llm_attack.suite.report.tables import Cells
 PASSES, FAILS, NOT_APPLICABLE = "passes", "fails", "not applicable"
 TITLE = "sanity checks"
 
-# Share of coordinates without a gradient above which it is hidden.
+# A gradient is hidden if a larger share of its coordinates is zero.
 _ZEROS = 0.1
-# Accuracy that is left at most where the amplitude is as large as the signal, if the gold is known.
+# Largest accuracy at amplitudes as large as the signal, if the loss knows the gold.
 _FLOOR = 0.1
-LARGE = 0.5  # of the RMS: amplitudes at which nothing should be left
-_FEW = 10  # questions of which no test says anything
+LARGE = 0.5  # of the RMS; at such amplitudes nothing should be left
+_FEW = 10  # with fewer questions, no test shows anything
 
 _STEPWISE = tuple(name for name, kind in ATTACKS.items() if kind.stepwise)
 
 
 class Check(NamedTuple):
-    """A check, its verdict, and the figure that it rests on.
+    """A check, its verdict, and the number behind it.
 
     Attributes:
-        name: what should be so.
+        name: what should be true.
         verdict: PASSES, FAILS or NOT_APPLICABLE.
-        figure: on which that rests, or why there is none.
+        figure: the number behind the verdict, or the reason why there is none.
     """
 
     name: str
@@ -54,16 +54,15 @@ class Check(NamedTuple):
 
 
 def checks(samples: pd.DataFrame, run: Mapping[str, Any]) -> list[Check]:
-    """All checks that the samples of a run allow; those that they don't are not applicable.
+    """All checks. Those that the samples of the run do not allow are not applicable.
 
     Args:
         samples: a row per question and condition, as in `samples.parquet`.
-        run: what `run.json` holds: of each condition in `attacks` the shares and amplitudes; of
-            `settings` the loss.
+        run: the content of `run.json`, for the conditions in `attacks` and the loss in `settings`.
     """
     knows, known = knows_gold(run), of_run(run, samples)
     some = samples.assign(outcome=outcome(samples, knows), source=sources(samples))
-    some = some.drop(columns="log_likelihoods")  # the rest is selected from again and again
+    some = some.drop(columns="log_likelihoods")  # the rest is selected from many times
     by = {str(name): rows for name, rows in some.groupby("condition", sort=False)}
     noise, steps, larger = (
         [(label, by[before], by[after]) for label, before, after in pairs(some, known)]
@@ -85,7 +84,7 @@ def outcome(samples: pd.DataFrame, knows: bool) -> pd.Series:
 
 
 def cells(checked: Iterable[Check]) -> Cells:
-    """The list as a table."""
+    """The checks as a table."""
     notes = [
         "after Carlini et al. 2019 and Pintor et al. 2022. A failed check means that the attacks"
         " were too weak or that the model hides its gradient, and not that the model is robust",
@@ -96,12 +95,12 @@ def cells(checked: Iterable[Check]) -> Cells:
 
 
 def not_applicable(name: str, why: str) -> Check:
-    """A check that says nothing, and why."""
+    """A check that shows nothing, with the reason."""
     return Check(name, NOT_APPLICABLE, why)
 
 
 def _difference(before: pd.DataFrame, after: pd.DataFrame) -> Mean | None:
-    """How far the outcome falls from one condition to another, over questions of all tasks."""
+    """The fall of the outcome from one condition to another, over questions of all tasks."""
     place = ["task", "doc_id"]
     pairs = before[[*place, "outcome", "source"]].merge(after[[*place, "outcome"]], on=place)
     step = pairs["outcome_x"] - pairs["outcome_y"]
@@ -111,12 +110,12 @@ def _difference(before: pd.DataFrame, after: pd.DataFrame) -> Mean | None:
     return mean_of([(step[kept], pairs["source"][kept])])
 
 
-_Names = tuple[str, str, str]  # what is compared, and the conditions before and after
+_Names = tuple[str, str, str]  # a label, and the conditions before and after
 _Pair = tuple[str, pd.DataFrame, pd.DataFrame]
 
 
 def _compared(name: str, pairs: Iterable[_Pair], strictly: bool = False) -> Check:
-    """Whether outcomes fall in each pair: strictly, or do not rise, as far as a test can tell."""
+    """Whether outcomes fall in each pair (`strictly`), or at least do not rise significantly."""
     differences: list[tuple[str, Mean]] = []
     for label, before, after in pairs:
         difference = _difference(before, after)
@@ -155,7 +154,7 @@ def _one_and_many(samples: pd.DataFrame, known: Conditions) -> Iterator[_Names]:
 
 
 def _small_and_large(samples: pd.DataFrame, known: Conditions) -> Iterator[_Names]:
-    """Neighbouring epsilons of attacks in steps: one step may overshoot."""
+    """Neighbouring epsilons of iterative attacks. An attack with one step may overshoot."""
     for _, epsilon, attacks in comparable_attacks(samples, known):
         steps = {name: known[name].get("steps") for name in attacks["condition"]}
         for (attack, _), rows in attacks.groupby(
@@ -212,7 +211,7 @@ def _search(samples: pd.DataFrame, known: Conditions) -> Check:
         by = attacks_at(attacks, epsilon)
         followed = [attack for attack in ("fgsm", *_STEPWISE) if attack in by]
         if SEARCH in by and followed:
-            wrong = {  # of several counts of steps, the strongest
+            wrong = {  # if there are several numbers of steps, the strongest
                 attack: max((~right(samples[samples["condition"] == n])).sum() for n in by[attack])
                 for attack in (SEARCH, *followed)
             }

@@ -1,4 +1,4 @@
-"""What is left after each number of steps: the table, and the figure."""
+"""Accuracy after each number of steps: the table, and the figure."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ TITLE = "accuracy by steps"
 
 
 def by_steps(table: pd.DataFrame, known: Conditions) -> pd.DataFrame:
-    """The rows of conditions that differ in their steps alone; empty where there are none.
+    """The rows of conditions that differ only in their steps.
 
     Args:
-        table: of `summarise`.
+        table: the result of `summarise`.
         known: the conditions of the run.
 
     Returns:
-        The rows of the table, with the columns `steps`, and `attacked`: the condition without them.
+        The rows of the table with two more columns: `steps`, and `attacked`, the condition without
+            its steps.
     """
     told = steps_told(known)
     rows = table[table["condition"].isin(told) & table["acc"].notna()]
@@ -41,7 +42,7 @@ def by_steps(table: pd.DataFrame, known: Conditions) -> pd.DataFrame:
 
 
 def cells(table: pd.DataFrame, known: Conditions) -> Cells | None:
-    """A row for each number of steps, a column for each attack and amplitude; None without them."""
+    """A row for each number of steps, a column for each attack and amplitude; None if empty."""
     means = by_steps(table[table["task"] == MEAN], known)
     if means.empty:
         return None
@@ -63,11 +64,11 @@ def cells(table: pd.DataFrame, known: Conditions) -> Cells | None:
 def figure(table: pd.DataFrame, known: Conditions) -> Figure | None:
     """Accuracy against steps, a panel per task and one for their mean; None without such a curve.
 
-    A line for each attack and amplitude, paler the smaller that is, with its 95 % interval as a
-    band; the dashed lines are the accuracies without an attack and of random guesses.
+    There is a line for each attack and amplitude, with its 95 % interval as a band. Smaller
+    amplitudes are paler. Dashed lines are the accuracies without an attack and of random guesses.
 
     Args:
-        table: of `summarise`.
+        table: the result of `summarise`.
         known: the conditions of the run.
     """
     curves = by_steps(named_by_score(table), known)

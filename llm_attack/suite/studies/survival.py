@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 CURVES = "critical epsilon"
 FORETOLD = "predicted from the clean point"
-STALLED = "¶"  # marks what `critical.stalled` is about
-_FIXED = "apgd"  # drawn beside the curves, which it should lie on
+STALLED = "¶"  # the mark of conditions in `critical.stalled`
+_FIXED = "apgd"  # drawn beside the curves; it should lie on them
 
 
 def figure(
@@ -39,14 +39,14 @@ def figure(
 ) -> Figure | None:
     """Robustness curves, a panel per task and one for their mean; None without critical epsilons.
 
-    The curve is the share of questions whose critical epsilon is above epsilon: the accuracy under
-    the strongest attack of that amplitude. Marks are accuracies under `apgd` of the same run. None
-    as well where no epsilon above 0 was tried.
+    A curve is the share of questions whose critical epsilon is above epsilon. This is the accuracy
+    under the strongest attack of that amplitude. Marks are accuracies under `apgd` in the same run.
+    None also if no epsilon above 0 was tried.
 
     Args:
-        samples: of `critical.of_score`.
-        unit: that epsilons are shown in.
-        score: of `critical.score_of`.
+        samples: the result of `critical.of_score`.
+        unit: the unit of the epsilon axis.
+        score: the result of `critical.score_of`.
     """
     conditions = critical.looked_for(samples)
     some = samples[samples["condition"].isin(conditions)]
@@ -91,13 +91,11 @@ def figure(
 def tables(
     samples: pd.DataFrame, score: str = critical.ACC
 ) -> dict[str, tuple[Cells, pd.DataFrame]]:
-    """The tables of a run, by their titles, as text and as frames.
-
-    None without critical epsilons.
+    """The tables of a run by their titles, as text and as frames; empty without critical epsilons.
 
     Args:
-        samples: of `critical.of_score`.
-        score: of `critical.score_of`.
+        samples: the result of `critical.of_score`.
+        score: the result of `critical.score_of`.
     """
     curves, foretold = critical.robustness(samples), critical.foretold(samples)
     if curves.empty:
@@ -113,8 +111,8 @@ def save(written: Mapping[str, tuple[Cells, pd.DataFrame]], folder: Path) -> Non
     """Writes `critical.csv`, `foretold.csv` and `critical.md` into `folder`.
 
     Args:
-        written: of `tables`; nothing is written of none.
-        folder: where to.
+        written: the result of `tables`. If it is empty, nothing is written.
+        folder: the folder of the run.
     """
     for title, name in ((CURVES, "critical"), (FORETOLD, "foretold")):
         if title in written:
