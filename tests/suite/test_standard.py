@@ -98,6 +98,17 @@ def test_what_it_decides_cannot_be_given(given, says):
     assert str(error.value).startswith(says)
 
 
+@pytest.mark.parametrize("version", STANDARDS)
+def test_a_default_that_is_given_is_not_replaced(version):
+    usual, standard = Plan(), STANDARDS[version]
+    for name, value in standard.fixed.items():
+        assert getattr(Plan(attacks=version, **{name: value}), name) == value
+        default = getattr(usual, name)
+        if default != value:
+            with pytest.raises(UsageError, match=f"^{name}=.*: must be left out with attacks="):
+                Plan(attacks=version, **{name: default})
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A run whose attacks are short."""
