@@ -344,6 +344,33 @@ def look(attack: str) -> _Look:
     return _LOOKS.get(attack, _Look("#000000", "..", "P", "-"))
 
 
+def draw_amplitudes(axes: Axes, rows: pd.DataFrame, x: str, size: float = 3) -> None:
+    """Draws accuracy against the column `x`: a line for each value of `attacked`, with its band.
+
+    Smaller amplitudes of an attack are paler.
+    """
+    for attack, of_attack in rows.groupby("attack", sort=False):
+        like = look(str(attack))
+        labels = of_attack.sort_values("epsilon", kind="stable")["attacked"].unique()
+        for i, label in enumerate(labels, 1):
+            line = of_attack[of_attack["attacked"] == label].sort_values(x, kind="stable")
+            form: Any = {"color": like.colour, "ls": like.line, "marker": like.marker}
+            form |= {"label": label, "alpha": i / len(labels), "ms": size, "lw": 1}
+            axes.plot(line[x], line["acc"], **form)
+            ends = line["acc_low"].to_numpy(float), line["acc_high"].to_numpy(float)
+            axes.fill_between(line[x], *ends, color=like.colour, alpha=0.2, lw=0)
+
+
+def draw_levels(axes: Axes, rows: pd.DataFrame) -> None:
+    """Draws dashed lines at the accuracies without an attack and of random guesses, if known."""
+    for value, colour, label in (
+        (rows.loc[rows["attack"] == "none", "acc"].mean(), "#888888", "none"),
+        (rows["baseline"].iloc[0], "k", "random guess"),
+    ):
+        if np.isfinite(value):
+            axes.axhline(value, color=colour, ls="--", lw=0.9, label=label)
+
+
 def _range(table: pd.DataFrame) -> tuple[float, float]:
     """The range of an axis of scores: from 0 to 1, and more if scores are outside."""
     values = table[["acc", "acc_low", "acc_high"]].to_numpy(float)
