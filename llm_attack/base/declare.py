@@ -105,6 +105,11 @@ def setting(default: Any, text: str, **about: Any) -> Any:
     return field(default=default, metadata={"about": (text, about)})
 
 
+def again(kind: Any, name: str, default: Any) -> Any:
+    """Declares the setting `name` of the dataclass `kind` once more, with another default."""
+    return field(default=default, metadata=kind.__dataclass_fields__[name].metadata)
+
+
 def declared(kind: Any) -> Iterator[tuple[Field[Any], SettingSpec]]:
     """The settings of a dataclass or an instance; those that may be positional come first."""
     for entry in sorted(fields(kind), key=lambda entry: entry.kw_only is True):
