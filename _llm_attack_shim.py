@@ -1,17 +1,17 @@
 """Lets ``lm_eval --model attacked-hf`` find the model in releases that read no entry points.
 
-lm-eval reads the entry-point group ``lm_eval.models`` only after release 0.4.13. For the releases
-before it, this file is installed at the top of site-packages, beside ``llm_attack_shim.pth``, which
-imports it when the interpreter starts. It waits for lm-eval to load its own models and then adds
-``attacked-hf`` to them, as a name to be resolved when it is asked for.
+lm-eval reads the entry-point group ``lm_eval.models`` only after release 0.4.13. For earlier
+releases, this file is installed at the top of site-packages, beside ``llm_attack_shim.pth``, which
+imports it when the interpreter starts. It waits until lm-eval loads its own models. Then it adds
+the name ``attacked-hf`` to them, and lm-eval looks up the model when somebody asks for it.
 
-It runs in every Python process of the environment. Hence its rules: it imports ``sys`` alone until
-lm-eval is there, it raises nothing, and it leaves every other import as it was.
+It runs in every Python process of the environment. So it follows three rules: it imports only
+``sys`` until lm-eval is there, it raises nothing, and it does not change any other import.
 """
 
 import sys
 
-TYPE_CHECKING = False  # what typing.TYPE_CHECKING is, without the cost of importing typing
+TYPE_CHECKING = False  # the value of typing.TYPE_CHECKING, without the cost of importing typing
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from importlib.machinery import ModuleSpec
@@ -26,8 +26,8 @@ TRIGGER = "lm_eval.models"
 def register() -> None:
     """Add ``attacked-hf`` to lm-eval's models: now, or as soon as lm-eval loads its own.
 
-    Does nothing where lm-eval is absent, knows the name already, or reads entry points itself.
-    Raises nothing, and may be called any number of times.
+    Does nothing if lm-eval is absent, already knows the name, or reads entry points itself. Raises
+    nothing, and may be called any number of times.
     """
     try:
         if TRIGGER in sys.modules:
@@ -61,7 +61,7 @@ def _add() -> None:
 
 
 class _Finder:
-    """Meta-path finder that sees `lm_eval.models` being loaded, once, and changes nothing else."""
+    """Meta-path finder that sees once how `lm_eval.models` is loaded, and changes nothing else."""
 
     busy = False
 
@@ -71,10 +71,10 @@ class _Finder:
         path: "Sequence[str] | None" = None,
         target: "ModuleType | None" = None,
     ) -> "ModuleSpec | None":
-        """Asks the finders behind this one, and returns a loader that registers afterwards."""
+        """Asks the finders after this one, and returns a loader that registers afterwards."""
         if name != TRIGGER or self.busy:
             return None
-        self.busy = True  # another finder may ask the whole meta-path in its turn
+        self.busy = True  # another finder may also ask the whole meta-path
         try:
             for finder in list(sys.meta_path):
                 if finder is self or not hasattr(finder, "find_spec"):
@@ -84,13 +84,13 @@ class _Finder:
                     self._register_after(spec.loader)
                     return spec
         except Exception:
-            pass  # the import goes on as if this finder were not there
+            pass  # the import continues as if this finder did not exist
         finally:
             self.busy = False
         return None
 
     def _register_after(self, loader: "Any") -> None:
-        # The loader itself stays the module's loader, so that inspect and importlib.resources work.
+        # The module's own loader stays in place, so inspect and importlib.resources work.
         execute = loader.exec_module
 
         def exec_module(module: "ModuleType") -> None:
@@ -104,7 +104,7 @@ class _Finder:
 
 
 class _LazyModel:
-    """Stands for the model class in a plain dict of classes, until it is called or looked into."""
+    """A placeholder for the model class in a plain dict, until it is called or inspected."""
 
     def __init__(self, models: "dict[str, Any]") -> None:
         self._models = models
@@ -113,7 +113,7 @@ class _LazyModel:
         from importlib import import_module
 
         module, _, attribute = TARGET.partition(":")
-        self._models.pop(NAME, None)  # free for the decorator of lm-eval, which takes no name twice
+        self._models.pop(NAME, None)  # lm-eval's decorator refuses a name that exists
         try:
             model = getattr(import_module(module), attribute)
         except BaseException:
@@ -126,7 +126,7 @@ class _LazyModel:
         return self._resolve()(*args, **kwargs)
 
     def __getattr__(self, name: str) -> "Any":
-        if name.startswith("__"):  # asked by copy, inspect and the like, of any object
+        if name.startswith("__"):  # copy, inspect and others ask this of any object
             raise AttributeError(name)
         return getattr(self._resolve(), name)
 

@@ -1,11 +1,11 @@
-"""Robust accuracy under our APGD, APGD-T and block search, beside that under AutoAttack.
+"""Compares robust accuracy under our APGD, APGD-T and block search with that under AutoAttack.
 
     python benchmarks/autoattack.py --load networks/mnist-cnn.safetensors -o autoattack
 
-attacks the first test images. AutoAttack is `pyautoattack` as published ("standard": APGD-CE,
+The first test images are attacked. AutoAttack is `pyautoattack` as published ("standard": APGD-CE,
 APGD-T, FAB-T and Square with 5,000 queries; Croce and Hein 2020, arXiv 2003.01690). Ours are
-`apgd`, `apgdt` and `blocks`, with as many steps. On both sides an attack sees the images that
-those before it have left right.
+`apgd`, `apgdt` and `blocks`, with the same number of steps. On both sides, an attack sees only
+images that earlier attacks have left right.
 """
 
 import logging
@@ -33,7 +33,7 @@ OURS = ("apgd", "apgdt", "blocks")
 
 
 class Plain(nn.Module):
-    """The network on images in torch's usual layout, which the library takes gradients to have."""
+    """The network for images in torch's usual layout, which the library expects of gradients."""
 
     def __init__(self, network):
         super().__init__()

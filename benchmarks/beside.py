@@ -1,8 +1,9 @@
-"""The default attack beside what others take for the same: FGSM, each request alone.
+"""Compares the default attack with other programs for the same: FGSM, each request by itself.
 
-Stock `hf`'s clean pass, ours, thirty lines of transformers (`plain_fgsm.py`) and torchattacks, in
-turns in one process, over the same requests; processor time, to be run on one thread. Ratios are
-those of turns that follow each other, so that what else the machine does falls on both.
+The programs are the clean pass of stock `hf`, ours, thirty lines of transformers (`plain_fgsm.py`)
+and torchattacks. They take turns in one process, over the same requests. The measure is processor
+time; run it on one thread. Ratios are those of consecutive turns, so other load on the machine
+affects both.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ BATCH = 8
 
 
 class _Unit(nn.Module):
-    """A model of embeddings in the unit cube, which is where torchattacks clamps to.
+    """A model of embeddings in the unit cube, to which torchattacks clamps.
 
-    Embeddings are `low` + `width` * x; logits are (B, V, L), as cross-entropy reads them.
+    Embeddings are `low` + `width` * x. Logits are (B, V, L), the form for cross-entropy.
     """
 
     def __init__(self, model: Any, low: float, width: float) -> None:
@@ -52,13 +53,13 @@ def torchattacks_fgsm(model: Any, epsilon: float) -> Callable[[Tensor, Tensor, T
     import torchattacks
 
     weight = model.get_input_embeddings().weight
-    # a power of two, so that the way there and back rounds as little as can be
+    # a power of two, so there is hardly any rounding in either direction
     width = 2.0 ** math.ceil(math.log2(2 * (float(weight.abs().max()) + epsilon)))
     wrapped = _Unit(model, -width / 2, width).eval()
     attack = torchattacks.FGSM(wrapped, eps=epsilon / width)
 
     def step(x: Tensor, target: Tensor, real: Tensor) -> Tensor:
-        labels = target.masked_fill(~real, -100)  # which cross-entropy leaves out
+        labels = target.masked_fill(~real, -100)  # cross-entropy leaves these out
         return wrapped.low + width * attack(x / width + 0.5, labels)
 
     return step
@@ -67,10 +68,10 @@ def torchattacks_fgsm(model: Any, epsilon: float) -> Callable[[Tensor, Tensor, T
 def runs_of(
     lm: AttackedHFLM, ours: AttackedHFLM, requests: list[Instance], others: Sequence[str]
 ) -> dict[str, Callable[[], Answers]]:
-    """What is measured: answers to `requests` by name."""
+    """The programs to measure, by name; each answers `requests`."""
     model = lm.model
     for scorer in ours.engine.scorers:
-        scorer.nearest = None  # a diagnostic, which no other computes
+        scorer.nearest = None  # a diagnostic that only we compute
     stock = HFLM(model, tokenizer=lm.tokenizer, batch_size=BATCH, device=str(lm.device))
     encoded = [(r.tokens, r.n_continuation) for r in encode(lm, requests)]
     epsilon = ours.attack.epsilon
@@ -93,10 +94,10 @@ def runs_of(
 
 
 def measure(runs: dict[str, Callable[[], Answers]], turns: int) -> dict[str, Any]:
-    """Seconds of each, ratios to stock and of ours to the others, and differences of answers."""
+    """Seconds of each program, ratios to stock and of ours to others, differences of answers."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     answers: dict[str, Answers] = {}
-    for turn in range(turns + 1):  # the first to warm up
+    for turn in range(turns + 1):  # the first turn warms up
         for name, run in runs.items():
             start = time.process_time()
             answers[name] = run()
@@ -163,5 +164,5 @@ def _mean(rows: list[dict[str, Any]], what: str, name: str) -> str:
 
 
 def settings() -> AttackSettings:
-    """The default attack, at an amplitude that is felt."""
+    """The default attack, at an amplitude that changes answers."""
     return AttackSettings("fgsm", epsilon="0.7rms")

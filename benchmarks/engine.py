@@ -1,10 +1,11 @@
 """Time and memory of attacked evaluations, as multiples of stock lm-eval's `hf`.
 
 Both evaluate the same model (a randomly initialised Llama unless one is named) on the same
-requests, alternating in one process; medians of several runs; stock at the best of several batches.
-Requests are those of the six benchmarks where their data is (the environment variable
-LLM_ATTACK_TEST_DATA: datasets offline, and a Llama tokenizer), else synthetic ones of the same
-lengths. Times are of `loglikelihood`: tokenisation is part of both.
+requests, and take turns in one process. Numbers are medians of several runs; stock has the best of
+several batch sizes. Requests are those of the six benchmarks if their data are available (the
+environment variable LLM_ATTACK_TEST_DATA: datasets offline, and a Llama tokenizer), and else
+synthetic ones of the same lengths. Times are those of `loglikelihood`, including tokenisation for
+both.
 
     python benchmarks/engine.py --tokens 6000 --repeats 2 --output results/speed
 """
@@ -44,7 +45,8 @@ from llm_attack.harness.requests import encode, questions_of
 from llm_attack.lm.packing.trie import build
 from llm_attack.lm.settings import AttackSettings
 
-# Per task: choices; mean Llama tokens of what they share, and of what each has for itself.
+# Per task: number of choices; mean number of Llama tokens that they share, and that each has for
+# itself.
 SYNTHETIC = {
     "arc_challenge": (4, 32, 6),
     "arc_easy": (4, 27, 5),
@@ -57,7 +59,7 @@ SYNTHETIC = {
 # Dense bfloat16 peaks without sparsity, in FLOP/s, by a part of the device's name.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
-LONGEST = "none+random+fgsm+bim shared"  # measured once: two dozen passes are a mean already
+LONGEST = "none+random+fgsm+bim shared"  # measured once: two dozen passes already are a mean
 
 ATTACKED = {
     "none": [AttackSettings("none")],
@@ -72,13 +74,13 @@ ATTACKED = {
 def real_requests(
     tasks: list[str], tokens: int, tokenizer: Any, count: int | None = None, shots: int = 0
 ) -> dict[str, list[Instance]]:
-    """Requests of `count` of each task's questions, as lm-eval builds them, or of `tokens`.
+    """Requests for `count` questions of each task, as lm-eval builds them, or for `tokens` tokens.
 
-    Before each stand `shots` examples, the same for all questions of a task.
+    Each prompt begins with `shots` examples, the same for all questions of a task.
 
-    Both engines sort by length, so that in a full run neighbours in length share a batch, and 0 to
-    7 % of the tokens are padding. So that it is here, too, the sample is of neighbours in size,
-    about the median.
+    Both engines sort by length. So in a full run, neighbours in length share a batch, and only 0 to
+    7 % of the tokens are padding. The sample has neighbours in size, around the median, to
+    reproduce this.
     """
     from lm_eval.api.samplers import get_sampler
     from lm_eval.tasks import TaskManager, get_task_dict
@@ -104,7 +106,7 @@ def real_requests(
 
 
 def synthetic_requests(tasks: list[str], tokens: int) -> dict[str, list[Instance]]:
-    """Requests of random words with the benchmarks' lengths."""
+    """Requests of random words with the lengths of the benchmarks."""
     draw = random.Random(0)
 
     def text(mean: int) -> str:
@@ -122,7 +124,7 @@ def synthetic_requests(tasks: list[str], tokens: int) -> dict[str, list[Instance
                 arguments = (context, text(own))
                 metadata = (name, doc_id, 1)
                 found[name].append(Instance("loglikelihood", {}, arguments, idx, metadata))
-        # in the place of lm-eval's task; its questions are attacked as a whole
+        # replaces lm-eval's task, because its questions are attacked as a whole
         patches.note(SimpleNamespace(instances=found[name]))
     return found
 
@@ -132,7 +134,7 @@ WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life"
 
 @contextmanager
 def counted(model: torch.nn.Module, device: torch.device) -> Iterator[dict[str, float]]:
-    """Seconds inside the model (`device`) and altogether (`wall`), and the tokens it was given."""
+    """Seconds inside the model (`device`) and altogether (`wall`), and the tokens that it got."""
     totals = {"device": 0.0, "tokens": 0.0}
     forward, grad = model.forward, torch.autograd.grad
     events: list[tuple[Any, Any]] = []
@@ -176,7 +178,7 @@ def counted(model: torch.nn.Module, device: torch.device) -> Iterator[dict[str, 
 
 
 def peak_memory(run: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes allocated at the peak of `run()` above what there was before; None: cannot be told."""
+    """Bytes allocated at the peak of `run()` above those before it; None if this is not known."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -230,7 +232,7 @@ def load(name: str | None, shape: str, dtype: str, device: str) -> tuple[Any, An
 
 
 class Bench:
-    """Stock and ours over the same model."""
+    """Stock and our model, with the same weights."""
 
     def __init__(
         self, model: Any, tokenizer: Any, options: dict[str, Any], positions: str = "all"
@@ -247,7 +249,7 @@ class Bench:
         return lambda: lm.loglikelihood(requests, disable_tqdm=True)
 
     def ours(self, conditions: list[AttackSettings], requests: list[Instance]) -> AttackedHFLM:
-        """Warm: whether the model takes trees is tried once per model, not once per question."""
+        """Our model, warmed up: the trial whether it takes trees is made once per model."""
         lm = AttackedHFLM(batch_size="auto", **self.options)
         lm.use(*(replace(c, positions=self.positions) for c in conditions))
         lm.batches(questions_of(requests, encode(lm, requests), lm.settings))
@@ -261,7 +263,7 @@ class Bench:
 
 
 def difference(ours: list, stock: list) -> dict[str, Any]:
-    """Largest difference of a log-likelihood, and answers whose is_greedy differs."""
+    """The largest difference of a log-likelihood, and answers whose is_greedy differs."""
     pairs = list(zip(ours, stock, strict=True))
     return {
         "log_likelihood": max(abs(a[0] - b[0]) for a, b in pairs),
@@ -277,7 +279,7 @@ def measure(
     repeats: int,
     labels: list[str],
 ) -> dict[str, Any]:
-    """Everything about one task."""
+    """All measurements of one task."""
     trials = {size: bench.time(bench.stock(size, requests)) for size in sizes}
     best = min(trials, key=lambda size: trials[size][0]["wall"])
     runs: dict[str, Callable[[], Any]] = {"stock": bench.stock(best, requests)}
@@ -348,7 +350,7 @@ def _same_tokens(
 
 
 def _utilisation(bench: Bench, median: dict[str, dict[str, float]]) -> dict[str, float] | None:
-    """Model FLOP utilisation of the clean passes: 2 FLOP per parameter and token; GPUs alone."""
+    """Model FLOP utilisation of the clean passes on GPUs: 2 FLOP per parameter and token."""
     if bench.device.type != "cuda":
         return None
     name = torch.cuda.get_device_name()
@@ -405,7 +407,7 @@ def _beside(
     output: Path | None,
     name: str | None,
 ) -> None:
-    """Ours beside `others`; see `beside`."""
+    """Compares ours with `others`; see `beside`."""
     unknown = [other for other in others if other not in beside.OTHERS]
     if unknown:
         raise click.UsageError(f"--beside={','.join(unknown)}: must be of {beside.OTHERS}")

@@ -1,9 +1,10 @@
-"""`attack=none` against stock lm-eval's `hf`, request by request, and stock `hf` against itself.
+"""Compares `attack=none` with stock lm-eval's `hf`, request by request, and stock `hf` with itself.
 
     python benchmarks/equality.py --model_args pretrained=FOLDER,gguf_file=NAME --limit 167
 
-Three evaluations through lm-eval: stock with batch size 16, with batch size 1, and ours. With
-`--float64` a fourth, stock in float64, which shows which of the others is nearer to the truth.
+There are three evaluations through lm-eval: stock with batch size 16, stock with batch size 1, and
+ours. `--float64` adds a fourth, stock in float64. It shows which of the others is nearer to the
+truth.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ METRICS = ("acc", "acc_norm")
 def evaluate(side: str, model_args: str, cache: Path | None, **arguments: Any) -> dict[str, Any]:
     """Answers (requests, 2): log-likelihood, greedy; judgements (questions, metrics); accuracies.
 
-    With `cache`, what lm-eval has answered before an interruption is not asked again.
+    With `cache`, answers of lm-eval from before an interruption are reused.
     """
     model, more, batch_size = (SIDES | EXACT)[side]
     found = lm_eval.simple_evaluate(
@@ -60,7 +61,7 @@ def evaluate(side: str, model_args: str, cache: Path | None, **arguments: Any) -
 
 
 def compare(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
-    """How two evaluations of the same requests differ."""
+    """The differences between two evaluations of the same requests."""
     difference = np.abs(one["answers"][:, 0] - other["answers"][:, 0])
     return {
         "largest": float(difference.max()),

@@ -1,10 +1,10 @@
-"""The cost of a sweep over hookpoints against a run for each of them.
+"""The cost of a sweep over hookpoints, compared with a run for each of them.
 
     python benchmarks/layers.py --model demo --tasks demo_six --limit 100
 
-One model, the same questions: a pass of the engine over all hookpoints, and a pass for each, in
-turns. The sweep computes the clean answers and all gradients once, and starts at the perturbed
-block.
+One model answers the same questions in turns: one pass of the engine over all hookpoints, and one
+pass for each. The sweep computes the clean answers and all gradients once, and starts at the
+perturbed block.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from llm_attack.suite.run.execute import Prepared, prepare
 
 
 def seconds(prepared: Prepared) -> float:
-    """Of a pass of the engine."""
+    """Seconds of a pass of the engine."""
     start = time.perf_counter()
     with frozen(prepared.lm.model):
         for _ in prepared.lm.engine.answers(work.batch for work in prepared.work):
@@ -71,7 +71,7 @@ def main(
         names = expand(lm.model, plan.hookpoints)
         conditions = plan.conditions_at(names)
         runs = []
-        for i in range(repeats + 1):  # the first is to warm up
+        for i in range(repeats + 1):  # the first pass warms up
             lm.use(*conditions)
             together = seconds(sweep)
             alone = []

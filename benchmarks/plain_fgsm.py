@@ -1,8 +1,8 @@
-"""FGSM as a user of transformers writes it: what the default attack has to beat.
+"""FGSM as a user of transformers writes it. The default attack has to be faster.
 
-Each request is attacked alone: one step along the sign of the gradient of its negative
-log-likelihood, with respect to its embeddings. Requests go in batches of eight, sorted by length,
-so that next to nothing is padding.
+Each request is attacked by itself: one step along the sign of the gradient of its negative
+log-likelihood, with respect to its embeddings. Batches have eight requests, sorted by length, so
+there is almost no padding.
 """
 
 import torch
@@ -13,11 +13,11 @@ def answers(model, requests, epsilon, batch_size=8, step=None):
 
     Args:
         model: a causal LM of transformers.
-        requests: (tokens, number of the last of them that are the continuation) of each.
+        requests: (tokens, number of continuation tokens, which come last) for each request.
         epsilon: absolute amplitude.
-        batch_size: requests of a batch.
-        step: attacked embeddings of clean ones, of what they predict, and of what of it is no
-            padding; None: the step that is written here.
+        batch_size: requests per batch.
+        step: maps clean embeddings, their targets, and a mask of those that are not padding to
+            attacked embeddings; None: the step in this file.
     """
     found = [None] * len(requests)
     order = sorted(range(len(requests)), key=lambda i: -len(requests[i][0]))

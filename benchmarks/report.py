@@ -2,10 +2,10 @@
 
     python benchmarks/report.py --repeats 3
 
-The runs are made of results/demo/choice: its questions are repeated until each task has as many as
-the benchmark that it stands for (17,195 together), and its answers with a little noise stand for
-other amplitudes and other models. Times are user and system time of processes of their own, so
-imports are part of them. Modules are compiled before, as those of an installed package are.
+The runs are made from results/demo/choice. Its questions are repeated until each task has as many
+as the benchmark that it represents (17,195 together). Its answers with a little noise represent
+other amplitudes and other models. Times are user and system time of separate processes, so they
+include imports. Modules are compiled before, as in an installed package.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SIZES = {
     "demo_piqa": 1838,
     "demo_winogrande": 1267,
 }
-# name of a condition: that of the demo whose answers it has, and the noise on them in nats
+# name of a condition: the condition of the demo whose answers it has, and their noise in nats
 CONDITIONS = {
     "none": ("none", 0.0),
     "random@0.003": ("none", 0.2),
@@ -52,9 +52,9 @@ def enlarged(folder: Path, share: float = 1.0, seed: int = 0) -> None:
     """Writes a run of `SIZES` questions under `CONDITIONS`.
 
     Args:
-        folder: of the run.
-        share: of the questions, which runs of several models have the same of.
-        seed: of the noise on all answers; another stands for another model.
+        folder: the folder of the run.
+        share: share of the questions, which is the same for runs of several models.
+        seed: seed of the noise on all answers. Another seed represents another model.
     """
     frames = {name: pd.read_parquet(DEMO / f"{name}.parquet") for name in ("questions", "samples")}
     questions, rng = frames["questions"], np.random.default_rng(seed)
@@ -82,7 +82,7 @@ def enlarged(folder: Path, share: float = 1.0, seed: int = 0) -> None:
             )
         )
     samples = pd.concat(rows, ignore_index=True)[list(frames["samples"].columns)]
-    # the texts of two questions are not the same either
+    # so no two questions have the same text
     texts = many["question"] + " (" + many["doc_id"].astype(str) + ")"
     many = many.assign(question=texts)[list(questions.columns)]
     run = json.loads((DEMO / "run.json").read_text("utf-8"))

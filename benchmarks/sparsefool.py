@@ -1,17 +1,19 @@
-"""How much faster SparseFool is than torchattacks' and the authors' own, per image, in turns.
+"""How much faster our SparseFool is than those of torchattacks and of the authors, per image.
 
     python benchmarks/sparsefool.py --dataset mnist --authors SparseFool -o sparsefool
 
-trains a network, takes a batch of test images that it knows, and lets each attack it several times
-in turn; prints the medians, their ratios, and how well and how sparsely each fools. The parameters
-need no gradients, so that none computes any. The authors' program is a checkout of
-https://github.com/LTS4/SparseFool, which attacks one image at a time. It was written for torch 0.4,
-and is given what torch has lost since: a function that sets gradients to zero.
+trains a network and takes a batch of test images that it classifies right. Each program attacks the
+batch several times, in turns. The output has the medians, their ratios, and how well and how
+sparsely each program fools. Parameters need no gradients, so no program computes any. The authors'
+program is a checkout of https://github.com/LTS4/SparseFool, which attacks one image at a time. It
+was written for torch 0.4. The benchmark adds a function that torch has lost since, which sets
+gradients to zero.
 
-What torchattacks 3.5.1 does otherwise than Modas et al. and their program: DeepFool is clipped and
-lengthened by its overshoot at every step and starts from the last attacked image, whose change is
-then multiplied by lambda as a whole; the normal is the gradient there, beyond the boundary, and not
-on it; the linear solver starts from the clean image each time; at most 10 searches, not 20.
+torchattacks 3.5.1 differs from Modas et al. and their program. It clips DeepFool and lengthens it
+by its overshoot at every step. It starts DeepFool from the last attacked image, and then multiplies
+the whole change by lambda. The normal is the gradient at this point, which is beyond the boundary
+and not on it. The linear solver starts from the clean image each time. There are at most 10
+searches instead of 20.
 """
 
 import shlex
@@ -67,7 +69,7 @@ def main(dataset, network, epochs, train_size, batch, rounds, authors, output):
         if not len(known):
             raise click.UsageError("the network knows none of these images: more --epochs")
         x, labels = x[known].contiguous(), labels[known]
-        contiguous = Contiguous(classifier).eval()  # torchattacks puts it back into the mode it had
+        contiguous = Contiguous(classifier).eval()  # torchattacks restores the mode of its model
         theirs = torchattacks.SparseFool(contiguous)
         ways = {
             "llm_attack": lambda: sparsefool(classifier, x, labels=labels),
@@ -108,7 +110,7 @@ def main(dataset, network, epochs, train_size, batch, rounds, authors, output):
 
 
 class Contiguous(nn.Module):
-    """A classifier whose gradients are contiguous, as the other two need them."""
+    """A classifier whose gradients are contiguous, as the other two programs need them."""
 
     def __init__(self, classifier: nn.Module) -> None:
         super().__init__()
@@ -119,7 +121,7 @@ class Contiguous(nn.Module):
 
 
 def authors_own(folder: Path, classifier: nn.Module, x: Tensor) -> Callable[[], Tensor]:
-    """The authors' program on each image of `x`, as it is in `folder`."""
+    """The authors' program in `folder`, unchanged, on each image of `x`."""
 
     def zero_gradients(point: Tensor) -> None:
         if point.grad is not None:

@@ -2,9 +2,9 @@
 
     python benchmarks/suite.py --model demo --tasks demo_six --limit 100
 
-One model, the same batches: a bare pass of the engine, and a whole run, in turns. The first ratio
-leaves out what does not grow with the number of questions (imports and loading the model); a tiny
-model is the worst case, as its engine does little work per question.
+One model answers the same batches in turns: in a bare pass of the engine, and in a whole run. The
+first ratio leaves out costs that do not grow with the number of questions (imports and loading the
+model). A tiny model is the worst case, because its engine does little work per question.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from llm_attack.suite.run.execute import Prepared, execute, prepare
 
 
 def bare(prepared: Prepared) -> dict[str, float]:
-    """Seconds of the engine alone."""
+    """Seconds of the engine by itself."""
     start = time.perf_counter()
     with frozen(prepared.lm.model):
         for _ in prepared.lm.engine.answers(work.batch for work in prepared.work):
@@ -36,7 +36,7 @@ def bare(prepared: Prepared) -> dict[str, float]:
 
 
 def whole(prepared: Prepared, console: Console) -> dict[str, float]:
-    """Seconds of the parts of a run; `answers`: the engine, and keeping what it finds."""
+    """Seconds of the parts of a run. `answers` is the engine, and storing its results."""
     with tempfile.TemporaryDirectory() as folder:
         result = execute(prepared, Path(folder), "quiet", console)
         assert result is not None
@@ -59,7 +59,7 @@ def main(model: str, tasks: str, limit: float, repeats: int, output: Path | None
     silence()
     with without_bars():
         prepared = prepare(Plan(model=model, tasks=tasks, limit=limit), "quiet", console)
-        bare(prepared)  # warm
+        bare(prepared)  # warms up
         runs = [bare(prepared) | whole(prepared, console) for _ in range(repeats)]
     median = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
     engine = median.pop("engine")

@@ -1,8 +1,8 @@
-"""Checks cards that are handed in: their form, hashes and plausibility, and a few questions again.
+"""Checks submitted cards: their form, hashes and plausibility, and a few questions again.
 
     python board/check.py [CARDS...] [--rerun 10]
 
-Without cards it checks all in `board/cards`. Exit code 1: something is wrong with a card.
+Without cards, it checks all in `board/cards`. The exit code is 1 if something is wrong with a card.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from llm_attack.base.errors import UsageError
 from llm_attack.base.failures import one_line
 
 CARDS = Path(__file__).parent / "cards"
-_DIFFERENT = 0.05  # share of the answers that may differ: rounding decides a few
+_DIFFERENT = 0.05  # share of the answers that may differ, because rounding decides a few
 
 
 def rerun(card: dict[str, Any], n: int) -> str | None:
-    """Repeats the first questions of a card; what differs, in one line.
+    """Repeats the first questions of a card; returns the differences in one line, or None.
 
     Args:
-        card: of `load_card`.
+        card: the result of `load_card`.
         n: about how many questions, over all tasks; at least one of each.
     """
     from llm_attack import robust_accuracy
@@ -62,20 +62,20 @@ def _rows(card: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def check(path: Path, n: int) -> list[str]:
-    """What is wrong with a card, a line each."""
+    """The faults of a card, a line each."""
     try:
         card = load_card(path)
         wrong = rerun(card, n) if n else None
     except UsageError as error:
         return [str(error)]
-    except OSError as error:  # a model that cannot be had here
+    except OSError as error:  # the model cannot be loaded here
         print(f"{path}: not repeated ({one_line(error)})")
         return []
     return [] if wrong is None else [f"card={path}: {wrong}"]
 
 
 def main() -> int:
-    """The exit code."""
+    """Checks the cards and returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("cards", nargs="*", type=Path, default=sorted(CARDS.glob("*.json")))
     parser.add_argument("--rerun", type=int, default=0, metavar="N", help="questions to repeat")

@@ -1,6 +1,6 @@
-"""The table of `architectures.md`: what the tests find of each architecture that they know.
+"""The table of `architectures.md`: the results of the tests for each architecture that they know.
 
-Run by `python docs/architectures.py`, which writes the page anew; the text round it stays.
+`python docs/architectures.py` writes the page again. The text around the table stays.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ HEAD = ["architecture", "layout", "losses", "embedding", "block", "notes"]
 
 
 def table() -> str:
-    """Markdown; a row per architecture."""
+    """The table in Markdown: a row per architecture."""
     rows = [HEAD, ["---"] * len(HEAD), *map(measured, ARCHITECTURES)]
     for kind in REFUSED:
         reason = refusal(kind).rpartition(": ")[2]
@@ -28,7 +28,7 @@ def table() -> str:
 
 
 def renewed(page: str) -> str:
-    """The page with the table in place of what stands between its marks."""
+    """The page with the table between its marks."""
     start, end = "<!-- measured -->\n", "<!-- end -->"
     old = f"{re.escape(start)}.*?{end}"
     new = f"{start}\n{table()}\n\n{end}"

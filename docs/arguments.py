@@ -1,6 +1,6 @@
-"""The tables of `arguments.md`: what the settings say of themselves where they are declared.
+"""The tables of `arguments.md`, from the declarations of the settings.
 
-Run by `python docs/arguments.py`, which writes the page anew; the text round the tables stays.
+`python docs/arguments.py` writes the page again. The text around the tables stays.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ PAGE = Path(__file__).with_name("arguments.md")
 
 
 def tables() -> dict[str, str]:
-    """Markdown tables by the names that the page's marks give them."""
+    """Markdown tables by the names in the page's marks."""
     shared = {*names(AttackSettings), *names(EngineSettings)} - {"steps"}  # a run takes several
     return {
         "attacked-hf": table(AttackSettings, EngineSettings),
@@ -25,7 +25,7 @@ def tables() -> dict[str, str]:
 
 
 def renewed(page: str) -> str:
-    """The page with each table in place of what stands between its marks."""
+    """The page with each table between its marks."""
     for name, text in tables().items():
         mark, end = f"<!-- {name} -->\n", "<!-- end -->"
         old = rf"{re.escape(mark)}.*?{end}"

@@ -30,7 +30,7 @@ QUARTERS = ("smallest", "second", "third", "largest")
 
 
 def differences(found: Result, pairs: list[tuple[str, str]]) -> pd.DataFrame:
-    """Of each pair of conditions (a, b) accuracy under b minus that under a: see `paired`."""
+    """Accuracy under b minus accuracy under a, for each pair of conditions (a, b); see `paired`."""
     parts = []
     for a, b in pairs:
         label = f"{b} − {a}"
@@ -65,7 +65,7 @@ def _difference(row: pd.Series) -> str:
 
 
 def scores(found: Result) -> Cells:
-    """Accuracy by each score that a task has, and which accuracies are not those of guesses."""
+    """Accuracy by each score of a task, and which accuracies differ from those of guesses."""
     conditions = list(found.samples["condition"].unique())
     tasks = found.samples["task"].unique()
     samples = found.samples.assign(chance=chances(found.samples))
@@ -91,7 +91,7 @@ def scores(found: Result) -> Cells:
 
 
 def falls(found: Result) -> Cells:
-    """Of the questions right without an attack, how many each condition takes, by clean margin."""
+    """The questions right without an attack that each condition makes wrong, by clean margin."""
     samples = found.samples.assign(margin=gold_margin(found.samples))
     clean = samples[samples["condition"] == "none"].set_index(["task", "doc_id"])
     right = clean[clean["acc"] == 1]["margin"]
@@ -121,7 +121,7 @@ def falls(found: Result) -> Cells:
 
 
 def point(found: Result) -> Cells:
-    """A table of what each condition did to the embeddings."""
+    """A table of the perturbation of the embeddings under each condition."""
     rows = []
     for condition, of in found.run["attacks"].items():
         if condition == "none":

@@ -1,10 +1,10 @@
-"""The pages of the site in one folder: those of `docs/`, and those that lie outside of it.
+"""Collects the pages of the site in one folder: those of `docs/`, and those outside of it.
 
     python docs/pages.py build/docs
 
-Pages stay where readers of the repository look for them. Here they are copied with their links
-turned, and every other file that a page links to is copied beside them. `make docs` builds the site
-from that folder.
+Pages stay where readers of the repository look for them. This script copies them, adapts their
+links, and copies every other file that a page links to. `make docs` builds the site from that
+folder.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from posixpath import dirname, join, normpath, relpath
 
 ROOT = Path(__file__).parents[1]
-# Path in the checkout -> path on the site. Pages in docs/ keep theirs.
+# Path in the checkout -> path on the site. Pages in docs/ keep their paths.
 OUTSIDE = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",

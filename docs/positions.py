@@ -1,9 +1,9 @@
-"""The tables of `where.md`: accuracy under attack at parts of the prompt.
+"""The tables of `where.md`: accuracy if the attack perturbs only parts of the prompt.
 
     python docs/positions.py --output results/where/positions-demo
 
-Evaluates a model once for each part, with few-shot examples, so that a question is not all of its
-prompt. Writes `positions.csv` and `positions.md` into the folder.
+It evaluates a model once for each part, with few-shot examples, because otherwise the question
+would be the whole prompt. It writes `positions.csv` and `positions.md` into the folder.
 """
 
 from __future__ import annotations

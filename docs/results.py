@@ -1,9 +1,10 @@
-"""Draws anew, in place, what `results/` does not keep: the report and the figures of each folder.
+"""Draws the files that `results/` does not keep, in place: report and figures of each folder.
 
     python docs/results.py
 
-A run gets all that `llm-attack report` writes. Comparisons of models and checkpoints, and the other
-experiments, get their figures, from their CSV files. Fig. 1 gets none: its pixels are not kept.
+A run gets all files that `llm-attack report` writes. Comparisons of models and checkpoints, and the
+other experiments, get their figures, from their CSV files. Fig. 1 gets none, because its pixels are
+not stored.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 
 def toy(folder: Path, settings: dict[str, Any]) -> None:
-    """Fig. 4."""
+    """Draws Fig. 4."""
     fig4.draw(folder, ToySettings(**settings))
 
 
 def features(folder: Path, settings: dict[str, Any]) -> None:
-    """Fig. 5, and the comparison of all blocks."""
+    """Draws Fig. 5, and the comparison of all blocks."""
     fig2.draw(folder, settings["width"], settings["at"], settings["epsilon_unit"])
     fig5.draw_splits(folder)
 
 
-# By the name of the command: what draws a folder, given the settings of its record.
+# By the name of the command: functions that draw a folder, given the settings of its record.
 FIGURES: dict[str, Callable[[Path, dict[str, Any]], None]] = {
     "fig2": lambda folder, settings: fig2.draw(folder, settings["width"]),
     "fig4": toy,
@@ -50,7 +51,7 @@ FIGURES: dict[str, Callable[[Path, dict[str, Any]], None]] = {
 
 
 def compared(path: Path, name: str, figure: Callable[[pd.DataFrame], Figure]) -> None:
-    """The figure beside a table of `llm-attack compare` or of revisions."""
+    """Draws the figure beside a table of `llm-attack compare` or of revisions."""
     frame = pd.read_csv(path)
     frame["attack"] = frame["condition"].str.partition("@")[0]
     with print_style():
@@ -58,7 +59,7 @@ def compared(path: Path, name: str, figure: Callable[[pd.DataFrame], Figure]) ->
 
 
 def main() -> None:
-    """All folders, then what has no record of its own."""
+    """Draws all folders, then the figures without their own record."""
     for path in sorted(RESULTS.glob("*/*/run.json")):
         record = json.loads(path.read_text("utf-8"))
         _, kind, name, *_ = record["command"].split()

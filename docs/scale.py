@@ -1,8 +1,8 @@
-"""The figures of "On paper" in `scale.md`: what runs take that are too large to be tried here.
+"""The figures of "On paper" in `scale.md`: estimates for runs that are too large to try here.
 
     python docs/scale.py
 
-Prints Markdown. Formulas are in the code; what is assumed, and not measured, stands first.
+It prints Markdown. The code has the formulas. The assumptions, which are not measured, come first.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ from dataclasses import dataclass
 
 from llm_attack.suite.report.tables import Cells
 
-PEAK, SHARE = 989e12, 0.4  # FLOP/s of an H100 in bfloat16, and the part of it that products reach
+PEAK, SHARE = 989e12, 0.4  # FLOP/s of an H100 in bfloat16, and the share of it that products reach
 BYTES = 2  # of a number in bfloat16
 
-# Tokens of the six benchmarks, all questions, in Llama's vocabulary of 32,000: of each request by
-# itself, and of the trees. Counted, not assumed.
+# Tokens of the six benchmarks (all questions) in Llama's vocabulary of 32,000: of all requests, and
+# of the trees. These are counted, and not assumed.
 QUESTIONS, REQUESTS, ROWS, TREES = 17_195, 62_566, 4_387_285, 2_238_430
-# Bytes of a row of samples.parquet and of questions.parquet, of results/fig3/smollm2-135m.
+# Bytes of a row of samples.parquet and of questions.parquet, in results/fig3/smollm2-135m.
 SAMPLE, QUESTION = 16, 122
 
-# Forwards and backwards of none, random, fgsm and bim in ten steps: one forward for the clean
-# answers gives the first gradient, nine more steps have both, and three conditions their answers.
+# Forwards and backwards of none, random, fgsm and bim in ten steps. One forward for the clean
+# answers gives the first gradient. Nine more steps have both, and three conditions have one forward
+# for their answers.
 FORWARDS, BACKWARDS = 1 + 9 + 3, 1 + 9
 
 
@@ -30,7 +31,8 @@ class Model:
     """A Llama.
 
     Attributes:
-        layers, width, inner, heads_width: of the blocks; `heads_width` of keys and values.
+        layers, width, inner, heads_width: sizes of the blocks; `heads_width` is that of keys and
+            values.
         vocabulary: rows of the head.
     """
 
@@ -52,20 +54,21 @@ class Model:
         return self.vocabulary * self.width
 
     def flop(self, tokens: int) -> float:
-        """Of the four conditions, whose loss reads every token.
+        """FLOP of the four conditions, with a loss that reads every token.
 
-        A product takes two operations a weight; the backward gives the gradient of the point and
-        none of the weights, so that it takes as many as the forward.
+        A product takes two operations per weight. The backward pass takes as many as the forward
+        pass, because it gives the gradient of the point, and none of the weights.
         """
         return 2.0 * (self.blocks + self.head) * tokens * (FORWARDS + BACKWARDS)
 
     def kept(self, checkpointing: bool) -> float:
-        """Bytes that a token has kept for the backward.
+        """Bytes per token that are kept for the backward pass.
 
-        With checkpointing the input of each block. Without, what its operations save: two
-        normalisations two widths each, attention a width of queries and one of outputs, keys and
-        values, the activation and its product three inner widths. Frozen products save nothing.
-        Logits, which are taken in slices, come on top.
+        With checkpointing, they are the input of each block. Without, they are the tensors that its
+        operations save: two normalisations save two widths each, attention saves a width of queries
+        and one of outputs, keys and values, and the activation and its product save three inner
+        widths. Products with frozen weights save nothing. Logits are computed in slices, and are
+        extra.
         """
         each = self.width
         if not checkpointing:
@@ -78,7 +81,7 @@ MIDDLE = Model(32, 4096, 14_336, 1024, 128_256)
 
 
 def hours(flop: float, devices: int) -> float:
-    """At `SHARE` of the peak."""
+    """Hours at `SHARE` of the peak."""
     return flop / (PEAK * SHARE * devices) / 3600
 
 

@@ -1,1 +1,1 @@
-"""Attacks and scales of the kind that a user writes: each in one file."""
+"""Examples of attacks and units that users write, each in one file."""

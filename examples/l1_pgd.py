@@ -2,13 +2,13 @@
 
     llm-attack run --model demo --tasks demo_piqa --attacks none,examples.l1_pgd:l1_pgd -o out-l1
 
-Epsilon is the L1 radius. That ball lies inside the L-infinity ball of the same radius, which the
-program keeps every attack in.
+Epsilon is the L1 radius. This ball is inside the L-infinity ball of the same radius, to which the
+program confines every attack.
 """
 
 import torch
 
-HALVINGS = 60  # of the interval in which the threshold of the projection is
+HALVINGS = 60  # of the interval that contains the threshold of the projection
 
 
 def l1_pgd(x, loss, ball, keys, *, steps, step_size):
@@ -16,10 +16,10 @@ def l1_pgd(x, loss, ball, keys, *, steps, step_size):
 
     Args:
         x: the clean point.
-        loss: what is raised; `loss.gradient(point)` is its gradient.
-        ball: what is allowed; `ball.balls` says which elements share a ball.
-        keys: of random draws; there are none.
-        steps, step_size: how many, and their L1 length.
+        loss: the loss to raise; `loss.gradient(point)` is its gradient.
+        ball: the allowed points; `ball.balls` says which elements share a ball.
+        keys: seeds of random draws, which this attack does not make.
+        steps, step_size: number of steps, and their L1 length.
     """
     change = torch.zeros_like(x)
     for _ in range(steps):
@@ -31,9 +31,9 @@ def l1_pgd(x, loss, ball, keys, *, steps, step_size):
 
 
 def projected(change, balls, radius):
-    """The nearest `change` whose L1 norm in each of `balls` is `radius` at most.
+    """The nearest `change` whose L1 norm in each of `balls` is at most `radius`.
 
-    It is the soft threshold that leaves `radius` (Duchi et al. 2008), which is found by halving.
+    It is the soft threshold that leaves `radius` (Duchi et al. 2008). Bisection finds it.
     """
     size = change.double().abs()
     low = torch.zeros_like(balls.largest(size))

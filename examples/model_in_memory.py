@@ -1,8 +1,8 @@
-"""A model that you have in memory, for example after training, attacked through lm-eval.
+"""Attacks a model that you have in memory, for example after training, through lm-eval.
 
     python examples/model_in_memory.py
 
-Nothing is written to disk. The model keeps its weights, and no hook is left on it.
+Nothing is written to disk. The model keeps its weights, and no hook stays on it.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ TASKS = Path(__file__).parents[1] / "tasks"
 
 
 def main(limit=20):
-    model = AutoModelForCausalLM.from_pretrained(MODEL_PATH)  # or your own, trained just now
+    model = AutoModelForCausalLM.from_pretrained(MODEL_PATH)  # or your own, after training
     tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
     found = {}
     for attack in ("none", "fgsm", "bim"):

@@ -2,7 +2,7 @@
 
     python examples/own_attack.py
 
-The attack is NI-FGSM (Lin et al. 2020). It takes the gradient at the point to which the momentum
+The attack is NI-FGSM (Lin et al. 2020). It computes the gradient at the point to which the momentum
 leads.
 """
 

@@ -4,7 +4,7 @@
     lm_eval ... --log_samples --output_path second
     python examples/two_lm_eval_runs.py first second
 
-Both runs must have asked the same questions. No attack is needed: the runs may be of two models.
+Both runs must have asked the same questions. No attack is needed, so the runs may be of two models.
 """
 
 import json
@@ -15,7 +15,7 @@ from llm_attack.stats import detectable, paired_error, paired_interval, sign_tes
 
 
 def answers(folder):
-    """Whether each question was answered rightly, by task and number."""
+    """Whether each question was answered right, by task and number."""
     right = {}
     for path in Path(folder).rglob("samples_*.jsonl"):
         task = path.stem.removeprefix("samples_").rpartition("_")[0]

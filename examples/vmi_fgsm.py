@@ -5,19 +5,19 @@ llm-attack run --model demo --tasks demo_piqa --attacks none,examples.vmi_fgsm:v
 
 from llm_attack.attacks import rehashed, uniform
 
-NEIGHBOURS = 5  # gradients near the point, whose mean corrects the next step
-REACH = 1.5  # how far away they are, in units of epsilon
+NEIGHBOURS = 5  # gradients near the point; their mean corrects the next step
+REACH = 1.5  # largest distance of these points, in units of epsilon
 
 
 def vmi_fgsm(x, loss, ball, keys, *, steps, step_size, decay):
-    """MI-FGSM with a gradient that is corrected by those around the point before.
+    """MI-FGSM with a gradient that is corrected by those around the previous point.
 
     Args:
         x: the clean point.
-        loss: what is raised; `loss.gradient(point)` is its gradient.
-        ball: what is allowed; `ball.step` goes a step and projects.
-        keys: of the random draws, which depend on the example alone.
-        steps, step_size, decay: as of `mifgsm`.
+        loss: the loss to raise; `loss.gradient(point)` is its gradient.
+        ball: the allowed points; `ball.step` takes a step and projects.
+        keys: seeds of the random draws, which depend only on the example.
+        steps, step_size, decay: see `mifgsm`.
     """
     reach = ball.sized(REACH * ball.epsilon) * ball.moves
     point, momentum, correction = x, 0.0, 0.0

@@ -1,4 +1,4 @@
-"""Curves of several seeds: their mean as a line in the band from the lowest to the highest."""
+"""Curves of several seeds: a line for the mean, and a band from the lowest to the highest."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from typing import Any
 
 import pandas as pd
 
-MANY = 200  # epochs: with more, a curve is drawn as pixels, also in a vector figure
+MANY = 200  # epochs; longer curves are drawn as pixels, even in a vector figure
 
 
 def over_seeds(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """For each group, the columns `by`, and NAME_mean, NAME_min, NAME_max of each other one.
+    """For each group, the columns `by`, and NAME_mean, NAME_min, NAME_max of each other column.
 
-    NaN, where a seed has no value, is left out, and so is the column `seed`.
+    NaN (a seed without a value) is left out, and so is the column `seed`.
     """
     bands = table.drop(columns="seed").groupby(by).agg(["mean", "min", "max"])
     bands.columns = ["_".join(names) for names in bands.columns]
@@ -24,10 +24,10 @@ def shaded(ax: Any, table: pd.DataFrame, column: str, colour: str, **options: An
 
     Args:
         ax: matplotlib's axes.
-        table: of `over_seeds`, a row for each epoch.
+        table: the result of `over_seeds`, with a row for each epoch.
         column: the NAME.
-        colour: of the line and the band.
-        **options: of the line.
+        colour: colour of the line and the band.
+        **options: options of the line.
     """
     pixels = len(table) > MANY
     ends = (table[f"{column}_min"], table[f"{column}_max"])

@@ -1,11 +1,11 @@
-"""The networks of the binary toy, Fig. 4, and what is measured on them.
+"""The networks of the binary toy, Fig. 4, and their measurements.
 
-Points are uniform in a square round 0 and labelled by the sign of x1. A packet is a loss along
-the line x2 = 0, psi(x1) = loss((x1, 0), label) / norm. Of the fixed packet the label is the same on
-the whole line; of the predicted one it is the class that the network predicts at x1, so that psi is
-large at the border of the classes alone. It is continuous there, and its derivative jumps. (With
-the label of each point's own side psi would jump itself, and have no derivative.) All seeds train
-as one batched model, in float64.
+Points are uniform in a square round 0, and their label is the sign of x1. A packet is a loss along
+the line x2 = 0: psi(x1) = loss((x1, 0), label) / norm. The fixed packet has the same label on the
+whole line. The predicted packet has the class that the network predicts at x1. So it is large only
+at the border of the classes, where it is continuous and its derivative jumps. (With the label of
+each point's own side, psi itself would jump, and have no derivative.) All seeds train as one
+batched model, in float64.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from llm_attack.theory.settings import PACKETS, STEP, ToySettings
 from llm_attack.theory.stacked import StackedMLP, cross_entropy, generators, pick, stack
 
 GRID = 51  # points along each side of a landscape
-_SCANNED = 2001  # points of the line between which a border is looked for
-_HALVINGS = 45  # of the distance between them: to the last bit
+_SCANNED = 2001  # points of the line between which borders are searched
+_HALVINGS = 45  # of the distance between them, down to the last bit
 
 
 class Toy:
@@ -28,8 +28,8 @@ class Toy:
 
     Attributes:
         network: maps (seeds, N, 2) to logits (seeds, N, 2).
-        x: training points, (seeds, points, 2).
-        test: points for the accuracies, (seeds, test_points, 2).
+        x: (seeds, points, 2) training points.
+        test: (seeds, test_points, 2) points for the accuracies.
     """
 
     def __init__(self, settings: ToySettings) -> None:
@@ -54,7 +54,7 @@ class Toy:
         return cross_entropy(self.network(x), labels)
 
     def epoch(self) -> None:
-        """One pass over the training points, in an order of its own for each seed."""
+        """One pass over the training points. Each seed has its own order."""
         n = self.settings.points
         order = stack(self.generators, lambda g: torch.randperm(n, generator=g))
         for x in pick(self.x, order.to(self.x.device)).split(self.settings.batch_size, 1):
@@ -86,8 +86,8 @@ class Toy:
     def stepped_accuracy(self) -> Tensor:
         """Accuracy of each seed after a plain step of `STEP` along the gradient, (seeds,).
 
-        Each point moves to x + STEP · ∇loss(x), kept in the square. Unlike an attack with an
-        amplitude, it moves a point far where the loss is steep, and hardly where it is flat.
+        Each point moves to x + STEP · ∇loss(x), and stays in the square. Unlike an attack with an
+        amplitude, this step moves a point far if the loss is steep, and hardly if it is flat.
         """
         labels = labels_of(self.test)
         x = self.test.clone().requires_grad_()
@@ -107,13 +107,13 @@ class Toy:
         return uncertainty_on_nodes(
             lambda x1: self.on_plane(x1, torch.zeros_like(x1), predicted),
             *(-self.settings.domain, self.settings.domain),
-            # the predicted one gets as narrow as the border
+            # the predicted packet becomes as narrow as the border
             panels=128 if predicted else 32,
             kinks=self.borders().tolist() if predicted else (),
         )
 
     def borders(self) -> Tensor:
-        """Where on the line x2 = 0 the predicted class of any seed changes."""
+        """The places on the line x2 = 0 at which the predicted class of any seed changes."""
         x1 = self._side(_SCANNED)
         class_at = self._predicted(x1)
         seed, i = (class_at[:, 1:] != class_at[:, :-1]).nonzero(as_tuple=True)
@@ -132,9 +132,10 @@ class Toy:
         return logits.argmax(-1)
 
     def landscape(self) -> dict[str, Tensor]:
-        """The packets of the first seed on a grid of the square: x1, x2, and psi, (GRID²,) each.
+        """The packets of the first seed on a grid of the square; each entry is (GRID²,).
 
-        `fixed` and `predicted`, with ∫∫psi² = 1 (trapezoids); `loss` is that of the fixed class.
+        The coordinates are `x1` and `x2`. The packets `fixed` and `predicted` have ∫∫psi² = 1 (by
+        trapezoids). `loss` is the loss of the fixed class.
         """
         side = self._side(GRID)
         x1, x2 = torch.cartesian_prod(side, side).unbind(-1)
@@ -163,5 +164,5 @@ class Toy:
 
 
 def labels_of(x: Tensor) -> Tensor:
-    """The class of each point: 1 where x1 > 0."""
+    """The class of each point: 1 if x1 > 0, else 0."""
     return (x[..., 0] > 0).long()

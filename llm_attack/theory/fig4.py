@@ -1,6 +1,6 @@
 """Fig. 4, the binary toy: a class boundary sharpens, and its packet obeys the relation.
 
-`binary` has the networks and what is measured on them. No torch is imported here.
+`binary` has the networks and their measurements. No torch is imported here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-# It takes seconds: it is never cut down.
+# It takes seconds, so the quick preset is the whole experiment.
 PRESETS = {"quick": ToySettings(), "paper": ToySettings()}
 
 
@@ -47,10 +47,10 @@ def train(settings: ToySettings) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Trains all seeds; measures before the first epoch and after each.
 
     Returns:
-        The curves, a row for each epoch and seed (epoch, seed, loss, clean, robust, stepped, and of
-        each packet dx_fixed, dp_fixed, product_fixed, bound_fixed, dx_predicted, ...), and the
-        landscapes of the first seed after a fifth, two fifths and all of the epochs (epoch, x1, x2,
-        loss, fixed, predicted).
+        The curves, a row for each epoch and seed (epoch, seed, loss, clean, robust, stepped, and
+            for each packet dx_fixed, dp_fixed, product_fixed, bound_fixed, dx_predicted, ...), and
+            the landscapes of the first seed after a fifth, two fifths and all of the epochs (epoch,
+            x1, x2, loss, fixed, predicted).
 
     Raises:
         ArithmeticError: dx · dp was below its bound.
@@ -84,7 +84,7 @@ def train(settings: ToySettings) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def draw(folder: Path, settings: ToySettings) -> None:
-    """Draws, from curves.csv and landscapes.csv, the landscapes and the curves of all seeds."""
+    """Draws the landscapes and the curves of all seeds, from curves.csv and landscapes.csv."""
     import pandas as pd
 
     from llm_attack.theory.bands import over_seeds, shaded
@@ -100,7 +100,7 @@ def draw(folder: Path, settings: ToySettings) -> None:
                 sides, heights = [plane.columns, plane.index], plane.to_numpy()
                 colours: Any = {"vmin": 0, "vmax": top, "cmap": "cividis", "shading": "gouraud"}
                 image = ax.pcolormesh(*sides, heights, rasterized=True, **colours)
-                # where both classes are as likely
+                # both classes are equally likely on this contour
                 loss = rows.pivot(index="x2", columns="x1", values="loss").to_numpy()
                 ax.contour(*sides, loss, levels=[math.log(2)], colors="white", linewidths=1)
                 ax.set(title=f"epoch {epoch}", xlabel="$x_1$", ylabel="$x_2$", aspect="equal")

@@ -1,6 +1,7 @@
 """Fig. 6, word sentiment: the angle between a word's embedding and the gradient of the loss there.
 
-`lexicon` has the words, `sentiment` the networks and what is measured. No torch is imported here.
+`lexicon` has the words, and `sentiment` the networks and their measurements. No torch is imported
+here.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ PRESETS = {"quick": replace(SentimentSettings(), seeds=5, epochs=200), "paper": 
 
 
 def run(settings: SentimentSettings, folder: Path) -> dict[str, Any]:
-    """Word sentiment: cosine of embedding and gradient, for words classified rightly or wrongly."""
+    """Word sentiment: cosine of embedding and gradient, for words classified right or wrong."""
     import pandas as pd
 
     from llm_attack.theory.bands import over_seeds
@@ -61,8 +62,8 @@ def run_kind(words: pd.DataFrame, kind: Kind, settings: SentimentSettings) -> pd
     """Trains all seeds of one kind; measures before the first epoch and after each.
 
     Returns:
-        A row for each epoch, split and seed: those of `Kind`, epoch, split, seed and
-        `settings.MEASURED`.
+        A row for each epoch, split and seed, with the columns of `Kind`, epoch, split, seed and
+            `settings.MEASURED`.
     """
     import pandas as pd
 
@@ -82,9 +83,9 @@ def run_kind(words: pd.DataFrame, kind: Kind, settings: SentimentSettings) -> pd
 def trends(last: pd.DataFrame) -> dict[str, dict[str, float | int | None]]:
     """Do the cosines on new words follow the accuracy there?
 
-    Spearman's rank correlation over the kinds of networks, of their means over the seeds, with its
-    95 % interval and p-value (`rank_correlation`); the cosines are times the root of the size,
-    which takes out what random vectors would do.
+    The measure is Spearman's rank correlation over the kinds of networks, of their means over the
+    seeds, with its 95 % interval and p-value (`rank_correlation`). Cosines are multiplied by the
+    root of the size, so those of random vectors are equal.
 
     Args:
         last: the rows of the last epoch.
@@ -103,12 +104,12 @@ def trends(last: pd.DataFrame) -> dict[str, dict[str, float | int | None]]:
 
 
 def _number(value: float) -> float | None:
-    """For JSON, which has no NaN."""
+    """A number for JSON, which has no NaN."""
     return None if math.isnan(value) else round(value, 5)
 
 
 def scaled(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with its cosines in units of 1 / √size: those of random vectors are equal then."""
+    """The table with cosines in units of 1 / √size, in which those of random vectors are equal."""
     table = table.copy()
     for name in table.columns[table.columns.str.startswith("cosine")]:
         table[name] *= table["size"] ** 0.5
@@ -116,11 +117,10 @@ def scaled(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw(folder: Path) -> None:
-    """Draws, from the CSV files, a column for each size: cosines, accuracies, wrong words.
+    """Draws a column for each size, from the CSV files: cosines, accuracies, wrong words.
 
-    The cosine of wrong words ends where a network has fewer than `FEWEST` of them in the mean over
-    the seeds. Where networks differ in more than their size, a point for each: cosine against
-    accuracy.
+    The cosine of wrong words ends when a network has fewer than `FEWEST` of them, as a mean over
+    the seeds. If networks differ in more than their size, each is a point: cosine against accuracy.
     """
     import pandas as pd
 

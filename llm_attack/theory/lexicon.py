@@ -1,4 +1,4 @@
-"""Words of three sentiments: the package's list or a file of one's own, checked and encoded."""
+"""Words of three sentiments: the package's list or the user's file, checked and encoded."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from llm_attack.base.folder import check_readable
 
 COLUMNS = ("word", "language", "label")
 LABELS = ("negative", "neutral", "positive")
-LEAST = 10  # words of each label: with fewer, a share held out may have none
+LEAST = 10  # words of each label; with fewer, the test words may lack a label
 
 # 400 English and 400 Chinese words for each label, written for this project.
 OWN = Path(__file__).with_name("words.csv")
 
 
 def load_words(path: str | None = None) -> pd.DataFrame:
-    """The words of a CSV file in UTF-8, the package's own unless given.
+    """The words of a CSV file in UTF-8; by default, the package's own.
 
     Returns:
-        A row for each word, with the columns `COLUMNS`; other columns are left out. Words that a
-        language has twice with the same label are kept once.
+        A row for each word, with the columns `COLUMNS`. Other columns are left out. Words that a
+            language has twice with the same label appear once.
 
     Raises:
         UsageError: the file cannot be read, lacks a column, has another label than `LABELS`, gives
@@ -35,9 +35,9 @@ def load_words(path: str | None = None) -> pd.DataFrame:
     shown = OWN if path is None else path
     check_readable(shown, "words")
     try:
-        # as text: "null" and "nan" are words
+        # as text, because "null" and "nan" are words
         table = pd.read_csv(shown, dtype=str, keep_default_na=False, encoding="utf-8")
-    except (OSError, ValueError) as error:  # of pandas: empty, not UTF-8, not CSV
+    except (OSError, ValueError) as error:  # exceptions of pandas: empty, not UTF-8, not CSV
         text = f"must be a CSV file in UTF-8 ({one_line(error)})"
         raise UsageError(f"words={shown}: {text}") from error
     for column in COLUMNS:
@@ -67,13 +67,13 @@ def load_words(path: str | None = None) -> pd.DataFrame:
 
 
 def encode(words: Sequence[str], n: int = 1) -> tuple[Tensor, int]:
-    """Words as ids of their overlapping pieces of `n` characters, and the number of ids.
+    """Encodes words as ids of their overlapping pieces of `n` characters.
 
-    A word shorter than that is one piece.
+    A shorter word is one piece.
 
     Returns:
-        int64 of shape (words, most pieces): 1, 2, ... in the order of the pieces' code points, 0
-        after the end of a word; and one more than the largest id.
+        (words, most pieces) int64 ids: 1, 2, ... in the order of the pieces' code points, and 0
+            after the end of a word. Then the number of ids, including 0.
     """
     rows = [[word[i : i + n] for i in range(max(1, len(word) - n + 1))] for word in words]
     pieces = sorted({piece for row in rows for piece in row})

@@ -1,8 +1,8 @@
 """The packet of a network along straight lines through its points, at pixels or at features.
 
-psi(t) = loss(x + t direction, label) / norm for t in [-reach, reach], the label fixed. A network
-of ReLUs has a loss whose derivative jumps: the error of the quadrature falls with the square of the
-number of nodes there, not exponentially.
+psi(t) = loss(x + t direction, label) / norm for t in [-reach, reach], with a fixed label. The loss
+of a ReLU network has a derivative that jumps. So the error of the quadrature falls with the square
+of the number of nodes, and not exponentially.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ def along(
     panels: int = 64,
     order: int = 8,
 ) -> Uncertainty:
-    """The uncertainty relation of the loss of each point along directions of its own.
+    """The uncertainty relation of the loss of each point along its own directions.
 
     Args:
-        loss: of points (N, K, M, ...), which are M along each of K lines through each of N points,
-            the losses (N, K, M), each with the label of its point.
+        loss: maps points (N, K, M, ...) to losses (N, K, M), each with the label of its point.
+            There are M points along each of K lines through each of N points.
         x: (N, ...) points.
-        directions: (N, K, ...), or (K, ...) that all points share; set to L2 length 1, so that
+        directions: (N, K, ...), or (K, ...) for all points. They are scaled to L2 length 1, so
             positions are in the units of the points.
-        reach: the interval's half length, in L2.
-        panels: equal parts of the interval.
+        reach: half length of the interval, in L2.
+        panels: number of equal parts of the interval.
         order: nodes in each part.
 
     Returns:
         Tensors (N, K).
 
     Raises:
-        ValueError: a direction is zero, or psi is on the whole line.
+        ValueError: a direction is zero, or psi is zero on the whole line.
     """
     shared = directions.dim() == x.dim()
     lines = directions.expand(len(x), *directions.shape) if shared else directions
@@ -56,7 +56,7 @@ def along(
 
 
 def principal(x: Tensor, k: int) -> Tensor:
-    """The first `k` principal directions of points (N, ...), of length 1: (k, ...)."""
+    """(k, ...) the first `k` principal directions of points (N, ...), of length 1."""
     away = (x - x.mean(0)).flatten(1)
     directions: Tensor = torch.linalg.svd(away, full_matrices=False).Vh
     return directions[:k].reshape(-1, *x.shape[1:])

@@ -8,9 +8,9 @@ Integration by parts and the inequality of Cauchy and Schwarz give
 
     dx dp >= ½ |1 - [(x - <x>) psi²] from a to b|
 
-which is ½ where psi vanishes at both ends. Equality holds where psi' - <p> psi is a multiple of
-(x - <x>) psi: for every exp(-αx² + βx), on any interval and for either sign of α. The packet has to
-be continuous, with a derivative that is square-integrable.
+The bound is ½ if psi vanishes at both ends. Both sides are equal if psi' - <p> psi is a multiple of
+(x - <x>) psi. This holds for every exp(-αx² + βx), on any interval and for either sign of α. The
+packet has to be continuous, with a square-integrable derivative.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Uncertainty:
         dx: width in position, in the units of x.
         mean_p: <p>, in 1 / units of x.
         dp: width in the derivative, in 1 / units of x.
-        bound: what dx · dp cannot be below on this interval; no unit.
+        bound: lower bound of dx · dp on this interval, without a unit.
     """
 
     mean_x: Any
@@ -52,7 +52,7 @@ class Uncertainty:
     def check(self, tolerance: float = 1e-8) -> None:
         """Raises `ArithmeticError` unless dx · dp >= bound - tolerance holds for every packet.
 
-        The relation is a theorem: what breaks it is an inaccurate integral, or a NaN.
+        The relation is a theorem. So a violation shows an inaccurate integral, or a NaN.
         """
         margin = torch.as_tensor(self.product - self.bound)
         if not (margin >= -tolerance).all():
@@ -69,16 +69,16 @@ def uncertainty_on_nodes(
 ) -> Uncertainty:
     """The relation for a batch of smooth torch functions, with one call of `psi`.
 
-    Composite Gauss-Legendre quadrature with exact derivatives (forward-mode differentiation): the
-    error falls exponentially with `order` as long as a panel resolves the packet.
+    It uses composite Gauss-Legendre quadrature with exact derivatives (forward-mode
+    differentiation). The error falls exponentially with `order` if panels resolve the packet.
 
     Args:
-        psi: from positions, float64 of shape (M,), to values of shape (..., M), of any norm.
+        psi: maps positions (M,) in float64 to values (..., M), of any norm.
         a: left end of the interval, finite.
         b: right end, finite.
-        panels: equal parts of the interval.
+        panels: number of equal parts of the interval.
         order: nodes in each part.
-        kinks: where the derivative of a packet jumps: parts end there as well.
+        kinks: positions at which the derivative of a packet jumps. Parts are divided there.
 
     Returns:
         Tensors of the shape of the batch.
@@ -98,9 +98,9 @@ def uncertainty_on_nodes(
 def gauss_legendre(
     a: float, b: float, panels: int, order: int, kinks: Sequence[float] = ()
 ) -> tuple[Tensor, Tensor]:
-    """Nodes and weights of the composite rule on [a, b], float64, `order` for each of the panels.
+    """Nodes and weights of the composite rule on [a, b], in float64, with `order` nodes per panel.
 
-    These are equal but for those that are divided at `kinks`.
+    Panels are equal, except that `kinks` divide some of them.
     """
     nodes, weights = np.polynomial.legendre.leggauss(order)
     edges = np.union1d(np.linspace(a, b, panels + 1), np.asarray(kinks, dtype=float))
@@ -117,16 +117,16 @@ def _with_slope(psi: Callable[[Any], Any], x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _relation(integrate: Callable[[Callable[..., Any], Any], Any], ends: Ends) -> Uncertainty:
-    """All five numbers from integrals of functions of (x, psi, psi') over the interval.
+    """All five numbers, from integrals of functions of (x, psi, psi') over the interval.
 
     Args:
-        integrate: takes such a function, and what is negligible beside its integral.
-        ends: (a, psi(a)) and (b, psi(b)); the values have the shape of the batch.
+        integrate: takes such a function, and an amount that is negligible for its integral.
+        ends: (a, psi(a)) and (b, psi(b)). The values have the shape of the batch.
     """
     norm = integrate(lambda x, f, d: f * f, 0)
     if not (torch.as_tensor(norm) > 0).all():
         raise ValueError("psi: must not vanish on the whole interval, nor be NaN")
-    # Means and variances may be 0: what they are small beside is the mean square.
+    # Means and variances may be 0, so the mean square says what is negligible.
     square_x = integrate(lambda x, f, d: (x * f) ** 2, 0)
     square_p = integrate(lambda x, f, d: d * d, 0)
     mean_x = integrate(lambda x, f, d: x * f * f, 1e-10 * (norm * square_x) ** 0.5) / norm
@@ -142,5 +142,5 @@ def _relation(integrate: Callable[[Callable[..., Any], Any], Any], ends: Ends) -
 
 
 def _column(value: Any) -> Any:
-    """A value per packet, set to meet the positions, which are the last axis."""
+    """Adds a last axis, that of the positions, to a value per packet."""
     return value.unsqueeze(-1) if isinstance(value, Tensor) else value

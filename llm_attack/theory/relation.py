@@ -1,4 +1,4 @@
-"""Δx · Δp of image classifiers: the relation of Fig. 4 where the paper claims it, at features.
+"""Δx · Δp of image classifiers: the relation of Fig. 4 at features, as the paper claims it.
 
 No torch is imported here.
 """
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
     from llm_attack.vision.data import Dataset, Images
 
 PIXELS = "pixels"
-NORMALISED = "normalise"  # the block that does no more than to scale the pixels
+NORMALISED = "normalise"  # this block only scales the pixels
 DIRECTIONS = ("gradient", "principal", "random")
 MEASURED = ("dx", "dp", "product", "bound")
-_KNOWN = 500  # test images of which principal directions and distances are taken
-_NODES = {"panels": 16, "order": 8}  # of a line: a ReLU's jump costs the fourth digit
+_KNOWN = 500  # test images for principal directions and distances
+_NODES = {"panels": 16, "order": 8}  # of a line; a ReLU's jump costs the fourth digit
 
 
 @dataclass(frozen=True)
 class Settings(ImageSettings):
-    """One data set and one network."""
+    """The settings, with one data set and one network."""
 
     images: int = setting(
         10,
@@ -67,7 +67,7 @@ PRESETS = {
 def run(settings: Settings, folder: Path) -> dict[str, Any]:
     """The uncertainty relation along lines through images, at pixels and features, by epoch.
 
-    --dataset and --network are one each. The packet is the loss of an image's own label.
+    There is one --dataset and one --network. The packet is the loss of an image's own label.
     """
     import pandas as pd
 
@@ -144,13 +144,13 @@ def _of_epoch(
 def relations(
     head: nn.Module, points: Tensor, i: int, label: Tensor, reach: float, settings: Settings
 ) -> dict[str, Uncertainty]:
-    """The relation along lines through the i-th of `points`, (1, lines) for each of `DIRECTIONS`.
+    """The relation along lines through the i-th of `points`: (1, lines) for each of `DIRECTIONS`.
 
     Args:
-        head: scores of points.
-        points: (N, ...), of which the principal directions are.
-        i: the number of a point.
-        label: of it, whose loss is the packet.
+        head: maps points to scores.
+        points: (N, ...) points, which also give the principal directions.
+        i: number of a point.
+        label: its label. The packet is the loss of this label.
         reach: half length of the lines, in L2.
         settings: `lines`, `seed`.
     """
@@ -178,8 +178,10 @@ def relations(
 
 
 def means(table: pd.DataFrame) -> pd.DataFrame:
-    """Means over images of lines' means, with 95 % intervals: a row for each epoch, block,
-    direction and kind of image (`right`), with `n` images; Student's t.
+    """Means over images of the lines' means, with 95 % intervals by Student's t.
+
+    There is a row for each epoch, block, direction and kind of image (`right`), with the number of
+    images `n`.
     """
     import numpy as np
     import pandas as pd
@@ -230,8 +232,7 @@ def draw(folder: Path) -> None:
         )
 
 
-# Nothing is attacked here, and the network is neither named by a file nor kept; nobody varied the
-# momentum.
+# Nothing is attacked here, and the network is neither loaded nor saved. Nobody varied the momentum.
 _NO_OPTIONS = ("attacks", "epsilon", "steps", "load", "save", "momentum")
 
 COMMAND = figure_command("relation", PRESETS, run, without=_NO_OPTIONS)

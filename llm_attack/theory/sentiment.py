@@ -1,9 +1,9 @@
-"""The networks of word sentiment, Fig. 6, their training, and what is measured on them.
+"""The networks of word sentiment, Fig. 6, their training and measurements.
 
-A word is a row of ids of its characters, or of longer pieces; its embedding, the point, is their
-vectors side by side, with zeros after the end of the word. One hidden layer classifies it as
-negative, neutral or positive. All seeds of a kind train as one batched model, each on a split of
-its own, with one step of Adam on all its training words per epoch.
+A word is a row of ids of its characters, or of longer pieces. Its embedding, the point, consists of
+their vectors side by side, with zeros after the end of the word. A network with one hidden layer
+classifies it as negative, neutral or positive. All seeds of a kind train as one batched model, each
+on its own split, with one step of Adam on all its training words per epoch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class SentimentModel(nn.Module):
     Args:
         ids: number of character ids, padding included.
         length: characters in a word with its padding.
-        size: numbers in the embedding of a character.
+        size: length of a character's embedding.
         width: units in the hidden layer.
         draws: one generator per seed.
     """
@@ -53,15 +53,16 @@ class SentimentModel(nn.Module):
 
 
 def cosines(model: SentimentModel, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether words are classified rightly, and the cosine of their embedding and gradient.
+    """Whether words are classified right, and the cosine of their embedding and gradient.
 
     Args:
-        model: of all seeds.
+        model: the model of all seeds.
         ids: (seeds, N, length).
         labels: (seeds, N).
 
     Returns:
-        Booleans and cosines, (seeds, N). Padding is no part of a word: it has no gradient.
+        (seeds, N) booleans and cosines. Padding is no part of a word, so its gradient does not
+            count.
     """
     point = model.embed(ids).detach()
     logits = []
@@ -78,7 +79,7 @@ def cosines(model: SentimentModel, ids: Tensor, labels: Tensor) -> tuple[Tensor,
 
 
 def summary(right: Tensor, cosine: Tensor) -> dict[str, list[float]]:
-    """`MEASURED` of each seed: `wrong` is a number of words; the mean over no words is NaN."""
+    """`MEASURED` for each seed. `wrong` is a number of words; the mean over no words is NaN."""
     values = (
         right.double().mean(1),
         cosine.where(right, torch.nan),
@@ -96,8 +97,8 @@ def measured_epochs(
 ) -> Iterator[tuple[int, dict[str, dict[str, list[float]]]]]:
     """Trains all seeds of one kind; measures before the first epoch and after each.
 
-    Words that are not learnt from, and belong to no test either, are in no split. Of those learnt
-    from the label that counts is the one that was learnt.
+    Words that are neither trained on nor tested are in no split. For training words, the label with
+    which they were trained counts.
 
     Yields:
         The epoch's number, from 0, and the `summary` of each split.

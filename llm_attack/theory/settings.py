@@ -1,4 +1,4 @@
-"""Settings of Fig. 4 and Fig. 6, and the names of what they measure. No torch here."""
+"""Settings of Fig. 4 and Fig. 6, and the names of their measurements. No torch here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llm_attack.base.errors import invalid
 from llm_attack.base.options import Numbers
 from llm_attack.reproduce import DEVICE
 
-# Whose label: always the same, or the class that the network predicts where the packet is.
+# The label of a packet: always the same, or the class that the network predicts at the point.
 PACKETS = ("fixed", "predicted")
 STEP = 0.3  # of the plain step x + STEP · ∇loss(x), our reading of the paper's Fig. 4 D
 
@@ -20,12 +20,12 @@ OPTIMISERS = ("adam", "sgd")
 
 SPLITS = ("test", "train")
 MEASURED = ("accuracy", "cosine_right", "cosine_wrong", "wrong")
-FEWEST = 20  # wrong words, of which a mean cosine still says something
+FEWEST = 20  # wrong words; a mean cosine over fewer shows nothing
 
 
 @dataclass(frozen=True)
 class ToySettings:
-    """The binary toy: points in a square round 0, told apart by the sign of x1.
+    """The binary toy: points in a square round 0, labelled by the sign of x1.
 
     Raises:
         UsageError: a value is out of range; the message names it.
@@ -78,7 +78,7 @@ class ToySettings:
 class Kind(NamedTuple):
     """The settings that networks of different seeds share, by their names in the singular.
 
-    The accuracy on new words depends on all but the size.
+    The accuracy on new words depends on all of them except the size.
     """
 
     size: int
@@ -155,6 +155,6 @@ class SentimentSettings:
 
     @property
     def kinds(self) -> list[Kind]:
-        """The networks of which there is one for each seed."""
+        """The kinds of networks. There is one network of each kind for each seed."""
         parts = (self.embedding_sizes, self.ngrams, self.train_shares, self.label_noise)
         return [Kind(*values) for values in itertools.product(*parts)]

@@ -1,7 +1,7 @@
 """Fully connected networks of several seeds, trained as one: tensors with a leading seed axis.
 
-The seeds never mix: each has a generator of its own, products are batched over seeds, and Adam
-works element by element; so a seed learns in company what it would learn alone.
+Seeds never mix. Each has its own generator, products are batched over seeds, and Adam works element
+by element. So a seed learns the same with others as by itself.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 
 class StackedMLP(nn.Module):
-    """Linear layers with tanh between them; weights drawn as by `torch.nn.Linear`.
+    """Linear layers with tanh between them. Weights are drawn as in `torch.nn.Linear`.
 
     Args:
-        sizes: inputs, units of the hidden layers, outputs.
-        generators: of the random draws, on the CPU; one per seed.
-        dtype: of the weights.
+        sizes: number of inputs, units of the hidden layers, number of outputs.
+        generators: generators of the random draws, on the CPU; one per seed.
+        dtype: dtype of the weights.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class StackedMLP(nn.Module):
             self.biases.append(nn.Parameter(layer[:, -1:].clone()))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Outputs (seeds, N, sizes[-1]) of inputs (seeds, N, sizes[0])."""
+        """Outputs (seeds, N, sizes[-1]) for inputs (seeds, N, sizes[0])."""
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             x = torch.baddbmm(bias, x.tanh() if i else x, weight)
         return x
@@ -64,8 +64,8 @@ def pick(x: Tensor, index: Tensor) -> Tensor:
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of each example, (seeds, N), for logits (seeds, N, C), labels (seeds, N).
 
-    From the margin to the other classes: where a network is sure, 1 - p would be rounding error,
-    and so would be the direction of the gradient.
+    It is computed from the margin to the other classes. If a network is sure, 1 - p would be
+    rounding error, and so would the direction of the gradient.
     """
     own = F.one_hot(labels, logits.shape[-1]).bool()
     others = logits.masked_fill(own, -torch.inf).logsumexp(-1)

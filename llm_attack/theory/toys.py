@@ -1,4 +1,4 @@
-"""Fig. 4 D for several optimisers and domains: for which of them does the figure come out?
+"""Fig. 4 D for several optimisers and domains: which of them reproduce the figure?
 
 The paper states neither. No torch is imported here.
 """
@@ -34,7 +34,7 @@ _EVERY = 5  # epochs from one measurement to the next
 
 @dataclass(frozen=True)
 class Settings(ToySettings):
-    """Optimisers, batch sizes and domains may be several here."""
+    """The settings. Optimisers, batch sizes and domains may be several."""
 
     optimisers: str = setting(
         ",".join(OPTIMISERS),
@@ -121,16 +121,16 @@ def train(settings: ToySettings, name: str) -> pd.DataFrame:
 
 
 def verdicts(table: pd.DataFrame) -> pd.DataFrame:
-    """What each kind of training does to the accuracies, and how its products end.
+    """The effect of each kind of training on the accuracies, and the final products.
 
     Args:
-        table: columns of `KIND`, epoch, seed, and those of `train`.
+        table: a frame with the columns of `KIND`, epoch, seed, and those of `train`.
 
     Returns:
-        For each kind and accuracy (`clean`; `robust`, under the attack; `stepped`, after the plain
-        step): the means over the seeds at both epochs of `BETWEEN` and at the last one; the mean
-        `change` between the former with its 95 % interval over the seeds (`low`, `high`), and its
-        `verdict`. And the products of the packets at the end, as means.
+        A row for each kind and accuracy (`clean`; `robust`, under the attack; `stepped`, after the
+            plain step). It has the means over the seeds at both epochs of `BETWEEN` and at the last
+            one, the mean `change` between the former with its 95 % interval over the seeds (`low`,
+            `high`), its `verdict`, and the mean final products of the packets.
     """
     import pandas as pd
 
@@ -157,7 +157,7 @@ def verdicts(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw(folder: Path) -> None:
-    """Draws curves.csv: a row of panels for each optimiser and batch size, a column a domain."""
+    """Draws curves.csv: a row of panels for each optimiser and batch size, a column per domain."""
     import pandas as pd
 
     from llm_attack.theory.bands import shaded

@@ -1,4 +1,4 @@
-"""The loss of a training step: on clean images, or on images that are attacked first."""
+"""The loss of a training step, on clean images or on adversarial examples."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llm_attack.vision.measure import frozen
 from llm_attack.vision.settings import ImageSettings
 
 _NOISE = 1e-3  # standard deviation of the start of TRADES, in pixels of [0, 1]
-_STEPS = {"pgd": 7, "trades": 10}  # both papers' for CIFAR-10
+_STEPS = {"pgd": 7, "trades": 10}  # both papers' values for CIFAR-10
 
 
 def adversarial_examples(
@@ -20,20 +20,21 @@ def adversarial_examples(
     settings: ImageSettings,
     draws: torch.Generator,
 ) -> Tensor:
-    """The images that the network is trained with besides, or instead of, `x`; like `x`.
+    """Adversarial examples for a training step; same shape as `x`.
 
-    `pgd` (Madry et al. 2018, arXiv 1706.06083) raises the loss of the training from a uniform start
-    in the ball. `trades` (Zhang et al. 2019, arXiv 1901.08573) raises `divergence`, from a normal
-    start close to `x`, where its gradient vanishes. In float32, and with the network in evaluation
-    mode, as the authors of TRADES have it; the network is left as it was.
+    `pgd` (Madry et al. 2018, arXiv 1706.06083) raises the training loss from a uniform start in the
+    ball. `trades` (Zhang et al. 2019, arXiv 1901.08573) raises `divergence`. Its gradient vanishes
+    at `x`, so the start is a normal draw close to `x`. The computation is in float32, with the
+    network in evaluation mode, as in the authors' code of TRADES. The network is restored
+    afterwards.
 
     Args:
-        network: scores (N, C) of pixels in [0, 1].
-        x: (N, C, H, W), those pixels.
-        labels: (N,), right classes.
+        network: maps pixels in [0, 1] to scores (N, C).
+        x: (N, C, H, W) pixels.
+        labels: (N,) right classes.
         settings: `train_attack`, `train_epsilon`, `train_steps`, `train_step_size`,
             `label_smoothing`.
-        draws: of the starts; on the device of `x`.
+        draws: generator of the starts, on the device of `x`.
     """
     if settings.train_attack == "none":
         return x
@@ -72,14 +73,14 @@ def objective(
 ) -> Tensor:
     """The loss of a training step: a number, with its gradient in the network's parameters.
 
-    The cross-entropy at `point`; of `trades` that at `x` and `trades_beta` times the mean
-    divergence of the two.
+    It is the cross-entropy at `point`. For `trades`, it is the cross-entropy at `x` plus
+    `trades_beta` times the mean divergence between the two.
 
     Args:
-        network: in training mode.
-        x: (N, C, H, W), pixels in [0, 1].
-        point: of `adversarial_examples`.
-        labels: (N,), right classes.
+        network: the network, in training mode.
+        x: (N, C, H, W) pixels in [0, 1].
+        point: the result of `adversarial_examples`.
+        labels: (N,) right classes.
         settings: `train_attack`, `trades_beta`, `label_smoothing`.
     """
     trades = settings.train_attack == "trades"
@@ -98,5 +99,5 @@ def divergence(before: Tensor, after: Tensor) -> Tensor:
 
 
 def usual_epsilon(channels: int) -> float:
-    """The usual L-infinity amplitude for pixels: 8/255 of images in colour, 0.1 of grey ones."""
+    """The usual L-infinity amplitude for pixels: 8/255 for images in colour, 0.1 for grey ones."""
     return 8 / 255 if channels == 3 else 0.1

@@ -1,4 +1,4 @@
-"""Networks from files and from other people's code: kept with `--save`, attacked again."""
+"""Networks from files and from other people's code: `--save` writes them for later attacks."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from llm_attack.base.redact import redacted
 from llm_attack.vision.networks import NETWORKS, WIDEST
 from llm_attack.vision.settings import ImageSettings, Kind, with_recipe
 
-_KEY = "llm_attack"  # of what the file says of itself
-_HEADER = 100_000_000  # bytes, at most, as for safetensors itself
-# What reading a file as weights may end with.
+_KEY = "llm_attack"  # the key of our metadata in the file
+_HEADER = 100_000_000  # largest number of bytes, as in safetensors itself
+# Exceptions of reading a file as weights.
 UNREADABLE = (
     *(OSError, EOFError, SafetensorError, pickle.UnpicklingError),
     *(RuntimeError, ValueError, LookupError, TypeError, AttributeError),
@@ -40,14 +40,14 @@ UNREADABLE = (
 def save(
     folder: Path, label: str, network: nn.Module, settings: ImageSettings, about: dict[str, Any]
 ) -> Path:
-    """Writes weights, settings and `about` into `place(folder, label)`, and returns that.
+    """Writes weights, settings and `about` into `place(folder, label)`, and returns this path.
 
     Args:
-        folder: made if it is not there.
-        label: of the file; what file names do not have becomes `_`.
-        network: any.
-        settings: of its training, with which `settled` builds it again.
-        about: more to be kept: `network` (its name), `epochs`, accuracies.
+        folder: the folder; it is made if necessary.
+        label: name of the file. Characters that file names cannot have become `_`.
+        network: the network.
+        settings: the settings of its training, from which `settled` builds it again.
+        about: more metadata: `network` (its name), `epochs`, accuracies.
     """
     path = place(folder, label)
     content = {"version": __version__, "settings": asdict(settings), **about}
@@ -58,10 +58,10 @@ def save(
 
 
 def place(folder: Path, label: str) -> Path:
-    """The file for a network.
+    """The path of a network's file.
 
     Raises:
-        UsageError: it cannot be written, or there is a file of that name that `save` did not write.
+        UsageError: the file cannot be written, or exists and is not from `save`.
     """
     path = folder / f"{re.sub(r'[^.a-zA-Z0-9_-]+', '_', label)}.safetensors"
     check_writable(folder, path.name, argument="save")
@@ -80,11 +80,11 @@ def read_metadata(path: str) -> dict[str, Any]:
     """The metadata of a network's file: settings, epochs, accuracies.
 
     Returns:
-        `settings`, `network` (its name), `epochs`, `precision`; of `save` also `accuracy` and
-        others.
+        `settings`, `network` (its name), `epochs`, `precision`. Files of `save` also have
+            `accuracy` and other entries.
 
     Raises:
-        UsageError: it is not such a file.
+        UsageError: the file is no such file.
     """
     check_readable(path, "load")
     try:
@@ -94,12 +94,12 @@ def read_metadata(path: str) -> dict[str, Any]:
         width, epochs = about["settings"]["width"], about["epochs"]
         _check("width", width, type(width) in (int, float) and 0 < width <= WIDEST)
         _check("epochs", epochs, type(epochs) is int and 0 <= epochs < 2**31)
-        precision = about.get("precision")  # which earlier files have not
+        precision = about.get("precision")  # older files do not have it
         _check("precision", precision, precision in (None, "float32", "bfloat16"))
     except UNREADABLE as error:
         wanted = "must be a file that --save wrote, or of checkpoints"
         raise UsageError(f"load={path}: {wanted} ({reason(error)})") from error
-    if network not in NETWORKS:  # a file of weights must not choose the code that is run
+    if network not in NETWORKS:  # a file of weights must not choose the code that runs
         raise UsageError(
             f"load={path}: has network={network}, which is none of {', '.join(NETWORKS)}; give"
             " --network, and this file as --weights"
@@ -117,7 +117,8 @@ def _is_checkpoint(path: str) -> bool:
 
 
 def _of_kept(path: str) -> dict[str, Any]:
-    # by hand, as safetensors takes only paths in UTF-8; https://github.com/huggingface/safetensors
+    # without safetensors, which takes only paths in UTF-8;
+    # https://github.com/huggingface/safetensors
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(min(size, _HEADER)))
@@ -126,11 +127,11 @@ def _of_kept(path: str) -> dict[str, Any]:
 
 
 def _of_checkpoint(path: str) -> dict[str, Any]:
-    """The metadata of a checkpoint of `train`, which names data set and network in its label."""
+    """The metadata of a checkpoint of `train`, whose label contains data set and network."""
     state = torch.load(path, map_location="cpu", weights_only=True)
     settings = state["same"]
     sets = settings["dataset"].split(",")
-    label = f"{settings['label']}-"  # which may go on
+    label = f"{settings['label']}-"  # more may follow in the label
     (network,) = (
         name
         for name in NETWORKS
@@ -148,11 +149,11 @@ def _of_checkpoint(path: str) -> dict[str, Any]:
 def settled(settings: Kind) -> Kind:
     """The settings as they take effect.
 
-    They have the values of the recipe, and network and width of the file in `load`; no epochs where
-    weights are given.
+    They have the values of the recipe, and network and width of the file in `load`. If weights are
+    given, `epochs` is 0.
 
     Raises:
-        UsageError: as `read_metadata`, or `load` and `weights` are both given.
+        UsageError: see `read_metadata`; or `load` and `weights` are both given.
     """
     settings = with_recipe(settings)
     if settings.load is None:
@@ -166,10 +167,11 @@ def settled(settings: Kind) -> Kind:
 
 
 def fill(network: nn.Module, argument: str, path: str) -> None:
-    """Loads a file of weights, safetensors or torch's, into the network.
+    """Loads a file of weights, from safetensors or torch, into the network.
 
     Raises:
-        UsageError: it cannot be read, or does not fit; `argument` is what gave it.
+        UsageError: the file cannot be read, or does not fit. The message names `argument`, which
+            gave the file.
     """
     check_readable(path, argument)
     try:
@@ -178,8 +180,8 @@ def fill(network: nn.Module, argument: str, path: str) -> None:
             weights = from_bytes(Path(path).read_bytes())
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
-            weights = weights.get("network", weights)  # of a checkpoint
-        # one without memory takes them over instead of copying them
+            weights = weights.get("network", weights)  # a checkpoint
+        # a network on the device meta takes over the weights instead of copying them
         network.load_state_dict(weights, assign=any(x.is_meta for x in network.parameters()))
     except UNREADABLE as error:
         wanted = "must be weights of this network, as safetensors or torch.save write them"
@@ -188,7 +190,7 @@ def fill(network: nn.Module, argument: str, path: str) -> None:
 
 def reason(error: BaseException) -> str:
     """The class of the error, and the line that says what is wrong."""
-    if isinstance(error, pickle.UnpicklingError):  # whose text is how to run the file's code
+    if isinstance(error, pickle.UnpicklingError):  # its text explains how to run the file's code
         return f"{type(error).__name__}: it contains more than weights"
     return one_line(error)
 
@@ -196,16 +198,16 @@ def reason(error: BaseException) -> str:
 def imported(name: str) -> nn.Module:
     """The classifier of pixels in [0, 1] that `package.module:function` returns.
 
-    Modules in the working folder are found.
+    Modules in the working folder are found, too.
 
     Raises:
-        UsageError: there is no such function, it fails, or returns something else.
+        UsageError: there is no such function, it fails, or it returns something else.
     """
     module, _, function = name.partition(":")
     with _here():
         try:
             network = getattr(importlib.import_module(module), function)()
-        except Exception as error:  # of code that is not ours, whatever it raises
+        except Exception as error:  # foreign code may raise anything
             raise UsageError(
                 f"network={name}: must be package.module:function, a function without arguments"
                 f" ({one_line(error)})"

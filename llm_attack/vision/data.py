@@ -1,6 +1,6 @@
-"""Image data sets as tensors on the device, decoded once; augmentation there, for whole batches.
+"""Image data sets as tensors on the device. They are decoded once, and augmented in batches.
 
-Everything that `datasets` loads, and scikit-learn's digits, which need no download.
+The data sets are those that `datasets` loads, and scikit-learn's digits, which need no download.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from llm_attack.vision.settings import ImageSettings
 log = logging.getLogger(__name__)
 
 NAMES = {"mnist": "ylecun/mnist", "cifar10": "uoft-cs/cifar10"}
-_SIZES = range(8, 65, 4)  # of the squares that the networks take as they are
-_RESIZED = 32  # what other images become
+_SIZES = range(8, 65, 4)  # sizes of squares that the networks take without resizing
+_RESIZED = 32  # new size of other images
 _MODES = {"1": "L", "L": "L", "LA": "L"}  # Pillow's modes that are read as grey; others as RGB
 
 
@@ -51,7 +51,7 @@ class Images:
         share = counts.double() / counts.sum(1, keepdim=True)
         mean = (share * values).sum(1)
         variance = (share * (values - mean[:, None]) ** 2).sum(1)
-        # a channel that never changes is left as it is
+        # constant channels are not scaled
         std = torch.where(variance > 0, variance.sqrt() / 255, 1.0)
         return (mean / 255).float(), std.float()
 
@@ -67,21 +67,21 @@ class Dataset:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Channels and size of the images."""
+        """Number of channels, and size of the images."""
         return self.train.pixels.shape[1], self.train.pixels.shape[2]
 
 
 def load_dataset(name: str, settings: ImageSettings) -> Dataset:
-    """The data set, decoded, on the device and with the splits, sizes and columns of `settings`.
+    """Loads a data set onto the device, with the splits, sizes and columns of `settings`.
 
     Args:
         name: `digits` (scikit-learn's), a key of `NAMES`, `imagefolder:PATH`, or any other name
             that `datasets` loads, with its configuration after a colon if it has several.
-        settings: their `seed` draws the images of a smaller size.
+        settings: the settings. If they ask for fewer images, `seed` draws them.
 
     Raises:
-        UsageError: no such data set, split or column; labels out of range; images that cannot be
-            brought to one size.
+        UsageError: the data set, a split or a column does not exist, labels are out of range, or
+            images cannot be brought to one size.
     """
     if not name:
         raise UsageError("dataset=: must name a data set, such as digits, mnist or cifar10")
@@ -104,13 +104,13 @@ def load_dataset(name: str, settings: ImageSettings) -> Dataset:
 def augment(
     x: Tensor, generator: torch.Generator, *, crop: int = 0, flip: Tensor | None = None
 ) -> Tensor:
-    """Each image of (N, C, H, W) shifted by up to `crop` pixels, with zeros behind, and mirrored.
+    """Shifts each image of (N, C, H, W) by up to `crop` pixels, pads with zeros, and mirrors it.
 
     Args:
         x: the images.
-        generator: of the draws; on the device of `x`.
-        crop: pixels of padding on each side, from which as large an image is cut at random.
-        flip: (N,) which images to mirror, left to right; None: none.
+        generator: generator of the draws, on the device of `x`.
+        crop: pixels of padding on each side. A random part of the original size is cut out.
+        flip: (N,) whether to mirror each image, left to right; None: no image.
     """
     n, _, height, width = x.shape
 
@@ -127,13 +127,13 @@ def augment(
 
 
 def _drawn(n: int, size: int | None, seed: int) -> list[int]:
-    """`size` of the rows 0 to n - 1, or all, in random order."""
+    """`size` numbers from 0 to n - 1, or all, in random order."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     return order[:size].tolist()
 
 
 def _digits() -> tuple[tuple[str, ...], list[Images]]:
-    """1,397 and 400 grey images of 8 x 8; the split is ours, the same in every run."""
+    """1,397 and 400 grey images of 8 x 8. The split is ours, and the same in every run."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -179,7 +179,7 @@ def _open(name: str, train_split: str, test_split: str) -> list[Any]:
 
 
 def _columns(table: Any, image: str | None, label: str | None) -> tuple[str, str]:
-    """The names of the columns of images and labels, those that were asked for if possible."""
+    """The names of the columns of images and labels. The arguments are used if they are given."""
     import datasets
 
     features = table.features
@@ -198,7 +198,7 @@ def _columns(table: Any, image: str | None, label: str | None) -> tuple[str, str
 
 
 def _labels(tables: list[Any], column: str) -> tuple[tuple[str, ...], list[Tensor]]:
-    """The classes, and each row's class as a number; without class names, the values in order."""
+    """The classes, and each row's class as a number; without class names, the sorted values."""
     import datasets
 
     kind = tables[0].features[column]
@@ -224,7 +224,7 @@ def _labels(tables: list[Any], column: str) -> tuple[tuple[str, ...], list[Tenso
 
 
 def _decoded(tables: list[Any], column: str) -> list[Tensor]:
-    """The images of each table, (N, C, size, size) as uint8; all as the first image is."""
+    """The images of each table as (N, C, size, size) uint8, in the form of the first image."""
     import datasets
 
     reader = datasets.Image()
@@ -266,7 +266,7 @@ def _decoded(tables: list[Any], column: str) -> list[Tensor]:
     def many(rows: list[dict[str, Any]]) -> np.ndarray:
         return np.stack([decode(row) for row in rows])
 
-    with ThreadPoolExecutor() as pool:  # a thread for each image would cost as much as decoding it
+    with ThreadPoolExecutor() as pool:  # one thread per image would cost as much as decoding
         chunks = [[rows[i : i + 500] for i in range(0, len(rows), 500)] for rows in encoded]
         arrays = [np.concatenate(list(pool.map(many, part))) for part in chunks]
     if resized:

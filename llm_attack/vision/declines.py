@@ -40,7 +40,7 @@ SCALES = ("rms", "median")
 
 @dataclass(frozen=True)
 class Settings(fig2.Settings):
-    """Data sets and networks may be several here."""
+    """The settings. Data sets and networks may be several."""
 
     attacks: str = again(fig2.Settings, "attacks", "fgsm,bim")
     points: str = setting(
@@ -75,9 +75,9 @@ _NETWORK = ["dataset", "network"]
 
 
 def run(settings: Settings, folder: Path) -> dict[str, Any]:
-    """Features attacked over the epochs, each curve with one amplitude, beside the pixels.
+    """Attack features after every epoch, each curve with one amplitude, and compare with pixels.
 
-    Networks are trained first, and then attacked as they were after each epoch. declines.csv
+    Networks are trained first. Then they are attacked as they were after each epoch. declines.csv
     compares the fall of robust accuracy at each block with that at the pixels, image by image.
     """
     import pandas as pd
@@ -117,7 +117,7 @@ def run(settings: Settings, folder: Path) -> dict[str, Any]:
 
 
 def _points(network: nn.Module, settings: Settings) -> list[str]:
-    """The names of what is attacked, pixels first.
+    """The names of the attacked points, pixels first.
 
     Raises:
         UsageError: the network is no chain of blocks, or has no such block.
@@ -146,7 +146,7 @@ def _attacked(
     folder: Path,
     clock: Stopwatch,
 ) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-    """Trains a network; whether each image is right, and the row of it, at each epoch and point."""
+    """Trains a network. Yields which images are right, with a row, for each epoch and point."""
     from tqdm import tqdm
 
     from llm_attack.vision import checkpoints, stages
@@ -193,12 +193,12 @@ def _keep(network: nn.Module, path: Path) -> None:
 
 
 def scale_of(network: nn.Module, pixels: Tensor, point: str, scale: str) -> float:
-    """The scale of a point: of `SCALES`, over images (N, C, H, W) in [0, 1].
+    """The scale of a point (one of `SCALES`) over images (N, C, H, W) in [0, 1].
 
     Args:
         network: a chain of blocks.
-        pixels: its input.
-        point: `PIXELS`, or the block whose output it is: (N, C, ...).
+        pixels: the images.
+        point: `PIXELS`, or the block whose output (N, C, ...) is the point.
         scale: `rms`, the root mean square of all values; `median`, the median over C of each
             channel's root mean square.
     """
@@ -219,14 +219,14 @@ def declines(found: list[tuple[Tensor, dict[str, Any]]]) -> list[dict[str, Any]]
     """The fall of robust accuracy from the first to the last attacked epoch, at each point.
 
     Args:
-        found: whether each image is right, (N,), and its row: point, epsilon, epoch, condition. The
+        found: (whether each image is right (N,), row with point, epsilon, epoch, condition). The
             images are the same in all of them.
 
     Returns:
-        For each attack and point: `decline`, the share of images that are right after the first
-        epoch less that after the last, with its 95 % interval over images (`low`, `high`); how much
-        `more` it is than at the pixels, with its interval (`more_low`, `more_high`), which pairs
-        the images; and the `verdict` of that.
+        A row for each attack and point. `decline` is the share of images that are right after the
+            first epoch, minus that after the last, with its 95 % interval over images (`low`,
+            `high`). `more` is the decline minus that at the pixels, with an interval that pairs the
+            images (`more_low`, `more_high`), and `verdict` is its verdict.
     """
     from llm_attack.vision.trends import t_interval
 
@@ -296,7 +296,7 @@ def _curves(axis: Any, group: pd.DataFrame, attack: str) -> None:
         axis.plot(curve["epoch"], curve["accuracy"], label=label, linestyle=dashes, **style)
 
 
-# Networks are trained here, so none is loaded; the amplitude is a share of a scale.
+# Networks are trained here, so none is loaded. The amplitude is a share of a scale.
 _NO_OPTIONS = ("load", "weights", "epsilon", "save", "stop_at", "sparsefool_images")
 
 COMMAND = figure_command("declines", PRESETS, run, EFFECTIVE, without=_NO_OPTIONS)

@@ -1,4 +1,4 @@
-"""Which choice of a training decides what FGSM leaves: a factorial experiment.
+"""A factorial experiment: which choice of the training decides what FGSM leaves?
 
 No torch is imported here.
 """
@@ -30,7 +30,7 @@ SCHEDULES = ("cycle", "steps", "constant")
 
 @dataclass(frozen=True)
 class Settings(fig2.SeveralNetworks):
-    """One data set; networks, widths, seeds and the factors of the training may be several."""
+    """The settings: one data set, and one or more networks, widths, seeds and factors."""
 
     attacks: str = again(fig2.Settings, "attacks", "fgsm,pgd,apgdt")
     steps: int = again(fig2.Settings, "steps", 20)
@@ -66,10 +66,10 @@ DIAGNOSTICS = ("cosine", "kept", "zero", "vanished")
 
 
 def run(settings: Settings, folder: Path) -> dict[str, Any]:
-    """Which choice of a training decides what FGSM leaves? Every combination is trained.
+    """Which choice of the training decides what FGSM leaves? Every combination is trained.
 
-    After every epoch it measures the attacks and the signs of masked gradients. effects.csv has
-    what each choice changes.
+    After every epoch, attacks and signs of masked gradients are measured. effects.csv shows what
+    each choice changes.
     """
     import pandas as pd
 
@@ -86,7 +86,7 @@ def run(settings: Settings, folder: Path) -> dict[str, Any]:
 
 
 def _rows(settings: Settings, folder: Path, clock: Stopwatch) -> Iterator[dict[str, Any]]:
-    """Trains and attacks all networks; the rows of `measure`, with the diagnostics, of each."""
+    """Trains and attacks all networks. Yields rows of `measure` with diagnostics."""
     from llm_attack.vision import stages
     from llm_attack.vision.data import load_dataset
     from llm_attack.vision.masked import gradients
@@ -155,17 +155,17 @@ def _ratio(rise: float | None, promised: float | None) -> float | None:
 
 
 def effects(table: pd.DataFrame) -> pd.DataFrame:
-    """What each factor changes, all others equal, at the last epoch; and what the epochs change.
+    """The effect of each factor at the last epoch, all others equal, and the effect of the epochs.
 
     Args:
         table: rows of `table.csv`.
 
     Returns:
-        For each factor and two of its levels, `before` and `after`, and for each accuracy, for the
-        `gap` (what FGSM leaves and APGD-T does not) and for each diagnostic: the mean `difference`
-        over the pairs of trainings that differ in this factor only, the number of `pairs`, and the
-        ends `low` and `high` of its 95 % interval (Student's t over the pairs, which takes them as
-        independent; NaN of one pair).
+        A row for each factor, two of its levels (`before`, `after`), and each accuracy, each
+            diagnostic, and the `gap`, which is the accuracy that FGSM leaves minus that of APGD-T.
+            `difference` is the mean over the pairs of trainings that differ only in this factor,
+            `pairs` is their number, and `low` and `high` are its 95 % interval. The interval is
+            Student's t over the pairs, which are taken as independent. It is NaN for one pair.
     """
     import pandas as pd
 
@@ -205,7 +205,7 @@ def effects(table: pd.DataFrame) -> pd.DataFrame:
 def draw(folder: Path) -> None:
     """Draws table.csv: accuracies above, the cosine of gradients below, against epoch.
 
-    A column for each smoothing and augmentation; the dashes are the schedule's.
+    There is a column for each smoothing and augmentation. Dashes show the schedule.
     """
     import pandas as pd
 
@@ -247,7 +247,7 @@ def _legend(colours: dict[str, str], schedules: list[str]) -> list[Any]:
     return [*lines, *(Line2D([], [], color="0.4", ls=line, label=name) for line, name in dashes)]
 
 
-# Networks are trained here, so none is loaded; the factors have options of their own.
+# Networks are trained here, so none is loaded. The factors have their own options.
 _NO_OPTIONS = ("load", "weights", "momentum", "label_smoothing", "schedule", "stop_at")
 
 COMMAND = figure_command(

@@ -1,4 +1,4 @@
-"""Fig. 1: what the attacks do to images that a network knows. No torch is imported here."""
+"""Fig. 1: attacks on images that a network classifies right. No torch is imported here."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Settings(ImageSettings):
-    """One data set, one network."""
+    """The settings, with one data set and one network."""
 
     images: int = setting(
         2, "Number of images to show, each from another class", minimum=1, group="image"
@@ -99,7 +99,7 @@ def run(settings: Settings, folder: Path) -> dict[str, Any]:
 
 
 def _known(network: nn.Module, dataset: Dataset, n: int) -> list[int]:
-    """The first `n` test images that the network classifies rightly, of as many classes."""
+    """The first `n` test images that the network classifies right, each from another class."""
     first = dataset.test[:250]
     right = network(first.scaled()).argmax(1) == first.labels
     seen: dict[int, int] = {}
@@ -111,12 +111,12 @@ def _known(network: nn.Module, dataset: Dataset, n: int) -> list[int]:
 
 
 def draw(points: dict[str, Tensor], table: pd.DataFrame, folder: Path) -> None:
-    """Draws a row for each attack; for each image its picture, the perturbation, and their sum.
+    """Draws a row for each attack: for each image the picture, the perturbation, and their sum.
 
     Args:
         points: (N, C, H, W) in [0, 1] by condition; `none` has the clean images.
         table: image, condition, label, prediction, confidence, l0 and linf.
-        folder: where figure.png and figure.svg go.
+        folder: the folder for figure.png and figure.svg.
     """
     clean = points["none"]
     attacks = [name for name in points if name != "none"]

@@ -1,6 +1,6 @@
 """Fig. 2: accuracies of image classifiers against epoch, with the pixels attacked.
 
-`curves` and `draw` are those of Fig. 5 as well. No torch is imported here.
+Fig. 5 also uses `curves` and `draw`. No torch is imported here.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Settings(ImageSettings):
-    """Data sets and networks may be several here."""
+    """The settings. Data sets and networks may be several."""
 
     subset: int | None = setting(
         None,
@@ -82,7 +82,7 @@ PRESETS = {
 
 
 def run(settings: Settings, folder: Path) -> dict[str, Any]:
-    """Pixels attacked: clean and robust accuracies and their envelope after every epoch.
+    """Attack pixels: clean and robust accuracies and their envelope after every epoch.
 
     --dataset and --network may be several, separated by commas.
     """
@@ -98,21 +98,22 @@ def curves(
 ) -> dict[str, Any]:
     """Trains and attacks each network on each data set.
 
-    Writes the figure and `table.csv`, the rows of `measure`. What is finished is kept in
-    `checkpoints`, where the same settings go on.
+    It writes the figure, and `table.csv` with the rows of `measure`. Finished parts are in
+    `checkpoints`. A call with the same settings continues there.
 
     Args:
-        settings: checked before anything is trained.
-        folder: for all files.
+        settings: the settings, which are checked before anything is trained.
+        folder: the folder for all files.
         at: the block whose output is attacked; None for pixels.
         epsilon_unit: `rms` for an epsilon in units of the point's root mean square.
         then: called with each data set, name and trained network.
 
     Returns:
-        For each data set and network the accuracies after the last epoch; and the seconds.
+        The accuracies after the last epoch for each data set and network, and the seconds.
 
     Raises:
-        UsageError: bad settings, or data that cannot be used; before anything is trained.
+        UsageError: settings are bad, or data cannot be used. It is raised before anything is
+            trained.
     """
     import pandas as pd
 
@@ -159,14 +160,14 @@ def curves(
 
 
 def draw(folder: Path, width: float, at: str | None = None, epsilon_unit: str = "absolute") -> None:
-    """Draws, from table.csv, a row of panels for each data set, a column for each network.
+    """Draws table.csv: a row of panels for each data set, a column for each network.
 
-    A panel has accuracies against epoch. If the networks were attacked after one epoch only, it has
+    A panel has accuracies against epoch. If the networks were attacked after only one epoch, it has
     a point for each attack instead.
 
     Args:
-        folder: of the CSV file and the figure.
-        width: of the networks; 1 is not mentioned.
+        folder: the folder of the CSV file and the figure.
+        width: width of the networks; 1 is not mentioned.
         at: the block whose output was attacked; None for pixels.
         epsilon_unit: `rms` for an epsilon that follows the point's root mean square.
     """
@@ -204,7 +205,7 @@ def draw(folder: Path, width: float, at: str | None = None, epsilon_unit: str = 
 
 
 def _amplitude(group: pd.DataFrame, epsilon_unit: str) -> str:
-    """Epsilon as the title of a panel has it: one that holds for all of its epochs."""
+    """Epsilon for the title of a panel, in a form that holds for all its epochs."""
     last = group.iloc[-1]
     if epsilon_unit == "rms":
         return f"ε = {last['epsilon'] / last['rms']:.3g} RMS"
@@ -214,7 +215,7 @@ def _amplitude(group: pd.DataFrame, epsilon_unit: str) -> str:
 
 
 def _styles(group: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """The look of each condition: label, colour, dashes and those of `nested`."""
+    """The look of each condition: label, colour, dashes, and the look of `nested`."""
     attacks = [c for c in group["condition"].unique() if c not in NOT_ATTACKS]
     kinds = list(dict.fromkeys(attack.removesuffix(UNBOUNDED) for attack in attacks))
     styles: dict[str, dict[str, Any]] = {"none": {"label": "clean", "color": COLOURS[-1]}}
@@ -222,7 +223,7 @@ def _styles(group: pd.DataFrame) -> dict[str, dict[str, Any]]:
         kind = attack.removesuffix(UNBOUNDED)
         styles[attack] = {
             "label": shown(attack),
-            "color": COLOURS[kinds.index(kind) % (len(COLOURS) - 1)],  # the last is of clean images
+            "color": COLOURS[kinds.index(kind) % (len(COLOURS) - 1)],  # the last is for clean ones
         }
         if attack != kind:
             styles[attack] |= {"linestyle": "--", "markerfacecolor": "white"}
@@ -230,10 +231,10 @@ def _styles(group: pd.DataFrame) -> dict[str, dict[str, Any]]:
 
 
 def _curves(axis: Any, group: pd.DataFrame) -> None:
-    """One panel: clean and robust accuracies with their intervals; the envelope of the latter.
+    """Draws one panel: clean and robust accuracies with intervals, and the envelope of the latter.
 
-    The envelope is hatched, so that it cannot be taken for the interval of a curve. An interval of
-    a single epoch, which has no area, is a bar.
+    The envelope is hatched, so it does not look like the interval of a curve. For one epoch, an
+    interval is a bar, because it has no area.
     """
     table = group.pivot(index="epoch", columns="condition", values=["accuracy", "low", "high"])
     accuracy = table["accuracy"]
@@ -249,7 +250,7 @@ def _curves(axis: Any, group: pd.DataFrame) -> None:
 
 
 def _points(axis: Any, group: pd.DataFrame) -> None:
-    """One panel of one epoch: a point with its interval for each condition."""
+    """Draws one panel for one epoch: a point with its interval for each condition."""
     styles, table = _styles(group), group.set_index("condition")
     for i, (condition, style) in enumerate(styles.items()):
         row = table.loc[condition]

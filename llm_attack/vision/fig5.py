@@ -1,7 +1,7 @@
-"""Fig. 5: as Fig. 2, with the features between two blocks of a network attacked.
+"""Fig. 5: like Fig. 2, with attacks on the features between two blocks of a network.
 
-And, for the trained network, every split and the pixels side by side, at amplitudes that are equal
-shares of what is attacked. No torch is imported here.
+For the trained network, it also compares every split and the pixels, at amplitudes that are equal
+shares of the attacked values. No torch is imported here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PIXELS = "pixels"
 
 @dataclass(frozen=True)
 class Settings(fig2.Settings):
-    """Data sets and networks may be several here, as in Fig. 2."""
+    """The settings. Data sets and networks may be several, as in Fig. 2."""
 
     at: str = setting(
         "layer3",
@@ -64,7 +64,7 @@ PRESETS = {
 
 
 def run(settings: Settings, folder: Path) -> dict[str, Any]:
-    """Features attacked: as fig2, with the output of a block of the network perturbed.
+    """Attack features: like fig2, with the output of a block of the network perturbed.
 
     --dataset and --network may be several, separated by commas. splits.csv and splits.png compare
     all blocks of the trained networks, and their pixels, at equal relative amplitudes.
@@ -90,22 +90,22 @@ def run(settings: Settings, folder: Path) -> dict[str, Any]:
 def compared(
     network: nn.Module, dataset: Dataset, attacks: list[str], settings: Settings
 ) -> list[dict[str, Any]]:
-    """Rows of `measure` for the pixels and each block but the last, at each of `epsilons`.
+    """Rows of `measure` for the pixels and each block except the last, at each of `epsilons`.
 
     Args:
         network: a chain of blocks.
-        dataset: whose test images are attacked.
-        attacks: names.
+        dataset: the data set. Its test images are attacked.
+        attacks: names of attacks.
         settings: `epsilons`, `subset`, `steps`, `seed`.
 
     Returns:
-        With `point` (a block's name, or `pixels`) and `relative`, the amplitude in units of the
-        point's root mean square. `lowest`, `highest` and `all` are left out.
+        The rows, with `point` (a block's name, or `pixels`) and `relative`, the amplitude in units
+            of the point's root mean square. `lowest`, `highest` and `all` are left out.
     """
     from llm_attack.vision.measure import measure
 
     points = [PIXELS, *(name for name, _ in network.named_children())][:-1]
-    images = dataset.test[: settings.subset]  # no others: `all` would cost more than the attacks
+    images = dataset.test[: settings.subset]  # for more, `all` would cost more than the attacks
     how: Any = {"steps": settings.steps, "seed": settings.seed}
     return [
         {"point": point, "relative": epsilon, **row}
@@ -150,7 +150,7 @@ def draw_splits(folder: Path) -> None:
 
 
 def _splits(axis: Any, table: Any) -> None:
-    """A curve with its interval for each point that is attacked."""
+    """Draws a curve with its interval for each attacked point."""
     points = list(table.groupby("point", sort=False))
     for i, (point, curve) in enumerate(points):
         style: Any = {"color": COLOURS[i % len(COLOURS)], "label": point}

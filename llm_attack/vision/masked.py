@@ -1,7 +1,7 @@
-"""Does the gradient of a classifier say where its loss rises? Signs of masked gradients.
+"""Signs of masked gradients: does a classifier's gradient show where its loss rises?
 
-Athalye et al. 2018 (arXiv 1802.00420) name the signs: one step does better than many, and a loss
-that does not rise along its gradient. Here a network's gradients are looked at directly.
+Athalye et al. 2018 (arXiv 1802.00420) name two signs: one step does better than many, and the loss
+does not rise along its gradient. This module looks at a network's gradients directly.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ from llm_attack.vision.data import Images
 from llm_attack.vision.measure import Row, cross_entropy, frozen
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""How far along the step of FGSM the loss is measured, in units of epsilon."""
+"""Parts of the step of FGSM after which the loss is measured."""
 
 
 def gradients(network: nn.Module, images: Images, epsilon: float, batch_size: int = 250) -> Row:
-    """What the gradient says at images that the network classifies rightly, as means over these.
+    """Properties of the gradient at images that the network classifies right, as means.
 
-    The step delta is that of FGSM, epsilon · sign of the gradient. Nothing is cut to [0, 1]: this
-    is about the network, not about what an attack may do.
+    The step delta is that of FGSM, epsilon · sign of the gradient. It is not clipped to [0, 1],
+    because this is about the network, and not about the reach of an attack.
 
     Args:
-        network: scores of pixels in [0, 1].
-        images: labelled.
+        network: maps pixels in [0, 1] to scores.
+        images: labelled images.
         epsilon: L-infinity amplitude of the step.
         batch_size: images at once.
 
     Returns:
-        `loss_0` to `loss_1`, the cross-entropy at each of `SHARES` of the step; `rise`, by how much
-        it rises over the whole step, and `promised`, epsilon times the L1 norm of the gradient,
-        which is the rise of a linear loss; `cosine` of the gradients at x and at x + delta, over
-        the images where neither is zero; `zero`, the share of the gradient's coordinates that are
-        exactly zero, and `vanished`, the share of images whose gradient is zero everywhere if
-        cross-entropy is computed as torch does it, in float32. None where there is no such image.
+        `loss_0` to `loss_1`: cross-entropy after each part (`SHARES`) of the step. `rise`: its rise
+            over the whole step. `promised`: epsilon times the L1 norm of the gradient, which is the
+            rise of a linear loss. `cosine`: of the gradients at x and at x + delta, over images
+            where neither is zero. `zero`: share of the gradient's coordinates that are exactly
+            zero. `vanished`: share of images whose gradient is zero everywhere if torch computes
+            cross-entropy in float32. A value is None if there is no such image.
     """
     parts: list[dict[str, Tensor]] = []
     with frozen(network):
@@ -78,7 +78,7 @@ def _of_batch(network: nn.Module, images: Images, epsilon: float) -> dict[str, T
 
 
 def _mean(parts: list[Tensor]) -> float | None:
-    """The mean of the values that are defined."""
+    """The mean of all values that are defined."""
     values = torch.cat(parts).double() if parts else torch.zeros(0)
     values = values[values.isfinite()]
     return values.mean().item() if len(values) else None

@@ -1,4 +1,4 @@
-"""Accuracy of a classifier without and with attacks, and what the attacks found."""
+"""Accuracy of a classifier without and with attacks, and the perturbations of the attacks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from llm_attack.vision.settings import SEARCHES, UNBOUNDED
 _SEARCHES: dict[str, Callable[..., Tensor]] = dict(
     zip(SEARCHES, (deepfool, sparsefool), strict=True)
 )
-_EACH_CLASS = "apgdt"  # lowers the lead over one class after the other
+_EACH_CLASS = "apgdt"  # targets one class after the other
 
 Row = dict[str, Any]
 
@@ -39,9 +39,9 @@ Row = dict[str, Any]
 def cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
     """(N,) -log softmax of each label's score, with a gradient that never cancels.
 
-    Where the network is sure, 1 - softmax is below what float32 resolves, and the gradient that
-    torch's cross-entropy has in the label's score is rounded to zero. Here it is computed from the
-    other classes' scores.
+    If the network is sure, 1 - softmax is below the resolution of float32. Then the gradient of
+    torch's cross-entropy in the label's score rounds to zero. Here it is computed from the other
+    classes' scores.
     """
     own = scores.gather(1, labels[:, None])[:, 0]
     others = scores.scatter(1, labels[:, None], -torch.inf).logsumexp(1)
@@ -51,8 +51,9 @@ def cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
 def towards(scores: Tensor, labels: Tensor, target: Tensor) -> Tensor:
     """(N,) lead of the label's score over that of a target, in units of the scores' own spread.
 
-    Lowered, it is the targeted DLR loss of Croce and Hein 2020: the lead over z1 - (z3 + z4) / 2,
-    of the scores (N, C) in descending order. With fewer than four classes, the lead itself.
+    To lower it is to raise the targeted DLR loss of Croce and Hein 2020. The lead is divided by z1
+    - (z3 + z4) / 2 of the scores (N, C) in descending order. With fewer than four classes, it is
+    not divided.
     """
     lead = (scores.gather(1, labels[:, None]) - scores.gather(1, target[:, None]))[:, 0]
     if scores.shape[1] < 4:
@@ -65,9 +66,9 @@ class Examples(NamedTuple):
     """Clean points to attack.
 
     Attributes:
-        points: (N, ...), pixels or features.
-        labels: (N,), right classes.
-        keys: (N,), of the random draws.
+        points: (N, ...) pixels or features.
+        labels: (N,) right classes.
+        keys: (N,) seeds of the random draws.
     """
 
     points: Tensor
@@ -83,20 +84,20 @@ def attacked(
     bounds: tuple[float, float] | None,
     on_gradient: Callable[[str, Tensor], None] = lambda name, gradient: None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, attacked points) of each attack in turn.
+    """Yields (name, attacked points) for each attack.
 
-    Of `apgd`, `apgdt` and `blocks` any point on the way counts that is classified wrongly, as with
-    their authors, and `apgdt` goes on to the next class with the others alone; of all other
-    attacks, where they end.
+    For `apgd`, `apgdt` and `blocks`, any point on the way with a wrong answer counts, as in their
+    authors' code. `apgdt` attacks only the remaining images with the next class. For all other
+    attacks, the last point counts.
 
     Args:
         names: members of `settings.KNOWN`.
-        classifier: scores (N, C) of points (N, ...).
+        classifier: maps points (N, ...) to scores (N, C).
         examples: the clean points.
-        like: the settings of all of them, whatever its own name is. Epsilon is the L-infinity
-            amplitude in the units of the points, of all but `deepfool_unbounded` and
-            `sparsefool_unbounded`; DeepFool and SparseFool have steps of their own.
-        bounds: box of the points, (0, 1) for pixels.
+        like: settings of all attacks; its name has no effect. Epsilon is the L-infinity amplitude
+            in the units of the points. `deepfool_unbounded` and `sparsefool_unbounded` do not use
+            it, and DeepFool and SparseFool have their own steps.
+        bounds: box of the points; (0, 1) for pixels.
         on_gradient: called with the attack's name and each gradient that it used.
     """
     x, labels, keys = examples
@@ -104,7 +105,7 @@ def attacked(
         scores = classifier(x)
     target = least_likely(scores, labels)
 
-    now = ""  # the attack at work: its points, gradients and result are seen one at a time
+    now = ""  # the current attack: its points, gradients and result come one attack at a time
     watch = _Watch(classifier, examples)
 
     def note(gradient: Tensor) -> None:
@@ -142,11 +143,11 @@ def attacked(
 
 
 class _Watch:
-    """A classifier that keeps where it was wrong on the way.
+    """A classifier that records where it was wrong on the way.
 
     Attributes:
-        wrong: (N,), whether it was.
-        there: like the clean points, where it was so last.
+        wrong: (N,) whether it was wrong at some point.
+        there: the last wrong point of each example, or the clean point.
     """
 
     def __init__(self, classifier: Callable[[Tensor], Tensor], examples: Examples) -> None:
@@ -176,10 +177,10 @@ def _towards_each(
     bounds: tuple[float, float] | None,
     on_gradient: Callable[[Tensor], None],
 ) -> Tensor:
-    """The points of the greatest loss of a targeted attack on one class after the other.
+    """The points of the largest loss of a targeted attack on one class after the other.
 
-    Those that an earlier class has made wrong are left where they were by then. The `others` are
-    numbers of classes among those that are not an image's own.
+    Images that an earlier class has made wrong keep their points. `others` are numbers of target
+    classes, without counting an image's own class.
     """
     x, _, keys = watch.examples
     with torch.no_grad():
@@ -207,7 +208,7 @@ def _towards_each(
 
 
 def _where(chosen: Tensor, this: Tensor, other: Tensor) -> Tensor:
-    """`this` for the examples where `chosen`, (N,), else `other`."""
+    """`this` for the examples with `chosen` (N,), and `other` for the rest."""
     return torch.where(chosen.reshape(-1, *[1] * (this.dim() - 1)), this, other)
 
 
@@ -229,7 +230,7 @@ class _Tally:
         self.elements += slope.numel()
 
     def add(self, right: Tensor, change: Tensor | None = None) -> None:
-        """Adds a batch: which images are right, and how the wrong ones were changed."""
+        """Adds a batch: which images are right, and the perturbations of the wrong ones."""
         self.right.append(right)
         if change is not None:
             change = change.flatten(1).float()
@@ -276,32 +277,32 @@ def measure(
     batch_size: int = 250,
     seed: int = 0,
 ) -> list[Row]:
-    """A row for each condition: `none`, the attacks, `lowest` and `highest` of those, and `all`.
+    """A row for each condition: `none`, the attacks, their `lowest` and `highest`, and `all`.
 
-    Attacks without an amplitude are no part of `lowest` and `highest`, unless there are no others.
-    Robust accuracy is the share of images that are right before *and* after an attack. Wrong ones
-    are not attacked: whatever an attack did to them, they would not count.
+    Attacks without an amplitude do not count for `lowest` and `highest`, unless there are no
+    others. Robust accuracy is the share of images that are right before *and* after an attack.
+    Images that are wrong before are not attacked, because they could not count.
 
     Args:
-        network: scores of pixels in [0, 1]; a chain of blocks where `at` is given.
-        images: labelled.
-        names: of the attacks; members of `settings.KNOWN`, at least one.
+        network: maps pixels in [0, 1] to scores; a chain of blocks if `at` is given.
+        images: labelled images.
+        names: names of attacks, at least one; members of `settings.KNOWN`.
         epsilon: L-infinity amplitude.
-        steps: of the iterative attacks.
-        subset: all conditions but `all` are of the first so many images; None for all.
-        searched: DeepFool and SparseFool attack the first so many of these; None for all.
+        steps: number of steps of the iterative attacks.
+        subset: number of images for all conditions except `all`: the first ones; None for all.
+        searched: number of these that DeepFool and SparseFool attack: the first ones; None for all.
         at: the block whose output is attacked, without a box; None for the pixels, in [0, 1].
         epsilon_unit: `rms` for an epsilon in units of the point's root mean square.
         batch_size: images at once.
-        seed: of the random draws, which belong to an image, not to a batch.
+        seed: seed of the random draws, which belong to images, so batches do not matter.
 
     Returns:
-        Rows with the clean (`none`, `all`) or robust accuracy, the ends `low` and `high` of its
-        95 % Wilson interval, the number of `images` it is of, the share of them that was right
-        `before` the attack, the share of those that were `fooled`, the medians over these of the
-        perturbation's L0 (coordinates), L2 and L-infinity norm, the share of gradient coordinates
-        that were exactly zero, and the amplitude `epsilon` in the units of the point with the
-        point's root mean square, `rms`.
+        Rows with these entries: clean (`none`, `all`) or robust `accuracy`; `low` and `high`, its
+            95 % Wilson interval; `images`, their number; `before`, the share that was right before
+            the attack; `fooled`, the share of these that the attack made wrong; `l0`, `l2` and
+            `linf`, medians over the fooled images of the norms of the perturbation;
+            `zero_gradient`, the share of gradient coordinates that were exactly zero; `epsilon`,
+            the amplitude in the units of the point; and `rms`, the point's root mean square.
     """
     extract, classifier = (nn.Identity(), network) if at is None else split(network, at)
     few = len(images) if subset is None else min(subset, len(images))
@@ -366,9 +367,9 @@ def measure(
 
 @contextmanager
 def frozen(network: nn.Module) -> Iterator[None]:
-    """While it lasts, the network is in evaluation mode and its parameters need no gradients.
+    """While the context lasts, the network evaluates, and its parameters get no gradients.
 
-    On a GPU convolutions are in float32; cuDNN's default is TF32, which has ten of its 23 bits.
+    On a GPU, convolutions use float32. The default of cuDNN is TF32, which has ten of its 23 bits.
     """
     modes = [(module, module.training) for module in network.modules()]
     before = [(parameter, parameter.requires_grad) for parameter in network.parameters()]

@@ -13,14 +13,14 @@ from llm_attack.vision.measure import cross_entropy, frozen
 def momentum_spread(network: nn.Module, images: Images, batch_size: int = 250) -> float:
     """The dp of psi(x) = loss(x, label) / sqrt(mean of loss²), in 1 / units of the pixels.
 
-    As in `llm_attack.theory.packet`, with the mean over the images, each with its own label, in
-    place of the integral, and over all pixels i:
+    It is defined as in `llm_attack.theory.packet`. The mean over the images, each with its own
+    label, replaces the integral, and i runs over all pixels:
 
         dp² = sum over i of the mean of (dpsi/dx_i - <p_i> psi)²,   <p_i> = mean of psi dpsi/dx_i
 
     Args:
-        network: scores of pixels in [0, 1].
-        images: labelled.
+        network: maps pixels in [0, 1] to scores.
+        images: labelled images.
         batch_size: images at once.
     """
     sums = []

@@ -1,8 +1,8 @@
 """The networks of the image experiments, as chains of named blocks that can be split anywhere.
 
-A 4-layer CNN, and ResNet-18 and GoogLeNet in the forms that are usual for images of 32 x 32: no
-stride and no pooling in the stem. All take pixels in [0, 1] and normalise them themselves, so that
-what is attacked are the pixels.
+They are a 4-layer CNN, and ResNet-18 and GoogLeNet in the usual forms for images of 32 x 32, with
+no stride and no pooling in the stem. All take pixels in [0, 1] and normalise them, so attacks
+perturb pixels.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from llm_attack.base.errors import UsageError, invalid
 
 # Channels that fill a register of AVX2.
 _LANES = 8
-# The largest width: beyond it, sizes of weights in bytes are no 64-bit numbers.
+# The largest width. Beyond it, sizes of weights in bytes exceed 64-bit numbers.
 WIDEST = 1000.0
 
 
 class Normalise(nn.Module):
-    """(x - mean) / std per channel; both are kept with the weights, and are no parameters.
+    """(x - mean) / std per channel. Both are buffers: stored with the weights, but no parameters.
 
-    What comes out lies in memory as `layout` says, whatever came in.
+    The output has the memory layout `layout`, whatever the input has.
     """
 
     mean: Tensor
@@ -37,7 +37,7 @@ class Normalise(nn.Module):
         self.register_buffer("std", std.reshape(-1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        # a clone, since with one channel either layout counts as the other
+        # a clone, because with one channel torch cannot tell the layouts apart
         return ((x - self.mean) / self.std).clone(memory_format=self.layout)
 
 
@@ -50,18 +50,18 @@ def build(
     classes: int = 10,
     width: float = 1.0,
 ) -> nn.Sequential:
-    """An untrained network of `NETWORKS`; torch's generator draws its weights.
+    """An untrained network of `NETWORKS`. Torch's generator draws its weights.
 
     Args:
         name: a key of `NETWORKS`.
-        mean: of the training images, (channels,).
-        std: likewise.
+        mean: (channels,) mean of the training images.
+        std: (channels,) standard deviation of the training images.
         size: height and width of the images: a multiple of 4, at least 8.
-        classes: number of them.
-        width: factor on the channels of every layer; at least one is left.
+        classes: number of classes.
+        width: factor on the channels of every layer, which has at least one.
 
     Returns:
-        Chain of named blocks from (N, channels, size, size) in [0, 1] to (N, classes) scores.
+        A chain of named blocks from (N, channels, size, size) in [0, 1] to (N, classes) scores.
 
     Raises:
         UsageError: there is no such network, or the width is not positive or too large.
@@ -81,9 +81,9 @@ def build(
 
 
 def _layout(blocks: Iterable[nn.Module]) -> torch.memory_format:
-    """Channels last, which is faster, but not where oneDNN is wrong.
+    """Channels last, which is faster, unless oneDNN is wrong.
 
-    Its AVX2 kernels for that layout write beyond the end of tensors with fewer channels than a
+    Its AVX2 kernels for this layout write beyond the end of tensors with fewer channels than a
     register holds, and the process dies (torch 2.13).
     """
     convolutions = (m for block in blocks for m in block.modules() if isinstance(m, nn.Conv2d))
@@ -93,12 +93,12 @@ def _layout(blocks: Iterable[nn.Module]) -> torch.memory_format:
 
 
 def split(network: nn.Module, at: str) -> tuple[nn.Sequential, nn.Sequential]:
-    """The extractor, which ends with the block named `at`, and the classifier that follows it.
+    """(extractor, classifier): the blocks up to and including `at`, and the blocks after it.
 
     Both share the weights of `network`.
 
     Raises:
-        UsageError: there is no such block, or nothing comes after it; the network is no chain.
+        UsageError: there is no such block, nothing comes after it, or the network is no chain.
     """
     if not isinstance(network, nn.Sequential):
         kind = type(network).__name__
@@ -131,13 +131,13 @@ def _cnn(wide: Wide, channels: int, size: int, classes: int) -> Blocks:
 def _conv_bn(
     before: int, after: int, kernel: int, stride: int = 1, bias: bool = False
 ) -> list[nn.Module]:
-    """A convolution that keeps the size but for its stride, and batch normalisation."""
+    """A convolution that keeps the size, except for its stride, and batch normalisation."""
     conv = nn.Conv2d(before, after, kernel, stride, padding=kernel // 2, bias=bias)
     return [conv, nn.BatchNorm2d(after)]
 
 
 class _Residual(nn.Module):
-    """The basic block of He et al. 2016: two convolutions beside a shortcut."""
+    """The basic block of He et al. 2016: two convolutions and a shortcut."""
 
     def __init__(self, before: int, after: int, stride: int) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ _INCEPTION = {
 
 
 class _Inception(nn.Module):
-    """Four branches side by side; the one of 5 x 5 is two convolutions of 3 x 3."""
+    """Four parallel branches. Two convolutions of 3 x 3 replace the one of 5 x 5."""
 
     def __init__(self, before: int, branches: list[int]) -> None:
         super().__init__()

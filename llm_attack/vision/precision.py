@@ -1,4 +1,4 @@
-"""Whether a network is trained in bfloat16: a rule of the processor and of the work to be done."""
+"""Whether a network is trained in bfloat16: a rule of the processor and the amount of work."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-_INSTRUCTIONS = ("amx_bf16", "avx512_bf16")  # of processors that multiply bfloat16 as it is
-_WORTH = 5e12  # operations of a training below which it stays in float32; about a minute of one
+_INSTRUCTIONS = ("amx_bf16", "avx512_bf16")  # of processors that multiply bfloat16 directly
+_WORTH = 5e12  # operations; smaller trainings stay in float32. About a minute in float32
 
 
 def mixed_precision(precision: str, network: nn.Module, x: Tensor, images: int) -> bool:
     """Whether to train in bfloat16 where that is safe (autocast).
 
-    `auto` says so on GPUs and processors that have instructions for it: GPUs from compute
-    capability 8.0, processors with AMX or AVX-512 for bfloat16. On processors a small training, of
-    fewer than 5e12 floating-point operations, stays in float32, where it is the same everywhere.
-    Nothing is timed, so the same command on the same machine gives the same answer.
+    With `auto`, GPUs from compute capability 8.0 do so, and processors with AMX or AVX-512 for
+    bfloat16. On processors, a training with fewer than 5e12 floating-point operations stays in
+    float32, so its result is the same everywhere. Nothing is timed, so the same command on the same
+    machine gives the same answer.
 
     Args:
         precision: `auto`, `float32` or `bfloat16`.
-        network: is left as it is.
-        x: an image, (1, C, H, W) in [0, 1], on the network's device.
+        network: the network, which is not changed.
+        x: an image (1, C, H, W) in [0, 1], on the network's device.
         images: number of images that the whole training will see.
     """
     if precision != "auto":
@@ -43,6 +43,6 @@ def mixed_precision(precision: str, network: nn.Module, x: Tensor, images: int) 
 
 
 def _has_instructions() -> bool:
-    # releases of torch that cannot tell train in float32
+    # releases of torch without this function train in float32
     capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name) for name in _INSTRUCTIONS)

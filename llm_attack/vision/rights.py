@@ -1,4 +1,4 @@
-"""Which images a classifier has right, one by one: without an attack, and before and after it."""
+"""Which images a classifier has right, one by one: without an attack, and under each attack."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def right_under(
     batch_size: int = 250,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """(N,) whether each image is right without an attack (`none`), and before and after each.
+    """(N,) whether each image is right without an attack (`none`), and both before and after each.
 
-    The arguments are those of `measure`; epsilon is in the units of the point.
+    The arguments are those of `measure`. Epsilon is in the units of the point.
     """
     extract, classifier = (nn.Identity(), network) if at is None else split(network, at)
     bounds = (0, 1) if at is None else None
@@ -55,7 +55,7 @@ def right_under(
 
 
 def clean_accuracy(network: nn.Module, images: Images, batch_size: int = 250) -> float:
-    """The share of images that the network classifies rightly."""
+    """The share of images that the network classifies right."""
     starts = range(0, len(images), batch_size)
     with frozen(network), torch.no_grad():
         batches = (images[i : i + batch_size] for i in starts)

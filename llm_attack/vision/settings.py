@@ -1,4 +1,4 @@
-"""Settings that Fig. 1, 2 and 5 share, and how their values are shown. No torch here."""
+"""Settings that Fig. 1, 2 and 5 share, and the texts of their values. No torch here."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Amplitude(click.ParamType):  # type: ignore[type-arg]  # see options.Numbe
 
 
 TRAININGS = ("none", "pgd", "trades")
-# What a recipe of training says where an option does not. `fast` reaches a high accuracy in few
-# epochs. `paper` is our reading of arXiv 2205.01493, which states none of these: the defaults of
-# Adam, and the usual augmentation.
+# Recipes of training: defaults of options. `fast` reaches a high accuracy in few epochs. `paper` is
+# our reading of arXiv 2205.01493, which states none of these: the defaults of Adam, and the usual
+# augmentation.
 RECIPES: dict[str, dict[str, Any]] = {
     "fast": {
         "optimiser": "sgd",
@@ -54,7 +54,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "mirroring": "random",
     },
 }
-UNBOUNDED = "_unbounded"  # ends the name of an attack that keeps to no amplitude
+UNBOUNDED = "_unbounded"  # suffix of the names of attacks without an amplitude
 SEARCHES = ("deepfool", "sparsefool")
 KNOWN = (
     *(name for name, kind in ATTACKS.items() if name != "none" and not kind.minimal),
@@ -287,15 +287,15 @@ class ImageSettings:
             raise invalid("stop_at", self.stop_at, "a share from 0 to 1")
 
     def chosen(self, name: str) -> Any:
-        """The value of a setting; where none was given, that of the recipe."""
+        """The value of a setting. If it was not given, the recipe decides."""
         value = getattr(self, name)
         return RECIPES[self.recipe][name] if value is None else value
 
     def check_used(self) -> None:
-        """Refuses settings that were given and that nothing reads.
+        """Refuses given settings that nothing reads.
 
         Raises:
-            UsageError: naming the setting and what would read it.
+            UsageError: the message names the setting, and a value of another setting that reads it.
         """
         defaults = {entry.name: entry.default for entry in fields(self)}
         for argument, (choices, own) in _READERS.items():
@@ -311,8 +311,8 @@ class ImageSettings:
                     )
 
 
-# Of a setting, values with which some others are not read, and those others, by the values with
-# which they are.
+# For each setting: the values with which certain other settings are not read, and for each of
+# these, the values with which it is read.
 _READERS: dict[str, tuple[frozenset[str], dict[str, tuple[str, ...]]]] = {
     "train_attack": (
         frozenset(TRAININGS),
@@ -332,18 +332,19 @@ Kind = TypeVar("Kind", bound=ImageSettings)
 
 
 def with_recipe(settings: Kind) -> Kind:
-    """The settings with the values of their recipe where none were given."""
+    """The settings with the values of their recipe, unless others were given."""
     return replace(settings, **{name: settings.chosen(name) for name in RECIPES[settings.recipe]})
 
 
-# How the settings take effect: with the recipe, the network and the width of the file in `load`.
+# The function that finds the settings in effect: with the recipe, and with network and width of the
+# file in `load`.
 EFFECTIVE = "llm_attack.vision.checkpoints:settled"
 
-# Of all quick presets.
+# Settings of all quick presets.
 QUICK: dict[str, Any] = {"dataset": "digits", "width": 0.25, "epochs": 8, "batch_size": 32}
 
-_LONGEST = 24  # characters that titles of neighbours have room for
-_LINE = 28  # and lines
+_LONGEST = 24  # characters of a data set's or network's name in a title
+_LINE = 28  # characters of a line in a title
 _SHOWN = {
     "cnn": "CNN",
     "resnet18": "ResNet-18",
@@ -359,7 +360,7 @@ _SHOWN = {
 
 
 def titled(*parts: str) -> str:
-    """The title of a panel: on as few lines as its neighbours leave room for."""
+    """The title of a panel, on as few lines as there is room for."""
     first, *others = parts
     for lines in ([", ".join(parts)], [first, ", ".join(others)]):
         if max(map(len, lines)) <= _LINE:
@@ -368,7 +369,7 @@ def titled(*parts: str) -> str:
 
 
 def shown(name: str) -> str:
-    """A data set, network or attack as figures call it; of paths the last part, cut where long."""
+    """The name of a data set, network or attack in figures. Of paths, the last part, shortened."""
     if ":" in name or "/" in name:
         last = name.removeprefix("imagefolder:").rstrip("/").rsplit("/", 1)[-1]
         return last if len(last) <= _LONGEST else f"{last[: _LONGEST - 1]}…"

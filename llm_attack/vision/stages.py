@@ -1,4 +1,4 @@
-"""The stages of an image experiment: names checked, a network, its training under attack."""
+"""The stages of an image experiment: checks of names, a network, its training under attack."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from llm_attack.vision.train import train
 
 
 def listed(argument: str, text: str, allowed: Iterable[str]) -> list[str]:
-    """The names in `text`, which is separated by commas."""
+    """The names in `text`, which are separated by commas."""
     allowed = list(allowed)
     names = list(dict.fromkeys(parts(text)))
     for name in names:
@@ -39,10 +39,10 @@ def listed(argument: str, text: str, allowed: Iterable[str]) -> list[str]:
 
 
 def amplitude(settings: ImageSettings, dataset: Dataset, at: str | None = None) -> float:
-    """Epsilon as given, or the usual one of what is attacked: pixels, or the output of `at`."""
+    """The given epsilon, or the usual one for the attacked point: pixels, or the output of `at`."""
     usual = usual_epsilon(dataset.shape[0]) if at is None else 0.1
     epsilon = usual if settings.epsilon is None else settings.epsilon
-    return Attack(epsilon=epsilon).epsilon  # which checks it
+    return Attack(epsilon=epsilon).epsilon  # this checks it
 
 
 def networks(settings: ImageSettings) -> list[str]:
@@ -58,10 +58,10 @@ def _foreign(text: str) -> list[str]:
 
 
 def untrained(dataset: Dataset, name: str, settings: ImageSettings) -> nn.Module:
-    """The network `name` for these images, with weights from a file, or those the seed draws.
+    """The network `name` for these images, with weights from a file, or drawn with the seed.
 
     Raises:
-        UsageError: it cannot be made, its weights do not fit, or its scores not these images.
+        UsageError: the network cannot be made, or its weights or its scores do not fit.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
@@ -73,7 +73,7 @@ def untrained(dataset: Dataset, name: str, settings: ImageSettings) -> nn.Module
         }
         given = {name: getattr(settings, name) for name in ("weights", "load")}
         given = {argument: path for argument, path in given.items() if path is not None}
-        if given and ":" not in name:  # what a file says may be larger than the memory
+        if given and ":" not in name:  # a file may describe more than fits into memory
             with torch.device("meta"):
                 sizes = build(name, *moments, **how)
             for argument, path in given.items():
@@ -120,23 +120,26 @@ def trained(
     besides: Callable[[nn.Module], Row] = lambda network: {},
     **how: Any,
 ) -> tuple[nn.Module, list[Row]]:
-    """The trained network, and what `measure` found after epochs, which is printed.
+    """Trains a network, and measures it after epochs; prints the results.
 
-    After the first epoch it says how long all of them will take.
+    After the first epoch, it prints how long the whole training will take.
 
     Args:
-        dataset: to learn from and to measure with.
-        name: of the network.
-        settings: of the training, and `steps` of the attacks.
-        attacks: their names.
+        dataset: the data set for training and measuring.
+        name: name of the network.
+        settings: settings of the training, and `steps` of the attacks.
+        attacks: names of the attacks.
         clock: gets the seconds of training and of attacks.
         attacked_epochs: number of epochs after which to measure, spread evenly from the first to
             the last; None for all, 1 for the last.
-        state: as for `train`. What was measured is kept beside it, in a file that ends in `.json`;
-            a run that is resumed measures what is missing there.
-        label: what the network is called; unless given, by data set and name.
-        besides: makes further columns of all rows of an epoch: numbers that a network has.
-        **how: of `measure`: `epsilon` and others.
+        state: see `train`. Measurements are stored beside it, in a file with the suffix `.json`. A
+            resumed run measures what is missing there.
+        label: name of the network in messages and files; by default, from data set and name.
+        besides: makes more columns, with numbers about the network, for all rows of an epoch.
+        **how: arguments of `measure`, such as `epsilon`.
+
+    Returns:
+        The trained network, and the rows of `measure`.
     """
     label = f"{dataset.name}-{name}" if label is None else label
     kept = kept_in(settings, label)
@@ -191,7 +194,7 @@ def trained(
 
 
 def state_file(folder: Path, label: str) -> Path:
-    """The file for what a training needs in order to go on, in a folder of results."""
+    """The file in a folder of results from which a training can continue."""
     return folder / "checkpoints" / (re.sub(r"[^\w.-]+", "_", label) + ".pt")
 
 
@@ -200,7 +203,7 @@ def _beside(state: Path) -> Path:
 
 
 def _kept_rows(state: Path | None) -> list[Row]:
-    """The rows of a run that is resumed."""
+    """The stored rows of a resumed run."""
     if state is None or not (state.exists() and _beside(state).exists()):
         return []
     try:
@@ -222,13 +225,13 @@ def _reached(network: nn.Module, dataset: Dataset, settings: ImageSettings) -> b
 
 
 def kept_in(settings: ImageSettings, label: str) -> Path | None:
-    """The folder that `save` names, where a network of this label can be kept.
+    """The folder of `save`, if a network with this label can be stored in it.
 
     Raises:
         UsageError: it cannot; see `checkpoints.place`.
     """
     folder = None if settings.save is None else resolved(settings.save, "save")
-    if folder is not None and settings.epochs:  # one that is not trained is not kept
+    if folder is not None and settings.epochs:  # a network that is not trained is not stored
         place(folder, label)
     return folder
 
@@ -250,7 +253,7 @@ def summary(
 ) -> dict[str, Any]:
     """A network's entry in the record: sizes, precision of the training, the last accuracies.
 
-    The width is that of the network, also where that is loaded and the command did not say it.
+    The width is that of the network. For a loaded network, the file says it.
     """
     last = [row for row in rows if row["epoch"] == rows[-1]["epoch"]]
     return {

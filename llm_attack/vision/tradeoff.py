@@ -1,4 +1,4 @@
-"""Does robustness cost accuracy? Clean against robust accuracy of networks over their trainings.
+"""Does robustness cost accuracy? Clean and robust accuracy of networks during their trainings.
 
 No torch is imported here.
 """
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Settings(fig2.SeveralNetworks):
-    """Data sets, networks, widths, trainings and seeds may be several here."""
+    """The settings. Data sets, networks, widths, trainings and seeds may be several."""
 
     train_attack: str = setting(
         "none,pgd,trades", "Trainings, separated by commas: none, pgd, trades", group="training"
@@ -50,11 +50,11 @@ _LOOKS = "osD^vP*X"  # of networks and widths
 
 
 def run(settings: Settings, folder: Path) -> dict[str, Any]:
-    """Does robustness cost accuracy? Networks after every epoch, with adversarial training and not.
+    """Does robustness cost accuracy? Networks with and without adversarial training, by epoch.
 
-    --dataset, --network, --widths and --train_attack may be several, separated by commas. The rank
-    correlations of clean accuracy, robust accuracy and dp go to correlations.csv; what rises and
-    what falls over the epochs, to trends.csv.
+    --dataset, --network, --widths and --train_attack may be several, separated by commas.
+    correlations.csv has the rank correlations of clean accuracy, robust accuracy and dp. trends.csv
+    shows what rises and what falls over the epochs.
     """
     import pandas as pd
 
@@ -69,7 +69,7 @@ def run(settings: Settings, folder: Path) -> dict[str, Any]:
 
 
 def _rows(settings: Settings, folder: Path, clock: Stopwatch) -> Iterator[dict[str, Any]]:
-    """Trains and attacks all networks; the rows of `measure`, with dp, of each."""
+    """Trains and attacks all networks. Yields rows of `measure`, with dp."""
     from llm_attack.vision import stages
     from llm_attack.vision.data import load_dataset
 
@@ -119,8 +119,10 @@ def _spread(network: nn.Module, images: Images) -> dict[str, Any]:
 
 
 def points(table: pd.DataFrame) -> pd.DataFrame:
-    """A row for each network, seed, epoch and attack: `clean` and `robust` accuracy, `dp`, and the
-    share of right images that the attack `fooled`.
+    """A row for each network, seed, epoch and attack, with the columns of the correlations.
+
+    These are `clean` and `robust` accuracy, `dp`, and `fooled`, the share of right images that the
+    attack made wrong.
     """
     keys = [*_NETWORK, "seed", "epoch"]
     clean = table[table["condition"] == "none"].set_index(keys)["accuracy"].rename("clean")
@@ -136,11 +138,11 @@ def correlations(table: pd.DataFrame) -> pd.DataFrame:
         table: rows of `table.csv`.
 
     Returns:
-        For each data set, attack, `training`, `epochs` (`all`: each epoch is a point; `last`: each
-        network is one) and pair `x`, `y`: the number `n` of points, their `correlation` with its
-        95 % interval, which takes them as independent of each other, and the `lowest` and `highest`
-        correlation of one seed alone. NaN where there are less than four points or one does not
-        vary.
+        A row for each data set, attack, `training`, `epochs` (`all`: each epoch is a point; `last`:
+            each network is a point) and pair `x`, `y`. `n` is the number of points. `correlation`
+            has a 95 % interval (`low`, `high`), which takes points as independent. `lowest` and
+            `highest` are the extremes over single seeds. NaN if there are fewer than four points,
+            or if one quantity does not vary.
     """
     import pandas as pd
 
@@ -180,9 +182,9 @@ def trends(table: pd.DataFrame) -> pd.DataFrame:
     """The trend of each accuracy over the epochs, over all seeds of a network.
 
     Returns:
-        For each network and condition, and for `dp`: the number of `seeds` and of `epochs`, the
-        mean over seeds after the `first` and the `last` epoch, the `trend` with its 95 % interval
-        (`low`, `high`) as in `llm_attack.vision.trends`, and the `verdict`.
+        A row for each network and condition, and for `dp`: the number of `seeds` and `epochs`, the
+            mean over seeds after the `first` and the `last` epoch, the `trend` with its 95 %
+            interval (`low`, `high`) as in `llm_attack.vision.trends`, and the `verdict`.
     """
     import pandas as pd
 
@@ -207,7 +209,7 @@ def trends(table: pd.DataFrame) -> pd.DataFrame:
 def draw(folder: Path) -> None:
     """Draws table.csv: a row of panels for each data set, a column for each attack.
 
-    A point is a network after an epoch; those after the last one are outlined.
+    A point is a network after an epoch. Points after the last epoch have an outline.
     """
     import pandas as pd
 
@@ -262,7 +264,7 @@ def _legend(kinds: list[Any], trainings: list[str]) -> list[Any]:
     ]
 
 
-# Networks are trained here, so none is loaded; nobody varied the momentum.
+# Networks are trained here, so none is loaded. Nobody varied the momentum.
 _NO_OPTIONS = ("load", "weights", "momentum")
 
 COMMAND = figure_command(

@@ -41,22 +41,22 @@ def train(
 ) -> Iterator[Epoch]:
     """Trains `network` in place.
 
-    The order of the images and their augmentation are drawn from the seed and the epoch's number,
-    so that a resumed run is the run that was not interrupted. Where mirroring alternates, each
-    image is seen both ways in any two epochs (Jordan 2024, arXiv 2404.00498).
+    The order of the images and their augmentation follow from the seed and the epoch's number. So a
+    resumed run equals an uninterrupted one. If mirroring alternates, each image is seen both ways
+    in any two epochs (Jordan 2024, arXiv 2404.00498).
 
     Args:
-        network: on the device of `images`.
-        images: to learn from.
-        settings: `recipe` and what it stands for, `epochs`, `batch_size`, `crop`, `flip`,
+        network: the network, on the device of `images`.
+        images: the training images.
+        settings: `recipe` and the settings that it decides, `epochs`, `batch_size`, `crop`, `flip`,
             `precision`, `seed`, and those of `objective`.
-        state: file that keeps weights and optimiser. It is written after every epoch, before that
-            is yielded. If it exists, training goes on from there.
-        label: what the progress bar says.
+        state: file with weights and optimiser. It is written after every epoch, before the epoch is
+            yielded. If it exists, training continues from it.
+        label: text of the progress bar.
 
     Yields:
-        Each epoch after it, `precision` being `float32` or `bfloat16`. A run that is resumed first
-        yields the epoch that `state` has, again.
+        Each epoch after it was trained, with the precision `float32` or `bfloat16`. A resumed run
+            first yields the epoch of `state` again.
 
     Raises:
         UsageError: `state` cannot be read, or was written under other settings; the loss of an
@@ -71,7 +71,7 @@ def train(
     share = partial(SCHEDULES[settings.chosen("schedule")], steps=steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, share)
     same = {**asdict(settings), "label": label}
-    same.pop("device", None)  # may differ from that of the run that is resumed
+    same.pop("device", None)  # the resumed run may use another device
     crop, flip = _augmentation(images, settings)
     mirrored = torch.randint(
         2, (len(images),), generator=_drawn(settings, 0, device), device=device
@@ -150,8 +150,9 @@ def one_cycle(step: int, *, steps: int) -> float:
 
 
 def by_steps(step: int, *, steps: int) -> float:
-    """Share of the highest learning rate: a tenth of it from half of the steps, a hundredth from
-    three quarters (He et al. 2016, for CIFAR-10).
+    """Share of the highest learning rate, in steps (He et al. 2016, for CIFAR-10).
+
+    It is a tenth from half of the steps on, and a hundredth from three quarters on.
     """
     return 1.0 if 2 * step < steps else 0.1 if 4 * step < 3 * steps else 0.01
 
@@ -170,7 +171,7 @@ def _drawn(settings: ImageSettings, epoch: int, device: torch.device) -> torch.G
 
 
 def _check_finite(loss: float, network: nn.Module, epoch: int, settings: ImageSettings) -> None:
-    # The loss of an epoch says nothing of what its last step did.
+    # The loss of an epoch does not show the effect of its last step.
     weights = network.state_dict().values()
     if not math.isfinite(loss):
         fault = f"the loss is {loss} in epoch {epoch}"

@@ -1,4 +1,4 @@
-"""Whether an accuracy rises or falls over the epochs, of networks that differ in their seed."""
+"""Whether an accuracy rises or falls over the epochs, for networks with different seeds."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from llm_attack.stats import ALPHA
 
 
 def trend(curves: ArrayLike) -> tuple[float, float, float]:
-    """Kendall's rank correlation (tau-a) of epoch and value, mean over seeds; its 95 % interval.
+    """Kendall's rank correlation (tau-a) of epoch and value, mean over seeds, with a 95 % interval.
 
-    The share of pairs of epochs between which the value rises, less the share between which it
-    falls. The interval is the wider one of two: Student's t of the seeds, and that of a mean of as
-    many correlations of values in random order (Kendall 1938), which holds where seeds agree.
+    It is the share of pairs of epochs between which the value rises, minus the share between which
+    it falls. The interval is the wider one of two. One is Student's t over the seeds. The other is
+    for a mean of as many correlations of values in random order (Kendall 1938), which also holds if
+    seeds agree.
 
     Args:
         curves: (seeds, epochs) values.
 
     Returns:
-        The mean and the ends, in [-1, 1]; NaN of fewer than two epochs. Of one seed, the interval
-        is that of random order.
+        The mean and the ends of the interval, in [-1, 1]; NaN for fewer than two epochs. For one
+            seed, the interval is that of random order.
     """
     values = np.asarray(curves, dtype=float)
     seeds, n = values.shape
@@ -40,10 +41,10 @@ def trend(curves: ArrayLike) -> tuple[float, float, float]:
 
 
 def t_interval(values: ArrayLike) -> tuple[float, float, float]:
-    """The mean, and the ends of its 95 % interval by Student's t; NaN where there are too few.
+    """The mean, and the ends of its 95 % interval by Student's t; NaN if there are too few values.
 
     Args:
-        values: (n,), taken as independent.
+        values: (n,) numbers, taken as independent.
     """
     x = np.asarray(values, dtype=float)
     mean = float(x.mean()) if len(x) else math.nan

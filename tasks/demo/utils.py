@@ -1,7 +1,7 @@
-"""Documents of the demo tasks, made from the seed by `llm_attack.demo`, in the stock tasks' fields.
+"""Documents of the demo tasks, made by `llm_attack.demo` from a seed, with the stock tasks' fields.
 
-lm-eval calls `load` with the `metadata` and the `dataset_kwargs` of the task's YAML. This file is
-found by its place beside the YAMLs, so the folder can be copied anywhere.
+lm-eval calls `load` with the `metadata` and the `dataset_kwargs` of the task's YAML. lm-eval finds
+this file beside the YAML files, so the folder can be copied anywhere.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from llm_attack.demo.questions import Question, question_set
 
 
 def load(questions: str, **_: Any) -> dict[str, datasets.Dataset]:
-    """The one split, `test`, of a question set (a key of `llm_attack.demo.questions.MAKERS`)."""
+    """The only split, `test`, of a question set (a key of `llm_attack.demo.questions.MAKERS`)."""
     as_document = {"hellaswag": hellaswag, "openbookqa": openbookqa, "piqa": piqa}
     as_document |= {"winogrande": winogrande, "arc_easy": arc, "arc_challenge": arc}
     documents = [as_document[questions](question) for question in question_set(questions)]
@@ -20,14 +20,14 @@ def load(questions: str, **_: Any) -> dict[str, datasets.Dataset]:
 
 
 def answers(**_: Any) -> dict[str, datasets.Dataset]:
-    """The questions of `arc_easy` with the text of the right answer, which is to be generated."""
+    """The questions of `arc_easy`; the text of the right answer is to be generated."""
     questions = question_set("arc_easy")
     documents = [{"question": _inside(q.context), "answer": q.choices[q.gold]} for q in questions]
     return {"test": datasets.Dataset.from_list(documents)}
 
 
 def texts(sentences: int, **_: Any) -> dict[str, datasets.Dataset]:
-    """True stories of `hellaswag`, so many in a text."""
+    """True stories of `hellaswag`, `sentences` of them in each text."""
     stories = [question.texts()[question.gold] for question in question_set("hellaswag")]
     starts = range(0, len(stories), sentences)
     documents = [{"text": " ".join(stories[i : i + sentences])} for i in starts]
@@ -43,22 +43,22 @@ def _lettered(question: Question) -> dict[str, Any]:
 
 
 def _inside(context: str) -> str:
-    """The question proper: the YAML puts "Question:" and "Answer:" round it, as stock tasks do."""
+    """The question without "Question:" and "Answer:", which the YAML adds as stock tasks do."""
     return context.removeprefix("Question: ").removesuffix("\nAnswer:")
 
 
 def arc(question: Question) -> dict[str, Any]:
-    """As in allenai/ai2_arc."""
+    """A document in the form of allenai/ai2_arc."""
     return {"question": _inside(question.context), **_lettered(question)}
 
 
 def openbookqa(question: Question) -> dict[str, Any]:
-    """As in allenai/openbookqa."""
+    """A document in the form of allenai/openbookqa."""
     return {"question_stem": question.context, **_lettered(question)}
 
 
 def hellaswag(question: Question) -> dict[str, Any]:
-    """As the stock task has it after its clean-up of Rowan/hellaswag."""
+    """A document in the form of Rowan/hellaswag after the clean-up by the stock task."""
     return {
         "query": question.context,
         "choices": list(question.choices),
@@ -67,7 +67,7 @@ def hellaswag(question: Question) -> dict[str, Any]:
 
 
 def piqa(question: Question) -> dict[str, Any]:
-    """As in baber/piqa."""
+    """A document in the form of baber/piqa."""
     first, second = question.choices
     return {
         "goal": _inside(question.context),
@@ -78,7 +78,7 @@ def piqa(question: Question) -> dict[str, Any]:
 
 
 def winogrande(question: Question) -> dict[str, Any]:
-    """As in allenai/winogrande: a sentence with a blank, the options, the answer "1" or "2"."""
+    """A document in the form of allenai/winogrande: sentence with a blank, options, "1" or "2"."""
     first, second = question.choices
     return {
         "sentence": f"{question.context} _ {question.ending}",
@@ -100,5 +100,5 @@ def blank_contexts(document: dict[str, Any]) -> list[str]:
 
 
 def blank_ending(document: dict[str, Any]) -> str:
-    """`doc_to_target`: what stands after the blank, the same for both."""
+    """`doc_to_target`: the text after the blank, the same for both."""
     return document["sentence"].split("_")[1].strip()
