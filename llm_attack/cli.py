@@ -203,7 +203,20 @@ def run(**settings: Any) -> None:
     """
     from llm_attack.suite import evaluate
 
-    evaluate.run(**settings)
+    evaluate.run(**_given(settings))
+
+
+def _given(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings without those of the plan that nobody gave. The plan knows their defaults."""
+    ctx = click.get_current_context()
+    assert isinstance(ctx.command, _OfPlan)
+    own = {option.name for option in ctx.command.settings}
+    default = click.core.ParameterSource.DEFAULT
+    return {
+        name: value
+        for name, value in settings.items()
+        if name not in own or ctx.get_parameter_source(name) is not default
+    }
 
 
 class _OfDoctor(_OfPlan):

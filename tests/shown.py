@@ -111,7 +111,7 @@ FEW = "a few questions of each task"
 RULES = (
     Rule("make help", "as shown", at_root=True),
     Rule(
-        r"make [.a-z-]+",
+        r"make [.a-z-]+( REPOSITORY=\S+)?",
         "builds an environment, takes long or runs these tests: what it would do is printed",
         changes=((r"^make", "make -n"),),
         at_root=True,

@@ -6,6 +6,7 @@ installation of this test is started.
 """
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -16,6 +17,10 @@ import pytest
 
 pytest.importorskip("hatchling", reason="hatchling, which builds the wheel, is not installed")
 pytest.importorskip("build", reason="build is not installed")
+from hatchling.metadata.core import ProjectMetadata
+from hatchling.plugin.manager import PluginManager
+
+import llm_attack
 
 ROOT = Path(__file__).parents[1]
 LM_EVAL = Path(sysconfig.get_path("scripts"), "lm_eval")
@@ -159,3 +164,32 @@ def test_source_distribution_builds_the_same_wheel(wheel, tmp_path):
     call(sys.executable, "-m", "tarfile", "-e", archive, tmp_path, cwd=tmp_path)
     (source,) = (path for path in tmp_path.iterdir() if path.is_dir())
     call(sys.executable, "docs/pages.py", tmp_path / "site", cwd=source)  # no link leads nowhere
+
+
+def test_links_of_the_readme_hold_away_from_the_repository(monkeypatch):
+    """On a package index there is no file beside the README."""
+    address = "https://github.com/somebody/llm_attack"
+    monkeypatch.delenv("REPOSITORY", raising=False)
+    plain = ProjectMetadata(str(ROOT), PluginManager()).core
+    monkeypatch.setenv("REPOSITORY", f"{address}/")
+    known = ProjectMetadata(str(ROOT), PluginManager()).core
+
+    assert plain.readme == (ROOT / "README.md").read_text("utf-8")
+    assert list(plain.urls) == ["Paper"]
+    links = re.findall(r"\]\(([^)]+)\)", known.readme)
+    assert len(links) == len(re.findall(r"\]\(", plain.readme)) > 20
+    assert all(link.startswith("https://") for link in links)
+    inside = re.compile(rf"{address}/(blob|raw)/v{llm_attack.__version__}/([^#]+)(#.*)?")
+    ours = [inside.fullmatch(link) for link in [*links, *known.urls.values()] if address in link]
+    files = [match for match in ours if match]
+    assert all((ROOT / match[2]).is_file() for match in files)
+    kinds = {Path(match[2]).suffix: match[1] for match in files}
+    assert kinds[".md"] == "blob" and kinds[".png"] == "raw"
+    assert {"Repository", "Documentation", "Changelog", "Issues"} < set(known.urls)
+
+
+@pytest.mark.parametrize("address", ["http://github.com/a/b", "github.com/a/b", "https://x.org"])
+def test_an_address_that_is_none(address, monkeypatch):
+    monkeypatch.setenv("REPOSITORY", address)
+    with pytest.raises(ValueError, match=re.escape(f"REPOSITORY={address}: must be the https")):
+        _ = ProjectMetadata(str(ROOT), PluginManager()).core.urls

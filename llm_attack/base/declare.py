@@ -8,11 +8,13 @@ declaration, so a new argument is one line. This module imports only the standar
 from __future__ import annotations
 
 import builtins
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import Field, dataclass, field, fields
+from functools import wraps
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
 
 from llm_attack.base.errors import UsageError, hint, invalid
 
@@ -103,6 +105,11 @@ def setting(default: Any, text: str, **about: Any) -> Any:
     return field(default=default, metadata={"about": (text, about)})
 
 
+def again(kind: Any, name: str, default: Any) -> Any:
+    """Declares the setting `name` of the dataclass `kind` once more, with another default."""
+    return field(default=default, metadata=kind.__dataclass_fields__[name].metadata)
+
+
 def declared(kind: Any) -> Iterator[tuple[Field[Any], SettingSpec]]:
     """The settings of a dataclass or an instance; those that may be positional come first."""
     for entry in sorted(fields(kind), key=lambda entry: entry.kw_only is True):
@@ -128,6 +135,27 @@ def parse(settings: Any) -> None:
     for entry, about in declared(settings):
         if about.parse is not None:
             object.__setattr__(settings, entry.name, about.parse(getattr(settings, entry.name)))
+
+
+_Kind = TypeVar("_Kind")
+
+
+def remembers(kind: type[_Kind]) -> type[_Kind]:
+    """Makes a dataclass remember what was given: `given` has the names, during __post_init__ too.
+
+    A value that was given may equal the default. Nothing else tells the two apart.
+    """
+    init: Callable[..., None] = kind.__init__
+    signature = inspect.signature(init)
+
+    @wraps(init)
+    def remembering(self: Any, *args: Any, **kwargs: Any) -> None:
+        bound = signature.bind_partial(self, *args, **kwargs) if args else None
+        object.__setattr__(self, "given", frozenset(bound.arguments if bound else kwargs))
+        init(self, *args, **kwargs)
+
+    kind.__init__ = remembering  # type: ignore[method-assign]
+    return kind
 
 
 def parts(text: str) -> list[str]:

@@ -15,8 +15,10 @@ from llm_attack.base.failures import Attempts
 from llm_attack.base.folder import check_writable, claim_file, resolved, resolved_file
 from llm_attack.base.record import write_text
 from llm_attack.suite import logged, render, results, thresholds
+from llm_attack.suite.analysis import flags
 from llm_attack.suite.analysis.drops import differences
 from llm_attack.suite.analysis.equivalence import with_equivalence
+from llm_attack.suite.analysis.flags import flagged
 from llm_attack.suite.analysis.pairs import paired, unshared
 from llm_attack.suite.analysis.summary import MEAN
 from llm_attack.suite.report import paper, tables
@@ -184,6 +186,8 @@ def _compare_two(
     known = a.conditions, b.conditions
     frame = with_equivalence(paired(*content, conditions=known), equivalence)
     of_drops = differences(*content, conditions=known)
+    records = {"_a": a.run, "_b": b.run}
+    frame, of_drops = flagged(frame, records), flagged(of_drops, records)
     text, text_of_drops = tables.csv(frame), tables.csv(of_drops)
     if output is not None:
         claim_file(output, text.splitlines()[0], "a comparison of two runs")
@@ -201,7 +205,8 @@ def _compare_two(
         f"{folder} ({models.name_of(result.run)})"
         for folder, result in zip(folders, compared, strict=True)
     ]
-    cells = tables.comparison(frame, (names[0], names[1]), notes)
+    failed = flags.notes(dict(zip("ab", (a.run, b.run), strict=True)))
+    cells = tables.comparison(frame, (names[0], names[1]), [*notes, *failed])
     Console().print(cells.rich("b against a, accuracy"))
     more = drops.amplitudes(of_drops, a, b)
     if of_drops.empty:
@@ -269,7 +274,10 @@ def _compare_many(runs: dict[str, Result], output: Path | None, pdf: bool) -> Ce
         claim_file(_drops_of(output), first_line, "a comparison of drops of three runs or more")
     cells = models.cells(frame, models.unshared(runs))
     Console().print(cells.rich("models, accuracy and drop"))
-    Console().print(drop_pairs.cells(of_pairs).rich(drop_pairs.TITLE))
+    if len(runs) <= drop_pairs.MOST:
+        Console().print(drop_pairs.cells(of_pairs).rich(drop_pairs.TITLE))
+    else:
+        print(f"differences of drops: not compared; give {drop_pairs.MOST} runs or fewer")
     if output is not None:
         write_text(output, text)
         write_text(_drops_of(output), text_of_pairs)

@@ -24,6 +24,7 @@ from llm_attack.suite.analysis import perturbations
 from llm_attack.suite.analysis.calibration import calibration
 from llm_attack.suite.analysis.conditions import CONDITIONS, Condition
 from llm_attack.suite.analysis.equivalence import with_equivalence
+from llm_attack.suite.analysis.flags import flagged
 from llm_attack.suite.analysis.outcomes import BROKEN_BY, with_scores
 from llm_attack.suite.analysis.perturbations import Perturbations
 from llm_attack.suite.analysis.summary import summarise
@@ -295,7 +296,8 @@ def load(folder: Path, equivalence: float | None = None) -> Result:
     samples = with_worst(frames["samples"], run)
     table = summarise(samples, run.get("attacks"), run.get("of_tasks"))
     within = run.get("equivalence") if equivalence is None else equivalence
-    table, run = with_equivalence(table, within), run | {"equivalence": within}
+    table = flagged(with_equivalence(table, within), {"": run})
+    run = run | {"equivalence": within}
     return Result(table, frames["samples"], frames["questions"], run, {}, samples, Path(folder))
 
 

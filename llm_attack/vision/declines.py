@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_attack.base.declare import parts, setting
+from llm_attack.base.declare import again, parts, setting
 from llm_attack.base.drawing import COLOURS, lettered, nested, new_figure
 from llm_attack.base.errors import UsageError, invalid
 from llm_attack.base.record import Stopwatch, as_csv, write_text
@@ -42,11 +42,7 @@ SCALES = ("rms", "median")
 class Settings(fig2.Settings):
     """The settings. Data sets and networks may be several."""
 
-    attacks: str = setting(
-        "fgsm,bim",
-        fig2.Settings.__dataclass_fields__["attacks"].metadata["about"][0],
-        group="attack",
-    )
+    attacks: str = again(fig2.Settings, "attacks", "fgsm,bim")
     points: str = setting(
         ALL,
         f"Places that are attacked: {PIXELS} and blocks of the network, separated by commas;"

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_attack.base.declare import parts, setting
+from llm_attack.base.declare import again, parts, setting
 from llm_attack.base.drawing import COLOURS, new_figure
 from llm_attack.base.errors import invalid
 from llm_attack.base.options import Numbers
@@ -29,20 +29,11 @@ SCHEDULES = ("cycle", "steps", "constant")
 
 
 @dataclass(frozen=True)
-class Settings(fig2.Settings):
+class Settings(fig2.SeveralNetworks):
     """The settings: one data set, and one or more networks, widths, seeds and factors."""
 
-    attacks: str = setting(
-        "fgsm,pgd,apgdt",
-        fig2.Settings.__dataclass_fields__["attacks"].metadata["about"][0],
-        group="attack",
-    )
-    steps: int = setting(
-        20,
-        fig2.Settings.__dataclass_fields__["steps"].metadata["about"][0],
-        minimum=1,
-        group="attack",
-    )
+    attacks: str = again(fig2.Settings, "attacks", "fgsm,pgd,apgdt")
+    steps: int = again(fig2.Settings, "steps", 20)
     label_smoothings: tuple[float, ...] = setting(
         (0.0, 0.1),
         "Shares of the labels that are spread over all classes in training",
@@ -58,20 +49,6 @@ class Settings(fig2.Settings):
     schedules: str = setting(
         "constant,cycle",
         f"Schedules of the learning rate, separated by commas: {', '.join(SCHEDULES)}",
-        group="training",
-    )
-    widths: tuple[float, ...] = setting(
-        (1.0,),
-        "Widths of the networks, in units of --width",
-        option=Numbers(Amplitude()),
-        minimum=0,
-        exclusive_minimum=True,
-        group="network",
-    )
-    seeds: int = setting(
-        1,
-        "Number of seeds, starting at --seed. Each has its own networks",
-        minimum=1,
         group="training",
     )
 

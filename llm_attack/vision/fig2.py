@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_attack.base.declare import parts, setting
 from llm_attack.base.drawing import COLOURS, lettered, nested, new_figure
+from llm_attack.base.options import Numbers
 from llm_attack.base.record import Stopwatch, as_csv, write_text
 from llm_attack.reproduce import figure_command
 from llm_attack.vision.settings import (
@@ -20,6 +21,7 @@ from llm_attack.vision.settings import (
     KNOWN,
     QUICK,
     UNBOUNDED,
+    Amplitude,
     ImageSettings,
     shown,
     titled,
@@ -48,6 +50,26 @@ class Settings(ImageSettings):
         " default is all",
         minimum=1,
         group="attack",
+    )
+
+
+@dataclass(frozen=True)
+class SeveralNetworks(Settings):
+    """Widths and seeds may be several, too."""
+
+    widths: tuple[float, ...] = setting(
+        (1.0,),
+        "Widths of the networks, in units of --width",
+        option=Numbers(Amplitude()),
+        minimum=0,
+        exclusive_minimum=True,
+        group="network",
+    )
+    seeds: int = setting(
+        1,
+        "Number of seeds, starting at --seed. Each has networks of its own",
+        minimum=1,
+        group="training",
     )
 
 

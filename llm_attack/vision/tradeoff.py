@@ -13,14 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_attack.base.declare import parts, setting
+from llm_attack.base.declare import again, parts, setting
 from llm_attack.base.drawing import COLOURS, new_figure
 from llm_attack.base.errors import invalid
-from llm_attack.base.options import Numbers
 from llm_attack.base.record import Stopwatch, as_csv, write_text
 from llm_attack.reproduce import figure_command
 from llm_attack.vision import fig2
-from llm_attack.vision.settings import KNOWN, QUICK, TRAININGS, Amplitude, shown
+from llm_attack.vision.settings import KNOWN, QUICK, TRAININGS, shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,29 +29,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Settings(fig2.Settings):
+class Settings(fig2.SeveralNetworks):
     """The settings. Data sets, networks, widths, trainings and seeds may be several."""
 
     train_attack: str = setting(
         "none,pgd,trades", "Trainings, separated by commas: none, pgd, trades", group="training"
     )
-    attacks: str = setting(
-        "pgd", fig2.Settings.__dataclass_fields__["attacks"].metadata["about"][0], group="attack"
-    )
-    widths: tuple[float, ...] = setting(
-        (1.0,),
-        "Widths of the networks, in units of --width",
-        option=Numbers(Amplitude()),
-        minimum=0,
-        exclusive_minimum=True,
-        group="network",
-    )
-    seeds: int = setting(
-        1,
-        "Number of seeds, starting at --seed. Each has its own networks and images",
-        minimum=1,
-        group="training",
-    )
+    attacks: str = again(fig2.Settings, "attacks", "pgd")
 
 
 PRESETS = {

@@ -8,6 +8,7 @@ from click.testing import CliRunner
 
 from llm_attack.cli import main
 from llm_attack.lm.engine.diagnostics import Diagnostics
+from llm_attack.lm.packing.questions import Question, Request
 
 
 def results_of(folder):
@@ -36,6 +37,7 @@ def test_eval(tmp_path):
         "hookpoint": None,
         "seed": 5,
         "zero_gradient_fraction": 0.0,
+        "flat_gradient_fraction": 0.0,
     }
     assert {k: attack[k] for k in settings} == settings
     assert 0.005 < attack["embedding_rms"] < 0.2
@@ -58,6 +60,26 @@ def test_diagnostics_are_of_the_tokens_read(make, build):
     assert info["signal_rms"] == pytest.approx(float(rows.square().mean().sqrt()), rel=1e-4)
     assert info["embedding_rms"] == pytest.approx(float(matrix.square().mean().sqrt()), rel=1e-5)
     assert info["zero_gradient_fraction"] is None
+
+
+def test_choices_that_a_question_lacks_have_no_gradient(make):
+    """Two, three and five choices in one batch: towards each wrong one there are two gradients."""
+    engine = make(attack="apgdt", epsilon=0.003, steps=2, loss="choice").engine
+    questions = [
+        Question([Request((5, n, 7 + i), 1, 1) for i in range(n)], [[i] for i in range(n)], gold)
+        for n, gold in ((n, [True] + [False] * (n - 1)) for n in (2, 3, 5))
+    ]
+    ((_, result),) = engine.answers(engine.batches(questions, 20))
+    (found,) = result.diagnostics
+    assert (found.slopes, found.flat) == (2 * (1 + 2 + 4), 0)
+
+
+def test_tokens_of_choices_that_are_not_compared_have_no_gradient(make, build):
+    """No gradient is hidden here, although many coordinates of each are zero."""
+    lm = make(attack="fgsm", epsilon=0.003, loss="margin")
+    lm.loglikelihood(build("demo_hellaswag", 5).instances, disable_tqdm=True)
+    info = lm.attack_info()
+    assert info["zero_gradient_fraction"] > 0.1 and info["flat_gradient_fraction"] == 0
 
 
 def test_epsilon_in_units_of_the_embeddings(make, build):

@@ -101,6 +101,18 @@ def test_three_runs_write_their_differences(stored, tmp_path, capsys):
         commands.compare(folders, str(table), None, None)
 
 
+def test_pairs_of_many_are_not_compared(stored, tmp_path, capsys, monkeypatch):
+    """What is in the file then is not of an earlier comparison either."""
+    table = tmp_path / "models.csv"
+    commands.compare(stored, str(table), None, None)
+    monkeypatch.setattr(drop_pairs, "MOST", 2)
+    capsys.readouterr()
+    commands.compare(stored, str(table), None, None)
+    assert "differences of drops: not compared; give 2 runs or fewer" in capsys.readouterr().out
+    assert (tmp_path / "models-drops.csv").read_text() == ",".join(drop_pairs.COLUMNS) + "\n"
+    assert len(pd.read_csv(table)) > 0
+
+
 def test_two_runs_have_a_figure_for_a_paper(stored, tmp_path):
     first, second, _ = stored
     commands.compare([first, second], str(tmp_path / "pair.csv"), None, None, formats="pdf,tex")

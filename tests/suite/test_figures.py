@@ -14,7 +14,7 @@ from matplotlib.colors import to_rgb
 from llm_attack.base.drawing import COLOURS, save_figure
 from llm_attack.suite.analysis import summary
 from llm_attack.suite.report import figures
-from llm_attack.suite.report.layout import panels, print_style, wrapped
+from llm_attack.suite.report.layout import Unit, panels, print_style, wrapped
 
 LADDER = {"none": 3.0} | {
     f"{attack}@{epsilon}": 2.9 - (1 + i) * 40 * epsilon - i
@@ -219,6 +219,27 @@ def test_curves_need_several_epsilons(frames):
     two = frames({"a": (5, 4)}, {"fgsm@0.1": 1.0, "fgsm@0": 2.0, "bim@0.1": 0.5})[0]
     (axes, _) = figures.curves(summary.summarise(two)).axes
     assert [line.get_xdata().tolist() for line in axes.get_lines()[:2]] == [[0, 0.1], [0.1]]
+
+
+def test_curves_of_several_norms_have_panels_of_their_own(frames):
+    """One unit: in the units of the point it is eight times as long in one norm as in the other."""
+    shifts = {f"fgsm@{e}": -e for e in (0.1, 0.2, 0.8, 1.6)}
+    samples, _ = frames({"a": (9, 2), "b": (9, 2)}, {"none": 3.0, **shifts})
+    names = {f"fgsm@{e}": f"fgsm@{e}rms" for e in (0.1, 0.2)}
+    names |= {"fgsm@0.8": "fgsm@0.1rms-l2_token", "fgsm@1.6": "fgsm@0.2rms-l2_token"}
+    table = summary.summarise(samples.replace({"condition": names}))
+    table["epsilon"] *= 0.5
+    figure = figures.curves(table, Unit(" (rms)", 0.5))
+    assert [a.get_title().replace("\n", " ") for a in figure.axes] == [
+        f"{task} {norm}" for norm in ("linf", "l2_token") for task in ("a", "b", "mean")
+    ]
+    for axes in figure.axes:
+        task, norm = axes.get_title().split()
+        rows = table[table["task"] == task].set_index("condition")["acc"]
+        names = [f"fgsm@{e}rms{'' if norm == 'linf' else '-l2_token'}" for e in (0.1, 0.2)]
+        line, _ = axes.get_lines()
+        assert list(line.get_xdata()) == [0, 0.1, 0.2]
+        np.testing.assert_allclose(line.get_ydata(), rows[["none", *names]])
 
 
 def test_margins_right_of_zero_are_right_answers(run):

@@ -157,10 +157,20 @@ def test_one_of_an_earlier_version_goes_on(five, tmp_path):
     before, after = pd.read_csv(ROOT / "results/demo/models/leaderboard.csv"), pd.read_csv(board)
     pd.testing.assert_frame_equal(after[list(before)][: len(before)], before)
     assert after["identity"].isna().tolist() == [True] * len(before) + [False]
-    assert set(after.columns) - set(before.columns) == {"settings", "identity"}
+    assert set(after.columns) - set(before.columns) == {*("settings", "failed_checks", "identity")}
     assert models.across({"m0": five["m0"]})["drop"].tolist() == pytest.approx(
         after["drop"][-1:].tolist(), abs=1e-5
     )
+
+
+def test_one_without_checks_goes_on(five, tmp_path):
+    board = tmp_path / "board.csv"
+    leaderboard.add(board, {"m0": five["m0"], "m1": five["m1"]})
+    pd.read_csv(board).drop(columns="failed_checks").to_csv(board, index=False)
+    leaderboard.add(board, {"m2": five["m2"], "again": five["m0"]})
+    after = pd.read_csv(board)
+    assert after["model"].tolist() == ["m1", "m2", "again"] and after["failed_checks"].isna().all()
+    assert after["identity"].nunique() == 3
 
 
 def test_commas_quotes_and_lines_survive(five, tmp_path):

@@ -75,6 +75,18 @@ def test_what_fails(name, shifts, options):
     assert verdicts(sanity.checks(*made_up(WELL | shifts, **options)))[name] == FAILS
 
 
+@pytest.mark.parametrize("attack, loss", [("apgdt", "choice"), ("bim", "margin")])
+def test_losses_of_two_choices_leave_most_tokens_without_a_gradient(attack, loss):
+    """What counts there are gradients that are zero in every coordinate."""
+    name = f"{attack}@0.1"
+    samples, record = made_up({"none": 3.0, name: 0.0}, zeros=0.4, loss=loss)
+    zeros = NAMES[4]
+    assert verdicts(sanity.checks(samples, record))[zeros] == NOT_APPLICABLE  # an earlier run
+    for share, verdict in ((0.0, PASSES), (0.4, FAILS)):
+        record["attacks"][name]["flat_gradient_fraction"] = share
+        assert verdicts(sanity.checks(samples, record))[zeros] == verdict
+
+
 def test_what_does_not_apply():
     """Of a run without attacks nothing; the figure says what it would take."""
     found = sanity.checks(*made_up({"none": 3.0}))

@@ -98,6 +98,17 @@ def test_what_it_decides_cannot_be_given(given, says):
     assert str(error.value).startswith(says)
 
 
+@pytest.mark.parametrize("version", STANDARDS)
+def test_a_default_that_is_given_is_not_replaced(version):
+    usual, standard = Plan(), STANDARDS[version]
+    for name, value in standard.fixed.items():
+        assert getattr(Plan(attacks=version, **{name: value}), name) == value
+        default = getattr(usual, name)
+        if default != value:
+            with pytest.raises(UsageError, match=f"^{name}=.*: must be left out with attacks="):
+                Plan(attacks=version, **{name: default})
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A run whose attacks are short."""
@@ -275,6 +286,16 @@ def test_what_is_wrong_with_a_model_is_seen_at_the_start(what, fails, monkeypatc
     checked = at_start(lm, batch)
     assert [check["name"] for check in checked] == [REPEATS, GRADIENT, ZEROS]
     assert [check["name"] for check in checked if not check["passed"]] == fails
+
+
+def test_questions_without_another_answer_have_no_gradient_and_are_sound():
+    """All choices are right, or the best wrong one is the right one once more."""
+    lm = AttackedHFLM("demo", loss="margin")
+    asked = [Request((5, 6, 7), 1, 1), Request((5, 6, 7), 1, 1)]
+    for gold in ([True, True], [True, False]):
+        (batch,) = lm.engine.batches([Question(asked, [[0], [1]], gold)], 8)
+        zeros = next(check for check in at_start(lm, batch) if check["name"] == ZEROS)
+        assert zeros["passed"] and zeros["figure"].endswith("for 0 of 0 points")
 
 
 # Of each question, the answers under no attack and then under each condition: 1 is right.

@@ -195,7 +195,7 @@ class AttackedBatch:
                 attacked[i - 1] = attacked[i - 1]._replace(scores=look.last)
             if i in ends:
                 scores = look.best if longest.keeps_best else None
-                attacked[i] = Attacked(x, self._sums(ends[i], x, look.zeros), scores)
+                attacked[i] = Attacked(x, self._sums(ends[i], x, look), scores)
         return [attacked[attack.points] for attack in family]
 
     def _known(self, attack: Attack) -> Known:
@@ -239,7 +239,7 @@ class AttackedBatch:
         length = self.ball(attack).length(adversarial - self.x)
         return torch.where(self.read.choices.gap(sums) > 0, length, torch.inf)
 
-    def _sums(self, attack: Attack, x: Tensor, zeros: Sequence[Tensor]) -> dict[str, Tensor]:
+    def _sums(self, attack: Attack, x: Tensor, look: _Look) -> dict[str, Tensor]:
         """The values that an attack which ends at `x` adds to the diagnostics."""
         wide = widest(self.x.device)
         moves = torch.ones_like(self.x[..., :1]) if self.mask is None else self.mask[..., None]
@@ -250,8 +250,7 @@ class AttackedBatch:
             "signal": (clean.square() * moves).sum(dtype=wide),
             "noise": noise.square().sum(dtype=wide),
             "elements": elements,
-            "zero_gradients": sum(zeros, 0 * elements),
-            "gradients": elements * len(zeros),
+            **look.of_gradients(elements),
             **diagnostics.moved(attack, self.ball(attack), noise),
             **self._nearest(x),
         }
@@ -282,7 +281,9 @@ class _Look:
         last: the scores at the last point that was evaluated.
         best: for each example, the scores at the point that `keep` marked. None if there is no
             such point, or if the scores come from the copy.
-        zeros: for each used gradient, its coordinates that are zero.
+        zeros: for each used gradient, the number of its coordinates that are zero.
+        changing, flat: for each used gradient, the number of examples whose loss can change, and
+            of those where it is zero in every coordinate.
     """
 
     def __init__(self, batch: AttackedBatch, slopes: Slopes | None) -> None:
@@ -290,6 +291,9 @@ class _Look:
         self.last: Scores | None = None
         self.best = None if slopes is not None else batch.clean.scores
         self.zeros: list[Tensor] = []
+        self.changing: list[Tensor] = []
+        self.flat: list[Tensor] = []
+        self.can_change = self._differs(0)
 
     def losses(self, attack: Attack) -> Losses:
         """The losses of an attack. They record the scores that they evaluate."""
@@ -308,6 +312,24 @@ class _Look:
             self.last = answers_of(self.batch.pack, scores)
         return scores
 
+    @cached_property
+    def _moving(self) -> Tensor:
+        """(examples,) whether anything of them may move."""
+        mask = self.batch.mask
+        ones = torch.ones_like(self.batch.x[..., :1])
+        return self.batch.examples.largest(ones if mask is None else ones * mask[..., None]) > 0
+
+    def _differs(self, other: int) -> Tensor:
+        """(examples,) whether a loss that compares the gold with another choice can change.
+
+        Args:
+            other: the number of that choice. A question may have fewer.
+        """
+        read = self.batch.read
+        if not read.kind.gold:
+            return self._moving
+        return self._moving & (read.choices.others > other)
+
     def _loss(self, x: Tensor) -> Tensor:
         return self.batch.of_examples(self.batch.read.value(self._see(x)))
 
@@ -318,7 +340,7 @@ class _Look:
 
     def _lead(self, other: int, x: Tensor) -> Tensor:
         """(questions,) the gold's lead over one of the other choices; 0 if it does not exist."""
-        read = self.batch.read
+        read, self.can_change = self.batch.read, self._differs(other)
         return read.choices.lead(read.sums(self._see(x)), other)
 
     def _gap(self, x: Tensor) -> Tensor:
@@ -330,7 +352,21 @@ class _Look:
         """Counts the zero coordinates of a gradient that is used."""
         mask, wide = self.batch.mask, widest(gradient.device)
         zero = (gradient == 0) | gradient.isnan()
-        self.zeros.append((zero if mask is None else zero & mask[..., None]).sum(dtype=wide))
+        zero = zero if mask is None else zero & mask[..., None]
+        self.zeros.append(zero.sum(dtype=wide))
+        followed = ~zero if mask is None else ~zero & mask[..., None]
+        flat = self.batch.examples.largest(followed) == 0
+        self.changing.append(self.can_change.sum(dtype=wide))
+        self.flat.append((flat & self.can_change).sum(dtype=wide))
+
+    def of_gradients(self, elements: Tensor) -> dict[str, Tensor]:
+        """What all gradients so far add to the diagnostics; `elements`: coordinates of one."""
+        return {
+            "zero_gradients": sum(self.zeros, 0 * elements),
+            "gradients": elements * len(self.zeros),
+            "slopes": sum(self.changing, 0 * elements),
+            "flat": sum(self.flat, 0 * elements),
+        }
 
     def keep(self, better: Tensor) -> None:
         """Marks the last point as the best so far of the examples where `better` is true."""

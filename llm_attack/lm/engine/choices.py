@@ -70,9 +70,14 @@ class ChoiceScores:
         return torch.where(some, value + (slope - slope.detach()), 0.0)
 
     @property
+    def others(self) -> Tensor:
+        """(questions,) the number of choices that are not gold."""
+        return (self.exists & ~self.gold).sum(-1)
+
+    @property
     def most_others(self) -> int:
         """The largest number of choices in a question that are not gold."""
-        return int((self.exists & ~self.gold).sum(-1).max())
+        return int(self.others.max())
 
     def lead(self, log_likelihoods: Tensor, other: int) -> Tensor:
         """(questions,) the gold's best score minus that of the other choice with number `other`.

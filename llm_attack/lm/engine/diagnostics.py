@@ -31,6 +31,8 @@ class Diagnostics:
         elements: coordinates of the points.
         zero_gradients: coordinates where a gradient was exactly zero or NaN, so no step was made.
         gradients: coordinates of all gradients.
+        slopes, flat: gradients of an example whose loss can change, and those of them that were
+            zero or NaN in every coordinate.
         tokens: tokens that were looked up in the vocabulary (`Nearest`). They are a sample
             (`sampled`), and only counted if the points are embeddings.
         nearest_l2, nearest_linf: those `tokens` that no other token's embedding is nearer to.
@@ -50,6 +52,8 @@ class Diagnostics:
     elements: float = 0.0
     zero_gradients: float = 0.0
     gradients: float = 0.0
+    slopes: float = 0.0
+    flat: float = 0.0
     steps: float = 0.0
     lost: float = 0.0
     examples: float = 0.0
@@ -70,9 +74,10 @@ class Diagnostics:
         """The diagnostics by name, as `run.json` has them; docs/numbers.md explains each.
 
         They are the signal-to-noise ratio (of power, and in dB) and the RMS of both, and the
-        number of answers that are not finite. The shares are those of zero gradients, steps lost to
-        rounding, examples that did not move, the amplitude that was reached, and tokens that are
-        still nearest to their own embedding.
+        number of answers that are not finite. The shares are those of coordinates without a
+        gradient, gradients that are zero everywhere, steps lost to rounding, examples that did not
+        move, the amplitude that was reached, and tokens that are still nearest to their own
+        embedding.
         """
         snr = _ratio(self.signal, self.noise)
         signal, noise = _ratio(self.signal, self.elements), _ratio(self.noise, self.elements)
@@ -82,6 +87,7 @@ class Diagnostics:
             "snr": snr,
             "snr_db": 10 * log10(snr) if snr else None,
             "zero_gradient_fraction": _ratio(self.zero_gradients, self.gradients),
+            "flat_gradient_fraction": _ratio(self.flat, self.slopes),
             "lost_to_rounding": _ratio(self.lost, self.steps),
             "not_perturbed": _ratio(self.still, self.examples),
             "amplitude_reached": _ratio(self.reached, self.balls),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from llm_attack.attacks.settings import (
     ATTACKS,
@@ -18,6 +18,7 @@ from llm_attack.attacks.settings import (
 from llm_attack.base.declare import (
     listed,
     names,
+    remembers,
     setting,
     underscored,
 )
@@ -73,6 +74,7 @@ class _SeveralSteps(ThreatSettings):
     )
 
 
+@remembers
 @dataclass(frozen=True)
 class Plan(_SeveralSteps, EngineSettings):
     """Conditions over tasks: every attack at every epsilon and, if it is iterative, every `steps`.
@@ -233,6 +235,7 @@ class Plan(_SeveralSteps, EngineSettings):
     )
     tokenizer: InitVar[Any] = None
     name: InitVar[str | None] = None
+    given: ClassVar[frozenset[str]]
 
     def __post_init__(self, tokenizer: Any, name: str | None) -> None:
         self._check_loaded(tokenizer, name)
@@ -266,10 +269,9 @@ class Plan(_SeveralSteps, EngineSettings):
                 " standard fixes its attacks"
             )
         object.__setattr__(self, "attacks", ("none", version))
-        usual = {entry.name: entry.default for entry in fields(self)}
         for name, value in standard.fixed.items():
             given = getattr(self, name)
-            if given not in (usual[name], value):
+            if name in self.given and given != value:
                 shown = ",".join(map(str, given)) if isinstance(given, tuple) else given
                 raise UsageError(
                     f"{name}={shown}: must be left out with attacks={version}, which sets it"

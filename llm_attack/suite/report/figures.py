@@ -39,6 +39,7 @@ from llm_attack.suite.report.layout import (
 from llm_attack.suite.report.tables import named_by_score
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -149,40 +150,35 @@ def curves(table: pd.DataFrame, unit: Unit = OF_POINT) -> Figure | None:
     A curve starts at the accuracy without an attack. Bands are 95 % intervals, and dashed lines are
     the accuracies of random guesses. `worst` starts at the first amplitude that has two attacks.
     Searches for the smallest epsilon have an accuracy at only one epsilon, so they are left out.
-    `survival.figure` has their curves.
+    `survival.figure` has their curves. Each of several norms has panels of its own.
 
     Args:
         table: the result of `summarise`.
         unit: the unit of the epsilon axis.
     """
     searches = [name for name, kind in ATTACKS.items() if kind.minimal]
-    table = table[~table["attack"].isin(searches)]
-    table = table.assign(epsilon=table["epsilon"] / unit.size)
+    table = _with_norms(table[~table["attack"].isin(searches)], unit)
     # if an attack has several numbers of steps, the largest
-    table = table.drop_duplicates(["task", "attack", "epsilon"], keep="last")
+    table = table.drop_duplicates(["task", "attack", "norm", "epsilon"], keep="last")
     of_attacks = table[table["attack"] != "none"]
-    if not of_attacks.groupby("attack")["epsilon"].nunique().max() > 1:
+    if not of_attacks.groupby(["attack", "norm"])["epsilon"].nunique().max() > 1:
         return None
-    if len({c.amplitude.norm for c in by_name(of_attacks).values() if c.amplitude}) > 1:
-        return None  # epsilons of several norms do not fit on one axis
     epsilons = of_attacks.loc[of_attacks["epsilon"] > 0, "epsilon"]
     table = named_by_score(table[table["acc"].notna()])
     scored = "score" in table
     bottom, top = (0.0, 1.0) if not scored else _range(table)
+    norms = list(of_attacks["norm"].unique())
+    places = {
+        (task, norm): str(task) if len(norms) == 1 else f"{task} {norm}"
+        for norm in norms
+        for task in table["task"].unique()
+    }
     with print_style():
-        figure, grid = panels(list(table["task"].unique()))
-        for task, axes in grid.items():
-            rows = table[table["task"] == task]
-            for attack, curve in rows[rows["attack"] != "none"].groupby("attack", sort=False):
-                first = curve["epsilon"].min()
-                if first > 0 and not (attack == WORST and epsilons.min() < first):
-                    curve = pd.concat([rows[rows["attack"] == "none"], curve])
-                curve = curve.sort_values("epsilon")
-                like = look(str(attack))
-                line: Any = {"color": like.colour, "marker": like.marker, "ls": like.line}
-                axes.plot(curve["epsilon"], curve["acc"], ms=3, lw=1, label=attack, **line)
-                ends = curve["acc_low"].to_numpy(float), curve["acc_high"].to_numpy(float)
-                axes.fill_between(curve["epsilon"], *ends, color=like.colour, alpha=0.2, lw=0)
+        figure, grid = panels(list(places.values()))
+        for (task, norm), name in places.items():
+            axes = grid[name]
+            rows = table[(table["task"] == task) & table["norm"].isin(["", norm])]
+            _draw_curves(axes, rows, epsilons.min())
             axes.axhline(rows["baseline"].iloc[0], color="k", ls="--", lw=0.9, label="random guess")
             epsilon_axis(axes, epsilons, epsilons.min(), 0.5)
             axes.set(ylim=(bottom, bottom + 1.03 * (top - bottom)))
@@ -192,6 +188,35 @@ def curves(table: pd.DataFrame, unit: Unit = OF_POINT) -> Figure | None:
         figure.supylabel("score" if scored else "accuracy")
         legend(figure, handles(axes))
     return figure
+
+
+def _with_norms(table: pd.DataFrame, unit: Unit) -> pd.DataFrame:
+    """The table with the norm of each condition, empty for `none`, and epsilons in `unit`.
+
+    Of several norms an epsilon is the number that the user gave, if all have one unit: in the
+    units of the point that unit has another size in each norm.
+    """
+    sizes = {name: c.amplitude for name, c in by_name(table).items() if c.amplitude is not None}
+    norms = {name: size.norm for name, size in sizes.items()}
+    epsilon = table["epsilon"] / unit.size
+    if len({*norms.values()}) > 1 and len({size.epsilon.unit for size in sizes.values()}) == 1:
+        given = table["condition"].map({name: size.epsilon.number for name, size in sizes.items()})
+        epsilon = given.fillna(epsilon)
+    return table.assign(epsilon=epsilon, norm=[norms.get(c, "") for c in table["condition"]])
+
+
+def _draw_curves(axes: Axes, rows: pd.DataFrame, least: float) -> None:
+    """The curve of each attack; `least` is the smallest epsilon above 0 of the figure."""
+    for attack, curve in rows[rows["attack"] != "none"].groupby("attack", sort=False):
+        first = curve["epsilon"].min()
+        if first > 0 and not (attack == WORST and least < first):
+            curve = pd.concat([rows[rows["attack"] == "none"], curve])
+        curve = curve.sort_values("epsilon")
+        like = look(str(attack))
+        line: Any = {"color": like.colour, "marker": like.marker, "ls": like.line}
+        axes.plot(curve["epsilon"], curve["acc"], ms=3, lw=1, label=attack, **line)
+        ends = curve["acc_low"].to_numpy(float), curve["acc_high"].to_numpy(float)
+        axes.fill_between(curve["epsilon"], *ends, color=like.colour, alpha=0.2, lw=0)
 
 
 def margins(samples: pd.DataFrame) -> Figure | None:
@@ -317,6 +342,33 @@ FIGURES: dict[str, Callable[[pd.DataFrame, pd.DataFrame, Unit], Figure | None]] 
 def look(attack: str) -> _Look:
     """Colour, hatch, marker and line of an attack."""
     return _LOOKS.get(attack, _Look("#000000", "..", "P", "-"))
+
+
+def draw_amplitudes(axes: Axes, rows: pd.DataFrame, x: str, size: float = 3) -> None:
+    """Draws accuracy against the column `x`: a line for each value of `attacked`, with its band.
+
+    Smaller amplitudes of an attack are paler.
+    """
+    for attack, of_attack in rows.groupby("attack", sort=False):
+        like = look(str(attack))
+        labels = of_attack.sort_values("epsilon", kind="stable")["attacked"].unique()
+        for i, label in enumerate(labels, 1):
+            line = of_attack[of_attack["attacked"] == label].sort_values(x, kind="stable")
+            form: Any = {"color": like.colour, "ls": like.line, "marker": like.marker}
+            form |= {"label": label, "alpha": i / len(labels), "ms": size, "lw": 1}
+            axes.plot(line[x], line["acc"], **form)
+            ends = line["acc_low"].to_numpy(float), line["acc_high"].to_numpy(float)
+            axes.fill_between(line[x], *ends, color=like.colour, alpha=0.2, lw=0)
+
+
+def draw_levels(axes: Axes, rows: pd.DataFrame) -> None:
+    """Draws dashed lines at the accuracies without an attack and of random guesses, if known."""
+    for value, colour, label in (
+        (rows.loc[rows["attack"] == "none", "acc"].mean(), "#888888", "none"),
+        (rows["baseline"].iloc[0], "k", "random guess"),
+    ):
+        if np.isfinite(value):
+            axes.axhline(value, color=colour, ls="--", lw=0.9, label=label)
 
 
 def _range(table: pd.DataFrame) -> tuple[float, float]:

@@ -24,6 +24,7 @@ import pandas as pd
 
 from llm_attack.base.record import write_text
 from llm_attack.stats import ALPHA
+from llm_attack.suite.analysis import flags
 from llm_attack.suite.analysis.conditions import of_run
 from llm_attack.suite.analysis.outcomes import ACC, BINARY, CHOICE, with_scores
 from llm_attack.suite.analysis.summary import ABOVE, MEAN
@@ -143,6 +144,7 @@ def write_report(
             column for column in _COLUMNS if "value" in data or not column[0].startswith("value_")
         ],
         scored="score" in table,
+        failed=flags.in_words(run),
         score_notes=OF_SCORES if "score" in table else [],
         count=len(data["id"]),
         data=packed(data),

@@ -20,6 +20,7 @@ from llm_attack.lm.settings import EMBED
 from llm_attack.lm.units import ABSOLUTE
 from llm_attack.stats import ALPHA
 from llm_attack.suite.analysis.conditions import Condition, of_run
+from llm_attack.suite.analysis.flags import in_words
 from llm_attack.suite.analysis.outcomes import BINARY, CHOICE
 from llm_attack.suite.analysis.summary import BELOW, INDISTINGUISHABLE, MEAN, TOO_FEW
 from llm_attack.suite.analysis.worst import WORST
@@ -254,6 +255,8 @@ def caption(
         r"\circ": TOO_FEW,
         r"\S": "not distinguishable from no attack (exact McNemar test)",
     }
+    if unsound := in_words(run):
+        said.append(f"Failed checks of model and attack: {escaped(unsound)}")
     of_marks = [f"$^{{{mark}}}$ {text}" for mark, text in meanings.items() if mark in set(marks)]
     if of_marks:
         said.append("; ".join(of_marks) + f"; all at the level {ALPHA:g}, Holm over tasks")

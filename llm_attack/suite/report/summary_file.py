@@ -16,6 +16,7 @@ import pandas as pd
 from llm_attack.base.record import write_json
 from llm_attack.stats import ALPHA
 from llm_attack.suite.analysis.conditions import Conditions
+from llm_attack.suite.analysis.flags import CHECKS, FAILED, failed
 from llm_attack.suite.analysis.outcomes import ACC, BINARY, CHOICE, HIGHER
 from llm_attack.suite.analysis.summary import MEAN, SEVERAL
 
@@ -62,8 +63,11 @@ def content(table: pd.DataFrame, run: Mapping[str, Any], known: Conditions) -> d
         },
         **({"texts": run["texts"]} if "texts" in run else {}),
         "level": 1 - ALPHA,
-        **({"checks": run["checks"]} if "checks" in run else {}),
-        "results": [_row(row) for row in table.to_dict("records")],
+        **({CHECKS: run[CHECKS]} if CHECKS in run else {}),
+        "results": [
+            _row(row) | ({FAILED: failed(run)} if CHECKS in run else {})
+            for row in table.to_dict("records")
+        ],
     }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from torch import Tensor
 
 from llm_attack.attacks.settings import ATTACKS, BATTERIES
 from llm_attack.harness.model import AttackedHFLM
@@ -48,10 +49,12 @@ def at_start(lm: AttackedHFLM, batch: Batch) -> list[Checked]:
             first, again = (engine.scorer(pack, pack.scored).log_prob.double() for _ in range(2))
         clean = clean_pass(engine.scorer, pack, engine.threat, Needs(gradient=True))
         assert clean.scores is not None and clean.gradient is not None
-        examples = AttackedBatch(engine.scorer, pack, engine.threat, clean).examples
-        zero = int((examples.largest(clean.gradient) == 0).sum())
+        batch_of_few = AttackedBatch(engine.scorer, pack, engine.threat, clean)
+        flat = batch_of_few.examples.largest(clean.gradient) == 0
+        can_change = _can_change(batch_of_few)
+        zero = int((flat & can_change).sum())
     size = float(first.abs().mean())
-    figure = f"zero in every coordinate for {zero} of {examples.n} points"
+    figure = f"zero in every coordinate for {zero} of {int(can_change.sum())} points"
     return [
         *(
             _changed(name, float((other.double() - first).abs().max()), size)
@@ -59,6 +62,19 @@ def at_start(lm: AttackedHFLM, batch: Batch) -> list[Checked]:
         ),
         {"name": ZEROS, "passed": zero == 0, "figure": figure},
     ]
+
+
+def _can_change(batch: AttackedBatch) -> Tensor:
+    """(examples,) whether the loss depends on the point at all.
+
+    It does not if a question has no wrong choice, or if the best one is the right one once more.
+    """
+    loss = batch.of_examples(batch.clean.loss) if batch.clean.loss is not None else None
+    assert loss is not None
+    if not batch.read.kind.gold:
+        return torch.ones_like(loss, dtype=torch.bool)
+    tied = loss.abs() <= torch.finfo(loss.dtype).tiny
+    return (batch.read.choices.others > 0) & ~tied
 
 
 def _changed(name: str, most: float, size: float) -> Checked:

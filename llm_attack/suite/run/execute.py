@@ -36,6 +36,7 @@ from llm_attack.lm.packing.batches import Batch
 from llm_attack.suite.analysis import critical
 from llm_attack.suite.analysis.conditions import of_plan
 from llm_attack.suite.analysis.equivalence import with_equivalence
+from llm_attack.suite.analysis.flags import CHECKS, flagged
 from llm_attack.suite.analysis.perturbations import FOLDER
 from llm_attack.suite.analysis.summary import summarise
 from llm_attack.suite.analysis.worst import KNOWS_GOLD, hidden_gradients, with_worst
@@ -245,10 +246,10 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
             run["texts"] = of_texts
         if plan.standard is not None:
             checked += checks.at_end(samples)
-            run |= {"standard": plan.standard.version, "checks": checked}
+            run |= {"standard": plan.standard.version, CHECKS: checked}
         run |= {"of_model": _of_model(lm), "tasks": _tasks(results[0])}
         table = summarise(with_worst(samples, run), infos, run["of_tasks"])
-        table = with_equivalence(table, plan.equivalence)
+        table = flagged(with_equivalence(table, plan.equivalence), {"": run})
     clock.lap("judgement")
     seconds = {name: round(duration, 2) for name, duration in clock.items()}
     # of this process if all batches were finished before

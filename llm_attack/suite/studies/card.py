@@ -21,6 +21,7 @@ from llm_attack.base.failures import one_line
 from llm_attack.base.record import finite
 from llm_attack.lm.standard import STANDARDS, Standard
 from llm_attack.suite.analysis.conditions import STANDARD, Condition
+from llm_attack.suite.analysis.flags import failed
 from llm_attack.suite.analysis.outcomes import BROKEN_BY
 from llm_attack.suite.analysis.summary import MEAN
 from llm_attack.suite.results import Result
@@ -86,11 +87,6 @@ def of_result(
     }
     plain: dict[str, Any] = finite(json.loads(json.dumps(card, default=str)))
     return plain
-
-
-def failed(run: Mapping[str, Any]) -> list[str]:
-    """The names of the checks that a run failed."""
-    return [str(check["name"]) for check in run.get("checks") or [] if not check["passed"]]
 
 
 def identity(version: str, model: Mapping[str, Any], tasks: list[dict[str, Any]]) -> str:

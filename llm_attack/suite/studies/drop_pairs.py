@@ -10,10 +10,12 @@ import pandas as pd
 
 from llm_attack.stats import holm
 from llm_attack.suite.analysis.drops import differences
+from llm_attack.suite.analysis.flags import FAILED, flagged
 from llm_attack.suite.analysis.summary import MEAN
 from llm_attack.suite.report.tables import Cells
 from llm_attack.suite.results import Result
 
+MOST = 10  # runs: more have too many pairs to be read, and to be tested in seconds
 TITLE = "differences of drops, b minus a: above 0, a is more robust"
 COLUMNS = [
     *("condition", "a", "b", "task", "n", "drop_a", "drop_b", "difference"),
@@ -30,14 +32,17 @@ def pairs(runs: Mapping[str, Result]) -> pd.DataFrame:
     Returns:
         A row per condition, pair of models `a` and `b`, and task; the mean over tasks is last.
             `p_holm` is `p` adjusted over the pairs, for each condition and task. The other columns
-            are those of `analysis.drops.differences`.
+            are those of `analysis.drops.differences`. Empty for more than `MOST` runs.
     """
+    if len(runs) > MOST:
+        return pd.DataFrame(columns=COLUMNS)
     found = []
     for (a, of_a), (b, of_b) in itertools.combinations(runs.items(), 2):
         content = (of_a.worst(), of_a.questions, of_b.worst(), of_b.questions)
         frame = differences(*content, conditions=(of_a.conditions, of_b.conditions))
-        found.append(frame.assign(a=a, b=b))
-    frame = pd.concat(found, ignore_index=True)[COLUMNS]
+        found.append(flagged(frame.assign(a=a, b=b), {"_a": of_a.run, "_b": of_b.run}))
+    frame = pd.concat(found, ignore_index=True)
+    frame = frame[[*COLUMNS, *(name for name in frame if name.startswith(FAILED))]]
     order = list(dict.fromkeys(frame["condition"]))
     frame["p_holm"] = frame.groupby(["condition", "task"])["p"].transform(holm)
     return frame.sort_values("condition", key=lambda names: names.map(order.index), kind="stable")

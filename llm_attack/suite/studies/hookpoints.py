@@ -14,7 +14,7 @@ from llm_attack.lm.settings import EMBED
 from llm_attack.suite.analysis.conditions import Conditions, by_name
 from llm_attack.suite.analysis.summary import MEAN
 from llm_attack.suite.plan import WORST
-from llm_attack.suite.report.figures import look
+from llm_attack.suite.report.figures import draw_amplitudes, draw_levels
 from llm_attack.suite.report.layout import handles, legend, panels, print_style
 from llm_attack.suite.report.tables import Cells, score_of
 
@@ -119,22 +119,8 @@ def figure(table: pd.DataFrame, known: Conditions | None = None) -> Figure | Non
         drawn, grid = panels(kinds if len(names) else _titles(kinds), height=1.6)
         for kind, axes in zip(kinds, grid.values(), strict=True):
             some = means[means["kind"].isin([kind, EMBED])]
-            for attack, of_attack in some.groupby("attack", sort=False):
-                labels = list(of_attack["attacked"].unique())
-                for i, label in enumerate(labels):
-                    line = of_attack[of_attack["attacked"] == label].sort_values("depth")
-                    like, strength = look(str(attack)), (i + 1) / len(labels)
-                    form: Any = {"color": like.colour, "ls": like.line, "marker": like.marker}
-                    form |= {"label": label, "alpha": strength, "ms": 2, "lw": 1}
-                    axes.plot(line["depth"], line["acc"], **form)
-                    ends = line["acc_low"].to_numpy(float), line["acc_high"].to_numpy(float)
-                    axes.fill_between(line["depth"], *ends, color=like.colour, alpha=0.2, lw=0)
-            for value, colour, label in (
-                (mean.loc[mean["attack"] == "none", "acc"].mean(), "#888888", "none"),
-                (mean["baseline"].iloc[0], "k", "random guess"),
-            ):
-                if np.isfinite(value):
-                    axes.axhline(value, color=colour, ls="--", lw=0.9, label=label)
+            draw_amplitudes(axes, some, "depth", size=2)
+            draw_levels(axes, mean)
             if len(names):
                 axes.set_xticks(range(len(names)), names, rotation=90)
             else:

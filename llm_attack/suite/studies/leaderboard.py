@@ -17,6 +17,7 @@ from llm_attack.base.errors import UsageError
 from llm_attack.base.folder import claim_file
 from llm_attack.base.record import without_formulas, write_text
 from llm_attack.suite.analysis.conditions import Condition
+from llm_attack.suite.analysis.flags import FAILED, in_words
 from llm_attack.suite.analysis.summary import MEAN
 from llm_attack.suite.report import tables
 from llm_attack.suite.results import Result
@@ -24,9 +25,10 @@ from llm_attack.suite.studies.models import across
 
 _FIRST = ["model", "weights", "tasks", "n", "loss", "positions", "hookpoint", "condition"]
 _USED = ("llm-attack", "torch", "transformers", "lm-eval")
-# The last columns identify a row. Older rows lack them.
+# The last columns identify a row. Rows of earlier versions lack them, or the failed checks.
 _KEY = "identity"
-_NEW = ["settings", _KEY]
+_NEW = ["settings", FAILED, _KEY]
+_LACKING: tuple[tuple[str, ...], ...] = ((), (FAILED,), (*_NEW,))  # by the latest, and earlier ones
 # The parts of a run's fingerprint that decide its numbers, besides the conditions: the model and
 # the questions.
 _OF_MODEL = ("weights", "config", "tokenizer", "dtype", "model_args", "tasks")
@@ -39,8 +41,8 @@ def entries(runs: Mapping[str, Result]) -> pd.DataFrame:
     Columns: `model`, `weights` (their hash), `tasks`, `n`, `loss`, `positions`, `hookpoint`,
     `condition`, `epsilon_relative`, and accuracies, drops and p-values with their intervals, as in
     `across`. `versions` are those of this package, torch, transformers and lm-eval. `settings` are
-    all that the condition's numbers depend on. `identity` is a hash of these, the model and the
-    questions.
+    all that the condition's numbers depend on. `failed_checks` are those of a run of a standard.
+    `identity` is a hash of the settings, the model and the questions.
     """
     parts = []
     for name, result in runs.items():
@@ -60,6 +62,7 @@ def entries(runs: Mapping[str, Result]) -> pd.DataFrame:
                 settings=[
                     " ".join(f"{k}={v}" for k, v in condition.values) for condition in conditions
                 ],
+                **{FAILED: in_words(result.run)},
                 identity=[_identity(name, mark, condition) for condition in conditions],
             )
         )
@@ -128,10 +131,10 @@ def _with(path: Path, new: pd.DataFrame) -> str:
 
 
 def _there(path: Path, heading: list[str]) -> list[list[str]]:
-    """The rows of the file at `path`. Older rows get an empty identity."""
-    earlier = heading[: -len(_NEW)]
-    first = ",".join(heading if not _is(path, earlier) else earlier)
-    claim_file(path, first, "a leaderboard", "leaderboard")
+    """The rows of the file at `path`; empty in the columns that earlier versions lack."""
+    headings = [[name for name in heading if name not in lacking] for lacking in _LACKING]
+    there = next((known for known in headings if _is(path, known)), heading)
+    claim_file(path, ",".join(there), "a leaderboard", "leaderboard")
     if not path.exists():
         return []
     try:
@@ -144,8 +147,8 @@ def _there(path: Path, heading: list[str]) -> list[list[str]]:
             f"leaderboard={path}: cannot be read ({error}); must be a CSV file that"
             " `compare --leaderboard` wrote"
         ) from None
-    missing = [""] * (len(heading) - len(earlier) if rows and rows[0] == earlier else 0)
-    return [[*row, *missing] for row in rows[1:]]
+    named = [dict(zip(there, row, strict=True)) for row in rows[1:]]
+    return [[row.get(name, "") for name in heading] for row in named]
 
 
 def _is(path: Path, heading: list[str]) -> bool:

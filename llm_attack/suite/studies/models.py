@@ -13,6 +13,7 @@ import pandas as pd
 from llm_attack.base.errors import UsageError
 from llm_attack.lm.settings import EMBED
 from llm_attack.stats import Mean, rank_correlation
+from llm_attack.suite.analysis.flags import CHECKS, FAILED, in_words
 from llm_attack.suite.analysis.outcomes import with_scores
 from llm_attack.suite.analysis.summary import MEAN, summarise
 from llm_attack.suite.analysis.worst import with_worst
@@ -129,7 +130,10 @@ def across(runs: Mapping[str, Result]) -> pd.DataFrame:
                 **{key: here[key] for key in _MEASURED},
             }
         )
-    return pd.DataFrame(rows)
+    frame = pd.DataFrame(rows)
+    if any(CHECKS in result.run for result in runs.values()):
+        frame[FAILED] = [in_words(runs[model].run) for model in frame["model"]]
+    return frame
 
 
 def _shared(runs: Mapping[str, Result]) -> tuple[dict[str, dict[str, str]], list[str]]:
@@ -220,6 +224,9 @@ def cells(frame: pd.DataFrame, more: Iterable[str] = ()) -> Cells:
     if "score" in frame:
         named = ", ".join(frame["score"].unique())
         notes.append(f"score instead of accuracy: {named}; drop: how much worse, in hundredths")
+    if FAILED in frame:
+        of_models = frame.drop_duplicates("model").set_index("model")[FAILED]
+        notes += [f"failed checks of {model}: {text}" for model, text in of_models.items() if text]
     for row in trends(frame).to_dict("records"):
         fair = "" if row["even"] else "; epsilons differ relative to the RMS"
         if np.isnan(row["correlation"]):

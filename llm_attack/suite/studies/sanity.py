@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from llm_attack.attacks.settings import ATTACKS, BOUNDED_NOISE
+from llm_attack.attacks.settings import ATTACKS, BOUNDED_NOISE, kind_of
 from llm_attack.stats import ALPHA, Mean, mean_of, wilson
-from llm_attack.suite.analysis.conditions import Conditions, of_run
+from llm_attack.suite.analysis.conditions import Condition, Conditions, of_run
 from llm_attack.suite.analysis.outcomes import measured, right, sources
 from llm_attack.suite.analysis.worst import (
     SEARCH,
@@ -73,7 +73,7 @@ def checks(samples: pd.DataFrame, run: Mapping[str, Any]) -> list[Check]:
         _compared("steps are not weaker than one", steps),
         _compared("a larger epsilon does not help the model", larger),
         _floor(some, run.get("attacks", {}), knows),
-        _zeros(run.get("attacks", {})),
+        _zeros(run.get("attacks", {}), known),
         _search(some, known),
     ]
 
@@ -188,18 +188,33 @@ def _floor(samples: pd.DataFrame, attacks: Mapping[str, Any], knows: bool) -> Ch
     return Check(name, verdict, f"accuracy {accuracy:.3f} under {condition}, {ratio:.2g} RMS")
 
 
-def _zeros(attacks: Mapping[str, Any]) -> Check:
+def _zeros(attacks: Mapping[str, Any], known: Conditions) -> Check:
+    """Of each condition the share of coordinates that are zero; of whole gradients where an attack
+    follows the scores of some choices alone, as tokens of the others then have none.
+    """
     name = "the gradient is not zero"
-    shares = {
-        condition: info["zero_gradient_fraction"]
-        for condition, info in attacks.items()
-        if info.get("zero_gradient_fraction") is not None
-    }
+    shares: list[tuple[float, str]] = []
+    for condition, info in attacks.items():
+        whole = _follows_some(known.get(condition))
+        share = info.get("flat_gradient_fraction" if whole else "zero_gradient_fraction")
+        if share is not None:
+            of = "every coordinate of {:.2%} of gradients" if whole else "{:.2%} of coordinates"
+            shares.append((share, f"zero in {of.format(share)} ({condition})"))
     if not shares:
-        return not_applicable(name, "the run has no attack that follows a gradient")
-    condition = max(shares, key=lambda name: shares[name])
-    verdict = PASSES if shares[condition] <= _ZEROS else FAILS
-    return Check(name, verdict, f"zero in {shares[condition]:.2%} of coordinates ({condition})")
+        return not_applicable(
+            name, "the run lacks an attack that follows a gradient, or the share of its zeros"
+        )
+    share, figure = max(shares, key=lambda pair: pair[0])
+    return Check(name, PASSES if share <= _ZEROS else FAILS, figure)
+
+
+def _follows_some(condition: Condition | None) -> bool:
+    """Whether the loss of an attack reads the scores of two choices of a question, and no more."""
+    if condition is None:
+        return False
+    kind = kind_of(condition.attack)
+    targets = kind is not None and kind.adaptive and kind.targeted
+    return targets or condition.attack == "fmn" or condition.get("loss") == "margin"
 
 
 def _search(samples: pd.DataFrame, known: Conditions) -> Check:

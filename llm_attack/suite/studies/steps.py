@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -10,7 +10,7 @@ import pandas as pd
 from llm_attack.attacks.settings import condition_name
 from llm_attack.suite.analysis.conditions import Conditions, steps_told
 from llm_attack.suite.analysis.summary import MEAN
-from llm_attack.suite.report.figures import look
+from llm_attack.suite.report.figures import draw_amplitudes, draw_levels
 from llm_attack.suite.report.layout import handles, legend, panels, print_style
 from llm_attack.suite.report.tables import Cells, named_by_score, score_of
 
@@ -80,21 +80,8 @@ def figure(table: pd.DataFrame, known: Conditions) -> Figure | None:
         named = named_by_score(table)
         for task, axes in grid.items():
             some, of_task = curves[curves["task"] == task], named[named["task"] == task]
-            for attack, of_attack in some.groupby("attack", sort=False):
-                labels = list(of_attack.sort_values("epsilon", kind="stable")["attacked"].unique())
-                for i, label in enumerate(labels):
-                    line, like = of_attack[of_attack["attacked"] == label], look(str(attack))
-                    form: Any = {"color": like.colour, "ls": like.line, "marker": like.marker}
-                    form |= {"label": label, "alpha": (i + 1) / len(labels), "ms": 3, "lw": 1}
-                    axes.plot(line["steps"], line["acc"], **form)
-                    ends = line["acc_low"].to_numpy(float), line["acc_high"].to_numpy(float)
-                    axes.fill_between(line["steps"], *ends, color=like.colour, alpha=0.2, lw=0)
-            for value, colour, label in (
-                (of_task.loc[of_task["attack"] == "none", "acc"].mean(), "#888888", "none"),
-                (of_task["baseline"].iloc[0], "k", "random guess"),
-            ):
-                if np.isfinite(value):
-                    axes.axhline(value, color=colour, ls="--", lw=0.9, label=label)
+            draw_amplitudes(axes, some, "steps")
+            draw_levels(axes, of_task)
             axes.set_xscale("log")
             axes.set_xticks(counts, [f"{n}" for n in counts])
             axes.minorticks_off()

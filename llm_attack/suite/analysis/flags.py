@@ -1,0 +1,46 @@
+"""The checks that a run failed, which no table of its numbers leaves out.
+
+Only runs of a standard have checks. The tables of others have no column for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+CHECKS, FAILED = "checks", "failed_checks"
+
+
+def failed(run: Mapping[str, Any]) -> list[str]:
+    """The names of the checks that a run, or a card, failed."""
+    return [str(check["name"]) for check in run.get(CHECKS) or [] if not check["passed"]]
+
+
+def in_words(run: Mapping[str, Any]) -> str:
+    """The same as one text; empty if none failed."""
+    return "; ".join(failed(run))
+
+
+def flagged(frame: pd.DataFrame, runs: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """The frame with a column of failed checks for each run, if one of them has checks.
+
+    Args:
+        frame: any table of the runs' numbers.
+        runs: what `run.json` holds, by what comes after `failed_checks` in the column's name.
+    """
+    if not any(CHECKS in run for run in runs.values()):
+        return frame
+    return frame.assign(**{f"{FAILED}{end}": in_words(run) for end, run in runs.items()})
+
+
+def notes(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A sentence for each run that failed a check.
+
+    Args:
+        runs: what `run.json` holds, by the runs' names.
+    """
+    return [
+        f"failed checks of {name}: {in_words(run)}" for name, run in runs.items() if failed(run)
+    ]
