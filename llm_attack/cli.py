@@ -26,7 +26,7 @@ FIGURES = [figure.COMMAND for figure in _EXPERIMENTS]
 
 
 class _Commands(click.Group):
-    """Commands whose failures end in one line; --traceback, wherever it stands, shows the rest."""
+    """Commands whose failures end in one line; --traceback, at any place, shows the rest."""
 
     def main(self, args: Sequence[str] | None = None, *more: Any, **extra: Any) -> NoReturn:
         words = list(sys.argv[1:] if args is None else args)

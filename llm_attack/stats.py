@@ -281,7 +281,7 @@ class Mean(NamedTuple):
 def mean_of(tasks: Sequence[tuple[ArrayLike, ArrayLike]]) -> Mean:
     """The mean over tasks of means of clustered numbers, by Student's t.
 
-    The error is that of means of clusters (Liang and Zeger 1986), with the degrees of freedom of
+    The error comes from means of clusters (Liang and Zeger 1986), with the degrees of freedom of
     Satterthwaite (1946). Interval and test are NaN if a task has fewer than two clusters.
 
     Args:

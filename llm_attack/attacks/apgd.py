@@ -1,9 +1,9 @@
 """Auto-PGD (Croce and Hein 2020): projected ascent that finds its own step sizes.
 
-Each example has its own step size, which begins at twice epsilon. At a checkpoint it is halved if
-at most three quarters of the steps since the last checkpoint have raised the loss, or if the
-best loss has not changed since then and the step was not halved there. The ascent then continues
-from the best point so far. The result is the best point that was evaluated.
+Each example has its own step size, which begins at twice epsilon. It is halved at a checkpoint in
+two cases. Either at most three quarters of the steps since the last checkpoint have raised the
+loss. Or the best loss has not changed since then, and the step was not halved there. The ascent
+then continues from the best point so far. The result is the best point that was evaluated.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def sparsefool(
 ) -> Tensor:
     """Moves each point across a boundary by changing few coordinates (Modas et al. 2019).
 
-    The definition is that of the authors' program. DeepFool finds a point on the boundary, and the
+    The definition follows the authors' program. DeepFool finds a point on the boundary, and the
     hyperplane at it. Then coordinates move one after the other, the steepest first, each as far as
     the box allows. They stop at the hyperplane through the point that is `lambda_` times as far
     away. All of this repeats from the new point until the prediction changes.

@@ -132,10 +132,10 @@ def check_point(
         attack: as for `perturb`.
         x: as for `perturb`.
         bounds: as for `perturb`.
-        others: `mask`, `keys` and `gradient`. Their shapes are that of `x`, or begin like it.
+        others: `mask`, `keys` and `gradient`. Each has the shape of `x`, or its first dimensions.
 
     Raises:
-        TypeError, ValueError: naming the argument.
+        TypeError, ValueError: the message names the argument.
     """
     if not isinstance(attack, Attack):
         raise TypeError(f"attack: must be an Attack, not {type(attack).__name__}")

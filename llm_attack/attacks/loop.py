@@ -211,8 +211,9 @@ class _Run:
         return self._nearest() if kind.minimal else self._climbed(self.ball, self.watch)
 
     def _battery(self) -> Tensor:
-        """For each example the point of the first member with a gap above 0; of all with the
-        greatest gap where there is none.
+        """The point of the first member that makes an example wrong (a gap above 0).
+
+        If there is none, it is the point with the greatest gap.
         """
         gap, watch = self._hill(self.losses.gap, _without_nan(self.known.gap)), self.watch
         value = gap.value(self.ball.x) if gap.clean_value is None else gap.clean_value

@@ -146,7 +146,7 @@ NORMS = {
 
 @dataclass(frozen=True)
 class Elements:
-    """Which elements of a point move, and which belong together.
+    """The elements of a point: whether they move, and which examples and balls they belong to.
 
     An element is an entry of the point's first dimensions, such as an example or a token.
 
@@ -248,7 +248,7 @@ class Ball:
     def dual(self, slope: Tensor) -> Tensor:
         """(examples.n,) by how much a step of length 1 in all balls gains along its direction.
 
-        Balls are those of the examples, or of one element each.
+        A ball must hold one whole example, or one element.
         """
         of_balls = self.norm.dual(slope, self.balls)
         if self.balls is self.examples:

@@ -30,7 +30,7 @@ class Kind:
         minimal: looks for the nearest point with a loss above 0, at most epsilon away.
         function: a user's own function that does everything; see `register_attack`.
         source: hash of its source (`source_hash`); empty for the attacks of this package.
-        members: of a battery, its attacks in order, each with the settings that it reads.
+        members: the attacks of a battery in order, each with the settings that it reads.
     """
 
     gradient: bool = False
@@ -84,7 +84,7 @@ class Kind:
         """Whether it counts for the worst case: it tries to do harm in a ball of one amplitude.
 
         Clean answers, `reversed`, noise that may leave the ball, and searches for the smallest
-        amplitude do not count. Nor does a battery, which is a worst case itself.
+        amplitude do not count. A battery does not count either, because it is a worst case itself.
         """
         moves = self.gradient or self.search or self.start is not None
         return moves and self.projected and not (self.reverse or self.minimal or self.members)
@@ -145,9 +145,9 @@ BATTERIES: dict[str, Kind] = {
         ),
     ),
 }
-"""Attacks in a fixed order, of which each tries only the examples that those before left right.
+"""Attacks in a fixed order. Each tries only the examples that earlier ones left right.
 
-A version is never changed: other numbers make another version.
+A version is never changed. Other numbers make another version.
 """
 
 
@@ -212,7 +212,7 @@ LENGTH_OF_ONES: dict[str, Callable[[int], float]] = {
     "linf": lambda n: 1.0,
     "l2": lambda n: n**0.5,
 }
-"""The length of a vector of n ones in each norm. The keys are those of `norms.NORMS`."""
+"""The length of a vector of n ones in each norm. It has the same keys as `norms.NORMS`."""
 
 FIRST_STEP = 2.0
 """Length of the first step of Auto-PGD, in units of epsilon (Croce and Hein 2020)."""
@@ -272,13 +272,13 @@ class Attack(StepSettings):
     """One attack with its settings.
 
     Args:
-        name: a key of `ATTACKS` or `BATTERIES`. `random`, `uniform` and `gaussian` are noise;
-            `fgsm`: Goodfellow et al. 2015; `bim`, `illc` and `ost` (one step towards the least
-            likely class): Kurakin et al. 2017; `pgd`: Madry et al. 2018; `mifgsm`: Dong et al.
-            2018; `apgd`, `apgdt`: Croce and Hein 2020; `blocks`: after Andriushchenko et al. 2020;
-            `fmn`: Pintor et al. 2021; `critical`: `apgd` at several epsilons; `reversed`: `fgsm`
-            with the opposite sign, a control that has to lower the loss; `standard-1`: the battery
-            of that version.
+        name: a key of `ATTACKS` or `BATTERIES`. `random`, `uniform` and `gaussian` are noise.
+            `fgsm` is from Goodfellow et al. 2015. `bim`, `illc` and `ost` (one step towards the
+            least likely class) are from Kurakin et al. 2017. `pgd` is from Madry et al. 2018.
+            `mifgsm` is from Dong et al. 2018. `apgd` and `apgdt` are from Croce and Hein 2020.
+            `blocks` follows Andriushchenko et al. 2020. `fmn` is from Pintor et al. 2021.
+            `critical` is `apgd` at several epsilons. `reversed` is `fgsm` with the opposite sign, a
+            control that has to lower the loss. `standard-1` is the battery of that version.
         epsilon: radius of the ball round the clean point, in the units of the point; finite, >= 0.
             For `fmn` and `critical`, the largest radius.
         steps: number of steps of the iterative attacks; >= 1.

@@ -34,7 +34,7 @@ class SettingSpec:
         exclusive_minimum: whether `minimum` itself is too low.
         allowed: the allowed values in words, if the other attributes do not say them.
         parse: turns the given value into the setting's value, and accepts its own results. It
-            returns what it cannot read unchanged, so that `check` refuses it.
+            returns a value that it cannot read unchanged, and `check` refuses it.
     """
 
     text: str

@@ -72,7 +72,7 @@ def nested(i: int, n: int) -> dict[str, Any]:
 
 
 def lettered(axes: Iterable[Any], letters: Iterable[str] = "ABCDEFGHIJKLMNOPQRSTUVWXYZ") -> None:
-    """Writes a letter beside the title of each panel, where there are several."""
+    """Writes a letter beside the title of each panel, if there are several panels."""
     panels = list(axes)
     for axis, letter in zip(panels if len(panels) > 1 else (), letters, strict=False):
         axis.set_title(letter, loc="left", fontsize=9, fontweight="bold")

@@ -1,4 +1,4 @@
-"""When Python looks for garbage."""
+"""Turns off Python's search for garbage."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def kept() -> Iterator[None]:
-    """Python does not look for reference cycles while the context lasts.
+    """While the context lasts, Python does not look for reference cycles.
 
-    For commands of seconds that import much and make many small objects, most of which stay in use:
-    looking through them again and again takes a twentieth of their time, and frees nothing.
+    It is for short commands that import much and make many small objects. Most of these stay in
+    use. A search takes a twentieth of the time, and frees nothing.
     """
     before = gc.isenabled()
     gc.disable()

@@ -1,7 +1,7 @@
-"""Files in the format of safetensors, a tensor at a time, through the memory map of a file.
+"""Reads and writes files of safetensors, a tensor at a time, through a memory map.
 
-The library holds what it writes in memory as a whole, and reads bfloat16 only with torch. Files
-here may be larger than the memory, and reading needs numpy alone.
+The library holds all tensors in memory when it writes them, and reads bfloat16 only with torch.
+These files may be larger than the memory, and reading them needs only numpy.
 https://huggingface.co/docs/safetensors/index#format
 """
 
@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-_LENGTH = 8  # bytes that say how long the header is
+_LENGTH = 8  # bytes of the length of the header
 _METADATA = "__metadata__"
-# What numpy has no type for is read as integers of as many bytes.
+# Types that numpy lacks are read as integers with as many bytes.
 TYPES = {
     "F64": "<f8",
     "I64": "<i8",
@@ -39,22 +39,22 @@ class Spec(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Number of bytes."""
         return math.prod(self.shape) * np.dtype(TYPES[self.dtype]).itemsize
 
 
 def create(
     path: Path, tensors: Mapping[str, Spec], metadata: Mapping[str, str]
 ) -> dict[str, NDArray[Any]]:
-    """Makes a file of zeros, and returns its tensors: what is written to them is in the file.
+    """Makes a file of zeros, and returns its tensors. Writing to them writes to the file.
 
     Raises:
-        OSError: there is no room for it.
+        OSError: the disk has no room for the file.
     """
     ordered = sorted(tensors, key=lambda name: -np.dtype(TYPES[tensors[name].dtype]).itemsize)
     header: dict[str, Any] = {_METADATA: dict(metadata)}
     end = 0
-    for name in ordered:  # the largest types first, so that each is aligned
+    for name in ordered:  # the largest types first, so each is aligned
         spec, start = tensors[name], end
         end += spec.size
         header[name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [start, end]}
@@ -71,15 +71,15 @@ def create(
 
 
 class TensorFile:
-    """A file that is read, a tensor at a time.
+    """A file that is read one tensor at a time.
 
     Attributes:
-        tensors: what is in it.
-        metadata: its texts.
+        tensors: its tensors.
+        metadata: its metadata.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no such file, or not all of it is there.
+        OSError: the file cannot be read.
+        ValueError: the file has another format, or is cut off.
     """
 
     def __init__(self, path: Path) -> None:
@@ -109,13 +109,13 @@ class TensorFile:
 
 
 def widened(stored: NDArray[Any]) -> NDArray[Any]:
-    """Integers that stand for bfloat16 as float32; what else is stored, as it is."""
+    """Turns stored bfloat16 (integers) into float32; returns other tensors unchanged."""
     return (stored.astype("<u4") << 16).view("<f4") if stored.dtype == TYPES["BF16"] else stored
 
 
 def _mapped(path: Path, about: Mapping[str, Any], start: int, mode: Any) -> NDArray[Any]:
     dtype, shape = np.dtype(TYPES[about["dtype"]]), tuple(about["shape"])
-    if math.prod(shape) == 0:  # there is no map of nothing
+    if math.prod(shape) == 0:  # an empty tensor has no map
         return np.zeros(shape, dtype)
     offset = start + about["data_offsets"][0]
     return np.memmap(path, dtype, mode, offset=offset, shape=shape)

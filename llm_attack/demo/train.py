@@ -64,7 +64,7 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def all_words() -> list[str]:
-    """Every pattern and value of the world, so that no word depends on what was sampled."""
+    """Every pattern and value of the world. So the words do not depend on the sampled texts."""
     texts = [word for factor in FACTORS.values() for word in factor.values]
     return texts + [word for relation in RELATIONS for word in relation.values + relation.past]
 
@@ -90,7 +90,7 @@ def make_model(vocabulary: int, tokenizer: PreTrainedTokenizerFast) -> LlamaForC
 def batches(
     texts: list[str], tokenizer: PreTrainedTokenizerFast, batch_size: int, seed: int
 ) -> list[torch.Tensor]:
-    """Token ids (batch, sequence) of texts of like length, so that there is little padding."""
+    """Token ids (batch, sequence). The texts of a batch have similar lengths, to avoid padding."""
     rows = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]]
     # See above: `<s>` is rare, but not unknown.
     rows[::10] = [[tokenizer.bos_token_id, *ids] for ids in rows[::10]]

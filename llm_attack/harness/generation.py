@@ -241,7 +241,7 @@ class Generating(HFLM):  # type: ignore[misc]  # lm-eval is not typed
     def _continued_alone(
         self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any
     ) -> list[torch.Tensor]:
-        """Continues one prompt at a time, without its padding, so that none depends on another."""
+        """Continues one prompt at a time, without its padding. So none depends on another."""
         rows = []
         for row, keep in zip(context, options.pop("attention_mask").bool(), strict=True):
             left = int((~keep).sum())

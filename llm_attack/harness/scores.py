@@ -188,7 +188,7 @@ def of_whole_tasks(task: Any, metrics: Iterable[str]) -> list[str]:
 
 
 def check(name: str, questions: Sequence[Sequence[Instance]], score: Score) -> None:
-    """Judges made-up answers to all questions of a task, so that nothing fails at the end.
+    """Judges made-up answers to all questions of a task. So a failure comes at the start.
 
     Raises:
         UsageError: a question lacks the score, or lm-eval cannot aggregate a metric.

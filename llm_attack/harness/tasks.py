@@ -32,7 +32,7 @@ def look_up(tasks: Sequence[str], include_path: str | None = None) -> tuple[Any,
 
     Args:
         tasks: names or patterns of tasks, groups and tags.
-        include_path: a folder of tasks besides lm-eval's and ours.
+        include_path: a folder of further tasks, in addition to lm-eval's and ours.
 
     Returns:
         The manager, and the names of the tasks. Patterns are expanded, and each name appears once.

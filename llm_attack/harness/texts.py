@@ -177,7 +177,7 @@ def _made_up(request: Instance) -> list[str]:
 
 
 def _check(name: str, requests: Sequence[Instance]) -> None:
-    """Judges made-up answers to all questions, so that nothing fails at the end.
+    """Judges made-up answers to all questions. So a failure comes at the start.
 
     Raises:
         UsageError: the task fails on a question, or lm-eval cannot aggregate a metric.

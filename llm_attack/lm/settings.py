@@ -239,7 +239,7 @@ class AttackSettings(ThreatSettings):
             )
 
     def resolved(self, signal: Signal, label: str | None = None) -> Attack:
-        """The attack in the units of the point. `label` is of `labels`; None: there is no other."""
+        """The attack in the units of the point. `label` is one of `labels`; None: by default."""
         attack = self.attack_in_units
         if label is not None:
             attack = replace(attack, label=label)
@@ -329,9 +329,9 @@ def places(conditions: Sequence[AttackSettings]) -> list[str | None]:
 
 
 def labels(conditions: Sequence[AttackSettings]) -> list[str]:
-    """What the name of each condition has behind that of its attack.
+    """The part of each condition's name after the name of its attack.
 
-    That is its amplitude, and the hookpoint and the steps where these tell it from others.
+    It is the amplitude, and the hookpoint and the steps if other conditions differ in them.
     """
     counts: dict[tuple[str, Amplitude], set[int]] = {}
     for condition in conditions:
@@ -359,10 +359,10 @@ def unread(
     Args:
         settings: the values. A value that is the default counts as not given.
         attacks: names of the attacks that are run.
-        others: settings besides `StepSettings`, each with the attacks that read it.
+        others: settings that are not in `StepSettings`, each with the attacks that read it.
 
     Returns:
-        (name, value, attacks that read it) of each.
+        (name, value, attacks that read it) for each.
     """
     readers = {
         name: [attack for attack, kind in ATTACKS.items() if name in kind.settings]

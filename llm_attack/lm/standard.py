@@ -1,7 +1,7 @@
-"""Standards: conditions that are the same for everybody, so that their numbers can be compared.
+"""Standards: conditions that are the same for everybody. So their numbers can be compared.
 
 A version is never changed. Another number, or another attack, makes another version.
-docs/standard.md says why each number was chosen.
+docs/standard.md gives the reason for each number.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from llm_attack.lm.units import Epsilon
 
-# What no standard leaves open, whatever its loss is.
+# Settings that every standard fixes, whatever its loss is.
 _FIXED = {
     **{"epsilon_unit": "absolute", "epsilon_max": None, "critical": False},
     **{"context": None, "positions": "all", "hookpoint": None, "hookpoints": ()},
@@ -27,10 +27,10 @@ class Standard:
 
     Attributes:
         version: its name.
-        attacks: compared with `none`, each at every epsilon in every norm.
-        epsilons: amplitudes.
-        norms: of the balls.
-        loss: that attacks raise.
+        attacks: the attacks to compare with `none`, each at every epsilon in every norm.
+        epsilons: the amplitudes.
+        norms: norms of the balls.
+        loss: the loss that attacks raise.
     """
 
     version: str
@@ -41,7 +41,7 @@ class Standard:
 
     @property
     def fixed(self) -> dict[str, Any]:
-        """The settings of a plan that it decides, by name."""
+        """The settings of a plan that the standard fixes, by name."""
         return {**_FIXED, "loss": self.loss, "epsilons": self.epsilons, "norm": "linf"}
 
 
@@ -59,5 +59,5 @@ NEWEST = {"standard": "standard-1", "standard-label-free": "standard-label-free-
 
 
 def version_of(name: Any) -> Any:
-    """The version that a name stands for; other names as they are."""
+    """The version that a name stands for; other names are returned unchanged."""
     return NEWEST.get(name, name) if isinstance(name, str) else name

@@ -16,7 +16,7 @@ from llm_attack.suite.plan import Plan
 
 
 def from_yaml(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file, whose keys are those of `Plan`.
+    """The settings in a YAML file, whose keys are the settings of `Plan`.
 
     Raises:
         UsageError: the file cannot be read, is no mapping, or has an unknown key.

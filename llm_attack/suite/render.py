@@ -78,7 +78,7 @@ _PICTURES = {
 
 
 class Tables:
-    """The tables of a run besides its accuracies, for the terminal, the files and the page.
+    """The tables of a run in addition to its accuracies, for the terminal, files and the page.
 
     If the run has several hookpoints, they show the first, except for the table that compares
     hookpoints.

@@ -222,7 +222,7 @@ def load_frames(folder: Path) -> dict[str, pd.DataFrame]:
 
 
 def _fault(frame: pd.DataFrame, name: str) -> str | None:
-    """What is wrong with a stored frame; None if it is whole."""
+    """The first fault of a stored frame; None if it is whole."""
     if frame.empty:
         return "has no rows"
     of_texts = _COLUMNS_OF_TEXTS[name]

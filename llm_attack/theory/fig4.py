@@ -47,10 +47,10 @@ def train(settings: ToySettings) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Trains all seeds; measures before the first epoch and after each.
 
     Returns:
-        The curves, a row for each epoch and seed (epoch, seed, loss, clean, robust, stepped, and
-            for each packet dx_fixed, dp_fixed, product_fixed, bound_fixed, dx_predicted, ...), and
-            the landscapes of the first seed after a fifth, two fifths and all of the epochs (epoch,
-            x1, x2, loss, fixed, predicted).
+        Two frames. The curves have a row for each epoch and seed (epoch, seed, loss, clean, robust,
+            stepped, and for each packet dx_fixed, dp_fixed, product_fixed, bound_fixed,
+            dx_predicted, ...). The landscapes belong to the first seed, after a fifth, two fifths
+            and all of the epochs (epoch, x1, x2, loss, fixed, predicted).
 
     Raises:
         ArithmeticError: dx · dp was below its bound.

@@ -63,7 +63,7 @@ PRESETS = {"quick": Settings(seeds=3, epochs=100, points=300), "paper": Settings
 
 
 def run(settings: Settings, folder: Path) -> dict[str, Any]:
-    """Fig. 4 D for several optimisers, batch sizes and domains, none of which the paper states."""
+    """Fig. 4 D for several optimisers, batch sizes and domains. The paper states none of these."""
     import pandas as pd
 
     from llm_attack.theory.bands import over_seeds
@@ -129,8 +129,9 @@ def verdicts(table: pd.DataFrame) -> pd.DataFrame:
     Returns:
         A row for each kind and accuracy (`clean`; `robust`, under the attack; `stepped`, after the
             plain step). It has the means over the seeds at both epochs of `BETWEEN` and at the last
-            one, the mean `change` between the former with its 95 % interval over the seeds (`low`,
-            `high`), its `verdict`, and the mean final products of the packets.
+            one, and the mean final products of the packets. `change` is the mean change between the
+            epochs of `BETWEEN`, with its 95 % interval over the seeds (`low`, `high`) and its
+            `verdict`.
     """
     import pandas as pd
 

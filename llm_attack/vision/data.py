@@ -1,6 +1,6 @@
 """Image data sets as tensors on the device. They are decoded once, and augmented in batches.
 
-The data sets are those that `datasets` loads, and scikit-learn's digits, which need no download.
+It knows all data sets that `datasets` loads, and scikit-learn's digits, which need no download.
 """
 
 from __future__ import annotations

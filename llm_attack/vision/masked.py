@@ -20,7 +20,7 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 def gradients(network: nn.Module, images: Images, epsilon: float, batch_size: int = 250) -> Row:
     """Properties of the gradient at images that the network classifies right, as means.
 
-    The step delta is that of FGSM, epsilon · sign of the gradient. It is not clipped to [0, 1],
+    The step delta is a step of FGSM, epsilon · sign of the gradient. It is not clipped to [0, 1],
     because this is about the network, and not about the reach of an attack.
 
     Args:

@@ -297,12 +297,17 @@ def measure(
         seed: seed of the random draws, which belong to images, so batches do not matter.
 
     Returns:
-        Rows with these entries: clean (`none`, `all`) or robust `accuracy`; `low` and `high`, its
-            95 % Wilson interval; `images`, their number; `before`, the share that was right before
-            the attack; `fooled`, the share of these that the attack made wrong; `l0`, `l2` and
-            `linf`, medians over the fooled images of the norms of the perturbation;
-            `zero_gradient`, the share of gradient coordinates that were exactly zero; `epsilon`,
-            the amplitude in the units of the point; and `rms`, the point's root mean square.
+        Rows with these entries:
+
+            - `accuracy`: clean (`none`, `all`) or robust, with its 95 % Wilson interval (`low`,
+              `high`)
+            - `images`: their number
+            - `before`: the share that was right before the attack
+            - `fooled`: the share of these that the attack made wrong
+            - `l0`, `l2`, `linf`: norms of the perturbation, medians over the fooled images
+            - `zero_gradient`: the share of gradient coordinates that were exactly zero
+            - `epsilon`: the amplitude in the units of the point
+            - `rms`: the root mean square of the point
     """
     extract, classifier = (nn.Identity(), network) if at is None else split(network, at)
     few = len(images) if subset is None else min(subset, len(images))

@@ -1,4 +1,4 @@
-"""Which images a classifier has right, one by one: without an attack, and under each attack."""
+"""Is each single image classified right, without an attack and under each attack?"""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def right_under(
 ) -> dict[str, Tensor]:
     """(N,) whether each image is right without an attack (`none`), and both before and after each.
 
-    The arguments are those of `measure`. Epsilon is in the units of the point.
+    For the arguments see `measure`. Epsilon is in the units of the point.
     """
     extract, classifier = (nn.Identity(), network) if at is None else split(network, at)
     bounds = (0, 1) if at is None else None

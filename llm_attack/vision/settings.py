@@ -369,7 +369,7 @@ def titled(*parts: str) -> str:
 
 
 def shown(name: str) -> str:
-    """The name of a data set, network or attack in figures. Of paths, the last part, shortened."""
+    """The name of a data set, network or attack in figures. A path is cut to its last part."""
     if ":" in name or "/" in name:
         last = name.removeprefix("imagefolder:").rstrip("/").rsplit("/", 1)[-1]
         return last if len(last) <= _LONGEST else f"{last[: _LONGEST - 1]}…"

@@ -253,7 +253,7 @@ def summary(
 ) -> dict[str, Any]:
     """A network's entry in the record: sizes, precision of the training, the last accuracies.
 
-    The width is that of the network. For a loaded network, the file says it.
+    The entry has the width of the network. For a loaded network, the file says it.
     """
     last = [row for row in rows if row["epoch"] == rows[-1]["epoch"]]
     return {

@@ -23,8 +23,8 @@ def trend(curves: ArrayLike) -> tuple[float, float, float]:
         curves: (seeds, epochs) values.
 
     Returns:
-        The mean and the ends of the interval, in [-1, 1]; NaN for fewer than two epochs. For one
-            seed, the interval is that of random order.
+        The mean and the ends of the interval, in [-1, 1]; NaN for fewer than two epochs. One seed
+            has only the interval of random order.
     """
     values = np.asarray(curves, dtype=float)
     seeds, n = values.shape

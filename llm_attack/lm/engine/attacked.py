@@ -121,7 +121,7 @@ class AttackedBatch:
         return Elements(self.mask, self.examples)
 
     def ball(self, attack: Attack) -> Ball:
-        """Where an attack may go."""
+        """The points that an attack may reach."""
         return Ball.of(attack, self.x, elements=self.elements)
 
     # -- values that attacks ask for at a point ---------------------------------------------------
@@ -314,7 +314,7 @@ class _Look:
 
     @cached_property
     def _moving(self) -> Tensor:
-        """(examples,) whether anything of them may move."""
+        """(examples,) whether the attack may move any position of the example."""
         mask = self.batch.mask
         ones = torch.ones_like(self.batch.x[..., :1])
         return self.batch.examples.largest(ones if mask is None else ones * mask[..., None]) > 0
@@ -360,7 +360,11 @@ class _Look:
         self.flat.append((flat & self.can_change).sum(dtype=wide))
 
     def of_gradients(self, elements: Tensor) -> dict[str, Tensor]:
-        """What all gradients so far add to the diagnostics; `elements`: coordinates of one."""
+        """The sums over all gradients so far that the diagnostics need, by their names.
+
+        Args:
+            elements: the number of coordinates of one gradient.
+        """
         return {
             "zero_gradients": sum(self.zeros, 0 * elements),
             "gradients": elements * len(self.zeros),

@@ -18,20 +18,20 @@ from llm_attack.lm.packing.pack import Pack
 
 Prepare = Callable[[Batch, Attack], AttackedBatch]
 
-# Of the last point of every attack, also of those that were not enough: no ratio of these would be
-# that of the answers.
+# These describe the last point of every attack, including attacks that did not succeed. So their
+# ratios would not describe the answers.
 _OF_POINTS = ("signal", "noise", "elements", "tokens", "nearest_l2", "nearest_linf")
 
 
 class Survived(NamedTuple):
-    """What a battery did to a pack.
+    """The result of a battery for a pack.
 
     Attributes:
-        scores: of the continuations' tokens: for each question at the point of the first attack
-            that made it wrong; at the point with the lowest margin where none did.
-        sums: what it adds to the sums of `Diagnostics`, of all attacks together.
-        broken_by: for each question the attack that made it wrong; None: none did, or it was wrong
-            without an attack.
+        scores: scores of the continuations' tokens. For each question, they are at the point of the
+            first attack that made it wrong, or at the point with the lowest margin.
+        sums: the values to add to the sums of `Diagnostics`, for all attacks together.
+        broken_by: for each question, the attack that made it wrong. None if none did, or if it is
+            wrong without an attack.
     """
 
     scores: Scores
@@ -42,14 +42,15 @@ class Survived(NamedTuple):
 def survive(
     attack: Attack, pack: Pack, threat: ThreatModel, clean: Scores, prepare: Prepare
 ) -> Survived:
-    """Runs a battery. A question that is wrong, or becomes so, takes part in no further attack.
+    """Runs a battery. A question that is wrong, or becomes wrong, takes part in no further attack.
 
-    What is found for a question does not depend on the others: draws go by its own tokens.
+    The result for a question does not depend on other questions, because its draws depend only on
+    its own tokens.
 
     Args:
-        attack: of the battery.
+        attack: the battery.
         pack: the batch.
-        threat: its loss, which knows the gold.
+        threat: the threat model, whose loss knows the gold.
         clean: the scores without an attack.
         prepare: makes a batch and an attack ready.
     """
@@ -84,7 +85,7 @@ def survive(
 
 
 def _entries(pack: Pack) -> Sequence[slice]:
-    """For each question where its predictions are among those of `Pack.scored`."""
+    """The places of each question's predictions among those of `Pack.scored`."""
     slices, start = [], 0
     for question in pack.questions:
         end = start + sum(r.n_continuation for r in question.requests)

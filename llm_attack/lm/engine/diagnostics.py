@@ -31,8 +31,8 @@ class Diagnostics:
         elements: coordinates of the points.
         zero_gradients: coordinates where a gradient was exactly zero or NaN, so no step was made.
         gradients: coordinates of all gradients.
-        slopes, flat: gradients of an example whose loss can change, and those of them that were
-            zero or NaN in every coordinate.
+        slopes: gradients of examples whose loss can change.
+        flat: the part of `slopes` that was zero or NaN in every coordinate.
         tokens: tokens that were looked up in the vocabulary (`Nearest`). They are a sample
             (`sampled`), and only counted if the points are embeddings.
         nearest_l2, nearest_linf: those `tokens` that no other token's embedding is nearer to.
@@ -73,11 +73,14 @@ class Diagnostics:
     def report(self) -> dict[str, float | None]:
         """The diagnostics by name, as `run.json` has them; docs/numbers.md explains each.
 
-        They are the signal-to-noise ratio (of power, and in dB) and the RMS of both, and the
-        number of answers that are not finite. The shares are those of coordinates without a
-        gradient, gradients that are zero everywhere, steps lost to rounding, examples that did not
-        move, the amplitude that was reached, and tokens that are still nearest to their own
-        embedding.
+        They are the signal-to-noise ratio (of power, and in dB), the RMS of both, the number of
+        answers that are not finite, and these shares:
+
+        - coordinates without a gradient, and gradients that are zero everywhere
+        - steps lost to rounding
+        - examples that did not move
+        - the amplitude that was reached, as a share of the requested one
+        - tokens that are still nearest to their own embedding
         """
         snr = _ratio(self.signal, self.noise)
         signal, noise = _ratio(self.signal, self.elements), _ratio(self.noise, self.elements)

@@ -49,7 +49,7 @@ class Answered(NamedTuple):
             if no attack needs that gradient.
         critical_epsilons: for each attack that searches for it, the amplitude that makes the answer
             wrong (`AttackedBatch.critical_epsilon`); None for the others.
-        broken_by: for each battery, as of `Survived`; None for the others.
+        broken_by: for each battery, see `Survived`; None for the others.
     """
 
     question: Question
@@ -63,7 +63,7 @@ class Answered(NamedTuple):
 class BatchResult:
     """The answers to a batch, each attack's diagnostics, and its traces if they are asked for.
 
-    Those of an attack stand in the order of the batch's questions; one that stays has none.
+    The traces of an attack are in the order of the batch's questions; `none` has no traces.
     """
 
     answered: list[Answered]
@@ -126,7 +126,7 @@ class Engine:
         layout: says how questions become batches.
         scorers: for each attack, the scorer of its hookpoint; empty: `scorer` for all.
         slopes: for each scorer, the scorer that computes the gradients; empty: the same scorer.
-        path_points: of `traced`, whose traces are part of the results; None: there are none.
+        path_points: the argument `points` of `traced`, for traces in the results; None: no traces.
     """
 
     scorer: Scorer

@@ -22,13 +22,13 @@ class AttackedPrompts:
     """Prompts of a batch under every attack of an engine.
 
     Attributes:
-        engine: with the attacks.
-        prompts: their tokens, without padding.
-        length: of the rows with padding.
-        ends: for each attack, what it found; None: the clean prompts.
-        sums: for each attack, what it adds to the sums of `Diagnostics`.
-        alignments: of `AttackedBatch.alignment`, by the tokens of the prompt; empty where no
-            attack needs that gradient.
+        engine: the engine with the attacks.
+        prompts: the tokens of each prompt, without padding.
+        length: length of the rows with padding.
+        ends: the result of each attack; None: the clean prompts.
+        sums: for each attack, the values to add to the sums of `Diagnostics`.
+        alignments: results of `AttackedBatch.alignment`, by the tokens of the prompt; empty if no
+            attack needs this gradient.
     """
 
     engine: Engine
@@ -40,7 +40,7 @@ class AttackedPrompts:
 
     @contextmanager
     def under(self, condition: int) -> Iterator[None]:
-        """While it lasts, the first forward over the prompts reads them as attacked.
+        """While the context lasts, the first forward over the prompts reads attacked ones.
 
         Args:
             condition: the number of the attack.
@@ -68,10 +68,11 @@ class AttackedPrompts:
 
 
 def attacked_prompts(engine: Engine, context: Tensor, mask: Tensor) -> AttackedPrompts:
-    """Attacks prompts, each alone. The loss is the negative log-likelihood of the prompt.
+    """Attacks each prompt by itself. The loss is the negative log-likelihood of the prompt.
 
     Args:
-        engine: with the attacks; its loss reads all tokens of a request (`LossKind.whole`).
+        engine: the engine with the attacks. Its loss reads all tokens of a request
+            (`LossKind.whole`).
         context: (B, L) token ids, padded on the left.
         mask: (B, L), 0 on padding.
     """

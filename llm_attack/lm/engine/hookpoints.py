@@ -124,7 +124,7 @@ def scorers(base: Scorer, hookpoints: Sequence[str | None], device: torch.device
 
 
 def _rest(base: Scorer, device: torch.device) -> dict[nn.Module, tuple[Any, ...] | None]:
-    """The outputs of blocks besides the hidden states (see `Skip`), if a block runs once."""
+    """The outputs of blocks other than the hidden states (see `Skip`), if a block runs once."""
     outputs: dict[nn.Module, list[Any]] = {}
 
     def keep(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:

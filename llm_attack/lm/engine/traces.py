@@ -1,9 +1,9 @@
-"""Traces: what an attack did to each token, and the share of the loss's change that it carries.
+"""Traces: the perturbation of each token, and the share of the loss's change that it carries.
 
 The shares are integrated gradients (Sundararajan et al. 2017) of the loss along the straight line
 from the clean to the attacked point, summed over the coordinates of a token. The integral is a
-Gauss-Legendre sum, as by default in Captum. The shares of a perturbation sum to the change of its
-loss, but for what the sum misses of the integral.
+Gauss-Legendre sum, which is also the default of Captum. The shares of a perturbation sum to the
+change of its loss, except for the error of the integral.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from llm_attack.lm.packing.pack import Pack
 
 
 class Trace(NamedTuple):
-    """What an attack did to N tokens, which are nodes of U questions' tries (or of requests').
+    """The effect of an attack on N tokens, which are nodes of the tries of U questions or requests.
 
     Attributes:
-        change: (N, H) the perturbation, in the dtype of the point.
-        norm: (N,) its L2 norm, of each token.
-        nearest: (N,) int32, the token other than its own whose embedding is nearest in L2 to the
-            perturbed one; -1 where the point is not the input embedding.
-        distance: (N,) L2 distance from that token's embedding; NaN where there is none.
-        share: (N,) part of the loss's change; NaN where nobody asks.
-        loss: (U, 2) of the clean and of the attacked point.
+        change: (N, H) perturbation, in the dtype of the point.
+        norm: (N,) L2 norm of each token's perturbation.
+        nearest: (N,) int32 id of the token, other than its own, whose embedding is nearest in L2 to
+            the perturbed one; -1 if the point is not the input embedding.
+        distance: (N,) L2 distance from this embedding; NaN if there is none.
+        share: (N,) part of the loss's change; NaN if nobody asks.
+        loss: (U, 2) loss at the clean and at the attacked point.
     """
 
     change: Tensor
@@ -42,7 +42,7 @@ class Trace(NamedTuple):
 
     @classmethod
     def joined(cls, traces: Sequence[Trace]) -> Trace:
-        """Several traces, one behind the other."""
+        """Joins several traces, one after the other."""
         return cls(*map(torch.cat, zip(*traces, strict=True)))
 
     def on_cpu(self) -> Trace:
@@ -54,11 +54,11 @@ class Trace(NamedTuple):
 def moving(pack: Pack) -> Tensor:
     """(N,) flat indices into the point of the tokens that may move, question by question.
 
-    Those of a question are in the order of its trie's nodes.
+    The tokens of a question are in the order of its trie's nodes.
     """
     device, length = pack.input_ids.device, pack.input_ids.shape[1]
     sizes = [len(question.trie) for question in pack.questions]
-    if pack.first is not None:  # the nodes of all questions, one behind the other
+    if pack.first is not None:  # the nodes of all questions, one question after the other
         index = torch.arange(sum(sizes))
     else:  # a row for each question
         index = torch.cat([row * length + torch.arange(n) for row, n in enumerate(sizes)])
@@ -70,9 +70,9 @@ def traced(batch: AttackedBatch, attacked: Tensor, points: int) -> Trace:
     """The trace of an attack on a batch.
 
     Args:
-        batch: with the clean point.
-        attacked: the point that the attack found.
-        points: of the line at which the gradient is taken; 0: no shares.
+        batch: the batch with its clean point.
+        attacked: the attacked point.
+        points: number of points of the line at which the gradient is taken; 0: no shares.
     """
     index = moving(batch.pack)
     clean = batch.x
@@ -95,15 +95,15 @@ def traced(batch: AttackedBatch, attacked: Tensor, points: int) -> Trace:
 
 
 def shares(batch: AttackedBatch, change: Tensor, points: int) -> Tensor:
-    """Of each token the part of the loss's change: integrated gradients along the perturbation.
+    """The part of the loss's change that each token carries, by integrated gradients.
 
     Args:
-        batch: with the clean point.
+        batch: the batch with its clean point.
         change: the perturbation, like the point, in float32 or wider.
-        points: of Gauss and Legendre.
+        points: number of points of the Gauss-Legendre sum.
 
     Returns:
-        Of the point's shape but for its last dimension.
+        A tensor with the shape of the point without its last dimension.
     """
     clean = batch.x.to(change.dtype)
     total = change.new_zeros(change.shape[:-1])

@@ -123,7 +123,7 @@ class Skip:
 
     Attributes:
         blocks: the blocks to skip. `below` is the output of the last of them.
-        rest: for each block, the output besides the hidden states; None if it is not a tuple.
+        rest: for each block, its output without the hidden states; None if it is not a tuple.
     """
 
     blocks: tuple[nn.Module, ...]

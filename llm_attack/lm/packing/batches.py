@@ -70,7 +70,7 @@ class Batch:
 
 
 Family = list[Question]
-"""What stays together in a batch where it fits: a question, or the requests that were one."""
+"""A question, or the single requests of one. It stays together in a batch if it fits."""
 
 
 def layouts(

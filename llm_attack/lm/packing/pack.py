@@ -1,7 +1,10 @@
 """Packs: a batch of questions as tensors, and the positions of the logits that are read.
 
-There are three layouts: a row per request; a row per request with a perturbation that the choices
-share; and a row per question, as a tree that holds the shared prefix of its requests once.
+There are three layouts:
+
+- a row per request
+- a row per request, with a perturbation that the choices share
+- a row per question, as a tree that holds the shared prefix of its requests once
 """
 
 from __future__ import annotations
@@ -117,12 +120,12 @@ class Twins:
 
 
 class Inputs(NamedTuple):
-    """What a forward of the model reads: rows of tokens, B of them, of length L.
+    """The inputs of a forward pass of the model: B rows of tokens, of length L.
 
     Attributes:
         tokens: (B, L) int64.
         depth, end: (B, L) of the trees (see `Trie`); None with a row per request.
-        prefix: number of tokens before each row, whose keys and values are there already.
+        prefix: number of tokens before each row, whose keys and values were computed before.
     """
 
     tokens: Tensor

@@ -44,7 +44,7 @@ def start(question: Question, positions: str | None) -> tuple[int, ...]:
 
 
 def groups(starts: Sequence[tuple[int, ...]], least: int) -> list[tuple[int, list[int]]]:
-    """Groups questions by a shared prefix, so that few tokens are computed.
+    """Groups questions by a shared prefix, to compute few tokens.
 
     Args:
         starts: for each question, the tokens that may be shared.

@@ -19,7 +19,7 @@ def failed(run: Mapping[str, Any]) -> list[str]:
 
 
 def in_words(run: Mapping[str, Any]) -> str:
-    """The same as one text; empty if none failed."""
+    """The names of the failed checks as one text; empty if none failed."""
     return "; ".join(failed(run))
 
 
@@ -28,7 +28,7 @@ def flagged(frame: pd.DataFrame, runs: Mapping[str, Mapping[str, Any]]) -> pd.Da
 
     Args:
         frame: any table of the runs' numbers.
-        runs: what `run.json` holds, by what comes after `failed_checks` in the column's name.
+        runs: the data of `run.json`, by the end of the column's name after `failed_checks`.
     """
     if not any(CHECKS in run for run in runs.values()):
         return frame
@@ -39,7 +39,7 @@ def notes(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """A sentence for each run that failed a check.
 
     Args:
-        runs: what `run.json` holds, by the runs' names.
+        runs: the data of `run.json`, by the runs' names.
     """
     return [
         f"failed checks of {name}: {in_words(run)}" for name, run in runs.items() if failed(run)

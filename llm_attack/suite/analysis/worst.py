@@ -45,7 +45,8 @@ def with_worst(samples: pd.DataFrame, run: Mapping[str, Any]) -> pd.DataFrame:
     A row under `worst@E` covers every attack of the run with epsilon E or smaller, the same norm
     and the same hookpoint, because these stay within the ball of E. A question counts as right if
     it is right under all of them. `acc`, `acc_norm` and the outcomes of `measured` are each the
-    worst over the attacks. The other columns are those of the attack that left the smallest margin.
+    worst over the attacks. The other columns have the values of the attack that left the smallest
+    margin.
 
     An amplitude has a worst case if the run has an attack at it, and two attacks up to it. Controls
     and searches for the smallest amplitude do not count.

@@ -193,8 +193,8 @@ def curves(table: pd.DataFrame, unit: Unit = OF_POINT) -> Figure | None:
 def _with_norms(table: pd.DataFrame, unit: Unit) -> pd.DataFrame:
     """The table with the norm of each condition, empty for `none`, and epsilons in `unit`.
 
-    Of several norms an epsilon is the number that the user gave, if all have one unit: in the
-    units of the point that unit has another size in each norm.
+    If the conditions have several norms and one unit, an epsilon is the number that the user gave,
+    because the size of that unit differs between norms.
     """
     sizes = {name: c.amplitude for name, c in by_name(table).items() if c.amplitude is not None}
     norms = {name: size.norm for name, size in sizes.items()}
@@ -315,7 +315,7 @@ def draw_all(
 ) -> list[str]:
     """Writes the figures that the data allow, each as .png and .svg; returns their names.
 
-    `unit` is the unit of the epsilon axis, and `attempts` is that of `drawing.draw`.
+    `unit` is the unit of the epsilon axis. For `attempts`, see `drawing.draw`.
     """
     figures = {
         "figure": lambda: bars(table),

@@ -1,6 +1,6 @@
 """The layout of a run's figures: rows of tasks, small panels, labels, legends.
 
-Sizes are those in print. Letters have at least 6 points in a figure of a column's width. Inside
+Sizes refer to print. Letters have at least 6 points in a figure of a column's width. Inside
 `paper_style`, no figure is wider than a column, and all letters have 8 points.
 """
 
@@ -198,7 +198,7 @@ def panels(names: Sequence[str], height: float = 1.15) -> tuple[Figure, dict[str
     """A figure with small panels with equal axes, three or four in a row, by their names.
 
     If they do not fill the grid, the first row is short, so every column has an axis at its end.
-    `height` is that of a row, in inches.
+    `height` is the height of a row, in inches.
     """
     from matplotlib.figure import Figure
 

@@ -103,8 +103,8 @@ def write_report(
         figures: `Picture`s, or tuples of the same parts. The first is shown beside the summary.
         run: the content of `run.json`. `command` (a string, or a list of arguments), `model_name`
             (or `model`), `warnings` (sentences) and `attacks` (settings and diagnostics of each
-            condition) have places of their own. Of `fingerprint`, the page shows the hash of the
-            weights. It lists all other entries.
+            condition) have places of their own. The page shows only the hash of the weights of
+            `fingerprint`, and lists all other entries.
         tables: more tables, by their titles.
 
     Returns:

@@ -73,7 +73,7 @@ class Counts:
         return self.gradients + self.forwards
 
     def add(self, pack: Pack, sizes: Sizes, todo: Passes, once: bool = False) -> None:
-        """Counts a batch. `once` is that of `Sizes.gradient`, for the first gradient."""
+        """Counts a batch. For `once`, see `Sizes.gradient`; it concerns the first gradient."""
         scored, watched = len(pack.scored.positions), len(pack.watched.positions)
         if pack.prefix != self.prefix:
             self.prefix = pack.prefix

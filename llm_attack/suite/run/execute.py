@@ -107,7 +107,7 @@ class Processes(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A run of which nothing has been computed or written yet.
+    """A run before anything is computed or written.
 
     Attributes:
         plan: the plan.

@@ -106,7 +106,7 @@ def check(folder: Path, mark: dict[str, Any]) -> None:
 
 
 def keep(folder: Path, mark: dict[str, Any]) -> None:
-    """Writes the fingerprint of the unfinished run into `folder`, unless it is there already.
+    """Writes the fingerprint of the unfinished run into `folder`, unless the folder has it.
 
     If two runs start in one folder at the same time, one writes and the other is refused.
 

@@ -182,8 +182,8 @@ def samples_of(
             wrong; null if none did, or if the clean answer is wrong.
         request, text: only in runs with tasks without choices. lm-eval's type of request, and the
             generated text.
-        parts_at, parts_from, parts_none, parts_token: only in these runs. Where the text parts from
-            the text of `none` (`texts.Parting`).
+        parts_at, parts_from, parts_none, parts_token: only in these runs. The place at which the
+            text parts from the text of `none` (`texts.Parting`).
 
     Args:
         questions: the result of `question_rows`.

@@ -195,7 +195,7 @@ def _cosines(clean: pd.DataFrame) -> Iterator[Claim]:
 
 
 def _ranks(rows: pd.DataFrame, column: str) -> pd.Series:
-    """Ranks within tasks as shares, so that differences between tasks do not matter."""
+    """Ranks within tasks as shares. So differences between tasks do not matter."""
     return rows[column].astype(float).groupby(rows["task"]).rank(pct=True)
 
 

@@ -1,4 +1,4 @@
-"""Which of several models lose more under an attack: differences of drops of all pairs."""
+"""Differences of drops of all pairs of models: which models lose more under an attack?"""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def pairs(runs: Mapping[str, Result]) -> pd.DataFrame:
     Returns:
         A row per condition, pair of models `a` and `b`, and task; the mean over tasks is last.
             `p_holm` is `p` adjusted over the pairs, for each condition and task. The other columns
-            are those of `analysis.drops.differences`. Empty for more than `MOST` runs.
+            come from `analysis.drops.differences`. Empty for more than `MOST` runs.
     """
     if len(runs) > MOST:
         return pd.DataFrame(columns=COLUMNS)

@@ -1,4 +1,4 @@
-"""Which of two models is more robust: table and figure of the difference of drops."""
+"""Table and figure of the difference of drops: which of two models is more robust?"""
 
 from __future__ import annotations
 

@@ -40,8 +40,8 @@ def entries(runs: Mapping[str, Result]) -> pd.DataFrame:
 
     Columns: `model`, `weights` (their hash), `tasks`, `n`, `loss`, `positions`, `hookpoint`,
     `condition`, `epsilon_relative`, and accuracies, drops and p-values with their intervals, as in
-    `across`. `versions` are those of this package, torch, transformers and lm-eval. `settings` are
-    all that the condition's numbers depend on. `failed_checks` are those of a run of a standard.
+    `across`. `versions` has this package, torch, transformers and lm-eval. `settings` are all that
+    the condition's numbers depend on. `failed_checks` is empty unless the run is of a standard.
     `identity` is a hash of the settings, the model and the questions.
     """
     parts = []

@@ -137,7 +137,7 @@ def across(runs: Mapping[str, Result]) -> pd.DataFrame:
 
 
 def _shared(runs: Mapping[str, Result]) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """The conditions that all runs have, and a sentence for each name with several meanings.
+    """The conditions that all runs share, and a sentence for each name with several meanings.
 
     Returns:
         (name in the first run -> model -> name in its run, the sentences).

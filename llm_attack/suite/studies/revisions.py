@@ -141,11 +141,15 @@ def equal(runs: Mapping[str, Result]) -> list[str]:
 def along(runs: Mapping[str, Result]) -> pd.DataFrame:
     """The frame of `models.across` for revisions, with more columns.
 
-    They are `attack`; `step` (the last number in the revision's name, or its place in the list if
-    not all names have one); `critical`, `critical_low` and `critical_high` (the epsilon, in RMS of
-    the embeddings, at which half of the clean accuracy is left, for searches; see
-    `critical.robustness`); `cosine`, `cosine_low` and `cosine_high` (of embeddings and gradient,
-    mean over tasks); and `weights` (their hash).
+    The new columns are:
+
+    - `attack`: the name of the condition's attack
+    - `step`: the last number in the revision's name, or its place in the list if not all names have
+      a number
+    - `critical`, `critical_low`, `critical_high`: only for searches, the epsilon at which half of
+      the clean accuracy is left, in RMS of the embeddings; see `critical.robustness`
+    - `cosine`, `cosine_low`, `cosine_high`: the cosine of embeddings and gradient, mean over tasks
+    - `weights`: the hash of the weights
 
     Args:
         runs: runs by the names of the revisions.

@@ -54,7 +54,7 @@ class Check(NamedTuple):
 
 
 def checks(samples: pd.DataFrame, run: Mapping[str, Any]) -> list[Check]:
-    """All checks. Those that the samples of the run do not allow are not applicable.
+    """All checks. A check that the samples of the run do not allow is not applicable.
 
     Args:
         samples: a row per question and condition, as in `samples.parquet`.
@@ -189,8 +189,10 @@ def _floor(samples: pd.DataFrame, attacks: Mapping[str, Any], knows: bool) -> Ch
 
 
 def _zeros(attacks: Mapping[str, Any], known: Conditions) -> Check:
-    """Of each condition the share of coordinates that are zero; of whole gradients where an attack
-    follows the scores of some choices alone, as tokens of the others then have none.
+    """Checks the share of coordinates of the gradient that are zero, in every condition.
+
+    An attack that follows the scores of only some choices has no gradient at the tokens of the
+    others. Then the share of gradients counts that are zero in every coordinate.
     """
     name = "the gradient is not zero"
     shares: list[tuple[float, str]] = []
@@ -209,7 +211,7 @@ def _zeros(attacks: Mapping[str, Any], known: Conditions) -> Check:
 
 
 def _follows_some(condition: Condition | None) -> bool:
-    """Whether the loss of an attack reads the scores of two choices of a question, and no more."""
+    """Whether the loss of an attack depends on only two choices of a question."""
     if condition is None:
         return False
     kind = kind_of(condition.attack)
