@@ -115,7 +115,7 @@ dist: .venv ## wheel and source distribution, into dist/; REPOSITORY=https://...
 	REPOSITORY="$(REPOSITORY)" $(BIN)/python -m build
 
 .PHONY: prose
-prose: .venv ## sentences of the documentation: length, and constructions to avoid
+prose: .venv ## sentences of pages and docstrings: length, and constructions to avoid
 	$(BIN)/python tests/prose/check.py
 
 .PHONY: lint

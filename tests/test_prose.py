@@ -74,6 +74,59 @@ def test_what_is_fine(text):
     assert faults(text) == []
 
 
+SOURCES = sorted((ROOT / "llm_attack").rglob("*.py"))
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=check.name_of)
+def test_texts_and_docstrings_are_easy_to_read(source):
+    assert check.faults_of(source.read_text("utf-8")) == []
+
+
+def in_function(docstring):
+    return f'def f():\n    """{docstring}\n    """'
+
+
+@pytest.mark.parametrize(
+    ("words", "docstring"),
+    [
+        ("words in a sentence", "word " * 35 + "end."),
+        ("its predicate", "Nor could those leave that stand still."),
+        ("without its noun", "Of each condition the share of zeros."),
+        ("without its noun", "A row.\n\n    Args:\n        frame: of `summarise`."),
+        ("'if'", "The margin.\n\n    Returns:\n        None where no choice is right."),
+        (
+            "question word",
+            "A row.\n\n    - `one`: its size\n    - `two`: What a model reads is two.",
+        ),
+    ],
+)
+def test_docstrings(words, docstring):
+    found = check.faults_of(in_function(docstring))
+    assert len(found) == 1 and words in found[0], found
+
+
+@pytest.mark.parametrize(
+    "docstring",
+    [
+        "Reads it.\n\n        Nor is code read.\n\n    It ends.",
+        "The codes.\n\n    | 1 | nor |\n    |---|---|",
+        "Reads it.\n\n    Args:\n        table: `of nor`.\n        of, where: two numbers.",
+        "The columns are:\n\n" + "    - `one`: the size of one\n" * 20,
+    ],
+)
+def test_docstrings_that_are_fine(docstring):
+    assert check.faults_of(in_function(docstring)) == []
+
+
+def test_docstrings_of_attributes():
+    assert check.docstrings('"""A."""\nx = 1\n"""B."""\nclass C:\n    """D."""\n    "E."') == [
+        "A.",
+        "B.",
+        "D.",
+        "E.",
+    ]
+
+
 def test_command(capsys, monkeypatch):
     """It fails for a page with a fault, and for no other."""
     assert check.main(["docs/files.md"]) == 0

@@ -1,15 +1,15 @@
 """Are the pages easy to read? `make prose` measures their sentences and looks for bad habits.
 
-It does so for the texts that the program prints as well: errors, warnings, notes and help.
+It does the same for the docstrings of the package, and for the texts that the program prints:
+errors, warnings, notes and help. `rules.yaml` has the limits, and the constructions that we avoid.
 
-The limits and the constructions that we avoid are in `rules.yaml`.
-
-The check sees form and no sense. Read a page aloud as well.
+The check sees only form. Read a page aloud as well, because it cannot judge sense.
 """
 
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import sys
 from dataclasses import dataclass, field
@@ -30,6 +30,11 @@ _WORD = re.compile(r"\S*\w\S*")
 _NAMES = re.compile(r"\b(Figs?\.|Table|Section|arXiv) \d+(\.\d+)?|\b(19|20)\d\d\b")
 _NUMBER = re.compile(r"(?<![\w.])[-+−]?\d[\d,.]*")
 
+# In a docstring: the name of a section, an entry of a section, an item of a list, a span of code.
+_SECTION = re.compile(r"[A-Z]\w*:")
+_ENTRY = re.compile(r"[\w*`][\w*`.,= ]*?:(?: |$)")
+_ITEM = re.compile(r"(- |\d\. )(`[^`]*`(, `[^`]*`)*: )?")
+_CODE = re.compile(r"`[^`]*`")
 
 # The texts that a user sees: the argument of these calls, and every `help`.
 _SHOWN = {"UsageError": 0, "invalid": 2, "setting": 1, "warning": 0, "not_applicable": 1}
@@ -113,16 +118,54 @@ def _written(node: ast.expr) -> str:
     return str(node.value) if isinstance(node, ast.Constant) else ""
 
 
+def docstrings(source: str) -> list[str]:
+    """The docstrings of a Python source, those of attributes included."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        body = getattr(node, "body", None)
+        for part in body if isinstance(body, list) else ():
+            value = part.value if isinstance(part, ast.Expr) else None
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                found.append(inspect.cleandoc(value.value))
+    return found
+
+
+def entries(docstring: str) -> list[str]:
+    """The paragraphs of a docstring, and the items of its lists and sections without their names.
+
+    Tables and indented code are left out. A span of code is one word.
+    """
+    parts, section, new, code = [""], False, True, False
+    for line in docstring.splitlines():
+        text, indent = line.strip(), len(line) - len(line.lstrip())
+        if text and not indent:
+            section = _SECTION.fullmatch(text) is not None
+        code = bool(indent) and not section and (new or code)
+        name = _ITEM.match(text) or (section and indent == 4 and _ENTRY.match(text))
+        new = not text or (section and not indent)
+        if new or name:
+            parts.append("")
+        if not (new or code or text.startswith("|")):
+            parts[-1] += f" {text[name.end() :] if name else text}"
+    return [_CODE.sub("`code`", part.strip()) for part in parts if part]
+
+
 def faults_of(source: str) -> list[str]:
-    """The long sentences and bad habits in the texts of a Python source."""
+    """The long sentences and bad habits in the texts and docstrings of a Python source."""
     found = []
     for text in messages(source):
         for part in sentences(text):
-            length = len(_WORD.findall(part))
-            if length > RULES["limits"]["sentence"]:
-                found.append(f"{length} words in a sentence: {part}")
-            found += [f"{fault}: {part}" for fault in _constructions(part)]
+            found += [*_too_long(part), *(f"{fault}: {part}" for fault in _constructions(part))]
+    for text in (entry for docstring in docstrings(source) for entry in entries(docstring)):
+        for part in sentences(text):
+            against = [*_constructions(part), *_constructions(part, "docstrings")]
+            found += [*_too_long(part), *(f"{fault}: {part}" for fault in against)]
     return found
+
+
+def _too_long(sentence: str) -> list[str]:
+    length = len(_WORD.findall(sentence))
+    return [f"{length} words in a sentence: {sentence}"] * (length > RULES["limits"]["sentence"])
 
 
 def _paragraphs(text: str) -> list[tuple[bool, str]]:
@@ -143,10 +186,10 @@ def _paragraphs(text: str) -> list[tuple[bool, str]]:
     return parts
 
 
-def _constructions(sentence: str) -> list[str]:
-    """What `rules.yaml` says against a sentence."""
+def _constructions(sentence: str, rules: str = "avoid") -> list[str]:
+    """The rules of `rules.yaml` that a sentence breaks."""
     against = []
-    for rule in RULES["avoid"]:
+    for rule in RULES[rules]:
         if re.search(rule["pattern"], sentence, 0 if rule.get("case") else re.IGNORECASE):
             against.append(f"avoid {rule['name']} ({rule['instead']})")
     return against
