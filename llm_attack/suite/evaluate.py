@@ -31,7 +31,7 @@ from llm_attack.suite.analysis.conditions import CONDITIONS
 from llm_attack.suite.analysis.perturbations import FOLDER
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.report import tables
-from llm_attack.suite.results import LM_EVAL, Result, save_frames
+from llm_attack.suite.results import LM_EVAL, TRACE, Result, save_frames
 from llm_attack.suite.run import estimate, fingerprint, on_ray
 from llm_attack.suite.run.execute import Prepared, Processes, execute, prepare
 from llm_attack.suite.run.load import left_as_it_was
@@ -337,10 +337,11 @@ def silenced() -> Iterator[None]:
 def save(result: Result, folder: Path, command: list[str] | str) -> list[str]:
     """Writes everything of a run into `folder`; `run.json` last, which says that it is complete.
 
-    `samples.parquet`, `questions.parquet`, `table.csv`, `table.md`, figures as PNG and SVG, where
-    critical epsilons were looked for `critical.csv`, `foretold.csv` and `critical.md`, of several
-    hookpoints `hookpoints.md` (the other tables, figures and the report are of the first of them),
-    of tasks that generate or score whole texts `texts.md`,
+    `samples.parquet`, `questions.parquet`, with `trace` also `trace.parquet`, `table.csv`,
+    `table.md`, figures as PNG and SVG, where critical epsilons were looked for `critical.csv`,
+    `foretold.csv` and `critical.md`, of several hookpoints `hookpoints.md` (the other tables,
+    figures and the report are of the first of them), of tasks that generate or score whole texts
+    `texts.md`,
     `report.html`, `lm_eval/results_CONDITION.json` and `run.json`.
 
     Args:
@@ -354,7 +355,8 @@ def save(result: Result, folder: Path, command: list[str] | str) -> list[str]:
     """
     samples = result.samples.copy(deep=False)
     samples.attrs[CONDITIONS] = result.run.get(CONDITIONS, {})
-    save_frames(folder, samples=samples, questions=result.questions)
+    traced = {} if result.traced is None else {TRACE: result.traced}
+    save_frames(folder, samples=samples, questions=result.questions, **traced)
     attempts = Attempts()
     for name, judged in result.lm_eval.items():
         with attempts(f"{LM_EVAL}/results_{name}.json"):

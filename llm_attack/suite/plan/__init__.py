@@ -40,6 +40,7 @@ from llm_attack.suite.plan import values
 _HOW = ("device", "equivalence", "shard", "ray", "ray_workers")
 # What saved perturbations depend on, and nothing else does.
 _SAVED = ("save_perturbations", "path_points")
+_TRACED = ("trace",)  # and what is kept of the steps
 
 # Asks for the worst case over the attacks (`suite.analysis.worst`) also where the loss knows no
 # gold.
@@ -195,6 +196,12 @@ class Plan(_SeveralSteps, EngineSettings):
         "Points between the clean and the perturbed embeddings at which save_perturbations takes a"
         " gradient, for the share of the loss that each token carries. With 0, there are no shares",
         minimum=0,
+        group="output",
+    )
+    trace: bool = setting(
+        False,
+        "Keep the loss and the margin at every step of every attack, as trace.parquet, and draw the"
+        " loss over steps. It takes no further pass through the model. Needs a task with choices",
         group="output",
     )
     shard: str | None = setting(
@@ -500,7 +507,8 @@ class Plan(_SeveralSteps, EngineSettings):
 
     def settings(self) -> dict[str, Any]:
         """All that answers, and perturbations that are saved, depend on."""
-        left_out = _HOW if self.save_perturbations else (*_HOW, *_SAVED)
+        saved = () if self.save_perturbations else _SAVED
+        left_out = (*_HOW, *saved, *(() if self.trace else _TRACED))
         return {name: value for name, value in self.plain().items() if name not in left_out}
 
 

@@ -17,6 +17,7 @@ from llm_attack.lm.engine.diagnostics import Diagnostics
 from llm_attack.lm.engine.engine import BatchResult
 from llm_attack.lm.engine.scatter import by_index
 from llm_attack.lm.packing.batches import Batch
+from llm_attack.suite.run import steps
 from llm_attack.suite.run.store import Key
 
 AnyBatch = Batch | Prompts
@@ -75,6 +76,7 @@ class Work(NamedTuple):
                 if any(x is not None for x in parts.critical_epsilons)
             ],
             "broken_by": [(n, parts.broken_by) for n, parts in requests if any(parts.broken_by)],
+            **steps.content(requests),
             "diagnostics": [asdict(d) for d in result.diagnostics],
         }
 
@@ -121,6 +123,7 @@ class Gathered(NamedTuple):
         answers: for each condition, one per request: what lm-eval's models return for it.
         diagnostics: for each condition.
         alignments, critical_epsilons, broken_by: see `Answered`, by the numbers of requests.
+        steps: of `steps.content`, by the numbers of requests.
     """
 
     answers: list[list[Any]]
@@ -128,6 +131,7 @@ class Gathered(NamedTuple):
     alignments: dict[int, Sequence[float]]
     critical_epsilons: dict[int, Sequence[float | None]]
     broken_by: dict[int, Sequence[str | None]]
+    steps: dict[int, steps.OfRequest]
 
 
 def gather(contents: Mapping[Key, Any], work: Sequence[Work], n: int) -> Gathered:
@@ -139,6 +143,7 @@ def gather(contents: Mapping[Key, Any], work: Sequence[Work], n: int) -> Gathere
     critical_epsilons: dict[int, Sequence[float | None]] = {}
     windows: dict[int, list[Any]] = {}
     broken_by: dict[int, Sequence[str | None]] = {}
+    curves: dict[int, steps.OfRequest] = {}
     totals = [Diagnostics() for _ in range(conditions)]
     for content in batches:
         for number, of_request in content["answers"]:
@@ -150,6 +155,7 @@ def gather(contents: Mapping[Key, Any], work: Sequence[Work], n: int) -> Gathere
         epsilons = content.get("critical_epsilons", content.get("needed", []))  # its earlier name
         critical_epsilons.update(epsilons)
         broken_by.update(content.get("broken_by", []))
+        curves.update(content.get(steps.STEPS, []))
         for total, sums in zip(totals, content["diagnostics"], strict=True):
             total.add(sums)
     for number, parts in windows.items():
@@ -159,7 +165,7 @@ def gather(contents: Mapping[Key, Any], work: Sequence[Work], n: int) -> Gathere
         if None not in of_gradients:
             *sums, _ = map(sum, zip(*of_gradients, strict=True))
             alignments[number] = [*sums, math.nan]
-    return Gathered(answers, totals, alignments, critical_epsilons, broken_by)
+    return Gathered(answers, totals, alignments, critical_epsilons, broken_by, curves)
 
 
 class RunningAccuracy:
