@@ -198,7 +198,7 @@ class Generating(HFLM):  # type: ignore[misc]  # lm-eval is not typed
             answers: list[list[Any]] = [[of_condition[i]] for of_condition in texts]
             alignment = kept.alignments.get(question.requests[0].tokens)
             none: list[Any] = [None] * len(texts)
-            result.answered.append(Answered(question, answers, alignment, none, none))
+            result.answered.append(Answered(question, answers, alignment, none, none, []))
         return True
 
     def _model_generate(
