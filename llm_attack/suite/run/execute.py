@@ -283,7 +283,7 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
 
 
 def _traced(prepared: Prepared, gathered: Gathered) -> pd.DataFrame | None:
-    """The loss at every step; None where nobody asks."""
+    """The loss at every step; None without `trace`."""
     if not prepared.plan.trace:
         return None
     conditions = [attack.condition for attack in prepared.lm.engine.attacks]

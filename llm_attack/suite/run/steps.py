@@ -1,4 +1,4 @@
-"""The loss at every step: kept with finished batches, and at the end a frame."""
+"""Loss and margin at every step: stored with finished batches, and made a frame at the end."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ import pandas as pd
 
 from llm_attack.lm.engine.scatter import OfRequest as Found
 
-STEPS = "steps"  # where the content of a batch has them
+STEPS = "steps"  # the key of the curves in the content of a batch
 
 OfRequest = Sequence[Sequence[tuple[str, int, Sequence[Sequence[float]]]]]
-"""Of each condition its curves: attack, number of the first step, and of each step the loss and
-the log-likelihood of a request."""
+"""For each condition, the curves of one request.
+
+A curve has the attack, the number of its first step, and (loss, log-likelihood) for every step.
+"""
 
 
 def content(requests: Iterable[tuple[int, Found]]) -> dict[str, Any]:
-    """The curves of a finished batch as they are kept; empty if there are none.
+    """The curves of a finished batch, in the form that is stored; empty if there are none.
 
     Args:
-        requests: numbers of the run's requests, and what was found for each.
+        requests: (number of the request in the run, its results) pairs.
     """
     kept = [
         (
@@ -46,16 +48,19 @@ def frame_of(
 ) -> pd.DataFrame:
     """A row for each question, condition and step.
 
-    Columns: `task`, `doc_id`, `condition`, `attack` (of a battery the one that made the step),
-    `step`, `loss`: that the attack raises, summed over the requests of a question if each has its
-    own, and `margin`: log-likelihood of the right choice minus that of the best other one, in nats.
-
     Args:
-        groups: of `rows.grouped`.
-        golds: of `rows.gold_of`.
-        conditions: their names.
-        curves: by the numbers of requests.
+        groups: the result of `rows.grouped`.
+        golds: the result of `rows.gold_of`.
+        conditions: the names of the conditions.
+        curves: the curves by numbers of requests.
         shared: whether the requests of a question share a perturbation, and so a loss.
+
+    Returns:
+        Columns `task`, `doc_id`, `condition`, `step`, and:
+
+        - `attack`: the attack that made the step. A battery has several.
+        - `loss`: the loss that the attack raises, summed over requests that have their own.
+        - `margin`: log-likelihood of the right choice minus that of the best other one, in nats.
     """
     places: list[tuple[Any, ...]] = []
     numbers: list[np.ndarray] = [np.empty((0, 3))]

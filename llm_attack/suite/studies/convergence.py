@@ -21,7 +21,7 @@ def mean_loss(trace: pd.DataFrame) -> pd.DataFrame:
     An attack that returns its best point so far has the loss of that point: the largest so far.
 
     Args:
-        trace: of `Result.trace`.
+        trace: the result of `Result.trace`.
 
     Returns:
         Columns `condition`, `attack`, `step`, `n` questions and `loss`.
@@ -42,10 +42,10 @@ def _keeps_best(attack: str) -> bool:
 def figure(trace: pd.DataFrame, known: Conditions) -> Figure | None:
     """Mean loss over steps, a panel for each attack; None if no attack makes several steps.
 
-    A line for each condition: paler for smaller amplitudes, dashed for norms but the first.
+    Each condition has a line. Smaller amplitudes are paler. Norms after the first are dashed.
 
     Args:
-        trace: of `Result.trace`.
+        trace: the result of `Result.trace`.
         known: the conditions of the run.
     """
     means = mean_loss(trace)
