@@ -366,7 +366,7 @@ class _Look:
         return 1 + int(answers and self.slopes is not None), 1
 
     def passes(self, answers: bool) -> dict[str, Tensor]:
-        """The passes so far, as sums for the diagnostics; with `answers`, one more for the answers."""
+        """The passes so far, as sums for the diagnostics; `answers` adds the one of the answers."""
         n = self.batch.examples.n
         counts = {"points": n, "forwards": n * (self.forwards + answers)}
         counts["backwards"] = n * self.backwards
