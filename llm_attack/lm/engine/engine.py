@@ -21,6 +21,7 @@ from llm_attack.lm.engine.diagnostics import Diagnostics
 from llm_attack.lm.engine.hookpoints import clean_passes
 from llm_attack.lm.engine.probe import fault, longest_flat, takes_twins, trees_fault
 from llm_attack.lm.engine.scoring import Scorer, Scores
+from llm_attack.lm.engine.smoothing import votes
 from llm_attack.lm.engine.traces import Trace, traced
 from llm_attack.lm.losses import LOSSES, ThreatModel
 from llm_attack.lm.network.lean import Lean
@@ -30,6 +31,7 @@ from llm_attack.lm.packing.pack import Pack, pack_rows, pack_trees
 from llm_attack.lm.packing.positions import ALL, QUESTION
 from llm_attack.lm.packing.prefix import groups, start
 from llm_attack.lm.packing.questions import Question
+from llm_attack.lm.smoothing import Smoothing
 
 Answer = tuple[float, bool]
 
@@ -50,6 +52,8 @@ class Answered(NamedTuple):
         critical_epsilons: for each attack that searches for it, the amplitude that makes the answer
             wrong (`AttackedBatch.critical_epsilon`); None for the others.
         broken_by: for each battery, as of `Survived`; None for the others.
+        votes: for each sigma of the smoothing, the two parts of `smoothing.votes`; None: there is
+            no smoothing.
     """
 
     question: Question
@@ -57,6 +61,7 @@ class Answered(NamedTuple):
     alignment: tuple[float, ...] | None
     critical_epsilons: list[float | None]
     broken_by: list[str | None]
+    votes: list[list[list[int]]] | None = None
 
 
 @dataclass
@@ -81,6 +86,7 @@ class Computed(NamedTuple):
         critical_epsilons: for each attack (questions,), or None.
         broken_by: for each attack, a name or None of each question.
         traces: for each attack, or None.
+        votes: the result of `smoothing.votes`, or None.
     """
 
     scores: list[Scores]
@@ -89,6 +95,7 @@ class Computed(NamedTuple):
     critical_epsilons: list[Tensor | None]
     broken_by: list[list[str | None]]
     traces: list[Trace | None]
+    votes: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -127,6 +134,8 @@ class Engine:
         scorers: for each attack, the scorer of its hookpoint; empty: `scorer` for all.
         slopes: for each scorer, the scorer that computes the gradients; empty: the same scorer.
         path_points: of `traced`, whose traces are part of the results; None: there are none.
+        smoothing: noise under which the model votes, at the first hookpoint, with sigmas in the
+            units of the point; None: it does not vote. Needs a loss that knows the gold.
     """
 
     scorer: Scorer
@@ -137,11 +146,12 @@ class Engine:
     scorers: Sequence[Scorer] = ()
     slopes: Mapping[Scorer, Scorer] = field(default_factory=dict)
     path_points: int | None = None
+    smoothing: Smoothing | None = None
     _tried: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self.scorers = self.scorers or [self.scorer] * len(self.attacks)
-        self.clean = all(a.identity for a in self.attacks)
+        self.clean = all(a.identity for a in self.attacks) and self.smoothing is None
         alone = not (self.threat.shared or self.clean)
         if alone:  # every request has its own perturbation
             self.layout = replace(self.layout, longest_tree=0)
@@ -302,10 +312,13 @@ class Engine:
         """Runs one batch under all attacks. Nothing but a battery waits for the device."""
         pack = pack.to(self.device)
         needs = Needs.of(self.attacks)
+        if self.smoothing is not None:
+            needs = replace(needs, point=True)
         batches = self.prepared(pack, needs)
         first = batches[self.scorers[0]]
         alignment = first.alignment(self.attacks[0]) if needs.gradient else None
-        computed = Computed([], [], alignment, [], [], [])
+        counts = None if self.smoothing is None else votes(first, self.smoothing)
+        computed = Computed([], [], alignment, [], [], [], counts)
         for attack, scorer, end in zip(self.attacks, self.scorers, self.ends(batches), strict=True):
             at = batches[scorer]
             broken_by: list[str | None] = [None] * len(pack.questions)
@@ -411,8 +424,11 @@ class Engine:
             of_question = [of_attack[at:end] for of_attack in answers]
             amplitudes = [of_attack[i] for of_attack in critical]
             names = [of_attack[i] for of_attack in computed.broken_by]
+            counts = None
+            if computed.votes is not None:
+                counts = computed.votes[i, ..., : len(question.gold)].tolist()
             result.answered.append(
-                Answered(question, of_question, alignments[i], amplitudes, names)
+                Answered(question, of_question, alignments[i], amplitudes, names, counts)
             )
             at = end
 

@@ -15,6 +15,7 @@ class OfRequest(NamedTuple):
     alignment: tuple[float, ...] | None
     critical_epsilons: list[float | None]
     broken_by: list[str | None]
+    votes: list[list[list[int]]] | None
 
 
 def by_index(answered: Iterable[Answered]) -> dict[int, OfRequest]:
@@ -25,6 +26,7 @@ def by_index(answered: Iterable[Answered]) -> dict[int, OfRequest]:
             parts.alignment,
             parts.critical_epsilons,
             parts.broken_by,
+            parts.votes,
         )
         for parts in answered
         for i, indices in enumerate(parts.question.answers)

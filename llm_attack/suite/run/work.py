@@ -75,6 +75,7 @@ class Work(NamedTuple):
                 if any(x is not None for x in parts.critical_epsilons)
             ],
             "broken_by": [(n, parts.broken_by) for n, parts in requests if any(parts.broken_by)],
+            "votes": [(n, parts.votes) for n, parts in requests if parts.votes is not None],
             "diagnostics": [asdict(d) for d in result.diagnostics],
         }
 
@@ -124,7 +125,7 @@ class Gathered(NamedTuple):
     Attributes:
         answers: for each condition, one per request, in the form that lm-eval expects from a model.
         diagnostics: one per condition.
-        alignments, critical_epsilons, broken_by: see `Answered`; by numbers of requests.
+        alignments, critical_epsilons, broken_by, votes: see `Answered`; by numbers of requests.
     """
 
     answers: list[list[Any]]
@@ -132,6 +133,7 @@ class Gathered(NamedTuple):
     alignments: dict[int, Sequence[float]]
     critical_epsilons: dict[int, Sequence[float | None]]
     broken_by: dict[int, Sequence[str | None]]
+    votes: dict[int, list[list[list[int]]]]
 
 
 def gather(contents: Mapping[Key, Any], work: Sequence[Work], n: int) -> Gathered:
@@ -143,6 +145,7 @@ def gather(contents: Mapping[Key, Any], work: Sequence[Work], n: int) -> Gathere
     critical_epsilons: dict[int, Sequence[float | None]] = {}
     windows: dict[int, list[Any]] = {}
     broken_by: dict[int, Sequence[str | None]] = {}
+    votes: dict[int, list[list[list[int]]]] = {}
     totals = [Diagnostics() for _ in range(conditions)]
     for content in batches:
         for number, of_request in content["answers"]:
@@ -154,6 +157,7 @@ def gather(contents: Mapping[Key, Any], work: Sequence[Work], n: int) -> Gathere
         epsilons = content.get("critical_epsilons", content.get("needed", []))  # its earlier name
         critical_epsilons.update(epsilons)
         broken_by.update(content.get("broken_by", []))
+        votes.update(content.get("votes", []))
         for total, sums in zip(totals, content["diagnostics"], strict=True):
             total.add(sums)
     for number, parts in windows.items():
@@ -163,7 +167,7 @@ def gather(contents: Mapping[Key, Any], work: Sequence[Work], n: int) -> Gathere
         if None not in of_gradients:
             *sums, _ = map(sum, zip(*of_gradients, strict=True))
             alignments[number] = [*sums, math.nan]
-    return Gathered(answers, totals, alignments, critical_epsilons, broken_by)
+    return Gathered(answers, totals, alignments, critical_epsilons, broken_by, votes)
 
 
 class RunningAccuracy:
