@@ -226,11 +226,12 @@ class _OfDoctor(_OfPlan):
     # settings of attacks that it does not run, and of several processes
     _UNUSED = ("decay", "restarts", "rounds", "first_epsilon", "shard", "ray", "ray_workers")
     _OF_OUTPUT = ("equivalence", "save_perturbations", "path_points", "trace")
+    _OF_CERTIFICATES = ("sigmas", "draws", "selection_draws", "failure_probability")
 
     @cached_property
     def settings(self) -> list[Option]:
         """The settings of the plan that the user may choose."""
-        own = (*self._SETTLED, *self._UNUSED, *self._OF_OUTPUT)
+        own = (*self._SETTLED, *self._UNUSED, *self._OF_OUTPUT, *self._OF_CERTIFICATES)
         left = [option for option in super().settings if option.name not in own]
         for option in left:
             option.default = {"loss": "choice", "limit": 10}.get(str(option.name), option.default)

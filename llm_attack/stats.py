@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import bdtrc, expit, logit, ndtr, ndtri, stdtr, stdtrit
+from scipy.special import bdtrc, betaincinv, expit, logit, ndtr, ndtri, stdtr, stdtrit
 
 ALPHA = 0.05  # level of the tests; intervals cover 1 - ALPHA
 POWER = 0.8
@@ -37,6 +37,22 @@ def wilson(right: float, n: float) -> tuple[float, float]:
     half = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
     # Rounding must not exclude the share itself: 0 of n and n of n are ends of the interval.
     return max(0.0, min(middle - half, share)), min(1.0, max(middle + half, share))
+
+
+def least_share(hits: ArrayLike, n: ArrayLike, level: float) -> np.ndarray:
+    """Lower confidence bound of a share: Clopper and Pearson (1934), one-sided.
+
+    The true share is below the bound with a probability of at most `level`.
+    `scipy.stats.binomtest(..., alternative="greater").proportion_ci` gives the same.
+
+    Args:
+        hits: number of hits.
+        n: number of independent draws.
+        level: the probability of an error, above 0 and below 1.
+    """
+    hits, n = np.asarray(hits, dtype=float), np.asarray(n, dtype=float)
+    bound = betaincinv(np.maximum(hits, 1), n - hits + 1, level)
+    return np.asarray(np.where(hits > 0, bound, 0.0))
 
 
 def binomial(n: int, p: float) -> np.ndarray:

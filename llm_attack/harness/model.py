@@ -54,6 +54,7 @@ from llm_attack.lm.packing.batches import Batch
 from llm_attack.lm.packing.positions import QUESTION
 from llm_attack.lm.packing.questions import Question
 from llm_attack.lm.settings import AttackSettings, EngineSettings, labels, split_arguments
+from llm_attack.lm.smoothing import Smoothing
 from llm_attack.lm.units import Signal
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,8 @@ class AttackedHFLM(Generating):
 
     trace: bool = False
     """Whether the engine returns the loss at every step; conditions of `use` from then on."""
+    smoothing: Smoothing | None = None
+    """Noise under which the model votes, from the next call of `use` on; None: it does not."""
 
     @torch.inference_mode(False)
     def __init__(self, pretrained: Any = DEFAULT_MODEL, **arguments: Any) -> None:
@@ -180,8 +183,13 @@ class AttackedHFLM(Generating):
         names = list(dict.fromkeys(condition.hookpoint for condition in conditions))
         text = self._known(self.tok_encode(CALIBRATION_TEXT))[: self.max_length]
         units = {condition.amplitude.epsilon.unit for condition in conditions}
+        smoothing = self.smoothing
+        if smoothing is not None:
+            units |= {sigma.unit for sigma in smoothing.sigmas}
         by_name = self._signals_at(names, text, units)
         signals = [by_name[condition.hookpoint] for condition in conditions]
+        if smoothing is not None:
+            smoothing = smoothing.resolved(signals[0])
         attacks = [
             condition.resolved(signal, label)
             for condition, signal, label in zip(
@@ -201,6 +209,7 @@ class AttackedHFLM(Generating):
             self._slopes(at_names, names, attacks),
             self.path_points,
             self.trace,
+            smoothing,
         )
         return InUse(conditions, tuple(signals), engine, tuple(text))
 

@@ -22,6 +22,7 @@ from llm_attack.suite.report.tables import Cells
 from llm_attack.suite.results import Result, save_frames
 from llm_attack.suite.studies import (
     calibration,
+    certificates,
     claims,
     convergence,
     hookpoints,
@@ -54,6 +55,12 @@ _PICTURES = {
         "Robustness curves, one panel per task. For every epsilon, they show the share of"
         " questions whose smallest epsilon with a wrong answer is larger. The medians and areas"
         " are in the table.",
+    ),
+    "certified": (
+        "Certified accuracy",
+        "Curves of certified accuracy over the length of the perturbation, one panel per task, for"
+        " each sigma. A dotted line shows the network under attack, if the run searched critical"
+        " epsilons in L2. The numbers are in the tables.",
     ),
     "layers": (
         "Accuracy by hookpoint",
@@ -104,6 +111,8 @@ class Tables:
         whole: scores of whole tasks; None if there are none.
         texts: the result of `texts.cells`; None if no task generates or scores whole texts.
         critical: the result of `survival.tables`.
+        shown: the certificates; None if there are none.
+        certified: the result of `certificates.tables`.
         hookpoints: accuracy by hookpoint; None for one hookpoint.
         steps: accuracy by steps; None if no attack has several numbers of steps.
     """
@@ -127,12 +136,20 @@ class Tables:
         with attempts("the tables of critical epsilons"):
             self.searched = critical.of_score(self.samples, result.questions, self.score)
             self.critical = survival.tables(self.searched, self.score)
+        self.shown: certificates.Certificates | None = None
+        self.certified: dict[str, tuple[Cells, pd.DataFrame]] = {}
+        with attempts("the tables of certificates"):
+            self.shown = certificates.Certificates.of(
+                result.certificates, self.searched, result.conditions, result.run
+            )
+            self.certified = certificates.tables(self.shown)
         with attempts("the table of hookpoints"):
             self.hookpoints = hookpoints.cells(result.table, result.conditions)
 
     def named(self) -> dict[str, Cells]:
         """The tables that exist, by their titles."""
-        titled = {WHOLE: self.whole} | {title: cells for title, (cells, _) in self.critical.items()}
+        of_questions = self.critical | self.certified
+        titled = {WHOLE: self.whole} | {title: cells for title, (cells, _) in of_questions.items()}
         titled |= {texts.TITLE: self.texts}
         titled |= {hookpoints.TITLE: self.hookpoints, steps.TITLE: self.steps}
         return {title: cells for title, cells in titled.items() if cells is not None}
@@ -172,6 +189,8 @@ def render(result: Result, folder: Path, run: dict[str, Any]) -> list[str]:
         texts.save(made.texts, folder)
     with attempts("critical.md"):
         survival.save(made.critical, folder)
+    with attempts("certified.md"):
+        certificates.save(made.certified, folder)
     with attempts("layers.md"):
         hookpoints.save(made.hookpoints, folder)
 
@@ -179,6 +198,7 @@ def render(result: Result, folder: Path, run: dict[str, Any]) -> list[str]:
     drawn = figures.draw_all(samples, table, folder, unit, attempts)
     others = {
         "survival": lambda: survival.figure(made.searched, unit, made.score),
+        "certified": lambda: certificates.figure(made.shown),
         "layers": lambda: hookpoints.figure(result.table, known),
         "calibration": lambda: calibration.figure(hookpoints.at_first(result.samples)),
         "steps": lambda: steps.figure(table, known),
@@ -233,6 +253,9 @@ def for_paper(
         "figure": lambda: figures.bars(few),
         "epsilon": lambda: figures.curves(table, unit),
         "survival": lambda: survival.figure(searched, unit, score),
+        "certified": lambda: certificates.figure(
+            certificates.Certificates.of(result.certificates, searched, result.conditions, run)
+        ),
         "layers": lambda: hookpoints.figure(result.table, result.conditions),
         "steps": lambda: steps.figure(table, result.conditions),
         "trace": lambda: (

@@ -22,6 +22,7 @@ from llm_attack.base.redact import redacted
 from llm_attack.lm.settings import EMBED
 from llm_attack.suite.analysis import perturbations
 from llm_attack.suite.analysis.calibration import calibration
+from llm_attack.suite.analysis.certified import SMOOTHING
 from llm_attack.suite.analysis.conditions import CONDITIONS, Condition
 from llm_attack.suite.analysis.equivalence import with_equivalence
 from llm_attack.suite.analysis.flags import flagged
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 LM_EVAL = "lm_eval"
 FRAMES = ("questions", "samples")
 TRACE = "trace"  # the frame that only runs with `trace` have
+CERTIFICATES = "certificates"  # a frame of runs that certified questions
 # Zstandard compresses repetitions better than Parquet's dictionaries: half of Snappy's bytes.
 _SMALL = {"compression": "zstd", "compression_level": 9, "use_dictionary": False}
 
@@ -72,6 +74,8 @@ class Result:
         judged: the result of `worst`, if it is known already.
         traced: the result of `trace`, if it is known already.
         folder: the folder of the run; None if it is not stored.
+        certificates: a row per question and sigma (`analysis.certified`); None if the run certified
+            nothing.
     """
 
     table: pd.DataFrame
@@ -82,6 +86,7 @@ class Result:
     judged: pd.DataFrame | None = field(default=None, repr=False, compare=False)
     traced: pd.DataFrame | None = field(default=None, repr=False, compare=False)
     folder: Path | None = field(default=None, repr=False, compare=False)
+    certificates: pd.DataFrame | None = None
 
     def worst(self) -> pd.DataFrame:
         """The samples with the worst case over the attacks of each amplitude added."""
@@ -203,6 +208,10 @@ _COLUMNS_SINCE: dict[str, dict[str, Any]] = {
         "cluster": None,
     },
 }
+_OF_CERTIFICATES = (
+    *("task", "doc_id", "cluster", "smoothing", "sigma", "n_choices", "gold", "selection_votes"),
+    *("votes", "vote", "hits", "p_lower", "radius", "abstained", "right"),
+)
 _UNIQUE = {"questions": ["task", "doc_id"], "samples": ["task", "doc_id", "condition"]}
 
 
@@ -216,15 +225,7 @@ def load_frames(folder: Path) -> dict[str, pd.DataFrame]:
     frames = {}
     for name in FRAMES:
         path = folder / f"{name}.parquet"
-        try:
-            with path.open("rb") as file:
-                frames[name] = pd.read_parquet(file, page_checksum_verification=True)
-        except FileNotFoundError:
-            raise UsageError(
-                f"{folder}: has no {path.name}; must be the folder of a finished run"
-            ) from None
-        except (OSError, TypeError, ValueError) as error:  # TypeError comes from a damaged dtype
-            raise UsageError(f"{path}: cannot be read ({one_line(error)})") from error
+        frames[name] = _read(folder, name)
         if name == "samples" and {"task", "acc"} <= {*frames[name]}:
             frames[name] = with_scores(frames[name])
         frames[name] = frames[name].assign(
@@ -241,6 +242,19 @@ def load_frames(folder: Path) -> dict[str, pd.DataFrame]:
     if len(pairs.merge(frames["questions"][_UNIQUE["questions"]])) < len(pairs):
         raise UsageError(f"{folder}: samples.parquet has questions that questions.parquet lacks")
     return frames
+
+
+def _read(folder: Path, name: str) -> pd.DataFrame:
+    path = folder / f"{name}.parquet"
+    try:
+        with path.open("rb") as file:
+            return pd.read_parquet(file, page_checksum_verification=True)
+    except FileNotFoundError:
+        raise UsageError(
+            f"{folder}: has no {path.name}; must be the folder of a finished run"
+        ) from None
+    except (OSError, TypeError, ValueError) as error:  # TypeError comes from a damaged dtype
+        raise UsageError(f"{path}: cannot be read ({one_line(error)})") from error
 
 
 def _fault(frame: pd.DataFrame, name: str) -> str | None:
@@ -320,8 +334,34 @@ def load(folder: Path, equivalence: float | None = None) -> Result:
     within = run.get("equivalence") if equivalence is None else equivalence
     table = flagged(with_equivalence(table, within), {"": run})
     run = run | {"equivalence": within}
-    own, questions = frames["samples"], frames["questions"]
-    return Result(table, own, questions, run, {}, samples, folder=Path(folder))
+    content = table, frames["samples"], frames["questions"], run
+    of_questions = _certificates(Path(folder), run, frames["questions"])
+    return Result(*content, {}, samples, folder=Path(folder), certificates=of_questions)
+
+
+def _certificates(
+    folder: Path, run: dict[str, Any], questions: pd.DataFrame
+) -> pd.DataFrame | None:
+    """The certificates of a finished run; None if it certified nothing.
+
+    Raises:
+        UsageError: the file is missing, cannot be read or is not of this run.
+    """
+    if SMOOTHING not in run:
+        return None
+    frame = _read(folder, CERTIFICATES)
+    missing = [name for name in _OF_CERTIFICATES if name not in frame]
+    if missing:
+        raise _foreign(folder, f"has no column {missing[0]}")
+    pairs = frame[_UNIQUE["questions"]].drop_duplicates()
+    if frame.empty or len(pairs.merge(questions[_UNIQUE["questions"]])) < len(pairs):
+        raise _foreign(folder, "has other questions than questions.parquet")
+    return frame
+
+
+def _foreign(folder: Path, fault: str) -> UsageError:
+    path = folder / f"{CERTIFICATES}.parquet"
+    return UsageError(f"{path}: {fault}; must be the folder of a finished run")
 
 
 def lm_eval_of(result: Result) -> dict[str, dict[str, Any]]:
@@ -342,7 +382,10 @@ def lm_eval_of(result: Result) -> dict[str, dict[str, Any]]:
 def set_aside(folder: Path) -> list[Path]:
     """Renames the files of a run that cannot be read whole, and returns the new paths."""
     renamed = []
-    for path in [folder / "run.json", *(folder / f"{name}.parquet" for name in FRAMES)]:
+    for path in [
+        folder / "run.json",
+        *(folder / f"{name}.parquet" for name in (*FRAMES, CERTIFICATES)),
+    ]:
         if path.exists():
             renamed.append(path.replace(path.with_name(f"{path.name}.unreadable")))
     return renamed

@@ -21,6 +21,7 @@ from llm_attack.lm.engine.diagnostics import Diagnostics
 from llm_attack.lm.engine.hookpoints import clean_passes
 from llm_attack.lm.engine.probe import fault, longest_flat, takes_twins, trees_fault
 from llm_attack.lm.engine.scoring import Scorer, Scores
+from llm_attack.lm.engine.smoothing import votes
 from llm_attack.lm.engine.traces import Trace, traced
 from llm_attack.lm.losses import LOSSES, ThreatModel
 from llm_attack.lm.network.lean import Lean
@@ -30,6 +31,7 @@ from llm_attack.lm.packing.pack import Pack, pack_rows, pack_trees
 from llm_attack.lm.packing.positions import ALL, QUESTION
 from llm_attack.lm.packing.prefix import groups, start
 from llm_attack.lm.packing.questions import Question
+from llm_attack.lm.smoothing import Smoothing
 
 Answer = tuple[float, bool]
 Curves = list[tuple[Curve, Sequence[int]]]
@@ -53,6 +55,8 @@ class Answered(NamedTuple):
             wrong (`AttackedBatch.critical_epsilon`); None for the others.
         broken_by: for each battery, see `Survived`; None for the others.
         curves: for each attack, the curves of this question's requests; empty without `trace`.
+        votes: for each sigma of the smoothing, the two parts of `smoothing.votes`; None without
+            smoothing.
     """
 
     question: Question
@@ -61,6 +65,7 @@ class Answered(NamedTuple):
     critical_epsilons: list[float | None]
     broken_by: list[str | None]
     curves: list[list[Curve]]
+    votes: list[list[list[int]]] | None = None
 
 
 @dataclass
@@ -86,6 +91,7 @@ class Computed(NamedTuple):
         broken_by: for each attack, a name or None of each question.
         traces: for each attack, or None.
         curves: for each attack.
+        votes: the result of `smoothing.votes`, or None.
     """
 
     scores: list[Scores]
@@ -95,6 +101,7 @@ class Computed(NamedTuple):
     broken_by: list[list[str | None]]
     traces: list[Trace | None]
     curves: list[Curves]
+    votes: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -134,6 +141,8 @@ class Engine:
         slopes: for each scorer, the scorer that computes the gradients; empty: the same scorer.
         path_points: the argument `points` of `traced`, for traces in the results; None: no traces.
         trace: whether the results contain the curves of the attacks.
+        smoothing: the noise under which the model votes at the first hookpoint, with sigmas in the
+            units of the point; None: no votes. It needs a loss that knows the label.
     """
 
     scorer: Scorer
@@ -145,11 +154,12 @@ class Engine:
     slopes: Mapping[Scorer, Scorer] = field(default_factory=dict)
     path_points: int | None = None
     trace: bool = False
+    smoothing: Smoothing | None = None
     _tried: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self.scorers = self.scorers or [self.scorer] * len(self.attacks)
-        self.clean = all(a.identity for a in self.attacks)
+        self.clean = all(a.identity for a in self.attacks) and self.smoothing is None
         alone = not (self.threat.shared or self.clean)
         if alone:  # every request has its own perturbation
             self.layout = replace(self.layout, longest_tree=0)
@@ -310,10 +320,13 @@ class Engine:
         """Runs one batch under all attacks. Nothing but a battery waits for the device."""
         pack = pack.to(self.device)
         needs = Needs.of(self.attacks)
+        if self.smoothing is not None:
+            needs = replace(needs, point=True)
         batches = self.prepared(pack, needs)
         first = batches[self.scorers[0]]
         alignment = first.alignment(self.attacks[0]) if needs.gradient else None
-        computed = Computed([], [], alignment, [], [], [], [])
+        counts = None if self.smoothing is None else votes(first, self.smoothing)
+        computed = Computed([], [], alignment, [], [], [], [], counts)
         for attack, scorer, end in zip(self.attacks, self.scorers, self.ends(batches), strict=True):
             at = batches[scorer]
             broken_by: list[str | None] = [None] * len(pack.questions)
@@ -426,10 +439,14 @@ class Engine:
             of_question = [of_attack[at:end] for of_attack in answers]
             amplitudes = [of_attack[i] for of_attack in critical]
             names = [of_attack[i] for of_attack in computed.broken_by]
+            counts = None
+            if computed.votes is not None:
+                counts = computed.votes[i, ..., : len(question.gold)].tolist()
             result.answered.append(
                 Answered(
                     *(question, of_question, alignments[i], amplitudes, names),
                     [of_attack[i] for of_attack in of_questions],
+                    counts,
                 )
             )
             at = end

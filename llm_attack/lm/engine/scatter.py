@@ -17,6 +17,7 @@ class OfRequest(NamedTuple):
     critical_epsilons: list[float | None]
     broken_by: list[str | None]
     curves: list[list[Curve]]
+    votes: list[list[list[int]]] | None
 
 
 def by_index(answered: Iterable[Answered]) -> dict[int, OfRequest]:
@@ -31,6 +32,7 @@ def by_index(answered: Iterable[Answered]) -> dict[int, OfRequest]:
                 [curve._replace(values=curve.values[:, i]) for curve in of_attack]
                 for of_attack in parts.curves
             ],
+            parts.votes,
         )
         for parts in answered
         for i, indices in enumerate(parts.question.answers)

@@ -22,6 +22,7 @@ from llm_attack.lm.losses import LOSSES
 from llm_attack.lm.settings import EMBED, AttackSettings, EngineSettings, places
 from llm_attack.lm.units import ABSOLUTE, NEFTUNE, UNITS, Amplitude, Epsilon
 from llm_attack.suite.plan import WORST, Plan
+from llm_attack.suite.plan.smoothing import SmoothingSettings
 
 CONDITIONS = "conditions"  # the key in run.json and in the attributes of samples.parquet
 STANDARD = "standard"  # the key of the standard's version in the settings of a condition
@@ -34,6 +35,7 @@ OF_THE_RUN = (
     *("attacks", "epsilons", "critical", "epsilon_max", "hookpoints"),
     *("batch_size", "device", "equivalence", "shard", "ray", "ray_workers"),
     *("save_perturbations", "path_points", "trace"),
+    *names(SmoothingSettings),
     *names(EngineSettings),
 )
 _DEFAULTS: dict[str, Any] = {

@@ -32,9 +32,16 @@ from llm_attack.lm.settings import (
     condition_names,
     unread,
 )
+from llm_attack.lm.smoothing import Smoothing
 from llm_attack.lm.standard import NEWEST, STANDARDS, Standard, version_of
 from llm_attack.lm.units import EPSILON, Epsilon
 from llm_attack.suite.plan import values
+from llm_attack.suite.plan.smoothing import (
+    OF_SMOOTHING,
+    SmoothingSettings,
+    check_smoothing,
+    smoothing_of,
+)
 
 # How a plan is carried out or reported. The answers do not depend on these settings.
 _HOW = ("device", "equivalence", "shard", "ray", "ray_workers")
@@ -77,7 +84,7 @@ class _SeveralSteps(ThreatSettings):
 
 @remembers
 @dataclass(frozen=True)
-class Plan(_SeveralSteps, EngineSettings):
+class Plan(_SeveralSteps, EngineSettings, SmoothingSettings):
     """Conditions over tasks: every attack at every epsilon and, if it is iterative, every `steps`.
 
     From Python, `model` may be a loaded model of transformers. Then `tokenizer` is its tokenizer,
@@ -258,6 +265,7 @@ class Plan(_SeveralSteps, EngineSettings):
         self._check_used()
         self._check_distinct()
         self._check_saved()
+        check_smoothing(self)
 
     def _take_standard(self) -> None:
         """Fills in the settings that a standard fixes, if the attacks name a standard.
@@ -411,6 +419,11 @@ class Plan(_SeveralSteps, EngineSettings):
             )
 
     @property
+    def smoothing(self) -> Smoothing | None:
+        """The noise of the certificates; None if nothing is certified."""
+        return smoothing_of(self)
+
+    @property
     def share(self) -> tuple[int, int] | None:
         """`shard` as (its number from 0, number of shards); None if not given or malformed."""
         parts = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", str(self.shard))
@@ -506,12 +519,14 @@ class Plan(_SeveralSteps, EngineSettings):
         values["model"] = str(self.model)  # without the model itself if it is loaded
         values["epsilons"] = tuple(epsilon.plain for epsilon in epsilons)
         values["epsilon_max"] = None if epsilon_max is None else epsilon_max.plain
+        values["sigmas"] = tuple(sigma.plain for sigma in self.sigmas)
         return values
 
     def settings(self) -> dict[str, Any]:
-        """All settings that the answers, saved perturbations and curves depend on."""
+        """All settings that the answers, and what else is saved, depend on."""
         saved = () if self.save_perturbations else _SAVED
         left_out = (*_HOW, *saved, *(() if self.trace else _TRACED))
+        left_out = left_out if self.sigmas else (*left_out, *OF_SMOOTHING)
         return {name: value for name, value in self.plain().items() if name not in left_out}
 
 

@@ -57,6 +57,17 @@ def epsilons(given: Any) -> Any:
         raise invalid("epsilons", list(parts), NUMBERS) from None
 
 
+def sigmas(given: Any) -> Any:
+    """Standard deviations of noise, each with its unit; none if nothing is given."""
+    parts = listed(given)
+    if not isinstance(parts, tuple):
+        return given
+    try:
+        return tuple(Epsilon.parse(part, "sigmas") for part in parts)
+    except (TypeError, ValueError, OverflowError):
+        raise invalid("sigmas", list(parts), NUMBERS) from None
+
+
 def steps(given: Any) -> Any:
     """One number unchanged, or several in increasing order."""
     if not isinstance(given, (list, tuple)):

@@ -205,6 +205,9 @@ def estimate(prepared: Prepared, seconds: float = SECONDS) -> Estimate:
     if saved is not None:
         moved, points = len(saved.of_conditions), prepared.plan.path_points
         todo = todo.plus(Passes(gradients=moved * points, losses=2 * moved))
+    if prepared.plan.smoothing is not None:
+        noise = prepared.plan.smoothing
+        todo = todo.plus(Passes(answers=noise.total * len(noise.sigmas)))
     counts = Counts(len(by_question(prepared.requests)), len(prepared.requests))
     for batch in answered:
         counts.add(engine.pack(batch), sizes, todo, engine.scorer.takes_twins)

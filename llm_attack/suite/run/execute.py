@@ -43,7 +43,16 @@ from llm_attack.suite.analysis.summary import summarise
 from llm_attack.suite.analysis.worst import KNOWS_GOLD, hidden_gradients, with_worst
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.results import LM_EVAL, Result
-from llm_attack.suite.run import checks, fingerprint, on_ray, perturbations, rows, steps, texts
+from llm_attack.suite.run import (
+    certificates,
+    checks,
+    fingerprint,
+    on_ray,
+    perturbations,
+    rows,
+    steps,
+    texts,
+)
 from llm_attack.suite.run.load import load_model
 from llm_attack.suite.run.progress import RunProgress, note, status
 from llm_attack.suite.run.store import Follower, Store, all_here
@@ -249,6 +258,8 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         kinds = {str(r.task_name): str(r.request_type) for r in requests}
         if of_texts := texts.record(kinds, plan.loss):
             run["texts"] = of_texts
+        of_questions = certificates.certificates(plan, lm, questions, requests, gathered)
+        run |= certificates.record(plan, lm)
         if plan.standard is not None:
             checked += checks.at_end(samples)
             run |= {"standard": plan.standard.version, CHECKS: checked}
@@ -268,7 +279,7 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
             *hidden_gradients(samples, known),
             *(f"{name}: {text}" for name, text in critical.stalled(samples).items()),
             *checks.sentences(checked),
-            *_critical_of_others(attacks, scores),
+            *_of_others(plan, attacks, scores),
             *([] if saved is None else perturbations.warnings(folder)),
         ],
         "fingerprint": fingerprint.plain(mark),
@@ -278,8 +289,8 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         "timings": {"processes": who.world, "seconds": seconds, "date": now()},
     }
     judged = dict(zip(infos, results, strict=True))
-    traced = _traced(prepared, gathered)
-    return Result(table, samples, questions, redacted(run), judged, traced=traced)
+    more: Any = {"traced": _traced(prepared, gathered), "certificates": of_questions}
+    return Result(table, samples, questions, redacted(run), judged, **more)
 
 
 def _traced(prepared: Prepared, gathered: Gathered) -> pd.DataFrame | None:
@@ -309,16 +320,22 @@ def _tasks(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _critical_of_others(attacks: Sequence[Attack], scores: Mapping[str, Score]) -> list[str]:
-    """A warning if the critical epsilons do not refer to the scores that are reported."""
+def _of_others(plan: Plan, attacks: Sequence[Attack], scores: Mapping[str, Score]) -> list[str]:
+    """A warning for each measure of the likeliest choice if another score is reported."""
     of_choices = ("acc", "acc_norm", "acc_bytes")
     others = [
         task for task, score in scores.items() if not (score.choice and score.name in of_choices)
     ]
-    if not others or not any(attack.kind.minimal for attack in attacks):
-        return []
+    measures = {
+        "critical epsilons": any(attack.kind.minimal for attack in attacks),
+        "certificates": plan.smoothing is not None,
+    }
     listed = ", ".join(f"{task} ({scores[task].name})" for task in others)
-    return [f"critical epsilons are about the likeliest choice, not about the score of {listed}"]
+    return [
+        f"{name} are about the likeliest choice, not about the score of {listed}"
+        for name, measured in measures.items()
+        if others and measured
+    ]
 
 
 def _answer(

@@ -42,6 +42,7 @@ def load_model(plan: Plan) -> AttackedHFLM:
         lm = AttackedHFLM(pretrained=model, **arguments, **first)
     lm.path_points = plan.path_points if plan.save_perturbations else None
     lm.trace = plan.trace
+    lm.smoothing = plan.smoothing
     return lm
 
 

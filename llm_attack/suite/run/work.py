@@ -77,6 +77,7 @@ class Work(NamedTuple):
             ],
             "broken_by": [(n, parts.broken_by) for n, parts in requests if any(parts.broken_by)],
             **steps.content(requests),
+            "votes": [(n, parts.votes) for n, parts in requests if parts.votes is not None],
             "diagnostics": [asdict(d) for d in result.diagnostics],
         }
 
@@ -126,7 +127,7 @@ class Gathered(NamedTuple):
     Attributes:
         answers: for each condition, one per request, in the form that lm-eval expects from a model.
         diagnostics: one per condition.
-        alignments, critical_epsilons, broken_by: see `Answered`; by numbers of requests.
+        alignments, critical_epsilons, broken_by, votes: see `Answered`; by numbers of requests.
         steps: the result of `steps.content`, by numbers of requests.
     """
 
@@ -136,6 +137,7 @@ class Gathered(NamedTuple):
     critical_epsilons: dict[int, Sequence[float | None]]
     broken_by: dict[int, Sequence[str | None]]
     steps: dict[int, steps.OfRequest]
+    votes: dict[int, list[list[list[int]]]]
 
 
 def gather(contents: Mapping[Key, Any], work: Sequence[Work], n: int) -> Gathered:
@@ -148,6 +150,7 @@ def gather(contents: Mapping[Key, Any], work: Sequence[Work], n: int) -> Gathere
     windows: dict[int, list[Any]] = {}
     broken_by: dict[int, Sequence[str | None]] = {}
     curves: dict[int, steps.OfRequest] = {}
+    votes: dict[int, list[list[list[int]]]] = {}
     totals = [Diagnostics() for _ in range(conditions)]
     for content in batches:
         for number, of_request in content["answers"]:
@@ -160,6 +163,7 @@ def gather(contents: Mapping[Key, Any], work: Sequence[Work], n: int) -> Gathere
         critical_epsilons.update(epsilons)
         broken_by.update(content.get("broken_by", []))
         curves.update(content.get(steps.STEPS, []))
+        votes.update(content.get("votes", []))
         for total, sums in zip(totals, content["diagnostics"], strict=True):
             total.add(sums)
     for number, parts in windows.items():
@@ -169,7 +173,8 @@ def gather(contents: Mapping[Key, Any], work: Sequence[Work], n: int) -> Gathere
         if None not in of_gradients:
             *sums, _ = map(sum, zip(*of_gradients, strict=True))
             alignments[number] = [*sums, math.nan]
-    return Gathered(answers, totals, alignments, critical_epsilons, broken_by, curves)
+    gathered = answers, totals, alignments, critical_epsilons, broken_by, curves, votes
+    return Gathered(*gathered)
 
 
 class RunningAccuracy:
