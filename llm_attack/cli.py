@@ -225,7 +225,7 @@ class _OfDoctor(_OfPlan):
     _SETTLED = ("attacks", "epsilons", "epsilon_unit", "critical", "epsilon_max", "hookpoints")
     # settings of attacks that it does not run, and of several processes
     _UNUSED = ("decay", "restarts", "rounds", "first_epsilon", "shard", "ray", "ray_workers")
-    _OF_OUTPUT = ("equivalence", "save_perturbations", "path_points")
+    _OF_OUTPUT = ("equivalence", "save_perturbations", "path_points", "trace")
 
     @cached_property
     def settings(self) -> list[Option]:

@@ -82,6 +82,9 @@ class AttackedHFLM(Generating):
     path_points: int | None = None
     """`path_points` of the engine's traces from the next call of `use` on; None: no traces."""
 
+    trace: bool = False
+    """Whether the engine returns the loss at every step; conditions of `use` from then on."""
+
     @torch.inference_mode(False)
     def __init__(self, pretrained: Any = DEFAULT_MODEL, **arguments: Any) -> None:
         report_if_lm_eval_runs()
@@ -197,6 +200,7 @@ class AttackedHFLM(Generating):
             [at_names[names.index(condition.hookpoint)] for condition in conditions],
             self._slopes(at_names, names, attacks),
             self.path_points,
+            self.trace,
         )
         return InUse(conditions, tuple(signals), engine, tuple(text))
 

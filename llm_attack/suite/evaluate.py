@@ -31,7 +31,7 @@ from llm_attack.suite.analysis.conditions import CONDITIONS
 from llm_attack.suite.analysis.perturbations import FOLDER
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.report import tables
-from llm_attack.suite.results import LM_EVAL, Result, save_frames
+from llm_attack.suite.results import LM_EVAL, TRACE, Result, save_frames
 from llm_attack.suite.run import estimate, fingerprint, on_ray
 from llm_attack.suite.run.execute import Prepared, Processes, execute, prepare
 from llm_attack.suite.run.load import left_as_it_was
@@ -352,7 +352,8 @@ def save(result: Result, folder: Path, command: list[str] | str) -> list[str]:
     """
     samples = result.samples.copy(deep=False)
     samples.attrs[CONDITIONS] = result.run.get(CONDITIONS, {})
-    save_frames(folder, samples=samples, questions=result.questions)
+    traced = {} if result.traced is None else {TRACE: result.traced}
+    save_frames(folder, samples=samples, questions=result.questions, **traced)
     attempts = Attempts()
     for name, judged in result.lm_eval.items():
         with attempts(f"{LM_EVAL}/results_{name}.json"):

@@ -20,7 +20,15 @@ from llm_attack.suite.report.layout import panels, paper_style, print_style, uni
 from llm_attack.suite.report.page import PERTURBATIONS, Picture, page_template, write_report
 from llm_attack.suite.report.tables import Cells
 from llm_attack.suite.results import Result, save_frames
-from llm_attack.suite.studies import calibration, claims, hookpoints, sanity, steps, survival
+from llm_attack.suite.studies import (
+    calibration,
+    claims,
+    convergence,
+    hookpoints,
+    sanity,
+    steps,
+    survival,
+)
 
 WHOLE = "scores of whole tasks"
 if TYPE_CHECKING:
@@ -62,6 +70,11 @@ _PICTURES = {
         "Accuracy by steps",
         "Curves of accuracy over the number of steps, one panel per task, for each attack and"
         " amplitude. The numbers are in the table.",
+    ),
+    "trace": (
+        "Loss over steps",
+        "Curves of the mean loss over the steps of each attack, one panel per attack, for each"
+        " amplitude. If a curve still rises at its end, more steps would find more.",
     ),
     "margin": (
         figures.TITLES["margin"],
@@ -169,6 +182,7 @@ def render(result: Result, folder: Path, run: dict[str, Any]) -> list[str]:
         "layers": lambda: hookpoints.figure(result.table, known),
         "calibration": lambda: calibration.figure(hookpoints.at_first(result.samples)),
         "steps": lambda: steps.figure(table, known),
+        "trace": lambda: convergence.figure(result.trace, known) if _traced(result) else None,
     }
     with print_style():
         for name, make in others.items():
@@ -186,6 +200,11 @@ def render(result: Result, folder: Path, run: dict[str, Any]) -> list[str]:
         lasting["warnings"] = [*(run.get("warnings") or ()), *attempts.lines]
         write_report(folder, samples, result.questions, table, pictures, lasting, more)
     return attempts.lines
+
+
+def _traced(result: Result) -> bool:
+    """Whether the run kept the loss at every step."""
+    return bool((result.run.get("settings") or {}).get("trace"))
 
 
 def for_paper(
@@ -216,6 +235,9 @@ def for_paper(
         "survival": lambda: survival.figure(searched, unit, score),
         "layers": lambda: hookpoints.figure(result.table, result.conditions),
         "steps": lambda: steps.figure(table, result.conditions),
+        "trace": lambda: (
+            convergence.figure(result.trace, result.conditions) if _traced(result) else None
+        ),
         "margin": lambda: figures.margins(samples[samples["condition"].isin(few["condition"])]),
         "cosine": lambda: figures.cosines(samples),
         "calibration": lambda: calibration.figure(hookpoints.at_first(result.samples)),

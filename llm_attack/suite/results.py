@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 # The subfolder of a run's folder for lm-eval's own results.
 LM_EVAL = "lm_eval"
 FRAMES = ("questions", "samples")
+TRACE = "trace"  # the frame that only runs with `trace` have
 # Zstandard compresses repetitions better than Parquet's dictionaries: half of Snappy's bytes.
 _SMALL = {"compression": "zstd", "compression_level": 9, "use_dictionary": False}
 
@@ -69,6 +70,7 @@ class Result:
             its resolved settings with its diagnostics (`attacks`).
         lm_eval: lm-eval's own results for each condition; empty if the run was read from a folder.
         judged: the result of `worst`, if it is known already.
+        traced: the result of `trace`, if it is known already.
         folder: the folder of the run; None if it is not stored.
     """
 
@@ -78,6 +80,7 @@ class Result:
     run: dict[str, Any]
     lm_eval: dict[str, dict[str, Any]]
     judged: pd.DataFrame | None = field(default=None, repr=False, compare=False)
+    traced: pd.DataFrame | None = field(default=None, repr=False, compare=False)
     folder: Path | None = field(default=None, repr=False, compare=False)
 
     def worst(self) -> pd.DataFrame:
@@ -125,6 +128,25 @@ class Result:
                 "perturbations: the run has no folder; must have one, as with evaluate(output=...)"
             )
         return perturbations.read(self.folder, task, condition)
+
+    @property
+    def trace(self) -> pd.DataFrame:
+        """Loss and margin at every step: a row for each question, condition and step.
+
+        docs/files.md has its columns.
+
+        Raises:
+            UsageError: the run did not keep them, or the file cannot be read.
+        """
+        if self.traced is not None:
+            return self.traced
+        if not (self.run.get("settings") or {}).get("trace") or self.folder is None:
+            raise UsageError("trace: the run did not keep it; must be one with trace=True")
+        path = self.folder / f"{TRACE}.parquet"
+        try:
+            return pd.read_parquet(path)
+        except (OSError, TypeError, ValueError) as error:
+            raise UsageError(f"{path}: cannot be read ({one_line(error)})") from error
 
     @property
     def conditions(self) -> dict[str, Condition]:
@@ -298,7 +320,8 @@ def load(folder: Path, equivalence: float | None = None) -> Result:
     within = run.get("equivalence") if equivalence is None else equivalence
     table = flagged(with_equivalence(table, within), {"": run})
     run = run | {"equivalence": within}
-    return Result(table, frames["samples"], frames["questions"], run, {}, samples, Path(folder))
+    own, questions = frames["samples"], frames["questions"]
+    return Result(table, own, questions, run, {}, samples, folder=Path(folder))
 
 
 def lm_eval_of(result: Result) -> dict[str, dict[str, Any]]:

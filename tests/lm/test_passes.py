@@ -1,11 +1,13 @@
 """How often the model runs: each attack's forwards and backwards, counted at the head."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 
 from llm_attack.attacks import ATTACKS, Attack, Losses, perturb, trajectory
+from llm_attack.attacks.settings import BATTERIES
 from llm_attack.base.errors import UsageError
 from llm_attack.harness.requests import encode, questions_of
 from llm_attack.lm.network.hook import frozen
@@ -90,20 +92,51 @@ def run(lm, asked, conditions):
     return tuple(counts), computed
 
 
+def recorded(computed):
+    """What each condition says that it takes by itself, forward and backward."""
+    return [
+        tuple(float(sums[name] / sums["points"]) for name in ("forwards", "backwards"))
+        for sums in computed.sums
+    ]
+
+
 def test_the_table_has_every_attack():
     assert ALONE.keys() == ATTACKS.keys()
 
 
 @pytest.mark.parametrize("name", ALONE)
 def test_alone(name, make, asked):
-    counts, _ = run(make(), asked, [settings(name)])
+    counts, computed = run(make(), asked, [settings(name)])
     assert counts == ALONE[name]
+    assert recorded(computed) == [ALONE[name]]
 
 
 @pytest.mark.parametrize(("names", "expected"), TOGETHER, ids=lambda value: str(value))
 def test_together(names, expected, make, asked):
-    counts, _ = run(make(), asked, [settings(name) for name in names])
+    counts, computed = run(make(), asked, [settings(name) for name in names])
     assert counts == expected
+    assert recorded(computed) == [ALONE[name] for name in names]
+
+
+@pytest.mark.parametrize("name", ["bim", "apgdt", "critical"])
+def test_passes_that_are_recorded_with_another_model_for_gradients(name, make, asked):
+    counts, computed = run(make(gradient_dtype="bfloat16"), asked, [settings(name)])
+    assert recorded(computed) == [counts]
+
+
+def test_passes_of_a_battery_are_those_of_its_attacks(make, build, monkeypatch):
+    """Of one question, which all attacks meet: too small an amplitude breaks nothing."""
+    members = (("apgdt", {"steps": 2}), ("fmn", {"steps": 3}), ("blocks", {"queries": 4}))
+    kind = BATTERIES["standard-1"]
+    monkeypatch.setitem(BATTERIES, "standard-1", replace(kind, members=members))
+    one = build("demo_arc_easy", 1).instances
+    lm = make()
+    lm.use(settings("standard-1", "1e-9rms", loss="margin"))
+    pack = packed(lm, one)
+    with frozen(lm.model), counted(lm.engine) as counts:
+        computed = lm.engine.compute(pack)
+    assert computed.broken_by == [[None]]
+    assert recorded(computed) == [tuple(counts)]
 
 
 @pytest.mark.parametrize("loss", ["sequence", "choice"])

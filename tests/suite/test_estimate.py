@@ -134,6 +134,8 @@ def test_dry_run_writes_nothing(tmp_path, monkeypatch):
     shown = {label.strip(): value.strip() for label, value in cells if label.strip()}
     assert (shown["questions"], shown["requests"]) == ("3", "6")
     assert {"tokens", "FLOP", "time", "memory"} <= set(shown)
+    # the clean pass with its gradient, and a forward at the attacked point
+    assert shown["passes"] == "2 forward, 1 backward for each question"
 
 
 def test_flop_saved_by_computing_once(make, asked):

@@ -23,7 +23,7 @@ from llm_attack.attacks import (
 )
 from llm_attack.lm.engine import diagnostics
 from llm_attack.lm.engine.choices import sum_by
-from llm_attack.lm.engine.clean import BatchLoss, CleanPass, answers_of, expand
+from llm_attack.lm.engine.clean import BatchLoss, CleanPass, Needs, answers_of, expand
 from llm_attack.lm.engine.scoring import Scorer, Scores
 from llm_attack.lm.losses import ThreatModel
 from llm_attack.lm.packing.pack import Pack
@@ -37,11 +37,29 @@ class Attacked(NamedTuple):
         sums: the values to add to the sums of `Diagnostics`, by name.
         scores: the scores of the continuations' tokens at `x`; None if the attack did not evaluate
             this point.
+        curve: what it saw on its way; None if nobody asks. Without `scores`, the last step is
+            missing.
     """
 
     x: Tensor
     sums: dict[str, Tensor]
     scores: Scores | None
+    curve: Curve | None = None
+
+
+class Curve(NamedTuple):
+    """The loss at every point that an attack evaluates, in order.
+
+    Attributes:
+        attack: its name.
+        first: number of the first step: 0 if that is where the attack starts.
+        values: (steps, requests, 2), for each request the loss of its example and the
+            log-likelihood of its continuation.
+    """
+
+    attack: str
+    first: int
+    values: Tensor
 
 
 @dataclass(frozen=True)
@@ -70,6 +88,7 @@ class AttackedBatch:
         threat: the loss, and the tokens that may move.
         clean: the clean pass, with all that the attacks need.
         slopes: the copy that computes gradients; None if the model of `scorer` does.
+        trace: whether attacks return a `Curve`.
 
     Attributes:
         x: the clean point: (B, L, H), or (U, H) if the pack has nodes.
@@ -84,9 +103,10 @@ class AttackedBatch:
         threat: ThreatModel,
         clean: CleanPass,
         slopes: Slopes | None = None,
+        trace: bool = False,
     ) -> None:
         self.scorer, self.pack, self.threat = scorer, pack, threat
-        self.clean, self.slopes = clean, slopes
+        self.clean, self.slopes, self.trace = clean, slopes, trace
         self.read = BatchLoss(pack, threat)
 
     @property
@@ -149,6 +169,33 @@ class AttackedBatch:
             point = expand(self.pack, x)
             return self.scorer(self.pack, self.pack.scored, point, self.clean.below)
 
+    def ending(self, end: Attacked) -> Attacked:
+        """The result of an attack, with the scores at its point."""
+        if end.scores is not None:
+            return end
+        if end.curve is None:
+            return end._replace(scores=self.answers(end.x))
+        with torch.no_grad():
+            seen = self.watched(end.x)
+        values = torch.cat([end.curve.values, self.values(seen)[None]])
+        return end._replace(
+            scores=answers_of(self.pack, seen), curve=end.curve._replace(values=values)
+        )
+
+    @torch.no_grad()
+    def values(self, watched: Scores) -> Tensor:
+        """(requests, 2): the loss of each request's example, and its log-likelihood."""
+        return self._values(self.read.value(watched), answers_of(self.pack, watched))
+
+    def _values(self, loss: Tensor, answers: Scores | None) -> Tensor:
+        n, of_examples = len(self.pack.requests), self.of_examples(loss)
+        if len(of_examples) < n:
+            of_examples = of_examples[self._question_of_requests]
+        own = torch.full_like(of_examples, torch.nan)
+        if answers is not None:
+            own = sum_by(answers.log_prob, self.pack.scored.request, n)
+        return torch.stack([of_examples.to(own), own], -1)
+
     @cached_property
     def target(self) -> Tensor:
         """(questions, choices) booleans: the target choice of targeted attacks."""
@@ -179,23 +226,28 @@ class AttackedBatch:
         """
         longest = max(family, key=lambda attack: attack.points)
         ends = {attack.points: attack for attack in family}
-        look = _Look(self, self.slopes if longest.kind.gradient else None)
+        look = _Look(self, longest)
         attacked: dict[int, Attacked] = {}
-        points = trajectory(
+        points: dict[int, int] = {}
+        way = trajectory(
             longest,
             self.x,
-            look.losses(longest),
+            look.losses(),
             elements=self.elements,
             keys=self.keys if longest.draws else None,
             known=self._known(longest),
             watch=Watch(look.count, look.keep),
         )
-        for i, x in enumerate(points, 1):
-            if i - 1 in attacked:  # the gradient of this step was taken at that point
-                attacked[i - 1] = attacked[i - 1]._replace(scores=look.last)
+        for i, x in enumerate(way, 1):
+            # the gradient of this step was taken at that point
+            if i - 1 in attacked and look.last is not None:
+                of_point = attacked[i - 1]._replace(scores=look.last)
+                attacked[i - 1] = of_point._replace(curve=look.curve(points[i - 1] + 1))
             if i in ends:
+                points[i] = len(look.values)
                 scores = look.best if longest.keeps_best else None
-                attacked[i] = Attacked(x, self._sums(ends[i], x, look), scores)
+                sums = self._sums(ends[i], x, look) | look.passes(scores is None)
+                attacked[i] = Attacked(x, sums, scores, look.curve())
         return [attacked[attack.points] for attack in family]
 
     def _known(self, attack: Attack) -> Known:
@@ -275,9 +327,11 @@ class _Look:
 
     Args:
         batch: the batch.
-        slopes: the copy that computes the losses; None if the model whose answers count does.
+        attack: the attack.
 
     Attributes:
+        slopes: the copy that computes the losses; None if the model whose answers count does.
+        values: the values of `Curve`, a tensor for each step.
         last: the scores at the last point that was evaluated.
         best: for each example, the scores at the point that `keep` marked. None if there is no
             such point, or if the scores come from the copy.
@@ -286,18 +340,50 @@ class _Look:
             of those where it is zero in every coordinate.
     """
 
-    def __init__(self, batch: AttackedBatch, slopes: Slopes | None) -> None:
-        self.batch, self.slopes = batch, slopes
+    def __init__(self, batch: AttackedBatch, attack: Attack) -> None:
+        self.batch, self.attack = batch, attack
+        self.slopes = batch.slopes if attack.kind.gradient else None
         self.last: Scores | None = None
-        self.best = None if slopes is not None else batch.clean.scores
+        self.best = None if self.slopes is not None else batch.clean.scores
+        self.values: list[Tensor] = []
+        clean = batch.clean
+        if batch.trace and attack.uses_clean_gradient and clean.loss is not None:
+            self.values.append(batch._values(clean.loss, clean.scores))
+        self.forwards, self.backwards = self._at_the_start()
         self.zeros: list[Tensor] = []
         self.changing: list[Tensor] = []
         self.flat: list[Tensor] = []
         self.can_change = self._differs(0)
 
-    def losses(self, attack: Attack) -> Losses:
-        """The losses of an attack. They record the scores that they evaluate."""
-        batch, gold = self.batch, self.batch.read.kind.gold
+    def _at_the_start(self) -> tuple[int, int]:
+        """Passes at the clean point that the attack needs, forward and backward."""
+        kind, needs = self.attack.kind, Needs.of([self.attack])
+        # the gap there, which another condition may have needed as well
+        gap = kind.targeted and kind.adaptive and self.batch.clean.scores is not None
+        answers = needs.answers or gap
+        if not needs.gradient:
+            return int(answers), 0
+        return 1 + int(answers and self.slopes is not None), 1
+
+    def passes(self, answers: bool) -> dict[str, Tensor]:
+        """The passes so far, as sums for the diagnostics; `answers` adds the one of the answers."""
+        n = self.batch.examples.n
+        counts = {"points": n, "forwards": n * (self.forwards + answers)}
+        counts["backwards"] = n * self.backwards
+        return {name: torch.as_tensor(count) for name, count in counts.items()}
+
+    def curve(self, n: int | None = None) -> Curve | None:
+        """The first `n` steps so far; None: all of them."""
+        if not self.batch.trace:
+            return None
+        kind = self.attack.kind
+        nothing = self.batch.x.new_empty(0, len(self.batch.pack.requests), 2)
+        values = torch.stack(self.values[:n]) if self.values else nothing
+        return Curve(self.attack.name, int(kind.search or kind.noise), values)
+
+    def losses(self) -> Losses:
+        """The losses of the attack. They record the scores that they evaluate."""
+        attack, batch, gold = self.attack, self.batch, self.batch.read.kind.gold
         targets: list[partial[Tensor]] = []
         if attack.kind.targeted and attack.kind.adaptive:
             others = range(max(1, batch.read.choices.most_others))
@@ -306,8 +392,14 @@ class _Look:
         gap = self._gap if gold else None
         return Losses(self._loss, self._target_loss if one else None, targets, gap)
 
-    def _see(self, x: Tensor) -> Scores:
+    def _see(self, x: Tensor, step: bool = True) -> Scores:
+        """The scores that the loss reads at a point, which may be a step of the curve."""
         scores = self.batch.watched(x, self.slopes)
+        self.forwards += 1
+        if x.requires_grad:
+            x.register_hook(self._backward)
+        if step and self.batch.trace:
+            self.values.append(self.batch.values(scores))
         if self.slopes is None:
             self.last = answers_of(self.batch.pack, scores)
         return scores
@@ -343,10 +435,16 @@ class _Look:
         read, self.can_change = self.batch.read, self._differs(other)
         return read.choices.lead(read.sums(self._see(x)), other)
 
+    def _backward(self, gradient: Tensor) -> None:
+        self.backwards += 1
+
     def _gap(self, x: Tensor) -> Tensor:
+        kind = self.attack.kind
         if self.slopes is not None:  # the model itself decides whether an answer is wrong
+            self.forwards += 1
             return self.batch.gap(x)
-        return self.batch.read.gap(self._see(x))
+        # others look only whether a point that they have evaluated is wrong
+        return self.batch.read.gap(self._see(x, step=kind.minimal and not kind.adaptive))
 
     def count(self, gradient: Tensor) -> None:
         """Counts the zero coordinates of a gradient that is used."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llm_attack.attacks import Attack
-from llm_attack.lm.engine.attacked import AttackedBatch
+from llm_attack.lm.engine.attacked import AttackedBatch, Curve
 from llm_attack.lm.engine.clean import BatchLoss
 from llm_attack.lm.engine.scoring import Scores
 from llm_attack.lm.losses import ThreatModel
@@ -32,11 +32,13 @@ class Survived(NamedTuple):
         sums: the values to add to the sums of `Diagnostics`, for all attacks together.
         broken_by: for each question, the attack that made it wrong. None if none did, or if it is
             wrong without an attack.
+        curves: the curves of each attack, with the numbers of the questions that it met.
     """
 
     scores: Scores
     sums: dict[str, Tensor]
     broken_by: list[str | None]
+    curves: list[tuple[Curve, Sequence[int]]]
 
 
 def survive(
@@ -58,6 +60,7 @@ def survive(
     gap = BatchLoss(pack, threat).gap(clean, pack.scored)
     broken_by: list[str | None] = [None] * len(pack.questions)
     places, sums = _entries(pack), dict[str, Tensor]()
+    curves: list[tuple[Curve, Sequence[int]]] = []
     for member in attack.members:
         left = [i for i, value in enumerate(gap.tolist()) if not value > 0]
         if not left:
@@ -65,8 +68,10 @@ def survive(
         questions = [pack.questions[i] for i in left]
         batch = Batch(questions, pack.end is not None, len(pack.prefix), pack.limit)
         at = prepare(batch, member)
-        end = at.attack(member)
-        found = at.answers(end.x) if end.scores is None else end.scores
+        end = at.ending(at.attack(member))
+        found = end.scores
+        assert found is not None
+        curves += [] if end.curve is None else [(end.curve, left)]
         new = at.read.gap(found, at.pack.scored)
         better = torch.zeros_like(gap, dtype=torch.bool)
         better[left] = new > gap[left]
@@ -81,7 +86,10 @@ def survive(
         for name, value in end.sums.items():
             if name not in _OF_POINTS:
                 sums[name] = sums[name] + value if name in sums else value
-    return Survived(kept, sums, broken_by)
+    n = torch.as_tensor(len(pack.questions))
+    sums["points"] = n
+    sums["forwards"] = sums.get("forwards", 0 * n) + n  # and without an attack
+    return Survived(kept, sums, broken_by, curves)
 
 
 def _entries(pack: Pack) -> Sequence[slice]:

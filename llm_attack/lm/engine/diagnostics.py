@@ -45,6 +45,9 @@ class Diagnostics:
             their lengths, as shares of the requested length and at most 1. Only attacks that go as
             far as they can count.
         not_finite: answers whose log-likelihood is infinite or NaN.
+        points: questions, or requests if each is attacked by itself.
+        forwards, backwards: for each of the `points`, the passes that this condition makes if it
+            is run by itself; of a battery, the passes of its attacks.
     """
 
     signal: float = 0.0
@@ -64,6 +67,9 @@ class Diagnostics:
     tokens: float = 0.0
     nearest_l2: float = 0.0
     nearest_linf: float = 0.0
+    points: float = 0.0
+    forwards: float = 0.0
+    backwards: float = 0.0
 
     def add(self, sums: Mapping[str, float]) -> None:
         """Adds values to the sums with these names."""
@@ -81,6 +87,8 @@ class Diagnostics:
         - examples that did not move
         - the amplitude that was reached, as a share of the requested one
         - tokens that are still nearest to their own embedding
+
+        The passes are the mean for one question, or for one request.
         """
         snr = _ratio(self.signal, self.noise)
         signal, noise = _ratio(self.signal, self.elements), _ratio(self.noise, self.elements)
@@ -98,6 +106,8 @@ class Diagnostics:
             "nearest_token_unchanged": _ratio(self.nearest_l2, self.tokens),
             "nearest_token_unchanged_linf": _ratio(self.nearest_linf, self.tokens),
             "nearest_token_sample": int(self.tokens) or None,
+            "forward_passes": _ratio(self.forwards, self.points),
+            "backward_passes": _ratio(self.backwards, self.points),
         }
 
     def warnings(self) -> list[str]:

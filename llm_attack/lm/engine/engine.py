@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llm_attack.attacks import Attack
 from llm_attack.base.errors import UsageError
-from llm_attack.lm.engine.attacked import Attacked, AttackedBatch, Slopes
+from llm_attack.lm.engine.attacked import Attacked, AttackedBatch, Curve, Slopes
 from llm_attack.lm.engine.battery import survive
 from llm_attack.lm.engine.clean import CleanPass, Needs
 from llm_attack.lm.engine.diagnostics import Diagnostics
@@ -32,6 +32,8 @@ from llm_attack.lm.packing.prefix import groups, start
 from llm_attack.lm.packing.questions import Question
 
 Answer = tuple[float, bool]
+Curves = list[tuple[Curve, Sequence[int]]]
+"""Curves of one condition, each with the numbers of the questions that it is of."""
 
 # Tokens of a batch. These keep the device busy, and more only cost memory. benchmarks/engine.py
 BUDGET = {"cpu": 768, "mps": 8192, "cuda": 32768}
@@ -50,6 +52,7 @@ class Answered(NamedTuple):
         critical_epsilons: for each attack that searches for it, the amplitude that makes the answer
             wrong (`AttackedBatch.critical_epsilon`); None for the others.
         broken_by: for each battery, see `Survived`; None for the others.
+        curves: for each attack, the curves of this question's requests; empty without `trace`.
     """
 
     question: Question
@@ -57,6 +60,7 @@ class Answered(NamedTuple):
     alignment: tuple[float, ...] | None
     critical_epsilons: list[float | None]
     broken_by: list[str | None]
+    curves: list[list[Curve]]
 
 
 @dataclass
@@ -81,6 +85,7 @@ class Computed(NamedTuple):
         critical_epsilons: for each attack (questions,), or None.
         broken_by: for each attack, a name or None of each question.
         traces: for each attack, or None.
+        curves: for each attack.
     """
 
     scores: list[Scores]
@@ -89,6 +94,7 @@ class Computed(NamedTuple):
     critical_epsilons: list[Tensor | None]
     broken_by: list[list[str | None]]
     traces: list[Trace | None]
+    curves: list[Curves]
 
 
 @dataclass(frozen=True)
@@ -127,6 +133,7 @@ class Engine:
         scorers: for each attack, the scorer of its hookpoint; empty: `scorer` for all.
         slopes: for each scorer, the scorer that computes the gradients; empty: the same scorer.
         path_points: the argument `points` of `traced`, for traces in the results; None: no traces.
+        trace: whether the results contain the curves of the attacks.
     """
 
     scorer: Scorer
@@ -137,6 +144,7 @@ class Engine:
     scorers: Sequence[Scorer] = ()
     slopes: Mapping[Scorer, Scorer] = field(default_factory=dict)
     path_points: int | None = None
+    trace: bool = False
     _tried: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -305,23 +313,28 @@ class Engine:
         batches = self.prepared(pack, needs)
         first = batches[self.scorers[0]]
         alignment = first.alignment(self.attacks[0]) if needs.gradient else None
-        computed = Computed([], [], alignment, [], [], [])
+        computed = Computed([], [], alignment, [], [], [], [])
         for attack, scorer, end in zip(self.attacks, self.scorers, self.ends(batches), strict=True):
             at = batches[scorer]
             broken_by: list[str | None] = [None] * len(pack.questions)
-            sums = {} if end is None else end.sums
+            curves: Curves = []
             if attack.kind.members and not attack.identity:
                 assert first.clean.scores is not None
                 prepare, x = partial(self._alone, scorer), None
-                scores, sums, broken_by = survive(
+                scores, sums, broken_by, curves = survive(
                     attack, pack, self.threat, first.clean.scores, prepare
                 )
             elif end is None:  # the clean point
                 assert first.clean.scores is not None
+                n = torch.as_tensor(len(pack.requests))
+                sums = {"points": n, "forwards": n, "backwards": 0 * n}
                 scores, x = first.clean.scores, at.clean.x
             else:
-                x = end.x
-                scores = at.answers(x) if end.scores is None else end.scores
+                end = at.ending(end)
+                assert end.scores is not None
+                sums, scores, x = end.sums, end.scores, end.x
+                every = range(len(pack.questions))
+                curves = [] if end.curve is None else [(end.curve, every)]
             critical = None
             if attack.kind.minimal:
                 assert x is not None
@@ -331,6 +344,7 @@ class Engine:
             computed.critical_epsilons.append(critical)
             computed.broken_by.append(broken_by)
             computed.traces.append(self._trace(at, end))
+            computed.curves.append(curves)
         return computed
 
     def _trace(self, batch: AttackedBatch, end: Attacked | None) -> Trace | None:
@@ -352,7 +366,7 @@ class Engine:
         if not self.slopes:
             passes = clean_passes(scorers, pack, self.threat, needs)
             return {
-                scorer: AttackedBatch(scorer, pack, self.threat, clean)
+                scorer: AttackedBatch(scorer, pack, self.threat, clean, trace=self.trace)
                 for scorer, clean in zip(scorers, passes, strict=True)
             }
         passes = clean_passes(scorers, pack, self.threat, replace(needs, gradient=False))
@@ -361,7 +375,7 @@ class Engine:
         prepared = {}
         for scorer, other, clean, half in zip(scorers, others, passes, halves, strict=True):
             slopes, both = Slopes(other, half.below), _with_slopes(clean, half)
-            prepared[scorer] = AttackedBatch(scorer, pack, self.threat, both, slopes)
+            prepared[scorer] = AttackedBatch(scorer, pack, self.threat, both, slopes, self.trace)
         return prepared
 
     def ends(self, batches: Mapping[Scorer, AttackedBatch]) -> list[Attacked | None]:
@@ -405,6 +419,7 @@ class Engine:
         if computed.alignment is not None:
             alignments = [tuple(row) for row in computed.alignment.tolist()]
         critical = [[None] * n if c is None else c.tolist() for c in computed.critical_epsilons]
+        of_questions = [_by_question(pack, curves) for curves in computed.curves]
         at = 0
         for i, question in enumerate(pack.questions):
             end = at + len(question.requests)
@@ -412,9 +427,23 @@ class Engine:
             amplitudes = [of_attack[i] for of_attack in critical]
             names = [of_attack[i] for of_attack in computed.broken_by]
             result.answered.append(
-                Answered(question, of_question, alignments[i], amplitudes, names)
+                Answered(
+                    *(question, of_question, alignments[i], amplitudes, names),
+                    [of_attack[i] for of_attack in of_questions],
+                )
             )
             at = end
+
+
+def _by_question(pack: Pack, curves: Curves) -> list[list[Curve]]:
+    """The curves of each question of a pack. Waits for the device."""
+    found: list[list[Curve]] = [[] for _ in pack.questions]
+    for curve, numbers in curves:
+        sizes = [len(pack.questions[i].requests) for i in numbers]
+        parts = curve.values.cpu().double().split(sizes, 1)
+        for i, part in zip(numbers, parts, strict=True):
+            found[i].append(curve._replace(values=part))
+    return found
 
 
 def _summed(scores: Scores, sizes: list[int]) -> tuple[list[Answer], int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from llm_attack.lm.engine.attacked import Curve
 from llm_attack.lm.engine.engine import Answer, Answered
 
 
@@ -15,6 +16,7 @@ class OfRequest(NamedTuple):
     alignment: tuple[float, ...] | None
     critical_epsilons: list[float | None]
     broken_by: list[str | None]
+    curves: list[list[Curve]]
 
 
 def by_index(answered: Iterable[Answered]) -> dict[int, OfRequest]:
@@ -25,6 +27,10 @@ def by_index(answered: Iterable[Answered]) -> dict[int, OfRequest]:
             parts.alignment,
             parts.critical_epsilons,
             parts.broken_by,
+            [
+                [curve._replace(values=curve.values[:, i]) for curve in of_attack]
+                for of_attack in parts.curves
+            ],
         )
         for parts in answered
         for i, indices in enumerate(parts.question.answers)

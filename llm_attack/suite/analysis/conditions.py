@@ -33,7 +33,7 @@ OF_THE_RUN = (
     *("model", "model_args", "tasks", "limit", "include_path"),
     *("attacks", "epsilons", "critical", "epsilon_max", "hookpoints"),
     *("batch_size", "device", "equivalence", "shard", "ray", "ray_workers"),
-    *("save_perturbations", "path_points"),
+    *("save_perturbations", "path_points", "trace"),
     *names(EngineSettings),
 )
 _DEFAULTS: dict[str, Any] = {

@@ -40,6 +40,7 @@ from llm_attack.suite.plan import values
 _HOW = ("device", "equivalence", "shard", "ray", "ray_workers")
 # Only saved perturbations depend on these settings.
 _SAVED = ("save_perturbations", "path_points")
+_TRACED = ("trace",)  # only the curves over steps depend on this
 
 # The attack that asks for the worst case over all attacks (`suite.analysis.worst`). A loss that
 # does not know the label needs this request.
@@ -195,6 +196,12 @@ class Plan(_SeveralSteps, EngineSettings):
         "Points between the clean and the perturbed embeddings at which save_perturbations takes a"
         " gradient, for the share of the loss that each token carries. With 0, there are no shares",
         minimum=0,
+        group="output",
+    )
+    trace: bool = setting(
+        False,
+        "Keep the loss and the margin at every step of every attack, as trace.parquet, and draw the"
+        " loss over steps. It takes no further pass through the model. Needs a task with choices",
         group="output",
     )
     shard: str | None = setting(
@@ -502,8 +509,9 @@ class Plan(_SeveralSteps, EngineSettings):
         return values
 
     def settings(self) -> dict[str, Any]:
-        """All settings that the answers and saved perturbations depend on."""
-        left_out = _HOW if self.save_perturbations else (*_HOW, *_SAVED)
+        """All settings that the answers, saved perturbations and curves depend on."""
+        saved = () if self.save_perturbations else _SAVED
+        left_out = (*_HOW, *saved, *(() if self.trace else _TRACED))
         return {name: value for name, value in self.plain().items() if name not in left_out}
 
 

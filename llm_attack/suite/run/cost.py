@@ -34,6 +34,11 @@ class Passes(NamedTuple):
     clean: int = 0
     first: int = 0
 
+    @property
+    def forwards(self) -> int:
+        """All of them, as every backward pass has one before it."""
+        return self.gradients + self.losses + self.answers + self.clean
+
     def plus(self, other: Passes) -> Passes:
         """The sum of both."""
         return Passes(*(a + b for a, b in zip(self, other, strict=True)))

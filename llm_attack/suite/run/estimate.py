@@ -124,6 +124,7 @@ class Estimate:
             none.
         sizes: number of questions of each task.
         saved: a sentence about saved perturbations; empty if none are saved.
+        passes: passes over all batches.
     """
 
     counts: Counts
@@ -135,6 +136,7 @@ class Estimate:
     saved: str = ""
     seconds: float = field(init=False)
     battery: bool = False
+    passes: Passes = field(default_factory=Passes)
 
     def __post_init__(self) -> None:
         counts, rates = self.counts, self.rates
@@ -156,6 +158,8 @@ class Estimate:
             "tokens": f"{n.tokens_asked:,}",
             "tokens packed, with padding": f"{n.tokens_packed:,} ({share:.0%})",
             "FLOP": f"{n.flop:.3g} ({n.gradients / max(1, n.flop):.0%} of them with gradients)",
+            "passes": f"{self.passes.forwards} forward, {self.passes.gradients} backward for each"
+            " question" + ", at most" * self.battery,
             **({"steps of generation": f"{n.steps:,} at most"} if n.steps else {}),
             "time": f"{timedelta(seconds=round(self.seconds))} ({self.seconds:.3g} s) at"
             f" {rate:.3g} FLOP/s{steps}, measured for {rates.seconds:.1f} s"
@@ -235,7 +239,8 @@ def estimate(prepared: Prepared, seconds: float = SECONDS) -> Estimate:
     activations = kept + passing + logits
     said = "" if saved is None else saved.words()
     battery = any(attack.kind.members for attack in engine.attacks)
-    return Estimate(counts, rates, weights, activations, copied, n, said, battery=battery)
+    found = counts, rates, weights, activations, copied, n, said
+    return Estimate(*found, battery=battery, passes=todo)
 
 
 class Calibration:

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
 from rich.console import Console
 
 from llm_attack.attacks import Attack
@@ -42,11 +43,11 @@ from llm_attack.suite.analysis.summary import summarise
 from llm_attack.suite.analysis.worst import KNOWS_GOLD, hidden_gradients, with_worst
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.results import LM_EVAL, Result
-from llm_attack.suite.run import checks, fingerprint, on_ray, perturbations, rows, texts
+from llm_attack.suite.run import checks, fingerprint, on_ray, perturbations, rows, steps, texts
 from llm_attack.suite.run.load import load_model
 from llm_attack.suite.run.progress import RunProgress, note, status
 from llm_attack.suite.run.store import Follower, Store, all_here
-from llm_attack.suite.run.work import RunningAccuracy, Work, gather, work_of
+from llm_attack.suite.run.work import Gathered, RunningAccuracy, Work, gather, work_of
 
 
 class Processes(NamedTuple):
@@ -169,6 +170,10 @@ def prepare(plan: Plan, progress: str, console: Console, doctor: bool = False) -
             )
         gold = rows.gold_of(requests)
         scores = rows.scores_of(requests, plan.score)
+        if plan.trace and not any(gold.values()):
+            raise UsageError(
+                f"trace=True: needs a task with choices; tasks={','.join(map(str, plan.tasks))}"
+            )
         work = list(work_of(lm, requests))
         batches = [(w.key, w.asked()) for w in work]
         asked = (r for w in work for q in w.batch.questions for r in q.requests)
@@ -272,7 +277,19 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         "hardware": hardware() | {"device": str(lm.device)} | of_threads,
         "timings": {"processes": who.world, "seconds": seconds, "date": now()},
     }
-    return Result(table, samples, questions, redacted(run), dict(zip(infos, results, strict=True)))
+    judged = dict(zip(infos, results, strict=True))
+    traced = _traced(prepared, gathered)
+    return Result(table, samples, questions, redacted(run), judged, traced=traced)
+
+
+def _traced(prepared: Prepared, gathered: Gathered) -> pd.DataFrame | None:
+    """The loss at every step; None without `trace`."""
+    if not prepared.plan.trace:
+        return None
+    conditions = [attack.condition for attack in prepared.lm.engine.attacks]
+    shared = prepared.lm.settings.shared
+    groups = rows.grouped(prepared.requests)
+    return steps.frame_of(groups, prepared.gold, conditions, gathered.steps, shared)
 
 
 def _of_model(lm: AttackedHFLM) -> dict[str, Any]:

@@ -41,6 +41,7 @@ def load_model(plan: Plan) -> AttackedHFLM:
     with nullcontext() if plan.model_args.get("tp_plan") is not None else _alone():
         lm = AttackedHFLM(pretrained=model, **arguments, **first)
     lm.path_points = plan.path_points if plan.save_perturbations else None
+    lm.trace = plan.trace
     return lm
 
 

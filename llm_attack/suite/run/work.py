@@ -17,6 +17,7 @@ from llm_attack.lm.engine.diagnostics import Diagnostics
 from llm_attack.lm.engine.engine import BatchResult
 from llm_attack.lm.engine.scatter import by_index
 from llm_attack.lm.packing.batches import Batch
+from llm_attack.suite.run import steps
 from llm_attack.suite.run.store import Key
 
 AnyBatch = Batch | Prompts
@@ -75,6 +76,7 @@ class Work(NamedTuple):
                 if any(x is not None for x in parts.critical_epsilons)
             ],
             "broken_by": [(n, parts.broken_by) for n, parts in requests if any(parts.broken_by)],
+            **steps.content(requests),
             "diagnostics": [asdict(d) for d in result.diagnostics],
         }
 
@@ -125,6 +127,7 @@ class Gathered(NamedTuple):
         answers: for each condition, one per request, in the form that lm-eval expects from a model.
         diagnostics: one per condition.
         alignments, critical_epsilons, broken_by: see `Answered`; by numbers of requests.
+        steps: the result of `steps.content`, by numbers of requests.
     """
 
     answers: list[list[Any]]
@@ -132,6 +135,7 @@ class Gathered(NamedTuple):
     alignments: dict[int, Sequence[float]]
     critical_epsilons: dict[int, Sequence[float | None]]
     broken_by: dict[int, Sequence[str | None]]
+    steps: dict[int, steps.OfRequest]
 
 
 def gather(contents: Mapping[Key, Any], work: Sequence[Work], n: int) -> Gathered:
@@ -143,6 +147,7 @@ def gather(contents: Mapping[Key, Any], work: Sequence[Work], n: int) -> Gathere
     critical_epsilons: dict[int, Sequence[float | None]] = {}
     windows: dict[int, list[Any]] = {}
     broken_by: dict[int, Sequence[str | None]] = {}
+    curves: dict[int, steps.OfRequest] = {}
     totals = [Diagnostics() for _ in range(conditions)]
     for content in batches:
         for number, of_request in content["answers"]:
@@ -154,6 +159,7 @@ def gather(contents: Mapping[Key, Any], work: Sequence[Work], n: int) -> Gathere
         epsilons = content.get("critical_epsilons", content.get("needed", []))  # its earlier name
         critical_epsilons.update(epsilons)
         broken_by.update(content.get("broken_by", []))
+        curves.update(content.get(steps.STEPS, []))
         for total, sums in zip(totals, content["diagnostics"], strict=True):
             total.add(sums)
     for number, parts in windows.items():
@@ -163,7 +169,7 @@ def gather(contents: Mapping[Key, Any], work: Sequence[Work], n: int) -> Gathere
         if None not in of_gradients:
             *sums, _ = map(sum, zip(*of_gradients, strict=True))
             alignments[number] = [*sums, math.nan]
-    return Gathered(answers, totals, alignments, critical_epsilons, broken_by)
+    return Gathered(answers, totals, alignments, critical_epsilons, broken_by, curves)
 
 
 class RunningAccuracy:
