@@ -37,8 +37,8 @@ class Attacked(NamedTuple):
         sums: the values to add to the sums of `Diagnostics`, by name.
         scores: the scores of the continuations' tokens at `x`; None if the attack did not evaluate
             this point.
-        curve: what it saw on its way; None if nobody asks. Without `scores`, the last step is
-            missing.
+        curve: the losses at its steps; None without `trace`. It lacks the last step if `scores` is
+            None.
     """
 
     x: Tensor
@@ -52,7 +52,7 @@ class Curve(NamedTuple):
 
     Attributes:
         attack: its name.
-        first: number of the first step: 0 if that is where the attack starts.
+        first: number of the first step; 0 if the first value is at the start of the attack.
         values: (steps, requests, 2), for each request the loss of its example and the
             log-likelihood of its continuation.
     """
@@ -366,7 +366,11 @@ class _Look:
         return 1 + int(answers and self.slopes is not None), 1
 
     def passes(self, answers: bool) -> dict[str, Tensor]:
-        """The passes so far, as sums for the diagnostics; `answers` adds the one of the answers."""
+        """The passes so far, as sums for the diagnostics.
+
+        Args:
+            answers: whether one more forward pass reads the answers.
+        """
         n = self.batch.examples.n
         counts = {"points": n, "forwards": n * (self.forwards + answers)}
         counts["backwards"] = n * self.backwards

@@ -32,7 +32,7 @@ class Survived(NamedTuple):
         sums: the values to add to the sums of `Diagnostics`, for all attacks together.
         broken_by: for each question, the attack that made it wrong. None if none did, or if it is
             wrong without an attack.
-        curves: the curves of each attack, with the numbers of the questions that it met.
+        curves: the curve of each attack, with the numbers of the questions that it attacked.
     """
 
     scores: Scores

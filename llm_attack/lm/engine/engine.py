@@ -35,7 +35,7 @@ from llm_attack.lm.smoothing import Smoothing
 
 Answer = tuple[float, bool]
 Curves = list[tuple[Curve, Sequence[int]]]
-"""Curves of one condition, each with the numbers of the questions that it is of."""
+"""The curves of one condition, each with the numbers of its questions."""
 
 # Tokens of a batch. These keep the device busy, and more only cost memory. benchmarks/engine.py
 BUDGET = {"cpu": 768, "mps": 8192, "cuda": 32768}

@@ -36,7 +36,7 @@ class Passes(NamedTuple):
 
     @property
     def forwards(self) -> int:
-        """All of them, as every backward pass has one before it."""
+        """The number of all forward passes. Every backward pass has one before it."""
         return self.gradients + self.losses + self.answers + self.clean
 
     def plus(self, other: Passes) -> Passes:

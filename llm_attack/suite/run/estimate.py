@@ -124,7 +124,7 @@ class Estimate:
             none.
         sizes: number of questions of each task.
         saved: a sentence about saved perturbations; empty if none are saved.
-        passes: passes over all batches.
+        passes: the passes of each batch through the model.
     """
 
     counts: Counts
