@@ -1,6 +1,6 @@
 """The votes of a model on a question's choices under Gaussian noise, for randomised smoothing.
 
-The input that is smoothed is the point of a question: the vectors of all its tokens that may move.
+The smoothed input is the point of a question: the vectors of all its tokens that may move.
 Choices share the tokens of their common beginning, as in the balls of attacks that know the gold.
 So a certificate is about the ball in which `critical` searches with norm l2.
 """

@@ -1,7 +1,7 @@
 """Certificates by randomised smoothing: from votes to radii, and the certified accuracy.
 
-Cohen, Rosenfeld and Kolter 2019 (arXiv 1902.02918), their procedure CERTIFY. The classifier that is
-certified is the *vote*: the choice that the model prefers most often under Gaussian noise. All
+The procedure is CERTIFY of Cohen, Rosenfeld and Kolter 2019 (arXiv 1902.02918). The certified
+classifier is the *vote*: the choice that the model prefers most often under Gaussian noise. All
 functions are pure functions over the frame of `certificates.parquet`, which `certified` makes.
 
 A radius is a lower bound for the vote. A critical epsilon is an upper bound for the network without

@@ -29,7 +29,7 @@ _BEYOND = 0.9  # share of the finite critical epsilons that the figure shows
 
 
 class Certificates(NamedTuple):
-    """The certificates of a run, and what they are shown with.
+    """The certificates of a run, and the data that tables and figures show with them.
 
     Attributes:
         frame: the result of `analysis.certified.certified`.
