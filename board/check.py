@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,26 @@ from llm_attack.base.failures import one_line
 
 CARDS = Path(__file__).parent / "cards"
 _DIFFERENT = 0.05  # share of the answers that may differ, because rounding decides a few
+_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_HARMLESS = {"revision", "subfolder", "dtype", "max_length", "add_bos_token", "prefix_token_id"}
+_KEPT = ("num_fewshot", "apply_chat_template", "system_instruction", "fewshot_as_multiturn")
+
+
+def cannot_repeat(card: dict[str, Any]) -> str | None:
+    """The reason why a card is not repeated here; None if it is.
+
+    A card may come from anybody. Some arguments of a model run code, and a path leads to this
+    machine. So the model must be the bundled one, or on the hub.
+    """
+    source, arguments = card["model"]["source"], card["settings"].get("model_args") or {}
+    if source != "demo" and not _HUB.fullmatch(source):
+        return f"model={source}: is not on the hub"
+    strange = sorted({*arguments} - _HARMLESS)
+    if strange:
+        return f"model_args={strange[0]}=...: is not one of {', '.join(sorted(_HARMLESS))}"
+    if not all(isinstance(value, (str, int)) for value in arguments.values()):
+        return "model_args: must be texts and numbers"
+    return None
 
 
 def rerun(card: dict[str, Any], n: int) -> str | None:
@@ -31,16 +52,14 @@ def rerun(card: dict[str, Any], n: int) -> str | None:
     from llm_attack import robust_accuracy
 
     names = [task["name"] for task in card["tasks"]]
-    kept = ("num_fewshot", "apply_chat_template", "system_instruction", "fewshot_as_multiturn")
-    settings = {k: v for k in kept if (v := card["settings"].get(k)) not in (None, False)}
-    arguments = card["settings"].get("model_args") or {}
+    settings = {k: v for k in _KEPT if (v := card["settings"].get(k)) not in (None, False)}
     found = robust_accuracy(
         card["model"]["source"],
         tasks=names,
         version=card["standard"],
         limit=math.ceil(n / len(names)),
         progress="quiet",
-        model_args=arguments,
+        model_args=card["settings"].get("model_args") or {},
         **settings,
     )
     if found["model"]["weights"] != card["model"]["weights"]:
@@ -65,12 +84,21 @@ def check(path: Path, n: int) -> list[str]:
     """The faults of a card, a line each."""
     try:
         card = load_card(path)
-        wrong = rerun(card, n) if n else None
     except UsageError as error:
         return [str(error)]
+    if not n:
+        return []
+    why = cannot_repeat(card)
+    if why is not None:
+        print(f"{path}: not repeated ({why})")
+        return []
+    try:
+        wrong = rerun(card, n)
     except OSError as error:  # the model cannot be loaded here
         print(f"{path}: not repeated ({one_line(error)})")
         return []
+    except Exception as error:
+        return [f"card={path}: cannot be repeated ({one_line(error)})"]
     return [] if wrong is None else [f"card={path}: {wrong}"]
 
 

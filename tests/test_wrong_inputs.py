@@ -162,6 +162,37 @@ def runs(folder):
             content.to_parquet(path)
 
 
+def cards(folder):
+    """A card, and copies of it, each broken in one way; a run whose checks are damaged."""
+    text = next(Path(__file__).parents[1].glob("board/cards/demo-*.json")).read_text()
+    card = json.loads(text)
+    name = json.dumps(card["model"]["name"])
+    broken = {
+        "card": text,
+        "card_cut": text[:-100],
+        "card_list": "[]",
+        "card_deep": "[" * 100_000,
+        "card_nan": text.replace('"limit": 10', '"limit": NaN'),
+        "card_infinite": text.replace('"limit": 10', '"limit": 1e999'),
+        "card_huge": json.dumps(card | {"model": card["model"] | {"parameters": 10**400}}),
+        "card_schema": text.replace('"card_version": 1', '"card_version": 2'),
+        "card_standard": text.replace('"standard": "standard-1"', '"standard": "standard-99"', 1),
+        "card_twice": text.replace('"card_version": 1', '"card_version": 1, "card_version": 1'),
+        "card_renamed": text.replace(f'"name": {name}', '"name": "a\\u0000b"', 1),
+        "card_robust": json.dumps(card | {"robust": card["robust"][::-1]}),
+        "card_unchecked": json.dumps(card | {"checks": []}),
+        "card_script": json.dumps(
+            card | {"submitted_by": {"name": "a", "link": "javascript:alert(1)"}}
+        ),
+    }
+    for file, content in broken.items():
+        Path(f"{file}.json").write_text(content)
+    os.mkfifo("pipe.json")
+    shutil.copytree("good", "run_checks")
+    record = json.loads(Path("good/run.json").read_text())
+    Path("run_checks/run.json").write_text(json.dumps(record | {"checks": [3]}))
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, one_index):
     """The folder in which all is wrong, as the working directory."""
@@ -182,6 +213,7 @@ def world(tmp_path_factory, one_index):
         Path(f"{name}.yaml").write_bytes(content)
     models(folder)
     runs(folder)
+    cards(folder)
     with pytest.MonkeyPatch.context() as patch:
         # a figure is drawn on trial for the first of hundreds of runs
         patch.setattr(render, "try_out", functools.cache(render.try_out))

@@ -38,4 +38,5 @@ def board(paths: Sequence[Path], output: str) -> None:
     check_writable(folder, boards.MARK)
     loaded = [cards.load_card(path) for path in paths]
     boards.save(loaded, folder)
-    written(f"{folder}: index.html, with a page, a table and a card for each of {len(loaded)}")
+    shown = len({card["id"] for card in loaded})
+    written(f"{folder}: index.html, with a page and a card for each of {shown}")

@@ -25,7 +25,7 @@ from llm_attack.suite.analysis.calibration import calibration
 from llm_attack.suite.analysis.certified import SMOOTHING
 from llm_attack.suite.analysis.conditions import CONDITIONS, Condition
 from llm_attack.suite.analysis.equivalence import with_equivalence
-from llm_attack.suite.analysis.flags import flagged
+from llm_attack.suite.analysis.flags import CHECKS, flagged
 from llm_attack.suite.analysis.outcomes import BROKEN_BY, with_scores
 from llm_attack.suite.analysis.perturbations import Perturbations
 from llm_attack.suite.analysis.summary import summarise
@@ -51,6 +51,7 @@ _PARTS_SINCE: dict[str, type] = {
     "warnings": list,
     "equivalence": float,
     "of_tasks": dict,
+    CHECKS: list,
 }
 _RECORD: dict[str, type] = {
     "command": str,
@@ -326,6 +327,9 @@ def load(folder: Path, equivalence: float | None = None) -> Result:
                 f"{path}: the entry {name} is {type(part).__name__}, not {kind.__name__}; must be"
                 " the folder of a finished run"
             )
+    whole = (isinstance(c, dict) and {"name", "passed"} <= {*c} for c in run.get(CHECKS) or ())
+    if not all(whole):
+        raise UsageError(f"{path}: the entry {CHECKS} is damaged; must be as a run wrote it")
     run = {**run, "model_name": run.get("model_name") or run["model"]}
     frames = load_frames(folder)
     run = {"conditions": frames["samples"].attrs.pop(CONDITIONS, {}), **run}

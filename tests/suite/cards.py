@@ -4,6 +4,7 @@ import hashlib
 
 from llm_attack.lm.standard import STANDARDS
 from llm_attack.stats import wilson
+from llm_attack.suite.analysis.flags import ZEROS, checks_of
 from llm_attack.suite.studies import card
 
 
@@ -35,7 +36,10 @@ def made(
     task = {"name": "demo_piqa", "version": 1.0, "num_fewshot": 0, "n": len(clean)}
     task |= {"clusters": len(clean), "baseline": 0.5, "questions": questions}
     lost = sum(pair == ("1", "0") for pair in zip(clean, robust, strict=True))
-    check = {"name": "the gradient is not zero", "passed": not failed, "figure": "zero in 0 %"}
+    checks = [
+        {"name": check, "passed": check != ZEROS or not failed, "figure": "measured"}
+        for check in checks_of(battery=True)
+    ]
     return {
         "card_version": 1,
         "id": card.identity(standard.version, model, [task]),
@@ -60,8 +64,8 @@ def made(
             for norm in standard.norms
             for epsilon in standard.epsilons
         ],
-        "checks": [check],
-        "failed_checks": [check["name"]] if failed else [],
+        "checks": checks,
+        "failed_checks": [ZEROS] if failed else [],
         "warnings": [],
         "hardware": {"processor": "p", "cores": 2, "gpus": []},
         "seconds": 1.5,

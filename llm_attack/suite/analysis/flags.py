@@ -12,6 +12,14 @@ import pandas as pd
 
 CHECKS, FAILED = "checks", "failed_checks"
 
+REPEATS, GRADIENT = "answers do not vary from call to call", "answers with a gradient are the same"
+ZEROS, SEARCH = "the gradient is not zero", "a search without gradients does not win"
+
+
+def checks_of(battery: bool) -> list[str]:
+    """The names of the checks of a standard, in order; some of them only a battery has."""
+    return [REPEATS, GRADIENT, ZEROS, *([SEARCH] if battery else [])]
+
 
 def failed(run: Mapping[str, Any]) -> list[str]:
     """The names of the checks that a run, or a card, failed."""

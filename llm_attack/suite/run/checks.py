@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 
 from llm_attack.attacks.settings import ATTACKS, BATTERIES
@@ -22,6 +23,7 @@ from llm_attack.lm.network.hook import frozen
 from llm_attack.lm.network.reproducible import reproducible
 from llm_attack.lm.packing.batches import Batch
 from llm_attack.stats import ALPHA, more_often
+from llm_attack.suite.analysis.flags import GRADIENT, REPEATS, SEARCH, ZEROS
 from llm_attack.suite.analysis.outcomes import BROKEN_BY
 
 Checked = dict[str, Any]
@@ -29,9 +31,6 @@ Checked = dict[str, Any]
 
 _QUESTIONS = 4  # number of questions, from the first batch
 _ROUNDING = 1e-3  # of the log-probabilities; bfloat16 rounds less. `doctor` has the same limit
-
-REPEATS, GRADIENT = "answers do not vary from call to call", "answers with a gradient are the same"
-ZEROS, SEARCH = "the gradient is not zero", "a search without gradients does not win"
 
 
 def at_start(lm: AttackedHFLM, batch: Batch) -> list[Checked]:
@@ -41,8 +40,19 @@ def at_start(lm: AttackedHFLM, batch: Batch) -> list[Checked]:
         lm: the model.
         batch: the first batch of the run.
     """
+    questions = _QUESTIONS
+    while True:
+        try:
+            return _of_few(lm, replace(batch, questions=batch.questions[:questions]))
+        except Exception as error:  # the run halves its batches as well
+            if questions == 1 or not should_reduce_batch_size(error):
+                raise
+        clear_device_cache(garbage_collection=True)
+        questions //= 2
+
+
+def _of_few(lm: AttackedHFLM, few: Batch) -> list[Checked]:
     engine = lm.engine
-    few = replace(batch, questions=batch.questions[:_QUESTIONS])
     with frozen(lm.model), reproducible(engine.layout.deterministic):
         pack = engine.pack(few).to(engine.device)
         with torch.no_grad():

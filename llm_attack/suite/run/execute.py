@@ -225,11 +225,7 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         for path in store.check():
             text = f"{path.with_suffix('.sqlite')}: cannot be read; moved aside, and computed again"
             note(progress, console, f"{text}: {path}")
-        checked = []
-        if who.first and plan.standard is not None:
-            first = work[0].batch
-            assert isinstance(first, Batch)  # the loss of a standard needs choices
-            checked = checks.at_start(lm, first)
+        checked = _checked(prepared, who)
         threads = sorted(_answer(prepared, store, saved is not None, progress, console))
         if not who.first:
             return None
@@ -291,6 +287,14 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
     judged = dict(zip(infos, results, strict=True))
     more: Any = {"traced": _traced(prepared, gathered), "certificates": of_questions}
     return Result(table, samples, questions, redacted(run), judged, **more)
+
+
+def _checked(prepared: Prepared, who: Processes) -> list[checks.Checked]:
+    """The checks of a standard before a run, by all processes that hold a part of the model."""
+    first = next((w.batch for w in prepared.work if isinstance(w.batch, Batch)), None)
+    if prepared.plan.standard is None or who.rank != 0 or first is None:
+        return []
+    return checks.at_start(prepared.lm, first)
 
 
 def _traced(prepared: Prepared, gathered: Gathered) -> pd.DataFrame | None:

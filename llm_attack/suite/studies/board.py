@@ -136,8 +136,8 @@ def bibtex(cards: Iterable[Card]) -> str:
         if by.get("link"):
             lines.append(f"  howpublished = {{\\url{{{_address(by['link'])}}}}},")
         entries.append("\n".join([*lines, f"  year = {{{str(card['date'])[:4]}}},", "}"]))
-    version = next((c["package"]["version"] for c in cards), "")
-    return "\n\n".join([*entries, BIBTEX.replace("VERSION", str(version))])
+    version = next((c["package"]["version"] for c in cards), None) or ""
+    return "\n\n".join([*entries, BIBTEX.replace("VERSION", escaped(version))])
 
 
 def _address(link: str) -> str:
@@ -153,6 +153,10 @@ def check(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"output={folder}: is a file; must be a folder")
+    if (folder / MODELS).is_symlink():
+        raise UsageError(
+            f"output={folder}: {MODELS} is a link; must be a folder of the board's own"
+        )
     if folder.exists() and any(folder.iterdir()) and not (folder / MARK).exists():
         raise UsageError(
             f"output={folder}: holds other files; must be a new folder, or one of a board"

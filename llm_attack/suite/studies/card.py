@@ -6,11 +6,8 @@ docs/standard.md the meaning of its fields. The module needs neither torch nor l
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ import pandas as pd
 
 from llm_attack.base.errors import UsageError, as_path
 from llm_attack.base.failures import one_line
+from llm_attack.base.folder import check_readable
 from llm_attack.base.record import finite
 from llm_attack.lm.standard import STANDARDS, Standard
 from llm_attack.suite.analysis.conditions import STANDARD, Condition
@@ -25,14 +23,12 @@ from llm_attack.suite.analysis.flags import failed
 from llm_attack.suite.analysis.outcomes import BROKEN_BY
 from llm_attack.suite.analysis.summary import MEAN
 from llm_attack.suite.results import Result
+from llm_attack.suite.studies.plausible import VERSION, fault_of_author, faults, identity, read
 
 FILE = "card.json"
-SCHEMA = Path(__file__).parent / "card.schema.json"
-VERSION = 1  # raised if a field is removed or changes its meaning; new fields do not raise it
-
 _DIGITS = 12  # significant digits, which stay equal between releases of the libraries
-_TIES = 0.01  # of the questions; a plausible card may have so many with equal scores
-_OF_MODEL = ("weights", "config", "tokenizer", "dtype")
+_LARGEST = 2**25  # bytes of a card at most
+_HASHED = ("weights", "config", "tokenizer", "dtype")
 
 
 def of_result(
@@ -47,17 +43,32 @@ def of_result(
         source: name of the run in messages.
 
     Raises:
-        UsageError: the standard does not allow the run.
+        UsageError: the standard does not allow the run, or its record is damaged.
     """
-    reason = refusal(result)
-    if reason is not None:
-        raise UsageError(f"{source}: {reason}")
+    wrong = fault_of_author(name, link)
+    if wrong is not None:
+        raise UsageError(wrong)
+    try:
+        reason = refusal(result)
+        if reason is not None:
+            raise UsageError(f"{source}: {reason}")
+        card = _made(result, name, link)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"{source}: its record cannot be read ({one_line(error)})") from error
+    for line in faults(card):
+        raise UsageError(f"{source}: no card can be made ({line})")
+    return card
+
+
+def _made(result: Result, name: str | None, link: str | None) -> dict[str, Any]:
     run, table = result.run, result.table
     mark, settings, versions = run["fingerprint"], run["settings"], run.get("versions") or {}
     model: dict[str, Any] = {"name": str(run["model_name"]), "source": str(run["model"])}
     model |= {"revision": (settings.get("model_args") or {}).get("revision")}
     model |= dict(run.get("of_model") or {"family": None, "parameters": None})
-    model |= {key: mark.get(key) for key in _OF_MODEL}
+    model |= {key: mark.get(key) for key in _HASHED}
     tasks = _tasks(table, run)
     card = {
         "card_version": VERSION,
@@ -87,14 +98,6 @@ def of_result(
     }
     plain: dict[str, Any] = finite(json.loads(json.dumps(card, default=str)))
     return plain
-
-
-def identity(version: str, model: Mapping[str, Any], tasks: list[dict[str, Any]]) -> str:
-    """A hash of the standard, the model and the questions."""
-    of_model = [model.get(key) for key in _OF_MODEL]
-    questions = [[task["name"], task["questions"], task["n"]] for task in tasks]
-    text = json.dumps([version, of_model, questions])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def refusal(result: Result) -> str | None:
@@ -223,8 +226,13 @@ def load_card(path: str | Path) -> dict[str, Any]:
         UsageError: the file cannot be read, or is no card.
     """
     path = as_path("card", path)
+    check_readable(path, "card")
     try:
-        card = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(_LARGEST + 1)
+        if len(content) > _LARGEST:
+            raise ValueError(f"has more than {_LARGEST:,} bytes")
+        card = read(content.decode("utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"card={path}: cannot be read ({one_line(error)})") from error
     wrong = faults(card)
@@ -232,78 +240,3 @@ def load_card(path: str | Path) -> dict[str, Any]:
         raise UsageError(f"card={path}: {wrong[0]}")
     checked: dict[str, Any] = card
     return checked
-
-
-def faults(card: Any) -> list[str]:
-    """The faults of a card, a line each. If its form is wrong, only the first fault of the form.
-
-    Beyond the form, the identity must match the content, the numbers must fit each other, and every
-    condition of the standard must be there.
-    """
-    form = _fault_of_form(card)
-    if form is not None:
-        return [form]
-    lines = []
-    if card["id"] != identity(card["standard"], card["model"], card["tasks"]):
-        lines.append("id: is not the hash of its standard, model and questions")
-    if card["n"] != sum(task["n"] for task in card["tasks"]):
-        lines.append("n: is not the sum over its tasks")
-    standard = STANDARDS[card["standard"]]
-    wanted = {
-        (a, n, e.number)
-        for a in standard.attacks
-        for n in standard.norms
-        for e in standard.epsilons
-    }
-    found = [(row["attack"], row["norm"], row["epsilon"]["number"]) for row in card["robust"]]
-    if sorted(found) != sorted(wanted):
-        lines.append(f"robust: must have the {len(wanted)} conditions of {standard.version}")
-    if set(card["failed_checks"]) != set(failed(card)):
-        lines.append("failed_checks: are not those that its checks name")
-    for row in ({"condition": "none", **card["clean"]}, *card["robust"]):
-        lines += [f"{row['condition']}: {text}" for text in _implausible(row, card)]
-    return lines
-
-
-def _fault_of_form(card: Any) -> str | None:
-    if not isinstance(card, dict) or card.get("card_version") != VERSION:
-        return f"must be a card of llm-attack, with card_version {VERSION}"
-    if card.get("standard") not in STANDARDS:
-        return f"standard={card.get('standard')}: must be one of {', '.join(STANDARDS)}"
-    if find_spec("jsonschema") is not None:
-        validator: Any = import_module("jsonschema").Draft202012Validator
-        schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
-        for error in validator(schema).iter_errors(card):
-            place = ".".join(map(str, error.absolute_path)) or "card"
-            return f"{place}: {error.message.splitlines()[0]}"
-    return None
-
-
-def _implausible(row: Mapping[str, Any], card: Mapping[str, Any]) -> list[str]:
-    """Impossible values of an accuracy: its interval, counts, mean, and the questions that fell."""
-    lines = []
-    of_tasks = {task["name"]: task["n"] for task in card["tasks"]}
-    if row["tasks"].keys() != of_tasks.keys():
-        return ["its tasks are not those of the card"]
-    for name, part in {"mean": row["accuracy"], **row["tasks"]}.items():
-        if not 0 <= part["low"] <= part["value"] <= part["high"] <= 1:
-            lines.append(f"{name}: the interval does not hold its accuracy")
-    for name, n in of_tasks.items():
-        right, value = row["tasks"][name]["right"], row["tasks"][name]["value"]
-        if len(right) != n or abs(right.count("1") / n - value) > 1e-9:
-            lines.append(f"{name}: the accuracy is not that of its {n} questions")
-    mean = sum(part["value"] for part in row["tasks"].values()) / len(row["tasks"])
-    if abs(mean - row["accuracy"]["value"]) > 1e-9:
-        lines.append("the accuracy is not the mean of its tasks")
-    broken = row.get("broken_by")
-    if broken is not None:
-        pairs = [
-            pair
-            for name, part in card["clean"]["tasks"].items()
-            for pair in zip(part["right"], row["tasks"][name]["right"], strict=False)
-        ]
-        lost = pairs.count(("1", "0"))
-        # these may include an answer that was wrong only by rounding
-        if abs(sum(broken.values()) - lost) > _TIES * card["n"]:
-            lines.append(f"broken_by: names {sum(broken.values())} questions, but {lost} fell")
-    return lines
