@@ -19,7 +19,7 @@ from llm_attack.lm.engine.battery import survive
 from llm_attack.lm.engine.clean import CleanPass, Needs
 from llm_attack.lm.engine.diagnostics import Diagnostics
 from llm_attack.lm.engine.hookpoints import clean_passes
-from llm_attack.lm.engine.probe import fault, longest_flat, takes_twins, trees_fault
+from llm_attack.lm.engine.probe import fault, longest_flat, takes_twins, trees_fault, usable_stack
 from llm_attack.lm.engine.scoring import Scorer, Scores
 from llm_attack.lm.engine.smoothing import votes
 from llm_attack.lm.engine.traces import Trace, traced
@@ -176,6 +176,7 @@ class Engine:
         scorers = dict.fromkeys([*first, *self.scorers])
         for scorer in scorers:
             scorer.lean = scorer.lean or Lean(scorer.model)
+            scorer.stack = scorer.stack or usable_stack(scorer, self.device, pad)
         if alone and {*self.scorers} == {self.scorer}:  # a sweep's forwards start at blocks
             for scorer in dict.fromkeys(first):
                 scorer.longest_flat = longest_flat(scorer, self.device, pad)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llm_attack.base.failures import one_line
 from llm_attack.lm.engine.scoring import Scorer
+from llm_attack.lm.engine.stack import Stack
 from llm_attack.lm.network.hook import vocabulary_of
 from llm_attack.lm.packing.pack import Pack, Twins, pack_rows, pack_trees
 from llm_attack.lm.packing.questions import Question, Request
@@ -163,3 +164,28 @@ def takes_twins(scorer: Scorer, device: torch.device, pad: int = 0) -> bool:
             log.info("twins: computed for each row: %s: %s", type(error).__name__, error)
             return False
     return all(equal_logits(scorer, b, a) for a, b in zip(*slopes, strict=True))
+
+
+def usable_stack(scorer: Scorer, device: torch.device, pad: int = 0) -> Stack | None:
+    """Tries whether one function may compute all blocks.
+
+    Log-probabilities and gradients of made-up questions, as rows and as trees, must equal those of
+    the model's own code; see `equal_logits`.
+    """
+    stack = None if scorer.lean is None else Stack.of(scorer.model, scorer.lean)
+    if stack is None or scorer.skip is not None or stack.contains(scorer.hookpoint):
+        return None
+    packs = [make(made_up(scorer), pad, whole=True).to(device) for make in (pack_rows, pack_trees)]
+    slopes: list[list[Tensor]] = []
+    try:
+        for used in (None, stack):
+            scorer.stack = used
+            slopes.append([part for pack in packs for part in _slopes(scorer, pack, None)])
+    except Exception as error:
+        if should_reduce_batch_size(error):
+            raise
+        log.info("blocks: computed by the model: %s: %s", type(error).__name__, error)
+        return None
+    finally:
+        scorer.stack = None
+    return stack if all(equal_logits(scorer, b, a) for a, b in zip(*slopes, strict=True)) else None

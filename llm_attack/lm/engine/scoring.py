@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from llm_attack.lm.engine.flat import row_by_row, sequence
 from llm_attack.lm.engine.nearest import Nearest
 from llm_attack.lm.engine.once import gathered, products_once
+from llm_attack.lm.engine.stack import Stack
 from llm_attack.lm.network.blocks import Skip
 from llm_attack.lm.network.hook import capture, edit_input, edit_output
 from llm_attack.lm.network.lean import Lean
@@ -98,6 +99,8 @@ class Scorer:
         """Length up to which rows go through the model without their padding; 0: none do."""
         self.lean: Lean | None = None
         """Norms and rotary embeddings that take the place of the model's own."""
+        self.stack: Stack | None = None
+        """All blocks as one function, which takes the place of the model's own."""
         self.nearest = None
         if isinstance(hookpoint, nn.Embedding) and hookpoint is model.get_input_embeddings():
             self.nearest = Nearest(hookpoint, hookpoint.num_embeddings)
@@ -163,7 +166,9 @@ class Scorer:
         flat = self._flat(pack, forward)
         shape = tuple(pack.input_ids.shape) if flat is None else (1, len(flat.real))
         of_forward = twins if flat is None else twins.flat(flat)
-        with products_once(self.model, of_forward, shape):
+        with ExitStack() as context:
+            if not self._stacks(pack):
+                context.enter_context(products_once(self.model, of_forward, shape))
             logits = self._logits(pack, forward, twins.entries.positions, point, below, of_forward)
         return self._look_up(pack, twins.entries, logits)
 
@@ -283,13 +288,28 @@ class Scorer:
                 stack.enter_context(edit_output(self.hookpoint, put))
             if self.head is not None:
                 stack.enter_context(edit_input(self.head, gather))
-            if flat is not None:
-                stack.enter_context(row_by_row(flat))
+            stack.enter_context(self._blocks(pack, forward, twins, positions))
             logits: Tensor = self._forward(inputs).logits
         if seen:
             return logits.flatten(0, 1)  # a view, because the backward of a selection fills zeros
         logits = logits[:, logits.shape[1] - columns :]
         return logits.reshape(rows * columns, -1)[positions.to(logits.device)]
+
+    def _blocks(
+        self, pack: Pack, forward: Forward, twins: Twins | None, positions: Tensor
+    ) -> AbstractContextManager[None]:
+        """The context in which blocks see rows; `positions` are read of their output."""
+        flat = self._flat(pack, forward)
+        if self.stack is not None and self._stacks(pack):
+            rows, length = forward.inputs.tokens.shape
+            return self.stack.used((rows, length), flat, twins, positions)
+        return nullcontext() if flat is None else row_by_row(flat)
+
+    def _stacks(self, pack: Pack) -> bool:
+        """Whether one function computes all blocks. Parts of a pack are recomputed by autograd."""
+        if self.stack is None or pack.prefix or not self.stack.free:
+            return False
+        return not torch.is_grad_enabled() or self.together(pack)
 
     def _flat(self, pack: Pack, forward: Forward) -> Flat | None:
         """The layout without padding for the rows of a forward, if it is used."""

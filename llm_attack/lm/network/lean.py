@@ -42,22 +42,31 @@ class _Rotated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        first, second = x.chunk(2, -1)
-        turned = x * cos
-        ends, sines = turned.chunk(2, -1), sin.chunk(2, -1)
-        ends[0].sub_(second * sines[0])
-        ends[1].add_(first * sines[1])
-        return turned
+        return turned(x, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        cos, sin = ctx.saved_tensors
-        first, second = upstream.chunk(2, -1)
-        slope = upstream * cos
-        ends, sines = slope.chunk(2, -1), sin.chunk(2, -1)
-        ends[0].add_(second * sines[1])
-        ends[1].sub_(first * sines[0])
-        return slope, None, None
+        return turned_back(upstream, *ctx.saved_tensors), None, None
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The pairs of `x`, (..., D), turned by angles; see `_Rotated`."""
+    first, second = x.chunk(2, -1)
+    result = x * cos
+    ends, sines = result.chunk(2, -1), sin.chunk(2, -1)
+    ends[0].sub_(second * sines[0])
+    ends[1].add_(first * sines[1])
+    return result
+
+
+def turned_back(upstream: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The gradient of `x`, from that of `turned`."""
+    first, second = upstream.chunk(2, -1)
+    slope = upstream * cos
+    ends, sines = slope.chunk(2, -1), sin.chunk(2, -1)
+    ends[0].add_(second * sines[1])
+    ends[1].sub_(first * sines[0])
+    return slope
 
 
 def _rotated(theirs: Callable[..., Any]) -> Callable[..., Any]:
@@ -133,8 +142,8 @@ def _turns(function: Any) -> bool:
         return False
     angles = [f(_drawn(2, 3, 4)).repeat(1, 1, 2) for f in (torch.cos, torch.sin)]
 
-    def flattened(turned: Callable[..., Any]) -> Callable[..., Tensor]:
-        return lambda q, k: torch.cat([x.flatten() for x in turned(q, k, *angles)])
+    def flattened(turning: Callable[..., Any]) -> Callable[..., Tensor]:
+        return lambda q, k: torch.cat([x.flatten() for x in turning(q, k, *angles)])
 
     return _equal(
         flattened(function), flattened(_rotated(function)), [_drawn(2, n, 3, 8) for n in (4, 2)]

@@ -296,7 +296,8 @@ class Calibration:
         self.flop[kind] += flop
 
     def _keep(self, tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter) and not tensor.is_leaf:
+        whole = tensor if tensor._base is None else tensor._base
+        if not isinstance(whole, nn.Parameter):
             self.bytes += tensor.nbytes
         return tensor
 
