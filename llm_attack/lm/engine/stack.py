@@ -1,11 +1,11 @@
 """The blocks of a Llama as one function, in fewer passes over memory, forward and backward.
 
-The forward computes each node once (`Twins`), and only attention sees rows. The backward goes row
-by row, and reads what the forward has kept of the nodes. Much is computed in place, which autograd
-cannot do because it does not know who else needs a tensor.
+The forward pass computes each node once (`Twins`), and only attention sees rows. The backward pass
+goes row by row, and reads the tensors of nodes that the forward pass has kept. Many results replace
+their inputs in memory. Autograd cannot do so, because it does not know who else needs a tensor.
 
-It is used on a CPU in float32, if a trial gives the numbers of the model's own code. A block with
-other parts, or with a hook, keeps that code.
+The engine uses the function on a CPU in float32, if a trial gives the numbers of the model's own
+code. A block with other parts, or with a hook, keeps the model's code.
 """
 
 from __future__ import annotations
@@ -67,44 +67,44 @@ class Places:
         return self.flat.real if self.first is None else self.flat.real[self.first]
 
     def to_rows(self, nodes: Tensor) -> Tensor:
-        """(B x L, ...) of (U, ...). Padding gets the values of some token, which no one reads."""
+        """From nodes (U, ...) to (B x L, ...). Padding gets some token's values, never read."""
         index = self._of_positions
         return nodes if index is None else nodes.index_select(0, index)
 
     def of_rows(self, rows: Tensor) -> Tensor:
-        """(U, ...) of (B x L, ...)."""
+        """From (B x L, ...) to nodes (U, ...)."""
         index = self._of_nodes
         return rows if index is None else rows.index_select(0, index)
 
     def slopes_to_rows(self, slopes: Tensor) -> Tensor:
-        """(B x L, ...) of (N, ...), with zeros for padding."""
+        """From tokens (N, ...) to (B x L, ...), with zeros for padding."""
         if self.flat is None:
             return slopes
         rows = slopes.new_zeros(len(self.flat.number), *slopes.shape[1:])
         return rows.index_copy_(0, self.flat.real, slopes)
 
     def slopes_of_rows(self, rows: Tensor) -> Tensor:
-        """(N, ...) of (B x L, ...)."""
+        """From (B x L, ...) to tokens (N, ...)."""
         return rows if self.flat is None else rows.index_select(0, self.flat.real)
 
     def nodes_of(self, tokens: Tensor) -> Tensor:
-        """(U, ...) of (N, ...)."""
+        """From tokens (N, ...) to nodes (U, ...)."""
         return tokens if self.first is None else tokens.index_select(0, self.first)
 
     def to_tokens(self, nodes: Tensor) -> Tensor:
-        """(N, ...) of (U, ...)."""
+        """From nodes (U, ...) to tokens (N, ...)."""
         return nodes if self.node is None else nodes.index_select(0, self.node)
 
 
 @dataclass
 class _Call:
-    """A block with what its model gives it besides hidden states.
+    """A block, and the inputs other than hidden states that its model gives it.
 
     Attributes:
         block: the block.
-        mask: of its attention.
-        angles: cosines and sines, (N, 1, D) each, of all tokens.
-        of_nodes: those of the nodes, (U, 1, D) each.
+        mask: the mask of its attention.
+        angles: cosines and sines of all tokens, (N, 1, D) each.
+        of_nodes: cosines and sines of the nodes, (U, 1, D) each.
     """
 
     block: Any
@@ -154,7 +154,7 @@ def _forward(
     kept: list[Tensor] | None = None,
     attended: list[_Attended] | None = None,
 ) -> Tensor:
-    """The blocks' output; `kept` and `attended` get what the backward reads."""
+    """The blocks' output; `kept` and `attended` get the tensors that the backward pass reads."""
     x = hidden.reshape(-1, hidden.shape[-1])
     x = x.clone() if places.first is None else places.nodes_of(x)
     for call in calls:
@@ -223,7 +223,7 @@ def _attend(
 def _block_backward(
     slope: Tensor, call: _Call, places: Places, kept: list[Tensor], attended: _Attended
 ) -> None:
-    """Turns the gradient of a block's output, (N, H), into that of its input, in place."""
+    """Turns the gradient at a block's output, (N, H), into the gradient at its input, in place."""
     x, scale, y, of_norm, of_gate, of_up = kept
     attention, mlp = call.block.self_attn, call.block.mlp
     inner = slope @ mlp.down_proj.weight
@@ -266,7 +266,7 @@ def _eps(norm: Any) -> float:
 def _add_normed(
     slope: Tensor, gradient: Tensor, norm: Any, places: Places, x: Tensor, scale: Tensor
 ) -> None:
-    """Adds the gradient of a norm's input to `slope`, from that of its output."""
+    """Adds the gradient at a norm's input to `slope`, from the gradient at its output."""
     x, scale = places.to_tokens(x), places.to_tokens(scale)
     gradient.mul_(norm.weight)
     along = (gradient * x).mean(-1, keepdim=True).mul_(scale).mul_(scale)
