@@ -98,12 +98,12 @@ class Places:
 
 @dataclass
 class _Call:
-    """A block, and the inputs other than hidden states that its model gives it.
+    """A block and its inputs, without the hidden states.
 
     Attributes:
         block: the block.
         mask: the mask of its attention.
-        angles: cosines and sines of all tokens, (N, 1, D) each.
+        angles: cosines and sines, (N, 1, D) each, of all tokens.
         of_nodes: cosines and sines of the nodes, (U, 1, D) each.
     """
 
@@ -260,7 +260,7 @@ def _normed(x: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
 
 
 def _eps(norm: Any) -> float:
-    return float(getattr(norm, "variance_epsilon", getattr(norm, "eps", None)))
+    return float(norm.eps if hasattr(norm, "eps") else norm.variance_epsilon)
 
 
 def _add_normed(
@@ -288,7 +288,7 @@ class Stack:
     def of(cls, model: PreTrainedModel, lean: Lean) -> Stack | None:
         """The stack, if all blocks have the known parts."""
         blocks = known_blocks(model)
-        sources = {source.__name__ for source in lean.sources}
+        sources = {source.__name__ for source in lean.sources if source is not None}
         for block in blocks:
             if type(block).__module__ not in sources or not _known(block, lean):
                 return None
