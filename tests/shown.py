@@ -212,6 +212,12 @@ RULES = (
         "few steps",
         more="--steps 2 --checkpoints 2 --batch-size 8",
     ),
+    Rule(
+        r"llm-attack run .* --sigmas .*",
+        f"{FEW}, and few draws of noise",
+        changes=(("results/certify/demo", "certified"),),
+        more="--limit 2 --draws 12 --selection_draws 2 --steps 2 --rounds 2",
+    ),
     Rule(r"llm-attack run --model .*", FEW, changes=(*MODEL, *TASKS), more="--limit 2"),
     Rule(
         r"python -m torch\.distributed\.run .* -m llm_attack run .*",
@@ -341,6 +347,12 @@ RULES = (
         FEW,
         changes=((r"--model \S+", "--model demo"), (r"--tasks \S+", "--tasks demo_piqa")),
         more="--limit 2",
+    ),
+    Rule(
+        r"python benchmarks/interval_bounds\.py .*",
+        FEW,
+        changes=((r" -o \S+", ""),),
+        more="--limit 1",
     ),
     Rule(
         r"python benchmarks/sparsefool\.py .*",

@@ -178,7 +178,7 @@ def figure(shown: Certificates | None) -> Figure | None:
                 _step(axes, of_network, size, lw=1, ls=":", color=COLOURS[-1], label=FOUND)
             axes.set(xlim=(0, _end(shown, found) / size), ylim=(0, 1.03))
             axes.set_yticks(np.arange(0, 1.01, 0.25))
-            axes.locator_params(axis="x", nbins=4)
+            axes.locator_params(axis="x", nbins=3)
         drawn.supxlabel(f"length of the perturbation in L2{f' ({unit})' if unit else ''}")
         drawn.supylabel("share of questions still right")
         legend(drawn, handles(axes))

@@ -1,0 +1,49 @@
+"""The numbers of `docs/certify.md` beside its table, and of the results behind them."""
+
+import json
+
+import pandas as pd
+import pytest
+from shown import ROOT
+
+from llm_attack.suite.analysis.certified import largest_radius
+
+PAGE = " ".join((ROOT / "docs" / "certify.md").read_text("utf-8").split())
+RUN = ROOT / "results" / "certify" / "demo"
+
+
+def test_the_largest_radius():
+    """How many questions have it, and what it is with 1000 and with 10,000 draws."""
+    frame = pd.read_parquet(RUN / "certificates.parquet")
+    level = json.loads((RUN / "run.json").read_text("utf-8"))["smoothing"]["failure_probability"]
+    equal = int((frame["hits"] == 1000).sum())
+    assert f"For {equal} of the {len(frame)} questions, all 1000 draws agree" in PAGE
+    most = [largest_radius(1.0, n, level) for n in (1000, 10_000)]
+    assert f"the largest possible, {most[0]:.2f} sigma" in PAGE
+    assert f"10,000 draws allow {most[1]:.2f} sigma" in PAGE
+    reached = (frame["radius"] / frame["sigma"]).max()
+    assert reached == pytest.approx(most[0])
+    assert f"{level * len(frame):.2g} wrong ones are expected among {len(frame)}" in PAGE
+
+
+def test_the_medians_of_the_first_lines():
+    frame = pd.read_parquet(RUN / "certificates.parquet")
+    samples = pd.read_parquet(RUN / "samples.parquet")
+    unit = json.loads((RUN / "run.json").read_text("utf-8"))["smoothing"]["unit_l2"]
+    found = samples["critical_epsilon"].dropna()
+    assert f"{frame['radius'].median() / unit:.3f} in L2 at the median" in PAGE
+    assert f"An attack on the network needs {found.median() / unit:.3f}" in PAGE
+
+
+def test_the_reach_of_interval_bounds():
+    """In RMS, beside the critical epsilons of the same questions."""
+    stored = json.loads((ROOT / "results/certify/intervals/run.json").read_text("utf-8"))
+    best = max(row["reach_rms"] for row in stored["questions"])
+    assert len(stored["questions"]) == 20 and f"the best question | {best:.2g} |" in PAGE
+    asked = {row["doc_id"] for row in stored["questions"]}
+    samples = pd.read_parquet(ROOT / "results/critical/demo/samples.parquet")
+    here = samples["task"].eq("demo_arc_easy") & samples["doc_id"].isin(asked)
+    here &= samples["condition"].eq("critical@0.5rms")
+    median = samples.loc[here, "critical_epsilon"].median() / stored["rms"]
+    assert here.sum() == 20 and f"(`results/critical/demo`) | {median:.3f} |" in PAGE
+    assert best < 2.0**-51 < median
