@@ -121,10 +121,10 @@ def test_nothing_is_kept_between_batches(make, build, monkeypatch, settings):
     made = []
 
     class Watched(engine.AttackedBatch):
-        def __init__(self, *args):
+        def __init__(self, *args, **more):
             assert all(ref() is None for ref in made)
             made.append(weakref.ref(self))
-            super().__init__(*args)
+            super().__init__(*args, **more)
 
     monkeypatch.setattr(engine, "AttackedBatch", Watched)
     ask(lm, task.instances)

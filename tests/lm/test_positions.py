@@ -64,7 +64,7 @@ def test_elsewhere_nothing_moves(exact, build, attack, packing, task):
         questions = questions_of(task.instances, encode(lm, task.instances), lm.settings)
         (batch,) = lm.batches(questions)
         at = prepared(lm.engine.scorer, lm.engine.pack(batch), lm.settings.threat)
-        point, sums, _ = at.attack(lm.attack)
+        point, sums, *_ = at.attack(lm.attack)
         changed = (point != at.x).any(-1)
         assert changed.any() and not (changed & ~at.mask).any()
         assert torch.equal(point[~at.mask], at.x[~at.mask])
