@@ -131,7 +131,7 @@ def _curve(curve: pd.DataFrame) -> Cells:
     for (task, name), group in curve.groupby(["task", "smoothing"], sort=False):
         by_step = group.set_index("radius_in_sigma")
         cells = [
-            "{certified:.3f} ({low:.3f} to {high:.3f})".format(**by_step.loc[step].to_dict())
+            "{certified:.3f} ({low:.3f}–{high:.3f})".format(**by_step.loc[step].to_dict())
             if step in by_step.index
             else "–"
             for step in steps
