@@ -315,7 +315,9 @@ def load(folder: Path, equivalence: float | None = None) -> Result:
             )
     whole = (isinstance(c, dict) and {"name", "passed"} <= {*c} for c in run.get(CHECKS) or ())
     if not all(whole):
-        raise UsageError(f"{path}: the entry {CHECKS} is damaged; must be that of a finished run")
+        raise UsageError(
+            f"{path}: the entry {CHECKS} is damaged; must be the folder of a finished run"
+        )
     run = {**run, "model_name": run.get("model_name") or run["model"]}
     frames = load_frames(folder)
     run = {"conditions": frames["samples"].attrs.pop(CONDITIONS, {}), **run}
