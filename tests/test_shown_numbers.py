@@ -76,6 +76,25 @@ def test_the_standard_of_the_bundled_model():
     assert {attack for _, _, broken_by in expected for attack in broken_by} == {"apgdt"}
 
 
+def test_what_each_attack_of_the_standard_breaks_alone():
+    """docs/standard.md: every attack on every question."""
+    found = json.loads((ROOT / "results/standard/members.json").read_text("utf-8"))["conditions"]
+    heading, *rows = table_of("docs/standard.md", "condition", "`apgdt`", "`fmn`")
+    names = [name.strip("`") for name in heading[1:5]]
+    for row, of in zip(rows, found, strict=True):
+        norm = "" if of["norm"] == "linf" else f"-{of['norm']}"
+        assert row[0] == f"standard-1@{of['epsilon']}{norm}"
+        broken = [of["broken"][name] for name in (*names, "standard-1")]
+        seconds = of["seconds"]["standard-1"] / of["seconds"]["apgd"]
+        expected = [*broken, sum(of["only"].values())]
+        assert row[1:] == [*map(str, expected), f"{seconds:.1f}"]
+        assert broken[0] == broken[1] == broken[3] == broken[4] and not expected[-1]
+    spent = {name: sum(of["seconds"][name] for of in found) for name in ("standard-1", "apgd")}
+    assert {of["n"] for of in found} == {30}
+    text = words("docs/standard.md")
+    assert f"takes {spent['standard-1'] / spent['apgd']:.1f} times as long" in text
+
+
 def test_calibration():
     """docs/explain/calibration.md: the means over tasks of two runs."""
     page = "docs/explain/calibration.md"
