@@ -260,7 +260,8 @@ def _normed(x: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
 
 
 def _eps(norm: Any) -> float:
-    return float(getattr(norm, "variance_epsilon", getattr(norm, "eps", None)))
+    eps: float = getattr(norm, "variance_epsilon", None) or norm.eps
+    return eps
 
 
 def _add_normed(
@@ -288,7 +289,7 @@ class Stack:
     def of(cls, model: PreTrainedModel, lean: Lean) -> Stack | None:
         """The stack, if all blocks have the known parts."""
         blocks = known_blocks(model)
-        sources = {source.__name__ for source in lean.sources}
+        sources = {getattr(source, "__name__", None) for source in lean.sources}
         for block in blocks:
             if type(block).__module__ not in sources or not _known(block, lean):
                 return None
