@@ -16,7 +16,7 @@ from llm_attack.lm.packing.batches import Batch
 from llm_attack.lm.packing.prefix import start
 from llm_attack.lm.settings import AttackSettings
 from llm_attack.suite.run.cost import Sizes, passes
-from llm_attack.suite.run.estimate import Counts
+from llm_attack.suite.run.estimate import Calibration, Counts
 
 ATTACKS = [
     *[("none", {}), ("random", {}), ("fgsm", {}), ("bim", {"steps": 3}), ("pgd", {"steps": 2})],
@@ -121,6 +121,24 @@ def test_flop_of_what_is_behind_a_prefix(make, asked):
         lm.engine.compute(pack)
     assert counter.get_total_flops() == pytest.approx(counts.flop, rel=0.02)
     assert counts.tokens_packed == pack.input_ids.numel()
+
+
+def test_activations_are_counted_whoever_computes_the_blocks(make, asked):
+    """At least the inputs of norms, of attention and of the gate, of each block and token."""
+    lm = make(attack="fgsm", loss="choice")
+    pack, _ = pack_of(lm, asked)
+    config, scorer = lm.model.config, lm.engine.scorer
+    least = 5 * config.hidden_size + 2 * config.intermediate_size
+    least *= config.num_hidden_layers * pack.input_ids.numel() * lm.model.dtype.itemsize
+    assert scorer.stack is not None
+    counted = []
+    for stack in (scorer.stack, None):
+        scorer.stack = stack
+        calibration = Calibration(lm.engine, Sizes.of(lm.model), gradients=True)
+        with frozen(lm.model):
+            calibration.measure(pack)
+        counted.append(calibration.bytes)
+    assert least <= counted[0] <= counted[1]
 
 
 def test_dry_run_writes_nothing(tmp_path, monkeypatch):
