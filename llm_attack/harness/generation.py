@@ -91,6 +91,7 @@ class Generating(HFLM):  # type: ignore[misc]  # lm-eval is not typed
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations of the prompts, which are attacked at prefill."""
         check_generation(self.settings, str(requests[0].task_name))
+        _check_end(self.tokenizer, str(requests[0].task_name))
         answers: list[str] = super().generate_until(requests, disable_tqdm=disable_tqdm)
         self._pool()
         return answers
@@ -114,6 +115,7 @@ class Generating(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         """Batches of requests with the same arguments of generation."""
         first = requests[numbers[0]]
         task, how = str(first.task_name), dict(first.args[1])
+        _check_end(self.tokenizer, task)
         _check_greedy(task, how)
         most = next((int(how[key]) for key in _MOST if how.get(key)), int(self.max_gen_toks))
         room = self.max_length - most
@@ -284,6 +286,15 @@ def check_generation(settings: Any, task: str) -> None:
         raise UsageError(
             f"positions={settings.positions}: task {task} generates text, so its prompt has no"
             f" {settings.positions}; must be another value, such as not_first"
+        )
+
+
+def _check_end(tokenizer: Any, task: str) -> None:
+    """Refuses a tokenizer without a token that ends a text."""
+    if tokenizer.eos_token_id is None:
+        raise UsageError(
+            f"tokenizer={tokenizer.name_or_path}: has no EOS token, but lm-eval needs one for task"
+            f" {task}, which generates text; must be a tokenizer with such a token"
         )
 
 
