@@ -20,6 +20,7 @@ from llm_attack.base.failures import one_line
 from llm_attack.harness.gguf import names_in
 from llm_attack.harness.patches import replaced
 from llm_attack.lm.network.hook import frozen
+from llm_attack.lm.network.pairs import read
 
 _SHOWN = 3  # number of weights that a message names
 
@@ -276,7 +277,7 @@ def check_float64(model: Any, tokens: torch.Tensor) -> None:
 def _refusal(model: Any, tokens: torch.Tensor) -> RuntimeError | None:
     try:
         with torch.no_grad():
-            model(input_ids=tokens)
+            read(model, tokens)
     except RuntimeError as error:
         if should_reduce_batch_size(error):
             raise
