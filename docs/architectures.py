@@ -12,6 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "lm")]
 
+import multimodal  # noqa: E402
 import networks  # noqa: E402
 import pairs  # noqa: E402
 
@@ -26,6 +27,11 @@ TABLES = {
         ["architecture", "losses", "embedding", "block of each part", "notes"],
         pairs.measured,
         pairs.PAIRS,
+    ),
+    "multimodal": (
+        ["architecture", "loaded by `hf` from a folder", "embedding"],
+        multimodal.measured,
+        multimodal.MULTIMODAL,
     ),
 }
 

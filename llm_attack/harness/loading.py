@@ -30,6 +30,9 @@ _EXCLUSIVE = [("peft", "delta"), ("autogptq", "gptqmodel"), ("tp_plan", "paralle
 _BITS = ("load_in_4bit", "load_in_8bit")
 _OF_BITS = ("bnb_4bit_", "llm_int8_")  # prefixes of arguments that belong to them
 
+# Names of modules for images and sound begin so in checkpoints that also read text.
+_MEDIA = ("audio", "image", "multi_modal", "multimodal", "speech", "video", "vision", "visual")
+
 # Arguments that `hf` silently ignores if the model is already loaded.
 _OF_LOADING = [
     *("delta", "dtype", "gguf_file", "parallelize", "peft", "quantization_config", "subfolder"),
@@ -203,6 +206,23 @@ class Unfit:
         self.missing += sorted({*info["missing_keys"], *mismatched})
         self.unexpected += sorted(info["unexpected_keys"])
         return model
+
+    def left_out(self, config: Any, model: Any) -> list[str]:
+        """A sentence on the weights for images and sound, if the model is only the text part.
+
+        They count as unexpected no longer. lm-eval's `hf` loads such a part of some checkpoints.
+
+        Args:
+            config: the configuration of the checkpoint.
+            model: the loaded model.
+        """
+        kinds = [f"{kind}_config" for kind in ("audio", "vision")]
+        if not any(hasattr(config, kind) and not hasattr(model.config, kind) for kind in kinds):
+            return []
+        media = [n for n in self.unexpected if any(p.startswith(_MEDIA) for p in n.split("."))]
+        self.unexpected = [name for name in self.unexpected if name not in media]
+        text = f"only the text part of the checkpoint was loaded, without {len(media)} weights"
+        return [f"{text} ({_some(media)})"] if media else []
 
     def sentences(self) -> list[str]:
         """The weights that did not fit, one sentence for each kind."""

@@ -373,12 +373,14 @@ class AttackedHFLM(Generating):
             kwargs["quantization_config"] = self._quantization
         with loading.noting(self) as unfit:
             super()._create_model(pretrained, *args, **kwargs)
+        text_alone = unfit.left_out(self._config, self._model)
         self.warnings += unfit.sentences()
         if self.warnings and not self.engine_settings.allow_missing_weights:
             raise UsageError(
                 f"pretrained={pretrained}: {'; '.join(self.warnings)}; must be a complete"
                 " checkpoint of this architecture, or allow_missing_weights=True"
             )
+        self.warnings += text_alone
 
     def _create_tokenizer(self, *args: Any, **kwargs: Any) -> None:
         super()._create_tokenizer(*args, **kwargs)

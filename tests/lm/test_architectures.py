@@ -8,6 +8,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from multimodal import MULTIMODAL
 from networks import (
     ARCHITECTURES,
     CPU,
@@ -183,4 +184,4 @@ def test_the_page_is_what_is_measured():
     text = shown.PAGE.read_text("utf-8")
     assert shown.renewed(text) == text
     assert shown.renewed(text.replace("| `llama` | packed |", "| `llama` | plain |")) == text
-    assert text.count("\n| `") == len(ARCHITECTURES) + len(PAIRS)
+    assert text.count("\n| `") == len(ARCHITECTURES) + len(PAIRS) + len(MULTIMODAL)
