@@ -12,9 +12,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "lm")]
 
+import encoder_decoder  # noqa: E402
 import multimodal  # noqa: E402
 import networks  # noqa: E402
-import pairs  # noqa: E402
 
 PAGE = Path(__file__).with_name("architectures.md")
 TABLES = {
@@ -25,8 +25,8 @@ TABLES = {
     ),
     "encoder-decoder": (
         ["architecture", "losses", "embedding", "block of each part", "notes"],
-        pairs.measured,
-        pairs.PAIRS,
+        encoder_decoder.measured,
+        encoder_decoder.PAIRS,
     ),
     "multimodal": (
         ["architecture", "loaded by `hf` from a folder", "embedding"],

@@ -1,11 +1,13 @@
 """Every architecture of `networks.ARCHITECTURES`: hook, gradient, answers, layout, traces."""
 
 import logging
+import re
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 import torch
+from encoder_decoder import PAIRS
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from multimodal import MULTIMODAL
@@ -24,7 +26,6 @@ from networks import (
     slope_error,
     tokenizer,
 )
-from pairs import PAIRS
 from unchanged import unchanged
 from versions import TRANSFORMERS
 
@@ -167,6 +168,24 @@ def test_nothing_of_the_model_changes(name, threat, monkeypatch):
             attacked(name, threat)
     finally:
         handle.remove()
+
+
+def test_far_steps_of_rwkv():
+    """What the page shows: near the clean point the likelihood rises as the gradient says."""
+    text = (Path(__file__).parents[2] / "docs" / "architectures.md").read_text("utf-8")
+    shown = re.findall(r"^\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.M)
+    assert len(shown) == 4
+    model, pack = network("rwkv"), pack_rows(asked(), whole=True)
+    with exact(), frozen(model):
+        batch = prepared(scorer_of(model), pack, ThreatModel())
+        rms, slope = batch.x.square().mean().sqrt(), batch.clean.gradient.abs().sum()
+        for share, first_order, rise in (map(float, row) for row in shown):
+            epsilon = share * float(rms)
+            assert float(slope) * epsilon == pytest.approx(first_order, rel=0.06)
+            moved = batch.attack(Attack("reversed", epsilon)).x
+            with torch.no_grad():
+                found = float(batch.loss(batch.x).sum() - batch.loss(moved).sum())
+            assert found == pytest.approx(rise, rel=0.06)
 
 
 def page():

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from encoder_decoder import alone, asked, every, network, packed, scorer_of, slope_error, tokenizer
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from networks import VOCABULARY, exact, prepared
-from pairs import alone, asked, every, network, packed, scorer_of, slope_error, tokenizer
 from unchanged import unchanged
 
 from llm_attack.attacks import Attack
