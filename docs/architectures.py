@@ -12,27 +12,44 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "lm")]
 
-from networks import ARCHITECTURES, REFUSED, measured, refusal  # noqa: E402
+import encoder_decoder  # noqa: E402
+import multimodal  # noqa: E402
+import networks  # noqa: E402
 
 PAGE = Path(__file__).with_name("architectures.md")
-HEAD = ["architecture", "layout", "losses", "embedding", "block", "notes"]
+TABLES = {
+    "causal": (
+        ["architecture", "layout", "losses", "embedding", "block", "notes"],
+        networks.measured,
+        networks.ARCHITECTURES,
+    ),
+    "encoder-decoder": (
+        ["architecture", "losses", "embedding", "block of each part", "notes"],
+        encoder_decoder.measured,
+        encoder_decoder.PAIRS,
+    ),
+    "multimodal": (
+        ["architecture", "loaded by `hf` from a folder", "embedding"],
+        multimodal.measured,
+        multimodal.MULTIMODAL,
+    ),
+}
 
 
-def table() -> str:
-    """The table in Markdown: a row per architecture."""
-    rows = [HEAD, ["---"] * len(HEAD), *map(measured, ARCHITECTURES)]
-    for kind in REFUSED:
-        reason = refusal(kind).rpartition(": ")[2]
-        rows.append([f"`{kind}`", *["–"] * 4, f"refused: {reason}"])
+def table(name: str) -> str:
+    """A table in Markdown: a row per architecture."""
+    head, measured, kinds = TABLES[name]
+    rows = [head, ["---"] * len(head), *map(measured, kinds)]
     return "\n".join(f"| {' | '.join(row)} |".replace("|  |", "| |") for row in rows)
 
 
 def renewed(page: str) -> str:
-    """The page with the table between its marks."""
-    start, end = "<!-- measured -->\n", "<!-- end -->"
-    old = f"{re.escape(start)}.*?{end}"
-    new = f"{start}\n{table()}\n\n{end}"
-    return re.sub(old, lambda _: new, page, flags=re.DOTALL)
+    """The page with each table between its marks."""
+    for name in TABLES:
+        start, end = f"<!-- measured: {name} -->\n", "<!-- end -->"
+        new = f"{start}\n{table(name)}\n\n{end}"
+        page = re.sub(f"{re.escape(start)}.*?{end}", lambda _, new=new: new, page, flags=re.DOTALL)
+    return page
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ _COUNTS = ("max_length", "max_batch_size")
 _TEXTS = ("delta", "gguf_file", "offload_folder", "peft", "subfolder")
 _BATCH_SIZE = re.compile(r"[1-9][0-9]*|auto(:[0-9]+(\.[0-9]+)?)?")
 _ROWS = "an integer, 1 or more, or auto"
-_BACKENDS = ("default", "causal")
+_BACKENDS = ("default", "causal", "seq2seq")
 
 
 def known_names() -> list[str]:

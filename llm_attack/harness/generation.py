@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from llm_attack.base.errors import UsageError
 from llm_attack.harness.patches import replaced
+from llm_attack.harness.seq2seq import CAUSAL, check_attack
 from llm_attack.lm.engine.diagnostics import Diagnostics
 from llm_attack.lm.engine.engine import Answered, BatchResult
 from llm_attack.lm.engine.generate import attacked_prompts
@@ -92,6 +93,7 @@ class Generating(HFLM):  # type: ignore[misc]  # lm-eval is not typed
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations of the prompts, which are attacked at prefill."""
         check_generation(self.settings, str(requests[0].task_name))
+        check_attack(self, str(requests[0].task_name))
         _check_end(self.tokenizer, str(requests[0].task_name))
         answers: list[str] = super().generate_until(requests, disable_tqdm=disable_tqdm)
         self._pool()
@@ -116,10 +118,12 @@ class Generating(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         """Batches of requests with the same arguments of generation."""
         first = requests[numbers[0]]
         task, how = str(first.task_name), dict(first.args[1])
+        check_attack(self, task)
         _check_end(self.tokenizer, task)
         _check_greedy(task, how)
         most = next((int(how[key]) for key in _MOST if how.get(key)), int(self.max_gen_toks))
-        room = self.max_length - most
+        # an encoder reads the prompt alone
+        room = self.max_length - most * (self.backend == CAUSAL)
         if room <= 0:
             raise UsageError(
                 f"tasks={task}: max_gen_toks={most} must be below the model's length,"

@@ -20,6 +20,7 @@ from llm_attack.base.failures import one_line
 from llm_attack.harness.gguf import names_in
 from llm_attack.harness.patches import replaced
 from llm_attack.lm.network.hook import frozen
+from llm_attack.lm.network.pairs import read
 
 _SHOWN = 3  # number of weights that a message names
 
@@ -28,6 +29,9 @@ _PACKAGES = {"peft": "peft", "autogptq": "auto_gptq", "gptqmodel": "gptqmodel"}
 _EXCLUSIVE = [("peft", "delta"), ("autogptq", "gptqmodel"), ("tp_plan", "parallelize")]
 _BITS = ("load_in_4bit", "load_in_8bit")
 _OF_BITS = ("bnb_4bit_", "llm_int8_")  # prefixes of the options for these
+
+# Names of modules for images and sound begin so in checkpoints that also read text.
+_MEDIA = ("audio", "image", "multi_modal", "multimodal", "speech", "video", "vision", "visual")
 
 # Arguments that `hf` silently ignores if the model is already loaded.
 _OF_LOADING = [
@@ -203,6 +207,23 @@ class Unfit:
         self.unexpected += sorted(info["unexpected_keys"])
         return model
 
+    def left_out(self, config: Any, model: Any) -> list[str]:
+        """A sentence on the weights for images and sound, if the model is only the text part.
+
+        They count as unexpected no longer. lm-eval's `hf` loads such a part of some checkpoints.
+
+        Args:
+            config: the configuration of the checkpoint.
+            model: the loaded model.
+        """
+        kinds = [f"{kind}_config" for kind in ("audio", "vision")]
+        if not any(hasattr(config, kind) and not hasattr(model.config, kind) for kind in kinds):
+            return []
+        media = [n for n in self.unexpected if any(p.startswith(_MEDIA) for p in n.split("."))]
+        self.unexpected = [name for name in self.unexpected if name not in media]
+        text = f"only the text part of the checkpoint was loaded, without {len(media)} weights"
+        return [f"{text} ({_some(media)})"] if media else []
+
     def sentences(self) -> list[str]:
         """The weights that did not fit, one sentence for each kind."""
         parts = {
@@ -276,7 +297,7 @@ def check_float64(model: Any, tokens: torch.Tensor) -> None:
 def _refusal(model: Any, tokens: torch.Tensor) -> RuntimeError | None:
     try:
         with torch.no_grad():
-            model(input_ids=tokens)
+            read(model, tokens)
     except RuntimeError as error:
         if should_reduce_batch_size(error):
             raise

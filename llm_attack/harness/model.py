@@ -24,7 +24,7 @@ from llm_attack.base.errors import UsageError, invalid
 from llm_attack.base.failures import one_line
 from llm_attack.base.loaded import name_of
 from llm_attack.demo import MODEL_PATH
-from llm_attack.harness import cache, gguf, hashes, loading
+from llm_attack.harness import cache, gguf, hashes, loading, seq2seq
 from llm_attack.harness.arguments import check_names, check_string, check_values, trusted
 from llm_attack.harness.generation import Generating, Prompts
 from llm_attack.harness.in_use import InUse
@@ -37,6 +37,7 @@ from llm_attack.harness.requests import (
     with_siblings,
 )
 from llm_attack.harness.revision import check_revision
+from llm_attack.harness.seq2seq import CAUSAL
 from llm_attack.harness.start import report_if_lm_eval_runs, set_device, source_of
 from llm_attack.lm.engine.diagnostics import Diagnostics
 from llm_attack.lm.engine.engine import Answer, BatchResult, Engine, Layout
@@ -63,7 +64,7 @@ DEFAULT_MODEL = "TinyLlama/TinyLlama_v1.1"
 
 
 class AttackedHFLM(Generating):
-    """A causal Hugging Face model that answers under attack.
+    """A causal or encoder-decoder Hugging Face model that answers under attack.
 
     Args:
         pretrained: hub id, local folder, GGUF file, `demo` (the bundled model) or a loaded model.
@@ -141,15 +142,11 @@ class AttackedHFLM(Generating):
         except Exception as error:  # a broken file can make its reader raise anything
             given = {"pretrained": pretrained, **self._arguments}
             raise loading.not_loaded(given, hasattr(self, "_config"), error) from error
-        if self.backend != "causal":
-            raise UsageError(
-                f"pretrained={name_of(pretrained)}: is an encoder-decoder model; must be a causal"
-                " model"
-            )
         self.pretrained = pretrained
 
     def _check_loaded(self) -> None:
         """Refuses a model that cannot compute, and arguments that do not fit it."""
+        seq2seq.check_model(self)
         loading.check_finite(name_of(self.pretrained), self.model)
         size = vocabulary_of(self.model)
         prefix = self._arguments.get("prefix_token_id")
@@ -198,6 +195,7 @@ class AttackedHFLM(Generating):
         ]
         self._check_attacks(attacks)
         at_names = self._scorers(self.model, names)
+        seq2seq.check_positions(conditions[0], at_names[0])
         pad = self._known([self.tokenizer.pad_token_id or 0])[0]
         engine = Engine(
             at_names[0],
@@ -246,6 +244,8 @@ class AttackedHFLM(Generating):
 
     def _scorers(self, model: Any, names: Sequence[str | None]) -> list[Scorer]:
         """A scorer for each hookpoint."""
+        if self.backend != CAUSAL:
+            return [seq2seq.scorer(self, model, names)]
         place = resolve(model, names[0])
         first = Scorer(model, place, self.mixed_precision_dtype, self.softmax_dtype)
         return scorers(first, names, self.device) if len(names) > 1 else [first]
@@ -253,7 +253,8 @@ class AttackedHFLM(Generating):
     def _layout(self, scorer: Scorer, pad: int) -> Layout:
         """The settings that say how questions become batches."""
         settings = self.engine_settings
-        packing = "off" if settings.deterministic else settings.packing
+        rows = settings.deterministic or self.backend != CAUSAL
+        packing = "off" if rows else settings.packing
         longest = {"off": 0, "tree": sys.maxsize}.get(packing)
         if longest is None:
             longest = longest_tree(scorer, self.device, pad)
@@ -385,12 +386,14 @@ class AttackedHFLM(Generating):
             kwargs["quantization_config"] = self._quantization
         with loading.noting(self) as unfit:
             super()._create_model(pretrained, *args, **kwargs)
+        text_alone = unfit.left_out(self._config, self._model)
         self.warnings += unfit.sentences()
         if self.warnings and not self.engine_settings.allow_missing_weights:
             raise UsageError(
                 f"pretrained={pretrained}: {'; '.join(self.warnings)}; must be a complete"
                 " checkpoint of this architecture, or allow_missing_weights=True"
             )
+        self.warnings += text_alone
 
     def _create_tokenizer(self, *args: Any, **kwargs: Any) -> None:
         super()._create_tokenizer(*args, **kwargs)
@@ -442,7 +445,7 @@ class AttackedHFLM(Generating):
         override_bs: int | None = None,
     ) -> list[Answer]:
         """Answers windows of longer texts. Each window is a question."""
-        encoded = [truncated(request, self.max_length) for request in requests]
+        encoded = [truncated(self, request) for request in requests]
         questions = [Question([request], [[i]]) for i, request in enumerate(encoded)]
         return self._attacked(questions, [r[0] for r in requests], disable_tqdm, override_bs)
 

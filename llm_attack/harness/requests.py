@@ -12,8 +12,9 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.huggingface import HFLM
 
 from llm_attack.base.errors import UsageError
-from llm_attack.harness import gold, patches, scores
+from llm_attack.harness import gold, patches, scores, seq2seq
 from llm_attack.harness.encode import encoded_together
+from llm_attack.harness.seq2seq import CAUSAL, n_before
 from llm_attack.lm.packing.positions import QUESTION
 from llm_attack.lm.packing.questions import Question, Request
 from llm_attack.lm.settings import AttackSettings
@@ -83,13 +84,12 @@ def encode(lm: HFLM, requests: Sequence[Instance]) -> list[Request]:
         _warn(lm, requests, encoded)
     own = [0] * len(requests)
     if lm.settings.positions == QUESTION:
-        before = functools.cache(lambda text: len(lm.tok_encode(text)))
+        before = functools.cache(lm.tok_encode)
         own = [
-            len(context) + len(continuation) - before(examples_of(request))
+            len(context) + len(continuation) - n_before(lm, context, before(examples_of(request)))
             for request, (_, context, continuation) in zip(requests, encoded, strict=True)
         ]
-    pairs_of = zip(encoded, own, strict=True)
-    return [truncated(request, lm.max_length, n) for request, n in pairs_of]
+    return [truncated(lm, request, n) for request, n in zip(encoded, own, strict=True)]
 
 
 def examples_of(request: Instance) -> str:
@@ -115,10 +115,12 @@ def examples_of(request: Instance) -> str:
     return context[:at].rstrip(" ")  # a space belongs to the next word
 
 
-def truncated(request: TokenRequest, longest: int, n_question: int = 0) -> Request:
-    """The request that the model gets, with at most `longest` tokens to read."""
+def truncated(lm: HFLM, request: TokenRequest, n_question: int = 0) -> Request:
+    """The request that the model gets. It, or each part of it, has at most `max_length` tokens."""
     _, context, continuation = request
-    tokens = tuple((context + continuation)[-(longest + 1) :])
+    if lm.backend != CAUSAL:
+        return seq2seq.truncated(lm, context, continuation, n_question)
+    tokens = tuple((context + continuation)[-(lm.max_length + 1) :])
     return Request(tokens, len(continuation), n_question)
 
 
@@ -226,11 +228,14 @@ def _refuse_unfit(lm: HFLM, request: Instance, tokens: TokenRequest) -> None:
 def _warn(lm: HFLM, requests: Sequence[Instance], encoded: Sequence[TokenRequest]) -> None:
     """Adds doubts about the requests of each task to the model's warnings."""
     counts: dict[str, list[int]] = {}
+    together = lm.backend == CAUSAL and not lm.settings.encode_separately
     for request, (_, context, continuation) in zip(requests, encoded, strict=True):
         of_task = counts.setdefault(str(request.task_name), [0, 0, 0])
         of_task[0] += 1
-        of_task[1] += len(context) + len(continuation) > lm.max_length + 1
-        if request.args[0].strip() and not lm.settings.encode_separately:
+        # an encoder reads the context alone
+        read = len(context) + (len(continuation) - 1 if lm.backend == CAUSAL else 0)
+        of_task[1] += read > lm.max_length
+        if request.args[0].strip() and together:
             of_task[2] += lm.tok_encode("".join(request.args))[: len(context)] != context
     for task, (n, cut, across) in counts.items():
         sentences = {

@@ -18,8 +18,9 @@ from lm_eval.api.instance import Instance
 from llm_attack.base.errors import UsageError
 from llm_attack.base.failures import one_line
 from llm_attack.harness.gold import Unjudged, judged, task_of
+from llm_attack.harness.requests import truncated
 from llm_attack.harness.scores import ACC, Score, has_number, not_aggregated, number, refused
-from llm_attack.lm.packing.questions import Question, Request
+from llm_attack.lm.packing.questions import Question
 
 CHOICES, GENERATE, ROLLING = "loglikelihood", "generate_until", "loglikelihood_rolling"
 NATS_PER_BYTE = "nats_per_byte"
@@ -238,8 +239,7 @@ def windows_of(lm: Any, requests: Iterable[Instance]) -> Windows:
             context_len=1,
         )
         for place, (context, continuation) in enumerate(map(utils.make_disjoint_window, pairs)):
-            tokens = tuple((context + continuation)[-(lm.max_length + 1) :])
-            window = Request(tokens, len(continuation))
+            window = truncated(lm, (None, context, continuation))
             windows.questions.append(Question([window], [[len(windows.text)]]))
             windows.text.append(number_of_text)
             windows.place.append(place)

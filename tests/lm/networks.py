@@ -21,13 +21,10 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
     PreTrainedTokenizerFast,
 )
 from versions import TRANSFORMERS, dtype_of
 
-from llm_attack.base.errors import UsageError
-from llm_attack.harness.model import AttackedHFLM
 from llm_attack.lm.engine.attacked import AttackedBatch
 from llm_attack.lm.engine.clean import Needs, clean_pass
 from llm_attack.lm.engine.probe import longest_tree
@@ -178,8 +175,6 @@ ARCHITECTURES = {
         note=RECURRENT,
     ),
 }
-# Those that are no causal models.
-REFUSED = {"t5": {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}}
 ROTARY_BY_LENGTH = [name for name, a in ARCHITECTURES.items() if BY_LENGTH in a.note]
 
 
@@ -370,12 +365,3 @@ def tokenizer():
     return PreTrainedTokenizerFast(
         tokenizer_object=made, pad_token=words[0], eos_token=words[1], unk_token=words[2]
     )
-
-
-def refusal(kind):
-    """The line by which a model of `REFUSED` is refused."""
-    options = {"vocab_size": VOCABULARY, "decoder_start_token_id": 0, **REFUSED[kind]}
-    model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(kind, **options)).eval()
-    with pytest.raises(UsageError) as caught:
-        AttackedHFLM(pretrained=model, tokenizer=tokenizer(), device="cpu")
-    return str(caught.value)

@@ -1,13 +1,16 @@
 """Every architecture of `networks.ARCHITECTURES`: hook, gradient, answers, layout, traces."""
 
 import logging
+import re
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 import torch
+from encoder_decoder import PAIRS
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from multimodal import MULTIMODAL
 from networks import (
     ARCHITECTURES,
     CPU,
@@ -18,7 +21,6 @@ from networks import (
     longest_tree_of,
     network,
     prepared,
-    refusal,
     scorer_of,
     single,
     slope_error,
@@ -168,8 +170,22 @@ def test_nothing_of_the_model_changes(name, threat, monkeypatch):
         handle.remove()
 
 
-def test_encoder_decoder_models_are_refused():
-    assert refusal("t5").endswith("is an encoder-decoder model; must be a causal model")
+def test_far_steps_of_rwkv():
+    """What the page shows: near the clean point the likelihood rises as the gradient says."""
+    text = (Path(__file__).parents[2] / "docs" / "architectures.md").read_text("utf-8")
+    shown = re.findall(r"^\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.M)
+    assert len(shown) == 4
+    model, pack = network("rwkv"), pack_rows(asked(), whole=True)
+    with exact(), frozen(model):
+        batch = prepared(scorer_of(model), pack, ThreatModel())
+        rms, slope = batch.x.square().mean().sqrt(), batch.clean.gradient.abs().sum()
+        for share, first_order, rise in (map(float, row) for row in shown):
+            epsilon = share * float(rms)
+            assert float(slope) * epsilon == pytest.approx(first_order, rel=0.06)
+            moved = batch.attack(Attack("reversed", epsilon)).x
+            with torch.no_grad():
+                found = float(batch.loss(batch.x).sum() - batch.loss(moved).sum())
+            assert found == pytest.approx(rise, rel=0.06)
 
 
 def page():
@@ -187,4 +203,4 @@ def test_the_page_is_what_is_measured():
     text = shown.PAGE.read_text("utf-8")
     assert shown.renewed(text) == text
     assert shown.renewed(text.replace("| `llama` | packed |", "| `llama` | plain |")) == text
-    assert text.count("\n| `") == len(ARCHITECTURES) + 1
+    assert text.count("\n| `") == len(ARCHITECTURES) + len(PAIRS) + len(MULTIMODAL)

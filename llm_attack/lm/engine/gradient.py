@@ -19,8 +19,9 @@ from llm_attack.attacks import ATTACKS, widest
 from llm_attack.base.failures import one_line
 from llm_attack.lm.engine.choices import sum_by
 from llm_attack.lm.engine.scoring import Scorer, look_up
+from llm_attack.lm.network.pairs import is_pair
 from llm_attack.lm.packing.pack import Pack, pack_rows
-from llm_attack.lm.packing.questions import Question, Request
+from llm_attack.lm.packing.questions import Question
 
 TOKENS = 8  # number of tokens that the model reads
 _SLIGHT = 0.05  # relative error of slopes that does not weaken attacks
@@ -98,7 +99,7 @@ def _examined(scorer: Scorer, tokens: tuple[int, ...], device: torch.device) -> 
     The first forward takes no gradient, because some kernels convert their weights in it. Two
     forwards count as equal if half of the digits of their dtype agree; see `probe.equal_logits`.
     """
-    pack = _pack(tokens, 1, device)
+    pack = _pack(scorer, tokens, 1, device)
     logits = partial(scorer.logits, pack, pack.scored.positions)
     with torch.no_grad():
         untouched = logits()
@@ -196,9 +197,10 @@ def resolution(scorer: Scorer) -> float:
     return max(torch.finfo(dtype).eps for dtype in dtypes)
 
 
-def _pack(tokens: tuple[int, ...], rows: int, device: torch.device) -> Pack:
-    """A pack with the same request in each row. All its tokens are scored."""
-    request = Request(tokens, len(tokens) - 1)
+def _pack(scorer: Scorer, tokens: tuple[int, ...], rows: int, device: torch.device) -> Pack:
+    """A pack with the same request in each row. All that the model predicts is scored."""
+    n = len(tokens) // 2 if is_pair(scorer.model) else 1
+    request = scorer.request(tokens[:n], tokens[n:])
     return pack_rows([Question([request], [[i]]) for i in range(rows)]).to(device)
 
 
@@ -222,7 +224,7 @@ def _gradient(scorer: Scorer, pack: Pack, x: Tensor) -> tuple[Tensor, Tensor]:
 def _of_rows(scorer: Scorer, tokens: tuple[int, ...], x: Tensor, rows: int = _ROWS) -> Tensor:
     """The mean gradient of equal rows in a batch; of fewer rows if memory is short."""
     try:
-        pack = _pack(tokens, rows, x.device)
+        pack = _pack(scorer, tokens, rows, x.device)
         return _gradient(scorer, pack, x.expand(rows, *x.shape[1:]))[1].mean(0, keepdim=True)
     except Exception as error:
         if rows == 1 or not should_reduce_batch_size(error):
@@ -233,7 +235,7 @@ def _of_rows(scorer: Scorer, tokens: tuple[int, ...], x: Tensor, rows: int = _RO
 def _losses_at(scorer: Scorer, tokens: tuple[int, ...], points: Tensor) -> Tensor:
     """(points,) losses, in several forwards if memory is short."""
     try:
-        pack = _pack(tokens, len(points), points.device)
+        pack = _pack(scorer, tokens, len(points), points.device)
         return _losses(scorer, pack, scorer.logits(pack, pack.scored.positions, points))
     except Exception as error:
         if len(points) == 1 or not should_reduce_batch_size(error):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -24,6 +24,7 @@ from llm_attack.lm.network.lean import Lean
 from llm_attack.lm.network.rotary import Rotary
 from llm_attack.lm.packing.pack import Entries, Flat, Inputs, Pack, Twins
 from llm_attack.lm.packing.prefix import Prefixes, space
+from llm_attack.lm.packing.questions import Request
 
 
 class Scores(NamedTuple):
@@ -107,6 +108,10 @@ class Scorer:
         base = getattr(model, "get_base_model", lambda: model)()  # inside a PEFT model
         takes_cache = "use_cache" in inspect.signature(base.forward).parameters
         self.options = {"use_cache": False} if takes_cache else {}
+
+    def request(self, context: Sequence[int], continuation: Sequence[int]) -> Request:
+        """The request in the form that this model reads."""
+        return Request((*context, *continuation), len(continuation))
 
     def point(self, pack: Pack) -> Tensor:
         """The clean point of `pack`, (B, L, H); zero at its prefix."""
@@ -235,7 +240,7 @@ class Scorer:
             length = whole or longest[scale]
             step = max(1, pack.limit // space(length, before))
             parts = [alike[i : i + step] for i in range(0, len(alike), step)]
-            forwards += [Forward(part, pack.inputs.part(part, length - before)) for part in parts]
+            forwards += [Forward(part, pack.inputs.some(part, length - before)) for part in parts]
         return forwards
 
     @torch.no_grad()

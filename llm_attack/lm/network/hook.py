@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llm_attack.base.errors import UsageError, closest, did_you_mean
+from llm_attack.lm.network.pairs import embedding_of, is_pair, places, read
 
 
 def resolve(model: PreTrainedModel, hookpoint: str | None) -> nn.Module:
@@ -23,7 +24,10 @@ def resolve(model: PreTrainedModel, hookpoint: str | None) -> nn.Module:
         UsageError: no module has that name.
     """
     if hookpoint is None:
-        return model.get_input_embeddings()
+        return embedding_of(model)
+    if is_pair(model):
+        for module in places(model, hookpoint).values():
+            return module
     modules: dict[str, nn.Module] = dict(model.named_modules())
     if hookpoint and hookpoint in modules:
         return modules[hookpoint]
@@ -34,7 +38,7 @@ def resolve(model: PreTrainedModel, hookpoint: str | None) -> nn.Module:
 
 def vocabulary_of(model: PreTrainedModel) -> int:
     """The number of tokens that have an embedding."""
-    embedding: Any = model.get_input_embeddings()
+    embedding: Any = embedding_of(model)
     return int(getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0])
 
 
@@ -103,7 +107,7 @@ def faults(
     handles += [module.register_forward_hook(hook_of(name)) for name, module in modules.items()]
     try:
         with torch.no_grad():
-            model(input_ids=input_ids)
+            read(model, input_ids)
     finally:
         for handle in handles:
             handle.remove()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel
 
 from llm_attack.attacks import widest
 from llm_attack.lm.network.hook import edit_output, resolve, try_out, vocabulary_of
+from llm_attack.lm.network.pairs import PARTS, embedding_of, is_pair, read
 from llm_attack.lm.network.rotary import Rotary
 from llm_attack.lm.units import UNITS, OwnUnit, Signal
 
@@ -43,20 +43,26 @@ def signals_at(
     Raises:
         UsageError: as for `resolve` and `try_out`, or the user's own unit fails.
     """
-    paths = [name for name in hookpoints if name is not None]
+    places = {name: resolve(model, name) for name in hookpoints}
+    embeddings = dict.fromkeys(embedding_of(model, part) for part in PARTS)
+    paths = [
+        name
+        for name, module in places.items()
+        if name is not None and not (is_pair(model) and module in embeddings)
+    ]
     if paths:
         try_out(model, paths, input_ids)
-    places = {name: resolve(model, name) for name in hookpoints}
-    embedding: Any = model.get_input_embeddings()
     own = [unit for name in units if isinstance(unit := UNITS.get(str(name)), OwnUnit)]
-    others = [name for name, module in places.items() if own or module is not embedding]
+    others = [name for name, module in places.items() if own or module not in embeddings]
     signals: dict[str | None, Signal] = {}
     if others:
         measured = of_activations(model, [places[name] for name in others], input_ids, own)
         signals = dict(zip(others, measured, strict=True))
-    if embedding in places.values():
-        of_matrix = of_embedding(embedding, vocabulary_of(model), input_ids.device)
-        for name in (name for name, module in places.items() if module is embedding):
+    for embedding in embeddings:
+        names = [name for name, module in places.items() if module is embedding]
+        if names:
+            of_matrix = of_embedding(embedding, vocabulary_of(model), input_ids.device)
+        for name in names:
             sizes = signals[name].own if own else of_matrix.own
             signals[name] = of_matrix._replace(own=sizes)
     return signals
@@ -97,7 +103,7 @@ def of_activations(
         stack.enter_context(Rotary(model).fresh())
         for module in modules:
             stack.enter_context(edit_output(module, partial(measure, module)))
-        model(input_ids=input_ids)
+        read(model, input_ids)
     return [signals[module] for module in modules]
 
 

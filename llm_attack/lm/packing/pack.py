@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from llm_attack.attacks import keys_for
 from llm_attack.lm.packing.positions import ALL, of_question, of_request
 from llm_attack.lm.packing.prefix import space
-from llm_attack.lm.packing.questions import Question, Request
+from llm_attack.lm.packing.questions import PairRequest, Question, Request
 from llm_attack.lm.packing.trie import Trie, build
 
 _MOST_NODES = 0.8  # share of the tokens: with more, copying to twins costs as much as it saves
@@ -126,12 +126,14 @@ class Inputs(NamedTuple):
         tokens: (B, L) int64.
         depth, end: (B, L) of the trees (see `Trie`); None with a row per request.
         prefix: number of tokens before each row, whose keys and values were computed before.
+        part: see `Pack`.
     """
 
     tokens: Tensor
     depth: Tensor | None
     end: Tensor | None
     prefix: int = 0
+    part: Tensor | None = None
 
     def attention(self, dtype: torch.dtype) -> Tensor | None:
         """(B, 1, L, prefix + L) mask that is added to the attention's scores.
@@ -148,10 +150,12 @@ class Inputs(NamedTuple):
         scores = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
         return scores.masked_fill_(~seen, torch.finfo(dtype).min).unsqueeze(1)
 
-    def part(self, rows: Sequence[int], length: int) -> Inputs:
+    def some(self, rows: Sequence[int], length: int) -> Inputs:
         """The first `length` tokens of some rows."""
-        depth, end = (None if x is None else x[list(rows), :length] for x in self[1:3])
-        return Inputs(self.tokens[list(rows), :length], depth, end, self.prefix)
+        depth, end, part = (
+            None if x is None else x[list(rows), :length] for x in (self.depth, self.end, self.part)
+        )
+        return Inputs(self.tokens[list(rows), :length], depth, end, self.prefix, part)
 
 
 @dataclass(frozen=True)
@@ -178,6 +182,8 @@ class Pack:
         twins: tokens that rows have in common, if there are enough of them.
         limit: largest number of tokens of a forward, unless one row has more.
         flat: with a row per request, the rows without padding, if there is enough padding.
+        part: (B, L) of an encoder-decoder model: 1 for tokens of the encoder, 2 for those of the
+            decoder, which come after them, 0 for padding; None for other models.
     """
 
     questions: Sequence[Question]
@@ -195,6 +201,7 @@ class Pack:
     twins: Twins | None = None
     limit: int = sys.maxsize
     flat: Flat | None = None
+    part: Tensor | None = None
 
     @cached_property
     def requests(self) -> list[Request]:
@@ -215,7 +222,8 @@ class Pack:
         """The input of all rows, after the prefix."""
         n = len(self.prefix)
         depth, end = (None if x is None else x[:, n:] for x in (self.depth, self.end))
-        return Inputs(self.input_ids[:, n:], depth, None if end is None else end - n, n)
+        end = None if end is None else end - n
+        return Inputs(self.input_ids[:, n:], depth, end, n, self.part)
 
     @property
     def space(self) -> int:
@@ -281,7 +289,7 @@ def pack_rows(
             row += 1
         base += len(question.trie)
     moves = None
-    if positions != ALL:
+    if not _all_move(pack, positions):
         moves = torch.from_numpy(np.concatenate([of_question(q, positions) for q in questions]))
     return replace(pack, node=torch.from_numpy(node), first=torch.from_numpy(first), moves=moves)
 
@@ -336,9 +344,14 @@ def _twins(tries: Sequence[Trie], length: int, arrays: Sequence[NDArray[Any]]) -
     )
 
 
+def _all_move(pack: Pack, positions: str) -> bool:
+    """Whether all tokens of a pack may be perturbed."""
+    return positions == ALL and pack.part is None
+
+
 def _with_moves(pack: Pack, rows: Sequence[NDArray[np.bool_]], positions: str) -> Pack:
     """The pack with `moves` set: tokens may be perturbed where `rows` is true."""
-    if positions == ALL:
+    if _all_move(pack, positions):
         return pack
     moves = np.zeros(pack.input_ids.shape, np.bool_)
     for row, of_row in zip(moves, rows, strict=True):
@@ -362,10 +375,10 @@ def _pack(
         input_ids[row, : len(trie)] = trie.tokens
     paths = [row * length + path for row, trie in enumerate(tries) for path in trie.paths]
     requests = [r for q in questions for r in q.requests]
-    predicted = np.array([len(r.tokens) - 1 for r in requests])
+    predicted = np.array([len(r.predicted) for r in requests])
     request = np.repeat(np.arange(len(requests)), predicted)
-    at = np.concatenate([path[:n] for path, n in zip(paths, predicted, strict=True)])
-    target = np.concatenate([r.tokens[1:] for r in requests]).astype(np.int64)
+    at = np.concatenate([path[r.predicts] for path, r in zip(paths, requests, strict=True)])
+    target = np.concatenate([r.predicted for r in requests]).astype(np.int64)
     left = np.arange(len(at)) - np.repeat(
         predicted.cumsum(), predicted
     )  # indices from the end, < 0
@@ -382,15 +395,19 @@ def _pack(
         return Entries(*map(torch.from_numpy, (positions, slot, *others)))
 
     scored = entries(scored_of)
+    mask = np.arange(length) < lengths[:, None]
+    pairs = isinstance(requests[0], PairRequest)
+    part = np.where(input_ids < 0, 2, 1) * mask if pairs else None
     return Pack(
         questions,
-        input_ids=torch.from_numpy(input_ids),
-        mask=torch.arange(length) < torch.from_numpy(lengths)[:, None],
+        input_ids=torch.from_numpy(np.where(input_ids < 0, ~input_ids, input_ids)),
+        mask=torch.from_numpy(mask),
         scored=scored,
         watched=entries(watched_of) if whole else scored,
         kept=torch.from_numpy(np.searchsorted(watched_of, scored_of)),
         prefix=requests[0].tokens[:prefix],
         twins=_twins(tries, length, [array[watched_of] for array in arrays]) if twins else None,
+        part=None if part is None else torch.from_numpy(part),
     )
 
 

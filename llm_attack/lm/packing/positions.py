@@ -21,6 +21,7 @@ NAMED: dict[str, Callable[[Request], slice]] = {
     QUESTION: lambda request: slice(_from_end(request, request.n_question), None),
     "not_first": lambda request: slice(1, None),
 }
+_OF_REQUEST = ("context", "continuation", QUESTION)  # the others count what the hookpoint holds
 
 
 def _from_end(request: Request, n: int) -> int:
@@ -49,8 +50,11 @@ def of_request(request: Request, positions: str) -> NDArray[np.bool_]:
     """(tokens,) booleans: whether each token that the model reads for `request` may move."""
     named = NAMED.get(positions)
     moves = np.zeros(len(request.inputs), np.bool_)
-    moves[_slice(positions) if named is None else named(request)] = True
-    return moves
+    hooked = np.zeros_like(moves)
+    hooked[request.hooked] = True
+    counted = moves if positions in _OF_REQUEST else moves[request.hooked]
+    counted[_slice(positions) if named is None else named(request)] = True
+    return moves & hooked
 
 
 def of_question(question: Question, positions: str) -> NDArray[np.bool_]:

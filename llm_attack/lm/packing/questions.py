@@ -29,6 +29,63 @@ class Request:
         """The tokens that the model reads. A continuation's last token is only predicted."""
         return self.tokens[:-1] if self.n_continuation else self.tokens
 
+    @property
+    def predicted(self) -> tuple[int, ...]:
+        """The tokens that the model predicts."""
+        return self.tokens[1:]
+
+    @property
+    def predicts(self) -> slice:
+        """The places of `predicted` among `inputs`: at each the model predicts one of them."""
+        return slice(len(self.tokens) - 1)
+
+    @property
+    def hooked(self) -> slice:
+        """The part of `inputs` that the hookpoint holds."""
+        return slice(None)
+
+
+@dataclass(frozen=True)
+class PairRequest(Request):
+    """A request to an encoder-decoder model, whose encoder reads the context.
+
+    Its `tokens` are the context and the continuation.
+
+    Attributes:
+        decoder: the tokens that the decoder reads: a start token, and the continuation without its
+            last token. As many as the continuation has.
+        parts: which parts of the model the hookpoint is in: encoder, decoder.
+    """
+
+    decoder: tuple[int, ...] = ()
+    parts: tuple[bool, bool] = (True, False)
+
+    @property
+    def context(self) -> tuple[int, ...]:
+        """The tokens that the encoder reads."""
+        return self.tokens[: len(self.tokens) - self.n_continuation]
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """The tokens that both parts read; of the decoder's the complements, which are below 0.
+
+        So a token of the decoder never shares a node with one of the encoder.
+        """
+        return (*self.context, *(~token for token in self.decoder))
+
+    @property
+    def predicted(self) -> tuple[int, ...]:
+        return self.tokens[len(self.context) :]
+
+    @property
+    def predicts(self) -> slice:
+        return slice(len(self.context), None)
+
+    @property
+    def hooked(self) -> slice:
+        n = len(self.context)
+        return slice(0 if self.parts[0] else n, None if self.parts[1] else n)
+
 
 @dataclass
 class Question:

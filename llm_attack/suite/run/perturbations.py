@@ -22,6 +22,7 @@ from llm_attack.harness.model import AttackedHFLM
 from llm_attack.lm.engine.engine import BatchResult
 from llm_attack.lm.engine.traces import Trace
 from llm_attack.lm.network.hook import frozen
+from llm_attack.lm.network.pairs import is_pair
 from llm_attack.lm.packing.batches import Batch
 from llm_attack.lm.packing.positions import of_question
 from llm_attack.suite.analysis.perturbations import (
@@ -95,6 +96,11 @@ class Saved(NamedTuple):
         """
         if not plan.save_perturbations:
             return None
+        if is_pair(lm.model):
+            raise UsageError(
+                "save_perturbations=True: must be left out for encoder-decoder models, whose parts"
+                " read other tokens than the files have"
+            )
         first = work[0].batch
         for batch in work:
             if batch.places or not isinstance(batch.batch, Batch):
