@@ -101,8 +101,8 @@ def truncated(lm: Any, context: list[int], continuation: list[int], n_question: 
     Args:
         lm: the model.
         context: the tokens of the prompt.
-        continuation: those of the answer.
-        n_question: as of `Request`.
+        continuation: the tokens of the answer.
+        n_question: see `Request`.
     """
     parts = (tokens[-lm.max_length :] for tokens in (context, continuation))
     made: Request = lm.engine.scorer.request(*parts)
@@ -115,7 +115,7 @@ def n_before(lm: Any, context: list[int], examples: list[int]) -> int:
     Args:
         lm: the model.
         context: the tokens of the prompt.
-        examples: those of the part of the prompt before the question, as a text of its own.
+        examples: the tokens of the text before the question, encoded by itself.
     """
     if lm.backend == CAUSAL:
         return len(examples)

@@ -33,7 +33,7 @@ class _Tokens:
     Attributes:
         at: (N,) flat index of each among all tokens of the rows.
         row, column: (N,) its place in the input of the part.
-        shape: of that input.
+        shape: shape of that input.
     """
 
     at: Tensor
@@ -43,7 +43,7 @@ class _Tokens:
 
     @classmethod
     def of(cls, inputs: Inputs, part: str) -> _Tokens:
-        """Those of a part."""
+        """The tokens of a part."""
         assert inputs.part is not None
         here = inputs.part == 1 + PARTS.index(part)
         row, column = here.nonzero(as_tuple=True)
@@ -69,7 +69,7 @@ class _Tokens:
         return output[self.row.to(output.device), self.column.to(output.device)]
 
     def some(self, rows: Tensor) -> _Tokens:
-        """Those of some rows, in ascending order."""
+        """The tokens of some rows, which are in ascending order."""
         number = self.row.new_full((self.shape[0],), -1)
         number[rows] = torch.arange(len(rows), device=rows.device)
         kept = number[self.row] >= 0
@@ -105,7 +105,7 @@ class PairScorer(Scorer):
 
     @property
     def parts(self) -> tuple[bool, bool]:
-        """Which parts of the model the hookpoint is in: encoder, decoder."""
+        """Whether the hookpoint is in the encoder, and whether it is in the decoder."""
         return ENCODER in self.hooks, DECODER in self.hooks
 
     def request(self, context: Sequence[int], continuation: Sequence[int]) -> Request:

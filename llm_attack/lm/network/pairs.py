@@ -11,7 +11,7 @@ PARTS = (ENCODER, DECODER)
 
 
 def is_pair(model: Any) -> bool:
-    """Whether `model` is an encoder with a decoder, of which each reads tokens of its own."""
+    """Whether `model` is an encoder with a decoder. Each of the two reads its own tokens."""
     return bool(getattr(model.config, "is_encoder_decoder", False))
 
 
