@@ -95,6 +95,27 @@ def test_what_each_attack_of_the_standard_breaks_alone():
     assert f"takes {spent['standard-1'] / spent['apgd']:.1f} times as long" in text
 
 
+def test_other_libraries_side_by_side():
+    """docs/beside.md: losses, times and lines."""
+    found = json.loads((ROOT / "results/standard/beside.json").read_text("utf-8"))
+    results, lines = found["results"], found["lines"] | {"ours": 1}
+    names = {"ours": "`llm_attack`", "art": "ART", "adversariallm": "AdversariaLLM"}
+    _, *rows = table_of("docs/beside.md", "library", "loss, FGSM")
+    one, ten = results["fgsm"], results["bim"]
+    for row, name in zip(rows, one, strict=True):
+        values = [one[name]["loss"], ten[name]["loss"], one[name]["times_ours"]]
+        expected = [f"{value:.1f}" for value in (*values, ten[name]["times_ours"])]
+        assert row == [names.get(name, name), *expected, str(lines[name])]
+        assert all(abs(of[name]["loss"] / of["ours"]["loss"] - 1) < 0.005 for of in (one, ten))
+        assert name == "ours" or (min(of[name]["times_ours"] for of in (one, ten)) > 1)
+    _, *rows = table_of("docs/beside.md", "library", "loss", "time")
+    for row, (name, of) in zip(rows, results["l2_token"].items(), strict=True):
+        assert row == [names[name], f"{of['loss']:.1f}", f"{of['times_ours']:.1f}"]
+    assert f"{found['requests']} requests" in words("docs/beside.md")
+    times = results["l2_token"]["adversariallm"]["times_ours"]
+    assert f"takes {times:.1f} times as long" in words("docs/beside.md")
+
+
 def test_calibration():
     """docs/explain/calibration.md: the means over tasks of two runs."""
     page = "docs/explain/calibration.md"

@@ -191,3 +191,22 @@ def test_same_point(library, name, case, monkeypatch, record_property):
         assert (start - at.x).abs().max() > 0.9 * at.epsilon
         assert (our_points[0] - start).abs().max() <= at.most
         assert (at.points[0] - start).abs().max() <= at.most
+
+
+def test_torchattacks_moves_what_is_outside_of_the_unit_cube():
+    """docs/beside.md: embeddings need a wrapper, and nothing says so."""
+    torchattacks = pytest.importorskip("torchattacks")
+    w = torch.linspace(-1, 1, 12).reshape(3, 4)
+    network = torch.nn.Linear(4, 3, bias=False)
+    network.weight.data = w
+    x = torch.tensor([[-0.9, -0.5, 0.3, 0.6], [-0.2, 0.8, -0.7, 0.1]])
+    labels = torch.tensor([0, 2])
+    clamped = torchattacks.FGSM(network.eval(), eps=0.05)(x, labels)
+    assert clamped.min() == 0 and (clamped[x < -0.05] == 0).all()
+    slopes = torch.autograd.functional.jacobian(
+        lambda x: torch.nn.functional.cross_entropy(network(x), labels), x
+    )
+    moved = torchattacks.BIM(network, eps=0.05, alpha=0.05, steps=1)(x, labels) - x
+    outside = x < -0.05
+    assert torch.allclose(moved[outside], torch.full_like(moved[outside], 0.05))
+    assert (slopes[outside] < 0).any() and (slopes[outside] > 0).any()
