@@ -48,8 +48,8 @@ def test_every_option_stands_under_a_heading(words):
 def test_headings_of_a_run():
     found = under_headings(shown(["run"]))
     assert list(found) == [
-        *(f"{name} options" for name in ("Model", "Task", "Attack", "Threat model", "Engine")),
-        *("Output options", "Cluster options", "Options"),
+        *(f"{name} options" for name in ("Model", "Task", "Attack", "Threat model")),
+        *("Certificate options", "Engine options", "Output options", "Cluster options", "Options"),
     ]
     assert found["Cluster options"] == ["shard", "ray", "ray_workers"]
     assert {about.group for _, about in declared(StepSettings)} == {"attack"}

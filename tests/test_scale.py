@@ -55,7 +55,8 @@ def test_what_is_kept_of_a_token(scale):
         options = {"limit": 5, "device": "cpu", "attacks": "none,fgsm", "context": "shared"}
         options["gradient_checkpointing"] = checkpointing
         prepared = prepare(Plan("demo", "demo_arc_easy", **options), "quiet", Console(stderr=True))
-        prepared.lm.engine.scorer.lean = None  # which keeps less, on a CPU
+        scorer = prepared.lm.engine.scorer
+        scorer.lean = scorer.stack = None  # which keep less, on a CPU
         kept.append(estimate.estimate(prepared, seconds=0.01).rates.kept)
     config = prepared.lm.model.config
     demo = scale["Model"](

@@ -1,5 +1,6 @@
 """Every architecture of `networks.ARCHITECTURES`: hook, gradient, answers, layout, traces."""
 
+import copy
 import logging
 import re
 from importlib.util import module_from_spec, spec_from_file_location
@@ -56,7 +57,8 @@ def test_the_hook_holds_what_the_model_reads(name):
             expected = model(inputs_embeds=x, use_cache=False).logits.flatten(0, 1)
             assert torch.allclose(found, expected, rtol=0, atol=1e-10)
         # transformers hooks its blocks when it is first asked for them, and goes on doing so
-        states = model(pack.input_ids, output_hidden_states=True, use_cache=False).hidden_states
+        hooked = copy.deepcopy(model)
+        states = hooked(pack.input_ids, output_hidden_states=True, use_cache=False).hidden_states
         behind = scorer_of(model, block).point(pack)
         expected = states[ARCHITECTURES[name].states_from]
         assert torch.allclose(behind, expected, rtol=0, atol=1e-12)

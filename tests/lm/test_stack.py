@@ -128,6 +128,22 @@ def test_who_looks_inside_of_a_block_sees_it_run():
     assert scorer._stacks(pack)
 
 
+def test_a_forward_that_was_replaced():
+    """As accelerate does; what is put back is an attribute, and the model's own forward again."""
+    scorer = scorer_of(network("llama"))
+    scorer.stack = stack_of(scorer)
+    pack = pack_rows(families(ASKED), whole=True)
+    inside = scorer.model.model.layers[0].mlp
+    own = inside.forward
+    try:
+        inside.forward = lambda x: x
+        assert not scorer._stacks(pack)
+        inside.forward = own
+        assert scorer._stacks(pack)
+    finally:
+        del inside.forward
+
+
 def test_a_hookpoint_in_a_block_keeps_the_model():
     model = single("llama")
     for hookpoint, taken in (("model.embed_tokens", True), ("model.layers.0", False)):

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from types import MethodType
 from typing import Any
 
 import torch
@@ -303,7 +304,7 @@ class Stack:
     def free(self) -> bool:
         """Whether nobody has a hook in a block, or has replaced a part of it."""
         return not any(
-            m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or "forward" in vars(m)
+            m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or _replaced(m)
             for block in self.blocks
             for m in block.modules()
         )
@@ -359,6 +360,12 @@ class Stack:
         finally:
             for block in self.blocks:
                 vars(block).pop("forward", None)
+
+
+def _replaced(module: nn.Module) -> bool:
+    """Whether a module has another forward than its class; its own may be an attribute, too."""
+    own = MethodType(type(module).forward, module)
+    return bool(vars(module).get("forward", own) != own)
 
 
 def _angles(given: tuple[Tensor, Tensor], hidden: Tensor) -> list[Tensor]:

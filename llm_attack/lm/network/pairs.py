@@ -12,7 +12,7 @@ PARTS = (ENCODER, DECODER)
 
 def is_pair(model: Any) -> bool:
     """Whether `model` is an encoder with a decoder. Each of the two reads its own tokens."""
-    return bool(getattr(model.config, "is_encoder_decoder", False))
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def part_of(model: Any, part: str) -> nn.Module:

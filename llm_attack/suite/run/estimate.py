@@ -277,6 +277,7 @@ class Calibration:
             once = usable_twins(follows, pack, engine.threat) is not None
             both = self.sizes.gradient(pack, watched, once)
             needs = Needs(gradient=True)
+            self.leaves: set[int] = set()
             with saved_tensors_hooks(self._keep, lambda tensor: tensor):
                 self._timed(0, lambda: _slope(follows, pack, engine.threat, needs).sum(), both)
             self.tokens += pack.space
@@ -297,8 +298,12 @@ class Calibration:
 
     def _keep(self, tensor: Tensor) -> Tensor:
         whole = tensor if tensor._base is None else tensor._base
-        if not isinstance(whole, nn.Parameter):
-            self.bytes += tensor.nbytes
+        place = tensor.data_ptr()
+        if isinstance(whole, nn.Parameter) or place in self.leaves:
+            return tensor
+        if tensor.is_leaf:
+            self.leaves.add(place)  # blocks share the angles of rotary embeddings
+        self.bytes += tensor.nbytes
         return tensor
 
     def rates(self) -> Rates:
