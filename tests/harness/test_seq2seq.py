@@ -118,7 +118,7 @@ def test_low_precision(loaded, model, build):
         answers(loaded(copy.deepcopy(model).bfloat16(), **common), task),
     ):
         error = sum(abs(a - b) for a, b in zip(found, expected, strict=True))
-        assert error < 0.3 * damage
+        assert error < 0.5 * damage  # nearer to the attack in float32 than to none
 
 
 def test_adapters(loaded, model, build):
@@ -153,7 +153,7 @@ def test_adapters(loaded, model, build):
             {"positions": "context", "hookpoint": "decoder.embed_tokens"},
             "positions=context: must be another value with hookpoint=decoder.embed_tokens",
         ),
-        ({"hookpoint": "shared"}, "hookpoint=shared: must be the dotted path .*does not run"),
+        ({"hookpoint": "shared"}, "hookpoint=shared: must be the dotted path of a module"),
         ({"hookpoint": "encoder.blok.0"}, "hookpoint=encoder.blok.0: .*did you mean 'encoder.bloc"),
         ({"hookpoint": "encoder"}, "hookpoint=encoder: must be the dotted path of a module"),
     ],

@@ -87,6 +87,8 @@ def network(kind):
     model_type, options = PAIRS[kind]
     if model_type not in CONFIG_MAPPING:
         pytest.skip(f"{model_type} is not in transformers {TRANSFORMERS}")
+    if model_type == "t5gemma" and TRANSFORMERS.major < 5:
+        pytest.skip(f"transformers {TRANSFORMERS} cannot generate texts with t5gemma")
     torch.manual_seed(0)
     given = {"vocab_size": VOCABULARY, **IDS, **options}
     config = AutoConfig.for_model(model_type, **given)

@@ -214,11 +214,13 @@ def test_none_equals_stock(kind):
     options["batch_size"] = 4
     ours = AttackedHFLM(pretrained=model, attack="none", **options)
     found = ours.loglikelihood(requests_of(TEXTS), disable_tqdm=True)
-    assert [ll for ll, _ in found] == pytest.approx([ll for ll, _ in expected], abs=1e-6)
+    # T5 of transformers 4 computes its attention's softmax in float32, whatever the dtype
+    close = {"abs": 1e-6, "rel": 1e-6}
+    assert [ll for ll, _ in found] == pytest.approx([ll for ll, _ in expected], **close)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
     texts = [Instance("loglikelihood_rolling", {}, (" ".join(WORDS[:40]),), 0)]
     found, expected = (lm.loglikelihood_rolling(texts, disable_tqdm=True) for lm in (ours, stock))
-    assert found == pytest.approx(expected, abs=1e-6)
+    assert found == pytest.approx(expected, **close)
     how = {"until": ["w9"], "max_gen_toks": 6}
     texts = [Instance("generate_until", {}, (text, how), 0) for text in ("w5 w6", "w7 w8 w9")]
     ours.batch_size_per_gpu = 1

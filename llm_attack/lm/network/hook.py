@@ -29,7 +29,7 @@ def resolve(model: PreTrainedModel, hookpoint: str | None) -> nn.Module:
         for module in places(model, hookpoint).values():
             return module
     modules: dict[str, nn.Module] = dict(model.named_modules())
-    if hookpoint and hookpoint in modules:
+    if hookpoint and hookpoint in modules and not is_pair(model):
         return modules[hookpoint]
     ends = [name for name in modules if name.endswith(f".{hookpoint}")]
     meant = ends[0] if len(ends) == 1 else closest(hookpoint, modules)
