@@ -172,6 +172,7 @@ def test_nothing_of_the_model_changes(name, threat, monkeypatch):
         handle.remove()
 
 
+@pytest.mark.skipif(TRANSFORMERS.major < 5, reason="transformers 4 draws other weights")
 def test_far_steps_of_rwkv():
     """What the page shows: near the clean point the likelihood rises as the gradient says."""
     text = (Path(__file__).parents[2] / "docs" / "architectures.md").read_text("utf-8")
