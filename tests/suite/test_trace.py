@@ -127,3 +127,15 @@ def test_a_run_without_it_has_none():
     found = evaluate(plan(attacks="none,random"), progress="quiet")
     with pytest.raises(UsageError, match="trace: the run did not keep it"):
         _ = found.trace
+
+
+def test_attacks_that_return_their_best_point_have_its_loss():
+    """Auto-PGD keeps the largest loss so far; BIM returns where it ends."""
+    rows = [
+        (attack, step, loss) for attack in ("apgd", "bim") for step, loss in enumerate((1, 3, 2))
+    ]
+    trace = pd.DataFrame(rows, columns=["attack", "step", "loss"]).astype({"loss": float})
+    trace = trace.assign(condition=trace["attack"], task="t", doc_id=0)
+    means = convergence.mean_loss(trace).set_index(["attack", "step"])["loss"]
+    assert means["apgd"].tolist() == [1, 3, 3]
+    assert means["bim"].tolist() == [1, 3, 2]
