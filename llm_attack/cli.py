@@ -337,7 +337,7 @@ def universal(
     )
 )
 @click.argument("file", type=click.Path())
-@click.option("--model", metavar="NAME", help="Model to change. The default is that of the file.")
+@click.option("--model", metavar="NAME", help="Model to change. By default, the file names it.")
 @click.option(
     "-o", "--output", metavar="PATH", required=True, help="New folder for the checkpoint."
 )
@@ -434,6 +434,26 @@ def compare(folders: tuple[Path, ...], **settings: Any) -> None:
         from llm_attack.suite import commands
 
         commands.compare(folders, **settings)
+
+
+@main.command(
+    epilog=examples(
+        "llm-attack transfer out/base-base out/base-tuned",
+        "llm-attack transfer out/base-base out/base-int4 -o transfer.csv",
+        "llm-attack transfer out/from-*/under-* -o transfer.csv",
+    )
+)
+@click.argument("folders", type=_FOLDER, nargs=-1, required=True)
+@click.option("-o", "--output", metavar="PATH", help="CSV file for the table.")
+def transfer(folders: tuple[Path, ...], output: str | None) -> None:
+    """Show whether perturbations found under one model harm others, as a matrix of drops.
+
+    Each run is made by llm-attack run --perturbation. There is one for each pair of models.
+    """
+    with garbage.kept():
+        from llm_attack.suite import commands
+
+        commands.transfer(folders, output)
 
 
 @main.command(

@@ -162,8 +162,8 @@ FIXED: dict[str, Kind] = {
 }
 """A perturbation that was found before, such as a universal one, and two controls.
 
-With the controls, each coordinate keeps its size. Its sign is that of another coordinate of the
-token, or random. `perturb` does not know these: the caller adds the perturbation.
+With the controls, each coordinate keeps its size. It gets the sign of another coordinate of the
+token, or a random one. `perturb` does not know these: the caller adds the perturbation.
 """
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 TOKEN, POSITION, ALL = "token", "position", "all"
 SHARES = (TOKEN, POSITION, ALL)
-"""Which tokens have a perturbation in common: those of a vocabulary entry, of a position, all."""
+"""A perturbation is shared by all tokens of a vocabulary entry, by a position, or by all tokens."""
 
 FORMAT = "universal perturbation of llm-attack"
 SCHEMA = "1"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from llm_attack.lm.network.hook import frozen, vocabulary_of
 from llm_attack.lm.network.pairs import embedding_of, is_pair
 from llm_attack.lm.packing.batches import Batch
 from llm_attack.lm.units import NEFTUNE
-from llm_attack.suite.evaluate import silence
+from llm_attack.suite.evaluate import silence, silenced
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.plan.fixed import FITTING
 from llm_attack.suite.run import estimate, fingerprint, fixed
@@ -60,7 +61,10 @@ def check(plan: Plan, share: str) -> None:
             " question whose tokens could share its length"
         )
     if plan.epsilons[0].in_unit(plan.epsilon_unit).unit == NEFTUNE:
-        raise UsageError(f"epsilon_unit={NEFTUNE}: must be another unit, because questions differ")
+        raise UsageError(
+            f"epsilons={plan.epsilons[0]}: must be in another unit than {NEFTUNE}, whose size"
+            " depends on the question"
+        )
     if plan.epsilons[0].number == 0:
         raise UsageError("epsilons=0: must be above 0 for a universal perturbation")
     if Processes.of(plan).world > 1:
@@ -84,6 +88,11 @@ def universal(plan: Plan, share: str, output: str, progress: str = "bar") -> Fit
     check_writable(path.parent, path.name)
     if path.exists():
         raise UsageError(f"output={output}: exists; must be a new file")
+    with silenced() if progress == "quiet" else nullcontext():
+        return _fitted(plan, share, path, progress)
+
+
+def _fitted(plan: Plan, share: str, path: Path, progress: str) -> Fitted:
     console = Console(stderr=True)
     prepared = prepare(plan, progress, console)
     loss, attack = objective(prepared, share), prepared.lm.engine.attacks[0]

@@ -65,9 +65,9 @@ class Perturbation:
         epsilon: its amplitude, in the units of the point.
         norm: the norm of the amplitude; one of `NORMS`.
         hookpoint: the module at which it was found; None: the input embedding.
-        positions, context: of the run; None for a universal perturbation.
-        condition: of the run; None for a universal perturbation.
-        share: of a universal perturbation, one of `SHARES`; else None.
+        positions, context: the settings of the run; None for a universal perturbation.
+        condition: the run's condition; None for a universal perturbation.
+        share: one of `SHARES` for a universal perturbation; else None.
         tasks: the tasks to which a universal perturbation was fitted.
         key: the key of its halves.
         model: name of the model at which it was found.
@@ -99,7 +99,7 @@ class Perturbation:
 
 
 def read(given: str, condition: str | None) -> Perturbation:
-    """What a plan has to know of a perturbation.
+    """Reads all that a plan has to know of a perturbation.
 
     Args:
         given: its file, or the folder of its run.
@@ -226,8 +226,8 @@ def chosen_half(plan: Any) -> tuple[str, int, tuple[str, ...] | None]:
     """The half of the questions that a plan asks.
 
     Returns:
-        One of `HALVES`, the key of the halves, and the tasks that have them; None: all tasks. Of
-        other tasks, every question is held out.
+        One of `HALVES`, the key of the halves, and the tasks that have them; None: all tasks. Every
+        question of another task is held out.
     """
     universal = plan.fixed is not None and plan.fixed.share is not None
     half = plan.half or (HELD_OUT if universal else ALL)
