@@ -232,8 +232,8 @@ class _OfDoctor(_OfPlan):
     @cached_property
     def settings(self) -> list[Option]:
         """The settings of the plan that the user may choose."""
-        own = (*self._SETTLED, *self._UNUSED, *self._OF_OUTPUT, *self._OF_CERTIFICATES)
-        own = (*own, *self._OF_FIXED)
+        own = (*self._SETTLED, *self._UNUSED, *self._OF_OUTPUT)
+        own += (*self._OF_CERTIFICATES, *self._OF_FIXED)
         left = [option for option in super().settings if option.name not in own]
         for option in left:
             option.default = {"loss": "choice", "limit": 10}.get(str(option.name), option.default)

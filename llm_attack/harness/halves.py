@@ -16,6 +16,7 @@ from typing import Any
 from lm_eval.api.task import Task
 from lm_eval.utils import handle_non_serializable
 
+from llm_attack.base.errors import UsageError
 from llm_attack.harness.patches import replaced
 from llm_attack.harness.sources import clusters
 
@@ -50,6 +51,9 @@ def only(chosen: Chosen | None) -> Iterator[None]:
     """While the context lasts, lm-eval asks and judges only some documents of each task.
 
     Their numbers, `doc_id`, stay the same. `limit` counts all documents, chosen or not.
+
+    Raises:
+        UsageError: no document of a task is chosen. It is raised when the task is built.
     """
     if chosen is None:
         yield
@@ -58,7 +62,13 @@ def only(chosen: Chosen | None) -> Iterator[None]:
 
     def some(self: Any, **options: Any) -> Iterator[tuple[int, Any]]:
         asked = of_task(chosen, self)
-        return (pair for pair in iterator(self, **options) if asked[pair[0]])
+        pairs = [pair for pair in iterator(self, **options) if asked[pair[0]]]
+        if not pairs:
+            raise UsageError(
+                f"half: task {self.config.task} has no such question among the first that limit"
+                " allows; must be a larger limit, or another half"
+            )
+        return iter(pairs)
 
     with replaced(Task, doc_iterator=some):
         yield

@@ -13,7 +13,6 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llm_attack.attacks import Attack
 from llm_attack.base.errors import UsageError, invalid
 from llm_attack.base.folder import check_writable, resolved, resolved_file
 from llm_attack.base.record import finite, whole_or_not
@@ -45,10 +44,10 @@ def check(plan: Plan, share: str) -> None:
     """
     if share not in SHARES:
         raise invalid("share", share, SHARES)
-    if len(plan.attacks) != 1 or len(plan.epsilons) != 1:
+    if len(plan.conditions) != 1 or plan.hookpoints:
         raise UsageError(
             f"attacks={','.join(plan.attacks)}, epsilons={','.join(map(str, plan.epsilons))}: must"
-            " be one attack and one amplitude for a universal perturbation"
+            " be one attack and one amplitude, with one number of steps and one hookpoint"
         )
     kind = plan.conditions[0].attack_in_units.kind
     if not kind.gradient or kind.targeted or kind.minimal or kind.reverse or kind.members:
@@ -97,7 +96,7 @@ def _fitted(plan: Plan, share: str, path: Path, progress: str) -> Fitted:
     prepared = prepare(plan, progress, console)
     loss, attack = objective(prepared, share), prepared.lm.engine.attacks[0]
     n, requests = len(by_question(prepared.requests)), len(prepared.requests)
-    total = requests * _gradients(attack)
+    total = requests * (attack.steps * attack.restarts if attack.kind.iterative else 1)
     with (
         RunProgress(progress, console, [attack.condition], total, 0) as bar,
         frozen(prepared.lm.model),
@@ -111,11 +110,6 @@ def fitting(plan: Plan, share: str) -> Plan:
     """The plan, checked, with the half of the questions to fit to."""
     check(plan, share)
     return replace(plan, half=FITTING)
-
-
-def _gradients(attack: Attack) -> int:
-    """The number of gradients that an attack takes, for the progress."""
-    return attack.steps * attack.restarts if attack.kind.iterative else 1
 
 
 def objective(prepared: Prepared, share: str) -> MeanLoss:

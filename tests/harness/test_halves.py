@@ -1,7 +1,9 @@
 """The halves of a task's questions: by a hash of each, and together for one source."""
 
+import pytest
 from lm_eval.api.task import Task
 
+from llm_attack.base.errors import UsageError
 from llm_attack.harness.halves import fitted_half, of_task, only
 
 DOCS = [{"question": f"What is {i}?", "gold": i % 2} for i in range(400)]
@@ -41,5 +43,10 @@ def test_only_some_documents_are_asked_and_keep_their_numbers(build):
     assert {request.doc_id for request in task.instances} == {0, 2, 4, 6}
     assert of_task(even, task)[:3] == [True, False, True]
     assert Task.doc_iterator is iterator
+    with (
+        only(lambda name, docs: [False] * len(docs)),
+        pytest.raises(UsageError, match="half: task demo_piqa has no such question"),
+    ):
+        task.build_all_requests(limit=8)
     with only(None):
         assert [i for i, _ in task.doc_iterator(limit=3)] == [0, 1, 2]

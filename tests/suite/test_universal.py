@@ -57,14 +57,17 @@ def asked(**settings):
     )
 
 
-def test_the_half_that_is_held_out_is_never_touched(fit):
+@pytest.fixture(scope="module")
+def held_out(fit):
+    """The prepared run of the other half."""
+    return asked(perturbation=str(fit[0]))
+
+
+def test_the_half_that_is_held_out_is_never_touched(fit, held_out):
     """No request of it is in a batch that the fit reads; together they are all questions."""
-    path, _, prepared = fit
-    fitted, held_out, whole = map(
-        prompts, (prepared, asked(perturbation=str(path)), asked(half="all"))
-    )
-    assert fitted and held_out and not fitted & held_out
-    assert fitted | held_out == whole
+    fitted, other, whole = map(prompts, (fit[2], held_out, asked(half="all")))
+    assert fitted and other and not fitted & other
+    assert fitted | other == whole
 
 
 def test_it_stays_in_the_ball_and_leaves_other_tokens(fit):
@@ -153,14 +156,12 @@ def test_a_head_that_shares_the_embedding_keeps_its_weights(tied, n, tmp_path):
         torch.testing.assert_close(again(ids).logits, expected)
 
 
-def test_dry_run_knows_the_passes(fit):
-    """One gradient a step, and a pass for the loss at the end."""
-    estimated = estimate.dry_run(commands.fitting(FIT, "token"), "quiet")
-    assert estimated.passes.gradients == STEPS
-    assert estimated.passes.forwards == STEPS + 1
+def test_dry_run_knows_the_passes(fit, held_out):
+    """One gradient a step and a pass for the loss at the end; a pass for each condition."""
+    estimated = estimate.estimate(fit[2], seconds=0)
+    assert (estimated.passes.gradients, estimated.passes.forwards) == (STEPS, STEPS + 1)
     assert estimated.counts.questions == len({r.doc_id for r in fit[2].requests})
-    settings = {"attacks": "none", "perturbation": str(fit[0])}
-    scoring = estimate.dry_run(Plan("demo", "demo_piqa", **GIVEN, **settings), "quiet")
+    scoring = estimate.estimate(held_out, seconds=0)
     assert (scoring.passes.gradients, scoring.passes.forwards) == (0, 4)
 
 
@@ -170,20 +171,28 @@ OWN = {"tasks": "demo_piqa,demo_winogrande", "loss": "sequence"}
 SHARED = {"tasks": "demo_arc_easy,demo_winogrande", "loss": "choice", "positions": "not_first"}
 
 
-@pytest.fixture(scope="module", params=[OWN, SHARED], ids=["own", "shared"])
-def found(request, tmp_path_factory):
+def found_by(folder, **settings):
     """(a run that saved its perturbations, its settings)."""
-    settings = {**request.param, "limit": 4, "device": "cpu", "progress": "quiet"}
-    return evaluated(
-        *("demo", settings.pop("tasks")),
-        output=tmp_path_factory.mktemp("found") / "a",
-        **{**settings, "attacks": "none,fgsm", "save_perturbations": True, "path_points": 0},
-    ), {**request.param, **settings}
+    settings = {**settings, "limit": 4, "device": "cpu", "progress": "quiet"}
+    more = {"attacks": "none,fgsm", "save_perturbations": True, "path_points": 0}
+    given = {**settings, **more}
+    return evaluated("demo", given.pop("tasks"), output=folder / "a", **given), settings
 
 
-def test_under_the_same_model_the_answers_are_the_same(found, tmp_path):
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    return found_by(tmp_path_factory.mktemp("own"), **OWN)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    return found_by(tmp_path_factory.mktemp("shared"), **SHARED)
+
+
+@pytest.mark.parametrize("kind", [pytest.param("own", marks=pytest.mark.slow), "shared"])
+def test_under_the_same_model_the_answers_are_the_same(kind, request):
     """To the digit, also for fewer questions and in other batches."""
-    run, settings = found
+    run, settings = request.getfixturevalue(kind)
     settings = {**settings, "limit": 3, "batch_size": 1, "attacks": "none"}
     again = evaluated(
         *("demo", settings.pop("tasks")),
@@ -210,17 +219,15 @@ def test_under_the_same_model_the_answers_are_the_same(found, tmp_path):
     [
         ({"tasks": "demo_hellaswag"}, "has no task demo_hellaswag"),
         ({"limit": 5}, "question 4: is not in the run"),
-        ({"num_fewshot": 1}, "question 0: has other tokens in the run"),
-        ({"loss": "continuation", "context": "own"}, "context"),
-        ({"positions": "continuation"}, "positions=continuation: must be"),
+        ({"num_fewshot": 1}, r"question \d: has other tokens in the run"),
+        ({"loss": "sequence"}, "context=own: must be shared"),
+        ({"positions": "continuation"}, "positions=continuation: must be not_first"),
         ({"hookpoint": "model.layers.1"}, "hookpoint=model.layers.1: must be None"),
-        ({"perturbation_of": "fgsm@0.02"}, "must be one of fgsm@0.01"),
+        ({"perturbation_of": "fgsm@0.02"}, r"must be one of fgsm@0\.01"),
     ],
 )
-def test_what_does_not_fit_is_refused(found, changes, says):
-    run, settings = found
-    if "context" in changes and run.run["settings"]["loss"] != "choice":
-        changes = {"context": "shared"}
+def test_what_does_not_fit_is_refused(shared, changes, says):
+    run, settings = shared
     settings = {**settings, "attacks": "none", "perturbation": str(run.folder), **changes}
     settings.pop("progress")
     with pytest.raises(UsageError, match=says):

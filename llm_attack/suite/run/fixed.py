@@ -37,6 +37,11 @@ def chosen(plan: Plan) -> Chosen | None:
 
     def asked(task: str, docs: Sequence[Any]) -> list[bool]:
         divided = tasks is None or task in tasks
+        if half == FITTING and not divided:
+            raise UsageError(
+                f"half={FITTING}: task {task} must be one of the tasks to which the perturbation"
+                f" was fitted, {', '.join(tasks or ())}"
+            )
         fitted = fitted_half(docs, key) if divided else [False] * len(docs)
         return [in_half == (half == FITTING) for in_half in fitted]
 

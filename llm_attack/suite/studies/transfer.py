@@ -17,7 +17,8 @@ from llm_attack.suite.studies.models import name_of
 
 PERTURBATION = "perturbation"  # the key in run.json
 TITLE = "drop in points: found under (row), scored under (column)"
-CONTROL = "the same with shuffled signs"
+CONTROL = "drop with shuffled signs"
+DIFFERENCE = "difference of the two"
 COLUMNS = [
     *("found_under", "found_by", "scored_under", "same_weights", "task", "n", "acc", "acc_fixed"),
     *("drop", "drop_low", "drop_high", "drop_shuffled", "drop_random"),
@@ -105,7 +106,9 @@ def _against(result: Result, control: str) -> pd.DataFrame:
 
 
 def matrices(frame: pd.DataFrame) -> dict[str, Cells]:
-    """The matrix of drops and that of the control, of the mean over tasks or the only task.
+    """Matrices by title: drops, those of the control, and their differences.
+
+    They show the mean over tasks, or the only task.
 
     Args:
         frame: the result of `transfers`.
@@ -115,24 +118,18 @@ def matrices(frame: pd.DataFrame) -> dict[str, Cells]:
     whole = whole.reset_index()
     names = whole["found_under"]
     whole["row"] = names + (", " + whole["found_by"] if by_condition else "")
-    explained = [
+    n = ", ".join(map(str, sorted(set(whole["n"]))))
+    tasks = set(frame["task"]) - {MEAN}
+    notes = [
         "drop: points of accuracy lost compared with none (paired 95 % interval)",
-        "=: scored under the model with the same weights; those of a universal perturbation are"
-        " on questions that it was not fitted to",
-        f"n: {', '.join(map(str, sorted(set(whole['n']))))} questions"
-        + (f", {frame['task'].nunique() - 1} tasks" if MEAN in set(frame["task"]) else ""),
+        "=: scored under the weights with which it was found",
+        f"{n} questions of {', '.join(sorted(tasks))}",
     ]
-    beside = [
-        "drop with shuffled signs; in brackets: drop of the matrix above minus this one, paired by"
-        " question (95 % interval)"
-    ]
+    beside = ["drop of the first matrix minus drop of the second, paired by question"]
     return {
-        TITLE: _matrix(whole, explained, lambda row: _shown(row, "drop") + _same(row)),
-        CONTROL: _matrix(
-            whole,
-            beside,
-            lambda row: f"{row['drop_shuffled']:.1f} [{_shown(row, 'difference', '+')}]",
-        ),
+        TITLE: _matrix(whole, notes, lambda row: _shown(row, "drop", mark=_same(row))),
+        CONTROL: _matrix(whole, [], lambda row: f"{row['drop_shuffled']:.1f}"),
+        DIFFERENCE: _matrix(whole, beside, lambda row: _shown(row, "difference", "+")),
     }
 
 
@@ -146,10 +143,10 @@ def _matrix(whole: pd.DataFrame, notes: Sequence[str], text: Any) -> Cells:
 
 
 def _same(row: Mapping[Any, Any]) -> str:
-    return " =" if row["same_weights"] is True else ""
+    return "=" if row["same_weights"] is True else ""
 
 
-def _shown(row: Mapping[Any, Any], name: str, sign: str = "") -> str:
+def _shown(row: Mapping[Any, Any], name: str, sign: str = "", mark: str = "") -> str:
     low, high = row[f"{name}_low"], row[f"{name}_high"]
     interval = "" if np.isnan(low) else f" ({low:{sign}.1f} to {high:{sign}.1f})"
-    return f"{row[name]:{sign}.1f}{interval}"
+    return f"{row[name]:{sign}.1f}{mark}{interval}"
