@@ -238,7 +238,7 @@ class _OfDoctor(_OfPlan):
     @cached_property
     def settings(self) -> list[Option]:
         """The settings of the plan that the user may choose."""
-        own = (*self._SETTLED, *self._UNUSED, *self._OF_OUTPUT)
+        own: tuple[str, ...] = (*self._SETTLED, *self._UNUSED, *self._OF_OUTPUT)
         own += (*self._OF_CERTIFICATES, *self._OF_FIXED)
         left = [option for option in super().settings if option.name not in own]
         for option in left:

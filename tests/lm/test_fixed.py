@@ -16,6 +16,7 @@ from llm_attack.lm.engine.scoring import Scorer
 from llm_attack.lm.engine.universal import MeanLoss, fit
 from llm_attack.lm.fixed import ALL, POSITION, SHARES, TOKEN
 from llm_attack.lm.losses import ThreatModel
+from llm_attack.lm.packing.questions import Question, Request
 
 EPSILON = 0.3
 
@@ -116,14 +117,19 @@ def test_a_run_adds_the_row_of_each_token(share, trees):
         assert found[i] == pytest.approx(scores[list(choices)].tolist(), rel=1e-12)
 
 
-def test_rows_in_the_order_of_moving():
-    engine = engine_of(False)
-    batch = engine.batches([asked((5, 6, 7), (1, 2)), asked((9, 5), (1, 2))], 100)
-    pack = engine.pack(batch[0])
-    # the trie of each question; the choices are only predicted
-    tokens = [list(q.trie.tokens) for q in pack.questions]
-    assert row_of(pack, TOKEN).tolist() == np.concatenate(tokens).tolist()
-    assert row_of(pack, POSITION).tolist() == [i for part in tokens for i in range(len(part))]
+@pytest.mark.parametrize("trees", [True, False])
+def test_rows_in_the_order_of_moving(trees):
+    """A token of the second choice has the position that it has in its request."""
+    engine = engine_of(trees)
+    requests = [Request((5, 6, 1, 2), 2), Request((5, 6, 3, 3, 1), 3)]
+    questions = [Question(requests, [[0], [1]], [True, False]), asked((9, 5), (1, 2))]
+    (batch,) = engine.batches(questions, 100)
+    pack = engine.pack(batch)
+    tries = [question.trie for question in pack.questions]
+    tokens, depths = (np.concatenate([getattr(t, n) for t in tries]) for n in ("tokens", "depth"))
+    assert batch.trees == trees and max(map(len, tries)) == 5
+    assert row_of(pack, TOKEN).tolist() == tokens.tolist()
+    assert row_of(pack, POSITION).tolist() == depths.tolist() != list(range(len(depths)))
     assert row_of(pack, ALL).tolist() == [0] * len(moving(pack))
 
 
