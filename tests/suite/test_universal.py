@@ -97,6 +97,7 @@ def test_a_run_asks_the_other_half_and_other_tasks(fit, scored):
     assert names == ["none", "fixed", "fixed-shuffled", "fixed-random"]
     about = scored.run["perturbation"]
     assert (about["share"], about["model"], about["tasks"]) == ("token", "demo", ["demo_piqa"])
+    assert about["weights"] == scored.run["fingerprint"]["weights"]
     condition = next(c for c in scored.conditions.values() if c.attack == "fixed")
     assert condition.get("perturbation_source") == about["source"]
     assert condition.get("loss") is None and condition.get("seed") is None

@@ -151,7 +151,10 @@ def _of_file(path: Path) -> Perturbation:
         share=about["share"],
         tasks=tuple(json.loads(about["tasks"])),
         key=int(about["key"]),
-        about={name: about[name] for name in ("attack", "amplitude", "loss", "fitted_to")},
+        about={
+            **{name: about[name] for name in ("attack", "amplitude", "loss", "fitted_to")},
+            "weights": json.loads(about["fingerprint"])["weights"],
+        },
     )
 
 
