@@ -16,7 +16,7 @@ SHIFTS = {"none": 3.0, "fixed@0.1": 0.5, "fixed-shuffled@0.1": 2.8, "fixed-rando
 
 
 def run_of(under, found, shift=0.0, tasks=("a", "b"), weights="w"):
-    sizes = {task: (60, 4) for task in tasks}
+    sizes = {task: (40, 4) for task in tasks}
     shifts = {**SHIFTS, "fixed@0.1": SHIFTS["fixed@0.1"] + shift}
     samples, questions = build(sizes, shifts, norm=False, seed=len(under + found))
     infos = {name: {} for name in shifts}

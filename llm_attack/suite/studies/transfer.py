@@ -128,7 +128,7 @@ def matrices(frame: pd.DataFrame) -> dict[str, Cells]:
     beside = ["drop of the first matrix minus drop of the second, paired by question"]
     return {
         TITLE: _matrix(whole, notes, lambda row: _shown(row, "drop", mark=_same(row))),
-        CONTROL: _matrix(whole, [], lambda row: f"{row['drop_shuffled']:.1f}"),
+        CONTROL: _matrix(whole, [], lambda row: f"{row['drop_shuffled'] + 0:.1f}"),
         DIFFERENCE: _matrix(whole, beside, lambda row: _shown(row, "difference", "+")),
     }
 
@@ -149,4 +149,4 @@ def _same(row: Mapping[Any, Any]) -> str:
 def _shown(row: Mapping[Any, Any], name: str, sign: str = "", mark: str = "") -> str:
     low, high = row[f"{name}_low"], row[f"{name}_high"]
     interval = "" if np.isnan(low) else f" ({low:{sign}.1f} to {high:{sign}.1f})"
-    return f"{row[name]:{sign}.1f}{mark}{interval}"
+    return f"{row[name] + 0:{sign}.1f}{mark}{interval}"  # a drop of -0 is 0
