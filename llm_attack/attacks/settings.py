@@ -31,6 +31,8 @@ class Kind:
         function: a user's own function that does everything; see `register_attack`.
         source: hash of its source (`source_hash`); empty for the attacks of this package.
         members: the attacks of a battery in order, each with the settings that it reads.
+        inside: the attack that does the same in a ball, if this one stays in the rounding cells of
+            a format (`attacks.cells`); `none` for the format's own rounding.
     """
 
     gradient: bool = False
@@ -46,6 +48,7 @@ class Kind:
     function: Callable[..., Any] | None = None
     source: str = ""
     members: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    inside: str | None = None
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -150,10 +153,21 @@ BATTERIES: dict[str, Kind] = {
 A version is never changed. Other numbers make another version.
 """
 
+ROUNDINGS: dict[str, Kind] = {
+    f"{name}_rounding".removeprefix("actual_"): replace(ATTACKS[inside], inside=inside)
+    for name, inside in (
+        ("actual", "none"),
+        ("random", "random"),
+        ("fgsm", "fgsm"),
+        ("worst", "apgd"),
+    )
+}
+"""Attacks that stay in the rounding cells of a format instead of a ball."""
+
 
 def kind_of(name: str) -> Kind | None:
-    """The traits of an attack or of a battery; None: nothing has this name."""
-    return ATTACKS.get(name) or BATTERIES.get(name)
+    """The traits of an attack, a battery or a rounding; None: nothing has this name."""
+    return ATTACKS.get(name) or BATTERIES.get(name) or ROUNDINGS.get(name)
 
 
 def register_attack(function: Callable[..., Any], name: str | None = None) -> str:
@@ -278,7 +292,8 @@ class Attack(StepSettings):
             `mifgsm` is from Dong et al. 2018. `apgd` and `apgdt` are from Croce and Hein 2020.
             `blocks` follows Andriushchenko et al. 2020. `fmn` is from Pintor et al. 2021.
             `critical` is `apgd` at several epsilons. `reversed` is `fgsm` with the opposite sign, a
-            control that has to lower the loss. `standard-1` is the battery of that version.
+            control that has to lower the loss. `standard-1` is the battery of that version. The
+            keys of `ROUNDINGS` stay in the cells of a format.
         epsilon: radius of the ball round the clean point, in the units of the point; finite, >= 0.
             For `fmn` and `critical`, the largest radius.
         steps: number of steps of the iterative attacks; >= 1.
@@ -299,6 +314,8 @@ class Attack(StepSettings):
         per_token: whether each entry of the dimensions but the last, such as a token, has its own
             ball. Otherwise one ball holds all entries of an example.
         label: the amplitude in the condition's name; None means epsilon.
+        cells: for the keys of `ROUNDINGS`, the name of the format (`attacks.formats`). All lengths
+            are in widths of a cell; epsilon 1 is the whole cell.
 
     Raises:
         UsageError: a value is out of range; the message names it.
@@ -310,12 +327,18 @@ class Attack(StepSettings):
     by_size: bool = False
     per_token: bool = False
     label: str | None = None
+    cells: str | None = None
 
     def __post_init__(self) -> None:
         if not known_attack(self.name) and (
-            not isinstance(self.name, str) or self.name not in BATTERIES
+            not isinstance(self.name, str) or kind_of(self.name) is None
         ):
             raise invalid("attack", self.name, ATTACKS)
+        if (self.kind.inside is None) != (self.cells is None):
+            raise UsageError(
+                f"cells={self.cells}: must be given with one of {', '.join(ROUNDINGS)}, and with no"
+                f" other attack, not with attack={self.name}"
+            )
         if not _EPSILON.allows(self.epsilon):
             raise invalid("epsilon", self.epsilon, _EPSILON.words())
         check(self)
@@ -325,7 +348,16 @@ class Attack(StepSettings):
 
     @property
     def kind(self) -> Kind:
-        return ATTACKS.get(self.name) or BATTERIES[self.name]
+        kind = kind_of(self.name)
+        assert kind is not None
+        return kind
+
+    @property
+    def in_ball(self) -> Attack:
+        """The attack that does the same in a ball; itself if it stays in a ball."""
+        if self.kind.inside is None:
+            return self
+        return replace(self, name=self.kind.inside, cells=None)
 
     @property
     def members(self) -> tuple[Attack, ...]:
