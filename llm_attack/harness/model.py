@@ -20,6 +20,7 @@ from lm_eval.api.instance import Instance
 from tqdm import tqdm
 
 from llm_attack.attacks import Attack
+from llm_attack.attacks.cells import check_cells
 from llm_attack.base.errors import UsageError, invalid
 from llm_attack.base.failures import one_line
 from llm_attack.base.loaded import name_of
@@ -193,7 +194,7 @@ class AttackedHFLM(Generating):
                 conditions, signals, labels(conditions), strict=True
             )
         ]
-        self._check_attacks(attacks)
+        self._check_attacks(attacks, {signal.width for signal in signals})
         at_names = self._scorers(self.model, names)
         seq2seq.check_positions(conditions[0], at_names[0])
         pad = self._known([self.tokenizer.pad_token_id or 0])[0]
@@ -227,7 +228,7 @@ class AttackedHFLM(Generating):
                 f" ({one_line(error)})"
             ) from error
 
-    def _check_attacks(self, attacks: Sequence[Attack]) -> None:
+    def _check_attacks(self, attacks: Sequence[Attack], widths: Collection[int]) -> None:
         largest = torch.finfo(self.model.dtype).max
         for attack in attacks:
             if attack.epsilon > largest:
@@ -235,6 +236,8 @@ class AttackedHFLM(Generating):
                     f"epsilon={attack.epsilon:g}: must be a number of the model's dtype,"
                     f" {self.model.dtype}, whose largest number is {largest:g}"
                 )
+            if attack.cells is not None:
+                check_cells(attack.cells, self.model.dtype, widths)
             fmn = any(member.name == "fmn" for member in attack.members)
             if fmn and self.engine_settings.gradient_dtype is not None:
                 raise UsageError(

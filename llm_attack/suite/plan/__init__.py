@@ -9,10 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+from llm_attack.attacks.formats import ALLOWED, Format
 from llm_attack.attacks.settings import (
     ATTACKS,
     BATTERIES,
     ITERATIVE,
+    ROUNDINGS,
+    kind_of,
     known_attack,
 )
 from llm_attack.base.declare import (
@@ -54,7 +57,7 @@ _TRACED = ("trace",)  # only the curves over steps depend on this
 WORST = "worst"
 # The worst case leaves these out, because they have no fixed amplitude: the clean answers, the
 # control, noise without a bound, and searches for the smallest amplitude.
-NO_PART = tuple(name for name, kind in ATTACKS.items() if not kind.bounded)
+NO_PART = tuple(name for name, kind in {**ATTACKS, **ROUNDINGS}.items() if not kind.bounded)
 
 # `critical=True` adds these attacks.
 _CRITICAL = ("critical", "fmn")
@@ -109,7 +112,7 @@ class Plan(_SeveralSteps, EngineSettings, SmoothingSettings):
     )
     attacks: Sequence[Any] = setting(
         ("none", "random", "fgsm", "bim"),
-        f"Attacks to compare, separated by commas: {', '.join(ATTACKS)}, or"
+        f"Attacks to compare, separated by commas: {', '.join((*ATTACKS, *ROUNDINGS))}, or"
         " package.module:function of your own. The name worst stands for the accuracy against all"
         " of them at each amplitude. If the loss knows the label, it is always reported. Otherwise"
         " it is below guessing by construction, and is reported only if you name it. The names"
@@ -126,6 +129,16 @@ class Plan(_SeveralSteps, EngineSettings, SmoothingSettings):
         also_type=tuple,
         allowed=values.NUMBERS,
         parse=values.epsilons,
+        group="attack",
+    )
+    cells: Sequence[Any] = setting(
+        (),
+        "Formats whose rounding cells the attacks"
+        f" {', '.join(ROUNDINGS)} stay in, separated by commas: {ALLOWED}. Epsilons do not apply to"
+        " these attacks, and step_size is in widths of a cell",
+        kind=tuple,
+        allowed=ALLOWED,
+        parse=lambda given: values.texts(listed(given)),
         group="attack",
     )
     critical: bool = setting(
@@ -257,6 +270,7 @@ class Plan(_SeveralSteps, EngineSettings, SmoothingSettings):
         EngineSettings.__post_init__(self)
         self._take_standard()
         self._check_hookpoints()
+        self._check_cells()
         self._check_cluster()
         self._check_equivalence()
         self._check_questions()
@@ -302,6 +316,18 @@ class Plan(_SeveralSteps, EngineSettings, SmoothingSettings):
         for name, value in (("hookpoint", self.hookpoint), ("compile", self.compile)):
             if self.hookpoints and value:
                 raise UsageError(f"{name}={value}: must not be given with hookpoints")
+
+    def _check_cells(self) -> None:
+        for name in self.cells:
+            Format.of(name)
+            if self.cells.count(name) > 1:
+                raise UsageError(f"cells={','.join(self.cells)}: must name {name} only once")
+        needing = next((name for name in self.attacks if name in ROUNDINGS), None)
+        if needing and not self.cells:
+            raise UsageError(
+                f"attacks={','.join(self.attacks)}: {needing} needs cells, the formats whose"
+                " rounding cells it stays in, such as cells=int8"
+            )
 
     def _check_cluster(self) -> None:
         if self.shard is not None and self.share is None:
@@ -406,6 +432,7 @@ class Plan(_SeveralSteps, EngineSettings, SmoothingSettings):
         """
         run = {condition.attack for condition in self.conditions}
         others = {
+            "cells": [*ROUNDINGS],
             "epsilon_max": [attack for attack, kind in ATTACKS.items() if kind.minimal],
             "epsilons": [attack for attack in (*ATTACKS, *BATTERIES) if attack != "none"],
         }
@@ -456,6 +483,12 @@ class Plan(_SeveralSteps, EngineSettings, SmoothingSettings):
         largest: Epsilon = max(self.epsilons, key=lambda epsilon: epsilon.number)
         return largest
 
+    def _sizes_of(self, attack: str) -> Sequence[dict[str, Any]]:
+        """The sizes of an attack's perturbations, as arguments of its condition."""
+        if attack in ROUNDINGS:
+            return [{"cells": name} for name in self.cells]
+        return [{"epsilon": epsilon} for epsilon in self._epsilons_of(attack)]
+
     def _epsilons_of(self, attack: str) -> Sequence[Epsilon]:
         if attack in ATTACKS and ATTACKS[attack].minimal:
             return [self.largest_epsilon]
@@ -463,7 +496,8 @@ class Plan(_SeveralSteps, EngineSettings, SmoothingSettings):
 
     def _steps_of(self, attack: str) -> Sequence[int]:
         several = self.steps if isinstance(self.steps, tuple) else (self.steps,)
-        reads = len(several) > 1 and known_attack(attack) and ATTACKS[attack].uses("steps")
+        kind = kind_of(attack) if known_attack(attack) or attack in ROUNDINGS else None
+        reads = len(several) > 1 and kind is not None and kind.uses("steps")
         return several if reads else several[-1:]
 
     @cached_property
@@ -480,12 +514,10 @@ class Plan(_SeveralSteps, EngineSettings, SmoothingSettings):
             asked, norms = ["none", *self.standard.attacks], [*self.standard.norms]
         attacks = sorted([*asked, *more], key=lambda name: name != "none")
         return tuple(
-            AttackSettings(
-                attack=attack, epsilon=epsilon, **{**common, "norm": norm, "steps": steps}
-            )
+            AttackSettings(attack=attack, **size, **{**common, "norm": norm, "steps": steps})
             for norm in norms
             for attack in attacks
-            for epsilon in self._epsilons_of(attack)
+            for size in self._sizes_of(attack)
             for steps in self._steps_of(attack)
             if attack != "none" or norm == norms[0]
         )
@@ -527,6 +559,7 @@ class Plan(_SeveralSteps, EngineSettings, SmoothingSettings):
         saved = () if self.save_perturbations else _SAVED
         left_out = (*_HOW, *saved, *(() if self.trace else _TRACED))
         left_out = left_out if self.sigmas else (*left_out, *OF_SMOOTHING)
+        left_out = left_out if self.cells else (*left_out, "cells")
         return {name: value for name, value in self.plain().items() if name not in left_out}
 
 
