@@ -33,6 +33,7 @@ class Kind:
         members: the attacks of a battery in order, each with the settings that it reads.
         inside: the attack that does the same in a ball, if this one stays in the rounding cells of
             a format (`attacks.cells`); `none` for the format's own rounding.
+        tied: perturbs a table of embeddings, which it fits to all questions of a run together.
     """
 
     gradient: bool = False
@@ -49,6 +50,7 @@ class Kind:
     source: str = ""
     members: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     inside: str | None = None
+    tied: bool = False
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -154,12 +156,15 @@ A version is never changed. Other numbers make another version.
 """
 
 ROUNDINGS: dict[str, Kind] = {
-    f"{name}_rounding".removeprefix("actual_"): replace(ATTACKS[inside], inside=inside)
+    f"{name}_rounding".removeprefix("actual_"): replace(
+        ATTACKS[inside], inside=inside, tied=name == "tied"
+    )
     for name, inside in (
         ("actual", "none"),
         ("random", "random"),
         ("fgsm", "fgsm"),
         ("worst", "apgd"),
+        ("tied", "bim"),
     )
 }
 """Attacks that stay in the rounding cells of a format instead of a ball."""
@@ -383,14 +388,15 @@ class Attack(StepSettings):
         """Whether the first step needs only the untargeted loss and its gradient at the start."""
         kind = self.kind
         others = kind.targeted or kind.start is not None or (kind.minimal and not kind.adaptive)
-        others = others or kind.function is not None
+        others = others or kind.function is not None or kind.tied
         return kind.gradient and not (others or self.identity)
 
     @property
     def by_steps(self) -> bool:
         """Whether it makes steps that do not depend on how many follow."""
         kind = self.kind
-        return kind.gradient and not (kind.adaptive or kind.minimal or kind.function is not None)
+        others = kind.adaptive or kind.minimal or kind.tied or kind.function is not None
+        return kind.gradient and not others
 
     @property
     def points(self) -> int:

@@ -194,7 +194,8 @@ class AttackedHFLM(Generating):
                 conditions, signals, labels(conditions), strict=True
             )
         ]
-        self._check_attacks(attacks, {signal.width for signal in signals})
+        places = [condition.hookpoint for condition in conditions]
+        self._check_attacks(attacks, places, {signal.width for signal in signals})
         at_names = self._scorers(self.model, names)
         seq2seq.check_positions(conditions[0], at_names[0])
         pad = self._known([self.tokenizer.pad_token_id or 0])[0]
@@ -228,9 +229,11 @@ class AttackedHFLM(Generating):
                 f" ({one_line(error)})"
             ) from error
 
-    def _check_attacks(self, attacks: Sequence[Attack], widths: Collection[int]) -> None:
+    def _check_attacks(
+        self, attacks: Sequence[Attack], places: Sequence[str | None], widths: Collection[int]
+    ) -> None:
         largest = torch.finfo(self.model.dtype).max
-        for attack in attacks:
+        for attack, place in zip(attacks, places, strict=True):
             if attack.epsilon > largest:
                 raise UsageError(
                     f"epsilon={attack.epsilon:g}: must be a number of the model's dtype,"
@@ -238,6 +241,11 @@ class AttackedHFLM(Generating):
                 )
             if attack.cells is not None:
                 check_cells(attack.cells, self.model.dtype, widths)
+            if attack.kind.tied and (place is not None or self.backend != CAUSAL):
+                raise UsageError(
+                    f"attack={attack.name}: must be given with a causal model and without a"
+                    " hookpoint, because it perturbs the table of the input embedding"
+                )
             fmn = any(member.name == "fmn" for member in attack.members)
             if fmn and self.engine_settings.gradient_dtype is not None:
                 raise UsageError(
@@ -466,8 +474,10 @@ class AttackedHFLM(Generating):
             disable=disable_tqdm or self.rank != 0,
             desc=f"Running loglikelihood requests ({self.attack.condition})",
         )
+        batches = self.batches(questions, rows)
+        self.fit(batches)
         with frozen(self.model), progress:
-            for _, batch in self.engine.answers(self.batches(questions, rows)):
+            for _, batch in self.engine.answers(batches):
                 self._now.add([asdict(sums) for sums in batch.diagnostics])
                 requests = by_index(batch.answered)
                 for index, of_request in requests.items():
@@ -488,6 +498,22 @@ class AttackedHFLM(Generating):
         with frozen(self.model):
             self.engine.probe(questions, self.tokens_per_batch)
             return self.engine.batches(questions, int(limit), self.tokens_per_batch)
+
+    @torch.inference_mode(False)
+    def fit(self, batches: Iterable[Batch | Prompts]) -> None:
+        """Fits the tables of tied attacks to all batches of a run.
+
+        Raises:
+            UsageError: a task generates texts, whose tokens are not known before.
+        """
+        tied = next((attack for attack in self.engine.attacks if attack.kind.tied), None)
+        if tied is None:
+            return
+        every = list(batches)
+        if not all(isinstance(batch, Batch) for batch in every):
+            raise UsageError(f"attack={tied.name}: must be given with tasks that have choices")
+        with frozen(self.model):
+            self.engine.fit(batch for batch in every if isinstance(batch, Batch))
 
     @torch.inference_mode(False)
     def answers(

@@ -202,7 +202,7 @@ class AttackSettings(ThreatSettings):
     )
     cells: str | None = setting(
         None,
-        f"Format whose rounding cells the attacks {', '.join(ROUNDINGS)} stay in, such as int8."
+        f"Format of the rounding cells, such as int8. The attacks {', '.join(ROUNDINGS)} need it."
         " Epsilon does not apply to them, and step_size is in widths of a cell",
         allowed=ALLOWED,
         group="attack",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -96,6 +96,7 @@ class AttackedBatch:
         x: the clean point: (B, L, H), or (U, H) if the pack has nodes.
         mask: (B, L) or (U,) booleans, False on padding and on other tokens that do not move; None
             if all move.
+        tables: for each tied attack, a function that gives its point of this batch.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class AttackedBatch:
         self.scorer, self.pack, self.threat = scorer, pack, threat
         self.clean, self.slopes, self.trace = clean, slopes, trace
         self.read = BatchLoss(pack, threat)
+        self.tables: Mapping[Attack, Callable[[AttackedBatch], Tensor]] = {}
         self._cells: dict[str, Cells] = {}
 
     @property
@@ -249,6 +251,8 @@ class AttackedBatch:
         more: Any = {"elements": self.elements, "known": self._known(attack)}
         more |= {"keys": self.keys if attack.draws else None}
         more |= {"watch": Watch(look.count, look.keep)}
+        if attack.kind.tied:
+            return iter([self.tables[attack](self)])
         if attack.cells is None:
             return trajectory(attack, self.x, look.losses(), **more)
         return confined(attack, self.cells(attack.cells), look.losses(), **more)
@@ -389,6 +393,8 @@ class _Look:
         # the gap there, which another condition may have needed as well
         gap = kind.targeted and kind.adaptive and self.batch.clean.scores is not None
         answers = needs.answers or gap
+        if kind.tied:  # the passes of the fit
+            return self.attack.steps + 1, self.attack.steps
         if not needs.gradient:
             return int(answers), 0
         return 1 + int(answers and self.slopes is not None), 1

@@ -133,9 +133,9 @@ class Plan(_SeveralSteps, EngineSettings, SmoothingSettings):
     )
     cells: Sequence[Any] = setting(
         (),
-        "Formats whose rounding cells the attacks"
-        f" {', '.join(ROUNDINGS)} stay in, separated by commas: {ALLOWED}. Epsilons do not apply to"
-        " these attacks, and step_size is in widths of a cell",
+        f"Formats of the rounding cells, separated by commas: {ALLOWED}. The attacks"
+        f" {', '.join(ROUNDINGS)} need them. Epsilons do not apply to these attacks, and step_size"
+        " is in widths of a cell",
         kind=tuple,
         allowed=ALLOWED,
         parse=lambda given: values.texts(listed(given)),
@@ -334,6 +334,12 @@ class Plan(_SeveralSteps, EngineSettings, SmoothingSettings):
             raise invalid("shard", self.shard, values.SHARD)
         if self.ray is not None and not re.fullmatch(r"local|auto|[^\s/]+:\d+", self.ray):
             raise invalid("ray", self.ray, values.RAY)
+        tied = [name for name in self.attacks if name in ROUNDINGS and ROUNDINGS[name].tied]
+        if self.ray is not None and tied:
+            raise UsageError(
+                f"ray={self.ray}: must not be given with {tied[0]}, which needs all questions in"
+                " one process"
+            )
         if self.ray is None and self.ray_workers is not None:
             raise UsageError(
                 f"ray_workers={self.ray_workers}: must be given together with ray, such as"

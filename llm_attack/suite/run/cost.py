@@ -82,6 +82,8 @@ def _in_ball(attack: Attack) -> Attack:
     if attack.cells is None:
         return attack
     alike = attack.in_ball
+    if attack.kind.tied:  # a gradient for each step, and the loss after the last
+        return replace(alike, name="pgd", steps=alike.steps + 1, label=attack.condition)
     name = "random" if alike.name == "none" else alike.name
     return replace(alike, name=name, label=attack.condition)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +55,16 @@ def cells(table: pd.DataFrame, known: Conditions, run: Mapping[str, Any]) -> Cel
         "rounding: every coordinate as the format rounds it; random_rounding: at the lower or upper"
         " end of its cell, drawn; fgsm_rounding: at the end to which the gradient's sign points;"
         " worst_rounding: the point of the cells with the greatest loss that was found",
+        "tied_rounding: one table of embeddings for all questions, fitted to these questions",
         "cosine: between the format's own rounding errors and the way of worst_rounding from the"
         " middle of the cells; 0 for errors that have nothing to do with it",
     ]
-    return Cells(heading, rows, notes)
+    return Cells(heading, rows, [note for note in notes if _about(note, names)])
+
+
+def _about(note: str, names: Collection[str]) -> bool:
+    """Whether a note is about attacks of the run."""
+    return not note.startswith("tied") or any(name.startswith("tied") for name in names)
 
 
 def save(shown: Cells | None, folder: Path) -> None:
