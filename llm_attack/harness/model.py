@@ -501,19 +501,9 @@ class AttackedHFLM(Generating):
 
     @torch.inference_mode(False)
     def fit(self, batches: Iterable[Batch | Prompts]) -> None:
-        """Fits the tables of tied attacks to all batches of a run.
-
-        Raises:
-            UsageError: a task generates texts, whose tokens are not known before.
-        """
-        tied = next((attack for attack in self.engine.attacks if attack.kind.tied), None)
-        if tied is None:
-            return
-        every = list(batches)
-        if not all(isinstance(batch, Batch) for batch in every):
-            raise UsageError(f"attack={tied.name}: must be given with tasks that have choices")
+        """Fits the tables of tied attacks to all batches of a run."""
         with frozen(self.model):
-            self.engine.fit(batch for batch in every if isinstance(batch, Batch))
+            self.engine.fit(batch for batch in batches if isinstance(batch, Batch))
 
     @torch.inference_mode(False)
     def answers(

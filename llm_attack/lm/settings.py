@@ -229,6 +229,11 @@ class AttackSettings(ThreatSettings):
                 f"cells={self.cells}: must be given with one of {', '.join(ROUNDINGS)}, not with"
                 f" attack={self.attack}"
             )
+        if Epsilon.parse(self.epsilon) != Epsilon.parse(AttackSettings.epsilon):
+            raise UsageError(
+                f"epsilon={self.epsilon}: must be left out with attack={self.attack}, which may use"
+                " the whole cell"
+            )
         if self.norm != "linf":
             raise UsageError(
                 f"norm={self.norm}: must be linf with attack={self.attack}, because a cell is an"
@@ -399,8 +404,9 @@ def unread(
     Returns:
         (name, value, attacks that read it) for each.
     """
+    every = {**ATTACKS, **ROUNDINGS}
     readers = {
-        name: [attack for attack, kind in ATTACKS.items() if name in kind.settings]
+        name: [attack for attack, kind in every.items() if name in kind.settings]
         for name in names(StepSettings)
     }
     defaults = {entry.name: entry.default for entry in fields(settings)}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from llm_attack.attacks import Attack, Elements, Losses, trajectory
+from llm_attack.attacks import Attack, Elements, Known, Losses, trajectory
 from llm_attack.attacks.cells import Cells, check_cells, confined
 from llm_attack.attacks.formats import FLOATS, Format
 from llm_attack.base.errors import UsageError
@@ -217,6 +217,16 @@ def test_no_point_leaves_the_cells():
         for other in (point, *seen):
             assert ((cells.low <= other) & (other <= cells.high)).all()
     assert len(seen) > 12
+
+
+@pytest.mark.parametrize("name", ["fgsm_rounding", "worst_rounding"])
+def test_a_gradient_that_is_known_gives_the_same_point(name):
+    x, w = table(), torch.randn(24, 64, generator=rng(6))
+    loss = linear(w)
+    cells, expected = attacked(name, x, loss, steps=3)
+    attack, known = Attack(name, 1.0, cells="int4", steps=3), Known(loss(x), w)
+    *_, point = confined(attack, cells, Losses(loss), known=known)
+    assert torch.equal(point, expected)
 
 
 def test_rounding_is_the_formats_own_and_random_rounding_goes_to_the_ends():

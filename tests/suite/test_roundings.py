@@ -3,7 +3,8 @@
 import pytest
 
 from llm_attack import Plan, evaluate
-from llm_attack.lm.settings import condition_names
+from llm_attack.base.errors import UsageError
+from llm_attack.lm.settings import AttackSettings, condition_names
 from llm_attack.suite import commands, results
 from llm_attack.suite.analysis import worst
 from llm_attack.suite.analysis.conditions import of_run
@@ -36,6 +37,20 @@ def test_runs_without_cells_have_the_settings_that_they_had():
     assert plan().settings()["cells"] == ("int8", "int4")
 
 
+def test_settings_of_steps_are_read():
+    assert plan(attacks="none,worst_rounding", restarts=2, step_size=0.5).restarts == 2
+    with pytest.raises(UsageError, match="restarts=2: no attack of this run uses it"):
+        plan(attacks="none,rounding", restarts=2)
+
+
+def test_an_epsilon_that_would_have_no_effect_is_refused():
+    settings = AttackSettings("rounding", cells="int8")
+    assert settings.arguments()["epsilon"] == 1.0
+    assert settings.arguments()["epsilon_unit"] == "int8"
+    with pytest.raises(UsageError, match=r"epsilon=0\.5: must be left out with attack=rounding"):
+        AttackSettings("rounding", 0.5, cells="int8")
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run with attacks in cells and in a ball, and its folder."""
@@ -50,7 +65,7 @@ def test_conditions_of_a_run_are_read_again(run):
     loaded = results.load(folder)
     read = of_run(loaded.run, loaded.samples)
     assert loaded.conditions == result.conditions
-    assert read.items() <= result.conditions.items() and len(read) == 10
+    assert read.items() <= result.conditions.items() and len(read) == 2 + 2 * len(NAMES)
     there = read["worst_rounding@int8"]
     assert (there.get("epsilon"), there.get("epsilon_unit")) == (1.0, "int8")
     assert there.get("cells") is None  # the unit has it
