@@ -90,9 +90,8 @@ def test_matrices(runs):
     frame = transfer.transfers(runs).query("task == 'mean'").iloc[1]
     low, high = frame["drop_low"], frame["drop_high"]
     assert drops.rows[0][2] == f"{frame['drop']:.1f} ({low:.1f} to {high:.1f})"
-    assert control.rows[0][2].startswith(
-        f"{frame['drop_shuffled']:.1f} [{frame['difference']:+.1f}"
-    )
+    assert control.rows[0][2] == f"{frame['drop_shuffled']:.1f}"
+    assert both.rows[0][2].startswith(f"{frame['difference']:+.1f} ({frame['difference_low']:+.1f}")
 
 
 def test_one_task_has_no_mean():
