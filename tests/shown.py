@@ -213,6 +213,12 @@ RULES = (
         more="--steps 2 --checkpoints 2 --batch-size 8",
     ),
     Rule(
+        r"llm-attack run .* --cells .*",
+        f"{FEW}, and few steps",
+        changes=(("results/cells/demo", "rounded"),),
+        more="--limit 2 --steps 2",
+    ),
+    Rule(
         r"llm-attack run .* --sigmas .*",
         f"{FEW}, and few draws of noise",
         changes=(("results/certify/demo", "certified"),),

@@ -123,6 +123,8 @@ def trajectory(
     This holds if `Attack.by_steps` is true. Other attacks give one point, the result. Arguments and
     errors are as for `perturb`.
     """
+    if isinstance(attack, Attack) and attack.cells is not None:
+        raise ValueError(f"attack {attack.name!r} stays in cells: call attacks.cells.confined")
     check_types({"elements": elements, "known": known, "watch": watch})
     tensors = {"mask": elements.mask, "keys": keys, "gradient": known.gradient}
     check_point(attack, x, bounds, tensors)

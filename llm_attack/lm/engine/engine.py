@@ -23,6 +23,7 @@ from llm_attack.lm.engine.hookpoints import clean_passes
 from llm_attack.lm.engine.probe import fault, longest_flat, takes_twins, trees_fault, usable_stack
 from llm_attack.lm.engine.scoring import Scorer, Scores
 from llm_attack.lm.engine.smoothing import votes
+from llm_attack.lm.engine.tied import Fitted, fit
 from llm_attack.lm.engine.traces import Trace, traced
 from llm_attack.lm.losses import LOSSES, ThreatModel
 from llm_attack.lm.network.lean import Lean
@@ -158,6 +159,7 @@ class Engine:
     trace: bool = False
     smoothing: Smoothing | None = None
     fixed: Fixed | None = None
+    tables: dict[Attack, Fitted] = field(default_factory=dict, init=False)
     _tried: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -379,7 +381,14 @@ class Engine:
         self, pack: Pack, needs: Needs, at: Sequence[Scorer] = ()
     ) -> dict[Scorer, AttackedBatch]:
         """The pack at each hookpoint, or at those of some scorers, with its clean pass."""
-        scorers = list(dict.fromkeys(at or self.scorers))
+        batches = self._prepared(pack, needs, list(dict.fromkeys(at or self.scorers)))
+        for batch in batches.values():
+            batch.tables = {attack: table.point for attack, table in self.tables.items()}
+        return batches
+
+    def _prepared(
+        self, pack: Pack, needs: Needs, scorers: list[Scorer]
+    ) -> dict[Scorer, AttackedBatch]:
         if not self.slopes:
             passes = clean_passes(scorers, pack, self.threat, needs)
             return {
@@ -411,6 +420,20 @@ class Engine:
             for i, end in zip(numbers, attacked, strict=True):
                 ends[i] = end
         return ends
+
+    def fit(self, batches: Iterable[Batch]) -> None:
+        """Fits the tables of the tied attacks to all batches of a run together."""
+        every = list(batches)
+
+        def at(scorer: Scorer) -> Iterator[AttackedBatch]:
+            for batch in every:
+                pack = self.pack(batch).to(self.device)
+                yield self.prepared(pack, Needs(point=True), [scorer])[scorer]
+
+        for attack, scorer in zip(self.attacks, self.scorers, strict=True):
+            if attack.kind.tied and every:
+                with reproducible(self.layout.deterministic):
+                    self.tables[attack] = fit(attack, partial(at, scorer))
 
     def _collect(self, pack: Pack, computed: Computed, result: BatchResult) -> None:
         """Adds the batch's answers to `result`. Waits for the device.

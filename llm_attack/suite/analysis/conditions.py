@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 
 from llm_attack.attacks import Attack
+from llm_attack.attacks.formats import Format
 from llm_attack.attacks.settings import FIXED, condition_name, kind_of
 from llm_attack.base.declare import declared, names
 from llm_attack.base.errors import UsageError
@@ -34,7 +35,7 @@ _SIZE = "amplitude"  # the key in the record of a condition
 # are paired by the hash of their prompts) and the conditions, or say how a run is carried out.
 OF_THE_RUN = (
     *("model", "model_args", "tasks", "limit", "include_path"),
-    *("attacks", "epsilons", "critical", "epsilon_max", "hookpoints"),
+    *("attacks", "epsilons", "cells", "critical", "epsilon_max", "hookpoints"),
     *("batch_size", "device", "equivalence", "shard", "ray", "ray_workers"),
     *("save_perturbations", "path_points", "trace"),
     *names(SmoothingSettings),
@@ -103,8 +104,10 @@ class Condition:
 
         Samples have amplitudes in the units of the point, so any two units can be compared. NEFTune
         is the exception: it divides the amplitude by the root of each question's number of tokens.
+        The rounding cells of a format are another.
         """
-        unit = self.get("epsilon_unit") == NEFTUNE
+        given = self.get("epsilon_unit")
+        unit = given if Format.known(given) else given == NEFTUNE
         return (*(self.get(name) for name in ("norm", "hookpoint", "positions", "context")), unit)
 
     def elsewhere(self) -> Condition:
@@ -174,7 +177,7 @@ def _used(attack: str, values: Mapping[str, Any]) -> dict[str, Any]:
         used["hookpoint"] = EMBED
     try:
         steps = {name: used[name] for name in ("step_size", "restarts") if name in used}
-        resolved = Attack(attack, used["epsilon"], **steps)
+        resolved = Attack(kind.inside or attack, used["epsilon"], **steps)
     except UsageError:  # a damaged record
         return used
     if kind.iterative and (kind.adaptive or not kind.minimal):  # `fmn` has none by default
@@ -186,6 +189,7 @@ def _used(attack: str, values: Mapping[str, Any]) -> dict[str, Any]:
         "loss": not kind.search and (not kind.gradient or kind.targeted or attack == "fmn"),
         "seed": not resolved.draws,
         "gradient_dtype": not kind.gradient,
+        "cells": True,  # the unit of epsilon
     }
     unused["loss_source"] = unused["loss"]
     return {name: value for name, value in used.items() if not unused.get(name)}

@@ -9,11 +9,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+from llm_attack.attacks.formats import ALLOWED, Format
 from llm_attack.attacks.settings import (
     ATTACKS,
     BATTERIES,
     FIXED,
     ITERATIVE,
+    ROUNDINGS,
+    kind_of,
     known_attack,
 )
 from llm_attack.base.declare import (
@@ -62,7 +65,7 @@ _TRACED = ("trace",)  # only the curves over steps depend on this
 WORST = "worst"
 # The worst case leaves these out, because they have no fixed amplitude: the clean answers, the
 # control, noise without a bound, and searches for the smallest amplitude.
-NO_PART = tuple(name for name, kind in ATTACKS.items() if not kind.bounded)
+NO_PART = tuple(name for name, kind in {**ATTACKS, **ROUNDINGS}.items() if not kind.bounded)
 
 # `critical=True` adds these attacks.
 _CRITICAL = ("critical", "fmn")
@@ -117,7 +120,7 @@ class Plan(_SeveralSteps, EngineSettings, SmoothingSettings, FixedSettings):
     )
     attacks: Sequence[Any] = setting(
         ("none", "random", "fgsm", "bim"),
-        f"Attacks to compare, separated by commas: {', '.join(ATTACKS)}, or"
+        f"Attacks to compare, separated by commas: {', '.join((*ATTACKS, *ROUNDINGS))}, or"
         " package.module:function of your own. The name worst stands for the accuracy against all"
         " of them at each amplitude. If the loss knows the label, it is always reported. Otherwise"
         " it is below guessing by construction, and is reported only if you name it. The names"
@@ -134,6 +137,16 @@ class Plan(_SeveralSteps, EngineSettings, SmoothingSettings, FixedSettings):
         also_type=tuple,
         allowed=values.NUMBERS,
         parse=values.epsilons,
+        group="attack",
+    )
+    cells: Sequence[Any] = setting(
+        (),
+        f"Formats of the rounding cells, separated by commas: {ALLOWED}. The attacks"
+        f" {', '.join(ROUNDINGS)} need them. Epsilons do not apply to these attacks, and step_size"
+        " is in widths of a cell",
+        kind=tuple,
+        allowed=ALLOWED,
+        parse=lambda given: values.texts(listed(given)),
         group="attack",
     )
     critical: bool = setting(
@@ -266,6 +279,7 @@ class Plan(_SeveralSteps, EngineSettings, SmoothingSettings, FixedSettings):
         self._take_standard()
         check_fixed(self)
         self._check_hookpoints()
+        self._check_cells()
         self._check_cluster()
         self._check_equivalence()
         self._check_questions()
@@ -312,11 +326,29 @@ class Plan(_SeveralSteps, EngineSettings, SmoothingSettings, FixedSettings):
             if self.hookpoints and value:
                 raise UsageError(f"{name}={value}: must not be given with hookpoints")
 
+    def _check_cells(self) -> None:
+        for name in self.cells:
+            Format.of(name)
+            if self.cells.count(name) > 1:
+                raise UsageError(f"cells={','.join(self.cells)}: must name {name} only once")
+        needing = next((name for name in self.attacks if name in ROUNDINGS), None)
+        if needing and not self.cells:
+            raise UsageError(
+                f"attacks={','.join(self.attacks)}: {needing} needs cells, the formats whose"
+                " rounding cells it stays in, such as cells=int8"
+            )
+
     def _check_cluster(self) -> None:
         if self.shard is not None and self.share is None:
             raise invalid("shard", self.shard, values.SHARD)
         if self.ray is not None and not re.fullmatch(r"local|auto|[^\s/]+:\d+", self.ray):
             raise invalid("ray", self.ray, values.RAY)
+        tied = [name for name in self.attacks if name in ROUNDINGS and ROUNDINGS[name].tied]
+        if self.ray is not None and tied:
+            raise UsageError(
+                f"ray={self.ray}: must not be given with {tied[0]}, which needs all questions in"
+                " one process"
+            )
         if self.ray is None and self.ray_workers is not None:
             raise UsageError(
                 f"ray_workers={self.ray_workers}: must be given together with ray, such as"
@@ -415,6 +447,7 @@ class Plan(_SeveralSteps, EngineSettings, SmoothingSettings, FixedSettings):
         """
         run = {condition.attack for condition in self.conditions}
         others = {
+            "cells": [*ROUNDINGS],
             "epsilon_max": [attack for attack, kind in ATTACKS.items() if kind.minimal],
             "epsilons": [attack for attack in (*ATTACKS, *BATTERIES) if attack != "none"],
         }
@@ -472,6 +505,12 @@ class Plan(_SeveralSteps, EngineSettings, SmoothingSettings, FixedSettings):
         largest: Epsilon = max(self.epsilons, key=lambda epsilon: epsilon.number)
         return largest
 
+    def _sizes_of(self, attack: str) -> Sequence[dict[str, Any]]:
+        """The sizes of an attack's perturbations, as arguments of its condition."""
+        if attack in ROUNDINGS:
+            return [{"cells": name} for name in self.cells]
+        return [{"epsilon": epsilon} for epsilon in self._epsilons_of(attack)]
+
     def _epsilons_of(self, attack: str) -> Sequence[Epsilon]:
         if attack in ATTACKS and ATTACKS[attack].minimal:
             return [self.largest_epsilon]
@@ -481,8 +520,8 @@ class Plan(_SeveralSteps, EngineSettings, SmoothingSettings, FixedSettings):
 
     def _steps_of(self, attack: str) -> Sequence[int]:
         several = self.steps if isinstance(self.steps, tuple) else (self.steps,)
-        known = len(several) > 1 and attack not in FIXED and known_attack(attack)
-        reads = known and ATTACKS[attack].uses("steps")
+        kind = kind_of(attack) if known_attack(attack) or attack in ROUNDINGS else None
+        reads = len(several) > 1 and kind is not None and kind.uses("steps")
         return several if reads else several[-1:]
 
     def _norm_of(self, attack: str, norm: str) -> str:
@@ -505,12 +544,12 @@ class Plan(_SeveralSteps, EngineSettings, SmoothingSettings, FixedSettings):
         return tuple(
             AttackSettings(
                 attack=attack,
-                epsilon=epsilon,
+                **size,
                 **{**common, "norm": self._norm_of(attack, norm), "steps": steps},
             )
             for norm in norms
             for attack in attacks
-            for epsilon in self._epsilons_of(attack)
+            for size in self._sizes_of(attack)
             for steps in self._steps_of(attack)
             if attack != "none" or norm == norms[0]
         )
@@ -553,6 +592,7 @@ class Plan(_SeveralSteps, EngineSettings, SmoothingSettings, FixedSettings):
         left_out = (*_HOW, *saved, *(() if self.trace else _TRACED))
         left_out = left_out if self.sigmas else (*left_out, *OF_SMOOTHING)
         left_out = (*left_out, *(name for name in OF_FIXED if getattr(self, name) is None))
+        left_out = left_out if self.cells else (*left_out, "cells")
         return {name: value for name, value in self.plain().items() if name not in left_out}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -55,7 +55,7 @@ def passes(
         apart: whether another model computes the gradients. These passes then give no answers.
         hookpoints: number of hookpoints.
     """
-    attacks = [member for attack in attacks for member in attack.members]
+    attacks = [_in_ball(member) for attack in attacks for member in attack.members]
     needs = Needs.of(attacks)
     clean = needs.answers if hookpoints == 1 else True  # this pass gives all points
     total = Passes(gradients=1, first=1) if needs.gradient else Passes()
@@ -75,6 +75,17 @@ def passes(
         of_family = _of_attack(longest, others, known).plus(Passes(answers=answers))
         total = total.plus(Passes(*(n * hookpoints for n in of_family)))
     return total
+
+
+def _in_ball(attack: Attack) -> Attack:
+    """An attack in a ball that makes the same passes; its label tells conditions apart."""
+    if attack.cells is None:
+        return attack
+    alike = attack.in_ball
+    if attack.kind.tied:  # a gradient for each step, and the loss after the last
+        return replace(alike, name="pgd", steps=alike.steps + 1, label=attack.condition)
+    name = "random" if alike.name == "none" else alike.name
+    return replace(alike, name=name, label=attack.condition)
 
 
 def _of_attack(attack: Attack, others: int, clean: bool) -> Passes:

@@ -53,6 +53,7 @@ from llm_attack.suite.run import (
     rows,
     steps,
     texts,
+    tied,
 )
 from llm_attack.suite.run.load import load_model
 from llm_attack.suite.run.progress import RunProgress, note, status
@@ -368,6 +369,11 @@ def _answer(
     threads: set[int] = set()
     if prepared.plan.ray is None:
         threads.add(on_ray.threads_of(lm))
+        if todo and any(attack.kind.tied for attack in lm.engine.attacks):
+            with status(progress, console, "fitting tables of embeddings"):
+                lm.fit(w.batch for w in prepared.work)
+            if store.rank == 0 and store.keeps:
+                tied.save(lm.engine.tables, store.folder.parent)
         answers = lm.answers(batches)
     else:
         say = partial(note, progress, console)
