@@ -275,7 +275,7 @@ class _OfUniversal(_OfPlan):
         *("critical", "epsilon_max", "hookpoints", "rounds", "first_epsilon", "queries"),
         *("equivalence", "save_perturbations", "path_points", "trace", "gradient_dtype"),
         *("sigmas", "draws", "selection_draws", "failure_probability"),
-        *("perturbation", "perturbation_of", "half", "shard", "ray", "ray_workers"),
+        *("perturbation", "perturbation_of", "half", "cells", "shard", "ray", "ray_workers"),
     )
 
     @cached_property

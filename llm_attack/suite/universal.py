@@ -50,7 +50,8 @@ def check(plan: Plan, share: str) -> None:
             " be one attack and one amplitude, with one number of steps and one hookpoint"
         )
     kind = plan.conditions[0].attack_in_units.kind
-    if not kind.gradient or kind.targeted or kind.minimal or kind.reverse or kind.members:
+    other = kind.targeted or kind.minimal or kind.reverse or kind.members or kind.inside
+    if not kind.gradient or other:
         raise UsageError(
             f"attacks={plan.attacks[0]}: must follow the gradient of one loss, such as bim or apgd"
         )
