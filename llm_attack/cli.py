@@ -14,15 +14,9 @@ import click
 from llm_attack import __version__
 from llm_attack.base import failures, garbage
 from llm_attack.base.declare import DIALECT
-from llm_attack.base.errors import UsageError
-from llm_attack.base.folder import resolved
 from llm_attack.base.options import Command, Option, examples, number, options
-from llm_attack.reproduce import DEVICE, OUT, preset_option
-from llm_attack.theory import fig4, fig6, relation, toys
-from llm_attack.vision import declines, factors, fig1, fig2, fig5, tradeoff
 
-_EXPERIMENTS = (fig1, fig2, fig4, fig5, fig6, relation, tradeoff, factors, declines, toys)
-FIGURES = [figure.COMMAND for figure in _EXPERIMENTS]
+_EXPERIMENTS = "reproduce"  # name of a command
 
 
 class _Commands(click.Group):
@@ -45,6 +39,18 @@ class _Commands(click.Group):
             code, line = failures.failure(error)
             click.echo(line, err=True)
         sys.exit(code)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names of all commands."""
+        return sorted([*super().list_commands(ctx), _EXPERIMENTS])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """A command. The experiments are imported only if they are asked for."""
+        if cmd_name == _EXPERIMENTS:
+            from llm_attack.experiments import reproduce
+
+            return reproduce
+        return super().get_command(ctx, cmd_name)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -227,11 +233,13 @@ class _OfDoctor(_OfPlan):
     _UNUSED = ("decay", "restarts", "rounds", "first_epsilon", "shard", "ray", "ray_workers")
     _OF_OUTPUT = ("equivalence", "save_perturbations", "path_points", "trace")
     _OF_CERTIFICATES = ("sigmas", "draws", "selection_draws", "failure_probability")
+    _OF_FIXED = ("perturbation", "perturbation_of", "half")
 
     @cached_property
     def settings(self) -> list[Option]:
         """The settings of the plan that the user may choose."""
-        own = (*self._SETTLED, *self._UNUSED, *self._OF_OUTPUT, *self._OF_CERTIFICATES)
+        own: tuple[str, ...] = (*self._SETTLED, *self._UNUSED, *self._OF_OUTPUT)
+        own += (*self._OF_CERTIFICATES, *self._OF_FIXED)
         left = [option for option in super().settings if option.name not in own]
         for option in left:
             option.default = {"loss": "choice", "limit": 10}.get(str(option.name), option.default)
@@ -258,6 +266,95 @@ def doctor(progress: str, verbose: int, **settings: Any) -> int:
     from llm_attack.suite.plan import Plan
 
     return command(Plan(attacks=ATTACKS, epsilons=EPSILONS, **settings), progress, verbose)
+
+
+class _OfUniversal(_OfPlan):
+    """A command with the settings of a plan that a universal perturbation depends on."""
+
+    _LEFT_OUT = (
+        *("critical", "epsilon_max", "hookpoints", "rounds", "first_epsilon", "queries"),
+        *("equivalence", "save_perturbations", "path_points", "trace", "gradient_dtype"),
+        *("sigmas", "draws", "selection_draws", "failure_probability"),
+        *("perturbation", "perturbation_of", "half", "shard", "ray", "ray_workers"),
+    )
+
+    @cached_property
+    def settings(self) -> list[Option]:
+        """The settings of the plan that the user may choose."""
+        left = [option for option in super().settings if option.name not in self._LEFT_OUT]
+        for option in left:
+            defaults = {"loss": "choice", "attacks": "apgd", "steps": 20}
+            option.default = defaults.get(str(option.name), option.default)
+        return left
+
+
+@main.command(
+    cls=_OfUniversal,
+    context_settings={"show_default": True, **DIALECT},
+    epilog=examples(
+        "llm-attack universal --model demo --tasks demo_six --epsilons 0.5rms -o u.safetensors",
+        "llm-attack universal --model demo --tasks demo_six --share all -o vector.safetensors",
+        "llm-attack universal --model models/mine --epsilons 0.5rms --dry_run",
+    ),
+)
+@_progress
+@_verbose
+@click.option(
+    "-o",
+    "--output",
+    cls=Option,
+    group="output",
+    metavar="PATH",
+    help="New file of safetensors for the perturbation.",
+)
+@click.option(
+    "--share",
+    cls=Option,
+    group="attack",
+    choices=("token", "position", "all"),
+    default="token",
+    help="Tokens that have one perturbation: those of a vocabulary entry, of a position, or all.",
+)
+@click.option(
+    "--dry_run",
+    cls=Option,
+    group="output",
+    is_flag=True,
+    help="Print what it would need (tokens, FLOP, time on this device, memory), and write nothing.",
+)
+def universal(
+    progress: str, verbose: int, output: str | None, share: str, dry_run: bool, **settings: Any
+) -> None:
+    """Fit one perturbation to half of the questions, for all questions.
+
+    Score it on the other half with llm-attack run --perturbation FILE.
+    """
+    from llm_attack.suite import universal as commands
+    from llm_attack.suite.plan import Plan
+
+    commands.run(Plan(**settings), share, output, progress, verbose, dry_run)
+
+
+@main.command(
+    epilog=examples(
+        "llm-attack export u.safetensors -o models/attacked",
+        "llm-attack export u.safetensors --model models/mine -o models/attacked",
+        "llm-attack export vector.safetensors -o models/attacked",
+    )
+)
+@click.argument("file", type=click.Path())
+@click.option("--model", metavar="NAME", help="Model to change. By default, the file names it.")
+@click.option(
+    "-o", "--output", metavar="PATH", required=True, help="New folder for the checkpoint."
+)
+def export(file: str, output: str, model: str | None) -> None:
+    """Save a checkpoint whose embeddings contain a universal perturbation.
+
+    Any program that loads it shows the accuracy under the perturbation, such as lm_eval with hf.
+    """
+    from llm_attack.suite import universal as commands
+
+    commands.export(file, output, model)
 
 
 _FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -347,6 +444,26 @@ def compare(folders: tuple[Path, ...], **settings: Any) -> None:
 
 @main.command(
     epilog=examples(
+        "llm-attack transfer out/base-base out/base-tuned",
+        "llm-attack transfer out/base-base out/base-int4 -o transfer.csv",
+        "llm-attack transfer out/from-*/under-* -o transfer.csv",
+    )
+)
+@click.argument("folders", type=_FOLDER, nargs=-1, required=True)
+@click.option("-o", "--output", metavar="PATH", help="CSV file for the table.")
+def transfer(folders: tuple[Path, ...], output: str | None) -> None:
+    """Show whether perturbations found under one model harm others, as a matrix of drops.
+
+    Each run is made by llm-attack run --perturbation. There is one for each pair of models.
+    """
+    with garbage.kept():
+        from llm_attack.suite import commands
+
+        commands.transfer(folders, output)
+
+
+@main.command(
+    epilog=examples(
         "llm-attack card out/demo",
         "llm-attack card out/demo -o cards/demo.json",
         "llm-attack card out/demo --name Ada --link https://example.org/paper",
@@ -388,58 +505,3 @@ def board(cards: tuple[Path, ...], output: str) -> None:
     from llm_attack.suite import cards as commands
 
     commands.board(cards, output)
-
-
-@main.group(
-    epilog=examples(
-        "llm-attack reproduce fig4",
-        "llm-attack reproduce fig2 --preset paper -o out/fig2-paper",
-        "llm-attack reproduce all --seed 1 -o out/seed-1",
-    )
-)
-def reproduce() -> None:
-    """Reproduce the other experiments of the paper, each with its figure, numbers and record."""
-
-
-for _command in FIGURES:
-    reproduce.add_command(_command)
-
-
-@reproduce.command("fig3", add_help_option=False, context_settings={"ignore_unknown_options": True})
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def fig3(arguments: tuple[str, ...]) -> None:
-    """Language models: use `llm-attack run` for Fig. 3."""
-    raise UsageError(
-        "reproduce fig3: Fig. 3 is llm-attack run, such as llm-attack run --model"
-        " TinyLlama/TinyLlama_v1.1 -o out/fig3"
-    )
-
-
-@reproduce.command(
-    "all",
-    params=[preset_option()],
-    epilog=examples(
-        "llm-attack reproduce all",
-        "llm-attack reproduce all --preset paper -o out/paper",
-        "llm-attack reproduce all --seed 1 -o out/seed-1",
-    ),
-)
-@click.option(
-    "-o",
-    "--output",
-    metavar="PATH",
-    default=OUT,
-    show_default=True,
-    help="Folder that gets a subfolder for each figure.",
-)
-@click.option("--device", help=DEVICE)
-@click.option("--seed", type=number(int), help="First seed of every experiment.")
-@click.pass_context
-def all_(ctx: click.Context, /, output: str, **options: Any) -> None:
-    """Every figure in turn."""
-    folders = {command: str(resolved(output) / str(command.name)) for command in FIGURES}
-    for command, folder in folders.items():  # all folders are prepared before anything is computed
-        command.settle(output=folder, **options)
-    for command, folder in folders.items():
-        click.echo(f"{command.name}:")
-        ctx.invoke(command, output=folder, **options)

@@ -197,6 +197,10 @@ class _Run:
     def result(self) -> Tensor:
         """The final point of an attack that is more than steps, or has none."""
         kind = self.attack.kind
+        if kind.fixed:
+            raise ValueError(
+                f"attack {self.attack.name!r}: its perturbation is added by the caller"
+            )
         if kind.members:
             return self._battery()
         if kind.function is not None:

@@ -31,6 +31,7 @@ class Kind:
         function: a user's own function that does everything; see `register_attack`.
         source: hash of its source (`source_hash`); empty for the attacks of this package.
         members: the attacks of a battery in order, each with the settings that it reads.
+        fixed: the signs of a perturbation that the caller has (`FIXED`); empty for other attacks.
     """
 
     gradient: bool = False
@@ -46,12 +47,13 @@ class Kind:
     function: Callable[..., Any] | None = None
     source: str = ""
     members: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    fixed: str = ""
 
     @property
     def settings(self) -> tuple[str, ...]:
         """The names of the `StepSettings` that it reads."""
         every = tuple(entry.name for entry in fields(StepSettings))
-        if self.members:  # which have their own
+        if self.members or self.fixed:  # they have their own, or none
             return ()
         if self.function is not None:
             named = signature(self.function).parameters.values()
@@ -77,7 +79,7 @@ class Kind:
     @property
     def control(self) -> bool:
         """Whether it is a control that attacks are compared with, and not an attack."""
-        return self.reverse or not (self.gradient or self.search)
+        return self.reverse or not (self.gradient or self.search or self.fixed == KEPT)
 
     @property
     def bounded(self) -> bool:
@@ -151,9 +153,23 @@ A version is never changed. Other numbers make another version.
 """
 
 
+KEPT, SHUFFLED, RANDOM = "kept", "shuffled", "random"
+
+FIXED: dict[str, Kind] = {
+    "fixed": Kind(fixed=KEPT),
+    "fixed-shuffled": Kind(fixed=SHUFFLED),
+    "fixed-random": Kind(fixed=RANDOM),
+}
+"""A perturbation that was found before, such as a universal one, and two controls.
+
+With the controls, each coordinate keeps its size. It gets the sign of another coordinate of the
+token, or a random one. `perturb` does not know these: the caller adds the perturbation.
+"""
+
+
 def kind_of(name: str) -> Kind | None:
-    """The traits of an attack or of a battery; None: nothing has this name."""
-    return ATTACKS.get(name) or BATTERIES.get(name)
+    """The traits of an attack, a battery or a fixed perturbation; None: nothing has this name."""
+    return ATTACKS.get(name) or BATTERIES.get(name) or FIXED.get(name)
 
 
 def register_attack(function: Callable[..., Any], name: str | None = None) -> str:
@@ -272,9 +288,9 @@ class Attack(StepSettings):
     """One attack with its settings.
 
     Args:
-        name: a key of `ATTACKS` or `BATTERIES`. `random`, `uniform` and `gaussian` are noise.
-            `fgsm` is from Goodfellow et al. 2015. `bim`, `illc` and `ost` (one step towards the
-            least likely class) are from Kurakin et al. 2017. `pgd` is from Madry et al. 2018.
+        name: a key of `ATTACKS`, `BATTERIES` or `FIXED`. `random`, `uniform` and `gaussian` are
+            noise. `fgsm` is from Goodfellow et al. 2015. `bim`, `illc` and `ost` (one step towards
+            the least likely class) are from Kurakin et al. 2017. `pgd` is from Madry et al. 2018.
             `mifgsm` is from Dong et al. 2018. `apgd` and `apgdt` are from Croce and Hein 2020.
             `blocks` follows Andriushchenko et al. 2020. `fmn` is from Pintor et al. 2021.
             `critical` is `apgd` at several epsilons. `reversed` is `fgsm` with the opposite sign, a
@@ -313,7 +329,7 @@ class Attack(StepSettings):
 
     def __post_init__(self) -> None:
         if not known_attack(self.name) and (
-            not isinstance(self.name, str) or self.name not in BATTERIES
+            not isinstance(self.name, str) or kind_of(self.name) is None
         ):
             raise invalid("attack", self.name, ATTACKS)
         if not _EPSILON.allows(self.epsilon):
@@ -325,7 +341,9 @@ class Attack(StepSettings):
 
     @property
     def kind(self) -> Kind:
-        return ATTACKS.get(self.name) or BATTERIES[self.name]
+        kind = kind_of(self.name)
+        assert kind is not None  # it was checked
+        return kind
 
     @property
     def members(self) -> tuple[Attack, ...]:
@@ -382,6 +400,7 @@ class Attack(StepSettings):
         """Whether the attack uses random draws."""
         kind = self.kind
         started = kind.start is not None or (kind.adaptive and self.restarts > 1)
+        started = started or kind.fixed in (SHUFFLED, RANDOM)
         return started or kind.search or kind.function is not None
 
     @property

@@ -41,6 +41,7 @@ from llm_attack.harness.seq2seq import CAUSAL
 from llm_attack.harness.start import report_if_lm_eval_runs, set_device, source_of
 from llm_attack.lm.engine.diagnostics import Diagnostics
 from llm_attack.lm.engine.engine import Answer, BatchResult, Engine, Layout
+from llm_attack.lm.engine.fixed import Fixed
 from llm_attack.lm.engine.gradient import Finding, examine, refusal
 from llm_attack.lm.engine.hookpoints import scorers
 from llm_attack.lm.engine.probe import longest_tree
@@ -88,6 +89,9 @@ class AttackedHFLM(Generating):
     """Whether the engine returns the loss at every step; conditions of `use` from then on."""
     smoothing: Smoothing | None = None
     """Noise under which the model votes, from the next call of `use` on; None: it does not."""
+
+    fixed: Fixed | None = None
+    """The perturbation of the attacks in `FIXED`, from the next call of `use` on."""
 
     @torch.inference_mode(False)
     def __init__(self, pretrained: Any = DEFAULT_MODEL, **arguments: Any) -> None:
@@ -212,6 +216,7 @@ class AttackedHFLM(Generating):
             self.path_points,
             self.trace,
             smoothing,
+            self.fixed,
         )
         return InUse(conditions, tuple(signals), engine, tuple(text))
 
@@ -234,6 +239,11 @@ class AttackedHFLM(Generating):
     def _check_attacks(self, attacks: Sequence[Attack]) -> None:
         largest = torch.finfo(self.model.dtype).max
         for attack in attacks:
+            if attack.kind.fixed and self.fixed is None:
+                raise UsageError(
+                    f"attack={attack.name}: needs a perturbation, so it must be run by llm-attack"
+                    " run --perturbation"
+                )
             if attack.epsilon > largest:
                 raise UsageError(
                     f"epsilon={attack.epsilon:g}: must be a number of the model's dtype,"

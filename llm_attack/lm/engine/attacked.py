@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import NamedTuple
@@ -24,6 +24,7 @@ from llm_attack.attacks import (
 from llm_attack.lm.engine import diagnostics
 from llm_attack.lm.engine.choices import sum_by
 from llm_attack.lm.engine.clean import BatchLoss, CleanPass, Needs, answers_of, expand
+from llm_attack.lm.engine.fixed import Fixed
 from llm_attack.lm.engine.scoring import Scorer, Scores
 from llm_attack.lm.losses import ThreatModel
 from llm_attack.lm.packing.pack import Pack
@@ -89,6 +90,7 @@ class AttackedBatch:
         clean: the clean pass, with all that the attacks need.
         slopes: the copy that computes gradients; None if the model of `scorer` does.
         trace: whether attacks return a `Curve`.
+        fixed: the perturbation of the attacks in `FIXED`; None: there are no such attacks.
 
     Attributes:
         x: the clean point: (B, L, H), or (U, H) if the pack has nodes.
@@ -104,9 +106,10 @@ class AttackedBatch:
         clean: CleanPass,
         slopes: Slopes | None = None,
         trace: bool = False,
+        fixed: Fixed | None = None,
     ) -> None:
         self.scorer, self.pack, self.threat = scorer, pack, threat
-        self.clean, self.slopes, self.trace = clean, slopes, trace
+        self.clean, self.slopes, self.trace, self.fixed = clean, slopes, trace, fixed
         self.read = BatchLoss(pack, threat)
 
     @property
@@ -229,16 +232,7 @@ class AttackedBatch:
         look = _Look(self, longest)
         attacked: dict[int, Attacked] = {}
         points: dict[int, int] = {}
-        way = trajectory(
-            longest,
-            self.x,
-            look.losses(),
-            elements=self.elements,
-            keys=self.keys if longest.draws else None,
-            known=self._known(longest),
-            watch=Watch(look.count, look.keep),
-        )
-        for i, x in enumerate(way, 1):
+        for i, x in enumerate(self._way(longest, look), 1):
             # the gradient of this step was taken at that point
             if i - 1 in attacked and look.last is not None:
                 of_point = attacked[i - 1]._replace(scores=look.last)
@@ -249,6 +243,22 @@ class AttackedBatch:
                 sums = self._sums(ends[i], x, look) | look.passes(scores is None)
                 attacked[i] = Attacked(x, sums, scores, look.curve())
         return [attacked[attack.points] for attack in family]
+
+    def _way(self, attack: Attack, look: _Look) -> Iterable[Tensor]:
+        """The points of an attack, one after every step."""
+        if attack.kind.fixed:
+            assert self.fixed is not None
+            signs, seed = attack.kind.fixed, self.threat.seed
+            return [self.fixed.added(self.pack, self.x, signs, seed)]
+        return trajectory(
+            attack,
+            self.x,
+            look.losses(),
+            elements=self.elements,
+            keys=self.keys if attack.draws else None,
+            known=self._known(attack),
+            watch=Watch(look.count, look.keep),
+        )
 
     def _known(self, attack: Attack) -> Known:
         """The values at the clean point that an attack need not compute again."""

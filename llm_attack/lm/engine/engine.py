@@ -18,6 +18,7 @@ from llm_attack.lm.engine.attacked import Attacked, AttackedBatch, Curve, Slopes
 from llm_attack.lm.engine.battery import survive
 from llm_attack.lm.engine.clean import CleanPass, Needs
 from llm_attack.lm.engine.diagnostics import Diagnostics
+from llm_attack.lm.engine.fixed import Fixed
 from llm_attack.lm.engine.hookpoints import clean_passes
 from llm_attack.lm.engine.probe import (
     beside_fault,
@@ -151,6 +152,7 @@ class Engine:
         trace: whether the results contain the curves of the attacks.
         smoothing: the noise under which the model votes at the first hookpoint, with sigmas in the
             units of the point; None: no votes. It needs a loss that knows the label.
+        fixed: the perturbation of the attacks in `FIXED`; None: there are no such attacks.
     """
 
     scorer: Scorer
@@ -163,6 +165,7 @@ class Engine:
     path_points: int | None = None
     trace: bool = False
     smoothing: Smoothing | None = None
+    fixed: Fixed | None = None
     _tried: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -414,7 +417,9 @@ class Engine:
         if not self.slopes:
             passes = clean_passes(scorers, pack, self.threat, needs)
             return {
-                scorer: AttackedBatch(scorer, pack, self.threat, clean, trace=self.trace)
+                scorer: AttackedBatch(
+                    scorer, pack, self.threat, clean, trace=self.trace, fixed=self.fixed
+                )
                 for scorer, clean in zip(scorers, passes, strict=True)
             }
         passes = clean_passes(scorers, pack, self.threat, replace(needs, gradient=False))
@@ -423,7 +428,9 @@ class Engine:
         prepared = {}
         for scorer, other, clean, half in zip(scorers, others, passes, halves, strict=True):
             slopes, both = Slopes(other, half.below), _with_slopes(clean, half)
-            prepared[scorer] = AttackedBatch(scorer, pack, self.threat, both, slopes, self.trace)
+            prepared[scorer] = AttackedBatch(
+                scorer, pack, self.threat, both, slopes, self.trace, self.fixed
+            )
         return prepared
 
     def ends(self, batches: Mapping[Scorer, AttackedBatch]) -> list[Attacked | None]:

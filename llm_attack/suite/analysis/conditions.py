@@ -15,17 +15,19 @@ from typing import Any
 import pandas as pd
 
 from llm_attack.attacks import Attack
-from llm_attack.attacks.settings import condition_name, kind_of
+from llm_attack.attacks.settings import FIXED, condition_name, kind_of
 from llm_attack.base.declare import declared, names
 from llm_attack.base.errors import UsageError
 from llm_attack.lm.losses import LOSSES
 from llm_attack.lm.settings import EMBED, AttackSettings, EngineSettings, places
 from llm_attack.lm.units import ABSOLUTE, NEFTUNE, UNITS, Amplitude, Epsilon
 from llm_attack.suite.plan import WORST, Plan
+from llm_attack.suite.plan.fixed import FixedSettings
 from llm_attack.suite.plan.smoothing import SmoothingSettings
 
 CONDITIONS = "conditions"  # the key in run.json and in the attributes of samples.parquet
 STANDARD = "standard"  # the key of the standard's version in the settings of a condition
+PERTURBATION = "perturbation_source"  # the key of the hash of a perturbation found before
 _SIZE = "amplitude"  # the key in the record of a condition
 
 # Settings of a plan that are no part of a condition. They choose the model, the questions (which
@@ -36,6 +38,7 @@ OF_THE_RUN = (
     *("batch_size", "device", "equivalence", "shard", "ray", "ray_workers"),
     *("save_perturbations", "path_points", "trace"),
     *names(SmoothingSettings),
+    *names(FixedSettings),
     *names(EngineSettings),
 )
 _DEFAULTS: dict[str, Any] = {
@@ -206,6 +209,8 @@ def of_plan(
     by_condition = {}
     for settings, attack, place in zip(conditions, attacks, places(conditions), strict=True):
         values = {**prompt, **settings.arguments(), **settings.sources}
+        if plan.fixed is not None and settings.attack in FIXED:
+            values[PERTURBATION] = plan.fixed.source
         amplitude = replace(settings.amplitude, hookpoint=place) if attack.name != "none" else None
         by_condition[attack.condition] = Condition.of(attack.condition, values, amplitude)
     return by_condition

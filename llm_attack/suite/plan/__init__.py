@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from llm_attack.attacks.settings import (
     ATTACKS,
     BATTERIES,
+    FIXED,
     ITERATIVE,
     known_attack,
 )
@@ -36,6 +37,13 @@ from llm_attack.lm.smoothing import Smoothing
 from llm_attack.lm.standard import NEWEST, STANDARDS, Standard, version_of
 from llm_attack.lm.units import EPSILON, Epsilon
 from llm_attack.suite.plan import values
+from llm_attack.suite.plan.fixed import (
+    OF_FIXED,
+    FixedSettings,
+    Perturbation,
+    check_fixed,
+    read,
+)
 from llm_attack.suite.plan.smoothing import (
     OF_SMOOTHING,
     SmoothingSettings,
@@ -84,7 +92,7 @@ class _SeveralSteps(ThreatSettings):
 
 @remembers
 @dataclass(frozen=True)
-class Plan(_SeveralSteps, EngineSettings, SmoothingSettings):
+class Plan(_SeveralSteps, EngineSettings, SmoothingSettings, FixedSettings):
     """Conditions over tasks: every attack at every epsilon and, if it is iterative, every `steps`.
 
     From Python, `model` may be a loaded model of transformers. Then `tokenizer` is its tokenizer,
@@ -256,6 +264,7 @@ class Plan(_SeveralSteps, EngineSettings, SmoothingSettings):
         super().__post_init__()
         EngineSettings.__post_init__(self)
         self._take_standard()
+        check_fixed(self)
         self._check_hookpoints()
         self._check_cluster()
         self._check_equivalence()
@@ -423,6 +432,13 @@ class Plan(_SeveralSteps, EngineSettings, SmoothingSettings):
         """The noise of the certificates; None if nothing is certified."""
         return smoothing_of(self)
 
+    @cached_property
+    def fixed(self) -> Perturbation | None:
+        """The perturbation that was found before; None if there is none."""
+        if self.perturbation is None:
+            return None
+        return read(self.perturbation, self.perturbation_of)
+
     @property
     def share(self) -> tuple[int, int] | None:
         """`shard` as (its number from 0, number of shards); None if not given or malformed."""
@@ -459,12 +475,18 @@ class Plan(_SeveralSteps, EngineSettings, SmoothingSettings):
     def _epsilons_of(self, attack: str) -> Sequence[Epsilon]:
         if attack in ATTACKS and ATTACKS[attack].minimal:
             return [self.largest_epsilon]
+        if self.fixed is not None and attack in FIXED:
+            return [self.fixed.epsilon]
         return self.epsilons[:1] if attack == "none" else self.epsilons
 
     def _steps_of(self, attack: str) -> Sequence[int]:
         several = self.steps if isinstance(self.steps, tuple) else (self.steps,)
-        reads = len(several) > 1 and known_attack(attack) and ATTACKS[attack].uses("steps")
+        known = len(several) > 1 and attack not in FIXED and known_attack(attack)
+        reads = known and ATTACKS[attack].uses("steps")
         return several if reads else several[-1:]
+
+    def _norm_of(self, attack: str, norm: str) -> str:
+        return self.fixed.norm if self.fixed is not None and attack in FIXED else norm
 
     @cached_property
     def conditions(self) -> tuple[AttackSettings, ...]:
@@ -475,13 +497,16 @@ class Plan(_SeveralSteps, EngineSettings, SmoothingSettings):
         common = {name: getattr(self, name) for name in names(ThreatSettings)}
         more = [name for name in _CRITICAL if self.critical and name not in self.attacks]
         asked = [name for name in self.attacks if name != WORST]
+        asked += [*FIXED] if self.fixed is not None else []
         norms = [self.norm]
         if self.standard is not None:
             asked, norms = ["none", *self.standard.attacks], [*self.standard.norms]
         attacks = sorted([*asked, *more], key=lambda name: name != "none")
         return tuple(
             AttackSettings(
-                attack=attack, epsilon=epsilon, **{**common, "norm": norm, "steps": steps}
+                attack=attack,
+                epsilon=epsilon,
+                **{**common, "norm": self._norm_of(attack, norm), "steps": steps},
             )
             for norm in norms
             for attack in attacks
@@ -527,6 +552,7 @@ class Plan(_SeveralSteps, EngineSettings, SmoothingSettings):
         saved = () if self.save_perturbations else _SAVED
         left_out = (*_HOW, *saved, *(() if self.trace else _TRACED))
         left_out = left_out if self.sigmas else (*left_out, *OF_SMOOTHING)
+        left_out = (*left_out, *(name for name in OF_FIXED if getattr(self, name) is None))
         return {name: value for name, value in self.plain().items() if name not in left_out}
 
 

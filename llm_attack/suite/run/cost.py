@@ -88,6 +88,8 @@ def _of_attack(attack: Attack, others: int, clean: bool) -> Passes:
         others: see `passes`.
         clean: whether the clean answers are known.
     """
+    if attack.kind.fixed:
+        return Passes()
     x = torch.zeros(1, 2, 2, dtype=torch.float64)
     counts = {True: 0, False: 0}
 

@@ -47,6 +47,7 @@ from llm_attack.suite.run import (
     certificates,
     checks,
     fingerprint,
+    fixed,
     on_ray,
     perturbations,
     rows,
@@ -170,7 +171,7 @@ def prepare(plan: Plan, progress: str, console: Console, doctor: bool = False) -
             lm.check_gradient()
     clock.lap("model")
     with status(progress, console, "building the requests"):
-        judge = Judge(lm, manager, tasks, **plan.evaluation)
+        judge = Judge(lm, manager, tasks, fixed.chosen(plan), **plan.evaluation)
         requests = judge.requests()
         for request in filter(without_choices, requests if doctor else ()):
             raise UsageError(
@@ -184,6 +185,7 @@ def prepare(plan: Plan, progress: str, console: Console, doctor: bool = False) -
                 f"trace=True: needs a task with choices; tasks={','.join(map(str, plan.tasks))}"
             )
         work = list(work_of(lm, requests))
+        fixed.assign(plan, lm, work, requests)
         batches = [(w.key, w.asked()) for w in work]
         asked = (r for w in work for q in w.batch.questions for r in q.requests)
         read = ((r.tokens, r.n_continuation) for r in asked)
@@ -255,7 +257,7 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         if of_texts := texts.record(kinds, plan.loss):
             run["texts"] = of_texts
         of_questions = certificates.certificates(plan, lm, questions, requests, gathered)
-        run |= certificates.record(plan, lm)
+        run |= certificates.record(plan, lm) | fixed.record(plan)
         if plan.standard is not None:
             checked += checks.at_end(samples)
             run |= {"standard": plan.standard.version, CHECKS: checked}

@@ -12,6 +12,7 @@ from llm_attack.base.loaded import LoadedModel
 from llm_attack.harness.model import AttackedHFLM
 from llm_attack.lm.settings import EngineSettings
 from llm_attack.suite.plan import Plan
+from llm_attack.suite.run import fixed
 
 
 def load_model(plan: Plan) -> AttackedHFLM:
@@ -43,6 +44,7 @@ def load_model(plan: Plan) -> AttackedHFLM:
     lm.path_points = plan.path_points if plan.save_perturbations else None
     lm.trace = plan.trace
     lm.smoothing = plan.smoothing
+    lm.fixed = fixed.load(plan, lm)
     return lm
 
 
