@@ -77,12 +77,12 @@ def dequantised(model: Any) -> Any:
         return model
     if not can_be(model):
         raise UsageError(
-            f"dequantize=True: must be left out, because {name_of_format(config)} computes no"
-            " full-precision weights from its own"
+            "dequantize=True: must be left out, because transformers cannot dequantise the format"
+            f" {name_of_format(config)}"
         )
     quantizer, dtype = _quantizer(model), model.dtype
     if type(quantizer)._dequantize is not HfQuantizer._dequantize:
-        return model.dequantize(dtype=dtype)
+        return model.dequantize()
     for name, module in list(_packed(model)):
         weight = nn.Parameter(module.weight.dequantize().detach().to(dtype), requires_grad=False)
         if isinstance(module, nn.Embedding):

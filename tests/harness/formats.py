@@ -97,7 +97,7 @@ class Open(Opaque):
     def _dequantize(self, model, dtype=None):
         for name, module in list(model.named_modules()):
             if isinstance(module, Eighths):
-                model.set_submodule(name, module.plain().to(dtype))
+                model.set_submodule(name, module.plain().to(dtype or torch.float32))
         return model
 
 
