@@ -19,6 +19,7 @@ from llm_attack.base.errors import UsageError, closest, invalid
 from llm_attack.base.failures import one_line
 from llm_attack.harness.gguf import names_in
 from llm_attack.harness.patches import replaced
+from llm_attack.harness.quantised import dequantised
 from llm_attack.lm.network.hook import frozen
 from llm_attack.lm.network.pairs import read
 
@@ -26,7 +27,10 @@ _SHOWN = 3  # number of weights that a message names
 
 # Arguments of `hf`, and the package that each needs.
 _PACKAGES = {"peft": "peft", "autogptq": "auto_gptq", "gptqmodel": "gptqmodel"}
-_EXCLUSIVE = [("peft", "delta"), ("autogptq", "gptqmodel"), ("tp_plan", "parallelize")]
+_EXCLUSIVE = [
+    *(("peft", "delta"), ("autogptq", "gptqmodel"), ("tp_plan", "parallelize")),
+    *((other, "dequantize") for other in ("autogptq", "gptqmodel", "tp_plan")),
+]
 _BITS = ("load_in_4bit", "load_in_8bit")
 _OF_BITS = ("bnb_4bit_", "llm_int8_")  # prefixes of the options for these
 
@@ -35,8 +39,8 @@ _MEDIA = ("audio", "image", "multi_modal", "multimodal", "speech", "video", "vis
 
 # Arguments that `hf` silently ignores if the model is already loaded.
 _OF_LOADING = [
-    *("delta", "dtype", "gguf_file", "parallelize", "peft", "quantization_config", "subfolder"),
-    *("tp_plan", *_BITS),
+    *("delta", "dequantize", "dtype", "gguf_file", "parallelize", "peft", "quantization_config"),
+    *("subfolder", "tp_plan", *_BITS),
 ]
 
 
@@ -190,22 +194,24 @@ class Unfit:
         missing: names of the model's weights that the checkpoint does not have, or has in another
             shape. Weights that are tied to others are not missing.
         unexpected: names of the checkpoint's weights that the model does not have.
+        dequantize: whether full-precision weights replace quantised ones.
     """
 
     def __init__(self, auto: Any) -> None:
         self._auto = auto
+        self.dequantize = False
         self.missing: list[str] = []
         self.unexpected: list[str] = []
 
     def from_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         loaded = self._auto.from_pretrained(*args, output_loading_info=True, **kwargs)
         if not isinstance(loaded, tuple):  # the model's own code
-            return loaded
+            return dequantised(loaded) if self.dequantize else loaded
         model, info = loaded
         mismatched = (entry[0] for entry in info.get("mismatched_keys", ()))
         self.missing += sorted({*info["missing_keys"], *mismatched})
         self.unexpected += sorted(info["unexpected_keys"])
-        return model
+        return dequantised(model) if self.dequantize else model
 
     def left_out(self, config: Any, model: Any) -> list[str]:
         """A sentence on the weights for images and sound, if the model is only the text part.

@@ -25,7 +25,7 @@ from llm_attack.base.errors import UsageError, invalid
 from llm_attack.base.failures import one_line
 from llm_attack.base.loaded import name_of
 from llm_attack.demo import MODEL_PATH
-from llm_attack.harness import cache, gguf, hashes, loading, seq2seq
+from llm_attack.harness import cache, gguf, hashes, loading, quantised, seq2seq
 from llm_attack.harness.arguments import check_names, check_string, check_values, trusted
 from llm_attack.harness.generation import Generating, Prompts
 from llm_attack.harness.in_use import InUse
@@ -112,7 +112,8 @@ class AttackedHFLM(Generating):
         if gguf_file is not None:
             arguments["gguf_file"] = gguf_file
         check_revision(pretrained, source, arguments)
-        loading.check_arguments(source, arguments)
+        dequantize = self.engine_settings.dequantize
+        loading.check_arguments(source, {**arguments, "dequantize": dequantize})
         passed = dict(arguments)
         self._quantization = loading.quantization(passed)
         if arguments.get("tp_plan") is not None and "RANK" not in os.environ:
@@ -125,6 +126,8 @@ class AttackedHFLM(Generating):
         self._copy: Any = None  # the copy in `gradient_dtype`, as soon as a condition needs it
         self.warnings: list[str] = []
         """Sentences about the model that a reader of the results should know."""
+        self.dequantised = ""
+        """Name of the format whose weights were replaced by full-precision weights; or empty."""
         self._load(pretrained, source, passed)
         self._check_loaded()
         prepare(self.model, self.engine_settings, resolve(self.model, settings.hookpoint))
@@ -153,6 +156,7 @@ class AttackedHFLM(Generating):
         """Refuses a model that cannot compute, and arguments that do not fit it."""
         seq2seq.check_model(self)
         loading.check_finite(name_of(self.pretrained), self.model)
+        quantised.check_kernels(name_of(self.pretrained), self.model, self._way_out)
         size = vocabulary_of(self.model)
         prefix = self._arguments.get("prefix_token_id")
         if prefix is not None and (isinstance(prefix, bool) or prefix not in range(size)):
@@ -338,7 +342,17 @@ class AttackedHFLM(Generating):
         _, scorer = min(followed, key=lambda pair: len(pair[1].skip.blocks) if pair[1].skip else 0)
         scorer = self.engine.slopes.get(scorer, scorer)
         with frozen(self.model), reproducible(self.engine_settings.deterministic):
-            return examine(scorer, self._now.text, self.device)
+            try:
+                return examine(scorer, self._now.text, self.device)
+            except Exception as error:
+                quantised.check_error(name_of(self.pretrained), self.model, error, self._way_out)
+                raise
+
+    @property
+    def _way_out(self) -> bool:
+        """Whether `dequantize=True` is allowed for the model, if it is quantised."""
+        given = self._arguments.keys() & {"autogptq", "gptqmodel", "tp_plan"}
+        return isinstance(self.pretrained, str) and not given
 
     def check_gradient(self) -> None:
         """Checks the gradient, if a condition needs it, and adds to `warnings`.
@@ -357,7 +371,8 @@ class AttackedHFLM(Generating):
                     f"path_points={self.path_points}: must be 0, because shares of the loss need"
                     f" the gradient of this model, {finding.fault}"
                 )
-            raise UsageError(refusal(name, finding.fault))
+            way_out = self._way_out and quantised.can_be(self.model)
+            raise UsageError(refusal(name, finding.fault, way_out))
         if finding.warning and finding.warning not in self.warnings:
             self.warnings.append(finding.warning)
 
@@ -403,18 +418,28 @@ class AttackedHFLM(Generating):
         check_names(self._arguments, self._config)
 
     def _create_model(self, pretrained: Any, *args: Any, **kwargs: Any) -> None:
-        if self._quantization is not None:
-            kwargs["quantization_config"] = self._quantization
+        config = self._quantization
+        dequantize = self.engine_settings.dequantize
+        if dequantize:
+            config = quantised.asked_for(self._config, config, self._arguments.get("gguf_file"))
+        if config is not None:
+            kwargs["quantization_config"] = config
         with loading.noting(self) as unfit:
+            unfit.dequantize = dequantize
             super()._create_model(pretrained, *args, **kwargs)
-        text_alone = unfit.left_out(self._config, self._model)
+        about = unfit.left_out(self._config, self._model)
+        self.dequantised = quantised.replaced_format(self._config, config, self._model)
+        if self.dequantised:
+            quantised.unify(self._model)
+            dtype = str(self._model.dtype).removeprefix("torch.")
+            about.append(f"quantised weights ({self.dequantised}) were dequantised to {dtype}")
         self.warnings += unfit.sentences()
         if self.warnings and not self.engine_settings.allow_missing_weights:
             raise UsageError(
                 f"pretrained={pretrained}: {'; '.join(self.warnings)}; must be a complete"
                 " checkpoint of this architecture, or allow_missing_weights=True"
             )
-        self.warnings += text_alone
+        self.warnings += about
 
     def _create_tokenizer(self, *args: Any, **kwargs: Any) -> None:
         super()._create_tokenizer(*args, **kwargs)

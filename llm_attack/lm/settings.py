@@ -310,7 +310,8 @@ class AttackSettings(ThreatSettings):
 class EngineSettings:
     """The settings that say how `attacked-hf` loads and computes.
 
-    If a process holds the whole model, only `gradient_dtype` changes numbers, except for rounding.
+    If a process holds the whole model, all except `gradient_dtype` and `dequantize` change numbers
+    only by rounding.
 
     Raises:
         UsageError: a value is not allowed.
@@ -350,6 +351,12 @@ class EngineSettings:
         False,
         "Continue, with a warning in the results, if weights of the model are missing in the"
         " checkpoint, or if the checkpoint contains weights that the model does not use",
+        group="model",
+    )
+    dequantize: bool = setting(
+        False,
+        "Replace quantised weights by full-precision weights when the model is loaded. Their"
+        " rounding errors stay, and their gradient is right in every format",
         group="model",
     )
 

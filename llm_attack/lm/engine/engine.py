@@ -20,7 +20,14 @@ from llm_attack.lm.engine.clean import CleanPass, Needs
 from llm_attack.lm.engine.diagnostics import Diagnostics
 from llm_attack.lm.engine.fixed import Fixed
 from llm_attack.lm.engine.hookpoints import clean_passes
-from llm_attack.lm.engine.probe import fault, longest_flat, takes_twins, trees_fault, usable_stack
+from llm_attack.lm.engine.probe import (
+    beside_fault,
+    fault,
+    longest_flat,
+    takes_twins,
+    trees_fault,
+    usable_stack,
+)
 from llm_attack.lm.engine.scoring import Scorer, Scores
 from llm_attack.lm.engine.smoothing import votes
 from llm_attack.lm.engine.tied import Fitted, fit
@@ -28,6 +35,7 @@ from llm_attack.lm.engine.traces import Trace, traced
 from llm_attack.lm.losses import LOSSES, ThreatModel
 from llm_attack.lm.network.lean import Lean
 from llm_attack.lm.network.reproducible import reproducible
+from llm_attack.lm.network.rotary import own_code
 from llm_attack.lm.packing.batches import Batch, Family, batched, layouts, of_rows, of_tree
 from llm_attack.lm.packing.pack import Pack, pack_rows, pack_trees
 from llm_attack.lm.packing.positions import ALL, QUESTION
@@ -194,6 +202,8 @@ class Engine:
 
         The model supports short trees, or else `longest_tree` is 0. Long trees can still fail.
         """
+        questions = [*questions]
+        self._try_rows(questions)
         takes_tree = partial(self._takes_tree, tokens or self.budget)
         trees, _ = layouts(questions, takes_tree, self.threat.shared)
         longest = max((q for (q,) in trees), key=lambda q: len(q.trie), default=None)
@@ -204,6 +214,30 @@ class Engine:
         if wrong:
             log.warning("packing: off, because a tree of %d tokens %s", self._tried, wrong)
             self.layout = replace(self.layout, longest_tree=0)
+
+    def _try_rows(self, questions: Sequence[Question]) -> None:
+        """Tries whether rows of different lengths may share a forward, if the code is unknown.
+
+        Raises:
+            UsageError: rows change one another even if all rows of a forward have one length, or a
+                forward changes the next one.
+        """
+        if not own_code(self.scorer.model) or self.scorer.rotary.unknown:
+            return
+        trial = partial(beside_fault, self.scorer, questions, self.device, self.layout.pad)
+        beside, after = trial()
+        if beside:
+            log.warning("rows: only of equal length share a forward, because %s", beside)
+            self.layout = replace(self.layout, longest_tree=0)
+            for scorer in (self.scorer, *self.scorers, *self.slopes.values()):
+                scorer.rotary.unknown = True
+                scorer.takes_twins, scorer.longest_flat = False, 0
+            beside, _ = trial()
+        if after or beside:
+            raise UsageError(
+                f"model: its own code mixes requests, because {after or beside}; must be a model"
+                " whose answers do not depend on other requests"
+            )
 
     def _takes_tree(self, tokens: int, question: Question) -> bool:
         """Whether a question is short enough for a tree, and its requests may share a forward."""

@@ -61,13 +61,24 @@ class _Slopes(NamedTuple):
     typical: float
 
 
-def refusal(attack: str, fault: str) -> str:
-    """The message that refuses a model with a fault, and names the ways out."""
+def refusal(attack: str, fault: str, dequantize: bool = False) -> str:
+    """The message that refuses a model with a fault, and names the ways out.
+
+    Args:
+        attack: name of the attack.
+        fault: the attribute of a `Finding`.
+        dequantize: whether `dequantize=True` is a way out.
+    """
     others = ", ".join(name for name, kind in ATTACKS.items() if not kind.gradient)
+    way = "; dequantize=True gives these weights one"
+    if not dequantize:
+        way = (
+            ". The same weights may have a right gradient without quantisation, in another dtype or"
+            " on another device"
+        )
     return (
         f"attack={attack}: cannot follow the gradient of this model, {fault}; must be an attack"
-        f" without gradients ({others}), or a model whose gradient is right. The same weights may"
-        " have a right gradient without quantisation, in another dtype or on another device"
+        f" without gradients ({others}), or a model whose gradient is right{way}"
     )
 
 

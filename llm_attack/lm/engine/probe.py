@@ -129,6 +129,37 @@ def equal_logits(scorer: Scorer, some: Tensor, others: Tensor) -> bool:
     return bool(difference <= eps**0.5 * others.float().std())
 
 
+def beside_fault(
+    scorer: Scorer, questions: Sequence[Question], device: torch.device, pad: int = 0
+) -> tuple[str, str]:
+    """Compares the logits of the shortest request by itself, beside the longest, and again.
+
+    The code of a model may let the longest row of a forward decide the rotary embeddings of all
+    rows (dynamic NTK), or may keep them for the next forward.
+
+    Returns:
+        The fault beside the longest request, and the fault after it; empty if there is none.
+    """
+    requests = [request for question in questions for request in question.requests]
+    short = min(requests, key=lambda r: len(r.inputs), default=None)
+    if short is None:
+        return "", ""
+    long = max(requests, key=lambda r: len(r.inputs))
+    logits = []
+    for several in ([short], [short, long], [short]):
+        pack = pack_rows([Question([r], [[i]]) for i, r in enumerate(several)], pad).to(device)
+        with torch.no_grad():
+            of_pack = scorer.logits(pack, pack.scored.positions)
+        slots = pack.scored.slot[pack.scored.request == 0]
+        logits.append(of_pack[slots.to(of_pack.device)].float())
+    alone, *others = logits
+    lengths = f"a request of {len(short.inputs)} tokens changes its logits"
+    return tuple(  # type: ignore[return-value]
+        "" if equal_logits(scorer, other, alone) else f"{lengths} {what} {len(long.inputs)} tokens"
+        for other, what in zip(others, ("beside one of", "after a forward of"), strict=True)
+    )
+
+
 def made_up(scorer: Scorer) -> list[Question]:
     """Two questions of different sizes. Their requests share different parts of their contexts."""
     vocabulary = vocabulary_of(scorer.model)

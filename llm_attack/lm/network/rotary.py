@@ -20,9 +20,14 @@ class Rotary:
 
     Args:
         model: a model of transformers, or a PEFT model round one.
+
+    Attributes:
+        unknown: whether the model's own code changes frequencies by a rule that is not known here.
+            Then only requests of equal length may share a forward.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self.unknown = False
         self._modules: list[Any] = []
         self._from: list[tuple[bool, int]] = []  # whether `dynamic`; the plain length
         module: Any
@@ -45,6 +50,8 @@ class Rotary:
         All requests of a forward must have the same value.
         """
         length += self._before
+        if self.unknown:
+            return (length,)
         return tuple(max(length, n) if dynamic else length > n for dynamic, n in self._from)
 
     @contextmanager
@@ -65,6 +72,12 @@ class Rotary:
                 vars(module).update(content)
                 module._buffers.clear()
                 module._buffers.update(buffers)
+
+
+def own_code(model: Any) -> bool:
+    """Whether a model is written outside of transformers, such as remote code."""
+    base = getattr(model, "get_base_model", lambda: model)()  # inside a PEFT model
+    return type(base).__module__.partition(".")[0] != "transformers"
 
 
 def _kinds(module: nn.Module) -> dict[str | None, str]:

@@ -45,7 +45,8 @@ def at_start(lm: AttackedHFLM, batch: Batch) -> list[Checked]:
         try:
             return _of_few(lm, replace(batch, questions=batch.questions[:questions]))
         except Exception as error:  # the run halves its batches as well
-            if questions == 1 or not should_reduce_batch_size(error):
+            divides = lm.engine.layout.divides  # else other processes compute the same batch
+            if questions == 1 or not divides or not should_reduce_batch_size(error):
                 raise
         clear_device_cache(garbage_collection=True)
         questions //= 2

@@ -125,6 +125,7 @@ class Estimate:
         sizes: number of questions of each task.
         saved: a sentence about saved perturbations; empty if none are saved.
         passes: the passes of each batch through the model.
+        dequantised: format of the quantised weights that full-precision weights replace, or empty.
     """
 
     counts: Counts
@@ -137,6 +138,7 @@ class Estimate:
     seconds: float = field(init=False)
     battery: bool = False
     passes: Passes = field(default_factory=Passes)
+    dequantised: str = ""
 
     def __post_init__(self) -> None:
         counts, rates = self.counts, self.rates
@@ -151,7 +153,8 @@ class Estimate:
         rate = n.flop / passes if passes else 0.0
         steps = f" and {rates.step:.2g} s for a step of generation" if n.steps else ""
         name, copied = self.copied or ("", 0)
-        copy = f" and {amount(copied)} for a copy of them in {name}" if copied else ""
+        copy = f", dequantised from {self.dequantised}" if self.dequantised else ""
+        copy += f" and {amount(copied)} for a copy of them in {name}" if copied else ""
         return {
             "questions": f"{n.questions:,}",
             "requests": f"{n.requests:,}",
@@ -243,7 +246,7 @@ def estimate(prepared: Prepared, seconds: float = SECONDS) -> Estimate:
     said = "" if saved is None else saved.words()
     battery = any(attack.kind.members for attack in engine.attacks)
     found = counts, rates, weights, activations, copied, n, said
-    return Estimate(*found, battery=battery, passes=todo)
+    return Estimate(*found, battery=battery, passes=todo, dequantised=lm.dequantised)
 
 
 class Calibration:
