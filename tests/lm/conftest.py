@@ -2,11 +2,15 @@
 
 import pytest
 from reference import Reference
+from sketched import sketch
 
 
 @pytest.fixture(scope="session", autouse=True)
 def quick(one_index):
-    """For all tests here."""
+    """For all tests here, which look at no figures."""
+    with pytest.MonkeyPatch.context() as patch:
+        sketch(patch)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -69,6 +69,7 @@ def test_the_hook_holds_what_the_model_reads(name):
 
 @every
 @pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.sampled(4)
 def test_gradient_is_a_finite_difference(name, loss):
     for hookpoint in hookpoints(name):
         assert slope_error(name, hookpoint, loss) < 1e-6
@@ -146,6 +147,7 @@ def attacked(name, threat):
 
 @every
 @pytest.mark.parametrize("threat", [ThreatModel(), ThreatModel("choice", shared=True)], ids=str)
+@pytest.mark.sampled(2)
 def test_nothing_of_the_model_changes(name, threat, monkeypatch):
     """Nor when the forward raises in the middle; a hook that was there stays."""
     model = network(name)
@@ -200,6 +202,7 @@ def page():
 
 
 @pytest.mark.skipif(TRANSFORMERS.major < 5, reason="the page is what was found with transformers 5")
+@pytest.mark.slow
 def test_the_page_is_what_is_measured():
     """`python docs/architectures.py` writes it anew."""
     shown = page()
