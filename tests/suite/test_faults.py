@@ -236,6 +236,7 @@ def damage(path, share=0.5):
 
 
 @pytest.mark.parametrize("how", ["bit", "truncated", "foreign", "removed"])
+@pytest.mark.sampled(4)
 def test_damaged_samples(finished, tmp_path, whole, how):
     folder = tmp_path / "run"
     path = folder / "samples.parquet"
@@ -263,6 +264,7 @@ def test_damaged_samples(finished, tmp_path, whole, how):
 
 
 @pytest.mark.parametrize("how", ["digit", "page", "foreign", "empty"])
+@pytest.mark.sampled(3)
 def test_damaged_store(tmp_path, whole, how):
     command = Command(tmp_path, *RUN, hold=5)
     until(lambda: computed(tmp_path) > 5)

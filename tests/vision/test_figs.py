@@ -148,6 +148,7 @@ def test_attacked_epochs_are_spread_evenly(n, epochs):
     assert stages.spread(1, n) == {1}
 
 
+@pytest.mark.slow
 def test_fig5(tmp_path):
     options = {**SMALL, "network": "resnet18", "subset": 10, "steps": 2}
     settings = fig5.Settings(**options, at="pool", epsilons=(0.05, 0.1), split_attacks="fgsm,bim")
@@ -345,6 +346,7 @@ def seen(figure, line):
 
 
 @pytest.mark.parametrize("epochs", (2, 30))
+@pytest.mark.sampled(2)
 def test_curves_can_be_told_apart(tmp_path, monkeypatch, epochs):
     """Also where all coincide: each is thinner than those beneath, with markers of its own.
 
@@ -366,6 +368,7 @@ def test_curves_can_be_told_apart(tmp_path, monkeypatch, epochs):
         assert seen(figures[0], line) > 75, name
 
 
+@pytest.mark.slow
 def test_splits_that_coincide_can_be_told_apart(tmp_path, monkeypatch):
     points = ["pixels", "normalise", "stem", "layer1", "layer2", "layer3", "layer4"]
     columns = {"low": 0.4, "accuracy": 0.5, "high": 0.6, "before": 0.9, "condition": "fgsm"}
