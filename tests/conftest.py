@@ -61,9 +61,10 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """Garbage is not looked for in the modules and tests, which stay: it takes long."""
+    """Garbage is looked for less often, and not in the modules and tests, which stay."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(autouse=True)

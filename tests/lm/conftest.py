@@ -3,13 +3,15 @@
 import pytest
 from reference import Reference
 from sketched import sketch
+from trials import remember
 
 
 @pytest.fixture(scope="session", autouse=True)
 def quick(one_index):
-    """For all tests here, which look at no figures."""
+    """For all tests here, which look at no figures and try the bundled model many times."""
     with pytest.MonkeyPatch.context() as patch:
         sketch(patch)
+        remember(patch)
         yield
 
 

@@ -118,6 +118,7 @@ def test_killed(runs, moment, every):
     ],
 )
 @pytest.mark.sampled(2)
+@pytest.mark.slow
 def test_disk(runs, kind, says, every):
     """It is full, or read-only, from an operation on; deletions are put off until the next run."""
     for number, name in runs.tried(every):
@@ -139,6 +140,7 @@ def test_disk(runs, kind, says, every):
         runs.goes_on(folder)
 
 
+@pytest.mark.slow
 def test_one_of_two_is_killed(runs, every):
     """At each operation on its share; the other then says so, and one alone goes on."""
     started = [{"RANK": str(rank), "WORLD_SIZE": "2"} for rank in (0, 1)]

@@ -194,6 +194,7 @@ def test_foreign_folder(tmp_path, content, name):
     assert path.read_text() == content
 
 
+@pytest.mark.slow
 def test_another_run(finished, tmp_path, whole):
     """Finished, and then unfinished."""
     before = contents(tmp_path / "run")

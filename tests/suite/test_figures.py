@@ -355,7 +355,6 @@ def test_long_names_are_whole():
     assert wrapped("demo_arc_challenge", 10) == "demo_arc_\nchallenge"
 
 
-@pytest.mark.slow
 def test_draw_all_twice_gives_the_same_bytes(frames, tmp_path):
     samples, _ = frames({"zeta_task": (60, 4)}, {"none": 2.0, "fgsm@0.1": 1.0, "fgsm@1": 0.0})
     folders = [tmp_path / "one", tmp_path / "two"]

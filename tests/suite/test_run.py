@@ -112,6 +112,7 @@ def test_without_none():
 
 @pytest.mark.parametrize("attack", [CONDITIONS[2], CONDITIONS[0]], ids=lambda a: a.condition)
 @pytest.mark.sampled(2)
+@pytest.mark.slow
 def test_stock_tasks(real_data, stock, attack):
     path = str(real_data / "models" / "stories260K")
     check(stock, own(path, STOCK, attack, limit=6), attack, tolerance=1e-5)

@@ -121,7 +121,7 @@ def whole(undrawn, finished):
     return found
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_one_that_fails_is_a_line_and_the_others_are_there(fault, whole, tmp_path, monkeypatch):
     module, name, lost = FAULTS[fault]

@@ -91,6 +91,7 @@ def test_fig2(tmp_path, monkeypatch):
     assert len(lines) == 1 and re.search(r"none 0\.\d+, ost 0\.\d+", lines[0])
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_files(tmp_path):
     """And so does drawing anew from the CSV file."""
     for name in ("one", "two"):
@@ -280,6 +281,7 @@ LONG = (f"imagefolder:{'long_' * 6}", "cnn"), (f"package.module:{'named_' * 6}",
 @pytest.mark.parametrize(
     "names", (LONG, (("mnist", "cifar10"), ("resnet18", "googlenet"))), ids=("long", "usual")
 )
+@pytest.mark.sampled(2)
 def test_titles_of_neighbours_do_not_overlap(tmp_path, monkeypatch, names):
     columns = {"epoch": 1, "low": 0.4, "high": 0.6, "accuracy": 0.5, "epsilon": 0.0123}
     rows = [
