@@ -124,6 +124,10 @@ lint: .venv prose ## format, lint rules, types and prose
 	$(BIN)/ruff check
 	$(BIN)/mypy
 
+.PHONY: cards
+cards: .venv ## the cards of the board: form, plausibility, and a few questions again
+	$(BIN)/python board/check.py --rerun 6
+
 .PHONY: format
 format: .venv ## put the code into form
 	$(BIN)/ruff check --fix-only

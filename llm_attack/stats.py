@@ -81,7 +81,8 @@ def fair(n: int) -> np.ndarray:
     ways = [1]
     for k in range(n // 2):
         ways.append(ways[-1] * (n - k) // (k + 1))
-    half = [way / 2**n for way in ways]  # integers of any size
+    whole = 2**n
+    half = [way / whole for way in ways]  # integers of any size
     return np.array(half + half[: (n + 1) // 2][::-1])
 
 

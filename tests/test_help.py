@@ -8,7 +8,8 @@ from click.testing import CliRunner
 
 from llm_attack.attacks.settings import StepSettings
 from llm_attack.base.declare import declared
-from llm_attack.cli import FIGURES, main
+from llm_attack.cli import main
+from llm_attack.experiments import FIGURES
 from llm_attack.suite.plan import Plan
 
 COMMANDS = {

@@ -43,7 +43,8 @@ ARROWS = {
     "reproduce": BASE,
     "vision": BASE | {"attacks", "reproduce"},
     "theory": BASE | {"attacks", "reproduce", "vision"},
-    "cli": BASE | {"", "harness", "reproduce", "suite", "suite.plan", "theory", "vision"},
+    "experiments": BASE | {"reproduce", "theory", "vision"},
+    "cli": BASE | {"", "experiments", "harness", "suite", "suite.plan"},
     "__main__": {"cli"},
 }
 

@@ -13,7 +13,8 @@ from click.testing import CliRunner
 from sketched import sketch
 
 from llm_attack.attacks import ATTACKS
-from llm_attack.cli import FIGURES, main
+from llm_attack.cli import main
+from llm_attack.experiments import FIGURES
 from llm_attack.reproduce import PRESET_NAMES
 from llm_attack.theory import fig4, fig6
 from llm_attack.vision.networks import NETWORKS
@@ -85,7 +86,7 @@ def shortened(monkeypatch):
 def test_all(monkeypatch, shortened):
     """Each figure once, in its own folder, with the preset and the options."""
     both = [command for command in FIGURES if command.name in ("fig4", "fig6")]
-    monkeypatch.setattr("llm_attack.cli.FIGURES", both)
+    monkeypatch.setattr("llm_attack.experiments.FIGURES", both)
     done = reproduce("all", "--preset", "paper", "-o", "out", "--seed", 7, "--device", "cpu")
     assert done.exit_code == 0, done.output
     assert sorted(path.name for path in Path("out").iterdir()) == ["fig4", "fig6"]

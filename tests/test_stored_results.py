@@ -12,7 +12,7 @@ import pytest
 from shown import PAGES, ROOT
 
 from llm_attack.base.errors import UsageError
-from llm_attack.cli import FIGURES
+from llm_attack.experiments import FIGURES
 from llm_attack.suite import commands, results
 
 RESULTS = ROOT / "results"

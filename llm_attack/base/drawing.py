@@ -102,6 +102,8 @@ def save_figure(
         with whole_or_not(folder / f"{name}.png") as draft:
             png: Any = FigureCanvasAgg(figure)
             png.print_png(draft, metadata={"Software": None})
+        # the layout is already made, and making it takes half of the time of drawing
+        figure.set_layout_engine("none")
         with whole_or_not(folder / f"{name}.svg") as draft:
             svg: Any = FigureCanvasSVG(figure)
             svg.print_svg(draft, metadata={"Date": None, "Title": title or name})

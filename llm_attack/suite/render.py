@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -180,8 +181,13 @@ def render(result: Result, folder: Path, run: dict[str, Any]) -> list[str]:
     with attempts(sanity.TITLE):
         more[sanity.TITLE] = sanity.cells(sanity.checks(samples, run))
     more |= {title: cells for title, cells in made.named().items() if title not in more}
+
+    @cache
+    def answered() -> pd.DataFrame:
+        return calibrated.judged(hookpoints.at_first(result.samples))
+
     with attempts("calibration.md"):
-        of_answers = calibrated.calibration(hookpoints.at_first(result.samples))
+        of_answers = calibrated.calibration(answered())
         text = calibration.cells(of_answers)
         more |= {} if text is None else {calibration.TITLE: text}
         calibration.save(of_answers, folder)
@@ -200,7 +206,7 @@ def render(result: Result, folder: Path, run: dict[str, Any]) -> list[str]:
         "survival": lambda: survival.figure(made.searched, unit, made.score),
         "certified": lambda: certificates.figure(made.shown),
         "layers": lambda: hookpoints.figure(result.table, known),
-        "calibration": lambda: calibration.figure(hookpoints.at_first(result.samples)),
+        "calibration": lambda: calibration.figure(answered()),
         "steps": lambda: steps.figure(table, known),
         "trace": lambda: convergence.figure(result.trace, known) if _traced(result) else None,
     }
@@ -263,7 +269,9 @@ def for_paper(
         ),
         "margin": lambda: figures.margins(samples[samples["condition"].isin(few["condition"])]),
         "cosine": lambda: figures.cosines(samples),
-        "calibration": lambda: calibration.figure(hookpoints.at_first(result.samples)),
+        "calibration": lambda: calibration.figure(
+            calibrated.judged(hookpoints.at_first(result.samples))
+        ),
     }
     drawn = {}
     for name, make in makers.items() if "pdf" in formats else ():

@@ -21,7 +21,7 @@ from llm_attack.base.record import whole_or_not
 from llm_attack.base.redact import redacted
 from llm_attack.lm.settings import EMBED
 from llm_attack.suite.analysis import perturbations
-from llm_attack.suite.analysis.calibration import calibration
+from llm_attack.suite.analysis.calibration import calibration, judged
 from llm_attack.suite.analysis.certified import SMOOTHING
 from llm_attack.suite.analysis.conditions import CONDITIONS, Condition
 from llm_attack.suite.analysis.equivalence import with_equivalence
@@ -95,7 +95,7 @@ class Result:
 
     def calibration(self) -> pd.DataFrame:
         """Confidence and accuracy by task and condition; see `analysis.calibration`."""
-        return calibration(self.samples)
+        return calibration(judged(self.samples))
 
     def figure(self, name: str, *, paper: bool = False) -> Figure:
         """Draws a figure of the run, which you can show, change or save.

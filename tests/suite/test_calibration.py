@@ -32,6 +32,14 @@ def samples(probabilities, golds, condition="none", task="t", cluster=None):
     return pd.DataFrame(rows)
 
 
+def calibrated(samples):
+    return calibration(judged(samples))
+
+
+def drawing(samples):
+    return study.figure(judged(samples))
+
+
 def drawn(n, trusted=lambda p: p, seed=0, task="t"):
     """Questions of two choices, right with probability `trusted` of their confidence."""
     rng = np.random.default_rng(seed)
@@ -51,7 +59,7 @@ def test_by_hand():
     right = np.array([0, 1, 0, 1, 1, 0, 1, 1, 1, 1])
     clean = samples(np.stack([sure, 1 - sure], 1), (1 - right).tolist())
     after = samples(np.stack([1 - sure, sure], 1), [0] * 10, "fgsm@0.1")
-    frame = calibration(pd.concat([clean, after], ignore_index=True))
+    frame = calibrated(pd.concat([clean, after], ignore_index=True))
     found = row(frame)
     assert found["n"] == 10 and found["acc"] == pytest.approx(0.7)
     assert found["confidence"] == pytest.approx(sure.mean())
@@ -71,7 +79,7 @@ def test_brier_score_is_that_of_lm_eval(choices):
     rng = np.random.default_rng(1)
     probabilities = rng.dirichlet(np.ones(choices), 50)
     golds = rng.integers(choices, size=50).tolist()
-    found = row(calibration(samples(probabilities, golds)))
+    found = row(calibrated(samples(probabilities, golds)))
     theirs = brier_score([(gold, list(p)) for gold, p in zip(golds, probabilities, strict=True)])
     assert found["brier"] == pytest.approx(theirs)
 
@@ -91,7 +99,7 @@ def test_the_order_of_questions_does_not_matter():
     frame = drawn(60)
     frame.loc[:40, "log_likelihoods"] = frame.loc[:40, "log_likelihoods"].map(lambda _: [-1.0, -2])
     turned = frame.iloc[::-1].reset_index(drop=True)
-    pd.testing.assert_frame_equal(calibration(frame), calibration(turned))
+    pd.testing.assert_frame_equal(calibrated(frame), calibrated(turned))
 
 
 def test_what_chance_makes_of_a_calibrated_model():
@@ -113,7 +121,7 @@ def test_intervals_hold_the_truth():
 
     hits = {"gap": 0, "ece": 0}
     for seed in range(120):
-        found = row(calibration(drawn(200, halved, seed)))
+        found = row(calibrated(drawn(200, halved, seed)))
         for name in hits:  # the mean of p / 2 over uniform p from 0.5 to 1
             hits[name] += found[f"{name}_low"] <= 0.375 <= found[f"{name}_high"]
     # 114 expected; 4 standard deviations are 10
@@ -125,14 +133,14 @@ def test_sources_that_questions_share_widen_the_interval():
     one = drawn(50)
     four = pd.concat([one.assign(doc_id=one["doc_id"] + 50 * i) for i in range(4)])
     four["cluster"] = np.tile(np.arange(50), 4)
-    once, often = row(calibration(one)), row(calibration(four.reset_index(drop=True)))
+    once, often = row(calibrated(one)), row(calibrated(four.reset_index(drop=True)))
     for end in ("low", "high"):
         assert often[f"gap_{end}"] == pytest.approx(once[f"gap_{end}"], abs=1e-9)
 
 
 def test_the_mean_over_tasks():
     """Each task counts the same; so do its questions that fell."""
-    frame = calibration(pd.concat([drawn(40), drawn(10, seed=1, task="u")], ignore_index=True))
+    frame = calibrated(pd.concat([drawn(40), drawn(10, seed=1, task="u")], ignore_index=True))
     mean = row(frame, task=MEAN)
     for name in ("acc", "confidence", "gap", "ece", "ece_by_chance", "brier"):
         assert mean[name] == pytest.approx((row(frame)[name] + row(frame, task="u")[name]) / 2)
@@ -147,7 +155,7 @@ def test_questions_that_fell_are_of_their_own_task():
         probabilities = np.stack([of_task, 1 - np.array(of_task)], 1)
         parts.append(samples(probabilities, [0] * len(of_task), task=task))
         parts.append(samples(probabilities[:, ::-1], [0] * len(of_task), "fgsm@0.1", task))
-    frame = calibration(pd.concat(parts, ignore_index=True))
+    frame = calibrated(pd.concat(parts, ignore_index=True))
     for task, fallen, before in (("t", 3, 0.7), ("u", 1, 0.9), (MEAN, 4, 0.75)):
         found = row(frame, "fgsm@0.1", task)
         assert found["fallen"] == fallen
@@ -158,18 +166,18 @@ def test_what_has_no_confidence():
     """One choice, or a likelihood that is not a number; two golds have no Brier score."""
     odd = samples([[1.0], [0.4, 0.6], [0.3, 0.7]], [0, 0, [0, 1]])
     odd.at[1, "log_likelihoods"] = [np.nan, -1.0]
-    found = row(calibration(odd))
+    found = row(calibrated(odd))
     assert found["n"] == 1 and found["acc"] == 1.0
     assert np.isnan(found["brier"])
-    assert calibration(odd.iloc[:2]).empty and study.cells(calibration(odd.iloc[:2])) is None
+    assert calibrated(odd.iloc[:2]).empty and study.cells(calibrated(odd.iloc[:2])) is None
 
 
 def test_table_and_figure():
     frame = pd.concat([drawn(100), drawn(100, seed=1).assign(condition="fgsm@0.1", attack="fgsm")])
-    table = study.cells(calibration(frame.reset_index(drop=True)))
-    assert study.figure(frame.iloc[1:].reset_index(drop=True)) is None  # 99 questions
+    table = study.cells(calibrated(frame.reset_index(drop=True)))
+    assert drawing(frame.iloc[1:].reset_index(drop=True)) is None  # 99 questions
     assert [line[:2] for line in table.rows] == [["t", "none"], ["t", "fgsm@0.1"]]
     assert table.rows[0][-1] == "–"
-    (axes,) = study.figure(frame.reset_index(drop=True)).axes
+    (axes,) = drawing(frame.reset_index(drop=True)).axes
     assert axes.get_title() == "fgsm@0.1"
     assert [line.get_label() for line in axes.lines] == ["calibrated", "none", "under attack"]

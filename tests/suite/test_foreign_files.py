@@ -13,7 +13,8 @@ from llm_attack.base.drawing import new_figure
 from llm_attack.base.errors import UsageError
 from llm_attack.base.folder import claim
 from llm_attack.base.record import DRAFT, write_text
-from llm_attack.cli import FIGURES, main
+from llm_attack.cli import main
+from llm_attack.experiments import FIGURES
 from llm_attack.suite.run import fingerprint
 from llm_attack.suite.run.execute import execute
 from llm_attack.suite.run.store import MARK, STORE, Store, discard
@@ -291,7 +292,7 @@ def test_an_experiment_that_was_stopped_knows_its_folder(tmp_path, monkeypatch):
 def test_all_folders_are_looked_at_before_anything_is_computed(tmp_path, monkeypatch):
     monkeypatch.setattr(fig4, "train", stop)
     both = [command for command in FIGURES if command.name in ("fig4", "fig6")]
-    monkeypatch.setattr("llm_attack.cli.FIGURES", both)
+    monkeypatch.setattr("llm_attack.experiments.FIGURES", both)
     write_text(tmp_path / "out" / "README.md", "mine")
     write_text(tmp_path / "out" / "fig6" / "notes", "mine")
     assert "output=out/fig6: " in refused("reproduce", "all", "--device", "cpu")

@@ -342,6 +342,19 @@ def answering(pid):
     return [worker for worker, title in descendants(pid) if title.startswith("ray::Worker.answer")]
 
 
+def both_stopped(pid):
+    """Stops both workers while each is at a batch, so the run cannot end without them."""
+    while True:
+        until(lambda: len(answering(pid)) == 2)
+        workers = answering(pid)
+        for worker in workers:
+            os.kill(worker, signal.SIGSTOP)
+        if len(workers) == 2 and answering(pid) == workers:
+            return workers
+        for worker in workers:  # one of them had finished its batch
+            os.kill(worker, signal.SIGCONT)
+
+
 @pytest.mark.slow
 def test_workers_are_killed(tmp_path, alone):
     """Three times one that is at a batch: the files are those of one process."""
@@ -381,14 +394,12 @@ def test_it_is_stopped_and_goes_on_without_ray(tmp_path, alone, number, code):
 def test_a_part_of_ray_is_killed(tmp_path, alone, part):
     """The run ends by itself and says so; it goes on without Ray."""
     command = Command(tmp_path, *ON_RAY)
-    until(lambda: stored(tmp_path) > 0 and answering(command.pid))
-    held = answering(command.pid)  # so that the run cannot end before
-    for worker in held:
-        os.kill(worker, signal.SIGSTOP)
+    until(lambda: stored(tmp_path) > 0)
+    workers = both_stopped(command.pid)
     (pid,) = [pid for pid, title in descendants(command.pid) if title.split("\0")[0].endswith(part)]
     os.kill(pid, signal.SIGKILL)
     assert command.wait(120) == 1, command.err
-    for worker in held:
+    for worker in workers:
         with suppress(ProcessLookupError):
             os.kill(worker, signal.SIGKILL)
     *_, last = command.err.splitlines()

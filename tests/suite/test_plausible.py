@@ -188,3 +188,13 @@ def test_a_card_that_cannot_be_repeated_is_one_line(checker, card, tmp_path, mon
     monkeypatch.setattr(checker, "rerun", broken)
     assert checker.check(path, 0) == []
     assert checker.check(path, 10) == [f"card={path}: cannot be repeated (KeyError: 'demo_piqa')"]
+
+
+@pytest.mark.slow
+def test_our_card_is_repeated(checker):
+    card = load_card(checker.CARDS / "demo-standard-1.json")
+    assert checker.rerun(card, 6) is None
+    for row in (card["clean"], *card["robust"]):
+        for task in row["tasks"].values():
+            task["right"] = task["right"].translate(str.maketrans("01", "10"))
+    assert checker.rerun(card, 6) == "42 of 42 answers differ when they are repeated"

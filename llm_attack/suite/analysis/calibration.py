@@ -87,11 +87,11 @@ def judged(samples: pd.DataFrame) -> pd.DataFrame:
     return found[found["confidence"].notna() & (found["n_choices"] > 1)]
 
 
-def calibration(samples: pd.DataFrame) -> pd.DataFrame:
+def calibration(known: pd.DataFrame) -> pd.DataFrame:
     """Calibration of each task under each condition, and the mean over tasks.
 
     Args:
-        samples: as in `samples.parquet`.
+        known: the result of `judged`.
 
     Returns:
         A row per task and condition. Columns:
@@ -110,12 +110,12 @@ def calibration(samples: pd.DataFrame) -> pd.DataFrame:
         - `fallen_before`, `fallen_after`: their mean confidence in the right answer without an
           attack, and in the wrong one under it. NaN if there are none, or if `none` was not run
     """
-    known = judged(samples)
+    clean = {task: group for task, group in known[known["attack"] == "none"].groupby("task")}
     rows, terms = [], {}
     for (task, condition), group in known.groupby(["task", "condition"], sort=False):
         row, terms[task, condition] = _of(group)
-        clean = known[(known["task"] == task) & (known["attack"] == "none")]
-        rows.append({"task": task, "condition": condition, **row, **_fallen(clean, group)})
+        fallen = _fallen(clean.get(task, known.iloc[:0]), group)
+        rows.append({"task": task, "condition": condition, **row, **fallen})
     frame = pd.DataFrame(rows)
     if frame.empty or frame["task"].nunique() == 1:
         return frame
@@ -160,7 +160,12 @@ def _intervals(tasks: Sequence[_Terms]) -> dict[str, float]:
 
 
 def _fallen(clean: pd.DataFrame, attacked: pd.DataFrame) -> dict[str, float]:
-    both = clean.merge(attacked, on="doc_id", suffixes=("_before", "_after"))
-    fallen = both[(both["right_before"] == 1) & (both["right_after"] == 0)]
-    means = {f"fallen_{t}": float(fallen[f"confidence_{t}"].mean()) for t in ("before", "after")}
-    return {"fallen": len(fallen), **means}
+    places = pd.Index(clean["doc_id"]).get_indexer(pd.Index(attacked["doc_id"]))
+    known = places >= 0
+    before, after = clean.iloc[places[known]], attacked[known]
+    fallen = (before["right"].to_numpy() == 1) & (after["right"].to_numpy() == 0)
+    means = {
+        f"fallen_{moment}": float(frame["confidence"][fallen].mean())
+        for moment, frame in (("before", before), ("after", after))
+    }
+    return {"fallen": int(fallen.sum()), **means}

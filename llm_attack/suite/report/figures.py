@@ -282,20 +282,17 @@ def cosines(samples: pd.DataFrame) -> Figure | None:
                 rows = clean[clean["right"] == is_right]
                 values = [rows.loc[rows["task"] == t, "cosine"].astype(float) for t in tasks]
                 x = np.arange(len(tasks)) + shift
-                boxes = axes.boxplot(
-                    values,
-                    positions=x,
-                    widths=0.32,
-                    whis=(5, 95),
-                    showfliers=False,
-                    patch_artist=True,
-                    boxprops={"facecolor": colour, "hatch": hatch, "lw": 0.7},
-                    medianprops={"color": "k", "lw": 1.2},
-                    whiskerprops={"lw": 0.7},
-                    capprops={"lw": 0.7},
-                    manage_ticks=False,
-                )
-                boxes["boxes"][0].set_label(kind)
+                # not `boxplot`: it imports pyplot, which chooses a screen for the whole program
+                ends = [
+                    np.quantile(v, (0.05, 0.25, 0.5, 0.75, 0.95)) if len(v) else 5 * [np.nan]
+                    for v in values
+                ]
+                least, low, middle, high, most = np.transpose(ends)
+                like: Any = {"fc": colour, "hatch": hatch, "ec": "k", "lw": 0.7, "label": kind}
+                axes.bar(x, high - low, 0.32, low, **like)
+                axes.hlines(middle, x - 0.16, x + 0.16, "k", lw=1.2)
+                axes.vlines([*x, *x], [*least, *high], [*low, *most], "k", lw=0.7)
+                axes.hlines([*least, *most], [*x - 0.08] * 2, [*x + 0.08] * 2, "k", lw=0.7)
                 for at, part in zip(x, values, strict=True):
                     above(axes, at, f"{len(part)}")
             above(axes, -0.5, "n")

@@ -41,6 +41,7 @@ _FONT: Any = {
 }
 
 _PAPER = ContextVar("paper", default=False)
+_SET: ContextVar[bool | None] = ContextVar("set", default=None)  # the style that is set: a paper's?
 _POINTS = 8  # of all letters in a paper
 _FONT_OF_PAPER: Any = {
     **dict.fromkeys(
@@ -58,8 +59,16 @@ def print_style() -> Iterator[None]:
     """Sets the style of these figures, for drawing and saving."""
     import matplotlib
 
-    with style(), matplotlib.rc_context(_FONT | (_FONT_OF_PAPER if _PAPER.get() else {})):
+    paper = _PAPER.get()
+    if _SET.get() is paper:  # setting it takes some hundredths of a second
         yield
+        return
+    before = _SET.set(paper)
+    try:
+        with style(), matplotlib.rc_context(_FONT | (_FONT_OF_PAPER if paper else {})):
+            yield
+    finally:
+        _SET.reset(before)
 
 
 @contextmanager

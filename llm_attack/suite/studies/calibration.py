@@ -9,7 +9,7 @@ import pandas as pd
 
 from llm_attack.base.drawing import COLOURS
 from llm_attack.base.record import write_text
-from llm_attack.suite.analysis.calibration import BINS, judged, reliability
+from llm_attack.suite.analysis.calibration import BINS, reliability
 from llm_attack.suite.report.layout import handles, legend, panels, print_style
 from llm_attack.suite.report.tables import Cells, csv
 
@@ -62,7 +62,7 @@ def _number(value: float) -> str:
     return "–" if pd.isna(value) else f"{value:.3f}"
 
 
-def figure(samples: pd.DataFrame) -> Figure | None:
+def figure(known: pd.DataFrame) -> Figure | None:
     """Reliability diagrams, a panel per condition, all tasks together.
 
     A point is a bin; all bins have equally many questions. Its coordinates are mean confidence and
@@ -70,9 +70,8 @@ def figure(samples: pd.DataFrame) -> Figure | None:
     None if a condition has fewer than 100 questions with a confidence, which is ten in each bin.
 
     Args:
-        samples: as in `samples.parquet`.
+        known: the result of `analysis.calibration.judged`.
     """
-    known = judged(samples)
     if known.empty or known["condition"].value_counts().min() < _FEWEST:
         return None
     parts = {name: reliability(rows) for name, rows in known.groupby("condition", sort=False)}
