@@ -117,7 +117,6 @@ def test_killed(runs, moment, every):
         ("read-only", (os.strerror(errno.EROFS), "attempt to write a readonly database")),
     ],
 )
-@pytest.mark.sampled(2)
 @pytest.mark.slow
 def test_disk(runs, kind, says, every):
     """It is full, or read-only, from an operation on; deletions are put off until the next run."""

@@ -110,8 +110,7 @@ def test_without_none():
     assert result.table["drop"].isna().all()
 
 
-@pytest.mark.parametrize("attack", [CONDITIONS[2], CONDITIONS[0]], ids=lambda a: a.condition)
-@pytest.mark.sampled(2)
+@pytest.mark.parametrize("attack", [CONDITIONS[0], CONDITIONS[2]], ids=lambda a: a.condition)
 @pytest.mark.slow
 def test_stock_tasks(real_data, stock, attack):
     path = str(real_data / "models" / "stories260K")
