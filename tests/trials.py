@@ -55,7 +55,8 @@ def _identity(scorer: Any) -> tuple[Any, ...]:
     for name, module in model.named_modules():
         known = type(module).__module__.startswith(("torch.", "transformers."))
         hooked = any(getattr(module, hooks) for hooks in FREE)
-        if not known or hooked or "forward" in vars(module):
+        compiled = module._compiled_call_impl is not None
+        if not known or hooked or compiled or "forward" in vars(module):
             return (None,)
         kinds.append(type(module))
         path = name if module is scorer.hookpoint else path
@@ -67,4 +68,5 @@ def _identity(scorer: Any) -> tuple[Any, ...]:
         weights = zlib.crc32(content.numpy(), weights)
     how = model.dtype, scorer.autocast, scorer.softmax_dtype, scorer.longest_flat, model.training
     stacked = scorer.stack is not None, scorer.lean is not None
-    return weights, repr(model.config), path, tuple(kinds), *how, *stacked
+    config = repr(model.config), getattr(model.config, "_attn_implementation", None)
+    return weights, *config, path, tuple(kinds), *how, *stacked

@@ -7,8 +7,15 @@ from trials import remember
 
 @pytest.fixture(scope="session", autouse=True)
 def quick(one_index):
-    """For all tests here, which look at no figures and try the bundled model many times."""
+    """For all tests here."""
+    with pytest.MonkeyPatch.context() as patch:
+        remember(patch)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def sketched():
+    """No test here looks at figures."""
     with pytest.MonkeyPatch.context() as patch:
         sketch(patch)
-        remember(patch)
         yield
