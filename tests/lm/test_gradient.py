@@ -32,7 +32,7 @@ def found_of(model):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 def test_right_gradients(name, dtype):
     """Of every architecture; also behind routers that jump, and with half of the digits."""
     if name == "mpt" and dtype == torch.float64 and TRANSFORMERS.major < 5:
@@ -257,6 +257,7 @@ def test_a_run_tells(spoils, tmp_path):
     assert sentence in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_doctor_tells(spoils):
     spoils(detached)
     words = ["doctor", "--model", "demo", "--tasks", "demo_piqa", "--limit", "2", "--queries", "2"]

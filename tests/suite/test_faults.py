@@ -217,6 +217,7 @@ def test_another_run(finished, tmp_path, whole):
     assert contents(folder / "run") == whole[0]
 
 
+@pytest.mark.slow
 def test_two_runs_at_once(tmp_path, whole):
     first = Command(tmp_path, *RUN, hold=1)
     until(lambda: computed(tmp_path) > 1)

@@ -90,6 +90,7 @@ def test_accuracy_is_lm_evals(demo, attack):
     check(demo[0], own("demo", DEMO, attack, limit=8), attack)
 
 
+@pytest.mark.slow
 def test_few_shot_choice_and_several_epsilons():
     """Two tasks, an example in the context, an attack that knows the gold."""
     tasks = ["demo_piqa", "demo_winogrande"]
