@@ -17,7 +17,10 @@ PAGE = Path(__file__).with_name("arguments.md")
 
 def tables() -> dict[str, str]:
     """Markdown tables by the names in the page's marks."""
-    shared = {*names(AttackSettings), *names(EngineSettings)} - {"steps"}  # a run takes several
+    shared = {*names(AttackSettings), *names(EngineSettings)} - {
+        "steps",
+        "cells",
+    }  # a run takes several
     return {
         "attacked-hf": table(AttackSettings, EngineSettings),
         "run": table(Plan, without=shared),

@@ -233,11 +233,13 @@ class _OfDoctor(_OfPlan):
     _UNUSED = ("decay", "restarts", "rounds", "first_epsilon", "shard", "ray", "ray_workers")
     _OF_OUTPUT = ("equivalence", "save_perturbations", "path_points", "trace")
     _OF_CERTIFICATES = ("sigmas", "draws", "selection_draws", "failure_probability")
+    _OF_FIXED = ("perturbation", "perturbation_of", "half")
 
     @cached_property
     def settings(self) -> list[Option]:
         """The settings of the plan that the user may choose."""
-        own = (*self._SETTLED, *self._UNUSED, *self._OF_OUTPUT, *self._OF_CERTIFICATES)
+        own: tuple[str, ...] = (*self._SETTLED, *self._UNUSED, *self._OF_OUTPUT)
+        own += (*self._OF_CERTIFICATES, *self._OF_FIXED)
         left = [option for option in super().settings if option.name not in own]
         for option in left:
             option.default = {"loss": "choice", "limit": 10}.get(str(option.name), option.default)
@@ -264,6 +266,95 @@ def doctor(progress: str, verbose: int, **settings: Any) -> int:
     from llm_attack.suite.plan import Plan
 
     return command(Plan(attacks=ATTACKS, epsilons=EPSILONS, **settings), progress, verbose)
+
+
+class _OfUniversal(_OfPlan):
+    """A command with the settings of a plan that a universal perturbation depends on."""
+
+    _LEFT_OUT = (
+        *("critical", "epsilon_max", "hookpoints", "rounds", "first_epsilon", "queries"),
+        *("equivalence", "save_perturbations", "path_points", "trace", "gradient_dtype"),
+        *("sigmas", "draws", "selection_draws", "failure_probability"),
+        *("perturbation", "perturbation_of", "half", "cells", "shard", "ray", "ray_workers"),
+    )
+
+    @cached_property
+    def settings(self) -> list[Option]:
+        """The settings of the plan that the user may choose."""
+        left = [option for option in super().settings if option.name not in self._LEFT_OUT]
+        for option in left:
+            defaults = {"loss": "choice", "attacks": "apgd", "steps": 20}
+            option.default = defaults.get(str(option.name), option.default)
+        return left
+
+
+@main.command(
+    cls=_OfUniversal,
+    context_settings={"show_default": True, **DIALECT},
+    epilog=examples(
+        "llm-attack universal --model demo --tasks demo_six --epsilons 0.5rms -o u.safetensors",
+        "llm-attack universal --model demo --tasks demo_six --share all -o vector.safetensors",
+        "llm-attack universal --model models/mine --epsilons 0.5rms --dry_run",
+    ),
+)
+@_progress
+@_verbose
+@click.option(
+    "-o",
+    "--output",
+    cls=Option,
+    group="output",
+    metavar="PATH",
+    help="New file of safetensors for the perturbation.",
+)
+@click.option(
+    "--share",
+    cls=Option,
+    group="attack",
+    choices=("token", "position", "all"),
+    default="token",
+    help="Tokens that have one perturbation: those of a vocabulary entry, of a position, or all.",
+)
+@click.option(
+    "--dry_run",
+    cls=Option,
+    group="output",
+    is_flag=True,
+    help="Print what it would need (tokens, FLOP, time on this device, memory), and write nothing.",
+)
+def universal(
+    progress: str, verbose: int, output: str | None, share: str, dry_run: bool, **settings: Any
+) -> None:
+    """Fit one perturbation to half of the questions, for all questions.
+
+    Score it on the other half with llm-attack run --perturbation FILE.
+    """
+    from llm_attack.suite import universal as commands
+    from llm_attack.suite.plan import Plan
+
+    commands.run(Plan(**settings), share, output, progress, verbose, dry_run)
+
+
+@main.command(
+    epilog=examples(
+        "llm-attack export u.safetensors -o models/attacked",
+        "llm-attack export u.safetensors --model models/mine -o models/attacked",
+        "llm-attack export vector.safetensors -o models/attacked",
+    )
+)
+@click.argument("file", type=click.Path())
+@click.option("--model", metavar="NAME", help="Model to change. By default, the file names it.")
+@click.option(
+    "-o", "--output", metavar="PATH", required=True, help="New folder for the checkpoint."
+)
+def export(file: str, output: str, model: str | None) -> None:
+    """Save a checkpoint whose embeddings contain a universal perturbation.
+
+    Any program that loads it shows the accuracy under the perturbation, such as lm_eval with hf.
+    """
+    from llm_attack.suite import universal as commands
+
+    commands.export(file, output, model)
 
 
 _FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -349,6 +440,26 @@ def compare(folders: tuple[Path, ...], **settings: Any) -> None:
         from llm_attack.suite import commands
 
         commands.compare(folders, **settings)
+
+
+@main.command(
+    epilog=examples(
+        "llm-attack transfer out/base-base out/base-tuned",
+        "llm-attack transfer out/base-base out/base-int4 -o transfer.csv",
+        "llm-attack transfer out/from-*/under-* -o transfer.csv",
+    )
+)
+@click.argument("folders", type=_FOLDER, nargs=-1, required=True)
+@click.option("-o", "--output", metavar="PATH", help="CSV file for the table.")
+def transfer(folders: tuple[Path, ...], output: str | None) -> None:
+    """Show whether perturbations found under one model harm others, as a matrix of drops.
+
+    Each run is made by llm-attack run --perturbation. There is one for each pair of models.
+    """
+    with garbage.kept():
+        from llm_attack.suite import commands
+
+        commands.transfer(folders, output)
 
 
 @main.command(

@@ -213,10 +213,33 @@ RULES = (
         more="--steps 2 --checkpoints 2 --batch-size 8",
     ),
     Rule(
+        r"llm-attack run .* --cells .*",
+        f"{FEW}, and few steps",
+        changes=(("results/cells/demo", "rounded"),),
+        more="--limit 2 --steps 2",
+    ),
+    Rule(
         r"llm-attack run .* --sigmas .*",
         f"{FEW}, and few draws of noise",
         changes=(("results/certify/demo", "certified"),),
         more="--limit 2 --draws 12 --selection_draws 2 --steps 2 --rounds 2",
+    ),
+    Rule(
+        r"llm-attack (universal|export|transfer) .*",
+        "they need each other's files: their help; tests/suite/test_universal.py runs them",
+        changes=((r"(universal|export|transfer) .*", r"\1"),),
+        more="--help",
+    ),
+    Rule(
+        r"llm-attack run .* --perturbation \S+ .*",
+        f"{FEW}; the perturbation is of another command: without it",
+        changes=(
+            *MODEL,
+            (r" --perturbation \S+", ""),
+            (r"--model out/variants/\w+", "--model demo"),
+            (r"results/universal/\w+", "scored"),
+        ),
+        more="--limit 2",
     ),
     Rule(r"llm-attack run --model .*", FEW, changes=(*MODEL, *TASKS), more="--limit 2"),
     Rule(
@@ -361,6 +384,7 @@ RULES = (
         changes=((r"--model \S+", "--model demo"), (r"--tasks \S+", "--tasks demo_piqa")),
         more="--limit 2",
     ),
+    Rule(r"python benchmarks/variants\.py .*", "few steps", more="--steps 2"),
     Rule(
         r"python benchmarks/interval_bounds\.py .*",
         FEW,

@@ -123,6 +123,8 @@ def trajectory(
     This holds if `Attack.by_steps` is true. Other attacks give one point, the result. Arguments and
     errors are as for `perturb`.
     """
+    if isinstance(attack, Attack) and attack.cells is not None:
+        raise ValueError(f"attack {attack.name!r} stays in cells: call attacks.cells.confined")
     check_types({"elements": elements, "known": known, "watch": watch})
     tensors = {"mask": elements.mask, "keys": keys, "gradient": known.gradient}
     check_point(attack, x, bounds, tensors)
@@ -197,6 +199,10 @@ class _Run:
     def result(self) -> Tensor:
         """The final point of an attack that is more than steps, or has none."""
         kind = self.attack.kind
+        if kind.fixed:
+            raise ValueError(
+                f"attack {self.attack.name!r}: its perturbation is added by the caller"
+            )
         if kind.members:
             return self._battery()
         if kind.function is not None:

@@ -31,6 +31,10 @@ class Kind:
         function: a user's own function that does everything; see `register_attack`.
         source: hash of its source (`source_hash`); empty for the attacks of this package.
         members: the attacks of a battery in order, each with the settings that it reads.
+        fixed: the signs of a perturbation that the caller has (`FIXED`); empty for other attacks.
+        inside: the attack that does the same in a ball, if this one stays in the rounding cells of
+            a format (`attacks.cells`); `none` for the format's own rounding.
+        tied: perturbs a table of embeddings, which it fits to all questions of a run together.
     """
 
     gradient: bool = False
@@ -46,12 +50,15 @@ class Kind:
     function: Callable[..., Any] | None = None
     source: str = ""
     members: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    fixed: str = ""
+    inside: str | None = None
+    tied: bool = False
 
     @property
     def settings(self) -> tuple[str, ...]:
         """The names of the `StepSettings` that it reads."""
         every = tuple(entry.name for entry in fields(StepSettings))
-        if self.members:  # which have their own
+        if self.members or self.fixed:  # they have their own, or none
             return ()
         if self.function is not None:
             named = signature(self.function).parameters.values()
@@ -77,7 +84,7 @@ class Kind:
     @property
     def control(self) -> bool:
         """Whether it is a control that attacks are compared with, and not an attack."""
-        return self.reverse or not (self.gradient or self.search)
+        return self.reverse or not (self.gradient or self.search or self.fixed == KEPT)
 
     @property
     def bounded(self) -> bool:
@@ -150,10 +157,39 @@ BATTERIES: dict[str, Kind] = {
 A version is never changed. Other numbers make another version.
 """
 
+ROUNDINGS: dict[str, Kind] = {
+    f"{name}_rounding".removeprefix("actual_"): replace(
+        ATTACKS[inside], inside=inside, tied=name == "tied"
+    )
+    for name, inside in (
+        ("actual", "none"),
+        ("random", "random"),
+        ("fgsm", "fgsm"),
+        ("worst", "apgd"),
+        ("tied", "bim"),
+    )
+}
+"""Attacks that stay in the rounding cells of a format instead of a ball."""
+
+
+KEPT, SHUFFLED, RANDOM = "kept", "shuffled", "random"
+
+FIXED: dict[str, Kind] = {
+    "fixed": Kind(fixed=KEPT),
+    "fixed-shuffled": Kind(fixed=SHUFFLED),
+    "fixed-random": Kind(fixed=RANDOM),
+}
+"""A perturbation that was found before, such as a universal one, and two controls.
+
+With the controls, each coordinate keeps its size. It gets the sign of another coordinate of the
+token, or a random one. `perturb` does not know these: the caller adds the perturbation.
+"""
+
 
 def kind_of(name: str) -> Kind | None:
-    """The traits of an attack or of a battery; None: nothing has this name."""
-    return ATTACKS.get(name) or BATTERIES.get(name)
+    """The traits of an attack, a battery, a fixed perturbation or a rounding; None: unknown."""
+    tables = (ATTACKS, BATTERIES, FIXED, ROUNDINGS)
+    return next((table[name] for table in tables if name in table), None)
 
 
 def register_attack(function: Callable[..., Any], name: str | None = None) -> str:
@@ -272,13 +308,14 @@ class Attack(StepSettings):
     """One attack with its settings.
 
     Args:
-        name: a key of `ATTACKS` or `BATTERIES`. `random`, `uniform` and `gaussian` are noise.
-            `fgsm` is from Goodfellow et al. 2015. `bim`, `illc` and `ost` (one step towards the
-            least likely class) are from Kurakin et al. 2017. `pgd` is from Madry et al. 2018.
+        name: a key of `ATTACKS`, `BATTERIES` or `FIXED`. `random`, `uniform` and `gaussian` are
+            noise. `fgsm` is from Goodfellow et al. 2015. `bim`, `illc` and `ost` (one step towards
+            the least likely class) are from Kurakin et al. 2017. `pgd` is from Madry et al. 2018.
             `mifgsm` is from Dong et al. 2018. `apgd` and `apgdt` are from Croce and Hein 2020.
             `blocks` follows Andriushchenko et al. 2020. `fmn` is from Pintor et al. 2021.
             `critical` is `apgd` at several epsilons. `reversed` is `fgsm` with the opposite sign, a
-            control that has to lower the loss. `standard-1` is the battery of that version.
+            control that has to lower the loss. `standard-1` is the battery of that version. The
+            keys of `ROUNDINGS` stay in the cells of a format.
         epsilon: radius of the ball round the clean point, in the units of the point; finite, >= 0.
             For `fmn` and `critical`, the largest radius.
         steps: number of steps of the iterative attacks; >= 1.
@@ -299,6 +336,8 @@ class Attack(StepSettings):
         per_token: whether each entry of the dimensions but the last, such as a token, has its own
             ball. Otherwise one ball holds all entries of an example.
         label: the amplitude in the condition's name; None means epsilon.
+        cells: for the keys of `ROUNDINGS`, the name of the format (`attacks.formats`). All lengths
+            are in widths of a cell; epsilon 1 is the whole cell.
 
     Raises:
         UsageError: a value is out of range; the message names it.
@@ -310,12 +349,18 @@ class Attack(StepSettings):
     by_size: bool = False
     per_token: bool = False
     label: str | None = None
+    cells: str | None = None
 
     def __post_init__(self) -> None:
         if not known_attack(self.name) and (
-            not isinstance(self.name, str) or self.name not in BATTERIES
+            not isinstance(self.name, str) or kind_of(self.name) is None
         ):
             raise invalid("attack", self.name, ATTACKS)
+        if (self.kind.inside is None) != (self.cells is None):
+            raise UsageError(
+                f"cells={self.cells}: must be given with one of {', '.join(ROUNDINGS)}, and with no"
+                f" other attack, not with attack={self.name}"
+            )
         if not _EPSILON.allows(self.epsilon):
             raise invalid("epsilon", self.epsilon, _EPSILON.words())
         check(self)
@@ -325,7 +370,16 @@ class Attack(StepSettings):
 
     @property
     def kind(self) -> Kind:
-        return ATTACKS.get(self.name) or BATTERIES[self.name]
+        kind = kind_of(self.name)
+        assert kind is not None  # it was checked
+        return kind
+
+    @property
+    def in_ball(self) -> Attack:
+        """The attack that does the same in a ball; itself if it stays in a ball."""
+        if self.kind.inside is None:
+            return self
+        return replace(self, name=self.kind.inside, cells=None)
 
     @property
     def members(self) -> tuple[Attack, ...]:
@@ -351,14 +405,15 @@ class Attack(StepSettings):
         """Whether the first step needs only the untargeted loss and its gradient at the start."""
         kind = self.kind
         others = kind.targeted or kind.start is not None or (kind.minimal and not kind.adaptive)
-        others = others or kind.function is not None
+        others = others or kind.function is not None or kind.tied
         return kind.gradient and not (others or self.identity)
 
     @property
     def by_steps(self) -> bool:
         """Whether it makes steps that do not depend on how many follow."""
         kind = self.kind
-        return kind.gradient and not (kind.adaptive or kind.minimal or kind.function is not None)
+        others = kind.adaptive or kind.minimal or kind.tied or kind.function is not None
+        return kind.gradient and not others
 
     @property
     def points(self) -> int:
@@ -382,6 +437,7 @@ class Attack(StepSettings):
         """Whether the attack uses random draws."""
         kind = self.kind
         started = kind.start is not None or (kind.adaptive and self.restarts > 1)
+        started = started or kind.fixed in (SHUFFLED, RANDOM)
         return started or kind.search or kind.function is not None
 
     @property

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.evaluator import simple_evaluate
@@ -18,6 +19,7 @@ from llm_attack.base.failures import one_line
 from llm_attack.base.record import finite
 from llm_attack.base.redact import redacted
 from llm_attack.harness import patches
+from llm_attack.harness.halves import Chosen, of_task, only
 from llm_attack.harness.model import AttackedHFLM
 from llm_attack.harness.paths import portable
 
@@ -64,13 +66,19 @@ class Judge:
         lm: the model. lm-eval reads its chat template and its description.
         manager: lm-eval's TaskManager.
         tasks: names of tasks.
+        chosen: says which documents of a task are asked; None: all.
         **options: options of lm-eval's `simple_evaluate`.
     """
 
     def __init__(
-        self, lm: AttackedHFLM, manager: Any, tasks: Sequence[str], **options: Any
+        self,
+        lm: AttackedHFLM,
+        manager: Any,
+        tasks: Sequence[str],
+        chosen: Chosen | None = None,
+        **options: Any,
     ) -> None:
-        self.lm, self.tasks = lm, list(tasks)
+        self.lm, self.tasks, self.chosen = lm, list(tasks), chosen
         self.given, self.options = options, {"bootstrap_iters": 0, "log_samples": True, **options}
         self.manager = _LoadedOnce(manager)
         self.asked: list[Instance] = []
@@ -103,7 +111,7 @@ class Judge:
         if not asked:
             raise UsageError(f"{asked_for}: no questions were found; must be tasks with questions")
         for task in tasks:
-            _check_all_asked(task, self.options.get("limit"))
+            _check_all_asked(task, self.options.get("limit"), self.chosen)
             # lm-eval would build the requests again at each evaluation, which costs as much as
             # judging
             task.build_all_requests = lambda **options: None
@@ -131,7 +139,7 @@ class Judge:
         return results
 
     def _evaluate(self, stand: _Stand) -> dict[str, Any] | None:
-        with patches.without_inventory():
+        with patches.without_inventory(), only(self.chosen):
             results: dict[str, Any] | None = simple_evaluate(
                 stand, tasks=self.tasks, task_manager=self.manager, **self.options
             )
@@ -156,12 +164,13 @@ class _LoadedOnce:
         return self._loaded
 
 
-def _check_all_asked(task: Any, limit: float | None) -> None:
+def _check_all_asked(task: Any, limit: float | None, chosen: Chosen | None) -> None:
     """Raises `UsageError` if a question has no requests, because lm-eval fails to judge it."""
     n = len(task.eval_docs)
     if limit is not None:
         n = min(n, int(limit) if limit >= 1 else math.ceil(limit * n))
-    missing = sorted(set(range(n)) - {request.doc_id for request in task.instances})
+    asked = range(n) if chosen is None else np.flatnonzero(of_task(chosen, task)[:n]).tolist()
+    missing = sorted(set(asked) - {request.doc_id for request in task.instances})
     if missing:
         raise UsageError(
             f"tasks={task.config.task}: question {missing[0]} asks nothing; must be a task in which"

@@ -20,6 +20,7 @@ from lm_eval.api.instance import Instance
 from tqdm import tqdm
 
 from llm_attack.attacks import Attack
+from llm_attack.attacks.cells import check_cells
 from llm_attack.base.errors import UsageError, invalid
 from llm_attack.base.failures import one_line
 from llm_attack.base.loaded import name_of
@@ -41,6 +42,7 @@ from llm_attack.harness.seq2seq import CAUSAL
 from llm_attack.harness.start import report_if_lm_eval_runs, set_device, source_of
 from llm_attack.lm.engine.diagnostics import Diagnostics
 from llm_attack.lm.engine.engine import Answer, BatchResult, Engine, Layout
+from llm_attack.lm.engine.fixed import Fixed
 from llm_attack.lm.engine.gradient import Finding, examine, refusal
 from llm_attack.lm.engine.hookpoints import scorers
 from llm_attack.lm.engine.probe import longest_tree
@@ -88,6 +90,9 @@ class AttackedHFLM(Generating):
     """Whether the engine returns the loss at every step; conditions of `use` from then on."""
     smoothing: Smoothing | None = None
     """Noise under which the model votes, from the next call of `use` on; None: it does not."""
+
+    fixed: Fixed | None = None
+    """The perturbation of the attacks in `FIXED`, from the next call of `use` on."""
 
     @torch.inference_mode(False)
     def __init__(self, pretrained: Any = DEFAULT_MODEL, **arguments: Any) -> None:
@@ -193,7 +198,8 @@ class AttackedHFLM(Generating):
                 conditions, signals, labels(conditions), strict=True
             )
         ]
-        self._check_attacks(attacks)
+        places = [condition.hookpoint for condition in conditions]
+        self._check_attacks(attacks, places, {signal.width for signal in signals})
         at_names = self._scorers(self.model, names)
         seq2seq.check_positions(conditions[0], at_names[0])
         pad = self._known([self.tokenizer.pad_token_id or 0])[0]
@@ -208,6 +214,7 @@ class AttackedHFLM(Generating):
             self.path_points,
             self.trace,
             smoothing,
+            self.fixed,
         )
         return InUse(conditions, tuple(signals), engine, tuple(text))
 
@@ -227,13 +234,27 @@ class AttackedHFLM(Generating):
                 f" ({one_line(error)})"
             ) from error
 
-    def _check_attacks(self, attacks: Sequence[Attack]) -> None:
+    def _check_attacks(
+        self, attacks: Sequence[Attack], places: Sequence[str | None], widths: Collection[int]
+    ) -> None:
         largest = torch.finfo(self.model.dtype).max
-        for attack in attacks:
+        for attack, place in zip(attacks, places, strict=True):
+            if attack.kind.fixed and self.fixed is None:
+                raise UsageError(
+                    f"attack={attack.name}: needs a perturbation, so it must be run by llm-attack"
+                    " run --perturbation"
+                )
             if attack.epsilon > largest:
                 raise UsageError(
                     f"epsilon={attack.epsilon:g}: must be a number of the model's dtype,"
                     f" {self.model.dtype}, whose largest number is {largest:g}"
+                )
+            if attack.cells is not None:
+                check_cells(attack.cells, self.model.dtype, widths)
+            if attack.kind.tied and (place is not None or self.backend != CAUSAL):
+                raise UsageError(
+                    f"attack={attack.name}: must be given with a causal model and without a"
+                    " hookpoint, because it perturbs the table of the input embedding"
                 )
             fmn = any(member.name == "fmn" for member in attack.members)
             if fmn and self.engine_settings.gradient_dtype is not None:
@@ -463,8 +484,10 @@ class AttackedHFLM(Generating):
             disable=disable_tqdm or self.rank != 0,
             desc=f"Running loglikelihood requests ({self.attack.condition})",
         )
+        batches = self.batches(questions, rows)
+        self.fit(batches)
         with frozen(self.model), progress:
-            for _, batch in self.engine.answers(self.batches(questions, rows)):
+            for _, batch in self.engine.answers(batches):
                 self._now.add([asdict(sums) for sums in batch.diagnostics])
                 requests = by_index(batch.answered)
                 for index, of_request in requests.items():
@@ -485,6 +508,12 @@ class AttackedHFLM(Generating):
         with frozen(self.model):
             self.engine.probe(questions, self.tokens_per_batch)
             return self.engine.batches(questions, int(limit), self.tokens_per_batch)
+
+    @torch.inference_mode(False)
+    def fit(self, batches: Iterable[Batch | Prompts]) -> None:
+        """Fits the tables of tied attacks to all batches of a run."""
+        with frozen(self.model):
+            self.engine.fit(batch for batch in batches if isinstance(batch, Batch))
 
     @torch.inference_mode(False)
     def answers(

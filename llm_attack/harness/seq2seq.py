@@ -128,8 +128,15 @@ def check_attack(lm: Any, task: str) -> None:
     """Refuses an attack on prompts that the model continues.
 
     Raises:
-        UsageError: the model is an encoder-decoder model, and there is an attack.
+        UsageError: the model is an encoder-decoder model, and there is an attack; or an attack
+            fits a table to all questions.
     """
+    tied = next((attack.name for attack in lm.engine.attacks if attack.kind.tied), None)
+    if tied is not None:
+        raise UsageError(
+            f"attack={tied}: must be given with tasks that compare or score given texts; task"
+            f" {task} generates text"
+        )
     if lm.backend != CAUSAL and not lm.engine.clean:
         name = next(attack.name for attack in lm.engine.attacks if not attack.identity)
         raise UsageError(

@@ -9,8 +9,10 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from llm_attack.attacks import ATTACKS, Attack
+from llm_attack.attacks.formats import ALLOWED, Format
 from llm_attack.attacks.settings import (
     BATTERIES,
+    ROUNDINGS,
     Kind,
     StepSettings,
     condition_name,
@@ -183,9 +185,9 @@ class AttackSettings(ThreatSettings):
 
     attack: str = setting(
         "fgsm",
-        f"Name of the attack: one of {', '.join((*ATTACKS, *BATTERIES))}, or"
+        f"Name of the attack: one of {', '.join((*ATTACKS, *BATTERIES, *ROUNDINGS))}, or"
         " package.module:function of your own",
-        allowed=_named({**ATTACKS, **BATTERIES}),
+        allowed=_named({**ATTACKS, **BATTERIES, **ROUNDINGS}),
         parse=_attack_name,
         group="attack",
     )
@@ -198,14 +200,51 @@ class AttackSettings(ThreatSettings):
         parse=Epsilon.parse,
         group="attack",
     )
+    cells: str | None = setting(
+        None,
+        f"Format of the rounding cells, such as int8. The attacks {', '.join(ROUNDINGS)} need it."
+        " Epsilon does not apply to them, and step_size is in widths of a cell",
+        allowed=ALLOWED,
+        group="attack",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_cells()
         self._check(self.attack_in_units.kind)
+
+    def _check_cells(self) -> None:
+        """Refuses attacks in cells without a format, and in another norm."""
+        rounds = self.attack in ROUNDINGS
+        if rounds and self.cells is None:
+            raise UsageError(
+                f"attack={self.attack}: needs cells, the format whose rounding cells it stays in,"
+                " such as cells=int8"
+            )
+        if self.cells is None:
+            return
+        Format.of(self.cells)
+        if not rounds:
+            raise UsageError(
+                f"cells={self.cells}: must be given with one of {', '.join(ROUNDINGS)}, not with"
+                f" attack={self.attack}"
+            )
+        if Epsilon.parse(self.epsilon) != Epsilon.parse(AttackSettings.epsilon):
+            raise UsageError(
+                f"epsilon={self.epsilon}: must be left out with attack={self.attack}, which may use"
+                " the whole cell"
+            )
+        if self.norm != "linf":
+            raise UsageError(
+                f"norm={self.norm}: must be linf with attack={self.attack}, because a cell is an"
+                " interval in each coordinate"
+            )
 
     @cached_property
     def amplitude(self) -> Amplitude:
-        """Epsilon in its unit and norm."""
+        """Epsilon in its unit and norm; of attacks in cells, one cell of the format."""
+        if self.cells is not None:
+            return Amplitude(Epsilon(1.0, self.cells), self.norm)
         return Amplitude(Epsilon.parse(self.epsilon).in_unit(self.epsilon_unit), self.norm)
 
     @cached_property
@@ -219,6 +258,7 @@ class AttackSettings(ThreatSettings):
             by_size=epsilon.unit == NEFTUNE,
             per_token=self.norm.endswith(PER_TOKEN),
             label=str(self.amplitude),
+            cells=self.cells,
             **step_settings(self),
         )
 
@@ -364,8 +404,9 @@ def unread(
     Returns:
         (name, value, attacks that read it) for each.
     """
+    every = {**ATTACKS, **ROUNDINGS}
     readers = {
-        name: [attack for attack, kind in ATTACKS.items() if name in kind.settings]
+        name: [attack for attack, kind in every.items() if name in kind.settings]
         for name in names(StepSettings)
     }
     defaults = {entry.name: entry.default for entry in fields(settings)}

@@ -11,6 +11,7 @@ from numbers import Real
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from llm_attack.attacks.formats import Format
 from llm_attack.attacks.settings import LENGTH_OF_ONES
 from llm_attack.base.declare import is_plain
 from llm_attack.base.errors import UsageError, invalid
@@ -140,11 +141,11 @@ def size_of(unit: str, signal: Signal, norm: str) -> float:
     """The length of a token's perturbation that is one `unit` large in each coordinate.
 
     Args:
-        unit: a key of `UNITS`, or `ABSOLUTE`, for which the result is 1.
+        unit: a key of `UNITS`, or `ABSOLUTE`. For this, and for a format, the result is 1.
         signal: the scale of the point.
         norm: a key of `LENGTH_OF_ONES`.
     """
-    if unit == ABSOLUTE:
+    if unit == ABSOLUTE or Format.known(unit):
         return 1.0
     return UNITS[unit](signal) * LENGTH_OF_ONES[norm](signal.width)
 
@@ -155,7 +156,8 @@ class Epsilon:
 
     Attributes:
         number: the number in front of the unit; `Attack` says which values are allowed.
-        unit: `ABSOLUTE` or a key of `UNITS`; None: the unit of the setting `epsilon_unit`.
+        unit: `ABSOLUTE` or a key of `UNITS`; None: the unit of the setting `epsilon_unit`. For
+            attacks in rounding cells it is the name of the format, and the number is 1.
     """
 
     number: float
@@ -223,4 +225,5 @@ class Amplitude:
         """The same text, with `unit` in place of the unit."""
         norm = "" if self.norm == "linf" else f"-{self.norm}"
         place = "" if self.hookpoint is None else f"@{self.hookpoint}"
-        return f"{self.epsilon.number:g}{unit}{norm}{place}"
+        number = "" if Format.known(self.epsilon.unit) else f"{self.epsilon.number:g}"
+        return f"{number}{unit}{norm}{place}"

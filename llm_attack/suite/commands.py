@@ -28,6 +28,7 @@ from llm_attack.suite.results import Result
 from llm_attack.suite.run.progress import warn, written
 from llm_attack.suite.studies import drop_pairs, drops, models
 from llm_attack.suite.studies import leaderboard as board
+from llm_attack.suite.studies import transfer as transfers
 
 
 def report(
@@ -290,3 +291,18 @@ def _compare_many(runs: dict[str, Result], output: Path | None, pdf: bool) -> Ce
                 paper.save_pdf(models.figure(frame), output.with_suffix(".pdf"), title)
         warn(attempts.lines)
     return cells
+
+
+def transfer(folders: Sequence[Path], output: str | None) -> None:
+    """The command `llm-attack transfer`: a matrix of runs with perturbations found before."""
+    path = _file("output", output)
+    runs = {str(folder): results.load(as_path("folders", folder)) for folder in folders}
+    frame = transfers.transfers(runs)
+    text = tables.csv(frame)
+    if path is not None:
+        claim_file(path, text.splitlines()[0], "a table of transfers")
+    for title, cells in transfers.matrices(frame).items():
+        Console().print(cells.rich(title))
+    if path is not None:
+        write_text(path, text)
+        written(path)

@@ -27,6 +27,7 @@ from llm_attack.suite.studies import (
     claims,
     convergence,
     hookpoints,
+    roundings,
     sanity,
     steps,
     survival,
@@ -116,6 +117,7 @@ class Tables:
         certified: the result of `certificates.tables`.
         hookpoints: accuracy by hookpoint; None for one hookpoint.
         steps: accuracy by steps; None if no attack has several numbers of steps.
+        roundings: accuracy under roundings; None if no attack stays in cells.
     """
 
     def __init__(self, result: Result, attempts: Attempts) -> None:
@@ -128,6 +130,9 @@ class Tables:
         self.critical: dict[str, tuple[Cells, pd.DataFrame]] = {}
         self.hookpoints: Cells | None = None
         self.steps: Cells | None = None
+        self.roundings: Cells | None = None
+        with attempts("the table of roundings"):
+            self.roundings = roundings.cells(self.table, result.conditions, result.run)
         with attempts("the table of steps"):
             self.steps = steps.cells(self.table, result.conditions)
         with attempts("the table of the scores of whole tasks"):
@@ -151,7 +156,7 @@ class Tables:
         """The tables that exist, by their titles."""
         of_questions = self.critical | self.certified
         titled = {WHOLE: self.whole} | {title: cells for title, (cells, _) in of_questions.items()}
-        titled |= {texts.TITLE: self.texts}
+        titled |= {texts.TITLE: self.texts, roundings.TITLE: self.roundings}
         titled |= {hookpoints.TITLE: self.hookpoints, steps.TITLE: self.steps}
         return {title: cells for title, cells in titled.items() if cells is not None}
 
@@ -193,6 +198,8 @@ def render(result: Result, folder: Path, run: dict[str, Any]) -> list[str]:
         calibration.save(of_answers, folder)
     with attempts(texts.FILE):
         texts.save(made.texts, folder)
+    with attempts(roundings.FILE):
+        roundings.save(made.roundings, folder)
     with attempts("critical.md"):
         survival.save(made.critical, folder)
     with attempts("certified.md"):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,9 +21,12 @@ from llm_attack.attacks import (
     trajectory,
     widest,
 )
+from llm_attack.attacks.cells import Cells, confined
+from llm_attack.attacks.formats import Format
 from llm_attack.lm.engine import diagnostics
 from llm_attack.lm.engine.choices import sum_by
 from llm_attack.lm.engine.clean import BatchLoss, CleanPass, Needs, answers_of, expand
+from llm_attack.lm.engine.fixed import Fixed
 from llm_attack.lm.engine.scoring import Scorer, Scores
 from llm_attack.lm.losses import ThreatModel
 from llm_attack.lm.packing.pack import Pack
@@ -89,11 +92,13 @@ class AttackedBatch:
         clean: the clean pass, with all that the attacks need.
         slopes: the copy that computes gradients; None if the model of `scorer` does.
         trace: whether attacks return a `Curve`.
+        fixed: the perturbation of the attacks in `FIXED`; None: there are no such attacks.
 
     Attributes:
         x: the clean point: (B, L, H), or (U, H) if the pack has nodes.
         mask: (B, L) or (U,) booleans, False on padding and on other tokens that do not move; None
             if all move.
+        tables: for each tied attack, a function that gives its point of this batch.
     """
 
     def __init__(
@@ -104,10 +109,13 @@ class AttackedBatch:
         clean: CleanPass,
         slopes: Slopes | None = None,
         trace: bool = False,
+        fixed: Fixed | None = None,
     ) -> None:
         self.scorer, self.pack, self.threat = scorer, pack, threat
-        self.clean, self.slopes, self.trace = clean, slopes, trace
+        self.clean, self.slopes, self.trace, self.fixed = clean, slopes, trace, fixed
         self.read = BatchLoss(pack, threat)
+        self.tables: Mapping[Attack, Callable[[AttackedBatch], Tensor]] = {}
+        self._cells: dict[str, Cells] = {}
 
     @property
     def x(self) -> Tensor:
@@ -229,16 +237,7 @@ class AttackedBatch:
         look = _Look(self, longest)
         attacked: dict[int, Attacked] = {}
         points: dict[int, int] = {}
-        way = trajectory(
-            longest,
-            self.x,
-            look.losses(),
-            elements=self.elements,
-            keys=self.keys if longest.draws else None,
-            known=self._known(longest),
-            watch=Watch(look.count, look.keep),
-        )
-        for i, x in enumerate(way, 1):
+        for i, x in enumerate(self._way(longest, look), 1):
             # the gradient of this step was taken at that point
             if i - 1 in attacked and look.last is not None:
                 of_point = attacked[i - 1]._replace(scores=look.last)
@@ -249,6 +248,26 @@ class AttackedBatch:
                 sums = self._sums(ends[i], x, look) | look.passes(scores is None)
                 attacked[i] = Attacked(x, sums, scores, look.curve())
         return [attacked[attack.points] for attack in family]
+
+    def _way(self, attack: Attack, look: _Look) -> Iterable[Tensor]:
+        """The points of an attack, one after every step."""
+        if attack.kind.fixed:
+            assert self.fixed is not None
+            return [self.fixed.added(self.pack, self.x, attack.kind.fixed, self.threat.seed)]
+        if attack.kind.tied:
+            return [self.tables[attack](self)]
+        more: Any = {"elements": self.elements, "known": self._known(attack)}
+        more |= {"keys": self.keys if attack.draws else None}
+        more |= {"watch": Watch(look.count, look.keep)}
+        if attack.cells is None:
+            return trajectory(attack, self.x, look.losses(), **more)
+        return confined(attack, self.cells(attack.cells), look.losses(), **more)
+
+    def cells(self, name: str) -> Cells:
+        """The cells of the clean point in a format."""
+        if name not in self._cells:
+            self._cells[name] = Cells.of(Format.of(name), self.x)
+        return self._cells[name]
 
     def _known(self, attack: Attack) -> Known:
         """The values at the clean point that an attack need not compute again."""
@@ -304,8 +323,27 @@ class AttackedBatch:
             "elements": elements,
             **look.of_gradients(elements),
             **diagnostics.moved(attack, self.ball(attack), noise),
+            **self._rounded(attack, noise),
             **self._nearest(x),
         }
+
+    def _rounded(self, attack: Attack, noise: Tensor) -> dict[str, Tensor]:
+        """Sums of the cells: the format's own rounding, and how far it goes the same way.
+
+        The way of an attack is from the middle of the cells, so signs that are drawn have none.
+        """
+        if attack.cells is None:
+            return {}
+        cells, wide = self.cells(attack.cells), widest(self.x.device)
+        moves = self.ball(attack).moves
+        low, high, clean = (end.to(wide) for end in (cells.low, cells.high, cells.x))
+        own = (cells.rounded.to(wide) - clean) * moves
+        way = (clean + noise - (low + high) / 2) * moves
+        if attack.kind.inside == "none":  # it goes to about the middle, so it has no way
+            way = torch.zeros_like(way)
+        sums = {"rounding": own.square(), "along": own * way, "way": way.square()}
+        sums["widths"] = ((high - low) * moves).square()
+        return {name: part.sum() for name, part in sums.items()}
 
     def _nearest(self, x: Tensor) -> dict[str, Tensor]:
         """Number of tokens that were looked up, and how many are unchanged in L2 and in Linf."""
@@ -361,6 +399,8 @@ class _Look:
         # the gap there, which another condition may have needed as well
         gap = kind.targeted and kind.adaptive and self.batch.clean.scores is not None
         answers = needs.answers or gap
+        if kind.tied:  # the passes of the fit
+            return self.attack.steps + 1, self.attack.steps
         if not needs.gradient:
             return int(answers), 0
         return 1 + int(answers and self.slopes is not None), 1

@@ -44,6 +44,10 @@ class Diagnostics:
         balls, reached: perturbations with one bound (of an example or a token), and the sum of
             their lengths, as shares of the requested length and at most 1. Only attacks that go as
             far as they can count.
+        rounding: for attacks in cells, the sum of squares of the format's own rounding errors.
+        way: the sum of squares of the distance from the middle of the cells.
+        along: the sum of products of these errors and this distance.
+        widths: the sum of squares of the widths of the cells.
         not_finite: answers whose log-likelihood is infinite or NaN.
         points: questions, or requests if each is attacked by itself.
         forwards, backwards: for each of the `points`, the passes that this condition makes if it
@@ -63,6 +67,10 @@ class Diagnostics:
     still: float = 0.0
     balls: float = 0.0
     reached: float = 0.0
+    rounding: float = 0.0
+    way: float = 0.0
+    along: float = 0.0
+    widths: float = 0.0
     not_finite: float = 0.0
     tokens: float = 0.0
     nearest_l2: float = 0.0
@@ -108,6 +116,24 @@ class Diagnostics:
             "nearest_token_sample": int(self.tokens) or None,
             "forward_passes": _ratio(self.forwards, self.points),
             "backward_passes": _ratio(self.backwards, self.points),
+            **self._of_cells(),
+        }
+
+    def _of_cells(self) -> dict[str, float | None]:
+        """The diagnostics of attacks in rounding cells: nothing for other attacks.
+
+        The first two are the RMS of half a cell and of the format's own rounding. The others
+        compare this rounding with the way from the middle of the cells to the attacked point: their
+        cosine, and the projection of the rounding on that way, as a share of the way.
+        """
+        if not self.widths:
+            return {}
+        half, own = self.widths / 4 / self.elements, self.rounding / self.elements
+        return {
+            "half_cell_rms": half**0.5,
+            "rounding_rms": own**0.5,
+            "rounding_cosine": _ratio(self.along, (self.rounding * self.way) ** 0.5),
+            "rounding_along": _ratio(self.along, self.way),
         }
 
     def warnings(self) -> list[str]:
@@ -158,10 +184,12 @@ def moved(attack: Attack, ball: Ball, noise: Tensor) -> dict[str, Tensor]:
         "steps": 2 * ball.moves.expand_as(x).sum(dtype=wide),
         "lost": torch.as_tensor(lost),
     }
+    if kind.inside is not None:  # its lengths are not those of a ball
+        sums = {}
     if kind.minimal:  # it moves only right answers, and no farther than needed
         return sums
     sums |= {"examples": torch.full_like(still, ball.examples.n), "still": still}
-    if kind.adaptive or kind.search:  # it may stay inside of the ball
+    if kind.adaptive or kind.search or kind.inside is not None:  # it may stay inside of the ball
         return sums
     length = attack.epsilon
     if kind.iterative and kind.start is None:

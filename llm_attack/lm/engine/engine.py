@@ -18,10 +18,12 @@ from llm_attack.lm.engine.attacked import Attacked, AttackedBatch, Curve, Slopes
 from llm_attack.lm.engine.battery import survive
 from llm_attack.lm.engine.clean import CleanPass, Needs
 from llm_attack.lm.engine.diagnostics import Diagnostics
+from llm_attack.lm.engine.fixed import Fixed
 from llm_attack.lm.engine.hookpoints import clean_passes
 from llm_attack.lm.engine.probe import fault, longest_flat, takes_twins, trees_fault, usable_stack
 from llm_attack.lm.engine.scoring import Scorer, Scores
 from llm_attack.lm.engine.smoothing import votes
+from llm_attack.lm.engine.tied import Fitted, fit
 from llm_attack.lm.engine.traces import Trace, traced
 from llm_attack.lm.losses import LOSSES, ThreatModel
 from llm_attack.lm.network.lean import Lean
@@ -143,6 +145,7 @@ class Engine:
         trace: whether the results contain the curves of the attacks.
         smoothing: the noise under which the model votes at the first hookpoint, with sigmas in the
             units of the point; None: no votes. It needs a loss that knows the label.
+        fixed: the perturbation of the attacks in `FIXED`; None: there are no such attacks.
     """
 
     scorer: Scorer
@@ -155,6 +158,8 @@ class Engine:
     path_points: int | None = None
     trace: bool = False
     smoothing: Smoothing | None = None
+    fixed: Fixed | None = None
+    tables: dict[Attack, Fitted] = field(default_factory=dict, init=False)
     _tried: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -376,11 +381,20 @@ class Engine:
         self, pack: Pack, needs: Needs, at: Sequence[Scorer] = ()
     ) -> dict[Scorer, AttackedBatch]:
         """The pack at each hookpoint, or at those of some scorers, with its clean pass."""
-        scorers = list(dict.fromkeys(at or self.scorers))
+        batches = self._prepared(pack, needs, list(dict.fromkeys(at or self.scorers)))
+        for batch in batches.values():
+            batch.tables = {attack: table.point for attack, table in self.tables.items()}
+        return batches
+
+    def _prepared(
+        self, pack: Pack, needs: Needs, scorers: list[Scorer]
+    ) -> dict[Scorer, AttackedBatch]:
         if not self.slopes:
             passes = clean_passes(scorers, pack, self.threat, needs)
             return {
-                scorer: AttackedBatch(scorer, pack, self.threat, clean, trace=self.trace)
+                scorer: AttackedBatch(
+                    scorer, pack, self.threat, clean, trace=self.trace, fixed=self.fixed
+                )
                 for scorer, clean in zip(scorers, passes, strict=True)
             }
         passes = clean_passes(scorers, pack, self.threat, replace(needs, gradient=False))
@@ -389,7 +403,9 @@ class Engine:
         prepared = {}
         for scorer, other, clean, half in zip(scorers, others, passes, halves, strict=True):
             slopes, both = Slopes(other, half.below), _with_slopes(clean, half)
-            prepared[scorer] = AttackedBatch(scorer, pack, self.threat, both, slopes, self.trace)
+            prepared[scorer] = AttackedBatch(
+                scorer, pack, self.threat, both, slopes, self.trace, self.fixed
+            )
         return prepared
 
     def ends(self, batches: Mapping[Scorer, AttackedBatch]) -> list[Attacked | None]:
@@ -404,6 +420,20 @@ class Engine:
             for i, end in zip(numbers, attacked, strict=True):
                 ends[i] = end
         return ends
+
+    def fit(self, batches: Iterable[Batch]) -> None:
+        """Fits the tables of the tied attacks to all batches of a run together."""
+        every = list(batches)
+
+        def at(scorer: Scorer) -> Iterator[AttackedBatch]:
+            for batch in every:
+                pack = self.pack(batch).to(self.device)
+                yield self.prepared(pack, Needs(point=True), [scorer])[scorer]
+
+        for attack, scorer in zip(self.attacks, self.scorers, strict=True):
+            if attack.kind.tied and every:
+                with reproducible(self.layout.deterministic):
+                    self.tables[attack] = fit(attack, partial(at, scorer))
 
     def _collect(self, pack: Pack, computed: Computed, result: BatchResult) -> None:
         """Adds the batch's answers to `result`. Waits for the device.

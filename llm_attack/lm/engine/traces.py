@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llm_attack.attacks import loss_gradient
 from llm_attack.lm.engine.attacked import AttackedBatch
-from llm_attack.lm.packing.pack import Pack
+from llm_attack.lm.engine.moving import moving
 
 
 class Trace(NamedTuple):
@@ -49,21 +49,6 @@ class Trace(NamedTuple):
         """The same on the CPU; waits for the device."""
         trace = Trace(*(part.cpu() for part in self))
         return trace._replace(loss=trace.loss.double())
-
-
-def moving(pack: Pack) -> Tensor:
-    """(N,) flat indices into the point of the tokens that may move, question by question.
-
-    The tokens of a question are in the order of its trie's nodes.
-    """
-    device, length = pack.input_ids.device, pack.input_ids.shape[1]
-    sizes = [len(question.trie) for question in pack.questions]
-    if pack.first is not None:  # the nodes of all questions, one question after the other
-        index = torch.arange(sum(sizes))
-    else:  # a row for each question
-        index = torch.cat([row * length + torch.arange(n) for row, n in enumerate(sizes)])
-    index = index.to(device)
-    return index if pack.moves is None else index[pack.moves.flatten()[index]]
 
 
 def traced(batch: AttackedBatch, attacked: Tensor, points: int) -> Trace:

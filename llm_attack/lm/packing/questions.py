@@ -97,12 +97,14 @@ class Question:
         answers: for each request, the indices of its answers in the caller's list.
         gold: for each choice, whether it is right; empty if no gold labels are needed.
         lengths: for each choice, the divisor of its score; empty: no division.
+        stored: (task, number) of its perturbation in the files of a run; None: it has none.
     """
 
     requests: list[Request]
     answers: list[list[int]]
     gold: list[bool] = field(default_factory=list)
     lengths: list[float] = field(default_factory=list)
+    stored: tuple[str, int] | None = None
 
     @cached_property
     def trie(self) -> Trie:

@@ -15,27 +15,31 @@ from typing import Any
 import pandas as pd
 
 from llm_attack.attacks import Attack
-from llm_attack.attacks.settings import condition_name, kind_of
+from llm_attack.attacks.formats import Format
+from llm_attack.attacks.settings import FIXED, condition_name, kind_of
 from llm_attack.base.declare import declared, names
 from llm_attack.base.errors import UsageError
 from llm_attack.lm.losses import LOSSES
 from llm_attack.lm.settings import EMBED, AttackSettings, EngineSettings, places
 from llm_attack.lm.units import ABSOLUTE, NEFTUNE, UNITS, Amplitude, Epsilon
 from llm_attack.suite.plan import WORST, Plan
+from llm_attack.suite.plan.fixed import FixedSettings
 from llm_attack.suite.plan.smoothing import SmoothingSettings
 
 CONDITIONS = "conditions"  # the key in run.json and in the attributes of samples.parquet
 STANDARD = "standard"  # the key of the standard's version in the settings of a condition
+PERTURBATION = "perturbation_source"  # the key of the hash of a perturbation found before
 _SIZE = "amplitude"  # the key in the record of a condition
 
 # Settings of a plan that are no part of a condition. They choose the model, the questions (which
 # are paired by the hash of their prompts) and the conditions, or say how a run is carried out.
 OF_THE_RUN = (
     *("model", "model_args", "tasks", "limit", "include_path"),
-    *("attacks", "epsilons", "critical", "epsilon_max", "hookpoints"),
+    *("attacks", "epsilons", "cells", "critical", "epsilon_max", "hookpoints"),
     *("batch_size", "device", "equivalence", "shard", "ray", "ray_workers"),
     *("save_perturbations", "path_points", "trace"),
     *names(SmoothingSettings),
+    *names(FixedSettings),
     *names(EngineSettings),
 )
 _DEFAULTS: dict[str, Any] = {
@@ -100,8 +104,10 @@ class Condition:
 
         Samples have amplitudes in the units of the point, so any two units can be compared. NEFTune
         is the exception: it divides the amplitude by the root of each question's number of tokens.
+        The rounding cells of a format are another.
         """
-        unit = self.get("epsilon_unit") == NEFTUNE
+        given = self.get("epsilon_unit")
+        unit = given if Format.known(given) else given == NEFTUNE
         return (*(self.get(name) for name in ("norm", "hookpoint", "positions", "context")), unit)
 
     def elsewhere(self) -> Condition:
@@ -171,7 +177,7 @@ def _used(attack: str, values: Mapping[str, Any]) -> dict[str, Any]:
         used["hookpoint"] = EMBED
     try:
         steps = {name: used[name] for name in ("step_size", "restarts") if name in used}
-        resolved = Attack(attack, used["epsilon"], **steps)
+        resolved = Attack(kind.inside or attack, used["epsilon"], **steps)
     except UsageError:  # a damaged record
         return used
     if kind.iterative and (kind.adaptive or not kind.minimal):  # `fmn` has none by default
@@ -183,6 +189,7 @@ def _used(attack: str, values: Mapping[str, Any]) -> dict[str, Any]:
         "loss": not kind.search and (not kind.gradient or kind.targeted or attack == "fmn"),
         "seed": not resolved.draws,
         "gradient_dtype": not kind.gradient,
+        "cells": True,  # the unit of epsilon
     }
     unused["loss_source"] = unused["loss"]
     return {name: value for name, value in used.items() if not unused.get(name)}
@@ -206,6 +213,8 @@ def of_plan(
     by_condition = {}
     for settings, attack, place in zip(conditions, attacks, places(conditions), strict=True):
         values = {**prompt, **settings.arguments(), **settings.sources}
+        if plan.fixed is not None and settings.attack in FIXED:
+            values[PERTURBATION] = plan.fixed.source
         amplitude = replace(settings.amplitude, hookpoint=place) if attack.name != "none" else None
         by_condition[attack.condition] = Condition.of(attack.condition, values, amplitude)
     return by_condition

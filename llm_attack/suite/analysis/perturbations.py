@@ -96,10 +96,15 @@ class Perturbations:
     loss: NDArray[np.float64]
     _file: TensorFile
 
+    @property
+    def stored(self) -> NDArray[Any]:
+        """(R, H) perturbations as the file has them (`base.tensors.TensorFile`)."""
+        return self._file[f"change/{self.condition}"]
+
     @cached_property
     def change(self) -> NDArray[np.float32]:
         """(R, H) perturbations. Float32 holds every number of narrower dtypes."""
-        stored = self._file.numbers(f"change/{self.condition}")
+        stored = widened(self.stored)
         return np.asarray(stored, np.float32) if stored.itemsize < 4 else stored
 
     @cached_property

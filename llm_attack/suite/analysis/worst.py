@@ -8,7 +8,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from llm_attack.attacks.settings import ATTACKS, BATTERIES, BOUNDED_NOISE, condition_name
+from llm_attack.attacks.settings import (
+    ATTACKS,
+    BATTERIES,
+    BOUNDED_NOISE,
+    FIXED,
+    condition_name,
+)
 from llm_attack.lm.losses import LOSSES
 from llm_attack.stats import ALPHA, more_often
 from llm_attack.suite.analysis.conditions import Condition, Conditions, of_run
@@ -154,7 +160,7 @@ def comparable_attacks(
         known: the conditions of the run.
     """
     attacks = frame[["condition", "attack", "epsilon"]].drop_duplicates()
-    no_part = [WORST, *NO_PART, *BATTERIES]
+    no_part = [WORST, *NO_PART, *BATTERIES, *FIXED]
     attacks = attacks[~attacks["attack"].isin(no_part) & (attacks["epsilon"] > 0)]
     balls = [str(known[name].ball) for name in attacks["condition"]]
     for _, rows in attacks.groupby(balls, sort=False):

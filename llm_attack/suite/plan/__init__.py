@@ -9,10 +9,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+from llm_attack.attacks.formats import ALLOWED, Format
 from llm_attack.attacks.settings import (
     ATTACKS,
     BATTERIES,
+    FIXED,
     ITERATIVE,
+    ROUNDINGS,
+    kind_of,
     known_attack,
 )
 from llm_attack.base.declare import (
@@ -36,6 +40,13 @@ from llm_attack.lm.smoothing import Smoothing
 from llm_attack.lm.standard import NEWEST, STANDARDS, Standard, version_of
 from llm_attack.lm.units import EPSILON, Epsilon
 from llm_attack.suite.plan import values
+from llm_attack.suite.plan.fixed import (
+    OF_FIXED,
+    FixedSettings,
+    Perturbation,
+    check_fixed,
+    read,
+)
 from llm_attack.suite.plan.smoothing import (
     OF_SMOOTHING,
     SmoothingSettings,
@@ -54,7 +65,7 @@ _TRACED = ("trace",)  # only the curves over steps depend on this
 WORST = "worst"
 # The worst case leaves these out, because they have no fixed amplitude: the clean answers, the
 # control, noise without a bound, and searches for the smallest amplitude.
-NO_PART = tuple(name for name, kind in ATTACKS.items() if not kind.bounded)
+NO_PART = tuple(name for name, kind in {**ATTACKS, **ROUNDINGS}.items() if not kind.bounded)
 
 # `critical=True` adds these attacks.
 _CRITICAL = ("critical", "fmn")
@@ -84,7 +95,7 @@ class _SeveralSteps(ThreatSettings):
 
 @remembers
 @dataclass(frozen=True)
-class Plan(_SeveralSteps, EngineSettings, SmoothingSettings):
+class Plan(_SeveralSteps, EngineSettings, SmoothingSettings, FixedSettings):
     """Conditions over tasks: every attack at every epsilon and, if it is iterative, every `steps`.
 
     From Python, `model` may be a loaded model of transformers. Then `tokenizer` is its tokenizer,
@@ -109,7 +120,7 @@ class Plan(_SeveralSteps, EngineSettings, SmoothingSettings):
     )
     attacks: Sequence[Any] = setting(
         ("none", "random", "fgsm", "bim"),
-        f"Attacks to compare, separated by commas: {', '.join(ATTACKS)}, or"
+        f"Attacks to compare, separated by commas: {', '.join((*ATTACKS, *ROUNDINGS))}, or"
         " package.module:function of your own. The name worst stands for the accuracy against all"
         " of them at each amplitude. If the loss knows the label, it is always reported. Otherwise"
         " it is below guessing by construction, and is reported only if you name it. The names"
@@ -126,6 +137,16 @@ class Plan(_SeveralSteps, EngineSettings, SmoothingSettings):
         also_type=tuple,
         allowed=values.NUMBERS,
         parse=values.epsilons,
+        group="attack",
+    )
+    cells: Sequence[Any] = setting(
+        (),
+        f"Formats of the rounding cells, separated by commas: {ALLOWED}. The attacks"
+        f" {', '.join(ROUNDINGS)} need them. Epsilons do not apply to these attacks, and step_size"
+        " is in widths of a cell",
+        kind=tuple,
+        allowed=ALLOWED,
+        parse=lambda given: values.texts(listed(given)),
         group="attack",
     )
     critical: bool = setting(
@@ -256,7 +277,9 @@ class Plan(_SeveralSteps, EngineSettings, SmoothingSettings):
         super().__post_init__()
         EngineSettings.__post_init__(self)
         self._take_standard()
+        check_fixed(self)
         self._check_hookpoints()
+        self._check_cells()
         self._check_cluster()
         self._check_equivalence()
         self._check_questions()
@@ -303,11 +326,29 @@ class Plan(_SeveralSteps, EngineSettings, SmoothingSettings):
             if self.hookpoints and value:
                 raise UsageError(f"{name}={value}: must not be given with hookpoints")
 
+    def _check_cells(self) -> None:
+        for name in self.cells:
+            Format.of(name)
+            if self.cells.count(name) > 1:
+                raise UsageError(f"cells={','.join(self.cells)}: must name {name} only once")
+        needing = next((name for name in self.attacks if name in ROUNDINGS), None)
+        if needing and not self.cells:
+            raise UsageError(
+                f"attacks={','.join(self.attacks)}: {needing} needs cells, the formats whose"
+                " rounding cells it stays in, such as cells=int8"
+            )
+
     def _check_cluster(self) -> None:
         if self.shard is not None and self.share is None:
             raise invalid("shard", self.shard, values.SHARD)
         if self.ray is not None and not re.fullmatch(r"local|auto|[^\s/]+:\d+", self.ray):
             raise invalid("ray", self.ray, values.RAY)
+        tied = [name for name in self.attacks if name in ROUNDINGS and ROUNDINGS[name].tied]
+        if self.ray is not None and tied:
+            raise UsageError(
+                f"ray={self.ray}: must not be given with {tied[0]}, which needs all questions in"
+                " one process"
+            )
         if self.ray is None and self.ray_workers is not None:
             raise UsageError(
                 f"ray_workers={self.ray_workers}: must be given together with ray, such as"
@@ -406,6 +447,7 @@ class Plan(_SeveralSteps, EngineSettings, SmoothingSettings):
         """
         run = {condition.attack for condition in self.conditions}
         others = {
+            "cells": [*ROUNDINGS],
             "epsilon_max": [attack for attack, kind in ATTACKS.items() if kind.minimal],
             "epsilons": [attack for attack in (*ATTACKS, *BATTERIES) if attack != "none"],
         }
@@ -422,6 +464,13 @@ class Plan(_SeveralSteps, EngineSettings, SmoothingSettings):
     def smoothing(self) -> Smoothing | None:
         """The noise of the certificates; None if nothing is certified."""
         return smoothing_of(self)
+
+    @cached_property
+    def fixed(self) -> Perturbation | None:
+        """The perturbation that was found before; None if there is none."""
+        if self.perturbation is None:
+            return None
+        return read(self.perturbation, self.perturbation_of)
 
     @property
     def share(self) -> tuple[int, int] | None:
@@ -456,15 +505,27 @@ class Plan(_SeveralSteps, EngineSettings, SmoothingSettings):
         largest: Epsilon = max(self.epsilons, key=lambda epsilon: epsilon.number)
         return largest
 
+    def _sizes_of(self, attack: str) -> Sequence[dict[str, Any]]:
+        """The sizes of an attack's perturbations, as arguments of its condition."""
+        if attack in ROUNDINGS:
+            return [{"cells": name} for name in self.cells]
+        return [{"epsilon": epsilon} for epsilon in self._epsilons_of(attack)]
+
     def _epsilons_of(self, attack: str) -> Sequence[Epsilon]:
         if attack in ATTACKS and ATTACKS[attack].minimal:
             return [self.largest_epsilon]
+        if self.fixed is not None and attack in FIXED:
+            return [self.fixed.epsilon]
         return self.epsilons[:1] if attack == "none" else self.epsilons
 
     def _steps_of(self, attack: str) -> Sequence[int]:
         several = self.steps if isinstance(self.steps, tuple) else (self.steps,)
-        reads = len(several) > 1 and known_attack(attack) and ATTACKS[attack].uses("steps")
+        kind = kind_of(attack) if known_attack(attack) or attack in ROUNDINGS else None
+        reads = len(several) > 1 and kind is not None and kind.uses("steps")
         return several if reads else several[-1:]
+
+    def _norm_of(self, attack: str, norm: str) -> str:
+        return self.fixed.norm if self.fixed is not None and attack in FIXED else norm
 
     @cached_property
     def conditions(self) -> tuple[AttackSettings, ...]:
@@ -475,17 +536,20 @@ class Plan(_SeveralSteps, EngineSettings, SmoothingSettings):
         common = {name: getattr(self, name) for name in names(ThreatSettings)}
         more = [name for name in _CRITICAL if self.critical and name not in self.attacks]
         asked = [name for name in self.attacks if name != WORST]
+        asked += [*FIXED] if self.fixed is not None else []
         norms = [self.norm]
         if self.standard is not None:
             asked, norms = ["none", *self.standard.attacks], [*self.standard.norms]
         attacks = sorted([*asked, *more], key=lambda name: name != "none")
         return tuple(
             AttackSettings(
-                attack=attack, epsilon=epsilon, **{**common, "norm": norm, "steps": steps}
+                attack=attack,
+                **size,
+                **{**common, "norm": self._norm_of(attack, norm), "steps": steps},
             )
             for norm in norms
             for attack in attacks
-            for epsilon in self._epsilons_of(attack)
+            for size in self._sizes_of(attack)
             for steps in self._steps_of(attack)
             if attack != "none" or norm == norms[0]
         )
@@ -527,6 +591,8 @@ class Plan(_SeveralSteps, EngineSettings, SmoothingSettings):
         saved = () if self.save_perturbations else _SAVED
         left_out = (*_HOW, *saved, *(() if self.trace else _TRACED))
         left_out = left_out if self.sigmas else (*left_out, *OF_SMOOTHING)
+        left_out = (*left_out, *(name for name in OF_FIXED if getattr(self, name) is None))
+        left_out = left_out if self.cells else (*left_out, "cells")
         return {name: value for name, value in self.plain().items() if name not in left_out}
 
 

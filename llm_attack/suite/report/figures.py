@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from llm_attack.attacks import ATTACKS
+from llm_attack.attacks.settings import ROUNDINGS
 from llm_attack.base.drawing import COLOURS, draw
 from llm_attack.base.failures import Attempts
 from llm_attack.suite.analysis.conditions import by_name
@@ -75,6 +76,11 @@ _LOOKS = {
     "blocks": _Look("#117733", "--", "p", (0, (3, 1, 1, 1))),
     "critical": _Look("#000000", "", "h", "-"),
     "fmn": _Look("#DDAA33", "||", "H", "--"),
+    "rounding": _Look("#DDDDDD", "", "8", "-"),
+    "random_rounding": _Look("#88CCEE", "\\\\\\\\", "s", ":"),
+    "fgsm_rounding": _Look("#CC6677", "////", "^", "-"),
+    "worst_rounding": _Look("#661100", "++", "P", (0, (4, 1, 1, 1))),
+    "tied_rounding": _Look("#6699CC", "xx", "d", (0, (5, 1))),
     "worst": _Look("#000000", "///", "o", (0, (1, 1))),
 }
 
@@ -149,15 +155,16 @@ def curves(table: pd.DataFrame, unit: Unit = OF_POINT) -> Figure | None:
 
     A curve starts at the accuracy without an attack. Bands are 95 % intervals, and dashed lines are
     the accuracies of random guesses. `worst` starts at the first amplitude that has two attacks.
-    Searches for the smallest epsilon have an accuracy at only one epsilon, so they are left out.
+    Searches for the smallest epsilon have an accuracy at only one epsilon, so they are left out,
+    and so are attacks in rounding cells, which have no epsilon.
     `survival.figure` has their curves. Each of several norms has panels of its own.
 
     Args:
         table: the result of `summarise`.
         unit: the unit of the epsilon axis.
     """
-    searches = [name for name, kind in ATTACKS.items() if kind.minimal]
-    table = _with_norms(table[~table["attack"].isin(searches)], unit)
+    without = [*ROUNDINGS, *(name for name, kind in ATTACKS.items() if kind.minimal)]
+    table = _with_norms(table[~table["attack"].isin(without)], unit)
     # if an attack has several numbers of steps, the largest
     table = table.drop_duplicates(["task", "attack", "norm", "epsilon"], keep="last")
     of_attacks = table[table["attack"] != "none"]

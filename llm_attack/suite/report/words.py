@@ -28,6 +28,9 @@ ATTACK_NAMES = {
     "blocks": "The search over blocks",
     "critical": "The search for the critical epsilon",
     "reversed": "FGSM with the sign reversed",
+    "fixed": "The fixed perturbation",
+    "fixed-shuffled": "The fixed perturbation with shuffled signs",
+    "fixed-random": "The fixed perturbation with random signs",
     "worst": "The worst of the attacks",
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -55,7 +55,7 @@ def passes(
         apart: whether another model computes the gradients. These passes then give no answers.
         hookpoints: number of hookpoints.
     """
-    attacks = [member for attack in attacks for member in attack.members]
+    attacks = [_in_ball(member) for attack in attacks for member in attack.members]
     needs = Needs.of(attacks)
     clean = needs.answers if hookpoints == 1 else True  # this pass gives all points
     total = Passes(gradients=1, first=1) if needs.gradient else Passes()
@@ -77,6 +77,17 @@ def passes(
     return total
 
 
+def _in_ball(attack: Attack) -> Attack:
+    """An attack in a ball that makes the same passes; its label tells conditions apart."""
+    if attack.cells is None:
+        return attack
+    alike = attack.in_ball
+    if attack.kind.tied:  # a gradient for each step, and the loss after the last
+        return replace(alike, name="pgd", steps=alike.steps + 1, label=attack.condition)
+    name = "random" if alike.name == "none" else alike.name
+    return replace(alike, name=name, label=attack.condition)
+
+
 def _of_attack(attack: Attack, others: int, clean: bool) -> Passes:
     """The passes of one attack, counted in a trial.
 
@@ -88,6 +99,8 @@ def _of_attack(attack: Attack, others: int, clean: bool) -> Passes:
         others: see `passes`.
         clean: whether the clean answers are known.
     """
+    if attack.kind.fixed:
+        return Passes()
     x = torch.zeros(1, 2, 2, dtype=torch.float64)
     counts = {True: 0, False: 0}
 

@@ -47,11 +47,13 @@ from llm_attack.suite.run import (
     certificates,
     checks,
     fingerprint,
+    fixed,
     on_ray,
     perturbations,
     rows,
     steps,
     texts,
+    tied,
 )
 from llm_attack.suite.run.load import load_model
 from llm_attack.suite.run.progress import RunProgress, note, status
@@ -170,7 +172,7 @@ def prepare(plan: Plan, progress: str, console: Console, doctor: bool = False) -
             lm.check_gradient()
     clock.lap("model")
     with status(progress, console, "building the requests"):
-        judge = Judge(lm, manager, tasks, **plan.evaluation)
+        judge = Judge(lm, manager, tasks, fixed.chosen(plan), **plan.evaluation)
         requests = judge.requests()
         for request in filter(without_choices, requests if doctor else ()):
             raise UsageError(
@@ -184,6 +186,7 @@ def prepare(plan: Plan, progress: str, console: Console, doctor: bool = False) -
                 f"trace=True: needs a task with choices; tasks={','.join(map(str, plan.tasks))}"
             )
         work = list(work_of(lm, requests))
+        fixed.assign(plan, lm, work, requests)
         batches = [(w.key, w.asked()) for w in work]
         asked = (r for w in work for q in w.batch.questions for r in q.requests)
         read = ((r.tokens, r.n_continuation) for r in asked)
@@ -255,7 +258,7 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         if of_texts := texts.record(kinds, plan.loss):
             run["texts"] = of_texts
         of_questions = certificates.certificates(plan, lm, questions, requests, gathered)
-        run |= certificates.record(plan, lm)
+        run |= certificates.record(plan, lm) | fixed.record(plan)
         if plan.standard is not None:
             checked += checks.at_end(samples)
             run |= {"standard": plan.standard.version, CHECKS: checked}
@@ -366,6 +369,11 @@ def _answer(
     threads: set[int] = set()
     if prepared.plan.ray is None:
         threads.add(on_ray.threads_of(lm))
+        if todo and any(attack.kind.tied for attack in lm.engine.attacks):
+            with status(progress, console, "fitting tables of embeddings"):
+                lm.fit(w.batch for w in prepared.work)
+            if store.rank == 0 and store.keeps:
+                tied.save(lm.engine.tables, store.folder.parent)
         answers = lm.answers(batches)
     else:
         say = partial(note, progress, console)

@@ -54,6 +54,7 @@ def of_run(
     own[plan.loss] = LOSSES[plan.loss].source
     units = {condition.amplitude.epsilon.unit for condition in plan.conditions}
     own |= {str(unit): unit_source(unit) for unit in sorted(map(str, units))}
+    own |= {"perturbation": "" if plan.fixed is None else plan.fixed.source}
     own = {name: source for name, source in own.items() if source}
     generates = any(request.request_type == GENERATE for request in requests)
     return {

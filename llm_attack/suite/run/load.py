@@ -10,8 +10,9 @@ from llm_attack.base.declare import names
 from llm_attack.base.device import check_device
 from llm_attack.base.loaded import LoadedModel
 from llm_attack.harness.model import AttackedHFLM
-from llm_attack.lm.settings import EngineSettings
+from llm_attack.lm.settings import AttackSettings, EngineSettings
 from llm_attack.suite.plan import Plan
+from llm_attack.suite.run import fixed
 
 
 def load_model(plan: Plan) -> AttackedHFLM:
@@ -37,12 +38,13 @@ def load_model(plan: Plan) -> AttackedHFLM:
             device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     if device is not None:
         arguments["device"] = device
-    first = plan.conditions[0].arguments()
+    first = {name: getattr(plan.conditions[0], name) for name in names(AttackSettings)}
     with nullcontext() if plan.model_args.get("tp_plan") is not None else _alone():
         lm = AttackedHFLM(pretrained=model, **arguments, **first)
     lm.path_points = plan.path_points if plan.save_perturbations else None
     lm.trace = plan.trace
     lm.smoothing = plan.smoothing
+    lm.fixed = fixed.load(plan, lm)
     return lm
 
 

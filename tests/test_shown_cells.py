@@ -1,0 +1,47 @@
+"""The numbers of `docs/cells.md` beside its table, and the results behind them."""
+
+import json
+
+import pandas as pd
+from shown import ROOT
+
+PAGE = " ".join((ROOT / "docs" / "cells.md").read_text("utf-8").split())
+RUN = ROOT / "results" / "cells" / "demo"
+FORMATS = ("int8", "int4", "nf4", "bfloat16")
+NAMES = ("rounding", "random_rounding", "fgsm_rounding", "worst_rounding", "tied_rounding")
+
+
+def test_answers_that_are_lost():
+    samples = pd.read_parquet(RUN / "samples.parquet")
+    right = samples.groupby("condition")["acc"].sum()
+    assert (right["none"], len(samples)) == (20, 20 * (1 + len(FORMATS) * len(NAMES)))
+    for name in ("rounding", "random_rounding"):
+        assert {right[f"{name}@{format}"] for format in FORMATS} == {20}
+    for format, kept in zip(FORMATS, (20, 0, 0, 20), strict=True):
+        assert {right[f"{name}@{format}"] for name in NAMES[2:]} == {kept}
+    assert "In int8 nothing: the bundled model keeps all 20 answers." in PAGE
+    assert "In int4 everything: it loses all 20, and one table of embeddings" in PAGE
+
+
+def test_sizes_of_the_cells_beside_critical_epsilons():
+    infos = json.loads((RUN / "run.json").read_text("utf-8"))["attacks"]
+    asked = {*pd.read_parquet(RUN / "samples.parquet")["doc_id"]}
+    samples = pd.read_parquet(ROOT / "results/critical/demo/samples.parquet")
+    here = samples["task"].eq("demo_arc_easy") & samples["doc_id"].isin(asked)
+    here &= samples["condition"].eq("critical@0.5rms")
+    rms = infos["rounding@int8"]["embedding_rms"]
+    median = samples.loc[here, "critical_epsilon"].median() / rms
+    assert here.sum() == 20 and f"their median is {median:.3f} RMS" in PAGE
+    half = {f: infos[f"rounding@{f}"]["half_cell_rms"] / rms for f in FORMATS}
+    assert max(half["int8"], half["bfloat16"]) < median < min(half["int4"], half["nf4"])
+
+
+def test_the_largest_cosine_and_the_changes_of_the_margin():
+    infos = json.loads((RUN / "run.json").read_text("utf-8"))["attacks"]
+    cosines = [abs(infos[f"worst_rounding@{f}"]["rounding_cosine"]) for f in FORMATS]
+    assert f"It is at most {max(cosines):.3f}." in PAGE
+    table = pd.read_csv(RUN / "table.csv")
+    change = table[table["task"] != "mean"].set_index("condition")["margin_change"]
+    for format in FORMATS:
+        row = " | ".join(f"{change[f'{name}@{format}']:+.3f}" for name in NAMES)
+        assert f"| {format} | {row} |" in PAGE
