@@ -114,6 +114,7 @@ def test_runs_without_critical_epsilons_have_no_such_tables(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_of_a_run(tmp_path):
     """The curve is what apgd of one epsilon finds, which has the same steps."""
     from llm_attack import Plan, evaluate

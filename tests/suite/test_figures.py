@@ -331,7 +331,7 @@ def boxes_of(texts, renderer):
     return [t.get_window_extent(renderer) for t in texts if t.get_text() and t.get_visible()]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 def test_labels_do_not_overlap(run):
     """Names of tasks, titles, numbers of options, and the legend, as laid out for print."""
     samples, table = run

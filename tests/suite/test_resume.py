@@ -165,6 +165,7 @@ def test_one_of_two_dies(tmp_path, whole, victim):
     assert contents(tmp_path / "run") == files
 
 
+@pytest.mark.slow
 def test_started_with_one_resumed_with_two(tmp_path, whole):
     files, batches = whole
     alone = Command(tmp_path, *RUN, hold=4)
