@@ -8,13 +8,17 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFL
 # The tensors here are small: a second thread costs more than it brings, above all on busy machines.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import copy
 import functools
+import gc
+import pickle
 import signal
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from hypothesis import Phase, settings
 from versions import READS_STORED_DATA
 
@@ -56,6 +60,13 @@ def pytest_collection_modifyitems(items):
         number[place] += 1
 
 
+def pytest_collection_finish():
+    """Garbage is looked for less often, and not in the modules and tests, which stay."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
 @pytest.fixture(autouse=True)
 def registers():
     """Attacks, losses and units that a test registers are forgotten at its end."""
@@ -68,9 +79,9 @@ def registers():
 
 
 @pytest.fixture(scope="session")
-def one_index():
+def one_index(tmp_path_factory, request):
     """lm-eval's thousands of tasks are indexed once, not by each of its task managers: it takes
-    seconds.
+    seconds. Of several processes of pytest the first does it, and the others read its index.
     """
     try:
         from lm_eval.tasks._index import TaskIndex
@@ -78,7 +89,16 @@ def one_index():
         return (yield)
 
     build, defaults = TaskIndex.build, Path(find_spec("lm_eval.tasks").origin).parent
-    of_defaults = functools.cache(lambda: build([defaults]))
+
+    @functools.cache
+    def of_defaults():
+        if not hasattr(request.config, "workerinput"):
+            return build([defaults])
+        kept = tmp_path_factory.getbasetemp().parent / "index.pickle"
+        with FileLock(f"{kept}.lock"):
+            if not kept.exists():
+                kept.write_bytes(pickle.dumps(build([defaults])))
+        return pickle.loads(kept.read_bytes())
 
     def quick(paths, **options):
         index = {}
@@ -144,6 +164,35 @@ def make():
 
 
 @pytest.fixture(scope="session")
-def exact(make):
-    """make() in float64, so that no sign is a matter of rounding."""
-    return functools.partial(make, dtype="float64", softmax_dtype="float64")
+def reused(make):
+    """reused(...): as make(...), but models that only attacks tell apart are one model.
+
+    It is loaded, and its gradient is checked, once. So no test may change it: use make() there.
+    """
+    from llm_attack.lm.settings import AttackSettings, split_arguments
+
+    loaded = {}
+
+    def weights(lm):
+        return [float(weight.detach().sum()) for weight in lm.model.parameters()]
+
+    def made(**arguments):
+        settings, others = split_arguments(arguments, AttackSettings)
+        key = repr(sorted(others.items()))
+        if key not in loaded:
+            lm = make(**others)
+            loaded[key] = lm, weights(lm)
+        lm, before = loaded[key]
+        assert weights(lm) == before, "an earlier test changed the model that tests share"
+        lm = copy.copy(lm)
+        lm.warnings = list(lm.warnings)
+        lm.use(settings)
+        return lm
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def exact(reused):
+    """reused() in float64, so that no sign is a matter of rounding."""
+    return functools.partial(reused, dtype="float64", softmax_dtype="float64")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -39,6 +40,7 @@ def run_module(name: str, *arguments: str, folder: Path) -> Done:
 
 
 def _enter(name: str, arguments: tuple[str, ...], folder: Path) -> None:
+    gc.freeze()
     for number, of in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(folder / of, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.argv = [name, *arguments]

@@ -65,6 +65,7 @@ def test_two_lm_eval_runs(tmp_path, capsys):
         ) in printed
 
 
+@pytest.mark.slow
 def test_quickstart(one_index):
     cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
     names, printed = {}, StringIO()

@@ -82,6 +82,13 @@ def test_diffs_are_found():
     assert all("+++ b/tests/" in diff and "+++ b/llm_attack/" in diff for diff in DIFFS.values())
 
 
+def test_diffs_apply(extended):
+    for diff in DIFFS.values():
+        for name in re.findall(r"^\+\+\+ b/(.+)$", diff, re.MULTILINE):
+            assert (extended / name).read_bytes() != (ROOT / name).read_bytes()
+
+
+@pytest.mark.slow
 def test_what_they_add_works(extended):
     """In use, and by the tests that they bring."""
     (extended / "tests" / "test_use.py").write_text(USE)

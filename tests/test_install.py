@@ -11,6 +11,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -128,13 +129,27 @@ def wheel(tmp_path_factory):
     return build(tmp_path_factory.mktemp("tree"), "--wheel")
 
 
+def expected_files():
+    """What a wheel has in the folder of the package."""
+    return relative_files(ROOT / "llm_attack") | {
+        f"tasks/{name}" for name in relative_files(ROOT / "tasks")
+    }
+
+
+def test_the_wheel_holds_the_package_and_its_tasks(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    package = {name.removeprefix("llm_attack/") for name in names if name.startswith("llm_attack/")}
+    assert package == expected_files()
+    assert {"_llm_attack_shim.py", "llm_attack_shim.pth"} <= names
+
+
+@pytest.mark.slow
 def test_wheel(environment, wheel):
     environment.pip("install", "--no-index", "--no-deps", wheel)
 
     installed = environment.packages
-    package = relative_files(installed / "llm_attack")
-    tasks = {f"tasks/{name}" for name in relative_files(ROOT / "tasks")}
-    assert package == relative_files(ROOT / "llm_attack") | tasks
+    assert relative_files(installed / "llm_attack") == expected_files()
     for name in ("_llm_attack_shim.py", "llm_attack_shim.pth"):
         assert (installed / name).read_text() == (ROOT / name).read_text()
 
@@ -157,6 +172,7 @@ def test_editable(environment):
     environment.check_uninstall()
 
 
+@pytest.mark.slow
 def test_source_distribution_builds_the_same_wheel(wheel, tmp_path):
     # neither kind named: by way of an sdist
     assert build(tmp_path).read_bytes() == wheel.read_bytes()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from click.testing import CliRunner
+from sketched import sketch
 
 from llm_attack.attacks import ATTACKS
 from llm_attack.cli import main
@@ -28,8 +29,9 @@ def reproduce(*arguments):
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    """Default folders are relative: nothing is written into the project."""
+    """Default folders are relative: nothing is written into the project. No figure is looked at."""
     monkeypatch.chdir(tmp_path)
+    sketch(monkeypatch)
 
 
 def test_presets():
@@ -99,6 +101,7 @@ def test_all(monkeypatch, shortened):
 
 
 @pytest.mark.parametrize("preset", PRESET_NAMES)
+@pytest.mark.sampled(2)
 def test_a_preset_is_what_runs(shortened, preset):
     reproduce("fig6", "--preset", preset)
     wanted = fig6.PRESETS[preset]

@@ -241,6 +241,7 @@ def words_of(command):
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case["command"] for case in CASES])
+@pytest.mark.sampled(8)
 def test_wrong_input(case, world, untouched, monkeypatch):
     if "words" in case and Version(version("lm-eval")) < Version("0.4.12"):
         pytest.skip(f"words {case['words']}")

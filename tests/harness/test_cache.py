@@ -38,6 +38,7 @@ def test_same_settings_reuse_the_file(make, build, tmp_path, monkeypatch):
     ],
     ids=str,
 )
+@pytest.mark.sampled(3)
 def test_other_settings_are_refused(make, build, tmp_path, other):
     file = tmp_path / "cache.db"
     ask(CachingLM(make(attack="fgsm"), str(file)), build("demo_piqa", 2))
@@ -47,6 +48,7 @@ def test_other_settings_are_refused(make, build, tmp_path, other):
 
 
 @pytest.mark.parametrize("kind", ["attack", "loss"])
+@pytest.mark.sampled(2)
 def test_a_function_of_ones_own_that_changed_is_refused(kind, make, build, tmp_path, monkeypatch):
     def known(factor):
         for table in (ATTACKS, LOSSES):
@@ -106,6 +108,7 @@ def generating_otherwise(folder):
         (generating_otherwise, "generation"),
     ],
 )
+@pytest.mark.sampled(4)
 def test_a_folder_that_changed_is_another_model(make, build, tmp_path, change, named):
     """Its name is the same: answers of what was there before are not those of what is there now."""
     folder, file = shutil.copytree(MODEL_PATH, tmp_path / "model"), str(tmp_path / "cache.db")
@@ -134,6 +137,7 @@ def test_a_loaded_model_is_known_by_its_weights(make, build, tmp_path):
 
 
 @pytest.mark.parametrize("changed", ["weights", "config"])
+@pytest.mark.sampled(2)
 def test_an_adapter_that_changed(make, build, tmp_path, changed):
     """Trained on, or with another scale, which is in its configuration alone."""
     peft = pytest.importorskip("peft", reason="peft is not installed")

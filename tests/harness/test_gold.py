@@ -190,6 +190,7 @@ def test_requests_of_no_task(make, build):
     "name",
     ["arc_challenge", "arc_easy", "hellaswag", "openbookqa", "piqa", "winogrande"],
 )
+@pytest.mark.sampled(3)
 def test_real_tasks(build, real_data, name):
     task = build(name, 40)
     for request in task.instances:

@@ -33,6 +33,7 @@ def stock(**arguments):
     ],
     ids=lambda x: str(x) if isinstance(x, dict) else "",
 )
+@pytest.mark.sampled(3)
 def test_as_in_stock(make, build, arguments, tolerance):
     task = build("demo_openbookqa", 5)
     expected = answers(stock(**arguments, softmax_dtype="float32"), task)
@@ -44,6 +45,7 @@ def test_as_in_stock(make, build, arguments, tolerance):
     [{"dtype": "bfloat16"}, {"dtype": "float16"}, {"mixed_precision_dtype": "bfloat16"}],
     ids=str,
 )
+@pytest.mark.sampled(3)
 def test_attack_of_low_precision_does_what_that_of_float32_does(make, build, arguments):
     task = build("demo_openbookqa", 5)
     clean, expected = (answers(make(attack=attack), task) for attack in ("none", "fgsm"))
@@ -83,6 +85,7 @@ def test_loaded_model(make, build):
 
 
 @pytest.mark.parametrize("size", ["auto", "auto:2", "3"])
+@pytest.mark.sampled(3)
 def test_batch_size(exact, build, size):
     task = build("demo_piqa", 6)
     expected = answers(exact(attack="fgsm"), task)

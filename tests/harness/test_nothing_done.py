@@ -13,21 +13,21 @@ from llm_attack.cli import main
 PLAIN = [name for name, kind in ATTACKS.items() if kind.gradient or kind.start or kind.search]
 
 
-def carried_out(make, build, n=3, **arguments):
+def carried_out(reused, build, n=3, **arguments):
     # what no attack reads would be said
     unread = set(names(StepSettings)) - set(ATTACKS[arguments["attack"]].settings)
-    lm = make(**{name: value for name, value in arguments.items() if name not in unread})
+    lm = reused(**{name: value for name, value in arguments.items() if name not in unread})
     lm.loglikelihood(build("demo_piqa", n).instances, disable_tqdm=True)
     return lm
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l2_token"])
 @pytest.mark.parametrize("attack", PLAIN)
-@pytest.mark.sampled(3)
-def test_attacks_that_do_what_they_should(make, build, attack, norm):
+@pytest.mark.sampled(6)
+def test_attacks_that_do_what_they_should(reused, build, attack, norm):
     kind = ATTACKS[attack]
     arguments = {"attack": attack, "norm": norm, "epsilon": "0.02rms", "loss": "choice"}
-    lm = carried_out(make, build, 2, **arguments, queries=5, rounds=2, steps=4)
+    lm = carried_out(reused, build, 2, **arguments, queries=5, rounds=2, steps=4)
     info = lm.attack_info()
     assert lm.all_warnings() == []
     assert info["lost_to_rounding"] == 0
@@ -38,24 +38,25 @@ def test_attacks_that_do_what_they_should(make, build, attack, norm):
 
 @pytest.mark.parametrize("attack", ["random", "fgsm", "apgd", "blocks"])
 @pytest.mark.parametrize("norm", ["linf", "l2", "l2_token"])
-def test_positions_that_no_token_has(make, build, attack, norm):
-    lm = carried_out(make, build, attack=attack, norm=norm, positions="900:", queries=2, steps=2)
+@pytest.mark.sampled(4)
+def test_positions_that_no_token_has(reused, build, attack, norm):
+    lm = carried_out(reused, build, attack=attack, norm=norm, positions="900:", queries=2, steps=2)
     assert lm.attack_info()["not_perturbed"] == 1
     (sentence,) = lm.all_warnings()
     assert sentence.endswith(": nothing was perturbed: the answers are those without an attack")
-    clean = carried_out(make, build, attack="none")
+    clean = carried_out(reused, build, attack="none")
     requests = build("demo_piqa", 3).instances
     ours, expected = (of.loglikelihood(requests, disable_tqdm=True) for of in (lm, clean))
     assert [a[0] for a in ours] == pytest.approx([a[0] for a in expected], abs=1e-4)
 
 
-def test_positions_that_some_have(make, build):
+def test_positions_that_some_have(reused, build):
     requests = build("demo_piqa", 4).instances
-    lm = make(attack="random")
+    lm = reused(attack="random")
     lengths = sorted(len(lm.tok_encode("".join(r.args))) - 1 for r in requests)
     middle = lengths[len(lengths) // 2]
     short = sum(length <= middle for length in lengths)
-    lm = make(attack="random", positions=f"{middle}:")
+    lm = reused(attack="random", positions=f"{middle}:")
     lm.loglikelihood(requests, disable_tqdm=True)
     (sentence,) = lm.all_warnings()
     assert f"{short} of {len(lengths)} points were not perturbed at all" in sentence
@@ -104,8 +105,8 @@ def test_less_than_half_of_what_was_asked(make, build):
     assert any("of its amplitude" in text for text in lm.all_warnings())
 
 
-def test_short_steps_reach_what_they_can(make, build):
-    lm = carried_out(make, build, 2, attack="bim", epsilon=1.0, step_size=1e-4, steps=3)
+def test_short_steps_reach_what_they_can(reused, build):
+    lm = carried_out(reused, build, 2, attack="bim", epsilon=1.0, step_size=1e-4, steps=3)
     assert lm.attack_info()["amplitude_reached"] == pytest.approx(1, abs=0.01)
 
 

@@ -98,6 +98,7 @@ def test_the_run_of_a_command(folder, one_index, tmp_path):
     ],
     ids=str,
 )
+@pytest.mark.sampled(4)
 def test_how_it_is_computed_does_not_matter(loaded, model, build, hookpoint, arguments):
     task = build(TASK, 3)
     common = {"attack": "fgsm", "epsilon": "0.1rms", "hookpoint": hookpoint, "loss": "choice"}

@@ -217,6 +217,7 @@ def outcome(answer, request):
 
 @pytest.mark.parametrize("length", [None, 12])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.sampled(4)
 def test_as_stock(kind, length):
     """Also where a text is cut to 12 tokens."""
     ours, stock = both(kind, **({} if length is None else {"max_length": length}))

@@ -163,6 +163,7 @@ def test_not_finite_answers_in_a_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("attack", ["random", "fgsm", "bim"])
+@pytest.mark.sampled(3)
 def test_lost_to_rounding(make, build, attack):
     """Of bfloat16 the numbers at 1.5 are 2^-7 apart, those at 2^-9 are 2^-16 apart."""
     lm = make(attack=attack, dtype="bfloat16", epsilon=2.0**-10)

@@ -42,6 +42,7 @@ every = pytest.mark.parametrize("name", ARCHITECTURES)
 
 
 @every
+@pytest.mark.sampled(3)
 def test_the_hook_holds_what_the_model_reads(name):
     """At the embedding what the model takes as `inputs_embeds`, behind a block its hidden state."""
     model = network(name)
@@ -69,6 +70,7 @@ def test_the_hook_holds_what_the_model_reads(name):
 
 @every
 @pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.sampled(8)
 def test_gradient_is_a_finite_difference(name, loss):
     for hookpoint in hookpoints(name):
         assert slope_error(name, hookpoint, loss) < 1e-6
@@ -113,6 +115,7 @@ def test_trees_equal_rows_or_are_not_used(name, caplog):
 
 
 @every
+@pytest.mark.sampled(3)
 def test_none_equals_stock(name, make):
     """In float32, of questions that are packed where the architecture takes trees."""
     words = [f"w{i}" for i in range(4, VOCABULARY)]
@@ -146,6 +149,7 @@ def attacked(name, threat):
 
 @every
 @pytest.mark.parametrize("threat", [ThreatModel(), ThreatModel("choice", shared=True)], ids=str)
+@pytest.mark.sampled(4)
 def test_nothing_of_the_model_changes(name, threat, monkeypatch):
     """Nor when the forward raises in the middle; a hook that was there stays."""
     model = network(name)
@@ -200,6 +204,7 @@ def page():
 
 
 @pytest.mark.skipif(TRANSFORMERS.major < 5, reason="the page is what was found with transformers 5")
+@pytest.mark.slow
 def test_the_page_is_what_is_measured():
     """`python docs/architectures.py` writes it anew."""
     shown = page()

@@ -64,6 +64,7 @@ def gap(question, scores):
 
 
 @pytest.mark.parametrize(("ball", "longest_tree"), [("linf", 0), ("l2_token", 100)])
+@pytest.mark.sampled(2)
 def test_the_first_attack_that_makes_a_question_wrong_counts(ball, longest_tree):
     questions, how = right(12), BALLS[ball]
     names = [name for name, _ in MEMBERS]
@@ -91,6 +92,7 @@ def test_the_first_attack_that_makes_a_question_wrong_counts(ball, longest_tree)
 
 
 @pytest.mark.parametrize("ball", BALLS)
+@pytest.mark.sampled(2)
 def test_what_is_found_does_not_depend_on_the_other_questions(ball):
     questions = right(4)
     attacks = [Attack("short", epsilon, **BALLS[ball]) for epsilon in EPSILONS[ball][1:]]

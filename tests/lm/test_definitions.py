@@ -50,7 +50,7 @@ def questions(task):
     ],
     ids=["fgsm", "continuation", "bim", "bim-step_size", "random", *SHAPE_NAMES],
 )
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 def test_own_context(exact, build, reference, task, settings, definition):
     task = build(task, 3)
     definition.setdefault("epsilon", settings.get("epsilon", 0.01))
@@ -97,7 +97,7 @@ def gold_of(task, doc):
 @pytest.mark.parametrize("score", ["acc", "acc_norm"])
 @pytest.mark.parametrize(("attack", "steps"), [("fgsm", 1), ("bim", 3)])
 @pytest.mark.parametrize("packing", ["tree", "off"])
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 def test_choice(exact, build, reference, task, score, attack, steps, packing):
     task = build(task, 3)
     if score not in task.aggregation():
@@ -120,6 +120,7 @@ def test_choice(exact, build, reference, task, score, attack, steps, packing):
 @pytest.mark.parametrize("loss", ["sequence", "continuation"])
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("packing", ["tree", "off"])
+@pytest.mark.sampled(4)
 def test_shared_context(exact, build, reference, task, loss, packing):
     """The loss of a question is the sum of its requests' losses: a shared token counts in each."""
     task = build(task, 3)
@@ -138,7 +139,7 @@ def test_shared_context(exact, build, reference, task, loss, packing):
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("packing", ["tree", "off"])
 @pytest.mark.parametrize(("settings", "definition"), SHAPES, ids=SHAPE_NAMES)
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 def test_shared_balls(exact, build, reference, settings, definition, task, packing):
     """A question has one ball and one momentum, however its tokens are laid out."""
     task = build(task, 3)
@@ -155,6 +156,7 @@ def test_shared_balls(exact, build, reference, settings, definition, task, packi
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize(("attack", "steps"), [("fgsm", 1), ("bim", 3)])
+@pytest.mark.sampled(3)
 def test_margin(exact, build, reference, task, attack, steps):
     """Raised is the best of the other choices against the gold; the rest count for nothing."""
     task = build(task, 3)
@@ -182,6 +184,7 @@ def test_gap_is_what_decides():
 
 
 @pytest.mark.parametrize(("attack", "steps"), [("ost", 1), ("illc", 3)])
+@pytest.mark.sampled(2)
 def test_least_likely(exact, build, reference, attack, steps):
     task = build("demo_arc_challenge", 4)
     clean = answers(exact(attack="none"), task)
@@ -219,12 +222,13 @@ def test_one_token_choices_have_perturbations_of_their_own(exact, build, referen
 
 
 @pytest.mark.parametrize("loss", ["sequence", "choice"])
-def test_float32_follows_the_gradient_not_its_rounding(make, exact, build, loss):
+@pytest.mark.sampled(2)
+def test_float32_follows_the_gradient_not_its_rounding(reused, exact, build, loss):
     """The demo model is sure of most tokens, where log-softmax's own gradient would be noise."""
     for name in TASKS:
         task = build(name, 6)
         settings = {"attack": "fgsm", "loss": loss}
-        assert answers(make(**settings), task) == pytest.approx(
+        assert answers(reused(**settings), task) == pytest.approx(
             answers(exact(**settings), task), abs=1e-3
         )
 

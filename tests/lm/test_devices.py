@@ -48,6 +48,7 @@ def split():
 @pytest.mark.parametrize("hookpoint", [None, "model.layers.1"], ids=["first", "second"])
 @pytest.mark.parametrize("longest_tree", [0, 99])
 @pytest.mark.parametrize("threat", [ThreatModel(), ThreatModel("choice", shared=True)], ids=str)
+@pytest.mark.sampled(4)
 def test_everything_meets_on_one_device(split, threat, longest_tree, hookpoint):
     """Point, perturbation and scores are where the model begins, wherever the hookpoint is."""
     scorer = Scorer(split, resolve(split, hookpoint))

@@ -32,6 +32,7 @@ def embedded(model, request):
 
 
 @every
+@pytest.mark.sampled(3)
 def test_the_hook_holds_what_each_part_reads(kind):
     """As `inputs_embeds` and `decoder_inputs_embeds`, moved at random; padding has no influence."""
     model = network(kind)
@@ -57,7 +58,7 @@ def test_the_hook_holds_what_each_part_reads(kind):
 
 
 @every
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("hookpoint", HOOKPOINTS)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_gradient_is_a_finite_difference(kind, hookpoint, loss):
@@ -82,7 +83,7 @@ def attacked(kind, hookpoint, threat):
 
 
 @every
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("hookpoint", HOOKPOINTS)
 def test_each_request_is_attacked_alone(kind, hookpoint):
     model = network(kind)
@@ -202,6 +203,7 @@ TEXTS = [
 
 
 @every
+@pytest.mark.sampled(3)
 def test_none_equals_stock(kind):
     """Also where the context is cut. Stock has no padding here: what it pads with is a token to the
     decoder of mBART, and makes texts longer.

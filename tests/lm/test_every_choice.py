@@ -41,6 +41,7 @@ def test_lead_and_gap_are_differences_of_scores(gold):
 
 @pytest.mark.parametrize("attack", STRONG)
 @pytest.mark.parametrize("task", TASKS)
+@pytest.mark.sampled(5)
 def test_the_layout_does_not_matter(exact, build, task, attack):
     settings = {"attack": attack, "loss": "margin", "steps": 2, "queries": 5, "rounds": 3}
     task = build(task, 2)

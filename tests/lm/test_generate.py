@@ -25,16 +25,16 @@ def generate(lm, requests):
 
 
 @pytest.mark.parametrize("settings", [{"attack": "none"}, {"attack": "fgsm", "epsilon": 0}])
-def test_clean_equals_stock(make, build, settings):
+def test_clean_equals_stock(reused, build, settings):
     requests = prompts(build)
     stock = HFLM(pretrained=str(MODEL_PATH), device="cpu", batch_size=8)
-    assert generate(make(**settings), requests) == generate(stock, requests)
+    assert generate(reused(**settings), requests) == generate(stock, requests)
 
 
 @pytest.mark.parametrize("epsilon", [0.01, 0.05])
-def test_attacked_equals_definition(make, build, reference, epsilon):
+def test_attacked_equals_definition(reused, build, reference, epsilon):
     requests = prompts(build)
-    found = generate(make(attack="fgsm", epsilon=epsilon, dtype="float64"), requests)
+    found = generate(reused(attack="fgsm", epsilon=epsilon, dtype="float64"), requests)
     model, tokenizer = reference.model, reference.tokenizer
     for request, text in zip(requests, found, strict=True):
         tokens = tokenizer.encode(request.args[0])
@@ -55,14 +55,14 @@ def test_attacked_equals_definition(make, build, reference, epsilon):
         assert text == tokenizer.decode(ids[0], skip_special_tokens=True).split("\n\n")[0]
 
 
-def test_attack_changes_what_is_generated(make, build):
+def test_attack_changes_what_is_generated(reused, build):
     requests = prompts(build)
-    assert generate(make(epsilon=0.2), requests) != generate(make(attack="none"), requests)
+    assert generate(reused(epsilon=0.2), requests) != generate(reused(attack="none"), requests)
 
 
-def test_diagnostics_count_the_prompts(make, build):
+def test_diagnostics_count_the_prompts(reused, build):
     requests = prompts(build)
-    lm = make(attack="random", epsilon=0.02)
+    lm = reused(attack="random", epsilon=0.02)
     generate(lm, requests)
     tokens = sum(len(lm.tok_encode(r.args[0])) for r in requests)
     assert lm.diagnostics[0].elements == tokens * lm.model.config.hidden_size
@@ -70,6 +70,6 @@ def test_diagnostics_count_the_prompts(make, build):
 
 
 @pytest.mark.parametrize("loss", ["choice", "continuation"])
-def test_losses_without_meaning(make, build, loss):
+def test_losses_without_meaning(reused, build, loss):
     with pytest.raises(UsageError, match=rf"loss={loss}.*sequence"):
-        generate(make(loss=loss), prompts(build, 1))
+        generate(reused(loss=loss), prompts(build, 1))

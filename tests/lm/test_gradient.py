@@ -32,6 +32,7 @@ def found_of(model):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.sampled(8)
 def test_right_gradients(name, dtype):
     """Of every architecture; also behind routers that jump, and with half of the digits."""
     if name == "mpt" and dtype == torch.float64 and TRANSFORMERS.major < 5:
@@ -177,6 +178,7 @@ def test_a_straight_through_estimator_is_not_refused():
 
 
 @pytest.mark.parametrize("room", [1, 5, 40])
+@pytest.mark.sampled(3)
 def test_less_memory_takes_more_forwards(monkeypatch, room):
     """The finding is the same, and no batch is larger than there is room for."""
     logits, rows = Scorer.logits, []
@@ -240,7 +242,7 @@ def test_a_run_refuses(spoils, tmp_path):
     assert done.exit_code == 2 and not out.exists(), done.output
     assert "which is not the gradient of its loss: slopes" in done.stderr
     assert "must be an attack without gradients (none, random," in done.stderr
-    done = CliRunner().invoke(main, [*RUN, "--attacks", "none,random,blocks", "-o", str(out)])
+    done = CliRunner().invoke(main, [*RUN, "--attacks", "none,random,blocks"])
     assert done.exit_code == 0, done.output
 
 
@@ -255,6 +257,7 @@ def test_a_run_tells(spoils, tmp_path):
     assert sentence in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_doctor_tells(spoils):
     spoils(detached)
     words = ["doctor", "--model", "demo", "--tasks", "demo_piqa", "--limit", "2", "--queries", "2"]

@@ -9,6 +9,7 @@ from llm_attack.lm.network.hook import capture, edit_input, edit_output, frozen,
 
 
 @pytest.mark.parametrize("attack", ["fgsm", "bim", "pgd", "random", "none"])
+@pytest.mark.sampled(2)
 def test_nothing_of_the_model_changes(make, build, attack):
     lm = make(attack=attack, steps=2)
     for p in lm.model.parameters():

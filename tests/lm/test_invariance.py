@@ -22,6 +22,7 @@ def ask(lm, requests):
 
 
 @pytest.mark.parametrize("settings", CASES, ids=str)
+@pytest.mark.sampled(3)
 def test_batch_size_order_and_subset(exact, build, settings):
     """In float64: where rounding decides a sign, an attack in float32 takes another way."""
     task = build("demo_hellaswag", 6)
@@ -45,10 +46,10 @@ def test_a_part_of_a_question_is_answered_as_the_whole(exact, build):
     assert ask(lm, task.instances[1::2]) == pytest.approx(whole[1::2], abs=1e-6)
 
 
-def test_seed_changes_the_draw(make, build):
+def test_seed_changes_the_draw(reused, build):
     task = build("demo_hellaswag", 2)
     first, again, other = (
-        ask(make(attack="random", seed=seed), task.instances) for seed in (0, 0, 1)
+        ask(reused(attack="random", seed=seed), task.instances) for seed in (0, 0, 1)
     )
     assert first == again
     assert all(a != b for a, b in zip(first, other, strict=True))
@@ -56,21 +57,23 @@ def test_seed_changes_the_draw(make, build):
 
 @pytest.mark.parametrize("attack", ["random", "fgsm", "bim", "pgd"])
 @pytest.mark.parametrize("loss", ["sequence", "choice"])
-def test_epsilon_zero_is_the_clean_run_bit_for_bit(make, build, attack, loss):
+@pytest.mark.sampled(3)
+def test_epsilon_zero_is_the_clean_run_bit_for_bit(reused, build, attack, loss):
     task = build("demo_winogrande", 4)
-    clean = make(attack="none").loglikelihood(task.instances, disable_tqdm=True)
-    lm = make(attack=attack, epsilon=0, loss=loss)
+    clean = reused(attack="none").loglikelihood(task.instances, disable_tqdm=True)
+    lm = reused(attack=attack, epsilon=0, loss=loss)
     assert lm.loglikelihood(task.instances, disable_tqdm=True) == clean
 
 
-def test_repeated_requests_cost_one_answer(make, build):
+def test_repeated_requests_cost_one_answer(reused, build):
     task = build("demo_piqa", 2)
-    lm = make(attack="fgsm")
+    lm = reused(attack="fgsm")
     doubled = ask(lm, [r for r in task.instances for _ in range(2)])
     assert doubled[::2] == doubled[1::2] == ask(lm, task.instances)
 
 
 @pytest.mark.parametrize("settings", [{"loss": "choice"}, {"loss": "sequence"}], ids=str)
+@pytest.mark.sampled(2)
 def test_out_of_memory_halves_the_batch(exact, build, monkeypatch, settings):
     task = build("demo_arc_easy", 8)
     lm = exact(attack="fgsm", batch_size=64, **settings)
@@ -90,9 +93,9 @@ def test_out_of_memory_halves_the_batch(exact, build, monkeypatch, settings):
     assert all(b <= a // 2 for a, b in zip(failed, tokens[1:], strict=False))
 
 
-def test_a_question_that_does_not_fit_alone_is_an_error(make, build, monkeypatch):
+def test_a_question_that_does_not_fit_alone_is_an_error(reused, build, monkeypatch):
     task = build("demo_arc_easy", 8)
-    lm = make(loss="choice", batch_size=64)
+    lm = reused(loss="choice", batch_size=64)
 
     def never(pack):
         raise RuntimeError("CUDA out of memory. Tried to allocate 1 GiB")
@@ -102,8 +105,8 @@ def test_a_question_that_does_not_fit_alone_is_an_error(make, build, monkeypatch
         ask(lm, task.instances)
 
 
-def test_other_errors_are_not_taken_for_lack_of_memory(make, build, monkeypatch):
-    lm = make()
+def test_other_errors_are_not_taken_for_lack_of_memory(reused, build, monkeypatch):
+    lm = reused()
 
     def fail(pack):
         raise RuntimeError("something else")
@@ -114,10 +117,10 @@ def test_other_errors_are_not_taken_for_lack_of_memory(make, build, monkeypatch)
 
 
 @pytest.mark.parametrize("settings", [{"loss": "choice"}, {"attack": "none"}, {}], ids=str)
-def test_nothing_is_kept_between_batches(make, build, monkeypatch, settings):
+def test_nothing_is_kept_between_batches(reused, build, monkeypatch, settings):
     """When a batch goes to the device, the points and gradients of those before it are gone."""
     task = build("demo_arc_easy", 6)
-    lm = make(batch_size=2, **settings)
+    lm = reused(batch_size=2, **settings)
     made = []
 
     class Watched(engine.AttackedBatch):
@@ -133,9 +136,9 @@ def test_nothing_is_kept_between_batches(make, build, monkeypatch, settings):
 
 
 @pytest.mark.parametrize("settings", [{}, {"loss": "choice"}], ids=str)
-def test_batches_are_bounded(make, build, monkeypatch, settings):
+def test_batches_are_bounded(reused, build, monkeypatch, settings):
     """`batch_size` bounds the rows, the budget the tokens, and no row is longer than needed."""
-    lm = make(attack="fgsm", batch_size=3, **settings)
+    lm = reused(attack="fgsm", batch_size=3, **settings)
     task = build("demo_arc_easy", 8)
     compute, shapes = lm.engine.compute, []
     lm.tokens_per_batch = 100
@@ -153,9 +156,9 @@ def test_batches_are_bounded(make, build, monkeypatch, settings):
     assert lengths == sorted(lengths, reverse=True)
 
 
-def test_requests_of_no_task_are_told_apart(make):
+def test_requests_of_no_task_are_told_apart(reused):
     """Made by hand they have no document, and are not choices of one question."""
-    lm = make(attack="none")
+    lm = reused(attack="none")
     requests = [Instance("loglikelihood", {}, ("the", word), 0) for word in (" bird", " bed", " a")]
     together = [ll for ll, _ in lm.loglikelihood(requests, disable_tqdm=True)]
     alone = [lm.loglikelihood([request], disable_tqdm=True)[0][0] for request in requests]

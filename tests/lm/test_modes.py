@@ -33,6 +33,7 @@ ASKED = {
 
 @pytest.mark.parametrize("asked", ASKED)
 @pytest.mark.parametrize("attack", ["none", "fgsm"])
+@pytest.mark.sampled(3)
 def test_in_training_mode_the_answers_are_those_of_evaluation_mode(make, build, attack, asked):
     """Dropout would draw them at random."""
     requests = ASKED[asked](build)
@@ -58,6 +59,7 @@ def test_the_mode_is_restored_after_an_error():
 
 @pytest.mark.parametrize("loads", ["outside", "inside"])
 @pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.sampled(3)
 def test_under_inference_mode(make, build, asked, loads):
     requests = ASKED[asked](build)
     expected = getattr(make(attack="fgsm"), asked)(requests, disable_tqdm=True)

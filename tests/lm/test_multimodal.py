@@ -39,6 +39,7 @@ def answers(lm):
 
 
 @every
+@pytest.mark.sampled(3)
 def test_none_equals_stock(kind):
     """Also without the module for images."""
     given = {"tokenizer": tokenizer(), "softmax_dtype": "float64", **OPTIONS}

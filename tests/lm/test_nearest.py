@@ -81,13 +81,13 @@ def test_a_small_perturbation_is_not_looked_up():
 
 @pytest.mark.parametrize("packing", ["tree", "off"])
 @pytest.mark.parametrize("context", ["own", "shared"])
-def test_in_results(packing, context, build, make):
+def test_in_results(packing, context, build, reused):
     """A thousandth of the RMS is far below the distances of tokens, ten times it is not."""
     loss = {"own": "sequence", "shared": "choice"}[context]
     task = build("demo_arc_easy")
     found = {}
     for epsilon in ("0.001rms", "10rms"):
-        lm = make(attack="random", epsilon=epsilon, loss=loss, packing=packing)
+        lm = reused(attack="random", epsilon=epsilon, loss=loss, packing=packing)
         lm.loglikelihood(task.instances, disable_tqdm=True)
         found[epsilon] = lm.attack_info()
     assert found["0.001rms"]["nearest_token_unchanged"] == 1
@@ -99,12 +99,12 @@ def test_in_results(packing, context, build, make):
 
 
 @pytest.mark.parametrize("loss", ["sequence", "choice"])
-def test_the_sample_does_not_depend_on_the_batch(loss, build, make):
+def test_the_sample_does_not_depend_on_the_batch(loss, build, reused):
     """The same tokens in any order, in batches of any size, as trees and as rows."""
     requests, found = build("demo_arc_easy", 6).instances, []
     for batch_size, packing, step in ((8, "tree", 1), (1, "off", -1), (64, "off", 1)):
         how = {"loss": loss, "packing": packing, "batch_size": batch_size}
-        lm = make(attack="random", epsilon="4rms", **how)
+        lm = reused(attack="random", epsilon="4rms", **how)
         lm.loglikelihood(requests[::step], disable_tqdm=True)
         sums = lm.diagnostics[0]
         found.append((sums.tokens, sums.nearest_l2, sums.nearest_linf))
@@ -112,8 +112,8 @@ def test_the_sample_does_not_depend_on_the_batch(loss, build, make):
     assert 0 < found[0][1] < found[0][0]
 
 
-def test_only_of_embeddings(build, make):
-    lm = make(attack="random", hookpoint="model.layers.0")
+def test_only_of_embeddings(build, reused):
+    lm = reused(attack="random", hookpoint="model.layers.0")
     lm.loglikelihood(build("demo_arc_easy").instances, disable_tqdm=True)
     assert lm.attack_info()["nearest_token_unchanged"] is None
     assert lm.attack_info()["nearest_token_sample"] is None

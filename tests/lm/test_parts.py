@@ -15,6 +15,7 @@ LIMIT = "400000000"  # bytes
 
 
 @pytest.mark.parametrize("loss", ["sequence", "choice", "margin"])
+@pytest.mark.sampled(3)
 def test_parts_are_the_whole(exact, build, loss):
     """Losses, gradients and answers, in float64, whatever the limit."""
     lm = exact(attack="fgsm", loss=loss, context="shared", packing="off")

@@ -105,32 +105,35 @@ def test_the_table_has_every_attack():
 
 
 @pytest.mark.parametrize("name", ALONE)
-def test_alone(name, make, asked):
-    counts, computed = run(make(), asked, [settings(name)])
+@pytest.mark.sampled(2)
+def test_alone(name, reused, asked):
+    counts, computed = run(reused(), asked, [settings(name)])
     assert counts == ALONE[name]
     assert recorded(computed) == [ALONE[name]]
 
 
 @pytest.mark.parametrize(("names", "expected"), TOGETHER, ids=lambda value: str(value))
-def test_together(names, expected, make, asked):
-    counts, computed = run(make(), asked, [settings(name) for name in names])
+@pytest.mark.sampled(2)
+def test_together(names, expected, reused, asked):
+    counts, computed = run(reused(), asked, [settings(name) for name in names])
     assert counts == expected
     assert recorded(computed) == [ALONE[name] for name in names]
 
 
 @pytest.mark.parametrize("name", ["bim", "apgdt", "critical"])
-def test_passes_that_are_recorded_with_another_model_for_gradients(name, make, asked):
-    counts, computed = run(make(gradient_dtype="bfloat16"), asked, [settings(name)])
+@pytest.mark.sampled(3)
+def test_passes_that_are_recorded_with_another_model_for_gradients(name, reused, asked):
+    counts, computed = run(reused(gradient_dtype="bfloat16"), asked, [settings(name)])
     assert recorded(computed) == [counts]
 
 
-def test_passes_of_a_battery_are_those_of_its_attacks(make, build, monkeypatch):
+def test_passes_of_a_battery_are_those_of_its_attacks(reused, build, monkeypatch):
     """Of one question, which all attacks meet: too small an amplitude breaks nothing."""
     members = (("apgdt", {"steps": 2}), ("fmn", {"steps": 3}), ("blocks", {"queries": 4}))
     kind = BATTERIES["standard-1"]
     monkeypatch.setitem(BATTERIES, "standard-1", replace(kind, members=members))
     one = build("demo_arc_easy", 1).instances
-    lm = make()
+    lm = reused()
     lm.use(settings("standard-1", "1e-9rms", loss="margin"))
     pack = packed(lm, one)
     with frozen(lm.model), counted(lm.engine) as counts:
@@ -141,6 +144,7 @@ def test_passes_of_a_battery_are_those_of_its_attacks(make, build, monkeypatch):
 
 @pytest.mark.parametrize("loss", ["sequence", "choice"])
 @pytest.mark.parametrize("name", ["apgd", "apgdt", "blocks", "critical", "fmn"])
+@pytest.mark.sampled(3)
 def test_answers_that_are_kept_are_those_of_the_point(name, loss, exact, asked):
     """A forward at the attacked point gives the same, in float64."""
     if loss == "sequence" and (ATTACKS[name].targeted or ATTACKS[name].minimal):
@@ -167,11 +171,12 @@ def _needs(lm):
 
 @pytest.mark.parametrize("loss", ["sequence", "choice"])
 @pytest.mark.parametrize("name", ["bim", "mifgsm", "pgd", "illc"])
-def test_a_curve_over_steps_is_one_run(name, loss, make, asked):
+@pytest.mark.sampled(4)
+def test_a_curve_over_steps_is_one_run(name, loss, reused, asked):
     """Every step count gives what it gives alone: the same points, and the same answers."""
     if name == "illc" and loss == "sequence":
         pytest.skip("needs a loss that knows the gold")
-    lm, steps = make(), (5, 1, STEPS, 2)
+    lm, steps = reused(), (5, 1, STEPS, 2)
     curve = [settings(name, steps=n, loss=loss) for n in steps]
     counts, computed = run(lm, asked, curve)
     alone, _ = run(lm, asked, [settings(name, loss=loss)])
@@ -202,9 +207,9 @@ def test_points_of_a_trajectory_are_those_of_fewer_steps(name):
         assert torch.equal(point, perturb(Attack(name, 0.3, steps=i), x, losses, keys=keys))
 
 
-def test_gradients_in_bfloat16(make, asked):
+def test_gradients_in_bfloat16(reused, asked):
     """Signs are those of float32 but where the gradient is lost in rounding; answers stay."""
-    plain, half = make(), make(gradient_dtype="bfloat16")
+    plain, half = reused(), reused(gradient_dtype="bfloat16")
     conditions = [settings(name, loss="sequence") for name in ("none", "fgsm", "bim", "apgd")]
     _, expected = run(plain, asked, conditions)
     counts, found = run(half, asked, conditions)
@@ -257,10 +262,10 @@ def test_no_copy_where_nothing_follows_a_gradient(make):
 
 
 @pytest.mark.parametrize("how", [{"gradient_checkpointing": True}, {"packing": "off"}])
-def test_the_copy_is_prepared_as_the_model_is(how, make, asked):
+def test_the_copy_is_prepared_as_the_model_is(how, reused, asked):
     """Recomputed blocks are those of the copy, not of the model."""
-    lm = make(gradient_dtype="bfloat16", attack="fgsm", loss="choice", **how)
-    other = make(gradient_dtype="bfloat16", attack="fgsm", loss="choice")
+    lm = reused(gradient_dtype="bfloat16", attack="fgsm", loss="choice", **how)
+    other = reused(gradient_dtype="bfloat16", attack="fgsm", loss="choice")
     found = []
     for each in (lm, other):
         with frozen(each.model):

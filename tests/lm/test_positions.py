@@ -55,7 +55,7 @@ def test_refused(typed):
 @pytest.mark.parametrize("attack", ["fgsm", "bim", "gaussian", "blocks", "mifgsm", "critical"])
 @pytest.mark.parametrize("packing", ["tree", "off"])
 @pytest.mark.parametrize("task", ["demo_arc_challenge", "demo_winogrande"])
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 def test_elsewhere_nothing_moves(exact, build, attack, packing, task):
     task = build(task, 2)
     options = {"steps": 1, "queries": 3, "rounds": 2, "epsilon": 0.05, "loss": "margin"}
@@ -73,6 +73,7 @@ def test_elsewhere_nothing_moves(exact, build, attack, packing, task):
 
 
 @pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.sampled(3)
 def test_layouts_give_the_same_answers(exact, build, spec):
     task = build("demo_winogrande", 3)
     task.set_config("num_fewshot", 1)

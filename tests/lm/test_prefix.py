@@ -79,6 +79,7 @@ def answers(name, attacks, threat, prefixes, *, longest_tree=0):
 
 @pytest.mark.parametrize("longest_tree", [0, 100])
 @pytest.mark.parametrize("threat", THREATS)
+@pytest.mark.sampled(4)
 def test_all_attacks_find_the_same(threat, longest_tree):
     """In float64, in both layouts: answers, alignment, and what diagnostics sum."""
     attacks = ATTACKS
@@ -103,6 +104,7 @@ def test_all_attacks_find_the_same(threat, longest_tree):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.sampled(3)
 def test_of_every_architecture(name, caplog):
     """The same answers, or a line that says why each question computes its own."""
     attacks, threat = [Attack("none"), Attack("fgsm", 0.01)], THREATS["shared"]

@@ -28,6 +28,7 @@ def ask(lm, requests):
 
 
 @pytest.mark.parametrize("settings", CASES, ids=str)
+@pytest.mark.sampled(2)
 def test_bits_of_a_question(make, build, threads, settings):
     """Batch size, order, limit and threads are others; the numbers are not."""
     requests = build("demo_arc_easy", 4).instances

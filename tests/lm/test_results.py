@@ -46,10 +46,10 @@ def test_eval(tmp_path):
     assert results["results"]["demo_piqa"]["acc,none"] <= 0.5
 
 
-def test_diagnostics_are_of_the_tokens_read(make, build):
+def test_diagnostics_are_of_the_tokens_read(reused, build):
     """Random signs of amplitude epsilon: the noise is epsilon, on every token but a last one."""
     task = build("demo_hellaswag", 5)
-    lm = make(attack="random", epsilon=0.003)
+    lm = reused(attack="random", epsilon=0.003)
     lm.loglikelihood(task.instances, disable_tqdm=True)
     tokens = [lm.tok_encode("".join(r.args)) for r in task.instances]
     assert lm.diagnostics[0].elements == 128 * sum(len(t) - 1 for t in tokens)
@@ -62,9 +62,9 @@ def test_diagnostics_are_of_the_tokens_read(make, build):
     assert info["zero_gradient_fraction"] is None
 
 
-def test_choices_that_a_question_lacks_have_no_gradient(make):
+def test_choices_that_a_question_lacks_have_no_gradient(reused):
     """Two, three and five choices in one batch: towards each wrong one there are two gradients."""
-    engine = make(attack="apgdt", epsilon=0.003, steps=2, loss="choice").engine
+    engine = reused(attack="apgdt", epsilon=0.003, steps=2, loss="choice").engine
     questions = [
         Question([Request((5, n, 7 + i), 1, 1) for i in range(n)], [[i] for i in range(n)], gold)
         for n, gold in ((n, [True] + [False] * (n - 1)) for n in (2, 3, 5))
@@ -74,24 +74,24 @@ def test_choices_that_a_question_lacks_have_no_gradient(make):
     assert (found.slopes, found.flat) == (2 * (1 + 2 + 4), 0)
 
 
-def test_tokens_of_choices_that_are_not_compared_have_no_gradient(make, build):
+def test_tokens_of_choices_that_are_not_compared_have_no_gradient(reused, build):
     """No gradient is hidden here, although many coordinates of each are zero."""
-    lm = make(attack="fgsm", epsilon=0.003, loss="margin")
+    lm = reused(attack="fgsm", epsilon=0.003, loss="margin")
     lm.loglikelihood(build("demo_hellaswag", 5).instances, disable_tqdm=True)
     info = lm.attack_info()
     assert info["zero_gradient_fraction"] > 0.1 and info["flat_gradient_fraction"] == 0
 
 
-def test_epsilon_in_units_of_the_embeddings(make, build):
-    lm = make(attack="fgsm", epsilon=0.5, epsilon_unit="rms")
+def test_epsilon_in_units_of_the_embeddings(reused, build):
+    lm = reused(attack="fgsm", epsilon=0.5, epsilon_unit="rms")
     assert lm.attack.epsilon == pytest.approx(0.5 * lm.signal.rms)
     lm.loglikelihood(build("demo_piqa", 2).instances, disable_tqdm=True)
     assert lm.attack_info()["noise_rms"] == pytest.approx(0.5 * lm.signal.rms, rel=1e-3)
 
 
-def test_epsilon_in_units_of_a_token(make, build):
+def test_epsilon_in_units_of_a_token(reused, build):
     """In L2 the same share of the signal's power; the condition's name tells the norm."""
-    lm = make(attack="fgsm", epsilon="0.5rms", norm="l2_token")
+    lm = reused(attack="fgsm", epsilon="0.5rms", norm="l2_token")
     width = lm.model.config.hidden_size
     assert lm.attack.epsilon == pytest.approx(0.5 * lm.signal.rms * width**0.5)
     lm.loglikelihood(build("demo_piqa", 2).instances, disable_tqdm=True)
@@ -100,9 +100,9 @@ def test_epsilon_in_units_of_a_token(make, build):
     assert (info["condition"], info["norm"]) == ("fgsm@0.5rms-l2_token", "l2_token")
 
 
-def test_masked_gradients_are_reported(make, build):
+def test_masked_gradients_are_reported(reused, build):
     """A model that hides half of its gradient is not robust: the share of zeros says so."""
-    lm = make(attack="fgsm")
+    lm = reused(attack="fgsm")
     half = torch.arange(lm.model.config.hidden_size // 2)
 
     def hide(module, args):

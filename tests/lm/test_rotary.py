@@ -153,6 +153,7 @@ def test_a_perturbation_that_choices_share(fresh, loss):
         at += len(expected)
 
 
+@pytest.mark.sampled(3)
 def test_prompts_are_continued_as_each_alone(kind, make):
     """Also those that grow over the threshold, beside longer ones and behind them."""
     words = ("the bird sat on the old tree and sang to a small red boat " * 4).split()

@@ -92,6 +92,7 @@ MOVING = {"all": [3, 5, 1, 4], "not_first": [2, 4, 0, 3], "0:2": [2, 2, 1, 2]}
 
 
 @pytest.mark.parametrize("positions", MOVING)
+@pytest.mark.sampled(3)
 def test_the_radius_of_a_linear_margin_is_its_distance(positions):
     """p = Φ(d / sigma): of all tokens that move together, each of which counts once."""
     n, sigmas = 400, (1.0, 3.0)

@@ -74,6 +74,7 @@ def embedded(request, change=None, rows=None, scale=1.0):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("threat", THREATS)
+@pytest.mark.sampled(3)
 def test_the_changes_give_the_answers_again(threat, layout):
     """Put on the clean embeddings, without a hook: in float64 to the last digits."""
     questions, answers, traces = traced(threat, layout)
@@ -150,6 +151,7 @@ def test_shares_are_those_of_captum():
 
 
 @pytest.mark.parametrize("threat", THREATS)
+@pytest.mark.sampled(2)
 def test_batches_and_layouts_do_not_matter(threat):
     """Of a question in a batch of its own, and of all in one, as rows and as trees."""
     expected = by_tokens(*traced(threat, "rows", 1, 2), threat)

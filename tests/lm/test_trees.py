@@ -98,7 +98,7 @@ def test_gradients(made, loss):
     ("name", "norm"),
     [(name, norm) for name, kind in ATTACKS.items() for norm in ("linf", "l2", "l2_token")],
 )
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(8)
 @given(questions())
 @settings(max_examples=5)
 def test_answers_do_not_depend_on_the_layout(name, norm, made):
@@ -163,7 +163,7 @@ def test_a_long_tree_that_fails_turns_packing_off(monkeypatch, caplog):
     assert "packing: off" in caplog.text
 
 
-@pytest.mark.parametrize("change", [recompute, compiled])
+@pytest.mark.parametrize("change", [recompute, pytest.param(compiled, marks=pytest.mark.slow)])
 def test_blocks_that_are_recomputed_or_compiled_change_nothing(change, monkeypatch):
     quick = functools.partial(torch.compile, backend="aot_eager")  # traced, but not made into C++
     monkeypatch.setattr(torch, "compile", quick)

@@ -6,6 +6,7 @@ import pytest
 from invented import build
 from processes import RUN, Command, computed, contents
 from sketched import sketch
+from trials import remember
 
 # They look at what is drawn.
 DRAWN = {"test_figures", "test_layers", "test_odd_frames", "test_saving"}
@@ -14,6 +15,9 @@ DRAWN = {"test_figures", "test_layers", "test_odd_frames", "test_saving"}
 @pytest.fixture(scope="session", autouse=True)
 def quick(one_index):
     """For all tests here."""
+    with pytest.MonkeyPatch.context() as patch:
+        remember(patch)
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

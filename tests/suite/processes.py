@@ -5,6 +5,7 @@ So a test can kill a run in the middle, and need not wait for imports each time.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -85,6 +86,7 @@ def enter(
     hold: int | None = None,
 ) -> None:
     """What a process of `Command` does, with its arguments."""
+    gc.freeze()  # it need not look through what the server has imported
     os.chdir(folder)
     os.environ.update(environment)
     for name, number in (("out", 1), ("err", 2)):

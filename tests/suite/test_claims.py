@@ -94,6 +94,7 @@ def test_area_under_curve():
 @pytest.mark.parametrize(
     "n, m, shift", [pytest.param(40, 40, 1.0, marks=pytest.mark.slow), (100, 25, 0.5)]
 )
+@pytest.mark.slow
 def test_area_under_curve_covers(n, m, shift):
     """10,000 samples of two normal distributions."""
     rng, truth, inside = np.random.default_rng(2), scipy.stats.norm.cdf(shift / np.sqrt(2)), 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import fields, replace
 
@@ -114,20 +115,23 @@ def test_settings_of_a_run_are_named():
 NAME = "the attack@0.01"
 
 
+@functools.cache
+def invented(attack):
+    """A run of this attack, called `NAME`."""
+    run = run_of("m", 1.0, 0.5)
+    samples = run.samples.replace({"condition": {"fgsm@0.01": NAME}, "attack": {"fgsm": attack}})
+    return replace(run, samples=samples, table=summarise(samples))
+
+
 def pair_of_runs(setting, attack, **more):
     """Two runs, equal but for a setting, with the same names."""
-    found = []
+    found, run = [], invented(attack)
     for values in (base(attack), base(attack) | alternatives(setting)):
         condition = Condition.of(NAME, values)
         clean = Condition.of("none", values | {"attack": "none"})
-        run = run_of("m", 1.0, 0.5)
-        samples = run.samples.replace(
-            {"condition": {"fgsm@0.01": NAME}, "attack": {"fgsm": attack}}
-        )
         record = {**run.run, "attacks": {NAME: {"epsilon_absolute": 0.01, "embedding_rms": 0.1}}}
         record["conditions"] = {of.name: of.record() for of in (condition, clean)}
-        table = summarise(samples)
-        found.append(replace(run, samples=samples, table=table, run=record | more))
+        found.append(replace(run, run=record | more))
     return found
 
 
@@ -144,6 +148,7 @@ USED = [(s, next(iter(a for a in users(s) if a != "none"))) for s in SETTINGS if
 
 
 @pytest.mark.parametrize(("setting", "attack"), USED)
+@pytest.mark.sampled(4)
 def test_nothing_is_merged_that_differs(setting, attack, tmp_path):
     a, b = pair_of_runs(setting, attack)
     (name,), told = ways(a, b)
@@ -170,6 +175,7 @@ UNUSED = [
 
 
 @pytest.mark.parametrize(("setting", "attack"), UNUSED)
+@pytest.mark.sampled(3)
 def test_what_does_not_matter_is_paired(setting, attack, tmp_path):
     a, b = pair_of_runs(setting, attack)
     assert ways(a, b) == ({NAME}, [])

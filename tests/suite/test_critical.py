@@ -55,6 +55,7 @@ def test_half_life_of_one_task_is_the_median_of_those_right_at_first():
     assert critical.half_life([np.array([0.0, 0.1, INF, INF])]) == INF
 
 
+@pytest.mark.slow
 def test_intervals_hold_what_they_should():
     """Of exponentials with mean 1: the median is ln 2, the area up to 2 is (1 - exp(-2)) / 2."""
     rng = np.random.default_rng(1)
@@ -113,6 +114,7 @@ def test_runs_without_critical_epsilons_have_no_such_tables(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_of_a_run(tmp_path):
     """The curve is what apgd of one epsilon finds, which has the same steps."""
     from llm_attack import Plan, evaluate
@@ -296,6 +298,7 @@ def test_what_fmn_did_not_find_is_marked(tmp_path):
 @pytest.mark.parametrize("largest", ["0", "0.5", "1e+30", "1e-30"])
 @pytest.mark.parametrize("known", [0.3, INF, np.nan])
 @pytest.mark.parametrize("right", [True, False])
+@pytest.mark.sampled(5)
 def test_tables_of_runs_that_say_little(largest, known, right, tmp_path):
     """One value of first_order, no question right at first, an epsilon_max of 0."""
     values = [0.0, INF] if largest == "0" else [0.0, 0.5 * float(largest), INF]

@@ -1,6 +1,7 @@
 """A run may end after any durable operation: nothing is lost, and nothing is left behind.
 
-By default, the first and the last operation of each name are tried. Slow tests try all of them.
+By default, the last of three operations are tried: a batch that is kept, an output that takes its
+place, and a deletion. Slow tests try all operations.
 """
 
 import errno
@@ -38,9 +39,8 @@ class Runs:
         known = [*enumerate(self.operations)][:until]
         if every:
             return known
-        ends = {name: (number, name) for number, name in known}  # the last of each name
-        first = {name: (number, name) for number, name in reversed(known)}
-        return sorted({*first.values(), *ends.values()})
+        last = {name: (number, name) for number, name in known}
+        return sorted(last[name] for name in ("commit", "replace", "unlink") if name in last)
 
     def meets(self, fault, **environment):
         """The folder of a run that meets `fault`, and its exit code."""
@@ -102,6 +102,7 @@ def test_the_operations(runs):
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.sampled(2)
 def test_killed(runs, moment, every):
     for number, name in runs.tried(every):
         folder, code = runs.meets(Fault(moment, number))
@@ -117,6 +118,7 @@ def test_killed(runs, moment, every):
         ("read-only", (os.strerror(errno.EROFS), "attempt to write a readonly database")),
     ],
 )
+@pytest.mark.slow
 def test_disk(runs, kind, says, every):
     """It is full, or read-only, from an operation on; deletions are put off until the next run."""
     for number, name in runs.tried(every):
@@ -138,6 +140,7 @@ def test_disk(runs, kind, says, every):
         runs.goes_on(folder)
 
 
+@pytest.mark.slow
 def test_one_of_two_is_killed(runs, every):
     """At each operation on its share; the other then says so, and one alone goes on."""
     started = [{"RANK": str(rank), "WORLD_SIZE": "2"} for rank in (0, 1)]

@@ -21,6 +21,7 @@ def test_enough_questions_tell_from_guessing_as_scipy_says(choices):
         assert tells_from_guessing([p] * n) == (power >= 0.8), n
 
 
+@pytest.mark.slow
 def test_the_planned_drop_is_found_with_its_power():
     """By McNemar's test on drawn pairs: near 0.8 at the planned drop, and less at half of it."""
     n, share, rng = 400, 0.2, np.random.default_rng(0)

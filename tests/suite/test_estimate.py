@@ -40,9 +40,10 @@ def pack_of(lm, requests):
 
 
 @pytest.mark.parametrize("apart", [False, True])
-def test_passes_are_those_of_the_engine(make, asked, apart):
+@pytest.mark.sampled(2)
+def test_passes_are_those_of_the_engine(reused, asked, apart):
     """All attacks at once, which share the clean gradient, and each alone; counted at the head."""
-    lm = make(attn_implementation="eager", **({"gradient_dtype": "bfloat16"} if apart else {}))
+    lm = reused(attn_implementation="eager", **({"gradient_dtype": "bfloat16"} if apart else {}))
     every = [
         AttackSettings(name, loss="choice", **more)
         for name, more in ATTACKS
@@ -82,8 +83,9 @@ def test_the_smallest_amplitude_costs_no_more_than_its_rounds():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("loss", ["sequence", "choice"])
-def test_flop_are_those_that_torch_counts(make, asked, loss, checkpointing):
-    lm = make(
+@pytest.mark.sampled(2)
+def test_flop_are_those_that_torch_counts(reused, asked, loss, checkpointing):
+    lm = reused(
         attack="bim",
         steps=2,
         loss=loss,
@@ -107,9 +109,9 @@ def test_flop_are_those_that_torch_counts(make, asked, loss, checkpointing):
     assert len(by_question(asked)) == 2
 
 
-def test_flop_of_what_is_behind_a_prefix(make, asked):
+def test_flop_of_what_is_behind_a_prefix(reused, asked):
     """The prefix once, and pairs with its tokens for all that is behind it."""
-    lm = make(attack="fgsm", loss="choice", attn_implementation="eager")
+    lm = reused(attack="fgsm", loss="choice", attn_implementation="eager")
     _, batch = pack_of(lm, asked)
     question = batch.questions[0]
     pack = lm.engine.pack(Batch([question], batch.trees, len(start(question, None))))
@@ -123,9 +125,9 @@ def test_flop_of_what_is_behind_a_prefix(make, asked):
     assert counts.tokens_packed == pack.input_ids.numel()
 
 
-def test_activations_are_counted_whoever_computes_the_blocks(make, asked):
+def test_activations_are_counted_whoever_computes_the_blocks(reused, asked):
     """At least the inputs of norms, of attention and of the gate, of each block and token."""
-    lm = make(attack="fgsm", loss="choice")
+    lm = reused(attack="fgsm", loss="choice")
     pack, _ = pack_of(lm, asked)
     config, scorer = lm.model.config, lm.engine.scorer
     least = 5 * config.hidden_size + 2 * config.intermediate_size
@@ -156,9 +158,9 @@ def test_dry_run_writes_nothing(tmp_path, monkeypatch):
     assert shown["passes"] == "2 forward, 1 backward for each question"
 
 
-def test_flop_saved_by_computing_once(make, asked):
+def test_flop_saved_by_computing_once(reused, asked):
     """The difference alone, to the last product: of the head it is small beside the blocks."""
-    lm = make(attack="fgsm", attn_implementation="eager")
+    lm = reused(attack="fgsm", attn_implementation="eager")
     pack, _ = pack_of(lm, asked)
     sizes, scorer, watched = Sizes.of(lm.model), lm.engine.scorer, len(pack.watched.positions)
     counted = {}

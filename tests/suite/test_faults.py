@@ -194,6 +194,7 @@ def test_foreign_folder(tmp_path, content, name):
     assert path.read_text() == content
 
 
+@pytest.mark.slow
 def test_another_run(finished, tmp_path, whole):
     """Finished, and then unfinished."""
     before = contents(tmp_path / "run")
@@ -216,6 +217,7 @@ def test_another_run(finished, tmp_path, whole):
     assert contents(folder / "run") == whole[0]
 
 
+@pytest.mark.slow
 def test_two_runs_at_once(tmp_path, whole):
     first = Command(tmp_path, *RUN, hold=1)
     until(lambda: computed(tmp_path) > 1)
@@ -236,6 +238,7 @@ def damage(path, share=0.5):
 
 
 @pytest.mark.parametrize("how", ["bit", "truncated", "foreign", "removed"])
+@pytest.mark.sampled(4)
 def test_damaged_samples(finished, tmp_path, whole, how):
     folder = tmp_path / "run"
     path = folder / "samples.parquet"
@@ -263,6 +266,7 @@ def test_damaged_samples(finished, tmp_path, whole, how):
 
 
 @pytest.mark.parametrize("how", ["digit", "page", "foreign", "empty"])
+@pytest.mark.sampled(3)
 def test_damaged_store(tmp_path, whole, how):
     command = Command(tmp_path, *RUN, hold=5)
     until(lambda: computed(tmp_path) > 5)

@@ -58,6 +58,7 @@ def names_of(axes):
     return [label.get_text().replace("\n", "") for label in axes.get_xticklabels()]
 
 
+@pytest.mark.sampled(2)
 def test_bars_are_the_table(run):
     """Heights, error bars, baselines and written values, found by task and condition."""
     table = of_tasks(run[1])
@@ -92,6 +93,7 @@ def test_bars_are_the_table(run):
     assert labels == {*conditions, "random guess"}
 
 
+@pytest.mark.sampled(2)
 def test_bars_of_a_task_do_not_overlap(run):
     for axes in figures.bars(run[1]).axes:
         edges = sorted(
@@ -329,6 +331,7 @@ def boxes_of(texts, renderer):
     return [t.get_window_extent(renderer) for t in texts if t.get_text() and t.get_visible()]
 
 
+@pytest.mark.sampled(3)
 def test_labels_do_not_overlap(run):
     """Names of tasks, titles, numbers of options, and the legend, as laid out for print."""
     samples, table = run

@@ -78,6 +78,7 @@ def test_chance_test_with_equal_chances_is_binomtest(n, p, data):
 @pytest.mark.parametrize(
     ("right", "n", "p"), [(18, 671, 2 / 3), (655, 672, 1 / 3), (0, 60, 0.25), (90, 300, 0.2)]
 )
+@pytest.mark.sampled(2)
 def test_chance_test_against_fractions(right, n, p):
     """Without any rounding."""
     hit = Fraction(p)

@@ -35,6 +35,7 @@ def sweep(tmp_path_factory):
 
 
 @pytest.mark.parametrize("hookpoint", ["embed", "model.layers.2", "model.layers.1.mlp"])
+@pytest.mark.slow
 def test_numbers_are_those_of_a_run_for_each(sweep, hookpoint):
     result, _ = sweep
     alone = {} if hookpoint == "embed" else {"hookpoint": hookpoint}

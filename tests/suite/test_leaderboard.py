@@ -131,6 +131,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("damage", DAMAGED)
+@pytest.mark.sampled(3)
 def test_a_damaged_leaderboard(folders, damage):  # noqa: F811
     """One line before anything is printed or written, and the file as it was."""
     assert invoke("compare", folders[0], "--leaderboard", "board.csv").exit_code == 0

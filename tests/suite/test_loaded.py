@@ -65,6 +65,7 @@ def log_likelihoods(result):
 
 
 @pytest.mark.parametrize("how", [{}, {"gradient_checkpointing": True}, {"hookpoints": "layers"}])
+@pytest.mark.sampled(3)
 def test_it_is_left_as_it_was(how, tokenizer):
     """Also where modes and flags are mixed, there are hooks, and the run changes blocks."""
     model = loaded().train()
@@ -111,6 +112,7 @@ def test_other_weights_are_another_run(tmp_path, tokenizer, monkeypatch):
         evaluate(Plan(model, tokenizer=tokenizer, name="mine", **GIVEN), output=tmp_path)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr("llm_attack.suite.report.figures.draw_all", lambda *_: [])
     from llm_attack.suite.run import store
@@ -136,6 +138,7 @@ def test_a_stopped_run_goes_on(tmp_path, tokenizer, monkeypatch):
 @pytest.mark.parametrize(
     ("tied", "name"), [(True, None), (False, "apart")], ids=["tied", "trained apart"]
 )
+@pytest.mark.sampled(2)
 def test_tied_weights(tied, name, tokenizer):
     """lm-eval ties weights anew where the configuration says so; the caller may know better."""
     model = loaded()

@@ -38,7 +38,7 @@ def run_of(name, clean, attacked, *, rms=0.1, tasks=TASKS, seed=0):
     return Result(summarise(samples), samples, questions, record, {})
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def five():
     """The more accurate, the more it loses."""
     shifts = [(0.5, 0.4), (1.0, 0.7), (1.6, 0.9), (2.4, 1.0), (3.5, 0.8)]

@@ -112,7 +112,7 @@ def told(of):
         return rendered(of, Path(folder))
 
 
-@settings(max_examples=10, suppress_health_check=LENIENT)
+@settings(max_examples=3, suppress_health_check=LENIENT)
 @given(runs())
 def test_everything_is_told(of):
     assert told(of) == []

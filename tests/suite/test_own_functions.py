@@ -53,6 +53,7 @@ def plan(kind, **more):
 
 
 @pytest.mark.parametrize(("kind", "changed"), [("attack", {"sign": "-"}), ("loss", {"factor": 2})])
+@pytest.mark.sampled(2)
 def test_a_file_that_changed_is_another_run(kind, changed, edit):
     edit()
     first = evaluate(plan(kind), output="a", progress="quiet")
@@ -81,6 +82,7 @@ def test_a_file_that_changed_is_another_run(kind, changed, edit):
 
 
 @pytest.mark.parametrize("kind", OWN)
+@pytest.mark.sampled(2)
 def test_equal_files_are_the_same_run(kind, edit):
     edit()
     for folder in "ab":
@@ -120,6 +122,7 @@ def test_a_report_elsewhere_needs_no_function(edit):
 
 
 @pytest.mark.parametrize("changed", [0, 1])
+@pytest.mark.sampled(2)
 def test_the_worst_of_several(changed, edit):
     """It is another where any of its attacks is."""
 

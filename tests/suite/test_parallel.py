@@ -35,6 +35,7 @@ if result is not None:
 """
 
 
+@pytest.mark.slow
 def test_shares(tmp_path, whole):
     """Two commands, one of them of an array of Slurm's, a share each, leave what one leaves."""
     files, _ = whole

@@ -263,6 +263,7 @@ def test_a_file_that_cannot_be_written_in_the_end(monkeypatch):
 
 @pytest.mark.parametrize("error", [UsageError("refused"), RuntimeError("x"), KeyboardInterrupt()])
 @pytest.mark.parametrize("place", ["out", "new/below/out", "T"])
+@pytest.mark.sampled(3)
 def test_a_run_that_has_nothing_leaves_nothing(monkeypatch, error, place):
     def compute(*_):
         raise error
@@ -300,6 +301,7 @@ def test_what_is_kept_or_used_is_not_taken_back():
 
 
 @pytest.mark.parametrize("after", [0, 1, 3])
+@pytest.mark.sampled(3)
 def test_a_folder_that_is_removed_in_the_middle(monkeypatch, after):
     """Before the first batch, between two, behind the last: the fault of the machine, in a line."""
     compute, done = Engine.compute, []

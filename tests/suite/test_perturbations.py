@@ -100,6 +100,7 @@ def test_in_the_models_dtype(tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "how"), [("own", OWN), ("shared", SHARED)])
+@pytest.mark.sampled(2)
 def test_batch_size_and_packing_do_not_matter(kind, how, request, tmp_path):
     expected = request.getfixturevalue(kind)
     other = ran(tmp_path / "run", **how, batch_size=1, packing="off")
@@ -246,6 +247,7 @@ def counted(monkeypatch):
         yield numbers
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch, own):
     """Batches whose traces are there are not computed again; others are."""
     folder = tmp_path / "run"

@@ -103,6 +103,7 @@ def test_finished_run_is_read(finished, tmp_path):
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
 )
+@pytest.mark.sampled(2)
 def test_stopped(tmp_path, whole, number, code):
     """It says how to go on, and a shell that is told so goes on."""
     files, batches = whole
@@ -128,6 +129,7 @@ def _in_a_shell(folder, line):
 
 
 @pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.sampled(2)
 def test_several_processes(tmp_path, whole, world):
     files, batches = whole
     runs = processes(tmp_path, world, *RUN)
@@ -139,6 +141,7 @@ def test_several_processes(tmp_path, whole, world):
 
 
 @pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.sampled(2)
 def test_one_of_two_dies(tmp_path, whole, victim):
     """The other stops and says why; one process alone then finishes."""
     files, batches = whole
@@ -162,6 +165,7 @@ def test_one_of_two_dies(tmp_path, whole, victim):
     assert contents(tmp_path / "run") == files
 
 
+@pytest.mark.slow
 def test_started_with_one_resumed_with_two(tmp_path, whole):
     files, batches = whole
     alone = Command(tmp_path, *RUN, hold=4)

@@ -85,10 +85,12 @@ def demo(tmp_path_factory):
 
 
 @pytest.mark.parametrize("attack", CONDITIONS, ids=lambda attack: attack.condition)
+@pytest.mark.sampled(2)
 def test_accuracy_is_lm_evals(demo, attack):
     check(demo[0], own("demo", DEMO, attack, limit=8), attack)
 
 
+@pytest.mark.slow
 def test_few_shot_choice_and_several_epsilons():
     """Two tasks, an example in the context, an attack that knows the gold."""
     tasks = ["demo_piqa", "demo_winogrande"]
@@ -110,6 +112,7 @@ def test_without_none():
 
 
 @pytest.mark.parametrize("attack", [CONDITIONS[0], CONDITIONS[2]], ids=lambda a: a.condition)
+@pytest.mark.slow
 def test_stock_tasks(real_data, stock, attack):
     path = str(real_data / "models" / "stories260K")
     check(stock, own(path, STOCK, attack, limit=6), attack, tolerance=1e-5)
@@ -121,6 +124,7 @@ def stock(real_data):
     return evaluated(path, STOCK, attacks=["none", "fgsm"], limit=6, model_args=EXACT, **SETTINGS)
 
 
+@pytest.mark.slow
 def test_default_tasks(real_data, tmp_path, monkeypatch):
     """The paper's group, which names lm-eval's tasks, is what a run without `--tasks` asks."""
     path = str(real_data / "models" / "stories260K")

@@ -207,6 +207,7 @@ def examined(monkeypatch, spoil, *options):
     return found, {line.partition(": ")[2].partition(";")[0]: line for line in lines}
 
 
+@pytest.mark.slow
 def test_the_demo_is_well(monkeypatch):
     found, lines = examined(monkeypatch, lambda model: None)
     assert found.exit_code == 0, (found.output, found.exception)
@@ -223,6 +224,7 @@ def zero_embeddings(model):
     "spoil, options",
     [(lambda model: None, ["--positions", "500:"]), (zero_embeddings, ["--loss", "choice"])],
 )
+@pytest.mark.sampled(2)
 def test_attacks_that_do_nothing(monkeypatch, spoil, options):
     """At positions that no token has, and of an amplitude of 0."""
     some = ["--limit", "2", "--queries", "2", *options]
@@ -241,6 +243,7 @@ def test_attacks_that_do_nothing(monkeypatch, spoil, options):
         (dropping, [], "epsilon 0 equals clean"),
     ],
 )
+@pytest.mark.sampled(3)
 def test_models_that_hide_their_gradient(monkeypatch, spoil, options, name):
     found, lines = examined(monkeypatch, spoil, *options, "--limit", "5", "--queries", "20")
     assert found.exit_code == 1, (found.output, found.exception)

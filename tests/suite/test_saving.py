@@ -121,7 +121,7 @@ def whole(undrawn, finished):
     return found
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_one_that_fails_is_a_line_and_the_others_are_there(fault, whole, tmp_path, monkeypatch):
     module, name, lost = FAULTS[fault]
@@ -241,6 +241,7 @@ STRANGE = (
 
 
 @pytest.mark.filterwarnings("error")
+@pytest.mark.slow
 def test_names_are_drawn_as_they_are(tmp_path):
     """Of tasks, conditions and models, whatever matplotlib, SVG or UTF-8 would make of them."""
     conditions = {"none": 2.0, "fgsm@0.1": 1.0, "fgsm@0.2": 1.0, "critical@0.2": 1.0}
@@ -387,6 +388,7 @@ WIDE = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.11, 1e30]
 
 
 @pytest.mark.parametrize("epsilons, tasks", [([0.01], 2), (LINEAR, 1), (LINEAR, 6), (WIDE, 2)])
+@pytest.mark.sampled(2)
 def test_ticks_do_not_overlap(epsilons, tasks):
     attacks = ("fgsm", "critical")
     conditions = {"none": 2.0} | {f"{name}@{e:g}": 1.0 for e in epsilons for name in attacks}

@@ -225,6 +225,7 @@ def test_implausible_cards(result, change, says):
     assert any(line.startswith(says) for line in card.faults(made)), card.faults(made)
 
 
+@pytest.mark.slow
 def test_a_loaded_model_has_the_card_of_its_name(result, monkeypatch):
     kind = Kind(gradient=True, targeted=True, adaptive=True, search=True, members=SHORT)
     monkeypatch.setitem(BATTERIES, VERSION, kind)

@@ -206,6 +206,7 @@ def test_read_again_and_compared(run):
     assert (frame.loc[frame["task"] != "mean", "difference"] == 0).all()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_gives_equal_files(run, tmp_path, monkeypatch):
     _, whole = run
     add, kept = Store.add, []

@@ -57,6 +57,7 @@ def ends(result, which):
 
 
 @pytest.mark.parametrize("name", ["result", "unlabelled"])
+@pytest.mark.sampled(2)
 def test_the_last_step_is_the_answer_and_the_first_the_clean_one(name, request):
     result = request.getfixturevalue(name)
     answers, first, last = margins(result.samples), ends(result, "first"), ends(result, "last")

@@ -251,6 +251,7 @@ def test_what_is_written(tmp_path):
     json.dumps(results)
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_files(tmp_path):
     """And so does drawing anew from the CSV files."""
     settings = ToySettings(**SMALL, seeds=1)

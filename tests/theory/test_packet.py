@@ -105,6 +105,7 @@ def test_closed_forms_with_the_derivative_given(case):
 
 
 @known
+@pytest.mark.sampled(4)
 def test_closed_forms_with_the_derivative_found(case):
     psi, _, a, b, expected = case
     close(uncertainty(psi, a, b), expected, 1e-7)

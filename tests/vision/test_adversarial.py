@@ -195,6 +195,7 @@ def run(images, settings, stop_at=None, seen=None, **options):
 
 
 @pytest.mark.parametrize("attack", ("pgd", "trades"))
+@pytest.mark.sampled(2)
 def test_a_resumed_training_draws_the_same_starts(images, tmp_path, attack):
     settings = fig2.Settings(epochs=3, batch_size=32, train_attack=attack, train_steps=2)
     whole = run(images, settings)

@@ -114,6 +114,7 @@ def test_what_a_kept_network_says_of_itself(kept):
 
 
 @pytest.mark.parametrize("form", ("safetensors", "pt"))
+@pytest.mark.sampled(2)
 def test_a_network_of_somebody_else(theirs, form):
     """Table and gallery; the accuracy is that of its weights."""
     settings = fig2.Settings(attacks="fgsm,bim")

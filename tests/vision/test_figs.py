@@ -91,6 +91,7 @@ def test_fig2(tmp_path, monkeypatch):
     assert len(lines) == 1 and re.search(r"none 0\.\d+, ost 0\.\d+", lines[0])
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_files(tmp_path):
     """And so does drawing anew from the CSV file."""
     for name in ("one", "two"):
@@ -148,6 +149,7 @@ def test_attacked_epochs_are_spread_evenly(n, epochs):
     assert stages.spread(1, n) == {1}
 
 
+@pytest.mark.slow
 def test_fig5(tmp_path):
     options = {**SMALL, "network": "resnet18", "subset": 10, "steps": 2}
     settings = fig5.Settings(**options, at="pool", epsilons=(0.05, 0.1), split_attacks="fgsm,bim")
@@ -279,6 +281,7 @@ LONG = (f"imagefolder:{'long_' * 6}", "cnn"), (f"package.module:{'named_' * 6}",
 @pytest.mark.parametrize(
     "names", (LONG, (("mnist", "cifar10"), ("resnet18", "googlenet"))), ids=("long", "usual")
 )
+@pytest.mark.sampled(2)
 def test_titles_of_neighbours_do_not_overlap(tmp_path, monkeypatch, names):
     columns = {"epoch": 1, "low": 0.4, "high": 0.6, "accuracy": 0.5, "epsilon": 0.0123}
     rows = [
@@ -345,6 +348,7 @@ def seen(figure, line):
 
 
 @pytest.mark.parametrize("epochs", (2, 30))
+@pytest.mark.sampled(2)
 def test_curves_can_be_told_apart(tmp_path, monkeypatch, epochs):
     """Also where all coincide: each is thinner than those beneath, with markers of its own.
 
@@ -366,6 +370,7 @@ def test_curves_can_be_told_apart(tmp_path, monkeypatch, epochs):
         assert seen(figures[0], line) > 75, name
 
 
+@pytest.mark.slow
 def test_splits_that_coincide_can_be_told_apart(tmp_path, monkeypatch):
     points = ["pixels", "normalise", "stem", "layer1", "layer2", "layer3", "layer4"]
     columns = {"low": 0.4, "accuracy": 0.5, "high": 0.6, "before": 0.9, "condition": "fgsm"}

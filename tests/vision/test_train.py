@@ -74,6 +74,7 @@ def test_the_same_seed_is_the_same_run(images):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("stop_at", (1, 3))
+@pytest.mark.sampled(3)
 def test_a_resumed_run_is_the_uninterrupted_one(images, tmp_path, stop_at, recipe):
     settings = replace(SETTINGS, recipe=recipe)
     whole, losses = run(images, settings)

@@ -9,6 +9,7 @@ and no connections.
 from __future__ import annotations
 
 import base64
+import functools
 import gzip
 import hashlib
 import json
@@ -165,6 +166,7 @@ def write_report(
     return path
 
 
+@functools.cache
 def page_template(name: str = "page.html.j2") -> Any:
     """The template of a page, for jinja2."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined

@@ -157,6 +157,7 @@ def test_contrast_and_a_narrow_screen(page, run, scheme):
     assert page.js("return document.documentElement.scrollWidth") <= 390
 
 
+@pytest.mark.slow
 def test_three_thousand_questions(page, tmp_path):
     """The page stays small, and a question loads the one file that it is in."""
     samples, questions = build(tmp_path, 3000)

@@ -1,5 +1,6 @@
 """`summary.json`: valid, stable, and equal to the table."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -22,6 +23,11 @@ def valid(content):
     jsonschema.Draft202012Validator(SCHEMA).validate(content)
 
 
+@pytest.fixture(scope="module")
+def choice():
+    return results.load(STORED / "demo" / "choice")
+
+
 def test_the_schema_is_one():
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
 
@@ -30,6 +36,7 @@ def test_the_schema_is_one():
     "folder",  # those of a sweep over hookpoints are large
     [pytest.param(name, marks=[pytest.mark.slow] * ("layers" in name)) for name in RUNS],
 )
+@pytest.mark.sampled(4)
 def test_every_stored_run_has_a_valid_one(folder, tmp_path):
     """Also of several hookpoints, and of versions that recorded less."""
     result = results.load(STORED / folder)
@@ -61,9 +68,8 @@ def test_every_stored_run_has_a_valid_one(folder, tmp_path):
         lambda of: of["results"][-1]["drop"].update(low="0.1"),
     ],
 )
-def test_what_is_not_valid_is_found(change):
-    result = results.load(STORED / "demo" / "choice")
-    content = summary_file.content(result.table, result.run, result.conditions)
+def test_what_is_not_valid_is_found(change, choice):
+    content = copy.deepcopy(summary_file.content(choice.table, choice.run, choice.conditions))
     valid(content)
     change(content)
     with pytest.raises(jsonschema.ValidationError):
@@ -88,8 +94,8 @@ def test_report_writes_it(tmp_path, monkeypatch):
     assert set(tests.values()) == {summary_file.MCNEMAR}
 
 
-def test_a_score_that_is_a_number_has_its_own_test():
-    result = results.load(STORED / "demo" / "choice")
+def test_a_score_that_is_a_number_has_its_own_test(choice):
+    result = choice
     table = result.table.assign(score="f1", kind="share, 0 to 1", better="higher", clusters=7)
     rows = summary_file.content(table, result.run, result.conditions)["results"]
     assert {row["drop"]["test"] for row in rows if row["drop"] and row["task"]} == {
