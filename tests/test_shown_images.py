@@ -29,6 +29,7 @@ def folders(pattern):
 
 FOLDERS = folders(r"fig[125](-|$)")
 THEORY = folders(r"(fig[46]|relation|toys|factors|declines)(-|$)")
+FIG1 = folders(r"fig1(-|$)")
 SEEDS, TRADEOFFS = folders("seeds-"), folders("tradeoff-")
 USUAL = fig2.Settings().attacks
 
@@ -200,10 +201,11 @@ def test_points_lost():
 
 def test_images_under_attack():
     """Fig. 1: accuracies of all test images, and what two of them are taken for."""
-    _, _, (_, images, *cells) = table_of("docs/paper/fig1.md", "network", "test images")
-    of = record_of("fig1")["results"]["cifar10-resnet18"]
-    assert images == f"{of['test_images']:,}"
-    assert cells == [f"{of['accuracy'][name]:.3f}" for name in ("none", "fgsm")]
+    _, _, *rows = table_of("docs/paper/fig1.md", "network", "test images")
+    for (_, images, *cells), folder in zip(rows, ("fig1-paper", "fig1"), strict=True):
+        of = record_of(folder)["results"]["cifar10-resnet18"]
+        assert images == f"{of['test_images']:,}"
+        assert cells == [f"{of['accuracy'][name]:.3f}" for name in ("none", "fgsm")]
     table = pd.read_csv(RESULTS / "fig1/table.csv")
     first, second = (table[table["image"] == i].set_index("condition") for i in (0, 1))
     _, *rows = table_of("docs/paper/fig1.md", "attack", "horse: prediction")
@@ -213,6 +215,27 @@ def test_images_under_attack():
         assert cells == [
             x for of in both for x in (of["prediction"], f"{of['confidence']:.3f}", str(of["l0"]))
         ]
+
+
+def test_the_paper_recipe():
+    """Fig. 1 says when the training ended, the intervals, and what is left under more steps."""
+    text = " ".join((ROOT / "docs/paper/fig1.md").read_text("utf-8").split())
+    record, training = record_of("fig1-paper"), record_of("fig1-paper-training")
+    assert training["settings"]["recipe"] == "paper" and training["settings"]["seed"] == 0
+    (of,) = record["results"].values()
+    assert of["epochs"] == next(iter(training["results"].values()))["epochs"]
+    assert f"At half width, with seed 0, that was after epoch {of['epochs']}." in text
+    table = pd.read_csv(RESULTS / "fig1-paper/table.csv").set_index("condition")
+    assert table.loc["fgsm", "images"] == of["test_images"] == 10_000
+    ends = ["accuracy", "low", "high"]
+    clean, fgsm = ([f"{v:.3f}" for v in table.loc[c, ends]] for c in ("none", "fgsm"))
+    assert "is then {} (95 % interval {} to {}). FGSM leaves".format(*clean) in text
+    assert "FGSM leaves {} ({} to {}) of all 10,000 test images".format(*fgsm) in text
+    more = record_of("fig1")["results"]["cifar10-resnet18"]["accuracy"]["fgsm"]
+    assert f"FGSM leaves {100 * (more - of['accuracy']['fgsm']):.0f} points less" in text
+    steps = pd.read_csv(RESULTS / "fig1-paper-steps/table.csv").set_index("condition")
+    assert (steps.loc[["bim", "pgd"], ["accuracy", "images"]] == [0, 500]).all(axis=None)
+    assert "BIM and PGD leave none of the first 500." in text
 
 
 def test_the_epsilon_of_features_follows_them():
@@ -241,7 +264,7 @@ def test_more_steps():
             of = table.loc[{"clean": "none"}.get(name, name), ["accuracy", "low", "high"]]
             assert shown == "{:.3f} ({:.3f} to {:.3f})".format(*of)
         seen.add(folder)
-    assert seen == {*FOLDERS} - {folder for folder, _ in attacked()} - {"fig1"}
+    assert seen == {*FOLDERS} - {folder for folder, _ in attacked()} - {*FIG1}
 
 
 def test_beside_autoattack():
