@@ -90,8 +90,8 @@ def test_batches_and_their_layout_do_not_matter(packing, table, exact, asked):
     assert other.losses == pytest.approx(table.losses, rel=1e-9)
 
 
-def test_answers_are_those_of_a_model_with_these_weights(table, exact, asked):
-    lm = exact()
+def test_answers_are_those_of_a_model_with_these_weights(table, make, asked):
+    lm = make(dtype="float64", softmax_dtype="float64")  # whose weights it changes
     lm.use(tied())
     pack = packed(lm, asked)
     lm.engine.tables[lm.engine.attacks[0]] = table

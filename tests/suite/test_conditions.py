@@ -227,6 +227,8 @@ OLD = sorted(
     path.parent
     for path in (ROOT / "results").glob("*/*/run.json")
     if (path.parent / "samples.parquet").exists()
+    # its conditions are those of the file, which need not be there any more
+    and not json.loads(path.read_text("utf-8"))["settings"].get("perturbation")
 )
 
 
