@@ -13,7 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from llm_attack.attacks import Attack
-from llm_attack.base.declare import parts
+from llm_attack.base.declare import declared, parts
 from llm_attack.base.errors import UsageError, invalid
 from llm_attack.base.failures import one_line
 from llm_attack.base.folder import resolved
@@ -26,6 +26,10 @@ from llm_attack.vision.networks import NETWORKS, build
 from llm_attack.vision.rights import clean_accuracy
 from llm_attack.vision.settings import ImageSettings
 from llm_attack.vision.train import train
+
+# The settings that describe a training.
+_TRAINING = [entry.name for entry, spec in declared(ImageSettings) if spec.group == "training"]
+_TRAINING += ["train_size", "seed"]
 
 
 def listed(argument: str, text: str, allowed: Iterable[str]) -> list[str]:
@@ -253,9 +257,11 @@ def summary(
 ) -> dict[str, Any]:
     """A network's entry in the record: sizes, precision of the training, the last accuracies.
 
-    The entry has the width of the network. For a loaded network, the file says it.
+    The entry has the width of the network. For a loaded network, the file says it. Then `trained`
+    has the settings of its training, because those of the run trained nothing.
     """
     last = [row for row in rows if row["epoch"] == rows[-1]["epoch"]]
+    loaded = None if settings.load is None else read_metadata(settings.load)["settings"]
     return {
         "width": settings.width,
         "parameters": sum(p.numel() for p in network.parameters()),
@@ -265,4 +271,5 @@ def summary(
         "precision": rows[-1].get("precision"),
         "epsilon": last[0]["epsilon"],
         "accuracy": {row["condition"]: round(row["accuracy"], 4) for row in last},
+        **({} if loaded is None else {"trained": {k: loaded[k] for k in _TRAINING if k in loaded}}),
     }

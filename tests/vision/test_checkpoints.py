@@ -74,7 +74,12 @@ def linear(images):
 def test_a_kept_network_is_attacked_again(kept, tmp_path):
     folder, file, results = kept
     again = fig2.run(fig2.Settings(**{**SMALL, "width": 1.0}, load=str(file)), tmp_path)
+    trained = again["digits-resnet18"].pop("trained")
     assert again["digits-resnet18"] == results["digits-resnet18"]
+    own = fig2.Settings(**SMALL)
+    for name in ("epochs", "batch_size", "train_size", "train_attack", "seed"):
+        assert trained[name] == getattr(own, name)
+    assert trained["recipe"] == "fast" and trained["label_smoothing"] == 0.1
     assert "digits-resnet18 training" not in again["seconds"]
     first, second = (pd.read_csv(x / "table.csv") for x in (folder / "out", tmp_path))
     pd.testing.assert_frame_equal(first, second)
@@ -227,6 +232,7 @@ def test_a_checkpoint_is_attacked_again(kept, tmp_path):
     folder, _, results = kept
     state = folder / "out" / "checkpoints" / "digits-resnet18.pt"
     again = fig2.run(fig2.Settings(**{**SMALL, "width": 1.0}, load=str(state)), tmp_path / "out")
+    again["digits-resnet18"].pop("trained")
     assert again["digits-resnet18"] == results["digits-resnet18"]
     garbage = tmp_path / "state.pt"
     for content in (b"", b"garbage"):
