@@ -95,3 +95,9 @@ def test_three_examples_each_which_can_be_read():
                 if words == ("run",):
                     own = {entry.name for entry, _ in declared(Plan)}
                     Plan(**{k: v for k, v in context.params.items() if k in own})
+
+
+def test_all_commands_are_listed():
+    """Also the experiments, which are imported only when they are asked for."""
+    listed = re.findall(r"^  (\w+)  ", shown([]).partition("Commands:")[2], re.MULTILINE)
+    assert listed == sorted([*main.commands, "reproduce"])

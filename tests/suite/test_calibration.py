@@ -72,6 +72,8 @@ def test_by_hand():
     assert attacked["acc"] == 0 and attacked["fallen"] == 7
     assert attacked["fallen_before"] == pytest.approx(sure[fell].mean())
     assert attacked["fallen_after"] == pytest.approx(sure[fell].mean())
+    parted = pd.concat([clean.iloc[1:], after.iloc[::-1]], ignore_index=True)
+    assert row(calibrated(parted), "fgsm@0.1") == pytest.approx(attacked)  # the first never fell
 
 
 @pytest.mark.parametrize("choices", [2, 4])

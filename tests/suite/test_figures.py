@@ -8,13 +8,14 @@ import numpy as np
 import pandas as pd
 import pytest
 from invented import SHIFTS, SIX, build
+from matplotlib import rcParams
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 
 from llm_attack.base.drawing import COLOURS, save_figure
 from llm_attack.suite.analysis import summary
 from llm_attack.suite.report import figures
-from llm_attack.suite.report.layout import Unit, panels, print_style, wrapped
+from llm_attack.suite.report.layout import Unit, panels, paper_style, print_style, wrapped
 
 LADDER = {"none": 3.0} | {
     f"{attack}@{epsilon}": 2.9 - (1 + i) * 40 * epsilon - i
@@ -372,6 +373,14 @@ def test_draw_all_twice_gives_the_same_bytes(frames, tmp_path):
     for name in names:
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
     assert "zeta_task" in (folders[0] / "figure.svg").read_text()
+
+
+def test_a_paper_has_its_own_style_inside_of_another():
+    with print_style(), print_style():
+        outside = rcParams["legend.fontsize"]
+        with paper_style():
+            assert rcParams["legend.fontsize"] == 8 != outside
+        assert rcParams["legend.fontsize"] == outside
 
 
 def test_files_are_those_of_savefig(frames, tmp_path):
