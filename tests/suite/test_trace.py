@@ -7,6 +7,7 @@ import pytest
 from llm_attack import Plan, evaluate
 from llm_attack.base.errors import UsageError
 from llm_attack.suite import results
+from llm_attack.suite.run.steps import frame_of
 from llm_attack.suite.studies import convergence
 
 HOW = {"model": "demo", "tasks": "demo_piqa", "limit": 3, "epsilons": "0.5rms", "progress": None}
@@ -140,3 +141,14 @@ def test_attacks_that_return_their_best_point_have_its_loss():
     means = convergence.mean_loss(trace).set_index(["attack", "step"])["loss"]
     assert means["apgd"].tolist() == [1, 3, 3]
     assert means["bim"].tolist() == [1, 3, 2]
+
+
+def test_curves_of_a_question_end_with_the_shortest():
+    curves = {
+        0: [[("bim", 0, [[1.0, -1.0], [2.0, -2.0], [3.0, -3.0]])]],
+        1: [[("bim", 0, [[1.0, -3.0], [2.0, -1.0]])]],
+    }
+    question = ("t", 0)
+    frame = frame_of({question: [0, 1]}, {question: [True, False]}, ["bim@1"], curves, shared=True)
+    assert frame["step"].tolist() == [0, 1]
+    assert frame["loss"].tolist() == [1, 2] and frame["margin"].tolist() == [2, -1]
