@@ -173,7 +173,7 @@ RULES = (
     Rule(
         r"llm-attack run --model \S+ --model_args (peft|load_in_4bit)=\S+ .*",
         f"{FEW}; the adapter is the reader's, and bitsandbytes needs a GPU: without either",
-        changes=(*MODEL, *TASKS, (r" --model_args \S+", "")),
+        changes=(*MODEL, *TASKS, (r" --model_args \S+( --dequantize)?", "")),
         more="--limit 2",
     ),
     Rule(
@@ -234,9 +234,9 @@ RULES = (
         r"llm-attack run .* --perturbation \S+ .*",
         f"{FEW}; the perturbation is of another command: without it",
         changes=(
+            (r"--model out/variants/\w+", "--model demo"),
             *MODEL,
             (r" --perturbation \S+", ""),
-            (r"--model out/variants/\w+", "--model demo"),
             (r"results/universal/\w+", "scored"),
         ),
         more="--limit 2",
