@@ -6,6 +6,7 @@ place, and a deletion. Slow tests try all operations.
 
 import errno
 import hashlib
+import itertools
 import os
 from collections import Counter
 
@@ -33,6 +34,7 @@ class Runs:
         self.batches = computed(whole)
         self.files = contents(whole / "run")
         self._settled = set()
+        self._number = itertools.count()
 
     def tried(self, every, until=None):
         """The operations that a fault strikes, with their numbers: before the number `until`."""
@@ -43,8 +45,9 @@ class Runs:
         return sorted(last[name] for name in ("commit", "replace", "unlink") if name in last)
 
     def meets(self, fault, **environment):
-        """The folder of a run that meets `fault`, and its exit code."""
-        folder = self.folder / "-".join(map(str, (*fault, *environment.values())))
+        """The folder of a new run that meets `fault`, and its exit code."""
+        name = "-".join(map(str, (next(self._number), *fault, *environment.values())))
+        folder = self.folder / name
         return folder, self.forks.run(folder, fault, **environment)
 
     def goes_on(self, folder, lost=1):

@@ -300,7 +300,7 @@ def test_devices(monkeypatch, device, there, says):
 
 # -- with Ray, where it is installed ---------------------------------------------------------------
 
-LONG = [*RUN, "--steps", "30"]  # long enough for what happens in the middle
+LONG = [*RUN, "--steps", "100"]  # long enough for what happens in the middle
 ON_RAY = [*LONG, "--ray", "local", "--ray_workers", "2"]
 
 
