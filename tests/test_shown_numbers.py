@@ -596,3 +596,12 @@ def test_tables_of_fig3(folder):
     assert len(made) == 6
     for table in made:
         assert table in page
+
+
+def test_the_share_of_products():
+    record = json.loads((ROOT / "results/speed/shares-products.json").read_text("utf-8"))
+    found = record["kinds"]["float32"]["conditions"]
+    none, fgsm = (f"{100 * found[name]['of_products']:.0f} %" for name in ("none", "fgsm"))
+    text = " ".join((ROOT / "docs/speed.md").read_text("utf-8").split())
+    assert f"on one thread, they are {none} (none) and {fgsm} (fgsm) of the time" in text
+    assert record["settings"]["threads"] == 1
