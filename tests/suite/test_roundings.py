@@ -119,3 +119,10 @@ def test_the_report_is_made_again_and_others_have_no_table(run):
     # a record without the sizes leaves the cells empty
     bare = roundings.cells(result.table, result.conditions, {})
     assert isinstance(bare, Cells) and {row[-1] for row in bare.rows} == {"–"}
+
+
+def test_notes_are_about_attacks_of_the_run():
+    notes = ["tied_rounding: one table", "rounding: every coordinate"]
+    without = [note for note in notes if roundings._about(note, ["rounding@int8"])]
+    assert without == notes[1:]
+    assert all(roundings._about(note, ["tied_rounding@int8"]) for note in notes)

@@ -1,5 +1,7 @@
 """The matrix of transfers: drops by hand, and differences from shuffled signs."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,6 +11,7 @@ from llm_attack.base.errors import UsageError
 from llm_attack.suite import commands, results
 from llm_attack.suite.analysis.drops import differences
 from llm_attack.suite.analysis.summary import summarise
+from llm_attack.suite.plan import fixed
 from llm_attack.suite.results import Result
 from llm_attack.suite.studies import transfer
 
@@ -117,3 +120,10 @@ def test_the_command_writes_the_table(runs, tmp_path, monkeypatch, capsys):
     (tmp_path / "mine.csv").write_text("mine\n")
     with pytest.raises(UsageError, match=r"mine\.csv"):
         commands.transfer([tmp_path / "base-base"], str(tmp_path / "mine.csv"))
+
+
+def test_one_of_several_conditions_must_be_named(tmp_path):
+    attacks = {name: {"attack": "bim", "epsilon_absolute": 0.1} for name in ("bim@1", "bim@2")}
+    (tmp_path / "run.json").write_text(json.dumps({"attacks": attacks}), encoding="utf-8")
+    with pytest.raises(UsageError, match=r"perturbation_of=: must name one .*: bim@1, bim@2"):
+        fixed._of_run(tmp_path, None)
