@@ -23,6 +23,32 @@ def test_answers_that_are_lost():
     assert "In int4 everything: it loses all 20, and one table of embeddings" in PAGE
 
 
+def of_halves():
+    """Tables that are fitted to one half, on both halves."""
+    for format in FORMATS:
+        for half in ("fitting", "held_out"):
+            table = pd.read_csv(ROOT / "results" / "cells" / half / "table.csv")
+            table = table[table["task"] != "mean"].set_index("condition")
+            none = table.loc["none"]
+            cells = [format, f"`{half}`", f"{none['n']:.0f}", f"{none['acc']:.3f}"]
+            for name in ("tied_rounding", "tied_random_rounding"):
+                row = table.loc[f"{name}@{format}"]
+                ends = f"({row['drop_low']:.1f} to {row['drop_high']:.1f})"
+                cells += [f"{row['acc']:.3f}", f"{row['drop'] + 0:.1f} {ends}"]
+            yield "| " + " | ".join(cells) + " |"
+
+
+def test_tables_on_both_halves():
+    for row in of_halves():
+        assert row in PAGE
+    held_out = pd.read_csv(ROOT / "results/cells/held_out/table.csv").query("task == 'mean'")
+    drop = held_out.set_index("condition").loc["tied_rounding@int4", "drop"]
+    assert f"On questions that such a table has not seen, it costs {drop:.0f} points." in PAGE
+    notes = (ROOT / "results/cells/held_out/roundings.md").read_text("utf-8")
+    n = pd.read_csv(ROOT / "results/cells/fitting/table.csv")["n"].iloc[0]
+    assert f"fitted to {n} questions of the other half" in notes and f"fitted to {n} que" in PAGE
+
+
 def test_sizes_of_the_cells_beside_critical_epsilons():
     infos = json.loads((RUN / "run.json").read_text("utf-8"))["attacks"]
     asked = {*pd.read_parquet(RUN / "samples.parquet")["doc_id"]}

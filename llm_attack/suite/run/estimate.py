@@ -30,7 +30,7 @@ from llm_attack.lm.packing.pack import Pack
 from llm_attack.lm.packing.questions import Request
 from llm_attack.stats import ALPHA, POWER, planned
 from llm_attack.suite.plan import Plan
-from llm_attack.suite.run.cost import Passes, Sizes, passes
+from llm_attack.suite.run.cost import Passes, Sizes, fits, passes
 from llm_attack.suite.run.cost_of_texts import as_read, seconds_of_step
 from llm_attack.suite.run.execute import Prepared, Processes, prepare
 from llm_attack.suite.run.perturbations import Saved, amount
@@ -204,6 +204,8 @@ def estimate(prepared: Prepared, seconds: float = SECONDS) -> Estimate:
         if scorer is places[0]
     ]
     todo = passes(first, others, apart=bool(engine.slopes), hookpoints=len(places))
+    fit, apart = fits(first), prepared.fit_to.apart
+    todo = todo if apart else todo.plus(fit)
     saved = Saved.of(prepared.plan, lm, prepared.work)
     if saved is not None:
         moved, points = len(saved.of_conditions), prepared.plan.path_points
@@ -214,6 +216,8 @@ def estimate(prepared: Prepared, seconds: float = SECONDS) -> Estimate:
     counts = Counts(len(by_question(prepared.requests)), len(prepared.requests))
     for batch in answered:
         counts.add(engine.pack(batch), sizes, todo, engine.scorer.takes_twins)
+    for batch in prepared.fit_to.batches[: None if apart else 0]:
+        counts.add(engine.pack(batch), sizes, fit)
     conditions = len(engine.attacks)
     for prompts in generated:  # every condition reads the prompts again
         counts.add(engine.pack(as_read(prompts)), sizes, todo._replace(answers=conditions, clean=0))
@@ -246,6 +250,7 @@ def estimate(prepared: Prepared, seconds: float = SECONDS) -> Estimate:
     said = "" if saved is None else saved.words()
     battery = any(attack.kind.members for attack in engine.attacks)
     found = counts, rates, weights, activations, copied, n, said
+    todo = todo.plus(fit) if apart else todo
     return Estimate(*found, battery=battery, passes=todo, dequantised=lm.dequantised)
 
 
