@@ -215,7 +215,7 @@ RULES = (
     Rule(
         r"llm-attack run .* --cells .*",
         f"{FEW}, and few steps",
-        changes=((r"results/cells/\w+", "rounded"), (" --half held_out", "")),
+        changes=(*MODEL, *TASKS, (r"results/cells/\S+", "rounded"), (" --half held_out", "")),
         more="--limit 2 --steps 2",
     ),
     Rule(

@@ -49,6 +49,21 @@ def test_tables_on_both_halves():
     assert f"fitted to {n} questions of the other half" in notes and f"fitted to {n} que" in PAGE
 
 
+def test_smollm2():
+    table = pd.read_csv(ROOT / "results/cells/smollm2-135m/table.csv").query("task == 'arc_easy'")
+    left = table.set_index("condition")["acc"]
+    said = f"leaves {left['worst_rounding@int8']:.1%} right of {left['none']:.1%}"
+    assert said.replace("%", " %") in PAGE
+    assert (table.loc[table["attack"] == "rounding", "p_mcnemar_holm"] > 0.05).all()
+    critical = pd.read_csv(ROOT / "results/critical/smollm2-135m/critical.csv").set_index("task")
+    run = json.loads((ROOT / "results/critical/smollm2-135m/run.json").read_text("utf-8"))
+    rms = next(iter(run["attacks"].values()))["embedding_rms"]
+    median = critical["median"].loc["arc_easy"].iloc[0] / rms
+    notes = (ROOT / "results/cells/smollm2-135m/roundings.md").read_text("utf-8")
+    half = float(notes.split("| int8 | 40 | ")[1].split(" ")[0])
+    assert half > median and f"critical epsilon of this model, {median:.3f} RMS" in PAGE
+
+
 def test_sizes_of_the_cells_beside_critical_epsilons():
     infos = json.loads((RUN / "run.json").read_text("utf-8"))["attacks"]
     asked = {*pd.read_parquet(RUN / "samples.parquet")["doc_id"]}

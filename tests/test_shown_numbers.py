@@ -258,6 +258,7 @@ def test_the_loss_is_our_reading_of_the_paper():
         ("where.md", "where/demo-layers/layers.md"),
         ("where.md", "where/smollm2-135m-layers/layers.md"),
         ("cells.md", "cells/demo/roundings.md"),
+        ("cells.md", "cells/smollm2-135m/roundings.md"),
         ("certify.md", "certify/demo/certified.md"),
         ("critical.md", "critical/demo/critical.md"),
         ("critical.md", "critical/smollm2-135m/critical.md"),
