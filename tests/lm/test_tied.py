@@ -60,6 +60,18 @@ def test_tokens_that_do_not_move_are_not_in_the_table():
     assert (point[moves] != batch.x[moves]).any(-1).all()
 
 
+def test_tokens_that_the_fit_has_not_seen_stay():
+    attack = Attack("tied_rounding", 1.0, cells="int4", steps=1)
+    batch = batch_of(point=True)
+    table = fit(attack, lambda: iter([batch]))
+    fewer = table._replace(ids=table.ids[::2], rows=table.rows[::2])
+    tokens, _ = tokens_of(batch)
+    kept, point = torch.isin(tokens, fewer.ids), fewer.point(batch)
+    assert kept.any() and not kept.all()
+    assert torch.equal(point[kept], table.point(batch)[kept])
+    assert torch.equal(point[~kept], batch.x[~kept])
+
+
 def drawn(seed, positions="all"):
     attack = Attack("tied_random_rounding", 1.0, cells="int4")
     return fit(attack, lambda: iter([batch_of(positions, point=True)]), seed)
