@@ -386,7 +386,7 @@ RULES = (
     ),
     Rule(r"python benchmarks/variants\.py .*", "few steps", more="--steps 2"),
     Rule(
-        r"python benchmarks/interval_bounds\.py .*",
+        r"python benchmarks/(interval|linear)_bounds\.py .*",
         FEW,
         changes=((r" -o \S+", ""),),
         more="--limit 1",

@@ -23,30 +23,42 @@ def test_answers_that_are_lost():
     assert "In int4 everything: it loses all 20, and one table of embeddings" in PAGE
 
 
-def of_halves():
-    """Tables that are fitted to one half, on both halves."""
-    for format in FORMATS:
-        for half in ("fitting", "held_out"):
-            table = pd.read_csv(ROOT / "results" / "cells" / half / "table.csv")
-            table = table[table["task"] != "mean"].set_index("condition")
-            none = table.loc["none"]
-            cells = [format, f"`{half}`", f"{none['n']:.0f}", f"{none['acc']:.3f}"]
-            for name in ("tied_rounding", "tied_random_rounding"):
-                row = table.loc[f"{name}@{format}"]
-                ends = f"({row['drop_low']:.1f} to {row['drop_high']:.1f})"
-                cells += [f"{row['acc']:.3f}", f"{row['drop'] + 0:.1f} {ends}"]
-            yield "| " + " | ".join(cells) + " |"
+def line_of(folder, format, *more):
+    """The row of a table that was fitted to one half: accuracies and drops."""
+    table = pd.read_csv(ROOT / "results" / "cells" / folder / "table.csv")
+    table = table[table["task"] != "mean"].set_index("condition")
+    none = table.loc["none"]
+    cells = [format, *more, f"{none['n']:.0f}", f"{none['acc']:.3f}"]
+    for name in ("tied_rounding", "tied_random_rounding"):
+        row = table.loc[f"{name}@{format}"]
+        ends = f"({row['drop_low']:.1f} to {row['drop_high']:.1f})"
+        cells += [f"{row['acc']:.3f}", f"{row['drop'] + 0:.1f} {ends}"]
+    return "| " + " | ".join(cells) + " |"
 
 
 def test_tables_on_both_halves():
-    for row in of_halves():
-        assert row in PAGE
+    for format in FORMATS:
+        for half in ("fitting", "held_out"):
+            assert line_of(half, format, f"`{half}`") in PAGE
     held_out = pd.read_csv(ROOT / "results/cells/held_out/table.csv").query("task == 'mean'")
     drop = held_out.set_index("condition").loc["tied_rounding@int4", "drop"]
     assert f"On questions that such a table has not seen, it costs {drop:.0f} points." in PAGE
     notes = (ROOT / "results/cells/held_out/roundings.md").read_text("utf-8")
     n = pd.read_csv(ROOT / "results/cells/fitting/table.csv")["n"].iloc[0]
     assert f"fitted to {n} questions of the other half" in notes and f"fitted to {n} que" in PAGE
+
+
+def test_a_table_for_smollm2():
+    folder = "smollm2-135m-held_out"
+    for format in ("int8", "int4"):
+        assert line_of(folder, format) in PAGE
+    table = pd.read_csv(ROOT / "results" / "cells" / folder / "table.csv").query("task != 'mean'")
+    attacked = table.set_index("condition").filter(like="tied", axis=0)
+    assert (attacked["p_mcnemar_holm"] > 0.05).all()
+    could = [attacked.loc[f"tied_rounding@{f}", "detectable"] for f in ("int4", "int8")]
+    assert "a drop of {:.0f} points in int4, and of {:.0f} in int8".format(*could) in PAGE
+    notes = (ROOT / "results" / "cells" / folder / "roundings.md").read_text("utf-8")
+    assert "fitted to 33 questions of the other half" in notes and "fitted to 33 of" in PAGE
 
 
 def test_smollm2():

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from evaluation import evaluated
 from rich.console import Console
 from safetensors import safe_open
@@ -165,12 +166,18 @@ def test_dry_run_counts_the_fit_where_it_is(held_out):
     assert five.counts.gradients - two.counts.gradients == 3 * own
 
 
+@pytest.mark.slow
 def test_a_run_uses_the_table_of_the_other_half_and_says_so(held_out, tmp_path):
     asked = {**TIED, "attacks": "none,tied_rounding,tied_random_rounding", "progress": "quiet"}
     model, tasks = asked.pop("model"), asked.pop("tasks")
     result = evaluated(model, tasks, output=tmp_path / "run", **asked, half="held_out")
     with safe_open(tmp_path / "run" / "tied_rounding_int4.safetensors", "pt") as file:
         ids = set(file.get_tensor("ids").tolist())
+        rows = file.get_tensor("embeddings")
+    held_out.lm.fit(held_out.fit_to.batches)
+    (table,) = held_out.lm.engine.tables.values()
+    torch.testing.assert_close(rows, table.rows)
+    assert (rows != table.cells.x).any(1).all()
     seen = tokens_of(held_out.fit_to.batches)
     assert ids == {token for tokens in seen for token in tokens[:-1]}
     own = result.conditions["tied_rounding@int4"]
