@@ -55,8 +55,8 @@ def cells(table: pd.DataFrame, known: Conditions, run: Mapping[str, Any]) -> Cel
         "rounding: every coordinate as the format rounds it; random_rounding: at the lower or upper"
         " end of its cell, drawn; fgsm_rounding: at the end to which the gradient's sign points;"
         " worst_rounding: the point of the cells with the greatest loss that was found",
-        f"tied_rounding: one table of embeddings for all questions, fitted to {_fitted_to(run)};"
-        " tied_random_rounding: each coordinate of this table at the lower or upper end of its"
+        f"tied_rounding: one table of embeddings for all questions, fitted to {_fitted_to(run)}",
+        "tied_random_rounding: one table, with each coordinate at the lower or upper end of its"
         " cell, drawn",
         "cosine: between the format's own rounding errors and the way of worst_rounding from the"
         " middle of the cells; 0 for errors that have nothing to do with it",
@@ -74,7 +74,8 @@ def _fitted_to(run: Mapping[str, Any]) -> str:
 
 def _about(note: str, names: Collection[str]) -> bool:
     """Whether a note is about attacks of the run."""
-    return not note.startswith("tied") or any(name.startswith("tied") for name in names)
+    kind, _, _ = note.partition(":")
+    return not kind.startswith("tied") or any(name.startswith(kind) for name in names)
 
 
 def save(shown: Cells | None, folder: Path) -> None:
