@@ -221,7 +221,7 @@ RULES = (
     Rule(
         r"llm-attack run .* --sigmas .*",
         f"{FEW}, and few draws of noise",
-        changes=(("results/certify/demo", "certified"),),
+        changes=(*MODEL, *TASKS, (r"results/certify/\S+", "certified")),
         more="--limit 2 --draws 12 --selection_draws 2 --steps 2 --rounds 2",
     ),
     Rule(

@@ -89,6 +89,16 @@ def test_a_linear_network_is_bounded_exactly(bounds):
         assert torch.allclose(size[i], RADII.double()[:, None] * dual, rtol=1e-12)
 
 
+def test_products_miss_the_product_of_the_changes(bounds):
+    """(1 + r)(2 + r) is 2 + 3 r + r²; with rests of 1, each change is r + 1."""
+    r, one = RADII, torch.ones(1).double()
+    for rest in (0.0, 1.0):
+        a, b = (Line(v * one, one[None], torch.full((2, 3, 1), rest).double()) for v in (1.0, 2.0))
+        made = bounds.product(a, b)
+        assert (made.value.item(), made.slope.item()) == (2.0, 3.0)
+        assert torch.allclose(made.rest[..., 0], (r + rest) ** 2 + 3 * rest, rtol=1e-12)
+
+
 @pytest.mark.parametrize("name", ["exp", "silu", "power -0.5", "power -1", "power 0"])
 def test_bends_contain_the_function(bounds, name):
     kind, *exponent = name.split()
@@ -105,6 +115,28 @@ def test_bends_contain_the_function(bounds, name):
             off = function(grid + r * way) - (line.value + r * way * line.slope[0])
             assert (off.abs() <= line.rest[0, i] + 1e-12).all()
     assert (line.rest[0, 0] < 1e-3).all()
+
+
+@pytest.mark.parametrize("other", [Request((*TOKENS, 2), 1), Request((*TOKENS, 2, 5), 2)])
+def test_choices_share_the_change_of_their_common_tokens(model, other):
+    """At a small radius, the margin falls by the radius times the dual norm of its gradient."""
+    slopes, values = [], []
+    for request in (CHOICES[0], other):
+        leaf = model.model.embed_tokens(torch.tensor([request.inputs])).double().requires_grad_()
+        n = request.n_continuation
+        shares = model(inputs_embeds=leaf).logits[0, -n:].log_softmax(-1)
+        values.append(sum(shares[i, token] for i, token in enumerate(request.tokens[-n:])))
+        slopes.append(torch.autograd.grad(values[-1], leaf)[0][0])
+    shared = len(TOKENS)
+    slope = torch.cat([slopes[0] - slopes[1][:shared], slopes[1][shared:]])
+    margin = float(values[0] - values[1])
+    gold = [margin > 0, margin < 0]
+    with torch.no_grad():
+        fine = Bounds(model, torch.tensor([1e-10], dtype=torch.float64))
+        found = fine.margin(Question([CHOICES[0], other], [[0], [1]], gold))
+    for norm, dual in enumerate((slope.abs().sum(), slope.norm())):
+        fall = (abs(margin) - float(found[norm, 0])) / 1e-10
+        assert fall == pytest.approx(float(dual), rel=0.01)
 
 
 def test_the_reach_is_no_longer_than_an_attack_needs(model):

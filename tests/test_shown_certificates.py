@@ -26,6 +26,18 @@ def test_the_largest_radius():
     assert f"{level * len(frame):.2g} wrong ones are expected among {len(frame)}" in PAGE
 
 
+def test_smollm2():
+    curve = pd.read_csv(ROOT / "results/certify/smollm2-135m/certified.csv").query("task != 'mean'")
+    row = curve.loc[curve["radius_in_sigma"] == 0].iloc[0]
+    right = round(row["certified"] * row["n"])
+    assert f"The vote is right and certified for {right}, and abstains for 2" in PAGE
+    assert f"8 of the first {row['n']:.0f} questions of ARC-Easy are right" in PAGE
+    notes = (ROOT / "results/certify/smollm2-135m/certified.md").read_text("utf-8")
+    assert f"| arc_easy | 0.3rms | 12 | {8 / 12:.3f} | {right / 12:.3f} | 2 |" in notes
+    most = largest_radius(1.0, 150, 0.001)
+    assert f"With 150 draws, the largest possible radius is {most:.2f} sigma" in PAGE
+
+
 def test_the_medians_of_the_first_lines():
     frame = pd.read_parquet(RUN / "certificates.parquet")
     unit = json.loads((RUN / "run.json").read_text("utf-8"))["smoothing"]["unit_l2"]

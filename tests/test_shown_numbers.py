@@ -260,6 +260,7 @@ def test_the_loss_is_our_reading_of_the_paper():
         ("cells.md", "cells/demo/roundings.md"),
         ("cells.md", "cells/smollm2-135m/roundings.md"),
         ("certify.md", "certify/demo/certified.md"),
+        ("certify.md", "certify/smollm2-135m/certified.md"),
         ("critical.md", "critical/demo/critical.md"),
         ("critical.md", "critical/smollm2-135m/critical.md"),
         ("critical.md", "critical/smollm2-135m-fmn/critical.md"),
