@@ -208,7 +208,7 @@ def of_plan(
         plan: the plan of the run.
         conditions: the settings of each condition.
         attacks: the resolved attack of each condition, which has the name.
-        fitted_to: hash of the questions to which tables of embeddings were fitted.
+        fitted_to: hash of the questions to which tables of embeddings were fitted; empty: unknown.
     """
     prompt, conditions = {name: getattr(plan, name) for name in PROMPT}, [*conditions]
     if plan.gradient_dtype is not None:
@@ -220,7 +220,7 @@ def of_plan(
         values = {**prompt, **settings.arguments(), **settings.sources}
         if plan.fixed is not None and settings.attack in FIXED:
             values[PERTURBATION] = plan.fixed.source
-        if attack.kind.tied:
+        if attack.kind.tied and fitted_to:
             values[FITTED_TO] = fitted_to
         amplitude = replace(settings.amplitude, hookpoint=place) if attack.name != "none" else None
         by_condition[attack.condition] = Condition.of(attack.condition, values, amplitude)
