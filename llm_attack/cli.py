@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import click
 
 from llm_attack import __version__
-from llm_attack.base import failures, garbage
+from llm_attack.base import declare, failures, garbage
 from llm_attack.base.declare import DIALECT
 from llm_attack.base.options import Command, Option, examples, number, options
 
@@ -357,6 +357,70 @@ def export(file: str, output: str, model: str | None) -> None:
     commands.export(file, output, model)
 
 
+class _OfTrain(_OfPlan):
+    """A command with the settings of a training, and those of a plan that it depends on."""
+
+    _OF_PLAN = ("model", "model_args", "norm", "steps", "step_size", "epsilon_unit", "seed")
+
+    @cached_property
+    def settings(self) -> list[Option]:
+        """The settings of the plan that the user may choose."""
+        left = [o for o in super().settings if o.name in (*self._OF_PLAN, "device")]
+        for option in left:
+            defaults = {"model": "demo", "steps": 3}
+            option.default = defaults.get(str(option.name), option.default)
+        return left
+
+    @cached_property
+    def own(self) -> list[Option]:
+        """The settings of the training."""
+        from llm_attack.suite.plan.training import Training
+
+        return options(Training)
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """The settings of the training come first."""
+        return [*self.own, *super().get_params(ctx)]
+
+
+@main.command(
+    cls=_OfTrain,
+    context_settings={"show_default": True, **DIALECT},
+    epilog=examples(
+        "llm-attack train --against pgd@0.02rms -o out/robust",
+        "llm-attack train --against freelb@0.02rms --updates 200 -o out/robust",
+        "llm-attack train --model models/mine --text texts.txt --lora 8 -o out/adapter",
+    ),
+)
+@_progress
+@_verbose
+@click.option(
+    "-o",
+    "--output",
+    cls=Option,
+    group="output",
+    metavar="PATH",
+    help="New folder for the model, or for its adapter.",
+)
+@click.option(
+    "--dry_run",
+    cls=Option,
+    group="output",
+    is_flag=True,
+    help="Print the passes and the time that it would need, and write nothing.",
+)
+def train(progress: str, verbose: int, output: str | None, dry_run: bool, **settings: Any) -> None:
+    """Tune a model on text whose embeddings are under attack.
+
+    The embedding itself stays as it is. Attack the result with llm-attack run.
+    """
+    from llm_attack.suite import train as commands
+    from llm_attack.suite.plan.training import Training
+
+    training = Training(**{name: settings.pop(name) for name in declare.names(Training)})
+    commands.run(training, _given(settings), output, progress, verbose, dry_run)
+
+
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 _equivalence = click.option(
     "--equivalence",
@@ -460,6 +524,31 @@ def transfer(folders: tuple[Path, ...], output: str | None) -> None:
         from llm_attack.suite import commands
 
         commands.transfer(folders, output)
+
+
+@main.command(
+    epilog=examples(
+        "llm-attack scaling out/small out/medium out/large out/huge",
+        "llm-attack scaling out/width*/step2000 -o scaling.csv",
+        "llm-attack scaling out/width*/step* -o scaling.csv",
+    )
+)
+@click.argument("folders", type=_FOLDER, nargs=-1, required=True)
+@click.option(
+    "-o",
+    "--output",
+    metavar="PATH",
+    help="CSV file for the models. The laws and a figure are written beside it.",
+)
+def scaling(folders: tuple[Path, ...], output: str | None) -> None:
+    """Show how critical epsilons depend on the number of parameters, as a power law.
+
+    Each run asks the same questions of another model, with the attack critical or fmn.
+    """
+    with garbage.kept():
+        from llm_attack.suite import commands
+
+        commands.scaling(folders, output)
 
 
 @main.command(
