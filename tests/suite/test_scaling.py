@@ -125,9 +125,9 @@ def run_of(parameters, seed=0, task="t"):
     searched = samples["condition"] == "critical@1"
     values = np.random.default_rng(seed).lognormal(0, 0.3, searched.sum())
     samples.loc[searched, "critical_epsilon"] = values * max(parameters, 1) ** EXPONENT
-    columns = {"condition": ["none", "critical@1"], "epsilon": [0, 1], "epsilon_relative": [0, 4]}
-    run = {"of_model": {"parameters": parameters}} if parameters else {}
-    return Result(pd.DataFrame(columns), samples, questions, run, {})
+    run = {"attacks": {"critical@1": {"embedding_rms": 0.25, "hookpoint": "embed"}}}
+    run |= {"of_model": {"parameters": parameters}} if parameters else {}
+    return Result(pd.DataFrame(), samples.assign(hookpoint="embed"), questions, run, {})
 
 
 @pytest.fixture(scope="module")

@@ -187,8 +187,9 @@ def laws(frame: pd.DataFrame, resamples: int = RESAMPLES) -> pd.DataFrame:
 
     Returns:
         Columns: `method`, `covariate`, the fields of `Law`, `low` and `high` (95 % bootstrap
-        interval of the exponent: questions are drawn anew, each for all models together), `lowest`
-        and `highest` (of the exponents if one number of parameters is left out).
+        interval of the exponent: questions are drawn with replacement, each for all models
+        together), `lowest` and `highest` (of the exponents if one number of parameters is left
+        out).
     """
     models = of_models(frame)
     drawn: dict[tuple[str, bool], list[float]] = {}
@@ -224,7 +225,7 @@ def _both(
 
 
 def _redrawn(frame: pd.DataFrame, resamples: int) -> Iterator[NDArray[np.int64]]:
-    """How often each row counts, if the questions are drawn anew with replacement."""
+    """How often each row counts, if the questions are drawn with replacement."""
     names, of_row = np.unique(frame["question"].to_numpy(str), return_inverse=True)
     generator = np.random.default_rng(0)
     for _ in range(resamples):

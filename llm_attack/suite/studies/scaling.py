@@ -14,6 +14,7 @@ from llm_attack.suite.analysis.scaling import RESAMPLES, distances, laws, of_mod
 from llm_attack.suite.report.layout import print_style
 from llm_attack.suite.report.tables import Cells
 from llm_attack.suite.results import Result
+from llm_attack.suite.studies.models import rms_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,9 +74,9 @@ def _of_run(folder: str, result: Result) -> tuple[str, pd.DataFrame]:
         raise UsageError(
             f"{folder}: has no critical epsilons; must be a run with the attack critical or fmn"
         )
-    row = result.table[result.table["condition"] == found[0]].iloc[0]
-    unit = row["epsilon"] / row["epsilon_relative"]
-    return found[0], distances(samples, found[0], int(parameters), float(unit))
+    place = samples.loc[samples["condition"] == found[0], "hookpoint"].iloc[0]
+    unit = rms_of(result.run["attacks"], place)
+    return found[0], distances(samples, found[0], int(parameters), unit)
 
 
 def cells(models: pd.DataFrame, fitted: pd.DataFrame) -> dict[str, Cells]:
