@@ -106,13 +106,15 @@ def test_freelb_with_one_step_trains_at_the_random_start():
 
 
 def test_freelb_is_the_mean_over_its_points():
-    """A step of twice epsilon reaches the corner, so the second point is the worst one."""
-    change = of_pairs(starts())
-    first = exact(lambda w: -(w * change).sum(1))
-    worst = exact(lambda w: EPSILON * w.abs().sum(1))
-    found = step(Attack("pgd", EPSILON, steps=3, step_size=2 * EPSILON), free=True)
-    mean = [(a + 2 * b) / 3 for a, b in zip(first, worst, strict=True)]
-    same(found, mean)
+    """Each step goes against the margin's slope, and the ball ends it."""
+    step_size, points = 0.4 * EPSILON, [of_pairs(starts())]
+    model = Linear()
+    w = (model.weight[PAIRS[:, 1]] - model.weight[1 - PAIRS[:, 1]]).detach()
+    for _ in range(2):
+        points.append((points[-1] - step_size * w.sign()).clamp(-EPSILON, EPSILON))
+    of_each = [exact(lambda w, change=change: -(w * change).sum(1)) for change in points]
+    mean = [sum(values) / 3 for values in zip(*of_each, strict=True)]
+    same(step(Attack("pgd", EPSILON, steps=3, step_size=step_size), free=True), mean)
 
 
 def test_padding_changes_nothing():
@@ -193,7 +195,10 @@ def test_plain_steps_are_those_of_the_trainer(bundled, ids):
 def test_modes_and_flags_are_restored(bundled, ids):
     model = copy.deepcopy(bundled).requires_grad_(True).train()
     model.get_input_embeddings().requires_grad_(False)
+    modes = []
+    model.lm_head.register_forward_hook(lambda head, *_: modes.append(head.training))
     AdversarialLoss(Attack("pgd", 0.01, steps=1), False, 3).found(model, ids)
+    assert modes == [False]  # the attack sees no dropout
     assert all(module.training for module in model.modules())
     still = [name for name, weight in model.named_parameters() if not weight.requires_grad]
     assert still == ["model.embed_tokens.weight"]
