@@ -24,9 +24,10 @@ from llm_attack.suite.train import RECORD, tune
 
 AGAINST = [
     *("none", "pgd@0.05rms", "pgd@0.1rms", "pgd@0.2rms", "pgd@0.4rms"),
-    *("freelb@0.1rms", "freelb@0.4rms"),
+    *("freelb@0.1rms", "freelb@0.2rms"),
 ]
 CERTIFIED = ["none", "pgd@0.1rms", "pgd@0.4rms"]
+RADII = [0.0, 1.0, 1.5, 2.0]  # of the certified accuracy, in sigma
 EPSILONS = ["0.05rms", "0.1rms", "0.2rms"]
 JUDGES: dict[str, Any] = {
     "tasks": ["demo_arc_easy", "demo_hellaswag", "demo_winogrande"],
@@ -67,11 +68,10 @@ def row_of(against: str, run: Path, certified: Path | None) -> dict[str, Any]:
     row |= {f"median{end}": critical[f"median{end}"] / unit for end in ends}
     if certified is not None:
         votes = pd.read_csv(certified / "certified.csv").set_index("radius_in_sigma")
-        for radius, name in ((0.0, "vote"), (1.0, "certified")):
-            of_radius = votes.loc[radius]
+        for radius in RADII:
+            name, of_radius = f"certified@{radius:g}", votes.loc[radius]
             row |= {name: of_radius["certified"], f"{name}_low": of_radius["low"]}
             row[f"{name}_high"] = of_radius["high"]
-        row["n_certified"] = int(votes.loc[0.0, "n"])
     return row
 
 

@@ -71,9 +71,11 @@ def tune(training: Training, plan: Plan, output: str | None, bar: bool = True) -
     losses = train(model, data, training.learning_rate, 0.0, backward=backward, bar=bar)
     record["seconds"] = time.perf_counter() - start
     record["losses"] = losses
-    model.eval().save_pretrained(folder)
     if training.lora is None:
+        model.eval().save_pretrained(folder)
         lm.tokenizer.save_pretrained(folder)
+    else:  # PEFT would look for a config to compare the vocabulary with
+        model.eval().save_pretrained(folder, save_embedding_layers=False)
     write_json(folder / RECORD, record)
     return record
 
