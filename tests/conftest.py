@@ -11,14 +11,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import copy
 import functools
 import gc
-import pickle
 import signal
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 from hypothesis import Phase, settings
 from versions import READS_STORED_DATA
 
@@ -78,32 +76,35 @@ def registers():
             table.update(content)
 
 
+# Folders of lm-eval's tasks. Processes that tests start know them all.
+FAMILIES = (
+    "arc glue gsm8k hellaswag lambada openbookqa piqa super_glue truthfulqa wikitext winogrande"
+)
+
+
 @pytest.fixture(scope="session")
-def one_index(tmp_path_factory, request):
-    """lm-eval's thousands of tasks are indexed once, not by each of its task managers: it takes
-    seconds. Of several processes of pytest the first does it, and the others read its index.
+def one_index():
+    """Task managers of tests know few of lm-eval's thousands of tasks, which take seconds to index.
+    Those, and the project's own, are indexed once.
     """
     try:
         from lm_eval.tasks._index import TaskIndex
     except ImportError:  # of an older lm-eval, which has another
         return (yield)
+    from llm_attack.harness.tasks import tasks_path
 
     build, defaults = TaskIndex.build, Path(find_spec("lm_eval.tasks").origin).parent
-
-    @functools.cache
-    def of_defaults():
-        if not hasattr(request.config, "workerinput"):
-            return build([defaults])
-        kept = tmp_path_factory.getbasetemp().parent / "index.pickle"
-        with FileLock(f"{kept}.lock"):
-            if not kept.exists():
-                kept.write_bytes(pickle.dumps(build([defaults])))
-        return pickle.loads(kept.read_bytes())
+    once = functools.cache(lambda *paths: build(paths))
+    folders = {
+        defaults: [defaults / family for family in FAMILIES.split()],
+        tasks_path(): [tasks_path()],
+    }
 
     def quick(paths, **options):
         index = {}
         for path in paths:
-            index |= of_defaults() if path == defaults else build([path], **options)
+            known = not options and path in folders
+            index |= once(*folders[path]) if known else build([path], **options)
         return index
 
     with pytest.MonkeyPatch.context() as patch:
