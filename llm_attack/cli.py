@@ -546,9 +546,10 @@ def transfer(folders: tuple[Path, ...], output: str | None) -> None:
     help="CSV file for the models. The laws and a figure are written beside it.",
 )
 def scaling(folders: tuple[Path, ...], output: str | None) -> None:
-    """Show how critical epsilons depend on the number of parameters, as a power law.
+    """Show how critical epsilons grow with model size.
 
-    Each run asks the same questions of another model, with the attack critical or fmn.
+    It fits a power law of the number of parameters. Each run asks the same questions of another
+    model, with the attack critical or fmn.
     """
     with garbage.kept():
         from llm_attack.suite import commands
