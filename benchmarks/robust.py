@@ -26,7 +26,7 @@ AGAINST = [
     *("none", "pgd@0.05rms", "pgd@0.1rms", "pgd@0.2rms", "pgd@0.4rms"),
     *("freelb@0.1rms", "freelb@0.2rms"),
 ]
-CERTIFIED = ["none", "pgd@0.1rms", "pgd@0.4rms"]
+CERTIFIED = ["none", "pgd@0.1rms", "pgd@0.2rms", "pgd@0.4rms"]
 RADII = [0.0, 1.0, 1.5, 2.0]  # of the certified accuracy, in sigma
 EPSILONS = ["0.05rms", "0.1rms", "0.2rms"]
 JUDGES: dict[str, Any] = {

@@ -28,6 +28,7 @@ from llm_attack.lm.network.pairs import embedding_of, is_pair
 from llm_attack.suite.evaluate import silence
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.plan.training import FREELB, Training
+from llm_attack.suite.run.execute import Processes
 from llm_attack.suite.run.load import load_model
 from llm_attack.suite.run.progress import written
 
@@ -53,13 +54,15 @@ def tune(training: Training, plan: Plan, output: str | None, bar: bool = True) -
         check_writable(folder)
         if folder.exists() and any(folder.iterdir()):
             raise UsageError(f"output={output}: must be a new or an empty folder")
+    if Processes.of(plan).world > 1:
+        raise UsageError("WORLD_SIZE: must be 1 for a training")
     texts = _texts(training, plan)
     torch.manual_seed(plan.seed)
     plan = replace(plan, model_args={"dtype": "float32", **plan.model_args})
     lm = load_model(plan)
     model = trainable(lm, training.lora)
     data = _batches(lm, texts, training, plan.seed)
-    pad = int(model.config.pad_token_id or 0)
+    pad = _pad(lm)
     free = training.attack[0] == FREELB
     backward = AdversarialLoss(lm.attack, free, pad, plan.seed)
     record = _record(training, plan, lm, model, backward, data)
@@ -141,12 +144,20 @@ def _batches(
         ends = [] if lm.tokenizer.eos_token_id is None else [lm.tokenizer.eos_token_id]
         whole = lm.tokenizer([*texts])["input_ids"]
         rows = [[*ids, *ends][: lm.max_length] for ids in whole]
+        rows = [row for row in rows if len(row) > 1]
+        if not rows:
+            raise UsageError(f"text={training.text}: must have a text of two tokens or more")
         generator, chosen = random.Random(seed), list[list[int]]()
         while len(chosen) < n:
             chosen += generator.sample(rows, len(rows))
-        pad = int(lm.model.config.pad_token_id or 0)
-        data = padded(chosen[:n], pad, training.batch_size, seed)
+        data = padded(chosen[:n], _pad(lm), training.batch_size, seed)
     return [ids.to(lm.device) for ids in data]
+
+
+def _pad(lm: AttackedHFLM) -> int:
+    """The token id of padding; 0 if the model has none."""
+    pad = lm.model.config.pad_token_id
+    return pad if isinstance(pad, int) and pad > 0 else 0
 
 
 def _record(

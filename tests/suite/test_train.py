@@ -8,6 +8,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from llm_attack.base.errors import UsageError
 from llm_attack.demo import MODEL_PATH
 from llm_attack.demo.questions import training_texts
 from llm_attack.demo.train import batches, train
@@ -100,6 +101,13 @@ def test_short_files_are_read_again(tmp_path):
         [0, 0, 0, 1, 1],
         [0, 0, 1, 1, 1],
     )
+
+
+def test_what_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="WORLD_SIZE: must be 1"):
+        tuned(tmp_path / "model")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_attack_and_its_settings():

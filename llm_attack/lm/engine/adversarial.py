@@ -32,7 +32,8 @@ class AdversarialLoss:
             makes plain training steps.
         free: FreeLB. It takes the steps of `attack` from a random start in the ball, and its
             gradient is the mean over the start and all points but the last.
-        pad: token id of the padding. It is neither attacked nor predicted.
+        pad: token id of the padding. It is not predicted, and the token before it is not attacked,
+            also where a text contains it.
         seed: seed of the random starts.
     """
 
