@@ -13,9 +13,9 @@ import functools
 import gc
 import signal
 from collections import Counter
-from importlib.util import find_spec
 from pathlib import Path
 
+import indexed
 import pytest
 from hypothesis import Phase, settings
 from versions import READS_STORED_DATA
@@ -76,39 +76,11 @@ def registers():
             table.update(content)
 
 
-# Folders of lm-eval's tasks. Processes that tests start know them all.
-FAMILIES = (
-    "arc glue gsm8k hellaswag lambada openbookqa piqa super_glue truthfulqa wikitext winogrande"
-)
-
-
 @pytest.fixture(scope="session")
 def one_index():
-    """Task managers of tests know few of lm-eval's thousands of tasks, which take seconds to index.
-    Those, and the project's own, are indexed once.
-    """
-    try:
-        from lm_eval.tasks._index import TaskIndex
-    except ImportError:  # of an older lm-eval, which has another
-        return (yield)
-    from llm_attack.harness.tasks import tasks_path
-
-    build, defaults = TaskIndex.build, Path(find_spec("lm_eval.tasks").origin).parent
-    once = functools.cache(lambda *paths: build(paths))
-    folders = {
-        defaults: [defaults / family for family in FAMILIES.split()],
-        tasks_path(): [tasks_path()],
-    }
-
-    def quick(paths, **options):
-        index = {}
-        for path in paths:
-            known = not options and path in folders
-            index |= once(*folders[path]) if known else build([path], **options)
-        return index
-
+    """Few of lm-eval's tasks are known; see `indexed`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TaskIndex, "build", staticmethod(quick))
+        indexed.know_few(patch)
         yield
 
 
