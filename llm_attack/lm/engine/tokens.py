@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from llm_attack.attacks import Attack, Ball, Known, Losses, Watch, loss_gradient
@@ -16,6 +18,7 @@ from llm_attack.attacks.swaps import Sentence, Swapped, Vocabulary, every, gcg, 
 from llm_attack.base.errors import UsageError
 from llm_attack.lm.packing.pack import Pack
 from llm_attack.lm.packing.positions import of_question
+from llm_attack.lm.packing.questions import Question
 
 
 class Change(NamedTuple):
@@ -65,14 +68,7 @@ def ids_of(pack: Pack) -> Tensor:
 
 def prompt_of(pack: Pack) -> Tensor:
     """Whether each element is a token of the prompt that all choices share; may be swapped."""
-    parts = []
-    for question in pack.questions:
-        shared = of_question(question, "context")
-        for path in question.trie.paths:
-            of_path = np.zeros_like(shared)
-            of_path[path] = True
-            shared &= of_path
-        parts.append(torch.from_numpy(shared))
+    parts = [torch.from_numpy(_of_prompt(question)) for question in pack.questions]
     if pack.first is not None:
         prompt = torch.cat(parts)
     else:
@@ -81,6 +77,23 @@ def prompt_of(pack: Pack) -> Tensor:
             row[: len(part)] = part
     prompt = prompt.to(pack.input_ids.device)
     return prompt if pack.moves is None else prompt & pack.moves
+
+
+def _of_prompt(question: Question) -> NDArray[np.bool_]:
+    """(nodes,) whether each node is in the context of every request."""
+    shared = of_question(question, "context")
+    for path in question.trie.paths:
+        of_path = np.zeros_like(shared)
+        of_path[path] = True
+        shared &= of_path
+    return shared
+
+
+def sizes_of(questions: Sequence[Question], positions: str) -> tuple[int, int]:
+    """The largest numbers of tokens of a question that may move, and that may be swapped."""
+    moving = [of_question(question, positions) for question in questions]
+    prompts = (_of_prompt(q) & moves for q, moves in zip(questions, moving, strict=True))
+    return max(int(m.sum()) for m in moving), max(int(p.sum()) for p in prompts)
 
 
 def swap(
