@@ -119,7 +119,7 @@ class Tables:
         hookpoints: accuracy by hookpoint; None for one hookpoint.
         steps: accuracy by steps; None if no attack has several numbers of steps.
         roundings: accuracy under roundings; None if no attack stays in cells.
-        tokens: how many tokens change the answer; None if no attack chooses tokens.
+        tokens: how many tokens change the answer; empty if no attack chooses tokens.
     """
 
     def __init__(self, result: Result, attempts: Attempts) -> None:
@@ -133,7 +133,7 @@ class Tables:
         self.hookpoints: Cells | None = None
         self.steps: Cells | None = None
         self.roundings: Cells | None = None
-        self.tokens: Cells | None = None
+        self.tokens: dict[str, Cells] = {}
         with attempts("the table of tokens"):
             self.tokens = tokens.cells(result.changed)
         with attempts("the table of roundings"):
@@ -162,7 +162,7 @@ class Tables:
         of_questions = self.critical | self.certified
         titled = {WHOLE: self.whole} | {title: cells for title, (cells, _) in of_questions.items()}
         titled |= {texts.TITLE: self.texts, roundings.TITLE: self.roundings}
-        titled |= {tokens.TITLE: self.tokens}
+        titled |= self.tokens
         titled |= {hookpoints.TITLE: self.hookpoints, steps.TITLE: self.steps}
         return {title: cells for title, cells in titled.items() if cells is not None}
 

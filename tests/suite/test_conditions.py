@@ -41,6 +41,7 @@ USERS = {
     "restarts": ["apgd", "apgdt", "critical"],
     **dict.fromkeys(("rounds", "first_epsilon"), ("critical",)),
     "queries": ["blocks"],
+    **dict.fromkeys(("exact_tokens", "candidates"), ()),  # of attacks that choose tokens
     "seed": ["random", "uniform", "gaussian", "pgd", "blocks"],
     "loss": ["fgsm", "reversed", "bim", "pgd", "mifgsm", "apgd", "critical", "blocks"],
     "score": [*ATTACKS],

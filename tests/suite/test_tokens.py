@@ -113,9 +113,9 @@ def test_a_stored_run_is_read_again_and_says_what_is_missing(run):
         *(2.0, "swap", 4),
     )
     assert there.get("swaps") is None  # epsilon has it
-    shown = tokens.cells(loaded.changed).markdown()
-    assert shown in (folder / tokens.FILE).read_text("utf-8")
-    assert tokens.TITLE in (folder / "report.html").read_text("utf-8").lower()
+    for title, shown in tokens.cells(loaded.changed).items():
+        assert shown.markdown() in (folder / tokens.FILE).read_text("utf-8")
+        assert title in (folder / "report.html").read_text("utf-8").lower()
     path = folder / "tokens.parquet"
     kept = path.read_bytes()
     try:
@@ -182,9 +182,28 @@ def test_counts_by_hand():
     assert analysis.counts(two)["n"].tolist() == [4, 4, 8]
 
 
+def test_examples_have_the_tokens_and_the_shares_of_their_saliency():
+    frame = made(
+        tokens=[2, 0, 1],
+        rms=[[1.0, 1.0], [], [1.0]],
+        linf=[[1.0, 1.0], [], [1.0]],
+        place=[[0, 2], [], [1]],
+        old=[["a", " b"], [], ["x"]],
+        new=[None, None, ["\n"]],
+        of_question=[["a", "c", " b", "d"], [], ["w", "x"]],
+        saliency=[[2.0, 1, 4, 1], [1.0], None],
+    )
+    shown = tokens.cells(frame)[tokens.EXAMPLES]
+    assert shown.rows == [
+        ["c", "a", "0", "a, ' b'", "' b' 50%, a 25%, c 12%"],
+        ["c", "a", "2", "x → \\n", "–"],
+    ]
+
+
 def test_nothing_fell():
-    frame = made(tokens=[None], rms=[[]], linf=[[]], place=[[]], saliency=[None])
+    empty = {name: [[]] for name in ("rms", "linf", "place", "old")}
+    frame = made(tokens=[None], saliency=[None], **empty)
     shown = tokens.cells(frame.assign(attack="gcg"))
-    (row,) = shown.rows
-    assert row[2:8] == ["1", "1", "0", "0", "0", "0"] and set(row[8:]) == {"–"}
-    assert tokens.cells(None) is None
+    (row,), (sizes,) = shown[tokens.TITLE].rows, shown[tokens.SIZES].rows
+    assert row == ["c", "1", "1", "0", "0", "0", "0", "–", "–"] and sizes == ["c", *"–––––"]
+    assert tokens.cells(None) == {}

@@ -13,8 +13,10 @@ from llm_attack.base.record import write_text
 from llm_attack.suite.analysis.tokens import MOST, counts
 from llm_attack.suite.report.tables import Cells
 
-TITLE = "tokens that change the answer"
+TITLE, SIZES = "tokens that change the answer", "sizes of the changes"
+EXAMPLES = "changed tokens of the first questions"
 FILE = "tokens.md"
+_FEW = 5
 
 _NOTES = {
     "token_sparse": "token_sparse: as few tokens as possible, each within epsilon; top token: share"
@@ -23,55 +25,97 @@ _NOTES = {
     "hotflip": "hotflip: the swaps with the greatest first-order gains",
     "gcg": "gcg: greedy coordinate gradient, with as many swaps as its name says",
 }
-_SIZES = (
-    "RMS and linf: median over the fallen questions of the largest change of a token's embedding,"
-    " as root mean square and as largest coordinate; both in units of the RMS of the embeddings"
-)
 
 
-def cells(frame: pd.DataFrame | None) -> Cells | None:
-    """A row for each task and condition; None if no attack chooses tokens.
+def cells(frame: pd.DataFrame | None) -> dict[str, Cells]:
+    """Tables by their titles, a row for each task and condition; none if no attack chooses tokens.
 
     Args:
         frame: the frame of `tokens.parquet`.
     """
     if frame is None:
-        return None
+        return {}
     table, present = counts(frame), {*frame["attack"]}
     swaps, sparse = bool(present & {*SWAPS}), bool(present & {*SPARSE})
-    heading = ["task", "condition", "n", "right", *(f"≤ {n}" for n in range(1, MOST + 1)), "any"]
-    heading += ["median", "RMS", "linf", "least linf"]
-    heading += ["top token"] * sparse + ["wrong swaps", "nearest RMS", "nearest linf"] * swaps
-    rows = []
+    place = ["task"] * (table["task"].nunique() > 1) + ["condition"]
+    heading = [*place, "n", "right", *(f"≤ {n}" for n in range(1, MOST + 1)), "any", "median"]
+    heading += ["top token"] * sparse + ["wrong swaps"] * swaps
+    rows, sizes = [], []
     for row in table.to_dict("records"):
-        texts = [str(row["task"]), str(row["condition"])]
-        texts += [f"{row[name]}" for name in ("n", "right")]
-        texts += [f"{row[f'at_most_{n}']}" for n in range(1, MOST + 1)]
-        texts += [f"{row['fell']}", _number(row["median"], "g")]
-        texts += [_number(row[name], ".2f") for name in ("rms", "linf", "least_linf")]
-        texts += [_number(row["first"], ".2f")] * sparse
-        of_swaps = [_share(row), *(_number(row[f"nearest_{x}"], ".2f") for x in ("rms", "linf"))]
-        rows.append([*texts, *(of_swaps * swaps)])
+        of_row = [str(row[name]) for name in place]
+        few = [f"{row[f'at_most_{n}']}" for n in range(1, MOST + 1)]
+        texts = [*of_row, f"{row['n']}", f"{row['right']}", *few, f"{row['fell']}"]
+        texts += [_number(row["median"], "g"), *([_number(row["first"], ".2f")] * sparse)]
+        rows.append([*texts, *([_share(row)] * swaps)])
+        names = [*_LARGEST, *(_NEAREST if swaps else ())]
+        sizes.append([*of_row, *(_number(row[name], ".2f") for name in names)])
     notes = [
         "right: questions that are right without an attack; ≤ 1: those of them for which one token"
         " was enough; any: for which any number was; median: of these, the number of tokens",
-        _SIZES,
         *(note for name, note in _NOTES.items() if name in present),
+        *(["wrong swaps: share of the swaps that were tried, with a wrong answer"] * swaps),
     ]
-    if swaps:
-        notes += [
-            "wrong swaps: share of the swaps that were tried, with a wrong answer",
-            "nearest RMS: median over the tokens of the prompts of the smallest change of their"
-            " embedding by a swap; nearest linf: the smallest change of any, as largest coordinate."
-            " A ball in linf with a smaller radius contains no swap",
-        ]
-    return Cells(heading, rows, notes)
+    titles = [*_LARGEST.values(), *(_NEAREST.values() if swaps else ())]
+    of_sizes = [
+        "RMS, linf: the largest change of a token's embedding, as root mean square and as largest"
+        " coordinate; median over the fallen questions, in units of the RMS of the embeddings;"
+        " least linf: the smallest of all these questions",
+        *([_OF_NEAREST] * swaps),
+    ]
+    of_titles = {TITLE: Cells(heading, rows, notes)}
+    of_titles[SIZES] = Cells([*place, *titles], sizes, of_sizes)
+    return of_titles | {EXAMPLES: _examples(frame)}
 
 
-def save(shown: Cells | None, folder: Path) -> None:
+def _examples(frame: pd.DataFrame) -> Cells:
+    """The changed tokens of the first questions that are right without an attack."""
+    rows = []
+    right = frame[frame["tokens"].isna() | (frame["tokens"] > 0)]
+    for (_, name), group in right.groupby(["task", "condition"], sort=False):
+        for row in group.head(_FEW).to_dict("records"):
+            pairs = zip(row["old"], row["old"] if row["new"] is None else row["new"], strict=True)
+            texts = [quoted(a) if a == b else f"{quoted(a)} → {quoted(b)}" for a, b in pairs]
+            place = [str(name), str(row["task"]), str(row["doc_id"])]
+            rows.append([*place, ", ".join(texts) or "–", _most_salient(row)])
+    notes = [
+        f"the first {_FEW} questions of each task that are right without an attack; tokens in the"
+        " order of the question",
+        "most salient: tokens whose change by epsilon raises the loss most, to first order, each"
+        " with its share of the sum over all tokens",
+    ]
+    return Cells(["condition", "task", "question", "tokens", "most salient"], rows, notes)
+
+
+def _most_salient(row: Mapping[str, Any]) -> str:
+    saliency = row["saliency"]
+    if saliency is None or not sum(saliency):
+        return "–"
+    best = sorted(range(len(saliency)), key=lambda i: -saliency[i])[:MOST]
+    shares = [(quoted(row["of_question"][i]), saliency[i] / sum(saliency)) for i in best]
+    return ", ".join(f"{text} {share:.0%}" for text, share in shares)
+
+
+def quoted(text: str) -> str:
+    """A token's text on one line, in quotes if it has spaces at an end or is none."""
+    shown = text.replace("\n", "\\n").replace("|", "\\|")
+    return shown if shown.strip() == shown != "" else f"'{shown}'"
+
+
+# Columns of the table of sizes.
+_LARGEST = {"rms": "RMS", "linf": "linf", "least_linf": "least linf"}
+_NEAREST = {"nearest_rms": "nearest RMS", "nearest_linf": "nearest linf"}
+_OF_NEAREST = (
+    "nearest RMS: the smallest change by any swap of a token; median over the tokens of all"
+    " prompts; nearest linf: the smallest of all, as largest coordinate. A ball in linf with a"
+    " smaller radius contains no swap"
+)
+
+
+def save(shown: Mapping[str, Cells], folder: Path) -> None:
     """Writes `tokens.md`; nothing without attacks that choose tokens."""
-    if shown is not None:
-        write_text(folder / FILE, f"{TITLE.capitalize()}\n\n{shown.markdown()}")
+    if shown:
+        parts = (f"{title.capitalize()}\n\n{cells.markdown()}" for title, cells in shown.items())
+        write_text(folder / FILE, "\n".join(parts))
 
 
 def _share(row: Mapping[str, Any]) -> str:
