@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from llm_attack.attacks.settings import SPARSE, SWAPS
@@ -69,30 +70,44 @@ def cells(frame: pd.DataFrame | None) -> dict[str, Cells]:
 
 def _examples(frame: pd.DataFrame) -> Cells:
     """The changed tokens of the first questions that are right without an attack."""
-    rows = []
+    rows, present = [], {*frame["attack"]}
     right = frame[frame["tokens"].isna() | (frame["tokens"] > 0)]
     for (_, name), group in right.groupby(["task", "condition"], sort=False):
         for row in group.head(_FEW).to_dict("records"):
             pairs = zip(row["old"], row["old"] if row["new"] is None else row["new"], strict=True)
             texts = [quoted(a) if a == b else f"{quoted(a)} → {quoted(b)}" for a, b in pairs]
             place = [str(name), str(row["task"]), str(row["doc_id"])]
-            rows.append([*place, ", ".join(texts) or "–", _most_salient(row)])
+            rows.append([*place, ", ".join(texts) or "–", _strongest(row)])
     notes = [
         f"the first {_FEW} questions of each task that are right without an attack; tokens in the"
         " order of the question",
-        "most salient: tokens whose change by epsilon raises the loss most, to first order, each"
-        " with its share of the sum over all tokens",
+        *([_SALIENT] if present & {*SPARSE} else ()),
+        *([_SENSITIVE] if "swap" in present else ()),
     ]
-    return Cells(["condition", "task", "question", "tokens", "most salient"], rows, notes)
+    return Cells(["condition", "task", "question", "tokens", "strongest"], rows, notes)
 
 
-def _most_salient(row: Mapping[str, Any]) -> str:
-    saliency = row["saliency"]
-    if saliency is None or not sum(saliency):
+_SALIENT = (
+    "strongest, of token_sparse: the tokens whose change by epsilon raises the loss most, to first"
+    " order, each with its share of the sum over all tokens"
+)
+_SENSITIVE = (
+    "strongest, of swap: the tokens with the most wrong answers, each with the share of its swaps"
+    " that gave one"
+)
+
+
+def _strongest(row: Mapping[str, Any]) -> str:
+    """The tokens with the largest saliency, or with the most swaps that give a wrong answer."""
+    if row["attack"] in SPARSE and row["saliency"] is not None:
+        shares = np.asarray(row["saliency"], float)
+        shares = shares / max(shares.sum(), np.finfo(float).tiny)
+    elif row["attack"] == "swap":
+        shares = np.asarray(row["wrong"], float) / np.maximum(np.asarray(row["tried"], float), 1)
+    else:
         return "–"
-    best = sorted(range(len(saliency)), key=lambda i: -saliency[i])[:MOST]
-    shares = [(quoted(row["of_question"][i]), saliency[i] / sum(saliency)) for i in best]
-    return ", ".join(f"{text} {share:.0%}" for text, share in shares)
+    best = (-shares).argsort(kind="stable")[:MOST]
+    return ", ".join(f"{quoted(row['of_question'][i])} {shares[i]:.0%}" for i in best) or "–"
 
 
 def quoted(text: str) -> str:

@@ -11,7 +11,7 @@ from llm_attack.base.errors import UsageError
 from llm_attack.lm.settings import condition_names
 from llm_attack.suite import results
 from llm_attack.suite.analysis import tokens as analysis
-from llm_attack.suite.analysis.conditions import of_run
+from llm_attack.suite.analysis.conditions import Condition, of_run
 from llm_attack.suite.plan import NO_PART
 from llm_attack.suite.run.estimate import dry_run
 from llm_attack.suite.studies import tokens
@@ -46,6 +46,26 @@ def test_other_runs_have_the_settings_that_they_had():
     names = {"swaps", "candidates", "exact_tokens"}
     assert not names & {*plan("none,fgsm").settings()}
     assert names < {*plan("none,hotflip").settings()}
+
+
+OTHER = {"steps": 7, "step_size": 0.5, "restarts": 3, "seed": 1, "loss": "choice", "norm": "l2"}
+OTHER |= {"exact_tokens": 2, "candidates": 9, "queries": 3, "positions": "context"}
+USES = {
+    "token_sparse": {"steps", "step_size", "loss", "norm", "exact_tokens", "positions"},
+    "swap": {"norm", "positions"},
+    "hotflip": {"loss", "norm", "candidates", "positions"},
+    "gcg": {"steps", "seed", "loss", "norm", "candidates", "positions"},
+}
+
+
+@pytest.mark.parametrize("attack", USES)
+def test_a_setting_counts_where_it_is_used(attack):
+    here = {"attack": attack, "epsilon": 1.0, "loss": "margin"}
+    assert {
+        name
+        for name, value in OTHER.items()
+        if Condition.of("x", here) != Condition.of("x", here | {name: value})
+    } == USES[attack]
 
 
 @pytest.mark.parametrize(
@@ -192,11 +212,14 @@ def test_examples_have_the_tokens_and_the_shares_of_their_saliency():
         new=[None, None, ["\n"]],
         of_question=[["a", "c", " b", "d"], [], ["w", "x"]],
         saliency=[[2.0, 1, 4, 1], [1.0], None],
+        attack=["token_sparse", "token_sparse", "swap"],
+        tried=[None, None, [8, 4]],
+        wrong=[None, None, [2, 3]],
     )
     shown = tokens.cells(frame)[tokens.EXAMPLES]
     assert shown.rows == [
         ["c", "a", "0", "a, ' b'", "' b' 50%, a 25%, c 12%"],
-        ["c", "a", "2", "x → \\n", "–"],
+        ["c", "a", "2", "x → \\n", "x 75%, w 25%"],
     ]
 
 
