@@ -60,7 +60,7 @@ def gains(slope: Tensor, ball: Ball) -> Tensor:
 
 @dataclass
 class _Search:
-    """The best sets so far. The arguments are those of `fewest`."""
+    """The best sets so far; arguments as for `fewest`."""
 
     hill: Hill
     gap: Hill

@@ -58,11 +58,12 @@ class Swapped(NamedTuple):
     """The result of a search for swaps.
 
     Attributes:
-        point: the point. Of several swaps that make the answer wrong it has the shortest. If there
-            is none, it has the greatest gap, or after several steps the greatest loss.
+        point: the point. If several swaps make the answer wrong, it has the shortest. If no swap
+            does, it has the greatest gap, or after several steps the greatest loss.
         ids: its tokens, in the shape of the point without its last dimension.
         tried: (E,) the number of evaluated points with a new token at each element.
-        wrong: (E,) those of them with a wrong answer. GCG asks only for the best of each step.
+        wrong: (E,) the number of those points with a wrong answer. GCG asks only for the best of
+            each step.
     """
 
     point: Tensor

@@ -42,12 +42,13 @@ from llm_attack.lm.units import (
     unit_source,
 )
 
+NAMES = {**ATTACKS, **BATTERIES, **ROUNDINGS, **OF_TOKENS}
+"""The attacks that can be named."""
+
 EMBED, LAYERS = "embed", "layers"
 """Hookpoints with names of their own: the input embedding, and the output of every block."""
 
 CONTEXTS = ("own", "shared")
-NAMES = {**ATTACKS, **BATTERIES, **ROUNDINGS, **OF_TOKENS}
-"""The attacks that can be named."""
 PER_TOKEN = "_token"
 NORMS = ("linf", "l2", f"l2{PER_TOKEN}")
 PACKINGS = ("auto", "tree", "off")
@@ -192,7 +193,9 @@ class AttackSettings(ThreatSettings):
 
     attack: str = setting(
         "fgsm",
-        f"Name of the attack: one of {', '.join(NAMES)}, or package.module:function of your own",
+        f"Name of the attack: one of {', '.join((*ATTACKS, *BATTERIES))}, or"
+        f" package.module:function of your own. Attacks in rounding cells: {', '.join(ROUNDINGS)}."
+        f" Attacks that choose tokens: {', '.join(OF_TOKENS)}",
         allowed=_named(NAMES),
         parse=_attack_name,
         group="attack",

@@ -1,4 +1,4 @@
-"""Which tokens of a question an attack changed, and swaps of its tokens for others."""
+"""The tokens of a question that an attack changed, and swaps of tokens for others."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ class Change(NamedTuple):
 
 
 class Changes(NamedTuple):
-    """What an attack that chooses tokens did to one question.
+    """The changes of one question by an attack that chooses tokens.
 
     Attributes:
         changed: the changed tokens; empty if the clean answer is wrong. None if no wrong answer was
             found.
         tokens: the ids of all tokens of the question, in the order of its trie.
-        saliency: for each of them, how much the loss rises to first order if it alone moves by
-            epsilon; 0 if it may not move. Empty for swaps.
-        tried, wrong: of swaps, for each token the number of evaluated points with another token in
-            its place, and those of them with a wrong answer (`Swapped`); empty for other attacks.
-        nearest: of swaps, for each token the smallest change of its embedding by a swap: as root
-            mean square, and as largest coordinate; None if it may not be swapped.
+        saliency: for each token, how much the loss rises to first order if only this token moves
+            by epsilon; 0 if it may not move. Empty for swaps.
+        tried, wrong: for each token, the counts of `Swapped`; empty unless tokens are swapped.
+        nearest: for each token, the smallest change of its embedding by a swap: as root mean
+            square, and as largest coordinate. None if the token may not be swapped. Empty unless
+            tokens are swapped.
     """
 
     changed: list[Change] | None
@@ -116,7 +116,7 @@ def swap(
         known: values at the clean point.
         keys: seeds of the draws.
         vocabulary: the tokens to take.
-        watch: is told of every gradient.
+        watch: gets every gradient.
     """
     loss = losses.loss
     assert loss is not None
@@ -159,7 +159,7 @@ def changes(
     vocabulary: Vocabulary | None,
     gradient: Tensor | None,
 ) -> list[Changes]:
-    """What an attack that chooses tokens did to each question of a pack. Waits for the device.
+    """The changes of each question by an attack that chooses tokens. Waits for the device.
 
     Args:
         attack: the attack.
@@ -168,7 +168,7 @@ def changes(
         point: the attacked point.
         wrong: (questions,) whether the answer there is wrong.
         swapped: the result of `swap`; None for other attacks.
-        vocabulary: of swaps, the tokens that could be taken.
+        vocabulary: the tokens that a swap could take; None for other attacks.
         gradient: gradient of the loss at the clean point, if it is known.
     """
     ids, noise = ids_of(pack).flatten(), (point - ball.x).flatten(0, -2).double()

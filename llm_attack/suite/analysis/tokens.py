@@ -24,18 +24,18 @@ def counts(frame: pd.DataFrame) -> pd.DataFrame:
     """A row for each task and condition, and one for all tasks together if there are several.
 
     Columns:
-        task, condition, attack: as in the frame.
+        task, condition, attack: the condition and its task.
         n: number of questions.
-        right: those whose clean answer is right.
+        right: number of questions whose clean answer is right.
         at_most_1, at_most_2, ...: right ones for which so few tokens were enough.
         fell: right ones for which any number was enough.
         median: median number of tokens of those that fell.
         rms, linf: medians of the largest change of a token of those that fell, in units of the RMS
             of the embeddings.
         least_linf: the smallest of these largest changes of a coordinate.
-        nearest_rms: of swaps, the median over all tokens of the prompts of the smallest change.
+        nearest_rms: median over all tokens of the prompts of the smallest change by a swap.
         nearest_linf: the smallest change of a coordinate by any swap of these tokens.
-        tried, wrong: of swaps, the sums over the right ones.
+        tried, wrong: number of evaluated swaps of the right ones, and of wrong answers among them.
         first: share of those that fell in which the changed tokens include the most salient one.
     """
     by_task = frame.groupby(["task", "condition"], sort=False)

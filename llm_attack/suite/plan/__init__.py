@@ -126,10 +126,11 @@ class Plan(_SeveralSteps, EngineSettings, SmoothingSettings, FixedSettings):
     )
     attacks: Sequence[Any] = setting(
         ("none", "random", "fgsm", "bim"),
-        f"Attacks to compare, separated by commas: {', '.join(_NAMED)}, or"
-        " package.module:function of your own. The name worst stands for the accuracy against all"
-        " of them at each amplitude. If the loss knows the label, it is always reported. Otherwise"
-        " it is below guessing by construction, and is reported only if you name it. The names"
+        f"Attacks to compare, separated by commas: {', '.join(ATTACKS)}, or"
+        f" package.module:function of your own. Attacks in rounding cells: {', '.join(ROUNDINGS)}."
+        f" Attacks that choose tokens: {', '.join(OF_TOKENS)}. The name worst stands for the"
+        " accuracy against all of them at each amplitude. If the loss knows the label, it is"
+        " always reported. Otherwise it is below guessing by construction, and is reported only if you name it. The names"
         f" {' and '.join(NEWEST)} stand for fixed conditions, which everybody can compare; they set"
         " epsilons, norms and loss",
         allowed=values.NAMES,

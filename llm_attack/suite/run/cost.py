@@ -51,7 +51,7 @@ class Tokens(NamedTuple):
 
     Attributes:
         moving: tokens of a question that may move.
-        prompt: those of them that may be swapped.
+        prompt: tokens of a question that may be swapped.
         vocabulary: tokens that may be taken in their place.
     """
 

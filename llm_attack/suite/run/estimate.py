@@ -252,7 +252,7 @@ def _todo(engine: Engine, every: Sequence[Batch], some: Sequence[Batch]) -> Pass
     Args:
         engine: the engine with the conditions.
         every: all batches of the run with requests to score.
-        some: those that are asked about.
+        some: the batches to count for.
     """
     others = max((len(q.gold) - 1 for b in every for q in b.questions), default=0)
     places = list(dict.fromkeys(engine.scorers))

@@ -32,12 +32,12 @@ def frame(
         rms, linf: for each of them, the root mean square of the change of its embedding, and the
             largest change of a coordinate, in units of the RMS of the embeddings.
         of_question: the texts of all tokens of the question.
-        saliency: for each of them, how much the loss rises to first order if it alone moves by
-            epsilon; null for swaps.
-        tried, wrong: of swaps, for each token the number of evaluated points with another token in
-            its place, and those of them with a wrong answer.
-        nearest_rms, nearest_linf: of swaps, for each token the smallest change of its embedding by
-            a swap, in the same units; NaN if it may not be swapped.
+        saliency: for each token, how much the loss rises to first order if only this token moves
+            by epsilon; null for swaps.
+        tried, wrong: for each token, the number of evaluated points with another token in its
+            place, and the number of wrong answers among them; null unless tokens are swapped.
+        nearest_rms, nearest_linf: for each token, the smallest change of its embedding by a swap,
+            in the same units. NaN if it may not be swapped; null unless tokens are swapped.
 
     Args:
         lm: the model, with the conditions of the run.
