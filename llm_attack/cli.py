@@ -202,10 +202,10 @@ _verbose = click.option(
     " hub_results_org=me,push_results_to_hub=True. Each condition is a model.",
 )
 def run(**settings: Any) -> None:
-    """Compare attacks over tasks: accuracy, tests, figures and a report.
+    """Compare attacks over tasks, and write a report.
 
-    All conditions are computed in one pass. Several processes (accelerate launch --num_processes N
-    -m llm_attack run ...) share the work.
+    The report has accuracies, tests and figures. All conditions are computed in one pass. Several
+    processes (accelerate launch --num_processes N -m llm_attack run ...) share the work.
     """
     from llm_attack.suite import evaluate
 
@@ -325,9 +325,10 @@ class _OfUniversal(_OfPlan):
 def universal(
     progress: str, verbose: int, output: str | None, share: str, dry_run: bool, **settings: Any
 ) -> None:
-    """Fit one perturbation to half of the questions, for all questions.
+    """Fit one perturbation that is for all questions.
 
-    Score it on the other half with llm-attack run --perturbation FILE.
+    Half of the questions are used. Score it on the other half with llm-attack run --perturbation
+    FILE.
     """
     from llm_attack.suite import universal as commands
     from llm_attack.suite.plan import Plan
@@ -348,7 +349,7 @@ def universal(
     "-o", "--output", metavar="PATH", required=True, help="New folder for the checkpoint."
 )
 def export(file: str, output: str, model: str | None) -> None:
-    """Save a checkpoint whose embeddings contain a universal perturbation.
+    """Save a checkpoint that contains a universal perturbation.
 
     Any program that loads it shows the accuracy under the perturbation, such as lm_eval with hf.
     """
@@ -394,7 +395,10 @@ _intervals = click.option(
 @_format
 @_intervals
 def report(folder: Path, **settings: Any) -> None:
-    """Write the tables, figures and report of a run again, from its stored samples."""
+    """Write the tables and figures of a run again.
+
+    They are made from its stored samples. No model is loaded.
+    """
     with garbage.kept():
         from llm_attack.suite import commands
 
@@ -452,9 +456,10 @@ def compare(folders: tuple[Path, ...], **settings: Any) -> None:
 @click.argument("folders", type=_FOLDER, nargs=-1, required=True)
 @click.option("-o", "--output", metavar="PATH", help="CSV file for the table.")
 def transfer(folders: tuple[Path, ...], output: str | None) -> None:
-    """Show whether perturbations found under one model harm others, as a matrix of drops.
+    """Show whether perturbations of one model harm others.
 
-    Each run is made by llm-attack run --perturbation. There is one for each pair of models.
+    The table has the drop of accuracy for each pair of models. Each pair has a run, made by
+    llm-attack run --perturbation.
     """
     with garbage.kept():
         from llm_attack.suite import commands
@@ -476,9 +481,10 @@ def transfer(folders: tuple[Path, ...], output: str | None) -> None:
 @click.option("--name", metavar="TEXT", help="Name of the person or group that hands the card in.")
 @click.option("--link", metavar="URL", help="Address of a paper, a page or a person.")
 def card(folder: Path, **settings: Any) -> None:
-    """Write the card of a run with --attacks standard: model, tasks and robust accuracy as JSON.
+    """Write the card of a run with --attacks standard.
 
-    A run that the standard does not allow is refused.
+    It is a JSON file with the model, the tasks and the robust accuracy. A run that the standard
+    does not allow is refused.
     """
     from llm_attack.suite import cards
 
@@ -497,10 +503,11 @@ def card(folder: Path, **settings: Any) -> None:
     "-o", "--output", metavar="PATH", required=True, help="Folder for the pages and downloads."
 )
 def board(cards: tuple[Path, ...], output: str) -> None:
-    """Make pages of cards: sortable tables, a figure, a page for each model, and downloads.
+    """Make pages that compare models, from their cards.
 
-    The pages need neither a server nor a network. Models are compared if they answered the same
-    questions under the same version of a standard.
+    They have sortable tables, a figure, a page for each model, and downloads. The pages need
+    neither a server nor a network. Models are compared if they answered the same questions under
+    the same version of a standard.
     """
     from llm_attack.suite import cards as commands
 
