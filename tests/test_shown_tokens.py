@@ -20,16 +20,37 @@ def changed(folder):
     return pd.read_parquet(RESULTS / folder / "tokens.parquet")
 
 
-@pytest.mark.parametrize("folder", ["tokens/demo", "swaps/demo"])
+FOLDERS = ("tokens/demo", "swaps/demo", "tokens/smollm2-135m", "swaps/smollm2-135m")
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
 def test_tables_are_those_of_the_results(folder):
     """The table of examples in part, the others whole."""
     shown = list(tables(PAGES[folder.partition("/")[0]]))
     for heading, *rows in tables((RESULTS / folder / "tokens.md").read_text("utf-8")):
-        if folder == "tokens/demo" and heading[1] == "RMS":  # these sizes are epsilon
+        found = [of[1:] for of in shown if of[0] == heading and of[1] in rows]
+        left_out = {"tokens/demo": "RMS", "tokens/smollm2-135m": "RMS", "swaps/smollm2-135m": "n"}
+        if heading[1] == left_out.get(folder) or (folder == FOLDERS[3] and "strongest" in heading):
+            assert not found  # with token_sparse, the sizes are epsilon
             continue
-        (beside,) = [of[1:] for of in shown if of[0] == heading and of[1] in rows]
+        (beside,) = found
         assert all(row in rows for row in beside)
-        assert len(beside) == (5 if "strongest" in heading else len(rows))
+        few = 5 if folder.endswith("demo") else 3
+        assert len(beside) == (few if "strongest" in heading else len(rows))
+
+
+def test_a_real_model():
+    few = counts(changed("swaps/smollm2-135m")).set_index("condition")
+    assert few["right"].tolist() == [3, 3, 3] and few["fell"].tolist() == [2, 3, 3]
+    assert "`hotflip` changes 2 of the 3 answers and `gcg` all 3" in WORDS["swaps"]
+    some = changed("swaps/smollm2-135m")
+    some = some[some["attack"] == "hotflip"]["nearest_linf"].explode().astype(float).dropna()
+    text = (
+        f"Of the {len(some)} tokens of these prompts, none has another within {some.min():.2f} RMS"
+    )
+    assert text in WORDS["swaps"]
+    assert f"In the median the nearest is {some.median():.2f} RMS away" in WORDS["swaps"]
+    assert some.min() > 0.7
 
 
 def test_counts_are_made_again_from_the_frames():
@@ -52,9 +73,9 @@ def test_sizes_beside_critical_epsilons():
     assert f"have a median of {median:.3f} RMS" in WORDS["swaps"]
     assert f"Moving all embeddings by {median:.3f} RMS changes half" in WORDS["swaps"]
     assert f"`linf` of {of_swaps['linf']:.2f} RMS in the median" in WORDS["swaps"]
-    assert f"No swap at all is nearer than {of_swaps['nearest_linf']:.2f} RMS" in WORDS["swaps"]
-    assert f"is at least {of_swaps['nearest_linf']:.2f} RMS away" in WORDS["swaps"]
-    assert of_swaps["least_linf"] > of_swaps["nearest_linf"] > median
+    assert f"No swap at all is nearer than {of_swaps['least_nearest']:.2f} RMS" in WORDS["swaps"]
+    assert f"is at least {of_swaps['least_nearest']:.2f} RMS away" in WORDS["swaps"]
+    assert of_swaps["least_linf"] > of_swaps["least_nearest"] > median
 
 
 def test_swaps_of_the_template_and_the_most_salient_token():

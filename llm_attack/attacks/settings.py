@@ -406,7 +406,7 @@ class Attack(StepSettings):
         if not known_attack(self.name) and (
             not isinstance(self.name, str) or kind_of(self.name) is None
         ):
-            raise invalid("attack", self.name, ATTACKS)
+            raise invalid("attack", self.name, {**ATTACKS, **ROUNDINGS, **OF_TOKENS})
         if (self.kind.inside is None) != (self.cells is None):
             raise UsageError(
                 f"cells={self.cells}: must be given with one of {', '.join(ROUNDINGS)}, and with no"

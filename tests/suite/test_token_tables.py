@@ -196,7 +196,8 @@ def test_counts_by_hand():
     assert [row[f"at_most_{n}"] for n in (1, 2, 3)] == [1, 2, 2]
     assert (row["median"], row["rms"], row["linf"], row["least_linf"]) == (1.5, 0.7, 1.4, 1.0)
     assert (row["first"], row["tried"], row["wrong"]) == (0.5, 24, 3)
-    assert (row["nearest_rms"], row["nearest_linf"]) == (3.0, 2.5)
+    found = row["nearest_rms"], row["nearest_linf"], row["least_nearest"]
+    assert found == (3.0, 4.5, 2.5)
     two = pd.concat([frame, frame.assign(task="b")])
     assert [*analysis.counts(two)["task"]] == ["a", "b", "all"]
     assert analysis.counts(two)["n"].tolist() == [4, 4, 8]
@@ -228,5 +229,5 @@ def test_nothing_fell():
     frame = made(tokens=[None], saliency=[None], **empty)
     shown = tokens.cells(frame.assign(attack="gcg"))
     (row,), (sizes,) = shown[tokens.TITLE].rows, shown[tokens.SIZES].rows
-    assert row == ["c", "1", "1", "0", "0", "0", "0", "–", "–"] and sizes == ["c", *"–––––"]
+    assert row == ["c", "1", "1", "0", "0", "0", "0", "–", "–"] and sizes == ["c", *"––––––"]
     assert tokens.cells(None) == {}

@@ -33,8 +33,9 @@ def counts(frame: pd.DataFrame) -> pd.DataFrame:
         rms, linf: medians of the largest change of a token of those that fell, in units of the RMS
             of the embeddings.
         least_linf: the smallest of these largest changes of a coordinate.
-        nearest_rms: median over all tokens of the prompts of the smallest change by a swap.
-        nearest_linf: the smallest change of a coordinate by any swap of these tokens.
+        nearest_rms, nearest_linf: medians over all tokens of the prompts of the smallest change by
+            a swap.
+        least_nearest: the smallest change by any swap of these tokens, as largest coordinate.
         tried, wrong: number of evaluated swaps of the right ones, and of wrong answers among them.
         first: share of those that fell in which the changed tokens include the most salient one.
     """
@@ -68,7 +69,8 @@ def _row(task: str, condition: str, group: pd.DataFrame) -> dict[str, object]:
         **{name: float(values.median()) for name, values in largest.items()},
         "least_linf": float(largest["linf"].min()),
         "nearest_rms": float(_joined(group["nearest_rms"]).median()),
-        "nearest_linf": float(_joined(group["nearest_linf"]).min()),
+        "nearest_linf": float(_joined(group["nearest_linf"]).median()),
+        "least_nearest": float(_joined(group["nearest_linf"]).min()),
         **{name: float(_joined(right[name]).sum(min_count=1)) for name in ("tried", "wrong")},
         "first": float(np.mean(shown)) if shown else np.nan,
     }

@@ -130,9 +130,9 @@ class Plan(_SeveralSteps, EngineSettings, SmoothingSettings, FixedSettings):
         f" package.module:function of your own. Attacks in rounding cells: {', '.join(ROUNDINGS)}."
         f" Attacks that choose tokens: {', '.join(OF_TOKENS)}. The name worst stands for the"
         " accuracy against all of them at each amplitude. If the loss knows the label, it is"
-        " always reported. Otherwise it is below guessing by construction, and is reported only if you name it. The names"
-        f" {' and '.join(NEWEST)} stand for fixed conditions, which everybody can compare; they set"
-        " epsilons, norms and loss",
+        " always reported. Otherwise it is below guessing by construction, and is reported only if"
+        f" you name it. The names {' and '.join(NEWEST)} stand for fixed conditions, which"
+        " everybody can compare; they set epsilons, norms and loss",
         allowed=values.NAMES,
         parse=values.attacks,
         group="attack",

@@ -118,11 +118,15 @@ def quoted(text: str) -> str:
 
 # Columns of the table of sizes.
 _LARGEST = {"rms": "RMS", "linf": "linf", "least_linf": "least linf"}
-_NEAREST = {"nearest_rms": "nearest RMS", "nearest_linf": "nearest linf"}
+_NEAREST = {
+    "nearest_rms": "nearest RMS",
+    "nearest_linf": "nearest linf",
+    "least_nearest": "least nearest",
+}
 _OF_NEAREST = (
-    "nearest RMS: the smallest change by any swap of a token; median over the tokens of all"
-    " prompts; nearest linf: the smallest of all, as largest coordinate. A ball in linf with a"
-    " smaller radius contains no swap"
+    "nearest RMS, nearest linf: the smallest change of a token by any swap; median over the tokens"
+    " of all prompts; least nearest: the smallest of all, as largest coordinate. No smaller ball in"
+    " linf contains a swap"
 )
 
 
