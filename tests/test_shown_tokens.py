@@ -45,9 +45,7 @@ def test_a_real_model():
     assert "`hotflip` changes 2 of the 3 answers and `gcg` all 3" in WORDS["swaps"]
     some = changed("swaps/smollm2-135m")
     some = some[some["attack"] == "hotflip"]["nearest_linf"].explode().astype(float).dropna()
-    text = (
-        f"Of the {len(some)} tokens of these prompts, none has another within {some.min():.2f} RMS"
-    )
+    text = f"None of the {len(some)} tokens of these prompts has another within {some.min():.2f}"
     assert text in WORDS["swaps"]
     assert f"In the median the nearest is {some.median():.2f} RMS away" in WORDS["swaps"]
     assert some.min() > 0.7
