@@ -219,6 +219,19 @@ RULES = (
         more="--limit 2 --steps 2",
     ),
     Rule(
+        r"llm-attack run .* --attacks none,(token_sparse|swap|hotflip).*",
+        f"{FEW}, few steps and few candidates",
+        changes=(
+            (r"results/\S+", "chosen"),
+            ("none,swap,", "none,"),
+            (r"\S+\.gguf", "demo"),
+            ("--tasks arc_easy", "--tasks demo_arc_easy"),
+            (r"--exact_tokens \d", ""),
+            (r"--(candidates|steps|limit) \d+", ""),
+        ),
+        more="--limit 2 --steps 2",
+    ),
+    Rule(
         r"llm-attack run .* --sigmas .*",
         f"{FEW}, and few draws of noise",
         changes=(("results/certify/demo", "certified"),),

@@ -54,6 +54,7 @@ from llm_attack.suite.run import (
     steps,
     texts,
     tied,
+    tokens,
 )
 from llm_attack.suite.run.load import load_model
 from llm_attack.suite.run.progress import RunProgress, note, status
@@ -290,6 +291,7 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
     }
     judged = dict(zip(infos, results, strict=True))
     more: Any = {"traced": _traced(prepared, gathered), "certificates": of_questions}
+    more["changed"] = tokens.frame(lm, questions, requests, gathered.changes)
     return Result(table, samples, questions, redacted(run), judged, **more)
 
 
