@@ -36,7 +36,7 @@ _SIZE = "amplitude"  # the key in the record of a condition
 # are paired by the hash of their prompts) and the conditions, or say how a run is carried out.
 OF_THE_RUN = (
     *("model", "model_args", "tasks", "limit", "include_path"),
-    *("attacks", "epsilons", "cells", "critical", "epsilon_max", "hookpoints"),
+    *("attacks", "epsilons", "cells", "swaps", "critical", "epsilon_max", "hookpoints"),
     *("batch_size", "device", "equivalence", "shard", "ray", "ray_workers"),
     *("save_perturbations", "path_points", "trace"),
     *names(SmoothingSettings),
@@ -191,6 +191,7 @@ def _used(attack: str, values: Mapping[str, Any]) -> dict[str, Any]:
         "seed": not resolved.draws,
         "gradient_dtype": not kind.gradient,
         "cells": True,  # the unit of epsilon
+        "swaps": True,  # epsilon itself
     }
     unused["loss_source"] = unused["loss"]
     return {name: value for name, value in used.items() if not unused.get(name)}

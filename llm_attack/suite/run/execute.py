@@ -54,6 +54,7 @@ from llm_attack.suite.run import (
     steps,
     texts,
     tied,
+    tokens,
 )
 from llm_attack.suite.run.load import load_model
 from llm_attack.suite.run.progress import RunProgress, note, status
@@ -235,7 +236,8 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         threads = sorted(_answer(prepared, store, saved is not None, progress, console))
         if not who.first:
             return None
-        with status(progress, console, "waiting for the other processes"):
+        stage = "waiting for the other processes" if who.world > 1 else "reading the answers"
+        with status(progress, console, stage):
             store.wait()
         gathered = gather(store.contents(), work, len(requests))
         if saved is not None:
@@ -292,6 +294,7 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
     }
     judged = dict(zip(infos, results, strict=True))
     more: Any = {"traced": _traced(prepared, gathered), "certificates": of_questions}
+    more["changed"] = tokens.frame(lm, questions, requests, gathered.changes)
     return Result(table, samples, questions, redacted(run), judged, **more)
 
 
