@@ -198,7 +198,7 @@ RULES = (
     Rule(
         r"llm-attack run .* --save_perturbations .*",
         f"{FEW}, and few gradients; in a folder without another run",
-        changes=((" DIR", " perturbed"),),
+        changes=(*MODEL, *TASKS, (" DIR", " perturbed")),
         more="--limit 2 --path_points 2",
     ),
     Rule(
