@@ -124,6 +124,19 @@ def test_low_precision(loaded, model, build):
         assert error < 0.5 * damage  # nearer to the attack in float32 than to none
 
 
+def test_parts_on_disk(folder, loaded, build, tmp_path):
+    """A block of the decoder, as `parallelize=True` of lm-eval places it."""
+    task, common = build(TASK, 2), {"attack": "fgsm", "epsilon": "0.1rms", "loss": "choice"}
+    inside = ("embed_tokens", "block.1", "final_layer_norm", "dropout")
+    places = dict.fromkeys(
+        ("shared", "encoder", "lm_head", *(f"decoder.{n}" for n in inside)), "cpu"
+    )
+    split = {"parallelize": True, "device_map": {**places, "decoder.block.0": "disk"}}
+    lm = loaded(folder, offload_folder=str(tmp_path), **split, **common)
+    assert {p.device.type for p in lm.model.parameters()} == {"cpu", "meta"}
+    assert answers(lm, task) == pytest.approx(answers(loaded(**common), task), abs=1e-4)
+
+
 def test_adapters(loaded, model, build):
     task = build(TASK, 2)
     config = LoraConfig(

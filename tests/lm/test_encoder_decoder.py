@@ -1,5 +1,6 @@
 """Encoder-decoder models: hook, gradient, shared contexts, and answers of stock `hf`."""
 
+import copy
 import sys
 from dataclasses import replace
 
@@ -223,6 +224,14 @@ def test_positions_that_the_decoder_counts(monkeypatch, caplog):
         with frozen(network(kind)):
             assert longest_decoder(PairScorer(network(kind), None), CPU) == expected
     assert "decoder: a row for each request, because shared rows give other" in caplog.text
+
+
+def test_a_start_token_that_is_the_pad_token():
+    """Its position is that of padding, and the positions behind it begin again in the same way."""
+    model = copy.deepcopy(network("m2m_100"))
+    model.config.decoder_start_token_id = model.config.pad_token_id
+    with frozen(model):
+        assert longest_decoder(PairScorer(model, None), CPU) == longest("m2m_100")
 
 
 def test_parts_of_a_large_question_are_the_whole():
