@@ -107,11 +107,25 @@ def test_divided_by_fsdp2():
         assert divided == pytest.approx(whole, abs=1e-4)
 
 
-def test_divided_by_fsdp1(make):
-    class FullyShardedDataParallel(torch.nn.Module):  # torch's own needs processes
-        pass
+class FSDPModule(torch.nn.Module):
+    """Named like torch's classes, which need several processes."""
 
+
+class FullyShardedDataParallel(torch.nn.Module):
+    """As above."""
+
+
+def divided_by(kind):
     model = copy.deepcopy(network("llama"))
-    model.model.norm.add_module("wrapped", FullyShardedDataParallel())
+    model.model.norm.add_module("divided", kind())
+    return {"pretrained": model, "tokenizer": tokenizer(), "attack": "fgsm"}
+
+
+def test_settings_of_a_divided_model(make):
+    """Nothing reads its weights outside of a forward, and no process halves a batch alone."""
+    layout = make(**divided_by(FSDPModule)).engine.layout
+    assert not layout.once and not layout.divides
+    with pytest.raises(UsageError, match="gradient_dtype=bfloat16: must be left out with fully_sh"):
+        make(**divided_by(FSDPModule), gradient_dtype="bfloat16")
     with pytest.raises(UsageError, match=r"FullyShardedDataParallel \(FSDP1\) is not supported"):
-        make(pretrained=model, attack="none", tokenizer=tokenizer())
+        make(**divided_by(FullyShardedDataParallel))
