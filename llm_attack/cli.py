@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import click
 
 from llm_attack import __version__
-from llm_attack.base import failures, garbage
+from llm_attack.base import declare, failures, garbage
 from llm_attack.base.declare import DIALECT
 from llm_attack.base.options import Command, Option, examples, number, options
 
@@ -202,10 +202,10 @@ _verbose = click.option(
     " hub_results_org=me,push_results_to_hub=True. Each condition is a model.",
 )
 def run(**settings: Any) -> None:
-    """Compare attacks over tasks: accuracy, tests, figures and a report.
+    """Compare attacks over tasks, and write a report.
 
-    All conditions are computed in one pass. Several processes (accelerate launch --num_processes N
-    -m llm_attack run ...) share the work.
+    The report has accuracies, tests and figures. All conditions are computed in one pass. Several
+    processes (accelerate launch --num_processes N -m llm_attack run ...) share the work.
     """
     from llm_attack.suite import evaluate
 
@@ -325,9 +325,10 @@ class _OfUniversal(_OfPlan):
 def universal(
     progress: str, verbose: int, output: str | None, share: str, dry_run: bool, **settings: Any
 ) -> None:
-    """Fit one perturbation to half of the questions, for all questions.
+    """Fit one perturbation that is for all questions.
 
-    Score it on the other half with llm-attack run --perturbation FILE.
+    Half of the questions are used. Score it on the other half with llm-attack run --perturbation
+    FILE.
     """
     from llm_attack.suite import universal as commands
     from llm_attack.suite.plan import Plan
@@ -348,13 +349,77 @@ def universal(
     "-o", "--output", metavar="PATH", required=True, help="New folder for the checkpoint."
 )
 def export(file: str, output: str, model: str | None) -> None:
-    """Save a checkpoint whose embeddings contain a universal perturbation.
+    """Save a checkpoint that contains a universal perturbation.
 
     Any program that loads it shows the accuracy under the perturbation, such as lm_eval with hf.
     """
     from llm_attack.suite import universal as commands
 
     commands.export(file, output, model)
+
+
+class _OfTrain(_OfPlan):
+    """A command with the settings of a training, and those of a plan that it depends on."""
+
+    _OF_PLAN = ("model", "model_args", "norm", "steps", "step_size", "epsilon_unit", "seed")
+
+    @cached_property
+    def settings(self) -> list[Option]:
+        """The settings of the plan that the user may choose."""
+        left = [o for o in super().settings if o.name in (*self._OF_PLAN, "device")]
+        for option in left:
+            defaults = {"model": "demo", "steps": 3}
+            option.default = defaults.get(str(option.name), option.default)
+        return left
+
+    @cached_property
+    def own(self) -> list[Option]:
+        """The settings of the training."""
+        from llm_attack.suite.plan.training import Training
+
+        return options(Training)
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """The settings of the training come first."""
+        return [*self.own, *super().get_params(ctx)]
+
+
+@main.command(
+    cls=_OfTrain,
+    context_settings={"show_default": True, **DIALECT},
+    epilog=examples(
+        "llm-attack train --against pgd@0.02rms -o out/robust",
+        "llm-attack train --against freelb@0.02rms --updates 200 -o out/robust",
+        "llm-attack train --model models/mine --text texts.txt --lora 8 -o out/adapter",
+    ),
+)
+@_progress
+@_verbose
+@click.option(
+    "-o",
+    "--output",
+    cls=Option,
+    group="output",
+    metavar="PATH",
+    help="New folder for the model, or for its adapter.",
+)
+@click.option(
+    "--dry_run",
+    cls=Option,
+    group="output",
+    is_flag=True,
+    help="Print the passes and the time that it would need, and write nothing.",
+)
+def train(progress: str, verbose: int, output: str | None, dry_run: bool, **settings: Any) -> None:
+    """Tune a model on text whose embeddings are under attack.
+
+    The embedding itself stays as it is. Attack the result with llm-attack run.
+    """
+    from llm_attack.suite import train as commands
+    from llm_attack.suite.plan.training import Training
+
+    training = Training(**{name: settings.pop(name) for name in declare.names(Training)})
+    commands.run(training, _given(settings), output, progress, verbose, dry_run)
 
 
 _FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -394,7 +459,10 @@ _intervals = click.option(
 @_format
 @_intervals
 def report(folder: Path, **settings: Any) -> None:
-    """Write the tables, figures and report of a run again, from its stored samples."""
+    """Write the tables and figures of a run again.
+
+    They are made from its stored samples. No model is loaded.
+    """
     with garbage.kept():
         from llm_attack.suite import commands
 
@@ -452,14 +520,41 @@ def compare(folders: tuple[Path, ...], **settings: Any) -> None:
 @click.argument("folders", type=_FOLDER, nargs=-1, required=True)
 @click.option("-o", "--output", metavar="PATH", help="CSV file for the table.")
 def transfer(folders: tuple[Path, ...], output: str | None) -> None:
-    """Show whether perturbations found under one model harm others, as a matrix of drops.
+    """Show whether perturbations of one model harm others.
 
-    Each run is made by llm-attack run --perturbation. There is one for each pair of models.
+    The table has the drop of accuracy for each pair of models. Each pair has a run, made by
+    llm-attack run --perturbation.
     """
     with garbage.kept():
         from llm_attack.suite import commands
 
         commands.transfer(folders, output)
+
+
+@main.command(
+    epilog=examples(
+        "llm-attack scaling out/small out/medium out/large out/huge",
+        "llm-attack scaling out/width*/step2000 -o scaling.csv",
+        "llm-attack scaling out/width*/step* -o scaling.csv",
+    )
+)
+@click.argument("folders", type=_FOLDER, nargs=-1, required=True)
+@click.option(
+    "-o",
+    "--output",
+    metavar="PATH",
+    help="CSV file for the models. The laws and a figure are written beside it.",
+)
+def scaling(folders: tuple[Path, ...], output: str | None) -> None:
+    """Show how critical epsilons grow with model size.
+
+    It fits a power law of the number of parameters. Each run asks the same questions of another
+    model, with the attack critical or fmn.
+    """
+    with garbage.kept():
+        from llm_attack.suite import commands
+
+        commands.scaling(folders, output)
 
 
 @main.command(
@@ -476,9 +571,10 @@ def transfer(folders: tuple[Path, ...], output: str | None) -> None:
 @click.option("--name", metavar="TEXT", help="Name of the person or group that hands the card in.")
 @click.option("--link", metavar="URL", help="Address of a paper, a page or a person.")
 def card(folder: Path, **settings: Any) -> None:
-    """Write the card of a run with --attacks standard: model, tasks and robust accuracy as JSON.
+    """Write the card of a run with --attacks standard.
 
-    A run that the standard does not allow is refused.
+    It is a JSON file with the model, the tasks and the robust accuracy. A run that the standard
+    does not allow is refused.
     """
     from llm_attack.suite import cards
 
@@ -497,10 +593,11 @@ def card(folder: Path, **settings: Any) -> None:
     "-o", "--output", metavar="PATH", required=True, help="Folder for the pages and downloads."
 )
 def board(cards: tuple[Path, ...], output: str) -> None:
-    """Make pages of cards: sortable tables, a figure, a page for each model, and downloads.
+    """Make pages that compare models, from their cards.
 
-    The pages need neither a server nor a network. Models are compared if they answered the same
-    questions under the same version of a standard.
+    They have sortable tables, a figure, a page for each model, and downloads. The pages need
+    neither a server nor a network. Models are compared if they answered the same questions under
+    the same version of a standard.
     """
     from llm_attack.suite import cards as commands
 

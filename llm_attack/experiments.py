@@ -25,7 +25,10 @@ FIGURES = [figure.COMMAND for figure in _EXPERIMENTS]
     )
 )
 def reproduce() -> None:
-    """Reproduce the other experiments of the paper, each with its figure, numbers and record."""
+    """Reproduce the other experiments of the paper.
+
+    Each writes its figure, its numbers and its record.
+    """
 
 
 for _command in FIGURES:
@@ -35,7 +38,7 @@ for _command in FIGURES:
 @reproduce.command("fig3", add_help_option=False, context_settings={"ignore_unknown_options": True})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def fig3(arguments: tuple[str, ...]) -> None:
-    """Language models: use `llm-attack run` for Fig. 3."""
+    """Language models: use llm-attack run."""
     raise UsageError(
         "reproduce fig3: Fig. 3 is llm-attack run, such as llm-attack run --model"
         " TinyLlama/TinyLlama_v1.1 -o out/fig3"

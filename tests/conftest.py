@@ -11,14 +11,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import copy
 import functools
 import gc
-import pickle
 import signal
 from collections import Counter
-from importlib.util import find_spec
 from pathlib import Path
 
+import indexed
 import pytest
-from filelock import FileLock
 from hypothesis import Phase, settings
 from versions import READS_STORED_DATA
 
@@ -79,35 +77,10 @@ def registers():
 
 
 @pytest.fixture(scope="session")
-def one_index(tmp_path_factory, request):
-    """lm-eval's thousands of tasks are indexed once, not by each of its task managers: it takes
-    seconds. Of several processes of pytest the first does it, and the others read its index.
-    """
-    try:
-        from lm_eval.tasks._index import TaskIndex
-    except ImportError:  # of an older lm-eval, which has another
-        return (yield)
-
-    build, defaults = TaskIndex.build, Path(find_spec("lm_eval.tasks").origin).parent
-
-    @functools.cache
-    def of_defaults():
-        if not hasattr(request.config, "workerinput"):
-            return build([defaults])
-        kept = tmp_path_factory.getbasetemp().parent / "index.pickle"
-        with FileLock(f"{kept}.lock"):
-            if not kept.exists():
-                kept.write_bytes(pickle.dumps(build([defaults])))
-        return pickle.loads(kept.read_bytes())
-
-    def quick(paths, **options):
-        index = {}
-        for path in paths:
-            index |= of_defaults() if path == defaults else build([path], **options)
-        return index
-
+def one_index():
+    """Few of lm-eval's tasks are known; see `indexed`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TaskIndex, "build", staticmethod(quick))
+        indexed.know_few(patch)
         yield
 
 

@@ -10,7 +10,7 @@ def evaluated(model, tasks, *, output=None, progress="bar", **settings):
 
 
 _PROGRESS = re.compile(
-    r"looking up the tasks|loading .*|building the requests|waiting for the other processes|judging"
+    r"looking up the tasks|loading .*|building the requests|reading the answers|judging"
     r"|[\d,]+ of [\d,]+ requests.*|\{\"event\": \"(stage|progress)\".*"
 )
 

@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+from indexed import know_few
+
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(
     [
@@ -44,6 +47,8 @@ def _enter(name: str, arguments: tuple[str, ...], folder: Path) -> None:
     for number, of in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(folder / of, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.argv = [name, *arguments]
+    if name == "lm_eval":
+        know_few(pytest.MonkeyPatch())
     try:
         runpy.run_module(name, run_name="__main__", alter_sys=True)
     except Exception:  # as an interpreter does at its end, and `multiprocessing` does not

@@ -225,10 +225,28 @@ RULES = (
         more="--limit 2 --draws 12 --selection_draws 2 --steps 2 --rounds 2",
     ),
     Rule(
-        r"llm-attack (universal|export|transfer) .*",
+        r"llm-attack (universal|export|transfer|scaling) .*",
         "they need each other's files: their help; tests/suite/test_universal.py runs them",
-        changes=((r"(universal|export|transfer) .*", r"\1"),),
+        changes=((r"(universal|export|transfer|scaling) .*", r"\1"),),
         more="--help",
+    ),
+    Rule(
+        r"llm-attack train .*",
+        "few updates, of the bundled model and of its text",
+        changes=(*MODEL, (r"--model \S+", "--model demo"), (r"--text \S+", "")),
+        more="--updates 1 --batch_size 2",
+    ),
+    Rule(
+        r"llm-attack run --model out/robust/\S+ .*",
+        f"{FEW}; the model is of another command",
+        changes=((r"--model \S+", "--model demo"), (r"out/robust/run", "robust")),
+        more="--limit 2",
+    ),
+    Rule(
+        r"llm-attack run --model out/sizes/width72 --revisions .*",
+        FEW,
+        changes=((r"out/sizes/width72", "checkpoints"), (r"out/critical/width72", "sizes")),
+        more="--revisions step1,step2 --limit 2 --tasks demo_piqa",
     ),
     Rule(
         r"llm-attack run .* --perturbation \S+ .*",
@@ -385,6 +403,16 @@ RULES = (
         more="--limit 2",
     ),
     Rule(r"python benchmarks/variants\.py .*", "few steps", more="--steps 2"),
+    Rule(
+        r"python benchmarks/sizes\.py .*",
+        "few steps",
+        more="--steps 2 --checkpoints 1 --width 16",
+    ),
+    Rule(
+        r"python benchmarks/robust\.py .*",
+        "one update of one model, and few questions",
+        more="--updates 1 --limit 2 --certify 1 --against none",
+    ),
     Rule(
         r"python benchmarks/interval_bounds\.py .*",
         FEW,

@@ -97,6 +97,13 @@ def test_three_examples_each_which_can_be_read():
                     Plan(**{k: v for k, v in context.params.items() if k in own})
 
 
+def test_no_line_of_a_list_is_cut():
+    for command, words in every_command(main):
+        if hasattr(command, "commands"):
+            listed = shown(words).partition("\nCommands:")[2].partition("\n\n")[0]
+            assert listed and "..." not in listed and "Fig." not in listed, listed
+
+
 def test_all_commands_are_listed():
     """Also the experiments, which are imported only when they are asked for."""
     listed = re.findall(r"^  (\w+)  ", shown([]).partition("Commands:")[2], re.MULTILINE)

@@ -39,7 +39,7 @@ ARROWS = {
     "suite.run": BASE | LM | RESULTS | ANALYSIS | {"attacks", "harness"},
     "suite.report": BASE | ANALYSIS | {"attacks", "lm"},
     "suite.studies": BASE | REPORT | RESULTS | {"attacks", "lm"},
-    "suite": BASE | LM | REPORT | RUN | {"harness", "suite.studies"},
+    "suite": BASE | LM | REPORT | RUN | {"demo", "harness", "suite.studies"},
     "reproduce": BASE,
     "vision": BASE | {"attacks", "reproduce"},
     "theory": BASE | {"attacks", "reproduce", "vision"},

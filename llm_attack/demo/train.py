@@ -17,6 +17,7 @@ import math
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,12 +70,14 @@ def all_words() -> list[str]:
     return texts + [word for relation in RELATIONS for word in relation.values + relation.past]
 
 
-def make_model(vocabulary: int, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """An untrained Llama with the standard initialisation."""
+def make_model(
+    vocabulary: int, tokenizer: PreTrainedTokenizerFast, hidden: int = 128
+) -> LlamaForCausalLM:
+    """An untrained Llama of this width, a multiple of 8, with the standard initialisation."""
     config = LlamaConfig(
         vocab_size=vocabulary,
-        hidden_size=128,
-        intermediate_size=344,
+        hidden_size=hidden,
+        intermediate_size=8 * math.ceil(hidden / 3),
         num_hidden_layers=4,
         num_attention_heads=4,
         max_position_embeddings=MAX_LENGTH,
@@ -90,10 +93,15 @@ def make_model(vocabulary: int, tokenizer: PreTrainedTokenizerFast) -> LlamaForC
 def batches(
     texts: list[str], tokenizer: PreTrainedTokenizerFast, batch_size: int, seed: int
 ) -> list[torch.Tensor]:
-    """Token ids (batch, sequence). The texts of a batch have similar lengths, to avoid padding."""
+    """The texts as batches of token ids (batch, sequence)."""
     rows = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]]
     # See above: `<s>` is rare, but not unknown.
     rows[::10] = [[tokenizer.bos_token_id, *ids] for ids in rows[::10]]
+    return padded(rows, tokenizer.pad_token_id, batch_size, seed)
+
+
+def padded(rows: list[list[int]], pad: int, batch_size: int, seed: int) -> list[torch.Tensor]:
+    """Batches of rows of token ids. Rows of a batch have similar lengths, to avoid padding."""
     result = []
     # Sorted by length within a stretch of 16 batches only, and the batches shuffled again: what
     # the model sees stays as mixed as the text is.
@@ -101,7 +109,7 @@ def batches(
         stretch = sorted(rows[start : start + 16 * batch_size], key=len)
         for i in range(0, len(stretch), batch_size):
             some = [torch.tensor(row) for row in stretch[i : i + batch_size]]
-            result.append(pad_sequence(some, True, tokenizer.pad_token_id))
+            result.append(pad_sequence(some, True, pad))
     random.Random(seed).shuffle(result)
     return result
 
@@ -112,14 +120,33 @@ def train(
     lr: float,
     embedding_lr: float,
     after: Callable[[int], None] = lambda step: None,
+    backward: Callable[[Any, torch.Tensor], float] | None = None,
+    bar: bool = True,
 ) -> list[float]:
     """Trains for one pass over `data`, without a loss on padding. Returns the loss of every step.
 
-    It calls `after` with the number of each step, from 1.
+    Args:
+        model: the model; weights that require no gradient stay as they are.
+        data: batches of token ids, (batch, sequence).
+        lr: largest learning rate of the weights except the embedding.
+        embedding_lr: that of the embedding.
+        after: called with the number of each step, from 1.
+        backward: (model, ids) -> loss. It adds the gradients of the weights. The default is the
+            cross-entropy.
+        bar: whether to show a progress bar.
     """
     embeddings = model.get_input_embeddings().weight
     pad = int(model.config.pad_token_id or 0)
-    others = [p for p in model.parameters() if p is not embeddings]
+    others = [p for p in model.parameters() if p is not embeddings and p.requires_grad]
+
+    def plain(model: Any, ids: torch.Tensor) -> float:
+        # Padding comes after the text, so causal attention does not see it.
+        logits = model(input_ids=ids[:, :-1]).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=pad)
+        loss.backward()
+        return loss.item()
+
+    backward = backward or plain
     optimizer = torch.optim.AdamW(
         [
             {"params": [p for p in others if p.ndim > 1], "lr": lr, "weight_decay": 0.1},
@@ -136,17 +163,13 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     losses: list[float] = []
     model.train()
-    for ids in (bar := tqdm(data, desc="training", unit="step")):
-        # Padding comes after the text, so causal attention does not see it.
-        logits = model(input_ids=ids[:, :-1]).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=pad)
+    for ids in (shown := tqdm(data, desc="training", unit="step", disable=not bar)):
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        losses.append(backward(model, ids))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        losses.append(loss.item())
-        bar.set_postfix(loss=f"{losses[-1]:.3f}")
+        shown.set_postfix(loss=f"{losses[-1]:.3f}")
         after(len(losses))
     return losses
 
@@ -174,6 +197,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to write the model to")
     parser.add_argument("--seed", type=int, default=SEED, help="of the world, text and weights")
     parser.add_argument("--weights-seed", type=int, help="of the weights and the order, if another")
+    parser.add_argument("--hidden", type=int, default=128, help="width, a multiple of 8")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -191,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
     world = World(args.seed)
     texts = list(training_texts(world, args.steps * args.batch_size))
     tokenizer = make_tokenizer(texts + all_words())
-    model = make_model(len(tokenizer), tokenizer)
+    model = make_model(len(tokenizer), tokenizer, args.hidden)
     data = batches(texts, tokenizer, args.batch_size, of_weights)
     kept = {round((i + 1) * len(data) / args.checkpoints) for i in range(args.checkpoints)}
 

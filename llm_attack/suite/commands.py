@@ -28,6 +28,7 @@ from llm_attack.suite.results import Result
 from llm_attack.suite.run.progress import warn, written
 from llm_attack.suite.studies import drop_pairs, drops, models
 from llm_attack.suite.studies import leaderboard as board
+from llm_attack.suite.studies import scaling as scalings
 from llm_attack.suite.studies import transfer as transfers
 
 
@@ -305,4 +306,25 @@ def transfer(folders: Sequence[Path], output: str | None) -> None:
         Console().print(cells.rich(title))
     if path is not None:
         write_text(path, text)
+        written(path)
+
+
+def scaling(folders: Sequence[Path], output: str | None) -> None:
+    """The command `llm-attack scaling`: a power law of the critical epsilons of several runs."""
+    path = _file("output", output)
+    runs = {str(folder): results.load(as_path("folders", folder)) for folder in folders}
+    of_models, laws = scalings.scaling(runs)
+    text, text_of_laws = tables.csv(of_models), tables.csv(laws)
+    if path is not None:
+        beside = path.with_name(f"{path.stem}-laws.csv")
+        claim_file(path, text.splitlines()[0], "a table of models and critical epsilons")
+        claim_file(beside, text_of_laws.splitlines()[0], "a table of power laws")
+    for title, cells in scalings.cells(of_models, laws).items():
+        Console().print(cells.rich(title))
+    if path is not None:
+        write_text(path, text)
+        write_text(beside, text_of_laws)
+        attempts = Attempts()
+        draw(path.parent, path.stem, lambda: scalings.figure(of_models), attempts)
+        warn(attempts.lines)
         written(path)

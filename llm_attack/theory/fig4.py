@@ -25,7 +25,10 @@ PRESETS = {"quick": ToySettings(), "paper": ToySettings()}
 
 
 def run(settings: ToySettings, folder: Path) -> dict[str, Any]:
-    """Binary toy: loss landscapes, accuracies, and the uncertainty relation at every epoch."""
+    """Binary toy: landscapes, accuracies, uncertainty relation.
+
+    All are computed at every epoch.
+    """
     clock = Stopwatch()
     curves, landscapes = train(settings)
     clock.lap("training")

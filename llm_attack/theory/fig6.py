@@ -27,7 +27,10 @@ PRESETS = {"quick": replace(SentimentSettings(), seeds=5, epochs=200), "paper": 
 
 
 def run(settings: SentimentSettings, folder: Path) -> dict[str, Any]:
-    """Word sentiment: cosine of embedding and gradient, for words classified right or wrong."""
+    """Word sentiment: cosine of embedding and gradient.
+
+    Words that are classified right and wrong are compared.
+    """
     import pandas as pd
 
     from llm_attack.theory.bands import over_seeds

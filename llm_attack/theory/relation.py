@@ -65,9 +65,10 @@ PRESETS = {
 
 
 def run(settings: Settings, folder: Path) -> dict[str, Any]:
-    """The uncertainty relation along lines through images, at pixels and features, by epoch.
+    """The uncertainty relation along lines through images.
 
-    There is one --dataset and one --network. The packet is the loss of an image's own label.
+    It is computed at pixels and features, by epoch. There is one --dataset and one --network. The
+    packet is the loss of an image's own label.
     """
     import pandas as pd
 

@@ -63,7 +63,10 @@ PRESETS = {"quick": Settings(seeds=3, epochs=100, points=300), "paper": Settings
 
 
 def run(settings: Settings, folder: Path) -> dict[str, Any]:
-    """Fig. 4 D for several optimisers, batch sizes and domains. The paper states none of these."""
+    """The binary toy with several optimisers and domains.
+
+    Batch sizes differ too. The paper states none of these.
+    """
     import pandas as pd
 
     from llm_attack.theory.bands import over_seeds

@@ -75,10 +75,11 @@ _NETWORK = ["dataset", "network"]
 
 
 def run(settings: Settings, folder: Path) -> dict[str, Any]:
-    """Attack features after every epoch, each curve with one amplitude, and compare with pixels.
+    """Attack features after every epoch, and compare with pixels.
 
-    Networks are trained first. Then they are attacked as they were after each epoch. declines.csv
-    compares the fall of robust accuracy at each block with that at the pixels, image by image.
+    Networks are trained first. Then they are attacked as they were after each epoch. Each curve has
+    one amplitude. declines.csv compares the fall of robust accuracy at each block with that at the
+    pixels, image by image.
     """
     import pandas as pd
 

@@ -66,10 +66,10 @@ DIAGNOSTICS = ("cosine", "kept", "zero", "vanished")
 
 
 def run(settings: Settings, folder: Path) -> dict[str, Any]:
-    """Which choice of the training decides what FGSM leaves? Every combination is trained.
+    """Show which choice of the training decides what FGSM leaves.
 
-    After every epoch, attacks and signs of masked gradients are measured. effects.csv shows what
-    each choice changes.
+    Every combination is trained. After every epoch, attacks and signs of masked gradients are
+    measured. effects.csv shows what each choice changes.
     """
     import pandas as pd
 

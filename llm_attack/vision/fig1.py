@@ -36,7 +36,10 @@ PRESETS = {
 
 
 def run(settings: Settings, folder: Path) -> dict[str, Any]:
-    """Gallery: images, perturbations, attacked images, labels and confidence before and after."""
+    """Show images before and after attacks, with their labels.
+
+    The gallery has the perturbations and the confidence too.
+    """
     import pandas as pd
     import torch
 

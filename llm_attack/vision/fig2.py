@@ -82,9 +82,10 @@ PRESETS = {
 
 
 def run(settings: Settings, folder: Path) -> dict[str, Any]:
-    """Attack pixels: clean and robust accuracies and their envelope after every epoch.
+    """Attack pixels after every epoch of a training.
 
-    --dataset and --network may be several, separated by commas.
+    The result is clean and robust accuracies, and the envelope of these. --dataset and --network
+    may be several, separated by commas.
     """
     return curves(settings, folder)
 

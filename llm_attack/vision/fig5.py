@@ -64,10 +64,11 @@ PRESETS = {
 
 
 def run(settings: Settings, folder: Path) -> dict[str, Any]:
-    """Attack features: like fig2, with the output of a block of the network perturbed.
+    """Attack features, as fig2 attacks pixels.
 
-    --dataset and --network may be several, separated by commas. splits.csv and splits.png compare
-    all blocks of the trained networks, and their pixels, at equal relative amplitudes.
+    The output of a block of the network is perturbed. --dataset and --network may be several,
+    separated by commas. splits.csv and splits.png compare all blocks of the trained networks, and
+    their pixels, at equal relative amplitudes.
     """
     import pandas as pd
 

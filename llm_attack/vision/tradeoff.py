@@ -50,11 +50,12 @@ _LOOKS = "osD^vP*X"  # of networks and widths
 
 
 def run(settings: Settings, folder: Path) -> dict[str, Any]:
-    """Does robustness cost accuracy? Networks with and without adversarial training, by epoch.
+    """Compare networks with and without adversarial training.
 
-    --dataset, --network, --widths and --train_attack may be several, separated by commas.
-    correlations.csv has the rank correlations of clean accuracy, robust accuracy and dp. trends.csv
-    shows what rises and what falls over the epochs.
+    Does robustness cost accuracy? Both are measured by epoch. --dataset, --network, --widths and
+    --train_attack may be several, separated by commas. correlations.csv has the rank correlations
+    of clean accuracy, robust accuracy and dp. trends.csv shows what rises and what falls over the
+    epochs.
     """
     import pandas as pd
 

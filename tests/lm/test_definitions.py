@@ -257,7 +257,7 @@ def test_look_up_is_log_softmax(data):
     slot, target = torch.tensor(data.draw(st.lists(pairs, min_size=1, max_size=12))).T
     weights = torch.randn(len(slot), dtype=torch.float64, generator=generator)
     logits.requires_grad_()
-    with patch.object(scoring, "_slices", lambda x: [slice(0, 2), slice(2, len(x))]):
+    with patch.object(scoring, "_slices", lambda x: [slice(0, 4), slice(4, len(x))]):
         scores = look_up(logits, slot, target, torch.float64)
         (found,) = torch.autograd.grad((scores.log_prob * weights).sum(), logits)
     expected = logits.log_softmax(-1)[slot, target]

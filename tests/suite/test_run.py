@@ -191,6 +191,7 @@ def test_cosine(demo):
             logits = lm.model(inputs_embeds=x).logits.double()
             log_probs = logits.log_softmax(-1)[0, torch.arange(ids.shape[1] - 1), ids[0, 1:]]
             (g,) = torch.autograd.grad(-log_probs.sum(), x)
+            x = x.detach()
             xg, xx, gg = xg + (x * g).sum(), xx + (x * x).sum(), gg + (g * g).sum()
         expected = float(xg / (xx * gg).sqrt())
         of_question = result.samples[

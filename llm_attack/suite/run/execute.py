@@ -232,7 +232,8 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         threads = sorted(_answer(prepared, store, saved is not None, progress, console))
         if not who.first:
             return None
-        with status(progress, console, "waiting for the other processes"):
+        stage = "waiting for the other processes" if who.world > 1 else "reading the answers"
+        with status(progress, console, stage):
             store.wait()
         gathered = gather(store.contents(), work, len(requests))
         if saved is not None:
