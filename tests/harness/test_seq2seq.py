@@ -198,7 +198,9 @@ def test_refused_models(loaded, model, make):
 def test_texts_in_a_run(folder, loaded, build, one_index):
     """Those of `generate_until`, under each condition."""
     given = {"attacks": "none,fgsm", "epsilons": "1rms", "limit": 2, "device": "cpu"}
-    samples = evaluated(folder, "demo_answers", **given).samples
+    result = evaluated(folder, "demo_answers", **given)
+    samples, about = result.samples, result.run["texts"]["demo_answers"]["attack"]
+    assert "of the text that the model writes without an attack" in about
     asked = build("demo_answers", 2).instances
     for condition in ({"attack": "none"}, {"attack": "fgsm", "epsilon": "1rms"}):
         lm = loaded(**condition)
