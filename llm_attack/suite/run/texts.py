@@ -17,8 +17,8 @@ TYPES = {"parts_at": "Int64", "parts_from": "Int64", "prediction": "Int64"}
 # Of an encoder-decoder model, in place of the description of `GENERATE` below.
 _OF_ENCODER = (
     "generates text. Each prompt is perturbed by itself, in the encoder; texts are decoded"
-    " greedily. The attack raises loss={loss} of the text that the model writes without an attack (sequence:"
-    " the negative log-likelihood of its tokens), which does not know the target"
+    " greedily. The attack raises loss={loss} of the text that the model writes without an attack"
+    " (sequence: the negative log-likelihood of its tokens), which does not know the target"
 )
 
 # A description of the attack for each type of request; {loss} is the name of the loss.
