@@ -297,6 +297,15 @@ def prompts(*until):
     return [Instance("generate_until", {}, (text, how), 0, ("made up", 0, 1)) for text in PROMPTS]
 
 
+def test_a_text_begins_with_the_start_token():
+    """Not with the padding of its prompt."""
+    model = network("bart")
+    lm = AttackedHFLM(model, attack="none", tokenizer=tokenizer(), device="cpu", max_length=24)
+    context = torch.tensor([[0, 0, 5], [5, 6, 7]])
+    texts = lm._model_generate(context, 6, ["</s>"], attention_mask=context.ne(0).long())
+    assert texts[:, 0].tolist() == [model.config.decoder_start_token_id] * 2
+
+
 @every
 @pytest.mark.sampled(12)
 def test_texts_of_attacked_prompts(kind):
