@@ -94,11 +94,11 @@ class Attention(Base):
 # What the trial at the start does with each, as the page shows it.
 NOTHING, EQUAL, REFUSED = "nothing", "only requests of equal length share a forward", "refused"
 FAMILIES = {
-    "chatglm": ("rotary places in the text and after a token, pairs of neighbours", NOTHING),
     "qwen": ("first generation: the base grows in steps with the length of the forward", EQUAL),
+    "chatglm": ("rotary places in the text and after a token, pairs of neighbours", NOTHING),
     "falcon": ("a rotary table as long as the longest forward so far", NOTHING),
-    "baichuan": ("an ALiBi mask as long as the longest forward so far", NOTHING),
     "internlm": ("the base grows with the longest forward, and stays for later ones", REFUSED),
+    "baichuan": ("an ALiBi mask as long as the longest forward so far", NOTHING),
 }
 
 

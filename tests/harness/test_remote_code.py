@@ -107,6 +107,7 @@ def test_frequencies_that_stay(own, make):
         lm.loglikelihood(requests, disable_tqdm=True)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_code_as_published(family, make, build, caplog, tmp_path):
     """Answers are those of each request alone, by the network's own code; or it is refused.
