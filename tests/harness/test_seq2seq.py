@@ -195,6 +195,7 @@ def test_refused_models(loaded, model, make):
         make(pretrained=causal.model, tokenizer=causal.tokenizer, backend="seq2seq")
 
 
+@pytest.mark.slow
 def test_texts_in_a_run(folder, loaded, build, one_index):
     """Those of `generate_until`, under each condition."""
     given = {"attacks": "none,fgsm", "epsilons": "1rms", "limit": 2, "device": "cpu"}

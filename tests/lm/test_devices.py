@@ -26,6 +26,7 @@ from llm_attack.lm.engine.engine import Engine, Layout
 from llm_attack.lm.engine.scoring import Scorer
 from llm_attack.lm.losses import ThreatModel
 from llm_attack.lm.network.hook import frozen, resolve
+from llm_attack.lm.settings import AttackSettings
 
 META = torch.device("meta")
 QUESTIONS = asked()
@@ -81,12 +82,14 @@ def test_parts_on_disk(make, build, tmp_path):
     places |= {f"model.{part}": "cpu" for part in ("embed_tokens", "norm", "rotary_emb")}
     split = {"parallelize": True, "device_map": {**places, "lm_head": "cpu"}}
     inside = {"attack": "fgsm", "loss": "choice", "hookpoint": "model.layers.2"}
-    for condition in ({"attack": "none"}, {"attack": "bim"}, inside):
-        whole, parts = (
-            make(**condition, dtype="float32", **options)
-            for options in ({}, {**split, "offload_folder": str(tmp_path / condition["attack"])})
-        )
-        assert {p.device.type for p in parts.model.parameters()} == {"cpu", "meta"}
+    whole, parts = (
+        make(attack="none", dtype="float32", **options)
+        for options in ({}, {**split, "offload_folder": str(tmp_path)})
+    )
+    assert {p.device.type for p in parts.model.parameters()} == {"cpu", "meta"}
+    for condition in ({"attack": "none"}, {"attack": "bim", "steps": 3}, inside):
+        for lm in (whole, parts):
+            lm.use(AttackSettings(**condition))
         expected, found = (lm.loglikelihood(requests, disable_tqdm=True) for lm in (whole, parts))
         assert [v for v, _ in found] == pytest.approx([v for v, _ in expected], abs=1e-4)
 
