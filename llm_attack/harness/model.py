@@ -552,7 +552,7 @@ class AttackedHFLM(Generating):
 
     @torch.inference_mode(False)
     def fit(self, batches: Iterable[Batch | Prompts]) -> None:
-        """Fits the tables of tied attacks to all batches of a run."""
+        """Fits the tables of tied attacks to all these batches together."""
         with frozen(self.model):
             self.engine.fit(batch for batch in batches if isinstance(batch, Batch))
 
