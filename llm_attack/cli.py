@@ -535,7 +535,7 @@ def transfer(folders: tuple[Path, ...], output: str | None) -> None:
     epilog=examples(
         "llm-attack scaling out/small out/medium out/large out/huge",
         "llm-attack scaling out/width*/step2000 -o scaling.csv",
-        "llm-attack scaling out/width*/step* -o scaling.csv",
+        "llm-attack scaling out/width*/step* --ceiling 0.03 -o ceiling.csv",
     )
 )
 @click.argument("folders", type=_FOLDER, nargs=-1, required=True)
@@ -545,7 +545,13 @@ def transfer(folders: tuple[Path, ...], output: str | None) -> None:
     metavar="PATH",
     help="CSV file for the models. The laws and a figure are written beside it.",
 )
-def scaling(folders: tuple[Path, ...], output: str | None) -> None:
+@click.option(
+    "--ceiling",
+    type=number(float),
+    metavar="RMS",
+    help="Count critical epsilons above it as censored, to see how much the law depends on them.",
+)
+def scaling(folders: tuple[Path, ...], **settings: Any) -> None:
     """Show how critical epsilons grow with model size.
 
     It fits a power law of the number of parameters. Each run asks the same questions of another
@@ -554,7 +560,7 @@ def scaling(folders: tuple[Path, ...], output: str | None) -> None:
     with garbage.kept():
         from llm_attack.suite import commands
 
-        commands.scaling(folders, output)
+        commands.scaling(folders, **settings)
 
 
 @main.command(

@@ -215,13 +215,26 @@ RULES = (
     Rule(
         r"llm-attack run .* --cells .*",
         f"{FEW}, and few steps",
-        changes=(("results/cells/demo", "rounded"),),
+        changes=(*MODEL, *TASKS, (r"results/cells/\S+", "rounded"), (" --half held_out", "")),
+        more="--limit 2 --steps 2",
+    ),
+    Rule(
+        r"llm-attack run .* --attacks none,(token_sparse|swap|hotflip).*",
+        f"{FEW}, few steps and few candidates",
+        changes=(
+            (r"results/\S+", "chosen"),
+            ("none,swap,", "none,"),
+            (r"\S+\.gguf", "demo"),
+            ("--tasks arc_easy", "--tasks demo_arc_easy"),
+            (r"--exact_tokens \d", ""),
+            (r"--(candidates|steps|limit) \d+", ""),
+        ),
         more="--limit 2 --steps 2",
     ),
     Rule(
         r"llm-attack run .* --sigmas .*",
         f"{FEW}, and few draws of noise",
-        changes=(("results/certify/demo", "certified"),),
+        changes=(*MODEL, *TASKS, (r"results/certify/\S+", "certified")),
         more="--limit 2 --draws 12 --selection_draws 2 --steps 2 --rounds 2",
     ),
     Rule(
@@ -414,7 +427,7 @@ RULES = (
         more="--updates 1 --limit 2 --certify 1 --against none",
     ),
     Rule(
-        r"python benchmarks/interval_bounds\.py .*",
+        r"python benchmarks/(interval|linear)_bounds\.py .*",
         FEW,
         changes=((r" -o \S+", ""),),
         more="--limit 1",

@@ -32,6 +32,7 @@ from llm_attack.attacks.draws import rehashed
 from llm_attack.attacks.minimal import bisect, fmn
 from llm_attack.attacks.norms import Ball, Elements
 from llm_attack.attacks.settings import Attack, step_settings
+from llm_attack.attacks.sparse import fewest
 from llm_attack.base.errors import UsageError
 
 _ALL, _NOTHING, _NOBODY = Elements(), Known(), Watch()
@@ -203,6 +204,8 @@ class _Run:
             raise ValueError(
                 f"attack {self.attack.name!r}: its perturbation is added by the caller"
             )
+        if kind.swaps:
+            raise ValueError(f"attack {self.attack.name!r} swaps tokens: call attacks.swaps")
         if kind.members:
             return self._battery()
         if kind.function is not None:
@@ -214,6 +217,8 @@ class _Run:
             )
         if not kind.gradient:
             return self.start()
+        if kind.sparse:
+            return self._fewest()
         return self._nearest() if kind.minimal else self._climbed(self.ball, self.watch)
 
     def _battery(self) -> Tensor:
@@ -283,6 +288,14 @@ class _Run:
         first = attack.epsilon / 16 if attack.first_epsilon is None else attack.first_epsilon
         climb = partial(self._climbed, watch=replace(watch, on_best=Watch().on_best))
         return bisect(climb, gap, ball, watch, rounds=attack.rounds, first=first)
+
+    def _fewest(self) -> Tensor:
+        """A point with few moved elements and a gap above 0."""
+        attack, known = self.attack, self.known
+        hill = self._hill(self.loss, _without_nan(known.loss), known.gradient)
+        gap = self._hill(self.losses.gap, _without_nan(known.gap))
+        how = {"steps": attack.steps, "exact": attack.exact_tokens}
+        return fewest(hill, gap, self.ball, step=attack.step, **how)
 
     def _ascended(self, hill: Hill, best: Best) -> Tensor:
         for start in self._starts(best.ball):

@@ -34,7 +34,11 @@ class Kind:
         fixed: the signs of a perturbation that the caller has (`FIXED`); empty for other attacks.
         inside: the attack that does the same in a ball, if this one stays in the rounding cells of
             a format (`attacks.cells`); `none` for the format's own rounding.
-        tied: perturbs a table of embeddings, which it fits to all questions of a run together.
+        tied: perturbs a table of embeddings, which is the same for all questions of a run. With a
+            gradient it is fitted to questions, and without one it is drawn.
+        sparse: perturbs as few tokens as it can.
+        swaps: how it chooses the tokens that it puts in place of others: `every`, `first_order`, or
+            `sampled`; empty: it swaps no tokens.
     """
 
     gradient: bool = False
@@ -53,6 +57,8 @@ class Kind:
     fixed: str = ""
     inside: str | None = None
     tied: bool = False
+    sparse: bool = False
+    swaps: str = ""
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -67,12 +73,14 @@ class Kind:
             return tuple(name for name in every if name in {p.name for p in named})
         reads = {
             "steps": self.iterative,
-            "step_size": self.iterative,
+            "step_size": self.iterative and not self.swaps,
             "decay": self.momentum,
-            "restarts": self.adaptive,
+            "restarts": self.adaptive and not self.sparse,
             "rounds": self.adaptive and self.minimal,
             "first_epsilon": self.adaptive and self.minimal,
             "queries": self.search,
+            "exact_tokens": self.sparse,
+            "candidates": self.swaps in (FIRST_ORDER, SAMPLED),
         }
         return tuple(name for name in every if reads.get(name, True))
 
@@ -84,7 +92,13 @@ class Kind:
     @property
     def control(self) -> bool:
         """Whether it is a control that attacks are compared with, and not an attack."""
-        return self.reverse or not (self.gradient or self.search or self.fixed == KEPT)
+        harms = self.gradient or self.search or self.fixed == KEPT or self.of_tokens
+        return self.reverse or not harms
+
+    @property
+    def of_tokens(self) -> bool:
+        """Whether it chooses tokens, so its results are about tokens of each question."""
+        return self.sparse or bool(self.swaps)
 
     @property
     def bounded(self) -> bool:
@@ -92,14 +106,18 @@ class Kind:
 
         Clean answers, `reversed`, noise that may leave the ball, and searches for the smallest
         amplitude do not count. A battery does not count either, because it is a worst case itself.
+        Attacks that choose tokens do not count: they stop at the first wrong answer, or leave the
+        ball.
         """
         moves = self.gradient or self.search or self.start is not None
-        return moves and self.projected and not (self.reverse or self.minimal or self.members)
+        others = self.reverse or self.minimal or self.members or self.of_tokens
+        return moves and self.projected and not others
 
     @property
     def stepwise(self) -> bool:
         """Whether it raises the loss in several steps, so it should not be weaker than one step."""
         follows = self.gradient and self.iterative and not self.minimal and self.function is None
+        follows = follows and not self.of_tokens
         return follows and (self.adaptive or not self.targeted)
 
     @property
@@ -159,7 +177,7 @@ A version is never changed. Other numbers make another version.
 
 ROUNDINGS: dict[str, Kind] = {
     f"{name}_rounding".removeprefix("actual_"): replace(
-        ATTACKS[inside], inside=inside, tied=name == "tied"
+        ATTACKS[inside], inside=inside, tied=name.startswith("tied")
     )
     for name, inside in (
         ("actual", "none"),
@@ -167,10 +185,28 @@ ROUNDINGS: dict[str, Kind] = {
         ("fgsm", "fgsm"),
         ("worst", "apgd"),
         ("tied", "bim"),
+        ("tied_random", "random"),
     )
 }
 """Attacks that stay in the rounding cells of a format instead of a ball."""
 
+
+SPARSE: dict[str, Kind] = {
+    "token_sparse": Kind(gradient=True, iterative=True, adaptive=True, sparse=True),
+}
+"""Attacks on as few tokens as possible, each within epsilon."""
+
+EVERY, FIRST_ORDER, SAMPLED = "every", "first_order", "sampled"
+
+SWAPS: dict[str, Kind] = {
+    "swap": Kind(swaps=EVERY),
+    "hotflip": Kind(gradient=True, swaps=FIRST_ORDER),
+    "gcg": Kind(gradient=True, iterative=True, swaps=SAMPLED),
+}
+"""Attacks that put other tokens in place of tokens of the prompt. They have no epsilon."""
+
+OF_TOKENS = {**SPARSE, **SWAPS}
+"""Attacks that choose tokens."""
 
 KEPT, SHUFFLED, RANDOM = "kept", "shuffled", "random"
 
@@ -187,8 +223,8 @@ token, or a random one. `perturb` does not know these: the caller adds the pertu
 
 
 def kind_of(name: str) -> Kind | None:
-    """The traits of an attack, a battery, a fixed perturbation or a rounding; None: unknown."""
-    tables = (ATTACKS, BATTERIES, FIXED, ROUNDINGS)
+    """The traits of an attack of any of the tables; None: unknown."""
+    tables = (ATTACKS, BATTERIES, FIXED, ROUNDINGS, SPARSE, SWAPS)
     return next((table[name] for table in tables if name in table), None)
 
 
@@ -301,6 +337,19 @@ class StepSettings:
         minimum=1,
         group="attack",
     )
+    exact_tokens: int = setting(
+        0,
+        "token_sparse also tries all sets of up to this many tokens. For short prompts",
+        minimum=0,
+        group="attack",
+    )
+    candidates: int = setting(
+        64,
+        "Number of swaps of a token that hotflip tries, and that gcg draws at each step; each costs"
+        " a forward pass",
+        minimum=1,
+        group="attack",
+    )
 
 
 @dataclass(frozen=True)
@@ -315,7 +364,9 @@ class Attack(StepSettings):
             `blocks` follows Andriushchenko et al. 2020. `fmn` is from Pintor et al. 2021.
             `critical` is `apgd` at several epsilons. `reversed` is `fgsm` with the opposite sign, a
             control that has to lower the loss. `standard-1` is the battery of that version. The
-            keys of `ROUNDINGS` stay in the cells of a format.
+            keys of `ROUNDINGS` stay in the cells of a format. `token_sparse` is a key of `SPARSE`.
+            `swap`, `hotflip` (Ebrahimi et al. 2018) and `gcg` (Zou et al. 2023) swap tokens; for
+            them, epsilon is the number of tokens.
         epsilon: radius of the ball round the clean point, in the units of the point; finite, >= 0.
             For `fmn` and `critical`, the largest radius.
         steps: number of steps of the iterative attacks; >= 1.
@@ -329,6 +380,8 @@ class Attack(StepSettings):
         first_epsilon: the second epsilon that `critical` tries, in the units of the point; None
             means epsilon / 16.
         queries: number of points that `blocks` tries; >= 1.
+        exact_tokens: `token_sparse` tries all sets of up to this many tokens; >= 0.
+        candidates: number of swaps that `hotflip` tries, and that `gcg` draws at a step; >= 1.
         norm: norm of the ball, a key of `LENGTH_OF_ONES`; with `l2` a step follows the gradient
             itself.
         by_size: whether all lengths are divided by the square root of the number of the example's
@@ -355,7 +408,7 @@ class Attack(StepSettings):
         if not known_attack(self.name) and (
             not isinstance(self.name, str) or kind_of(self.name) is None
         ):
-            raise invalid("attack", self.name, ATTACKS)
+            raise invalid("attack", self.name, {**ATTACKS, **ROUNDINGS, **OF_TOKENS})
         if (self.kind.inside is None) != (self.cells is None):
             raise UsageError(
                 f"cells={self.cells}: must be given with one of {', '.join(ROUNDINGS)}, and with no"
@@ -413,7 +466,7 @@ class Attack(StepSettings):
         """Whether it makes steps that do not depend on how many follow."""
         kind = self.kind
         others = kind.adaptive or kind.minimal or kind.tied or kind.function is not None
-        return kind.gradient and not others
+        return kind.gradient and not (others or kind.swaps)
 
     @property
     def points(self) -> int:
@@ -424,7 +477,7 @@ class Attack(StepSettings):
     def keeps_best(self) -> bool:
         """Whether it returns the best of the points that it evaluated."""
         kind = self.kind
-        return kind.adaptive or kind.search or kind.minimal
+        return (kind.adaptive or kind.search or kind.minimal) and not kind.sparse
 
     @property
     def path(self) -> Attack:
@@ -436,8 +489,8 @@ class Attack(StepSettings):
     def draws(self) -> bool:
         """Whether the attack uses random draws."""
         kind = self.kind
-        started = kind.start is not None or (kind.adaptive and self.restarts > 1)
-        started = started or kind.fixed in (SHUFFLED, RANDOM)
+        started = kind.start is not None or ("restarts" in kind.settings and self.restarts > 1)
+        started = started or kind.swaps == SAMPLED or kind.fixed in (SHUFFLED, RANDOM)
         return started or kind.search or kind.function is not None
 
     @property

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from llm_attack.attacks import Attack
 from llm_attack.attacks.cells import check_cells
+from llm_attack.attacks.swaps import Vocabulary
 from llm_attack.base.errors import UsageError, invalid
 from llm_attack.base.failures import one_line
 from llm_attack.base.loaded import name_of
@@ -48,6 +49,7 @@ from llm_attack.lm.engine.hookpoints import scorers
 from llm_attack.lm.engine.probe import longest_tree
 from llm_attack.lm.engine.scatter import by_index
 from llm_attack.lm.engine.scoring import Scorer
+from llm_attack.lm.engine.tokens import vocabulary_for
 from llm_attack.lm.network import half
 from llm_attack.lm.network.blocks import prepare
 from llm_attack.lm.network.hook import frozen, resolve, vocabulary_of
@@ -206,6 +208,8 @@ class AttackedHFLM(Generating):
         self._check_attacks(attacks, places, {signal.width for signal in signals})
         at_names = self._scorers(self.model, names)
         seq2seq.check_positions(conditions[0], at_names[0])
+        if any(attack.kind.swaps for attack in attacks):
+            at_names[names.index(None)].vocabulary = self._swappable(attacks)
         pad = self._known([self.tokenizer.pad_token_id or 0])[0]
         engine = Engine(
             at_names[0],
@@ -266,6 +270,18 @@ class AttackedHFLM(Generating):
                     f"gradient_dtype={self.engine_settings.gradient_dtype}: must be left out with"
                     f" attack={attack.name}, which needs an answer with every gradient"
                 )
+
+    def _swappable(self, attacks: Sequence[Attack]) -> Vocabulary:
+        """The tokens that may take the place of others."""
+        embedding = self.model.get_input_embeddings()
+        if self.backend != CAUSAL or not isinstance(embedding, torch.nn.Embedding):
+            name = next(attack.name for attack in attacks if attack.kind.swaps)
+            raise UsageError(
+                f"attack={name}: must be given with a causal model whose input embedding is a table"
+            )
+        special = {*self.tokenizer.all_special_ids}
+        ids = [token for token in self.tokenizer.get_vocab().values() if token not in special]
+        return vocabulary_for(embedding, ids, vocabulary_of(self.model))
 
     def _scorers(self, model: Any, names: Sequence[str | None]) -> list[Scorer]:
         """A scorer for each hookpoint."""
@@ -536,7 +552,7 @@ class AttackedHFLM(Generating):
 
     @torch.inference_mode(False)
     def fit(self, batches: Iterable[Batch | Prompts]) -> None:
-        """Fits the tables of tied attacks to all batches of a run."""
+        """Fits the tables of tied attacks to all these batches together."""
         with frozen(self.model):
             self.engine.fit(batch for batch in batches if isinstance(batch, Batch))
 

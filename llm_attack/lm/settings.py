@@ -12,7 +12,11 @@ from llm_attack.attacks import ATTACKS, Attack
 from llm_attack.attacks.formats import ALLOWED, Format
 from llm_attack.attacks.settings import (
     BATTERIES,
+    OF_TOKENS,
     ROUNDINGS,
+    SAMPLED,
+    SPARSE,
+    SWAPS,
     Kind,
     StepSettings,
     condition_name,
@@ -27,6 +31,7 @@ from llm_attack.lm.units import (
     ABSOLUTE,
     EPSILON,
     NEFTUNE,
+    SWAP,
     UNITS,
     Amplitude,
     Epsilon,
@@ -36,6 +41,9 @@ from llm_attack.lm.units import (
     size_of,
     unit_source,
 )
+
+NAMES = {**ATTACKS, **BATTERIES, **ROUNDINGS, **OF_TOKENS}
+"""The attacks that can be named."""
 
 EMBED, LAYERS = "embed", "layers"
 """Hookpoints with names of their own: the input embedding, and the output of every block."""
@@ -185,9 +193,10 @@ class AttackSettings(ThreatSettings):
 
     attack: str = setting(
         "fgsm",
-        f"Name of the attack: one of {', '.join((*ATTACKS, *BATTERIES, *ROUNDINGS))}, or"
-        " package.module:function of your own",
-        allowed=_named({**ATTACKS, **BATTERIES, **ROUNDINGS}),
+        f"Name of the attack: one of {', '.join((*ATTACKS, *BATTERIES))}, or"
+        f" package.module:function of your own. Attacks in rounding cells: {', '.join(ROUNDINGS)}."
+        f" Attacks that choose tokens: {', '.join(OF_TOKENS)}",
+        allowed=_named(NAMES),
         parse=_attack_name,
         group="attack",
     )
@@ -208,9 +217,17 @@ class AttackSettings(ThreatSettings):
         group="attack",
     )
 
+    swaps: int = setting(
+        1,
+        "Largest number of tokens that gcg puts in place of others",
+        minimum=1,
+        group="attack",
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_cells()
+        self._check_tokens()
         self._check(self.attack_in_units.kind)
 
     def _check_cells(self) -> None:
@@ -240,9 +257,41 @@ class AttackSettings(ThreatSettings):
                 " interval in each coordinate"
             )
 
+    def _check_tokens(self) -> None:
+        """Refuses settings that have no meaning for attacks that choose tokens."""
+        if self.attack in OF_TOKENS and not self.needs_gold:
+            knowing = " or ".join(f"loss={name}" for name, loss in LOSSES.items() if loss.gold)
+            raise UsageError(
+                f"attack={self.attack}: looks for tokens that make the answer of a question wrong,"
+                f" so it needs {knowing}, not loss={self.loss}"
+            )
+        if self.attack in SPARSE and self.norm == "l2":
+            raise UsageError(
+                f"norm=l2: must be linf or l2{PER_TOKEN} with attack={self.attack}, where each"
+                " token has its own bound"
+            )
+        if self.attack not in SWAPS:
+            return
+        if Epsilon.parse(self.epsilon) != Epsilon.parse(AttackSettings.epsilon):
+            raise UsageError(
+                f"epsilon={self.epsilon}: must be left out with attack={self.attack}, which puts"
+                " other tokens in place of tokens"
+            )
+        if self.hookpoint is not None:
+            raise UsageError(
+                f"hookpoint={self.hookpoint}: must be left out with attack={self.attack}, which"
+                " changes tokens and so the input embedding"
+            )
+
     @cached_property
     def amplitude(self) -> Amplitude:
-        """Epsilon in its unit and norm; of attacks in cells, one cell of the format."""
+        """Epsilon in its unit and norm.
+
+        For attacks in cells it is one cell of the format, and for swaps the number of tokens.
+        """
+        if self.attack in SWAPS:
+            n = self.swaps if SWAPS[self.attack].swaps == SAMPLED else 1
+            return Amplitude(Epsilon(float(n), SWAP), self.norm)
         if self.cells is not None:
             return Amplitude(Epsilon(1.0, self.cells), self.norm)
         return Amplitude(Epsilon.parse(self.epsilon).in_unit(self.epsilon_unit), self.norm)
@@ -271,7 +320,8 @@ class AttackSettings(ThreatSettings):
             raise UsageError(
                 f"attack={self.attack}: {what}, so it needs {knowing}, not loss={self.loss}"
             )
-        minimal = any(attack.kind.minimal for attack in self.attack_in_units.members)
+        members = self.attack_in_units.members
+        minimal = any(attack.kind.minimal or attack.kind.sparse for attack in members)
         if minimal and self.amplitude.epsilon.unit == NEFTUNE:
             raise UsageError(
                 f"epsilon_unit={NEFTUNE}: must be another unit with attack={self.attack}, which"
@@ -411,7 +461,7 @@ def unread(
     Returns:
         (name, value, attacks that read it) for each.
     """
-    every = {**ATTACKS, **ROUNDINGS}
+    every = {**ATTACKS, **ROUNDINGS, **OF_TOKENS}
     readers = {
         name: [attack for attack, kind in every.items() if name in kind.settings]
         for name in names(StepSettings)

@@ -36,6 +36,7 @@ class Signal(NamedTuple):
 
 
 ABSOLUTE = "absolute"
+SWAP = "swap"  # the unit of attacks that swap tokens: a number of tokens
 NEFTUNE = "neftune"
 
 # The size in one coordinate. NEFTune also divides by the root of the number of tokens
@@ -141,11 +142,11 @@ def size_of(unit: str, signal: Signal, norm: str) -> float:
     """The length of a token's perturbation that is one `unit` large in each coordinate.
 
     Args:
-        unit: a key of `UNITS`, or `ABSOLUTE`. For this, and for a format, the result is 1.
+        unit: a key of `UNITS`, or `ABSOLUTE`. For this, `SWAP` and a format, the result is 1.
         signal: the scale of the point.
         norm: a key of `LENGTH_OF_ONES`.
     """
-    if unit == ABSOLUTE or Format.known(unit):
+    if unit in (ABSOLUTE, SWAP) or Format.known(unit):
         return 1.0
     return UNITS[unit](signal) * LENGTH_OF_ONES[norm](signal.width)
 
@@ -157,7 +158,8 @@ class Epsilon:
     Attributes:
         number: the number in front of the unit; `Attack` says which values are allowed.
         unit: `ABSOLUTE` or a key of `UNITS`; None: the unit of the setting `epsilon_unit`. For
-            attacks in rounding cells it is the name of the format, and the number is 1.
+            attacks in rounding cells it is the name of the format, and the number is 1. For attacks
+            that swap tokens it is `SWAP`.
     """
 
     number: float

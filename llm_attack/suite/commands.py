@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pandas as pd
 from rich.console import Console
 
 from llm_attack.base.drawing import draw
-from llm_attack.base.errors import UsageError, as_path
+from llm_attack.base.errors import UsageError, as_path, invalid
 from llm_attack.base.failures import Attempts
 from llm_attack.base.folder import check_writable, claim_file, resolved, resolved_file
 from llm_attack.base.record import write_text
@@ -309,11 +310,13 @@ def transfer(folders: Sequence[Path], output: str | None) -> None:
         written(path)
 
 
-def scaling(folders: Sequence[Path], output: str | None) -> None:
+def scaling(folders: Sequence[Path], output: str | None, ceiling: float | None = None) -> None:
     """The command `llm-attack scaling`: a power law of the critical epsilons of several runs."""
+    if ceiling is not None and not 0 < ceiling < math.inf:
+        raise invalid("ceiling", ceiling, "a number above 0, in RMS of the embeddings")
     path = _file("output", output)
     runs = {str(folder): results.load(as_path("folders", folder)) for folder in folders}
-    of_models, laws = scalings.scaling(runs)
+    of_models, laws = scalings.scaling(runs, math.inf if ceiling is None else ceiling)
     text, text_of_laws = tables.csv(of_models), tables.csv(laws)
     if path is not None:
         beside = path.with_name(f"{path.stem}-laws.csv")

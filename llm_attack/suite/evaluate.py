@@ -31,7 +31,7 @@ from llm_attack.suite.analysis.conditions import CONDITIONS
 from llm_attack.suite.analysis.perturbations import FOLDER
 from llm_attack.suite.plan import Plan
 from llm_attack.suite.report import tables
-from llm_attack.suite.results import CERTIFICATES, LM_EVAL, TRACE, Result, save_frames
+from llm_attack.suite.results import CERTIFICATES, LM_EVAL, TOKENS, TRACE, Result, save_frames
 from llm_attack.suite.run import estimate, fingerprint, on_ray
 from llm_attack.suite.run.execute import Prepared, Processes, execute, prepare
 from llm_attack.suite.run.load import left_as_it_was
@@ -354,6 +354,7 @@ def save(result: Result, folder: Path, command: list[str] | str) -> list[str]:
     samples.attrs[CONDITIONS] = result.run.get(CONDITIONS, {})
     frames = {"samples": samples, "questions": result.questions}
     more = {TRACE: result.traced, CERTIFICATES: result.certificates}
+    more[TOKENS] = result.changed
     frames |= {name: frame for name, frame in more.items() if frame is not None}
     save_frames(folder, **frames)
     attempts = Attempts()

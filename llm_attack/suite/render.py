@@ -31,6 +31,7 @@ from llm_attack.suite.studies import (
     sanity,
     steps,
     survival,
+    tokens,
 )
 
 WHOLE = "scores of whole tasks"
@@ -118,6 +119,7 @@ class Tables:
         hookpoints: accuracy by hookpoint; None for one hookpoint.
         steps: accuracy by steps; None if no attack has several numbers of steps.
         roundings: accuracy under roundings; None if no attack stays in cells.
+        tokens: how many tokens change the answer; empty if no attack chooses tokens.
     """
 
     def __init__(self, result: Result, attempts: Attempts) -> None:
@@ -131,6 +133,9 @@ class Tables:
         self.hookpoints: Cells | None = None
         self.steps: Cells | None = None
         self.roundings: Cells | None = None
+        self.tokens: dict[str, Cells] = {}
+        with attempts("the table of tokens"):
+            self.tokens = tokens.cells(result.changed)
         with attempts("the table of roundings"):
             self.roundings = roundings.cells(self.table, result.conditions, result.run)
         with attempts("the table of steps"):
@@ -157,6 +162,7 @@ class Tables:
         of_questions = self.critical | self.certified
         titled = {WHOLE: self.whole} | {title: cells for title, (cells, _) in of_questions.items()}
         titled |= {texts.TITLE: self.texts, roundings.TITLE: self.roundings}
+        titled |= self.tokens
         titled |= {hookpoints.TITLE: self.hookpoints, steps.TITLE: self.steps}
         return {title: cells for title, cells in titled.items() if cells is not None}
 
@@ -198,6 +204,8 @@ def render(result: Result, folder: Path, run: dict[str, Any]) -> list[str]:
         calibration.save(of_answers, folder)
     with attempts(texts.FILE):
         texts.save(made.texts, folder)
+    with attempts(tokens.FILE):
+        tokens.save(made.tokens, folder)
     with attempts(roundings.FILE):
         roundings.save(made.roundings, folder)
     with attempts("critical.md"):

@@ -6,7 +6,7 @@ The module needs neither torch nor lm-eval.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from llm_attack.base.failures import one_line
 from llm_attack.base.record import whole_or_not
 from llm_attack.base.redact import redacted
 from llm_attack.lm.settings import EMBED
-from llm_attack.suite.analysis import perturbations
+from llm_attack.suite.analysis import perturbations, tokens
 from llm_attack.suite.analysis.calibration import calibration, judged
 from llm_attack.suite.analysis.certified import SMOOTHING
 from llm_attack.suite.analysis.conditions import CONDITIONS, Condition
@@ -42,6 +42,7 @@ LM_EVAL = "lm_eval"
 FRAMES = ("questions", "samples")
 TRACE = "trace"  # the frame that only runs with `trace` have
 CERTIFICATES = "certificates"  # a frame of runs that certified questions
+TOKENS = "tokens"  # a frame of runs with attacks that choose tokens
 # Zstandard compresses repetitions better than Parquet's dictionaries: half of Snappy's bytes.
 _SMALL = {"compression": "zstd", "compression_level": 9, "use_dictionary": False}
 
@@ -77,6 +78,8 @@ class Result:
         folder: the folder of the run; None if it is not stored.
         certificates: a row per question and sigma (`analysis.certified`); None if the run certified
             nothing.
+        changed: a row per question and attack that chooses tokens (`run.tokens.frame`); None if the
+            run has no such attack.
     """
 
     table: pd.DataFrame
@@ -88,6 +91,7 @@ class Result:
     traced: pd.DataFrame | None = field(default=None, repr=False, compare=False)
     folder: Path | None = field(default=None, repr=False, compare=False)
     certificates: pd.DataFrame | None = None
+    changed: pd.DataFrame | None = None
 
     def worst(self) -> pd.DataFrame:
         """The samples with the worst case over the attacks of each amplitude added."""
@@ -340,7 +344,9 @@ def load(folder: Path, equivalence: float | None = None) -> Result:
     run = run | {"equivalence": within}
     content = table, frames["samples"], frames["questions"], run
     of_questions = _certificates(Path(folder), run, frames["questions"])
-    return Result(*content, {}, samples, folder=Path(folder), certificates=of_questions)
+    of_tokens = _tokens(Path(folder), frames["samples"], frames["questions"])
+    more: Any = {"certificates": of_questions, "changed": of_tokens}
+    return Result(*content, {}, samples, folder=Path(folder), **more)
 
 
 def _certificates(
@@ -353,18 +359,36 @@ def _certificates(
     """
     if SMOOTHING not in run:
         return None
-    frame = _read(folder, CERTIFICATES)
-    missing = [name for name in _OF_CERTIFICATES if name not in frame]
+    return _of_run(folder, CERTIFICATES, _OF_CERTIFICATES, questions)
+
+
+def _tokens(folder: Path, samples: pd.DataFrame, questions: pd.DataFrame) -> pd.DataFrame | None:
+    """The changed tokens of a finished run; None if none of its attacks chooses tokens.
+
+    Raises:
+        UsageError: the file is missing, cannot be read or is not of this run.
+    """
+    if not tokens.chooses(samples):
+        return None
+    return _of_run(folder, TOKENS, tokens.COLUMNS, questions)
+
+
+def _of_run(
+    folder: Path, name: str, columns: Sequence[str], questions: pd.DataFrame
+) -> pd.DataFrame:
+    """A frame about questions of a finished run."""
+    frame = _read(folder, name)
+    missing = [column for column in columns if column not in frame]
     if missing:
-        raise _foreign(folder, f"has no column {missing[0]}")
+        raise _foreign(folder, name, f"has no column {missing[0]}")
     pairs = frame[_UNIQUE["questions"]].drop_duplicates()
     if frame.empty or len(pairs.merge(questions[_UNIQUE["questions"]])) < len(pairs):
-        raise _foreign(folder, "has other questions than questions.parquet")
+        raise _foreign(folder, name, "has other questions than questions.parquet")
     return frame
 
 
-def _foreign(folder: Path, fault: str) -> UsageError:
-    path = folder / f"{CERTIFICATES}.parquet"
+def _foreign(folder: Path, name: str, fault: str) -> UsageError:
+    path = folder / f"{name}.parquet"
     return UsageError(f"{path}: {fault}; must be the folder of a finished run")
 
 
@@ -388,7 +412,7 @@ def set_aside(folder: Path) -> list[Path]:
     renamed = []
     for path in [
         folder / "run.json",
-        *(folder / f"{name}.parquet" for name in (*FRAMES, CERTIFICATES)),
+        *(folder / f"{name}.parquet" for name in (*FRAMES, CERTIFICATES, TOKENS)),
     ]:
         if path.exists():
             renamed.append(path.replace(path.with_name(f"{path.name}.unreadable")))

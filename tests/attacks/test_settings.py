@@ -136,6 +136,7 @@ def test_step_settings():
     assert step_settings(attack) == {
         **{"steps": 3, "step_size": 0.5, "decay": 0.9, "restarts": 1},
         **{"rounds": 12, "first_epsilon": None, "queries": 100},
+        **{"exact_tokens": 0, "candidates": 64},
     }
 
 
@@ -147,6 +148,8 @@ OTHER = {
     "rounds": 2,
     "first_epsilon": 0.19,
     "queries": 3,
+    "exact_tokens": 1,
+    "candidates": 5,
 }
 
 

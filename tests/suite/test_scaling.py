@@ -55,6 +55,10 @@ def test_distances():
     assert 0.3 < frame["censored"].mean() < 0.6
 
 
+def test_a_ceiling_is_what_a_search_with_a_smaller_largest_epsilon_finds():
+    pd.testing.assert_frame_equal(scaling.below(world(), 0.05), world(0.05))
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_known_exponent_with_censoring(seed):
     """Within four standard errors, and nearer than a fit that drops what is censored."""

@@ -23,11 +23,13 @@ from llm_attack.attacks import (
 )
 from llm_attack.attacks.cells import Cells, confined
 from llm_attack.attacks.formats import Format
+from llm_attack.attacks.swaps import Swapped
 from llm_attack.lm.engine import diagnostics
 from llm_attack.lm.engine.choices import sum_by
 from llm_attack.lm.engine.clean import BatchLoss, CleanPass, Needs, answers_of, expand
 from llm_attack.lm.engine.fixed import Fixed
 from llm_attack.lm.engine.scoring import Scorer, Scores
+from llm_attack.lm.engine.tokens import Changes, changes, ids_of, prompt_of, swap
 from llm_attack.lm.losses import ThreatModel
 from llm_attack.lm.packing.pack import Pack
 
@@ -99,6 +101,7 @@ class AttackedBatch:
         mask: (B, L) or (U,) booleans, False on padding and on other tokens that do not move; None
             if all move.
         tables: for each tied attack, a function that gives its point of this batch.
+        swapped: the results of attacks that swapped tokens.
     """
 
     def __init__(
@@ -116,6 +119,7 @@ class AttackedBatch:
         self.read = BatchLoss(pack, threat)
         self.tables: Mapping[Attack, Callable[[AttackedBatch], Tensor]] = {}
         self._cells: dict[str, Cells] = {}
+        self.swapped: dict[Attack, Swapped] = {}
 
     @property
     def x(self) -> Tensor:
@@ -149,8 +153,11 @@ class AttackedBatch:
         return Elements(self.mask, self.examples)
 
     def ball(self, attack: Attack) -> Ball:
-        """The points that an attack may reach."""
-        return Ball.of(attack, self.x, elements=self.elements)
+        """The points that an attack may reach. Swaps have no bound, and are in the prompt."""
+        elements = self.elements
+        if attack.kind.swaps:
+            elements = Elements(prompt_of(self.pack), self.examples)
+        return Ball.of(attack, self.x, elements=elements)
 
     # -- values that attacks ask for at a point ---------------------------------------------------
 
@@ -256,9 +263,14 @@ class AttackedBatch:
             return [self.fixed.added(self.pack, self.x, attack.kind.fixed, self.threat.seed)]
         if attack.kind.tied:
             return [self.tables[attack](self)]
-        more: Any = {"elements": self.elements, "known": self._known(attack)}
+        known, watch = self._known(attack), Watch(look.count, look.keep)
+        if attack.kind.swaps:
+            assert self.scorer.vocabulary is not None
+            inputs = self.ball(attack), ids_of(self.pack), look.losses(), known, self.keys
+            self.swapped[attack] = swap(attack, *inputs, self.scorer.vocabulary, watch)
+            return [self.swapped[attack].point]
+        more: Any = {"elements": self.elements, "known": known, "watch": watch}
         more |= {"keys": self.keys if attack.draws else None}
-        more |= {"watch": Watch(look.count, look.keep)}
         if attack.cells is None:
             return trajectory(attack, self.x, look.losses(), **more)
         return confined(attack, self.cells(attack.cells), look.losses(), **more)
@@ -309,6 +321,19 @@ class AttackedBatch:
         sums = sum_by(scores.log_prob, self.pack.scored.request, n)
         length = self.ball(attack).length(adversarial - self.x)
         return torch.where(self.read.choices.gap(sums) > 0, length, torch.inf)
+
+    def changes(self, attack: Attack, x: Tensor, scores: Scores) -> list[Changes]:
+        """For each question, the tokens that an attack changed.
+
+        Args:
+            attack: an attack that chooses tokens.
+            x: the point that it found.
+            scores: the answers at that point.
+        """
+        sums = sum_by(scores.log_prob, self.pack.scored.request, len(self.pack.requests))
+        wrong, swapped = self.read.choices.gap(sums) > 0, self.swapped.get(attack)
+        how = swapped, self.scorer.vocabulary, self.clean.gradient
+        return changes(attack, self.ball(attack), self.pack, x, wrong, *how)
 
     def _sums(self, attack: Attack, x: Tensor, look: _Look) -> dict[str, Tensor]:
         """The values that an attack which ends at `x` adds to the diagnostics."""
@@ -400,7 +425,7 @@ class _Look:
         gap = kind.targeted and kind.adaptive and self.batch.clean.scores is not None
         answers = needs.answers or gap
         if kind.tied:  # the passes of the fit
-            return self.attack.steps + 1, self.attack.steps
+            return (self.attack.steps + 1, self.attack.steps) if kind.gradient else (0, 0)
         if not needs.gradient:
             return int(answers), 0
         return 1 + int(answers and self.slopes is not None), 1

@@ -41,9 +41,10 @@ class Needs:
         """The needs of several attacks together."""
         every = list(attacks)
         minimal = any(a.kind.minimal for a in every)
+        chooses = any(a.kind.of_tokens for a in every)
         # these have one target: the choice that is least likely at the clean point
         targets = any(a.kind.targeted and not a.kind.adaptive for a in every if not a.identity)
-        answers = targets or minimal or any(a.identity or a.kind.members for a in every)
+        answers = targets or minimal or chooses or any(a.identity or a.kind.members for a in every)
         gradient = minimal or any(a.uses_clean_gradient for a in every)
         return cls(not all(a.identity for a in every), answers, gradient)
 

@@ -186,7 +186,9 @@ def moved(attack: Attack, ball: Ball, noise: Tensor) -> dict[str, Tensor]:
     }
     if kind.inside is not None:  # its lengths are not those of a ball
         sums = {}
-    if kind.minimal:  # it moves only right answers, and no farther than needed
+    if kind.swaps:  # its epsilon is a number of tokens
+        return {}
+    if kind.minimal or kind.sparse:  # it moves only right answers, and no more than needed
         return sums
     sums |= {"examples": torch.full_like(still, ball.examples.n), "still": still}
     if kind.adaptive or kind.search or kind.inside is not None:  # it may stay inside of the ball

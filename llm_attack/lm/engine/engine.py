@@ -31,6 +31,7 @@ from llm_attack.lm.engine.probe import (
 from llm_attack.lm.engine.scoring import Scorer, Scores
 from llm_attack.lm.engine.smoothing import votes
 from llm_attack.lm.engine.tied import Fitted, fit
+from llm_attack.lm.engine.tokens import Changes
 from llm_attack.lm.engine.traces import Trace, traced
 from llm_attack.lm.losses import LOSSES, ThreatModel
 from llm_attack.lm.network.lean import Lean
@@ -67,6 +68,7 @@ class Answered(NamedTuple):
         curves: for each attack, the curves of this question's requests; empty without `trace`.
         votes: for each sigma of the smoothing, the two parts of `smoothing.votes`; None without
             smoothing.
+        changes: for each attack that chooses tokens, what it changed; None for the others.
     """
 
     question: Question
@@ -76,6 +78,7 @@ class Answered(NamedTuple):
     broken_by: list[str | None]
     curves: list[list[Curve]]
     votes: list[list[list[int]]] | None = None
+    changes: Sequence[Changes | None] = ()
 
 
 @dataclass
@@ -102,6 +105,7 @@ class Computed(NamedTuple):
         traces: for each attack, or None.
         curves: for each attack.
         votes: the result of `smoothing.votes`, or None.
+        changes: for each attack, the changes of each question, or None.
     """
 
     scores: list[Scores]
@@ -112,6 +116,7 @@ class Computed(NamedTuple):
     traces: list[Trace | None]
     curves: list[Curves]
     votes: Tensor | None
+    changes: list[list[Changes] | None]
 
 
 @dataclass(frozen=True)
@@ -357,7 +362,10 @@ class Engine:
         return replace(pack, limit=batch.limit)
 
     def compute(self, pack: Pack) -> Computed:
-        """Runs one batch under all attacks. Nothing but a battery waits for the device."""
+        """Runs one batch under all attacks.
+
+        Only batteries and attacks that choose tokens wait for the device.
+        """
         pack = pack.to(self.device)
         needs = Needs.of(self.attacks)
         if self.smoothing is not None:
@@ -366,7 +374,7 @@ class Engine:
         first = batches[self.scorers[0]]
         alignment = first.alignment(self.attacks[0]) if needs.gradient else None
         counts = None if self.smoothing is None else votes(first, self.smoothing)
-        computed = Computed([], [], alignment, [], [], [], [], counts)
+        computed = Computed([], [], alignment, [], [], [], [], counts, [])
         for attack, scorer, end in zip(self.attacks, self.scorers, self.ends(batches), strict=True):
             at = batches[scorer]
             broken_by: list[str | None] = [None] * len(pack.questions)
@@ -392,12 +400,17 @@ class Engine:
             if attack.kind.minimal:
                 assert x is not None
                 critical = at.critical_epsilon(attack, x, scores)
+            changes = None
+            if attack.kind.of_tokens and not attack.identity:
+                assert x is not None
+                changes = at.changes(attack, x, scores)
             computed.scores.append(scores)
             computed.sums.append(sums)
             computed.critical_epsilons.append(critical)
             computed.broken_by.append(broken_by)
             computed.traces.append(self._trace(at, end))
             computed.curves.append(curves)
+            computed.changes.append(changes)
         return computed
 
     def _trace(self, batch: AttackedBatch, end: Attacked | None) -> Trace | None:
@@ -456,7 +469,7 @@ class Engine:
         return ends
 
     def fit(self, batches: Iterable[Batch]) -> None:
-        """Fits the tables of the tied attacks to all batches of a run together."""
+        """Fits the tables of the tied attacks to all these batches together."""
         every = list(batches)
 
         def at(scorer: Scorer) -> Iterator[AttackedBatch]:
@@ -467,7 +480,7 @@ class Engine:
         for attack, scorer in zip(self.attacks, self.scorers, strict=True):
             if attack.kind.tied and every:
                 with reproducible(self.layout.deterministic):
-                    self.tables[attack] = fit(attack, partial(at, scorer))
+                    self.tables[attack] = fit(attack, partial(at, scorer), self.threat.seed)
 
     def _collect(self, pack: Pack, computed: Computed, result: BatchResult) -> None:
         """Adds the batch's answers to `result`. Waits for the device.
@@ -512,6 +525,7 @@ class Engine:
                     *(question, of_question, alignments[i], amplitudes, names),
                     [of_attack[i] for of_attack in of_questions],
                     counts,
+                    [None if c is None else c[i] for c in computed.changes],
                 )
             )
             at = end

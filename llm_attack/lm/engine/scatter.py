@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from llm_attack.lm.engine.attacked import Curve
 from llm_attack.lm.engine.engine import Answer, Answered
+from llm_attack.lm.engine.tokens import Changes
 
 
 class OfRequest(NamedTuple):
@@ -18,6 +19,7 @@ class OfRequest(NamedTuple):
     broken_by: list[str | None]
     curves: list[list[Curve]]
     votes: list[list[list[int]]] | None
+    changes: Sequence[Changes | None]
 
 
 def by_index(answered: Iterable[Answered]) -> dict[int, OfRequest]:
@@ -33,6 +35,7 @@ def by_index(answered: Iterable[Answered]) -> dict[int, OfRequest]:
                 for of_attack in parts.curves
             ],
             parts.votes,
+            parts.changes,
         )
         for parts in answered
         for i, indices in enumerate(parts.question.answers)

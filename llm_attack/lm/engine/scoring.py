@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from llm_attack.attacks.swaps import Vocabulary
 from llm_attack.lm.engine.flat import row_by_row, sequence
 from llm_attack.lm.engine.nearest import Nearest
 from llm_attack.lm.engine.once import gathered, products_once
@@ -105,6 +106,8 @@ class Scorer:
         self.nearest = None
         if isinstance(hookpoint, nn.Embedding) and hookpoint is model.get_input_embeddings():
             self.nearest = Nearest(hookpoint, hookpoint.num_embeddings)
+        self.vocabulary: Vocabulary | None = None
+        """The tokens that attacks may put in place of others, if there are such attacks."""
         base = getattr(model, "get_base_model", lambda: model)()  # inside a PEFT model
         takes_cache = "use_cache" in inspect.signature(base.forward).parameters
         self.options = {"use_cache": False} if takes_cache else {}

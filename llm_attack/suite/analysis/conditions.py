@@ -29,13 +29,14 @@ from llm_attack.suite.plan.smoothing import SmoothingSettings
 CONDITIONS = "conditions"  # the key in run.json and in the attributes of samples.parquet
 STANDARD = "standard"  # the key of the standard's version in the settings of a condition
 PERTURBATION = "perturbation_source"  # the key of the hash of a perturbation found before
+FITTED_TO = "fitted_to"  # the key of the hash of the questions to which a table was fitted
 _SIZE = "amplitude"  # the key in the record of a condition
 
 # Settings of a plan that are no part of a condition. They choose the model, the questions (which
 # are paired by the hash of their prompts) and the conditions, or say how a run is carried out.
 OF_THE_RUN = (
     *("model", "model_args", "tasks", "limit", "include_path"),
-    *("attacks", "epsilons", "cells", "critical", "epsilon_max", "hookpoints"),
+    *("attacks", "epsilons", "cells", "swaps", "critical", "epsilon_max", "hookpoints"),
     *("batch_size", "device", "equivalence", "shard", "ray", "ray_workers"),
     *("save_perturbations", "path_points", "trace"),
     *names(SmoothingSettings),
@@ -190,13 +191,17 @@ def _used(attack: str, values: Mapping[str, Any]) -> dict[str, Any]:
         "seed": not resolved.draws,
         "gradient_dtype": not kind.gradient,
         "cells": True,  # the unit of epsilon
+        "swaps": True,  # epsilon itself
     }
     unused["loss_source"] = unused["loss"]
     return {name: value for name, value in used.items() if not unused.get(name)}
 
 
 def of_plan(
-    plan: Plan, conditions: Iterable[AttackSettings], attacks: Iterable[Attack]
+    plan: Plan,
+    conditions: Iterable[AttackSettings],
+    attacks: Iterable[Attack],
+    fitted_to: str = "",
 ) -> dict[str, Condition]:
     """The conditions of a run, by name.
 
@@ -204,6 +209,7 @@ def of_plan(
         plan: the plan of the run.
         conditions: the settings of each condition.
         attacks: the resolved attack of each condition, which has the name.
+        fitted_to: hash of the questions to which tables of embeddings were fitted; empty: unknown.
     """
     prompt, conditions = {name: getattr(plan, name) for name in PROMPT}, [*conditions]
     if plan.gradient_dtype is not None:
@@ -215,6 +221,8 @@ def of_plan(
         values = {**prompt, **settings.arguments(), **settings.sources}
         if plan.fixed is not None and settings.attack in FIXED:
             values[PERTURBATION] = plan.fixed.source
+        if attack.kind.tied and fitted_to:
+            values[FITTED_TO] = fitted_to
         amplitude = replace(settings.amplitude, hookpoint=place) if attack.name != "none" else None
         by_condition[attack.condition] = Condition.of(attack.condition, values, amplitude)
     return by_condition

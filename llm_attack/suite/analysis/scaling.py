@@ -70,6 +70,13 @@ def distances(samples: pd.DataFrame, condition: str, parameters: int, unit: floa
     )
 
 
+def below(frame: pd.DataFrame, ceiling: float) -> pd.DataFrame:
+    """The same questions, as if no epsilon above `ceiling` had been tried."""
+    above = frame["epsilon"] > ceiling
+    epsilons = frame["epsilon"].clip(upper=ceiling)
+    return frame.assign(epsilon=epsilons, censored=frame["censored"] | above)
+
+
 def median(epsilons: Numbers, censored: NDArray[np.bool_]) -> float:
     """The Kaplan-Meier median; infinite if less than half of the questions fell."""
     from scipy.stats import CensoredData, ecdf  # slow to import

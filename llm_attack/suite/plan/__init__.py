@@ -15,7 +15,11 @@ from llm_attack.attacks.settings import (
     BATTERIES,
     FIXED,
     ITERATIVE,
+    OF_TOKENS,
     ROUNDINGS,
+    SAMPLED,
+    SPARSE,
+    SWAPS,
     kind_of,
     known_attack,
 )
@@ -64,8 +68,10 @@ _TRACED = ("trace",)  # only the curves over steps depend on this
 # does not know the label needs this request.
 WORST = "worst"
 # The worst case leaves these out, because they have no fixed amplitude: the clean answers, the
-# control, noise without a bound, and searches for the smallest amplitude.
-NO_PART = tuple(name for name, kind in {**ATTACKS, **ROUNDINGS}.items() if not kind.bounded)
+# control, noise without a bound, and searches for the smallest amplitude. It also leaves out
+# attacks that choose tokens.
+_NAMED = {**ATTACKS, **ROUNDINGS, **OF_TOKENS}
+NO_PART = tuple(name for name, kind in _NAMED.items() if not kind.bounded)
 
 # `critical=True` adds these attacks.
 _CRITICAL = ("critical", "fmn")
@@ -120,12 +126,13 @@ class Plan(_SeveralSteps, EngineSettings, SmoothingSettings, FixedSettings):
     )
     attacks: Sequence[Any] = setting(
         ("none", "random", "fgsm", "bim"),
-        f"Attacks to compare, separated by commas: {', '.join((*ATTACKS, *ROUNDINGS))}, or"
-        " package.module:function of your own. The name worst stands for the accuracy against all"
-        " of them at each amplitude. If the loss knows the label, it is always reported. Otherwise"
-        " it is below guessing by construction, and is reported only if you name it. The names"
-        f" {' and '.join(NEWEST)} stand for fixed conditions, which everybody can compare; they set"
-        " epsilons, norms and loss",
+        f"Attacks to compare, separated by commas: {', '.join(ATTACKS)}, or"
+        f" package.module:function of your own. Attacks in rounding cells: {', '.join(ROUNDINGS)}."
+        f" Attacks that choose tokens: {', '.join(OF_TOKENS)}. The name worst stands for the"
+        " accuracy against all of them at each amplitude. If the loss knows the label, it is"
+        " always reported. Otherwise it is below guessing by construction, and is reported only if"
+        f" you name it. The names {' and '.join(NEWEST)} stand for fixed conditions, which"
+        " everybody can compare; they set epsilons, norms and loss",
         allowed=values.NAMES,
         parse=values.attacks,
         group="attack",
@@ -147,6 +154,16 @@ class Plan(_SeveralSteps, EngineSettings, SmoothingSettings, FixedSettings):
         kind=tuple,
         allowed=ALLOWED,
         parse=lambda given: values.texts(listed(given)),
+        group="attack",
+    )
+    swaps: Sequence[Any] = setting(
+        (1,),
+        "Largest numbers of tokens that gcg puts in place of others, separated by commas. Each"
+        " makes a condition",
+        also_type=tuple,
+        option=str,
+        allowed=values.COUNTS,
+        parse=values.counts,
         group="attack",
     )
     critical: bool = setting(
@@ -448,8 +465,9 @@ class Plan(_SeveralSteps, EngineSettings, SmoothingSettings, FixedSettings):
         run = {condition.attack for condition in self.conditions}
         others = {
             "cells": [*ROUNDINGS],
+            "swaps": [name for name, kind in SWAPS.items() if kind.swaps == SAMPLED],
             "epsilon_max": [attack for attack, kind in ATTACKS.items() if kind.minimal],
-            "epsilons": [attack for attack in (*ATTACKS, *BATTERIES) if attack != "none"],
+            "epsilons": [attack for attack in (*ATTACKS, *BATTERIES, *SPARSE) if attack != "none"],
         }
         for name, value, readers in unread(self, run, others):
             if name in _OF_MANY:
@@ -509,6 +527,9 @@ class Plan(_SeveralSteps, EngineSettings, SmoothingSettings, FixedSettings):
         """The sizes of an attack's perturbations, as arguments of its condition."""
         if attack in ROUNDINGS:
             return [{"cells": name} for name in self.cells]
+        if attack in SWAPS:
+            several = SWAPS[attack].swaps == SAMPLED
+            return [{"swaps": n} for n in (self.swaps if several else (1,))]
         return [{"epsilon": epsilon} for epsilon in self._epsilons_of(attack)]
 
     def _epsilons_of(self, attack: str) -> Sequence[Epsilon]:
@@ -520,7 +541,8 @@ class Plan(_SeveralSteps, EngineSettings, SmoothingSettings, FixedSettings):
 
     def _steps_of(self, attack: str) -> Sequence[int]:
         several = self.steps if isinstance(self.steps, tuple) else (self.steps,)
-        kind = kind_of(attack) if known_attack(attack) or attack in ROUNDINGS else None
+        named = known_attack(attack) or attack in _NAMED
+        kind = kind_of(attack) if named else None
         reads = len(several) > 1 and kind is not None and kind.uses("steps")
         return several if reads else several[-1:]
 
@@ -593,6 +615,10 @@ class Plan(_SeveralSteps, EngineSettings, SmoothingSettings, FixedSettings):
         left_out = left_out if self.sigmas else (*left_out, *OF_SMOOTHING)
         left_out = (*left_out, *(name for name in OF_FIXED if getattr(self, name) is None))
         left_out = left_out if self.cells else (*left_out, "cells")
+        # of runs without attacks that read them, as they were before there were such attacks
+        chosen = {name for attack in OF_TOKENS for name in OF_TOKENS[attack].settings}
+        if not {*self.attacks} & {*OF_TOKENS}:
+            left_out = (*left_out, "swaps", *(chosen & {"exact_tokens", "candidates"}))
         return {name: value for name, value in self.plain().items() if name not in left_out}
 
 

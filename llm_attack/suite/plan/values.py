@@ -16,6 +16,7 @@ COUNT = SettingSpec("", int, minimum=1)
 
 # Allowed values, in words for messages.
 NAMES = "names, separated by commas"
+COUNTS = "integers, 1 or more, separated by commas"
 NUMBERS = "numbers such as 0.01 or 0.7rms, separated by commas"
 PAIRS = "key=value,..."
 SHARD = "i/n, with i from 1 to n, such as 2/8"
@@ -55,6 +56,20 @@ def epsilons(given: Any) -> Any:
         return tuple(Epsilon.parse(part) for part in parts)
     except (TypeError, ValueError, OverflowError):
         raise invalid("epsilons", list(parts), NUMBERS) from None
+
+
+def counts(given: Any) -> Any:
+    """Numbers of tokens, each once."""
+    parts = several("swaps", given)
+    if not isinstance(parts, tuple):
+        parts = (parts,)
+    parts = tuple(int(p) if re.fullmatch("[0-9]{1,9}", str(p)) else p for p in parts)
+    for number in parts:
+        if not COUNT.allows(number):
+            raise invalid("swaps", number, COUNTS)
+        if parts.count(number) > 1:
+            raise UsageError(f"swaps={','.join(map(str, parts))}: must name {number} only once")
+    return parts
 
 
 def sigmas(given: Any) -> Any:

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from llm_attack.attacks import ATTACKS
-from llm_attack.attacks.settings import ROUNDINGS
+from llm_attack.attacks.settings import OF_TOKENS, ROUNDINGS
 from llm_attack.base.drawing import COLOURS, draw
 from llm_attack.base.failures import Attempts
 from llm_attack.suite.analysis.conditions import by_name
@@ -81,6 +81,10 @@ _LOOKS = {
     "fgsm_rounding": _Look("#CC6677", "////", "^", "-"),
     "worst_rounding": _Look("#661100", "++", "P", (0, (4, 1, 1, 1))),
     "tied_rounding": _Look("#6699CC", "xx", "d", (0, (5, 1))),
+    "tied_random_rounding": _Look("#88CCEE", "..", "2", (0, (1, 3))),
+    "fixed": _Look("#CC6677", "", "o", "-"),
+    "fixed-shuffled": _Look("#88CCEE", "//", "s", "--"),
+    "fixed-random": _Look("#44AA99", "\\\\", "^", ":"),
     "worst": _Look("#000000", "///", "o", (0, (1, 1))),
 }
 
@@ -156,14 +160,14 @@ def curves(table: pd.DataFrame, unit: Unit = OF_POINT) -> Figure | None:
     A curve starts at the accuracy without an attack. Bands are 95 % intervals, and dashed lines are
     the accuracies of random guesses. `worst` starts at the first amplitude that has two attacks.
     Searches for the smallest epsilon have an accuracy at only one epsilon, so they are left out,
-    and so are attacks in rounding cells, which have no epsilon.
+    and so are attacks in rounding cells, which have no epsilon, and attacks that choose tokens.
     `survival.figure` has their curves. Each of several norms has panels of its own.
 
     Args:
         table: the result of `summarise`.
         unit: the unit of the epsilon axis.
     """
-    without = [*ROUNDINGS, *(name for name, kind in ATTACKS.items() if kind.minimal)]
+    without = [*ROUNDINGS, *OF_TOKENS, *(name for name, kind in ATTACKS.items() if kind.minimal)]
     table = _with_norms(table[~table["attack"].isin(without)], unit)
     # if an attack has several numbers of steps, the largest
     table = table.drop_duplicates(["task", "attack", "norm", "epsilon"], keep="last")

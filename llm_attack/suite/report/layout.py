@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from llm_attack.attacks.settings import SWAPS
 from llm_attack.base.drawing import style
 from llm_attack.lm.units import ABSOLUTE
 
@@ -131,7 +132,9 @@ def unit_of(run: Mapping[str, Any]) -> Unit:
     Args:
         run: the content of `run.json`, for one hookpoint.
     """
-    given = [attack for attack in run.get("attacks", {}).values() if attack.get("attack") != "none"]
+    without = ("none", *SWAPS)  # a number of tokens is no epsilon
+    attacks = run.get("attacks", {}).values()
+    given = [attack for attack in attacks if attack.get("attack") not in without]
     units = sorted({attack.get("epsilon_unit", ABSOLUTE) for attack in given})
     if len(units) > 1:
         return Unit(f" (absolute; given in {' and '.join(units)})")

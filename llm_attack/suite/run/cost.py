@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import comb
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llm_attack.attacks import Attack, Known, Losses, perturb
+from llm_attack.attacks.settings import EVERY, FIRST_ORDER, SAMPLED
 from llm_attack.lm.engine.clean import Needs
 from llm_attack.lm.network.blocks import known_blocks
 from llm_attack.lm.packing.pack import Pack
@@ -44,16 +46,41 @@ class Passes(NamedTuple):
         return Passes(*(a + b for a, b in zip(self, other, strict=True)))
 
 
+class Tokens(NamedTuple):
+    """The largest numbers of tokens that attacks can choose from.
+
+    Attributes:
+        moving: tokens of a question that may move.
+        prompt: tokens of a question that may be swapped.
+        vocabulary: tokens that may be taken in their place.
+    """
+
+    moving: int = 0
+    prompt: int = 0
+    vocabulary: int = 0
+
+
+_NOTHING = Tokens()
+
+
 def passes(
-    attacks: Sequence[Attack], others: int, *, apart: bool = False, hookpoints: int = 1
+    attacks: Sequence[Attack],
+    others: int,
+    *,
+    apart: bool = False,
+    hookpoints: int = 1,
+    tokens: Tokens = _NOTHING,
 ) -> Passes:
-    """The passes of `Engine.compute` under all attacks; for a battery, the largest possible number.
+    """The passes of `Engine.compute` under all attacks.
+
+    For a battery, and for attacks that choose tokens, it is the largest possible number.
 
     Args:
         attacks: the conditions at one hookpoint.
         others: number of wrong choices of the question that has the most.
         apart: whether another model computes the gradients. These passes then give no answers.
         hookpoints: number of hookpoints.
+        tokens: what attacks that choose tokens can choose from.
     """
     attacks = [_in_ball(member) for attack in attacks for member in attack.members]
     needs = Needs.of(attacks)
@@ -72,23 +99,30 @@ def passes(
         longest = max(family, key=lambda attack: attack.steps)
         looked = not (apart and longest.kind.gradient)  # then its losses are also its answers
         answers = int(not longest.keeps_best) if looked else len(family)
-        of_family = _of_attack(longest, others, known).plus(Passes(answers=answers))
+        of_family = _of_attack(longest, others, known, tokens).plus(Passes(answers=answers))
         total = total.plus(Passes(*(n * hookpoints for n in of_family)))
     return total
 
 
+def fits(attacks: Sequence[Attack]) -> Passes:
+    """The passes of all fits of tables: a gradient for each step, and the loss after the last."""
+    fitted = [attack for attack in attacks if attack.kind.tied and attack.kind.gradient]
+    return Passes(gradients=sum(attack.steps for attack in fitted), losses=len(fitted))
+
+
 def _in_ball(attack: Attack) -> Attack:
-    """An attack in a ball that makes the same passes; its label tells conditions apart."""
+    """An attack in a ball that makes the same passes to answer; its label tells conditions apart.
+
+    For the passes of a fit, see `fits`.
+    """
     if attack.cells is None:
         return attack
     alike = attack.in_ball
-    if attack.kind.tied:  # a gradient for each step, and the loss after the last
-        return replace(alike, name="pgd", steps=alike.steps + 1, label=attack.condition)
-    name = "random" if alike.name == "none" else alike.name
+    name = "random" if alike.name == "none" or attack.kind.tied else alike.name
     return replace(alike, name=name, label=attack.condition)
 
 
-def _of_attack(attack: Attack, others: int, clean: bool) -> Passes:
+def _of_attack(attack: Attack, others: int, clean: bool, tokens: Tokens) -> Passes:
     """The passes of one attack, counted in a trial.
 
     The attack runs on a point of four numbers with a linear loss. The loss crosses 0 inside the
@@ -98,9 +132,12 @@ def _of_attack(attack: Attack, others: int, clean: bool) -> Passes:
         attack: the condition.
         others: see `passes`.
         clean: whether the clean answers are known.
+        tokens: see `passes`.
     """
     if attack.kind.fixed:
         return Passes()
+    if attack.kind.of_tokens:
+        return _of_tokens(attack, tokens)
     x = torch.zeros(1, 2, 2, dtype=torch.float64)
     counts = {True: 0, False: 0}
 
@@ -118,6 +155,21 @@ def _of_attack(attack: Attack, others: int, clean: bool) -> Passes:
     keys = torch.zeros(1, dtype=torch.int64)
     perturb(attack, x, Losses(loss, loss, [loss] * max(1, others)), keys=keys, known=known)
     return Passes(gradients=counts[True], losses=counts[False])
+
+
+def _of_tokens(attack: Attack, tokens: Tokens) -> Passes:
+    """The passes of an attack that chooses tokens, if it finds nothing before its end."""
+    kind, swaps = attack.kind, tokens.prompt * tokens.vocabulary
+    if kind.swaps == EVERY:
+        return Passes(losses=swaps)
+    if kind.swaps == FIRST_ORDER:
+        return Passes(losses=min(attack.candidates, swaps))
+    if kind.swaps == SAMPLED:
+        return Passes(attack.steps - 1, attack.steps * (attack.candidates + 1))
+    # of the gradients at the clean point, one is known
+    greedy = Passes(tokens.moving * (attack.steps + 1) - 2, 2 * tokens.moving)
+    sets = sum(comb(tokens.moving, n) for n in range(1, attack.exact_tokens + 1))
+    return greedy.plus(Passes(sets * (attack.steps - 1), 2 * sets))
 
 
 @dataclass(frozen=True)

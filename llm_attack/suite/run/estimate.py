@@ -23,6 +23,7 @@ from llm_attack.lm.engine.attacked import AttackedBatch
 from llm_attack.lm.engine.clean import Needs, clean_pass, usable_twins
 from llm_attack.lm.engine.engine import Engine
 from llm_attack.lm.engine.scoring import Scorer
+from llm_attack.lm.engine.tokens import sizes_of
 from llm_attack.lm.losses import ThreatModel
 from llm_attack.lm.network.hook import frozen
 from llm_attack.lm.packing.batches import Batch
@@ -30,7 +31,7 @@ from llm_attack.lm.packing.pack import Pack
 from llm_attack.lm.packing.questions import Request
 from llm_attack.stats import ALPHA, POWER, planned
 from llm_attack.suite.plan import Plan
-from llm_attack.suite.run.cost import Passes, Sizes, passes
+from llm_attack.suite.run.cost import Passes, Sizes, Tokens, fits, passes
 from llm_attack.suite.run.cost_of_texts import as_read, seconds_of_step
 from llm_attack.suite.run.execute import Prepared, Processes, prepare
 from llm_attack.suite.run.perturbations import Saved, amount
@@ -119,7 +120,8 @@ class Estimate:
         seconds: computing time, without loading the model and without tables and figures.
         weights: bytes of parameters and buffers.
         activations: bytes of activations of the largest batch.
-        battery: whether the run has a battery. Then `seconds` is an upper bound.
+        battery: whether the run has a battery, or attacks that choose tokens. Then `seconds` is an
+            upper bound.
         copied: (dtype, bytes) of the copy of the weights that computes gradients; None if there is
             none.
         sizes: number of questions of each task.
@@ -196,34 +198,34 @@ def estimate(prepared: Prepared, seconds: float = SECONDS) -> Estimate:
     sizes = Sizes.of(model, lm.engine_settings.gradient_checkpointing)
     generated = [work.batch for work in prepared.work if isinstance(work.batch, Prompts)]
     answered = [work.batch for work in prepared.work if isinstance(work.batch, Batch)]
-    others = max((len(q.gold) - 1 for b in answered for q in b.questions), default=0)
-    places = list(dict.fromkeys(engine.scorers))
-    first = [
-        attack
-        for attack, scorer in zip(engine.attacks, engine.scorers, strict=True)
-        if scorer is places[0]
-    ]
-    todo = passes(first, others, apart=bool(engine.slopes), hookpoints=len(places))
+    fit, apart = fits(engine.attacks), prepared.fit_to.apart
+    more = Passes() if apart else fit
     saved = Saved.of(prepared.plan, lm, prepared.work)
     if saved is not None:
         moved, points = len(saved.of_conditions), prepared.plan.path_points
-        todo = todo.plus(Passes(gradients=moved * points, losses=2 * moved))
+        more = more.plus(Passes(gradients=moved * points, losses=2 * moved))
     if prepared.plan.smoothing is not None:
         noise = prepared.plan.smoothing
-        todo = todo.plus(Passes(answers=noise.total * len(noise.sigmas)))
+        more = more.plus(Passes(answers=noise.total * len(noise.sigmas)))
+    todo = _todo(engine, answered, answered).plus(more)
     counts = Counts(len(by_question(prepared.requests)), len(prepared.requests))
     for batch in answered:
-        counts.add(engine.pack(batch), sizes, todo, engine.scorer.takes_twins)
+        of_batch = _todo(engine, answered, [batch]).plus(more)
+        counts.add(engine.pack(batch), sizes, of_batch, engine.scorer.takes_twins)
+    for batch in prepared.fit_to.batches[: None if apart else 0]:
+        counts.add(engine.pack(batch), sizes, fit)
     conditions = len(engine.attacks)
     for prompts in generated:  # every condition reads the prompts again
         counts.add(engine.pack(as_read(prompts)), sizes, todo._replace(answers=conditions, clean=0))
         counts.steps += prompts.most * conditions
     batches = [*answered, *map(as_read, generated)]
     order = random.Random(0).sample(range(len(batches)), len(batches))
-    calibration = Calibration(engine, sizes, bool(todo.gradients))
+    calibration = Calibration(engine, sizes, bool(todo.gradients + fit.gradients))
     with frozen(model):
         calibration.measure(engine.pack(batches[order[0]]))
-        calibration = Calibration(engine, sizes, bool(todo.gradients))  # the first warmed up
+        calibration = Calibration(
+            engine, sizes, bool(todo.gradients + fit.gradients)
+        )  # the first warmed up
         for i in order:
             calibration.measure(engine.pack(batches[i]))
             if calibration.seconds > seconds:
@@ -244,9 +246,30 @@ def estimate(prepared: Prepared, seconds: float = SECONDS) -> Estimate:
     n = tuple(asked.values()) if compares else ()
     activations = kept + passing + logits
     said = "" if saved is None else saved.words()
-    battery = any(attack.kind.members for attack in engine.attacks)
+    battery = any(a.kind.members or a.kind.of_tokens for a in engine.attacks)
     found = counts, rates, weights, activations, copied, n, said
+    todo = todo.plus(fit) if apart else todo
     return Estimate(*found, battery=battery, passes=todo, dequantised=lm.dequantised)
+
+
+def _todo(engine: Engine, every: Sequence[Batch], some: Sequence[Batch]) -> Passes:
+    """The passes of some batches of a run. They depend on lengths if attacks choose tokens.
+
+    Args:
+        engine: the engine with the conditions.
+        every: all batches of the run with requests to score.
+        some: the batches to count for.
+    """
+    others = max((len(q.gold) - 1 for b in every for q in b.questions), default=0)
+    places = list(dict.fromkeys(engine.scorers))
+    pairs = zip(engine.attacks, engine.scorers, strict=True)
+    first, tokens = [attack for attack, scorer in pairs if scorer is places[0]], Tokens()
+    if some and any(attack.kind.of_tokens for attack in first):
+        questions, known = [q for batch in some for q in batch.questions], places[0].vocabulary
+        n = 0 if known is None else len(known.allowed)
+        tokens = Tokens(*sizes_of(questions, engine.threat.positions), n)
+    apart, n_places = bool(engine.slopes), len(places)
+    return passes(first, others, apart=apart, hookpoints=n_places, tokens=tokens)
 
 
 class Calibration:

@@ -16,6 +16,7 @@ from llm_attack.harness.scores import Score
 from llm_attack.lm.engine.diagnostics import Diagnostics
 from llm_attack.lm.engine.engine import BatchResult
 from llm_attack.lm.engine.scatter import by_index
+from llm_attack.lm.engine.tokens import Changes
 from llm_attack.lm.packing.batches import Batch
 from llm_attack.suite.run import steps
 from llm_attack.suite.run.store import Key
@@ -78,6 +79,7 @@ class Work(NamedTuple):
             "broken_by": [(n, parts.broken_by) for n, parts in requests if any(parts.broken_by)],
             **steps.content(requests),
             "votes": [(n, parts.votes) for n, parts in requests if parts.votes is not None],
+            "changes": [(n, parts.changes) for n, parts in requests if any(parts.changes)],
             "diagnostics": [asdict(d) for d in result.diagnostics],
         }
 
@@ -127,7 +129,8 @@ class Gathered(NamedTuple):
     Attributes:
         answers: for each condition, one per request, in the form that lm-eval expects from a model.
         diagnostics: one per condition.
-        alignments, critical_epsilons, broken_by, votes: see `Answered`; by numbers of requests.
+        alignments, critical_epsilons, broken_by, votes, changes: see `Answered`; by numbers of
+            requests.
         steps: the result of `steps.content`, by numbers of requests.
     """
 
@@ -138,6 +141,7 @@ class Gathered(NamedTuple):
     broken_by: dict[int, Sequence[str | None]]
     steps: dict[int, steps.OfRequest]
     votes: dict[int, list[list[list[int]]]]
+    changes: dict[int, Sequence[Changes | None]]
 
 
 def gather(contents: Mapping[Key, Any], work: Sequence[Work], n: int) -> Gathered:
@@ -151,6 +155,7 @@ def gather(contents: Mapping[Key, Any], work: Sequence[Work], n: int) -> Gathere
     broken_by: dict[int, Sequence[str | None]] = {}
     curves: dict[int, steps.OfRequest] = {}
     votes: dict[int, list[list[list[int]]]] = {}
+    changes: dict[int, Sequence[Changes | None]] = {}
     totals = [Diagnostics() for _ in range(conditions)]
     for content in batches:
         for number, of_request in content["answers"]:
@@ -164,6 +169,7 @@ def gather(contents: Mapping[Key, Any], work: Sequence[Work], n: int) -> Gathere
         broken_by.update(content.get("broken_by", []))
         curves.update(content.get(steps.STEPS, []))
         votes.update(content.get("votes", []))
+        changes.update(content.get("changes", []))
         for total, sums in zip(totals, content["diagnostics"], strict=True):
             total.add(sums)
     for number, parts in windows.items():
@@ -173,7 +179,7 @@ def gather(contents: Mapping[Key, Any], work: Sequence[Work], n: int) -> Gathere
         if None not in of_gradients:
             *sums, _ = map(sum, zip(*of_gradients, strict=True))
             alignments[number] = [*sums, math.nan]
-    gathered = answers, totals, alignments, critical_epsilons, broken_by, curves, votes
+    gathered = answers, totals, alignments, critical_epsilons, broken_by, curves, votes, changes
     return Gathered(*gathered)
 
 

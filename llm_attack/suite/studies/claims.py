@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 from scipy.special import ndtr, ndtri
 
-from llm_attack.attacks.settings import ATTACKS, BOUNDED_NOISE, FIXED, NOISE, ROUNDINGS
+from llm_attack.attacks.settings import ATTACKS, BOUNDED_NOISE, FIXED, NOISE, OF_TOKENS, ROUNDINGS
 from llm_attack.stats import ALPHA, Mean, auc, detectable, equivalence_test, mean_of
 from llm_attack.suite.analysis.conditions import Conditions, by_name
 from llm_attack.suite.analysis.outcomes import (
@@ -33,7 +33,12 @@ TITLE = "the paper's claims"
 WITHIN = 2.0  # percentage points; smaller differences count as none
 
 _TRAITS = {**ATTACKS, **FIXED}
-_CONTROLS = (*(name for name, kind in _TRAITS.items() if kind.control), *ROUNDINGS, WORST)
+_CONTROLS = (
+    *(name for name, kind in _TRAITS.items() if kind.control),
+    *ROUNDINGS,
+    *OF_TOKENS,
+    WORST,
+)
 
 
 class Claim(NamedTuple):

@@ -10,7 +10,7 @@ import pandas as pd
 
 from llm_attack.base.errors import UsageError
 from llm_attack.suite.analysis import critical
-from llm_attack.suite.analysis.scaling import RESAMPLES, distances, laws, of_models
+from llm_attack.suite.analysis.scaling import RESAMPLES, below, distances, laws, of_models
 from llm_attack.suite.report.layout import print_style
 from llm_attack.suite.report.tables import Cells
 from llm_attack.suite.results import Result
@@ -24,12 +24,13 @@ _SIZES = 3  # numbers of parameters, of which one is left out in turn
 
 
 def scaling(
-    runs: Mapping[str, Result], resamples: int = RESAMPLES
+    runs: Mapping[str, Result], ceiling: float = np.inf, resamples: int = RESAMPLES
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The power law of the critical epsilon over several runs, in RMS of their embeddings.
 
     Args:
         runs: finished runs with critical epsilons, by folder.
+        ceiling: critical epsilons above it count as censored, in RMS.
         resamples: number of bootstrap samples of the questions.
 
     Returns:
@@ -52,7 +53,7 @@ def scaling(
         raise UsageError(
             f"scaling: {first} and {other} asked different questions; must be the same"
         )
-    whole = pd.concat(frames, ignore_index=True)
+    whole = below(pd.concat(frames, ignore_index=True), ceiling)
     models = of_models(whole).assign(condition=conditions)
     known = models[np.isfinite(models["median"])]
     if known["parameters"].nunique() < _SIZES or len(known) <= _SIZES:
@@ -97,7 +98,7 @@ def cells(models: pd.DataFrame, fitted: pd.DataFrame) -> dict[str, Cells]:
     notes = [
         f"median: Kaplan-Meier, of the questions that are right at first, in RMS;"
         f" {', '.join(dict.fromkeys(models['condition']))}",
-        "beyond: questions that stay right at every epsilon up to the largest one",
+        "beyond: questions that stay right at every epsilon up to the largest one, or the ceiling",
     ]
     of_laws = [
         [
