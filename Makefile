@@ -66,7 +66,7 @@ test-slow: .venv attack-libs ## the tests that take minutes, such as every comma
 
 .PHONY: test-ray
 test-ray: .venv/.ray ## the tests of runs on Ray, which it installs; five minutes
-	$(BIN)/python -m pytest -ra -m "slow or not slow" tests/suite/test_on_ray.py
+	$(BIN)/python -m pytest -ra -m "slow or not slow" tests/suite/test_on_ray.py tests/suite/test_fixed_shares.py
 
 # An environment of its own; Python 3.11. Without the libraries of attack-libs.
 .venv-oldest/.installed: pyproject.toml constraints-oldest.txt hatch_build.py _llm_attack_shim.py llm_attack_shim.pth

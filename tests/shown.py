@@ -215,7 +215,7 @@ RULES = (
     Rule(
         r"llm-attack run .* --cells .*",
         f"{FEW}, and few steps",
-        changes=(("results/cells/demo", "rounded"),),
+        changes=(*MODEL, *TASKS, (r"results/cells/\S+", "rounded"), (" --half held_out", "")),
         more="--limit 2 --steps 2",
     ),
     Rule(
@@ -234,7 +234,7 @@ RULES = (
     Rule(
         r"llm-attack run .* --sigmas .*",
         f"{FEW}, and few draws of noise",
-        changes=(("results/certify/demo", "certified"),),
+        changes=(*MODEL, *TASKS, (r"results/certify/\S+", "certified")),
         more="--limit 2 --draws 12 --selection_draws 2 --steps 2 --rounds 2",
     ),
     Rule(
@@ -427,7 +427,7 @@ RULES = (
         more="--updates 1 --limit 2 --certify 1 --against none",
     ),
     Rule(
-        r"python benchmarks/interval_bounds\.py .*",
+        r"python benchmarks/(interval|linear)_bounds\.py .*",
         FEW,
         changes=((r" -o \S+", ""),),
         more="--limit 1",
@@ -457,6 +457,7 @@ RULES = (
         changes=MODEL,
         more="--tasks arc_easy --tokens 50 --repeats 1 --kinds float32",
     ),
+    Rule(r"python benchmarks/decoder_rows\.py.*", FEW, more="--questions 2 --repeats 1"),
     Rule(r"python benchmarks/suite\.py .*", FEW, more="--tasks demo_piqa --limit 4 --repeats 1"),
     Rule(
         r"python -m llm_attack\.demo\.train --output DIR",

@@ -258,7 +258,9 @@ def test_the_loss_is_our_reading_of_the_paper():
         ("where.md", "where/demo-layers/layers.md"),
         ("where.md", "where/smollm2-135m-layers/layers.md"),
         ("cells.md", "cells/demo/roundings.md"),
+        ("cells.md", "cells/smollm2-135m/roundings.md"),
         ("certify.md", "certify/demo/certified.md"),
+        ("certify.md", "certify/smollm2-135m/certified.md"),
         ("critical.md", "critical/demo/critical.md"),
         ("critical.md", "critical/smollm2-135m/critical.md"),
         ("critical.md", "critical/smollm2-135m-fmn/critical.md"),
@@ -605,3 +607,15 @@ def test_the_share_of_products():
     text = " ".join((ROOT / "docs/speed.md").read_text("utf-8").split())
     assert f"on one thread, they are {none} (none) and {fgsm} (fgsm) of the time" in text
     assert record["settings"]["threads"] == 1
+
+
+def test_rows_of_the_decoder():
+    page = (ROOT / "docs/speed.md").read_text("utf-8")
+    record = json.loads((ROOT / "results/speed/decoder-rows.json").read_text("utf-8"))
+    saved = []
+    for name in ("none", "fgsm, shared"):
+        off, auto = (record["ratios"][f"{name}, packing={packing}"] for packing in ("off", "auto"))
+        assert f"| {name} | {off:.2f} | {auto:.2f} |" in page
+        saved.append(f"{100 * (1 - auto / off):.0f} %")
+    assert f"save {saved[0]} (none) and {saved[1]} (fgsm) of the time" in page
+    assert record["settings"]["context"] == 80

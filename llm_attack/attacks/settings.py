@@ -34,7 +34,8 @@ class Kind:
         fixed: the signs of a perturbation that the caller has (`FIXED`); empty for other attacks.
         inside: the attack that does the same in a ball, if this one stays in the rounding cells of
             a format (`attacks.cells`); `none` for the format's own rounding.
-        tied: perturbs a table of embeddings, which it fits to all questions of a run together.
+        tied: perturbs a table of embeddings, which is the same for all questions of a run. With a
+            gradient it is fitted to questions, and without one it is drawn.
         sparse: perturbs as few tokens as it can.
         swaps: how it chooses the tokens that it puts in place of others: `every`, `first_order`, or
             `sampled`; empty: it swaps no tokens.
@@ -176,7 +177,7 @@ A version is never changed. Other numbers make another version.
 
 ROUNDINGS: dict[str, Kind] = {
     f"{name}_rounding".removeprefix("actual_"): replace(
-        ATTACKS[inside], inside=inside, tied=name == "tied"
+        ATTACKS[inside], inside=inside, tied=name.startswith("tied")
     )
     for name, inside in (
         ("actual", "none"),
@@ -184,6 +185,7 @@ ROUNDINGS: dict[str, Kind] = {
         ("fgsm", "fgsm"),
         ("worst", "apgd"),
         ("tied", "bim"),
+        ("tied_random", "random"),
     )
 }
 """Attacks that stay in the rounding cells of a format instead of a ball."""

@@ -83,6 +83,10 @@ class Judge:
         self.manager = _LoadedOnce(manager)
         self.asked: list[Instance] = []
 
+    def of(self, chosen: Chosen | None) -> Judge:
+        """A judge of other documents of these tasks."""
+        return Judge(self.lm, self.manager.unloaded, self.tasks, chosen, **self.given)
+
     def requests(self) -> list[Instance]:
         """All requests in lm-eval's order: by type, then by task.
 
@@ -150,17 +154,17 @@ class _LoadedOnce:
     """A TaskManager that returns the same task objects each time."""
 
     def __init__(self, manager: Any) -> None:
-        self._manager, self._loaded = manager, None
+        self.unloaded, self._loaded = manager, None
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._manager, name)
+        return getattr(self.unloaded, name)
 
     def load(self, names: Any) -> Any:  # lm-eval from 0.4.12 on
-        self._loaded = self._loaded or self._manager.load(names)
+        self._loaded = self._loaded or self.unloaded.load(names)
         return self._loaded
 
     def load_task_or_group(self, names: Any) -> Any:  # earlier lm-eval
-        self._loaded = self._loaded or self._manager.load_task_or_group(names)
+        self._loaded = self._loaded or self.unloaded.load_task_or_group(names)
         return self._loaded
 
 

@@ -264,6 +264,14 @@ def test_cells_that_do_not_exist_are_refused():
             Format.of(name)
 
 
+def test_a_group_of_nf4_has_64_coordinates_as_in_qlora():
+    plain, named, other = (Format.of(name) for name in ("nf4", "nf4-g64", "nf4-g32"))
+    assert (plain.group, named.group, other.group) == (64, 64, 32)
+    x = table()
+    ends = [torch.stack([c.low, c.high]) for c in (Cells.of(f, x) for f in (plain, named, other))]
+    assert torch.equal(ends[0], ends[1]) and not torch.equal(ends[0], ends[2])
+
+
 def test_attacks_in_cells_and_in_balls_do_not_take_the_place_of_each_other():
     with pytest.raises(UsageError, match="cells=None: must be given with one of rounding"):
         Attack("worst_rounding", 1.0)

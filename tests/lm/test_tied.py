@@ -60,6 +60,38 @@ def test_tokens_that_do_not_move_are_not_in_the_table():
     assert (point[moves] != batch.x[moves]).any(-1).all()
 
 
+def test_tokens_that_the_fit_has_not_seen_stay():
+    attack = Attack("tied_rounding", 1.0, cells="int4", steps=1)
+    batch = batch_of(point=True)
+    table = fit(attack, lambda: iter([batch]))
+    fewer = table._replace(ids=table.ids[::2], rows=table.rows[::2])
+    tokens, _ = tokens_of(batch)
+    kept, point = torch.isin(tokens, fewer.ids), fewer.point(batch)
+    assert kept.any() and not kept.all()
+    assert torch.equal(point[kept], table.point(batch)[kept])
+    assert torch.equal(point[~kept], batch.x[~kept])
+
+
+def drawn(seed, positions="all"):
+    attack = Attack("tied_random_rounding", 1.0, cells="int4")
+    return fit(attack, lambda: iter([batch_of(positions, point=True)]), seed)
+
+
+def test_a_drawn_table_has_the_ends_of_the_cells():
+    """Fair draws, which depend on the seed and on the token alone."""
+    table = drawn(1)
+    low, high = table.cells.low, table.cells.high
+    assert ((table.rows == low) | (table.rows == high)).all() and table.losses == []
+    moves = low < high
+    up = (table.rows == high)[moves].double()
+    assert abs(up.mean() - 0.5) < 4 * 0.5 / len(up) ** 0.5
+    fewer = drawn(1, "not_first")  # other tokens
+    kept = torch.isin(table.ids, fewer.ids)
+    assert 0 < len(fewer.ids) < len(table.ids) and torch.equal(fewer.rows, table.rows[kept])
+    assert not torch.equal(drawn(2).rows, table.rows)
+    assert not torch.equal(table.rows[0] == low[0], table.rows[1] == low[1])
+
+
 def fitted(lm, asked, rows):
     lm.use(tied())
     questions = questions_of(asked, encode(lm, asked), lm.settings)

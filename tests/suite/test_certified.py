@@ -179,6 +179,13 @@ def test_beside_critical_epsilons_by_hand():
     ratios = [(0.5 / high + 0.01 / low) / 2, np.inf, 0.5 / high]
     assert made["ratio"].tolist() == pytest.approx(ratios)
     assert made["nearer"].tolist() == [1, 0, 1]
+    # the table shows lengths in the unit of the sigmas
+    shown = certificates.Certificates(frame, samples, known, RECORD)
+    cells, _ = certificates.tables(shown)[certificates.BESIDE]
+    place = [cells.heading.index(name) for name in ("radius", "critical epsilon", "nearer")]
+    radii = [f"{r / 0.2:.3g}" for r in ((low + high) / 2, low, low)]
+    expected = [list(row) for row in zip(radii, ("1.27", "∞", "2.5"), "101", strict=True)]
+    assert [[row[i] for i in place] for row in cells.rows] == expected
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2_token"])
@@ -210,6 +217,14 @@ def test_figure_shows_the_numbers():
     figure = certificates.figure(shown)
     assert figure.get_supxlabel() == "length of the perturbation in L2 (rms)"
     assert [axes.get_title() for axes in figure.axes] == ["a", "b", MEAN]
+    # the axis shows every radius, and nine tenths of the critical epsilons
+    farthest = max(RECORD["largest_radii"]["0.4rms"], np.quantile([0.5, 0.01, 0.2, 0.1], 0.9))
+    assert figure.axes[0].get_xlim() == pytest.approx((0, 1.05 * farthest / 0.2))
+    (band,) = figure.axes[0].collections
+    assert band.get_paths()[0].vertices[:, 0].max() == pytest.approx(1.5 * 0.04 / 0.2)
+    cells, _ = certificates.tables(shown)[certificates.CURVE]
+    low, high = wilson(2, 4)
+    assert cells.rows[0][3] == f"0.500 ({low:.3f}–{high:.3f})"
 
 
 def test_runs_without_certificates_have_no_such_files(tmp_path):

@@ -1,17 +1,26 @@
 """Attacks in rounding cells in a run: conditions, worst cases, the table, and the record."""
 
+import json
+
 import pytest
+import torch
+from evaluation import evaluated
+from rich.console import Console
+from safetensors import safe_open
 
 from llm_attack import Plan, evaluate
 from llm_attack.base.errors import UsageError
 from llm_attack.lm.settings import AttackSettings, condition_names
 from llm_attack.suite import commands, results
 from llm_attack.suite.analysis import worst
-from llm_attack.suite.analysis.conditions import of_run
+from llm_attack.suite.analysis.conditions import Condition, aligned, of_run
 from llm_attack.suite.report.tables import Cells
+from llm_attack.suite.run import estimate
+from llm_attack.suite.run.execute import prepare
 from llm_attack.suite.studies import roundings
 
 NAMES = ("rounding", "random_rounding", "fgsm_rounding", "worst_rounding", "tied_rounding")
+NAMES += ("tied_random_rounding",)
 HOW = {"model": "demo", "tasks": "demo_piqa", "limit": 3, "steps": 2, "loss": "margin"}
 
 
@@ -121,8 +130,72 @@ def test_the_report_is_made_again_and_others_have_no_table(run):
     assert isinstance(bare, Cells) and {row[-1] for row in bare.rows} == {"–"}
 
 
+TIED = {**HOW, "attacks": "none,tied_rounding", "cells": "int4", "limit": 8, "device": "cpu"}
+
+
+def tokens_of(batches):
+    return {r.tokens for batch in batches for q in batch.questions for r in q.requests}
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    return prepare(Plan(**TIED, half="held_out"), "quiet", Console())
+
+
+def test_with_a_half_held_out_the_table_is_fitted_to_the_other(held_out):
+    """No request that the run asks is in a batch of the fit; together they are all."""
+    asked, fitted = (tokens_of(w.batch for w in held_out.work), tokens_of(held_out.fit_to.batches))
+    whole = prepare(Plan(**TIED), "quiet", Console())
+    every = tokens_of(w.batch for w in whole.work)
+    assert asked and fitted and not asked & fitted and asked | fitted == every
+    assert tokens_of(whole.fit_to.batches) == every and "half" not in whole.fit_to.record()
+    record = held_out.fit_to.record()["fitted_to"]
+    assert record["half"] == "fitting" and record["questions"] == held_out.fit_to.questions
+    n = [len({r.doc_id for r in prepared.requests}) for prepared in (held_out, whole)]
+    assert held_out.fit_to.questions == n[1] - n[0]
+
+
+def test_dry_run_counts_the_fit_where_it_is(held_out):
+    """Each step makes a gradient for each question of the other half."""
+    longer = prepare(Plan(**TIED | {"steps": 5}, half="held_out"), "quiet", Console())
+    two, five = (estimate.estimate(p, seconds=0) for p in (held_out, longer))
+    assert (two.passes.gradients, two.passes.forwards) == (2, 5)
+    engine, sizes = held_out.lm.engine, estimate.Sizes.of(held_out.lm.model)
+    packs = [engine.pack(batch) for batch in held_out.fit_to.batches]
+    own = sum(sizes.gradient(pack, len(pack.watched.positions)) for pack in packs)
+    assert five.counts.gradients - two.counts.gradients == 3 * own
+
+
+@pytest.mark.slow
+def test_a_run_uses_the_table_of_the_other_half_and_says_so(held_out, tmp_path):
+    asked = {**TIED, "attacks": "none,tied_rounding,tied_random_rounding", "progress": "quiet"}
+    model, tasks = asked.pop("model"), asked.pop("tasks")
+    result = evaluated(model, tasks, output=tmp_path / "run", **asked, half="held_out")
+    with safe_open(tmp_path / "run" / "tied_rounding_int4.safetensors", "pt") as file:
+        ids = set(file.get_tensor("ids").tolist())
+        rows = file.get_tensor("embeddings")
+    held_out.lm.fit(held_out.fit_to.batches)
+    (table,) = held_out.lm.engine.tables.values()
+    torch.testing.assert_close(rows, table.rows)
+    assert (rows != table.cells.x).any(1).all()
+    seen = tokens_of(held_out.fit_to.batches)
+    assert ids == {token for tokens in seen for token in tokens[:-1]}
+    own = result.conditions["tied_rounding@int4"]
+    record = json.loads((tmp_path / "run" / "run.json").read_text())["fitted_to"]
+    assert own.get("fitted_to") == record["source"] == held_out.fit_to.source
+    n = record["questions"]
+    notes = (tmp_path / "run" / roundings.FILE).read_text()
+    assert f"fitted to {n} questions of the other half" in notes
+    # a run that was fitted to its own questions is another condition
+    whole = prepare(Plan(**TIED), "quiet", Console()).fit_to.source
+    values = {**own.settings(), "fitted_to": whole}
+    there = {own.name: Condition.of(own.name, values, own.amplitude)}
+    _, _, sentences = aligned({own.name: own}, there)
+    assert len(sentences) == 1 and f"fitted_to={whole} in b" in sentences[0]
+
+
 def test_notes_are_about_attacks_of_the_run():
-    notes = ["tied_rounding: one table", "rounding: every coordinate"]
+    notes = ["tied_rounding: one table", "tied_random_rounding: drawn", "rounding: every"]
     without = [note for note in notes if roundings._about(note, ["rounding@int8"])]
-    assert without == notes[1:]
-    assert all(roundings._about(note, ["tied_rounding@int8"]) for note in notes)
+    assert without == notes[2:]
+    assert [roundings._about(note, ["tied_rounding@int8"]) for note in notes] == [True, False, True]

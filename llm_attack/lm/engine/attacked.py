@@ -425,7 +425,7 @@ class _Look:
         gap = kind.targeted and kind.adaptive and self.batch.clean.scores is not None
         answers = needs.answers or gap
         if kind.tied:  # the passes of the fit
-            return self.attack.steps + 1, self.attack.steps
+            return (self.attack.steps + 1, self.attack.steps) if kind.gradient else (0, 0)
         if not needs.gradient:
             return int(answers), 0
         return 1 + int(answers and self.slopes is not None), 1

@@ -469,7 +469,7 @@ class Engine:
         return ends
 
     def fit(self, batches: Iterable[Batch]) -> None:
-        """Fits the tables of the tied attacks to all batches of a run together."""
+        """Fits the tables of the tied attacks to all these batches together."""
         every = list(batches)
 
         def at(scorer: Scorer) -> Iterator[AttackedBatch]:
@@ -480,7 +480,7 @@ class Engine:
         for attack, scorer in zip(self.attacks, self.scorers, strict=True):
             if attack.kind.tied and every:
                 with reproducible(self.layout.deterministic):
-                    self.tables[attack] = fit(attack, partial(at, scorer))
+                    self.tables[attack] = fit(attack, partial(at, scorer), self.threat.seed)
 
     def _collect(self, pack: Pack, computed: Computed, result: BatchResult) -> None:
         """Adds the batch's answers to `result`. Waits for the device.

@@ -1,7 +1,8 @@
 """A table of embeddings that is perturbed as a whole: all occurrences of a token move together.
 
-The table is fitted to all questions of a run. It stays in the rounding cells of a format, so it is
-quantized to the same codes as the clean table, and it could be shipped as the weights of the model.
+The table is fitted to many questions, or drawn as a control. It stays in the rounding cells of a
+format, so it is quantized to the same codes as the clean table, and it could be shipped as the
+weights of the model.
 """
 
 from __future__ import annotations
@@ -12,20 +13,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llm_attack.attacks import Attack, loss_gradient, widest
+from llm_attack.attacks import Attack, keys_for, loss_gradient, widest
 from llm_attack.attacks.cells import Cells
+from llm_attack.attacks.draws import rehashed, signs
 from llm_attack.attacks.formats import Format
 from llm_attack.lm.engine.attacked import AttackedBatch
 
 
 class Fitted(NamedTuple):
-    """A fitted table.
+    """A table that was fitted or drawn.
 
     Attributes:
         ids: (U,) the tokens that moved, in increasing order.
         cells: the cells of their embeddings, (U, H).
         rows: (U, H) the perturbed embeddings.
-        losses: the loss of all examples together before each step, and after the last.
+        losses: the loss of all examples together before each step, and after the last; empty if
+            the table was drawn.
     """
 
     ids: Tensor
@@ -38,18 +41,24 @@ class Fitted(NamedTuple):
         return placed(batch, self.ids, self.rows)
 
 
-def fit(attack: Attack, batches: Callable[[], Iterable[AttackedBatch]]) -> Fitted:
+def fit(attack: Attack, batches: Callable[[], Iterable[AttackedBatch]], seed: int = 0) -> Fitted:
     """Fits a table by steps along the sign of the gradient, summed over all occurrences of a token.
 
     The result is the table with the greatest loss, among those before each step and after the last.
+    An attack without a gradient draws the lower or the upper end of each cell. The draw depends on
+    the seed and on the token.
 
     Args:
         attack: the attack, with `step` in widths of a cell.
-        batches: gives all batches of the run, with their clean points, each time it is called.
+        batches: gives all batches, with their clean points, each time it is called.
+        seed: seed of the draws.
     """
     assert attack.cells is not None
     ids, clean = _rows(batches())
     cells = Cells.of(Format.of(attack.cells), clean)
+    if not attack.kind.gradient:
+        keys = rehashed(ids + keys_for(seed, ()))
+        return Fitted(ids, cells, torch.where(signs(keys, clean) > 0, cells.high, cells.low), [])
     z, best, losses = cells.start, cells.x, list[float]()
     for step in range(attack.steps + 1):
         rows, last = cells.point(z), step == attack.steps

@@ -29,6 +29,7 @@ from llm_attack.suite.plan.smoothing import SmoothingSettings
 CONDITIONS = "conditions"  # the key in run.json and in the attributes of samples.parquet
 STANDARD = "standard"  # the key of the standard's version in the settings of a condition
 PERTURBATION = "perturbation_source"  # the key of the hash of a perturbation found before
+FITTED_TO = "fitted_to"  # the key of the hash of the questions to which a table was fitted
 _SIZE = "amplitude"  # the key in the record of a condition
 
 # Settings of a plan that are no part of a condition. They choose the model, the questions (which
@@ -197,7 +198,10 @@ def _used(attack: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def of_plan(
-    plan: Plan, conditions: Iterable[AttackSettings], attacks: Iterable[Attack]
+    plan: Plan,
+    conditions: Iterable[AttackSettings],
+    attacks: Iterable[Attack],
+    fitted_to: str = "",
 ) -> dict[str, Condition]:
     """The conditions of a run, by name.
 
@@ -205,6 +209,7 @@ def of_plan(
         plan: the plan of the run.
         conditions: the settings of each condition.
         attacks: the resolved attack of each condition, which has the name.
+        fitted_to: hash of the questions to which tables of embeddings were fitted; empty: unknown.
     """
     prompt, conditions = {name: getattr(plan, name) for name in PROMPT}, [*conditions]
     if plan.gradient_dtype is not None:
@@ -216,6 +221,8 @@ def of_plan(
         values = {**prompt, **settings.arguments(), **settings.sources}
         if plan.fixed is not None and settings.attack in FIXED:
             values[PERTURBATION] = plan.fixed.source
+        if attack.kind.tied and fitted_to:
+            values[FITTED_TO] = fitted_to
         amplitude = replace(settings.amplitude, hookpoint=place) if attack.name != "none" else None
         by_condition[attack.condition] = Condition.of(attack.condition, values, amplitude)
     return by_condition

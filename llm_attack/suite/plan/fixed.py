@@ -46,7 +46,8 @@ class FixedSettings:
         "Questions to ask. A hash of the question puts it into the half to which llm-attack"
         " universal fits, or into the half that is held out. Questions from one source are in the"
         " same half. The default is held_out with a universal perturbation, for the tasks to which"
-        " it was fitted, and else all",
+        " it was fitted, and else all. With held_out, tied_rounding fits its table to the other"
+        " half",
         choices=HALVES,
         group="task",
     )

@@ -81,6 +81,10 @@ _LOOKS = {
     "fgsm_rounding": _Look("#CC6677", "////", "^", "-"),
     "worst_rounding": _Look("#661100", "++", "P", (0, (4, 1, 1, 1))),
     "tied_rounding": _Look("#6699CC", "xx", "d", (0, (5, 1))),
+    "tied_random_rounding": _Look("#88CCEE", "..", "2", (0, (1, 3))),
+    "fixed": _Look("#CC6677", "", "o", "-"),
+    "fixed-shuffled": _Look("#88CCEE", "//", "s", "--"),
+    "fixed-random": _Look("#44AA99", "\\\\", "^", ":"),
     "worst": _Look("#000000", "///", "o", (0, (1, 1))),
 }
 

@@ -30,7 +30,7 @@ from llm_attack.suite.analysis.conditions import of_run
 from llm_attack.suite.analysis.outcomes import ACC, BINARY, CHOICE, with_scores
 from llm_attack.suite.analysis.summary import ABOVE, MEAN
 from llm_attack.suite.report.tables import OF_SCORES, WARNED, Cells, means, score_of, warned
-from llm_attack.suite.report.words import headlines, in_words, strongest
+from llm_attack.suite.report.words import headlines, in_words, of_fixed, strongest
 
 PERTURBATIONS = "perturbations.html"
 _HERE = Path(__file__).parent
@@ -129,7 +129,7 @@ def write_report(
         warned=warned(run.get("warnings") or ()),
         mark=WARNED,
         headlines=headlines(table, known),
-        words=in_words(table, known),
+        words=[*in_words(table, known), *of_fixed(run)],
         accuracies=_accuracies(table),
         shown=shown,
         measures=_measures(table),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -150,6 +150,32 @@ def in_words(table: pd.DataFrame, known: Conditions | None = None) -> list[str]:
         start += f" Not above guessing even without an attack: {_listed(at_guess.tolist())}."
     attacks = mean[mean["attack"] != "none"].groupby("attack", sort=False)
     return [start, *(_attack(rows, tasks[tasks["attack"] == a], known) for a, rows in attacks)]
+
+
+def of_fixed(run: Mapping[str, Any]) -> list[str]:
+    """A sentence on where a fixed perturbation is from and one on its unit; none without one.
+
+    Args:
+        run: the content of `run.json`.
+    """
+    about = run.get("perturbation")
+    info = next(
+        (i for i in (run.get("attacks") or {}).values() if i.get("attack") == "fixed"), None
+    )
+    if not about or info is None:
+        return []
+    origin = f"was found for each question under {about['model']} by {about.get('condition')}"
+    if "share" in about:
+        n, by = about["fitted_to"], f"{about['attack']}@{about['amplitude']}"
+        of = f"is universal ({about['share']})"
+        origin = f"{of}. It was fitted to {n} questions under {about['model']} by {by}"
+    size = about["epsilon_absolute"]
+    rms = info.get("hookpoint_rms") or info.get("embedding_rms")
+    own = f", or {size / rms:.3g} RMS of this model" if rms and about["norm"] == "linf" else ""
+    return [
+        f"The fixed perturbation {origin}.",
+        f"Its amplitude is in absolute units: {size:.3g} in the norm {about['norm']}{own}.",
+    ]
 
 
 def percent(share: float) -> str:

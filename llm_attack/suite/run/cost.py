@@ -104,14 +104,21 @@ def passes(
     return total
 
 
+def fits(attacks: Sequence[Attack]) -> Passes:
+    """The passes of all fits of tables: a gradient for each step, and the loss after the last."""
+    fitted = [attack for attack in attacks if attack.kind.tied and attack.kind.gradient]
+    return Passes(gradients=sum(attack.steps for attack in fitted), losses=len(fitted))
+
+
 def _in_ball(attack: Attack) -> Attack:
-    """An attack in a ball that makes the same passes; its label tells conditions apart."""
+    """An attack in a ball that makes the same passes to answer; its label tells conditions apart.
+
+    For the passes of a fit, see `fits`.
+    """
     if attack.cells is None:
         return attack
     alike = attack.in_ball
-    if attack.kind.tied:  # a gradient for each step, and the loss after the last
-        return replace(alike, name="pgd", steps=alike.steps + 1, label=attack.condition)
-    name = "random" if alike.name == "none" else alike.name
+    name = "random" if alike.name == "none" or attack.kind.tied else alike.name
     return replace(alike, name=name, label=attack.condition)
 
 

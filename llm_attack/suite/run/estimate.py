@@ -31,7 +31,7 @@ from llm_attack.lm.packing.pack import Pack
 from llm_attack.lm.packing.questions import Request
 from llm_attack.stats import ALPHA, POWER, planned
 from llm_attack.suite.plan import Plan
-from llm_attack.suite.run.cost import Passes, Sizes, Tokens, passes
+from llm_attack.suite.run.cost import Passes, Sizes, Tokens, fits, passes
 from llm_attack.suite.run.cost_of_texts import as_read, seconds_of_step
 from llm_attack.suite.run.execute import Prepared, Processes, prepare
 from llm_attack.suite.run.perturbations import Saved, amount
@@ -198,7 +198,8 @@ def estimate(prepared: Prepared, seconds: float = SECONDS) -> Estimate:
     sizes = Sizes.of(model, lm.engine_settings.gradient_checkpointing)
     generated = [work.batch for work in prepared.work if isinstance(work.batch, Prompts)]
     answered = [work.batch for work in prepared.work if isinstance(work.batch, Batch)]
-    more = Passes()
+    fit, apart = fits(engine.attacks), prepared.fit_to.apart
+    more = Passes() if apart else fit
     saved = Saved.of(prepared.plan, lm, prepared.work)
     if saved is not None:
         moved, points = len(saved.of_conditions), prepared.plan.path_points
@@ -211,16 +212,20 @@ def estimate(prepared: Prepared, seconds: float = SECONDS) -> Estimate:
     for batch in answered:
         of_batch = _todo(engine, answered, [batch]).plus(more)
         counts.add(engine.pack(batch), sizes, of_batch, engine.scorer.takes_twins)
+    for batch in prepared.fit_to.batches[: None if apart else 0]:
+        counts.add(engine.pack(batch), sizes, fit)
     conditions = len(engine.attacks)
     for prompts in generated:  # every condition reads the prompts again
         counts.add(engine.pack(as_read(prompts)), sizes, todo._replace(answers=conditions, clean=0))
         counts.steps += prompts.most * conditions
     batches = [*answered, *map(as_read, generated)]
     order = random.Random(0).sample(range(len(batches)), len(batches))
-    calibration = Calibration(engine, sizes, bool(todo.gradients))
+    calibration = Calibration(engine, sizes, bool(todo.gradients + fit.gradients))
     with frozen(model):
         calibration.measure(engine.pack(batches[order[0]]))
-        calibration = Calibration(engine, sizes, bool(todo.gradients))  # the first warmed up
+        calibration = Calibration(
+            engine, sizes, bool(todo.gradients + fit.gradients)
+        )  # the first warmed up
         for i in order:
             calibration.measure(engine.pack(batches[i]))
             if calibration.seconds > seconds:
@@ -243,6 +248,7 @@ def estimate(prepared: Prepared, seconds: float = SECONDS) -> Estimate:
     said = "" if saved is None else saved.words()
     battery = any(a.kind.members or a.kind.of_tokens for a in engine.attacks)
     found = counts, rates, weights, activations, copied, n, said
+    todo = todo.plus(fit) if apart else todo
     return Estimate(*found, battery=battery, passes=todo, dequantised=lm.dequantised)
 
 

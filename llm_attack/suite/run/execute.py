@@ -29,6 +29,7 @@ from llm_attack.harness.model import AttackedHFLM
 from llm_attack.harness.patches import templates_compiled_once
 from llm_attack.harness.requests import Instance
 from llm_attack.harness.scores import Score
+from llm_attack.harness.seq2seq import CAUSAL
 from llm_attack.harness.tasks import look_up
 from llm_attack.harness.texts import without_choices
 from llm_attack.lm.engine.hookpoints import expand
@@ -130,6 +131,7 @@ class Prepared(NamedTuple):
         gold: the result of `rows.gold_of`.
         scores: the result of `rows.scores_of`.
         work: the batches.
+        fit_to: the questions to which tables of embeddings are fitted.
         mark: the fingerprint.
         timings: seconds by stage.
     """
@@ -141,6 +143,7 @@ class Prepared(NamedTuple):
     gold: dict[tuple[str, Any], list[bool]]
     scores: dict[str, Score]
     work: list[Work]
+    fit_to: tied.FitTo
     mark: dict[str, Any]
     timings: Mapping[str, float]
 
@@ -191,9 +194,10 @@ def prepare(plan: Plan, progress: str, console: Console, doctor: bool = False) -
         batches = [(w.key, w.asked()) for w in work]
         asked = (r for w in work for q in w.batch.questions for r in q.requests)
         read = ((r.tokens, r.n_continuation) for r in asked)
-        mark = fingerprint.of_run(plan, lm, requests, read, batches)
+        fit_to = tied.FitTo.of(plan, lm, judge, requests, work)
+        mark = fingerprint.of_run(plan, lm, requests, read, batches) | fit_to.record()
     clock.lap("requests")
-    return Prepared(plan, lm, judge, requests, gold, scores, work, mark, clock)
+    return Prepared(plan, lm, judge, requests, gold, scores, work, fit_to, mark, clock)
 
 
 @templates_compiled_once()
@@ -212,7 +216,7 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
             numbers.
         ProcessDied: another process of this run ended early. Finished batches are kept.
     """
-    plan, lm, judge, requests, gold, scores, work, mark, _ = prepared
+    plan, lm, judge, requests, gold, scores, work, fit_to, mark, _ = prepared
     clock = Stopwatch(prepared.timings)
     who = Processes.of(plan)
     planned = [w.key for w in work]
@@ -251,16 +255,16 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
             attack.condition: lm.attack_info(i, gathered.diagnostics[i])
             for i, attack in enumerate(attacks)
         }
-        known = of_plan(plan, lm.conditions, attacks)
+        known = of_plan(plan, lm.conditions, attacks, fit_to.source)
         run: dict[str, Any] = {"settings": plan.settings(), "attacks": infos}
         run["conditions"] = {name: condition.record() for name, condition in known.items()}
         run["of_tasks"] = rows.whole_tasks(requests, scores, list(infos), results)
         run[KNOWS_GOLD] = plan.needs_gold
         kinds = {str(r.task_name): str(r.request_type) for r in requests}
-        if of_texts := texts.record(kinds, plan.loss):
+        if of_texts := texts.record(kinds, plan.loss, lm.backend != CAUSAL):
             run["texts"] = of_texts
         of_questions = certificates.certificates(plan, lm, questions, requests, gathered)
-        run |= certificates.record(plan, lm) | fixed.record(plan)
+        run |= certificates.record(plan, lm) | fixed.record(plan) | fit_to.record()
         if plan.standard is not None:
             checked += checks.at_end(samples)
             run |= {"standard": plan.standard.version, CHECKS: checked}
@@ -372,9 +376,9 @@ def _answer(
     threads: set[int] = set()
     if prepared.plan.ray is None:
         threads.add(on_ray.threads_of(lm))
-        if todo and any(attack.kind.tied for attack in lm.engine.attacks):
+        if todo and prepared.fit_to.batches:
             with status(progress, console, "fitting tables of embeddings"):
-                lm.fit(w.batch for w in prepared.work)
+                lm.fit(prepared.fit_to.batches)
             if store.rank == 0 and store.keeps:
                 tied.save(lm.engine.tables, store.folder.parent)
         answers = lm.answers(batches)

@@ -43,11 +43,6 @@ def of_run(
         tokens: the tokens that the model reads for them.
         batches: the requests that are computed together.
     """
-    tasks: dict[str, Any] = {}
-    for request in requests:
-        content = json.dumps([request.doc_id, request.idx, *request.args]).encode()
-        name = str(request.task_name)
-        tasks.setdefault(name, hashlib.sha256()).update(content)
     settings = plan.settings() | {"model_args": without_secrets(plan.model_args)}
     settings = redacted({k: v for k, v in settings.items() if k not in ("tasks", "include_path")})
     own = {name: ATTACKS[name].source for name in plan.attacks if name in ATTACKS}
@@ -62,10 +57,20 @@ def of_run(
         **({"sources": own} if own else {}),  # source code of the user's functions
         **({"generation": hashes.generation(lm.model)} if generates else {}),
         **of_model(lm),
-        "tasks": {name: content.hexdigest()[:DIGITS] for name, content in tasks.items()},
+        "tasks": of_tasks(requests),
         "tokens": digest(map(json.dumps, tokens)),
         "batches": digest([json.dumps(batches)]),
     }
+
+
+def of_tasks(requests: Sequence[Instance]) -> dict[str, str]:
+    """A hash of the prompts and choices of each task."""
+    tasks: dict[str, Any] = {}
+    for request in requests:
+        content = json.dumps([request.doc_id, request.idx, *request.args]).encode()
+        name = str(request.task_name)
+        tasks.setdefault(name, hashlib.sha256()).update(content)
+    return {name: content.hexdigest()[:DIGITS] for name, content in tasks.items()}
 
 
 def of_model(lm: AttackedHFLM) -> dict[str, Any]:

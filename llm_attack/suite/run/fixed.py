@@ -48,6 +48,13 @@ def chosen(plan: Plan) -> Chosen | None:
     return asked
 
 
+def others(plan: Plan) -> Chosen:
+    """Says which documents a plan that asks a half does not ask."""
+    of_plan = chosen(plan)
+    assert of_plan is not None
+    return lambda task, docs: [not asked for asked in of_plan(task, docs)]
+
+
 def record(plan: Plan) -> dict[str, Any]:
     """The entry of `run.json` about the perturbation; empty if there is none."""
     return {} if plan.fixed is None else {FIXED: plan.fixed.record()}

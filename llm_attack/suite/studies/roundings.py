@@ -11,7 +11,7 @@ import pandas as pd
 from llm_attack.attacks.formats import Format
 from llm_attack.attacks.settings import ROUNDINGS, condition_name
 from llm_attack.base.record import write_text
-from llm_attack.suite.analysis.conditions import Conditions
+from llm_attack.suite.analysis.conditions import FITTED_TO, Conditions
 from llm_attack.suite.analysis.summary import MEAN
 from llm_attack.suite.report.tables import Cells
 
@@ -55,16 +55,27 @@ def cells(table: pd.DataFrame, known: Conditions, run: Mapping[str, Any]) -> Cel
         "rounding: every coordinate as the format rounds it; random_rounding: at the lower or upper"
         " end of its cell, drawn; fgsm_rounding: at the end to which the gradient's sign points;"
         " worst_rounding: the point of the cells with the greatest loss that was found",
-        "tied_rounding: one table of embeddings for all questions, fitted to these questions",
+        f"tied_rounding: one table of embeddings for all questions, fitted to {_fitted_to(run)}",
+        "tied_random_rounding: one table, with each coordinate at the lower or upper end of its"
+        " cell, drawn",
         "cosine: between the format's own rounding errors and the way of worst_rounding from the"
         " middle of the cells; 0 for errors that have nothing to do with it",
     ]
     return Cells(heading, rows, [note for note in notes if _about(note, names)])
 
 
+def _fitted_to(run: Mapping[str, Any]) -> str:
+    """The questions to which tables were fitted, in words."""
+    fitted_to = run.get(FITTED_TO) or {}
+    if "half" in fitted_to:
+        return f"{fitted_to['questions']} questions of the other half"
+    return "these questions"
+
+
 def _about(note: str, names: Collection[str]) -> bool:
     """Whether a note is about attacks of the run."""
-    return not note.startswith("tied") or any(name.startswith("tied") for name in names)
+    kind, _, _ = note.partition(":")
+    return not kind.startswith("tied") or any(name.startswith(kind) for name in names)
 
 
 def save(shown: Cells | None, folder: Path) -> None:

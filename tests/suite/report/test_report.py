@@ -14,7 +14,7 @@ import pytest
 from report_input import HOSTILE, build, table, table_of
 
 from llm_attack.suite.report.page import columns, write_report
-from llm_attack.suite.report.words import headlines, in_words, strongest
+from llm_attack.suite.report.words import headlines, in_words, of_fixed, strongest
 
 ABOVE, GUESSES, BELOW = "above guessing", "indistinguishable from guessing", "below guessing"
 RUN = {
@@ -130,6 +130,36 @@ def test_what_is_not_seen_is_told_with_what_could_be():
     assert "at 0.002: no detectable change (89.7 %), but at 0.001 there is one." in said
     (said,) = in_words(ladder((-4.0,), (0.01,), (ABOVE,)))[1:]
     assert said.startswith("FGSM at 0.001: gains 4.0 points, 94.0 % right.")
+
+
+@pytest.mark.parametrize(
+    ("about", "info", "says"),
+    [
+        (
+            {"share": "all", "fitted_to": "134", "attack": "apgd", "amplitude": "0.3rms"},
+            {"embedding_rms": 0.02},
+            "is universal (all). It was fitted to 134 questions under demo by apgd@0.3rms.",
+        ),
+        (
+            {"condition": "bim@0.3rms"},
+            {"hookpoint_rms": 0.02},
+            "was found for each question under demo by bim@0.3rms.",
+        ),
+    ],
+)
+def test_where_a_fixed_perturbation_is_from(about, info, says, tmp_path):
+    about |= {"model": "demo", "norm": "linf", "epsilon_absolute": 0.006}
+    attacks = {"none": {"attack": "none"}, "fixed@0.006": {"attack": "fixed", **info}}
+    run = {"perturbation": about, "attacks": attacks}
+    size = "Its amplitude is in absolute units: 0.006 in the norm"
+    expected = [f"The fixed perturbation {says}", f"{size} linf, or 0.3 RMS of this model."]
+    assert of_fixed(run) == expected
+    about["norm"] = "l2_token"  # in which one RMS has another length
+    assert of_fixed(run)[1] == f"{size} l2_token."
+    assert of_fixed({"attacks": attacks}) == of_fixed({"perturbation": about}) == []
+    attacks = {name: {**RUN, **of_attack} for name, of_attack in attacks.items()}
+    page = Page(write(tmp_path, run={"model": "m", "perturbation": about, "attacks": attacks}))
+    assert f"The fixed perturbation {says}" in page.text
 
 
 def test_the_strongest_attack():
