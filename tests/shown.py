@@ -415,7 +415,12 @@ RULES = (
         changes=((r"--model \S+", "--model demo"), (r"--tasks \S+", "--tasks demo_piqa")),
         more="--limit 2",
     ),
-    Rule(r"python benchmarks/variants\.py .*", "few steps", more="--steps 2"),
+    Rule(
+        r"python benchmarks/variants\.py .*",
+        "few steps",
+        changes=((r" --model \S+ --group \d+", ""), (r" --texts \d+ --rate \S+", "")),
+        more="--steps 2",
+    ),
     Rule(
         r"python benchmarks/sizes\.py .*",
         "few steps",

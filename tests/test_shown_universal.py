@@ -60,14 +60,15 @@ def of_smollm2():
     yield ["arc_easy", f"{row['n']:.0f}", *rest, *(drop(part) for part in (fixed, *controls))]
 
 
-def of_transfers():
-    """The matrices of the means over tasks: drops, and those of the control."""
-    found = pd.read_csv(RESULTS / "transfer" / "demo.csv").query("task == 'mean'")
+def of_transfers(file, task, short=lambda name: name):
+    """The matrices of the drops, and those of the control."""
+    found = pd.read_csv(RESULTS / "transfer" / file)
+    found = found[found["task"] == task]
     names = list(dict.fromkeys(found["scored_under"]))
     for text in (drop, lambda row: f"{row['drop_shuffled'] + 0:.1f}"):
         for under in names:
             rows = found[found["found_under"] == under].set_index("scored_under")
-            yield [under, *(text(rows.loc[name]) for name in names)]
+            yield [short(under), *(text(rows.loc[name]) for name in names)]
 
 
 def lines(rows):
@@ -103,5 +104,19 @@ def test_it_asked_no_question_that_was_fitted():
 
 def test_transfer():
     shown = page("transfer").splitlines()
-    for row in lines(of_transfers()):
+    for row in lines(of_transfers("demo.csv", "mean")):
         assert row in shown
+    short = {"SmolLM2-135M-Instruct.Q4_1.gguf": "Q4_1"}
+    for row in lines(of_transfers("smollm2-135m.csv", "arc_easy", lambda n: short.get(n, n))):
+        assert row in shown
+
+
+def test_what_is_said_of_transfers():
+    """Control: at most a point, or one of 40 questions. All drops are above it, diagonals most."""
+    for name, task, most in (("demo", "mean", 1.0), ("smollm2-135m", "arc_easy", 2.5)):
+        found = pd.read_csv(RESULTS / "transfer" / f"{name}.csv")
+        found = found[found["task"] == task]
+        assert found["drop_shuffled"].abs().max() <= most and len(found) == 9
+        assert (found["difference_low"] > 0).all()
+    largest = found.loc[found.groupby("found_under")["drop"].idxmax()]
+    assert largest["same_weights"].all()
