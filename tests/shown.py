@@ -462,6 +462,7 @@ RULES = (
         changes=MODEL,
         more="--tasks arc_easy --tokens 50 --repeats 1 --kinds float32",
     ),
+    Rule(r"python benchmarks/decoder_rows\.py.*", FEW, more="--questions 2 --repeats 1"),
     Rule(r"python benchmarks/suite\.py .*", FEW, more="--tasks demo_piqa --limit 4 --repeats 1"),
     Rule(
         r"python -m llm_attack\.demo\.train --output DIR",

@@ -607,3 +607,15 @@ def test_the_share_of_products():
     text = " ".join((ROOT / "docs/speed.md").read_text("utf-8").split())
     assert f"on one thread, they are {none} (none) and {fgsm} (fgsm) of the time" in text
     assert record["settings"]["threads"] == 1
+
+
+def test_rows_of_the_decoder():
+    page = (ROOT / "docs/speed.md").read_text("utf-8")
+    record = json.loads((ROOT / "results/speed/decoder-rows.json").read_text("utf-8"))
+    saved = []
+    for name in ("none", "fgsm, shared"):
+        off, auto = (record["ratios"][f"{name}, packing={packing}"] for packing in ("off", "auto"))
+        assert f"| {name} | {off:.2f} | {auto:.2f} |" in page
+        saved.append(f"{100 * (1 - auto / off):.0f} %")
+    assert f"save {saved[0]} (none) and {saved[1]} (fgsm) of the time" in page
+    assert record["settings"]["context"] == 80

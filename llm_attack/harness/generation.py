@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -227,12 +228,15 @@ class Generating(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         self._check_known(context[mask.bool()].tolist())
         shortest = int(mask.sum(-1).min())
         exact = self.engine_settings.deterministic
-        alone = exact or rotary.scale(shortest) != rotary.scale(max_length)
+        # encoders may count positions from the padding on, and may generate a text of its length
+        pairs = self.backend != CAUSAL
+        alone = exact or pairs or rotary.scale(shortest) != rotary.scale(max_length)
         if len(context) > 1 and alone:
             return self._continued_alone(context, max_length, stop, **options)
-        generate: Callable[..., torch.Tensor] = super()._model_generate
+        generate = partial(super()._model_generate, context, max_length, stop, **options)
         with frozen(self.model), rotary.fresh(), reproducible(exact):
-            attacked = attacked_prompts(self.engine, context, mask)
+            clean = generate() if pairs and not self.engine.clean else None
+            attacked = attacked_prompts(self.engine, context, mask, clean)
             if self._kept is None:
                 self._now.add(attacked.sums)
             else:
@@ -240,8 +244,11 @@ class Generating(HFLM):  # type: ignore[misc]  # lm-eval is not typed
                 self._kept.alignments |= attacked.alignments
             outputs: list[torch.Tensor] = []
             for condition in range(1 if self._kept is None else len(self.conditions)):
+                if clean is not None and attacked.ends[condition] is None:
+                    outputs.append(clean)
+                    continue
                 with attacked.under(condition):
-                    outputs.append(generate(context, max_length, stop, **options))
+                    outputs.append(generate())
         return outputs
 
     def _continued_alone(
@@ -254,7 +261,9 @@ class Generating(HFLM):  # type: ignore[misc]  # lm-eval is not typed
             prompt = row[None, left:]
             mask = torch.ones_like(prompt)
             texts = self._continued(prompt, max_length - left, stop, attention_mask=mask, **options)
-            rows.append([torch.cat([row[:left], text]) for (text,) in texts])
+            # a text of an encoder-decoder model is without its prompt
+            padding = row[: left * (self.backend == CAUSAL)]
+            rows.append([torch.cat([padding, text]) for (text,) in texts])
         pad = self.tokenizer.pad_token_id
         return [
             pad_sequence(list(of_condition), batch_first=True, padding_value=pad)

@@ -26,7 +26,7 @@ from llm_attack.base.errors import UsageError, invalid
 from llm_attack.base.failures import one_line
 from llm_attack.base.loaded import name_of
 from llm_attack.demo import MODEL_PATH
-from llm_attack.harness import cache, gguf, hashes, loading, quantised, seq2seq
+from llm_attack.harness import cache, gguf, hashes, loading, quantised, seq2seq, sharded
 from llm_attack.harness.arguments import check_names, check_string, check_values, trusted
 from llm_attack.harness.generation import Generating, Prompts
 from llm_attack.harness.in_use import InUse
@@ -156,6 +156,7 @@ class AttackedHFLM(Generating):
 
     def _check_loaded(self) -> None:
         """Refuses a model that cannot compute, and arguments that do not fit it."""
+        sharded.begin(name_of(self.pretrained), self.model)
         seq2seq.check_model(self)
         loading.check_finite(name_of(self.pretrained), self.model)
         quantised.check_kernels(name_of(self.pretrained), self.model, self._way_out)
@@ -166,8 +167,7 @@ class AttackedHFLM(Generating):
         loading.check_float64(self.model, torch.zeros(1, 2, dtype=torch.int64, device=self.device))
         name = self.engine_settings.gradient_dtype
         if name is not None:
-            parts = self._arguments.get("tp_plan")
-            half.check(self.model, name, self.mixed_precision_dtype, parts)
+            half.check(self.model, name, self.mixed_precision_dtype, sharded.by(self))
 
     @torch.inference_mode(False)
     def use(self, *conditions: AttackSettings) -> None:
@@ -299,7 +299,7 @@ class AttackedHFLM(Generating):
         longest = {"off": 0, "tree": sys.maxsize}.get(packing)
         if longest is None:
             longest = longest_tree(scorer, self.device, pad)
-        divides = self._arguments.get("tp_plan") is None
+        divides = sharded.by(self) is None
         # recomputed and compiled blocks do not support a cache that they write to
         alone = settings.gradient_checkpointing or settings.compile
         prefixes = packing != "off" and not alone

@@ -10,7 +10,7 @@ from typing import Any
 from llm_attack.base.errors import UsageError
 from llm_attack.base.failures import one_line
 from llm_attack.base.loaded import name_of
-from llm_attack.lm.engine.pairs import PairScorer, decoder_inputs
+from llm_attack.lm.engine.pairs import PairScorer, decoder_inputs, longest_decoder
 from llm_attack.lm.engine.scoring import Scorer
 from llm_attack.lm.network.pairs import ENCODER, is_pair
 from llm_attack.lm.network.rotary import Rotary
@@ -50,12 +50,8 @@ def check_model(lm: Any) -> None:
             f"pretrained={name}: {type(lm.model).__name__} does not name the first token of its"
             f" decoder ({one_line(error)}); give decoder_start_token_id="
         ) from error
-    for argument, value in (("packing", "tree"), ("compile", True)):
-        if getattr(lm.engine_settings, argument) == value:
-            raise UsageError(
-                f"{argument}={value}: must be left out for encoder-decoder models, whose requests"
-                " have a row each"
-            )
+    if lm.engine_settings.compile:
+        raise UsageError("compile=True: must be left out for encoder-decoder models")
 
 
 def scorer(lm: Any, model: Any, hookpoints: Sequence[str | None]) -> PairScorer:
@@ -67,14 +63,23 @@ def scorer(lm: Any, model: Any, hookpoints: Sequence[str | None]) -> PairScorer:
         hookpoints: the names.
 
     Raises:
-        UsageError: there are several hookpoints.
+        UsageError: there are several hookpoints, or `packing=tree` is not possible.
     """
     if len(hookpoints) > 1:
         raise UsageError(
             f"hookpoints={','.join(str(h or 'embed') for h in hookpoints)}: must be one hookpoint"
             " for an encoder-decoder model"
         )
-    return PairScorer(model, hookpoints[0], lm.mixed_precision_dtype, lm.softmax_dtype)
+    made = PairScorer(model, hookpoints[0], lm.mixed_precision_dtype, lm.softmax_dtype)
+    settings = lm.engine_settings
+    if settings.packing != "off" and not settings.deterministic:
+        made.longest_decoder = longest_decoder(made, lm.device, lm.tokenizer.pad_token_id or 0)
+        if settings.packing == "tree" and not made.longest_decoder:
+            raise UsageError(
+                f"packing=tree: must be auto or off for {type(lm.model).__name__}, because a trial"
+                " of several requests in one row of its decoder fails"
+            )
+    return made
 
 
 def check_positions(settings: AttackSettings, scorer: Scorer) -> None:
@@ -128,8 +133,8 @@ def check_attack(lm: Any, task: str) -> None:
     """Refuses an attack on prompts that the model continues.
 
     Raises:
-        UsageError: the model is an encoder-decoder model, and there is an attack; or an attack
-            fits a table to all questions.
+        UsageError: the hookpoint is in a decoder, which reads no prompt; or an attack fits a table
+            to all questions.
     """
     tied = next((attack.name for attack in lm.engine.attacks if attack.kind.tied), None)
     if tied is not None:
@@ -137,10 +142,8 @@ def check_attack(lm: Any, task: str) -> None:
             f"attack={tied}: must be given with tasks that compare or score given texts; task"
             f" {task} generates text"
         )
-    if lm.backend != CAUSAL and not lm.engine.clean:
-        name = next(attack.name for attack in lm.engine.attacks if not attack.identity)
+    if lm.backend != CAUSAL and not lm.engine.clean and lm.engine.scorer.parts[1]:
         raise UsageError(
-            f"attack={name}: task {task} generates text, and an encoder-decoder model does not"
-            " predict its prompt, so no loss is known before the answer; must be none, or a task"
-            " that compares or scores given texts"
+            f"hookpoint={lm.settings.hookpoint}: must be left out, or be a module of the encoder,"
+            f" with task {task}, which generates text; the decoder does not read the prompt"
         )

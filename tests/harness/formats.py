@@ -1,16 +1,28 @@
-"""Small checkpoints with quantised weights, and formats of these tests for transformers."""
+"""Small checkpoints with quantised weights, and formats of these tests for transformers.
 
+`CASES` is the only list of the formats. `docs/architectures.md` shows the results of `measured`.
+"""
+
+import functools
 import json
+import re
 import shutil
+import tempfile
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from llm_attack.base.errors import UsageError
 from llm_attack.demo import MODEL_PATH
+from llm_attack.harness.model import AttackedHFLM
 
 BLOCK = 8  # rows and columns that share a scale
 LARGEST = 448.0  # largest number of float8 with three bits of mantissa
@@ -139,3 +151,110 @@ def compressed(bits, kind, form, group=None):
     groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
     config = {"quant_method": "compressed-tensors", "format": form, "config_groups": groups}
     return config | {"quantization_status": "compressed", "ignore": ["lm_head"]}
+
+
+PACKAGES = {
+    **{"bitsandbytes": "bitsandbytes", "torchao": "torchao", "optimum-quanto": "optimum.quanto"},
+    **{"compressed-tensors": "compressed_tensors", "hqq": "hqq", "none": "transformers"},
+}
+
+
+def bits(number, kind="fp4"):
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(**{f"load_in_{number}bit": True}, bnb_4bit_quant_type=kind)
+
+
+def torchao(name):
+    import torchao.quantization as quantisation
+
+    return transformers.TorchAoConfig(getattr(quantisation, name)())
+
+
+def given(make_config):
+    """The bundled model, quantised while it is loaded."""
+    return lambda folder: {"quantization_config": make_config()}
+
+
+def stored(config, change):
+    """A checkpoint with quantised weights."""
+    return lambda folder: {"pretrained": checkpoint(folder, config, change)}
+
+
+BLOCKS = {"quant_method": "fp8", "weight_block_size": [8, 8], "activation_scheme": "dynamic"}
+CASES = {
+    ("bitsandbytes", "8 bits"): given(lambda: bits(8)),
+    ("bitsandbytes", "NF4"): given(lambda: bits(4, "nf4")),
+    ("bitsandbytes", "FP4"): given(lambda: bits(4)),
+    ("torchao", "int8 weights"): given(lambda: torchao("Int8WeightOnlyConfig")),
+    ("torchao", "float8 weights"): given(lambda: torchao("Float8WeightOnlyConfig")),
+    ("torchao", "int8 weights and activations"): given(
+        lambda: torchao("Int8DynamicActivationInt8WeightConfig")
+    ),
+    ("torchao", "int4 weights"): given(lambda: torchao("Int4WeightOnlyConfig")),
+    **{
+        ("optimum-quanto", name): given(lambda name=name: transformers.QuantoConfig(weights=name))
+        for name in ("int8", "float8", "int4")
+    },
+    ("compressed-tensors", "float8"): stored(
+        compressed(8, "float", "float-quantized"), of_rows(torch.float8_e4m3fn, 448)
+    ),
+    ("compressed-tensors", "int4, packed"): stored(
+        compressed(4, "int", "pack-quantized", 8), four_bits
+    ),
+    ("compressed-tensors", "int8"): stored(
+        compressed(8, "int", "int-quantized"), of_rows(torch.int8, 127)
+    ),
+    ("hqq", "4 bits"): given(lambda: transformers.HqqConfig(nbits=4, group_size=16)),
+    ("none", "float8 in blocks"): stored(BLOCKS, float8),
+}
+# Verdict -> the message of the refusal.
+REFUSED = {
+    "refused: the gradient is wrong": r"cannot follow the gradient .*dequantize=True",
+    "refused: a kernel fails": r"bitsandbytes raises AssertionError: .*, or dequantize=True",
+    "refused: weights are missing": r"weights that are missing in the checkpoint",
+    "cannot be loaded": r"cannot be loaded \(",
+}
+
+
+def has_bfloat16():
+    from bitsandbytes.functional import has_avx512bf16
+
+    return has_avx512bf16()
+
+
+def verdict(case, dequantize):
+    """What `attacked-hf` does with a format under FGSM."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"pretrained": "demo", "device": "cpu", "dtype": "float32"}
+        options |= CASES[case](Path(folder))
+        try:
+            lm = AttackedHFLM(attack="fgsm", dequantize=dequantize, **options)
+        except UsageError as error:
+            return next(name for name, says in REFUSED.items() if re.search(says, str(error)))
+    whole = any("were dequantised to float32" in text for text in lm.warnings)
+    if dequantize:
+        return "works" if whole else "stays quantised"
+    if whole:
+        return "dequantised by transformers"
+    slopes = re.findall(r"[-+.e\d]+(?=,)", lm.gradient().figure)  # the first of each is along it
+    measured, claimed = float(slopes[0]), float(slopes[2])
+    error = abs(measured - claimed) / max(abs(measured), abs(claimed))
+    more = f"; the slope along the gradient differs by {100 * error:.0f} %" if error > 0.05 else ""
+    return f"accepted{more}"
+
+
+@functools.cache
+def measured(case):
+    """A row of the page; None if this machine cannot measure it."""
+    library, name = case
+    try:
+        installed = find_spec(PACKAGES[library]) is not None
+    except ModuleNotFoundError:
+        installed = False
+    if not installed or transformers.__version__ < "5":
+        return None
+    if name in ("NF4", "FP4") and not has_bfloat16():  # then bitsandbytes has another kernel
+        return None
+    shown = library if library == "none" else f"{library} {metadata.version(library)}"
+    return [name, shown, verdict(case, False), verdict(case, True)]

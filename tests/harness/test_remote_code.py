@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 from lm_eval.api.instance import Instance
+from published import EQUAL, FAMILIES, REFUSED, alone, checkpoint
 
 from llm_attack.base.errors import UsageError
 from llm_attack.demo import MODEL_PATH
@@ -104,3 +105,35 @@ def test_frequencies_that_stay(own, make):
     ]
     with pytest.raises(UsageError, match=r"mixes requests, because a request of \d+ tokens .* aft"):
         lm.loglikelihood(requests, disable_tqdm=True)
+
+
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_code_as_published(family, make, build, caplog, tmp_path):
+    """Answers are those of each request alone, by the network's own code; or it is refused.
+
+    Trees are off for all, because none takes their mask.
+    """
+    folder, (_, verdict) = checkpoint(tmp_path / family, family), FAMILIES[family]
+    requests = build("demo_piqa", 3).instances
+    if verdict == REFUSED:
+        requests[0].arguments = (" ".join([requests[0].args[0]] * 5), requests[0].args[1])
+    options = {"pretrained": folder, "dtype": "float32", "trust_remote_code": True}
+    with caplog.at_level(logging.WARNING):
+        lm = make(attack="none", **options)
+        if verdict == REFUSED:
+            with pytest.raises(UsageError, match="mixes requests, because a request of"):
+                lm.loglikelihood(requests, disable_tqdm=True)
+            return
+        found = lm.loglikelihood(requests, disable_tqdm=True)
+    assert "packing: off" in caplog.text
+    assert ("rows: only of equal length" in caplog.text) == (verdict == EQUAL)
+    expected = alone(folder, [r.args for r in requests])
+    assert [v for v, _ in found] == pytest.approx(expected, abs=1e-4)
+    found, expected = (
+        make(attack="fgsm", deterministic=exact, **options).loglikelihood(
+            requests, disable_tqdm=True
+        )
+        for exact in (False, True)
+    )
+    assert [v for v, _ in found] == pytest.approx([v for v, _ in expected], abs=1e-3)

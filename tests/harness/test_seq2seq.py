@@ -92,6 +92,8 @@ def test_the_run_of_a_command(folder, one_index, tmp_path):
     "arguments",
     [
         {"gradient_checkpointing": True},
+        {"packing": "off"},
+        {"packing": "tree"},
         {"batch_size": 1},
         {"deterministic": True},
         {"attack": "pgd", "steps": 2, "batch_size": "auto"},
@@ -122,6 +124,19 @@ def test_low_precision(loaded, model, build):
         assert error < 0.5 * damage  # nearer to the attack in float32 than to none
 
 
+def test_parts_on_disk(folder, loaded, build, tmp_path):
+    """A block of the decoder, as `parallelize=True` of lm-eval places it."""
+    task, common = build(TASK, 2), {"attack": "fgsm", "epsilon": "0.1rms", "loss": "choice"}
+    inside = ("embed_tokens", "block.1", "final_layer_norm", "dropout")
+    places = dict.fromkeys(
+        ("shared", "encoder", "lm_head", *(f"decoder.{n}" for n in inside)), "cpu"
+    )
+    split = {"parallelize": True, "device_map": {**places, "decoder.block.0": "disk"}}
+    lm = loaded(folder, offload_folder=str(tmp_path), **split, **common)
+    assert {p.device.type for p in lm.model.parameters()} == {"cpu", "meta"}
+    assert answers(lm, task) == pytest.approx(answers(loaded(**common), task), abs=1e-4)
+
+
 def test_adapters(loaded, model, build):
     task = build(TASK, 2)
     config = LoraConfig(
@@ -144,7 +159,6 @@ def test_adapters(loaded, model, build):
     ("arguments", "line"),
     [
         ({"backend": "causal"}, "backend=causal: must be left out, or be seq2seq, because T5For"),
-        ({"packing": "tree"}, "packing=tree: must be left out for encoder-decoder models"),
         ({"compile": True}, "compile=True: must be left out for encoder-decoder models"),
         (
             {"positions": "continuation"},
@@ -165,6 +179,12 @@ def test_refused(loaded, arguments, line):
         loaded(**arguments)
 
 
+def test_a_decoder_without_shared_rows(loaded, monkeypatch):
+    monkeypatch.setattr("llm_attack.harness.seq2seq.longest_decoder", lambda *_: 0)
+    with pytest.raises(UsageError, match="packing=tree: must be auto or off for T5ForCond"):
+        loaded(packing="tree")
+
+
 def test_refused_models(loaded, model, make):
     nameless = copy.deepcopy(model)
     nameless.config.decoder_start_token_id = None
@@ -175,6 +195,21 @@ def test_refused_models(loaded, model, make):
         make(pretrained=causal.model, tokenizer=causal.tokenizer, backend="seq2seq")
 
 
+@pytest.mark.slow
+def test_texts_in_a_run(folder, loaded, build, one_index):
+    """Those of `generate_until`, under each condition."""
+    given = {"attacks": "none,fgsm", "epsilons": "1rms", "limit": 2, "device": "cpu"}
+    result = evaluated(folder, "demo_answers", **given)
+    samples, about = result.samples, result.run["texts"]["demo_answers"]["attack"]
+    assert "of the text that the model writes without an attack" in about
+    asked = build("demo_answers", 2).instances
+    for condition in ({"attack": "none"}, {"attack": "fgsm", "epsilon": "1rms"}):
+        lm = loaded(**condition)
+        texts = samples[samples["attack"] == condition["attack"]]["text"].tolist()
+        assert texts == lm.generate_until(asked, disable_tqdm=True)
+    assert len(set(samples["text"])) > 2
+
+
 def test_refused_in_a_run(folder, one_index, tmp_path):
     given = {"device": "cpu", "limit": 1, "attacks": "none,fgsm"}
     with pytest.raises(UsageError, match="save_perturbations=True: must be left out for encoder-"):
@@ -183,8 +218,8 @@ def test_refused_in_a_run(folder, one_index, tmp_path):
         UsageError, match=r"hookpoints=embed,encoder\.block\.0: must be one hookpoint"
     ):
         evaluated(folder, TASK, hookpoints=["embed", "encoder.block.0"], **given)
-    with pytest.raises(UsageError, match="attack=fgsm: task demo_answers generates text, and an"):
-        evaluated(folder, "demo_answers", **given)
+    with pytest.raises(UsageError, match="hookpoint=both: must be left out, or be a module of the"):
+        evaluated(folder, "demo_answers", hookpoint=BOTH, **given)
 
 
 def test_positions(loaded, build):

@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from networks import VOCABULARY, exact, path_of, prepared
+from networks import CPU, VOCABULARY, exact, path_of, prepared
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -21,7 +21,7 @@ from transformers import (
 )
 from versions import TRANSFORMERS, dtype_of
 
-from llm_attack.lm.engine.pairs import PairScorer
+from llm_attack.lm.engine.pairs import PairScorer, longest_decoder
 from llm_attack.lm.losses import LOSSES, ThreatModel
 from llm_attack.lm.network.blocks import known_blocks
 from llm_attack.lm.network.hook import frozen
@@ -102,7 +102,7 @@ def network(kind):
 def tokenizer():
     """Of words w3, w4, ...; a token for each, and one behind every text."""
     words = ["<pad>", "</s>", "<s>", *(f"w{i}" for i in range(3, VOCABULARY))]
-    made = Tokenizer(WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
+    made = Tokenizer(WordLevel({w: i for i, w in enumerate(words)}, unk_token="w3"))
     made.pre_tokenizer = WhitespaceSplit()
     made.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(
@@ -129,8 +129,17 @@ def asked(scorer):
     return made
 
 
-def scorer_of(kind, hookpoint=None):
-    return PairScorer(network(kind), hookpoint, softmax_dtype=torch.float64)
+@functools.cache
+def longest(kind):
+    """Length up to which requests share a row of the decoder."""
+    with torch.no_grad():
+        return longest_decoder(PairScorer(network(kind), None), CPU)
+
+
+def scorer_of(kind, hookpoint=None, joined=True):
+    scorer = PairScorer(network(kind), hookpoint, softmax_dtype=torch.float64)
+    scorer.longest_decoder = longest(kind) if joined else 0
+    return scorer
 
 
 def alone(model, request, encoder=None, decoder=None):

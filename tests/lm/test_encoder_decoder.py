@@ -1,20 +1,34 @@
 """Encoder-decoder models: hook, gradient, shared contexts, and answers of stock `hf`."""
 
+import copy
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from encoder_decoder import alone, asked, every, network, packed, scorer_of, slope_error, tokenizer
+from encoder_decoder import (
+    alone,
+    asked,
+    every,
+    longest,
+    network,
+    packed,
+    scorer_of,
+    slope_error,
+    tokenizer,
+)
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from networks import VOCABULARY, exact, prepared
+from networks import CPU, VOCABULARY, exact, prepared
 from unchanged import unchanged
 
 from llm_attack.attacks import Attack
 from llm_attack.harness.model import AttackedHFLM
+from llm_attack.lm.engine.pair_rows import DecoderRows
+from llm_attack.lm.engine.pairs import PairScorer, longest_decoder
 from llm_attack.lm.losses import LOSSES, ThreatModel
 from llm_attack.lm.network.hook import frozen
-from llm_attack.lm.network.pairs import PARTS, embedding_of
+from llm_attack.lm.network.pairs import PARTS, embedding_of, part_of
 from llm_attack.lm.packing.pack import pack_rows
 
 HOOKPOINTS = [None, "decoder.embed_tokens", "both"]
@@ -66,10 +80,10 @@ def test_gradient_is_a_finite_difference(kind, hookpoint, loss):
         assert slope_error(kind, hookpoint, loss, shared) < 1e-6
 
 
-def fgsm(values, points):
+def fgsm(values, points, epsilon=EPSILON):
     """The points that FGSM finds, given the sum that it raises."""
     slopes = torch.autograd.grad(values, points)
-    return [(x + EPSILON * s.sign()).detach() for x, s in zip(points, slopes, strict=True)]
+    return [(x + epsilon * s.sign()).detach() for x, s in zip(points, slopes, strict=True)]
 
 
 def attacked(kind, hookpoint, threat):
@@ -151,12 +165,15 @@ def test_a_perturbation_that_choices_share(kind, hookpoint, loss):
     torch.testing.assert_close(found, torch.cat(expected), rtol=0, atol=1e-9)
 
 
-def test_one_pass_through_the_encoder_for_a_context():
-    """Of all choices, where they share the perturbation; of each choice, where they do not."""
+def test_one_row_for_a_context():
+    """Of each part, for all choices that share the perturbation; else of each choice."""
     scorer, rows = scorer_of("t5"), []
-    handle = scorer.encoder.register_forward_hook(
-        lambda module, args, output: rows.append(len(output.last_hidden_state))
-    )
+    handles = [
+        part_of(scorer.model, part).register_forward_hook(
+            lambda module, args, output: rows.append(len(output.last_hidden_state))
+        )
+        for part in PARTS
+    ]
     try:
         with torch.no_grad():
             for shared, expected in ((True, 4), (False, 5)):
@@ -164,12 +181,57 @@ def test_one_pass_through_the_encoder_for_a_context():
                 point = scorer.point(pack)
                 rows.clear()
                 scorer(pack, pack.scored, point)
-                assert rows == [expected]
+                assert rows == [expected, expected]
                 rows.clear()
                 scorer(pack, pack.scored)
-                assert rows == [4]
+                assert rows == [4, 4]
+            scorer.longest_decoder = 5  # the choices of the first question have six tokens
+            scorer(pack, pack.scored)
+            assert rows[-2:] == [4, 5]
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+THREATS = [ThreatModel("choice", shared=True), ThreatModel("continuation", shared=True)]
+
+
+@every
+@pytest.mark.sampled(9)
+@pytest.mark.parametrize("hookpoint", HOOKPOINTS)
+def test_choices_in_one_row_of_the_decoder(kind, hookpoint):
+    """Scores, gradient and attacked scores are those of a row for each."""
+    assert longest(kind) > 0
+    found = []
+    with exact(), frozen(network(kind)):
+        for joined in (False, True):
+            scorer, values = scorer_of(kind, hookpoint, joined), []
+            for threat in (*THREATS, ThreatModel()):
+                pack = packed(scorer, threat.shared, threat.loss)
+                batch = prepared(scorer, pack, threat)
+                moved = batch.attack(Attack("bim", EPSILON, steps=2)).x
+                values += [batch.clean.scores.log_prob, batch.clean.gradient, moved]
+                values += [batch.answers(moved).log_prob]
+            found.append(values)
+    for rows, joined in zip(*found, strict=True):
+        torch.testing.assert_close(joined, rows, rtol=0, atol=1e-10)
+
+
+def test_positions_that_the_decoder_counts(monkeypatch, caplog):
+    """Along a whole row: the trial notices, so each request has a row."""
+    monkeypatch.setattr(DecoderRows, "positions", lambda rows, output: output)
+    for kind, expected in (("bart", 0), ("t5", sys.maxsize)):  # T5 knows distances only
+        with frozen(network(kind)):
+            assert longest_decoder(PairScorer(network(kind), None), CPU) == expected
+    assert "decoder: a row for each request, because shared rows give other" in caplog.text
+
+
+def test_a_start_token_that_is_the_pad_token():
+    """Its position is that of padding, and the positions behind it begin again in the same way."""
+    model = copy.deepcopy(network("m2m_100"))
+    model.config.decoder_start_token_id = model.config.pad_token_id
+    with frozen(model):
+        assert longest_decoder(PairScorer(model, None), CPU) == longest("m2m_100")
 
 
 def test_parts_of_a_large_question_are_the_whole():
@@ -223,8 +285,47 @@ def test_none_equals_stock(kind):
     texts = [Instance("loglikelihood_rolling", {}, (" ".join(WORDS[:40]),), 0)]
     found, expected = (lm.loglikelihood_rolling(texts, disable_tqdm=True) for lm in (ours, stock))
     assert found == pytest.approx(expected, **close)
-    how = {"until": ["w9"], "max_gen_toks": 6}
-    texts = [Instance("generate_until", {}, (text, how), 0) for text in ("w5 w6", "w7 w8 w9")]
-    ours.batch_size_per_gpu = 1
-    found, expected = (lm.generate_until(texts, disable_tqdm=True) for lm in (ours, stock))
+    found, expected = (lm.generate_until(prompts("w9"), disable_tqdm=True) for lm in (ours, stock))
     assert found == expected
+
+
+PROMPTS = ["w5 w6", "w20 w21 w40 w5 w6 w7 w8"]  # of different lengths
+
+
+def prompts(*until):
+    how = {"until": [*until], "max_gen_toks": 4}
+    return [Instance("generate_until", {}, (text, how), 0, ("made up", 0, 1)) for text in PROMPTS]
+
+
+def test_a_text_begins_with_the_start_token():
+    """Not with the padding of its prompt."""
+    model = network("bart")
+    lm = AttackedHFLM(model, attack="none", tokenizer=tokenizer(), device="cpu", max_length=24)
+    context = torch.tensor([[0, 0, 5], [5, 6, 7]])
+    texts = lm._model_generate(context, 6, ["</s>"], attention_mask=context.ne(0).long())
+    assert texts[:, 0].tolist() == [model.config.decoder_start_token_id] * 2
+
+
+@every
+@pytest.mark.sampled(12)
+def test_texts_of_attacked_prompts(kind):
+    """The attack lowers the likelihood of the text that the model writes without it."""
+    model = network(kind)
+    options = {"tokenizer": tokenizer(), "device": "cpu", "softmax_dtype": "float64"}
+    lm = AttackedHFLM(model, attack="fgsm", epsilon=0.5, max_length=24, batch_size=4, **options)
+    expected, elements = [], 0
+    with exact(), frozen(model):
+        found = lm.generate_until(prompts(), disable_tqdm=True)
+        for text in PROMPTS:
+            ids = torch.tensor([lm.tok_encode(text)])
+            how = {"max_length": ids.shape[1] + 4, "do_sample": False}
+            clean = model.generate(ids, **how)[0]
+            x = embedding_of(model)(ids).detach().requires_grad_()
+            logits = model(inputs_embeds=x, decoder_input_ids=clean[None, :-1]).logits[0]
+            loss = torch.nn.functional.cross_entropy(logits, clean[1:], reduction="sum")
+            (moved,) = fgsm(loss, [x], 0.5)
+            moved = model.generate(inputs_embeds=moved, **how)[0]
+            expected.append(tokenizer().decode(moved, skip_special_tokens=True))
+            elements += x.numel()
+    assert found == expected
+    assert lm.diagnostics[0].elements == elements

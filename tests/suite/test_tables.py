@@ -1,6 +1,7 @@
 """Tables: content of the cells, marks and their notes, bytes that do not vary."""
 
 import io
+import re
 
 import numpy as np
 import pandas as pd
@@ -258,3 +259,15 @@ def test_equivalence_of_two_runs(frames):
     assert cells.heading[-1] == "p(±2)" and "p(±2): two one-sided tests" in cells.notes[-1]
     assert cells.rows[0][-1] == f"{frame['p_equivalence_holm'][0]:.2g}"
     assert frame["p_equivalence_holm"][0] < 1e-3
+
+
+def test_long_texts_are_folded_and_no_column_is_lost():
+    long = ", ".join(f"token{i}" for i in range(20))
+    cells = tables.Cells(
+        ["condition", "task", "tokens", "n"], [["fgsm@0.01", "arc_easy", long, "7"]], []
+    )
+    lines = printed(cells.rich("title"), 60).splitlines()
+    assert max(map(len, lines)) <= 60
+    (first,) = (line for line in lines if "arc_easy" in line)
+    assert first.split()[0] == "fgsm@0.01" and first.split()[-1] == "7"
+    assert re.findall(r"token\d+", " ".join(lines)) == re.findall(r"token\d+", long)

@@ -14,7 +14,7 @@ from llm_attack.lm.engine.clean import Needs
 from llm_attack.lm.engine.engine import Engine
 from llm_attack.lm.network.hook import edit_output
 from llm_attack.lm.packing.pack import pack_rows
-from llm_attack.lm.packing.questions import Question, Request
+from llm_attack.lm.packing.questions import Question
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,20 @@ class AttackedPrompts:
             yield
 
 
-def attacked_prompts(engine: Engine, context: Tensor, mask: Tensor) -> AttackedPrompts:
+def attacked_prompts(
+    engine: Engine, context: Tensor, mask: Tensor, texts: Tensor | None = None
+) -> AttackedPrompts:
     """Attacks each prompt by itself. The loss is the negative log-likelihood of the prompt.
+
+    An encoder-decoder model does not predict its prompt. Its loss is the negative log-likelihood of
+    the text that it writes without an attack.
 
     Args:
         engine: the engine with the attacks. Its loss reads all tokens of a request
             (`LossKind.whole`).
         context: (B, L) token ids, padded on the left.
         mask: (B, L), 0 on padding.
+        texts: (B, T) tokens of the decoder without an attack; None: the model has no decoder.
     """
     prompts = [row[keep.bool()].tolist() for row, keep in zip(context, mask, strict=True)]
     if engine.clean:
@@ -82,7 +88,9 @@ def attacked_prompts(engine: Engine, context: Tensor, mask: Tensor) -> AttackedP
         return AttackedPrompts(
             engine, prompts, context.shape[1], nothing, [{} for _ in nothing], {}
         )
-    questions = [Question([Request(tuple(prompt), 0)], [[0]]) for prompt in prompts]
+    written = [[]] * len(prompts) if texts is None else texts.tolist()
+    requests = map(engine.scorer.prompt, prompts, written)
+    questions = [Question([request], [[0]]) for request in requests]
     how: dict[str, Any] = {"whole": True, "positions": engine.threat.positions}
     pack = pack_rows(questions, engine.layout.pad, **how).to(engine.device)
     needs = replace(Needs.of(engine.attacks), answers=False)

@@ -2,79 +2,36 @@
 
 A pack holds a row for each request: the tokens of the encoder, and those of the decoder after them.
 Its point has the same layout, so attacks do not know of the two parts. Requests that have the same
-context, and the same perturbation of it, share a pass through the encoder.
+context, and the same perturbation of it, share a pass through the encoder. If a trial allows it,
+they also share rows of the decoder, one after another, and do not see each other there.
 """
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
+from llm_attack.base.failures import one_line
 from llm_attack.lm.engine.nearest import Nearest
+from llm_attack.lm.engine.pair_rows import DecoderRows, PartTokens
+from llm_attack.lm.engine.probe import equal_logits, made_up, window
 from llm_attack.lm.engine.scoring import Forward, Scorer
 from llm_attack.lm.network.hook import capture, edit_input, edit_output
-from llm_attack.lm.network.pairs import DECODER, ENCODER, PARTS, embedding_of, part_of, places
-from llm_attack.lm.packing.pack import Inputs, Pack, Twins
-from llm_attack.lm.packing.questions import PairRequest, Request
+from llm_attack.lm.network.pairs import DECODER, ENCODER, embedding_of, part_of, places
+from llm_attack.lm.packing.pack import Pack, Twins, pack_rows
+from llm_attack.lm.packing.questions import PairRequest, Question, Request
 
-
-@dataclass(frozen=True)
-class _Tokens:
-    """The N tokens of one part of the model, in some rows of a pack.
-
-    Attributes:
-        at: (N,) flat index of each among all tokens of the rows.
-        row, column: (N,) its place in the input of the part.
-        shape: shape of that input.
-    """
-
-    at: Tensor
-    row: Tensor
-    column: Tensor
-    shape: tuple[int, int]
-
-    @classmethod
-    def of(cls, inputs: Inputs, part: str) -> _Tokens:
-        """The tokens of a part."""
-        assert inputs.part is not None
-        here = inputs.part == 1 + PARTS.index(part)
-        row, column = here.nonzero(as_tuple=True)
-        first = (inputs.part == 1).sum(-1) if part == DECODER else inputs.part.new_zeros(len(here))
-        length = int(here.sum(-1).max())
-        at = here.flatten().nonzero()[:, 0]
-        return cls(at, row, column - first[row], (len(here), length))
-
-    def padded(self, values: Tensor) -> Tensor:
-        """The input of the part, padded with 0, from values of all tokens of the rows."""
-        rows = values.new_zeros(self.shape)
-        rows[self.row, self.column] = values.flatten()[self.at]
-        return rows
-
-    def put(self, point: Tensor, output: Tensor) -> Tensor:
-        """The output of a module of the part, with `point`, (rows, L, H), on its tokens."""
-        values = point.flatten(0, 1)[self.at.to(point.device)].to(output.device)
-        where = self.row.to(output.device), self.column.to(output.device)
-        return output.index_put(where, values.to(output.dtype))
-
-    def take(self, output: Tensor) -> Tensor:
-        """(N, ...) values of its tokens in the output of a module of the part."""
-        return output[self.row.to(output.device), self.column.to(output.device)]
-
-    def some(self, rows: Tensor) -> _Tokens:
-        """The tokens of some rows, which are in ascending order."""
-        number = self.row.new_full((self.shape[0],), -1)
-        number[rows] = torch.arange(len(rows), device=rows.device)
-        kept = number[self.row] >= 0
-        row = number[self.row[kept]]
-        return _Tokens(self.at[kept], row, self.column[kept], (len(rows), self.shape[1]))
+log = logging.getLogger(__name__)
 
 
 class PairScorer(Scorer):
@@ -96,6 +53,8 @@ class PairScorer(Scorer):
         self.hooks = places(model, hookpoint)
         super().__init__(model, next(iter(self.hooks.values())), autocast, softmax_dtype)
         self.encoder = part_of(model, ENCODER)
+        self.longest_decoder = 0
+        """Length up to which requests share a row of the decoder; 0: none do."""
         embeddings = [embedding_of(model, part) for part in self.hooks]
         one: Any = embeddings[0]
         same = all(getattr(e, "weight", None) is getattr(one, "weight", None) for e in embeddings)
@@ -114,6 +73,16 @@ class PairScorer(Scorer):
         n = len(continuation)
         return PairRequest((*context, *continuation), n, 0, tuple(decoder), self.parts)
 
+    def prompt(self, tokens: Sequence[int], text: Sequence[int]) -> Request:
+        """A prompt with the text that the model writes for it without an attack.
+
+        Args:
+            tokens: its tokens.
+            text: the tokens of the decoder: the first, and those that it generates.
+        """
+        decoder, written = tuple(text[:-1]), tuple(text[1:])
+        return PairRequest((*tokens, *written), len(written), 0, decoder, self.parts)
+
     def point(self, pack: Pack) -> Tensor:
         """The clean point of `pack`, (B, L, H); zero at tokens that the hookpoint does not hold."""
         points = [self._captured(pack, forward) for forward in self._forwards(pack)]
@@ -122,13 +91,15 @@ class PairScorer(Scorer):
     def _captured(self, pack: Pack, forward: Forward) -> Tensor:
         x: Tensor | None = None
         for part, module in self.hooks.items():
-            tokens, run = _Tokens.of(forward.inputs, part), partial(self._encoded, pack, forward)
-            if part == DECODER:
-                run = partial(self._decoded, forward, run(None))
-            output = capture(module, partial(run, None))
+            encoded = partial(self._encoded, pack, forward, None)
             if part == ENCODER:  # of contexts, each once
+                output, tokens = capture(module, encoded), PartTokens.of(forward.inputs, part)
                 _, number = self._distinct(pack, forward, None)
                 output = output[torch.tensor(number, device=output.device)]
+            else:
+                rows = self._decoder(pack, forward, None)
+                tokens = rows.tokens
+                output = capture(module, partial(self._decoded, forward, encoded(), rows, None))
             if x is None:
                 x = output.new_zeros(forward.inputs.tokens.numel(), output.shape[-1])
             x[tokens.at.to(x.device)] = tokens.take(output).to(x)
@@ -148,7 +119,8 @@ class PairScorer(Scorer):
         if inputs.tokens.numel() != pack.input_ids.numel():
             _, positions = forward.among(positions, pack)
             point = None if point is None else point[forward.place]
-        tokens = _Tokens.of(inputs, DECODER)
+        rows = self._decoder(pack, forward, point)
+        tokens = rows.tokens
         number = torch.zeros_like(inputs.tokens).flatten()
         number[tokens.at] = tokens.row * tokens.shape[1] + tokens.column
         wanted, seen = number[positions], False
@@ -162,36 +134,56 @@ class PairScorer(Scorer):
             if self.head is not None:
                 stack.enter_context(edit_input(self.head, gather))
             states = self._encoded(pack, forward, point)
-            logits: Tensor = self._decoded(forward, states, point).logits
+            logits: Tensor = self._decoded(forward, states, rows, point).logits
         logits = logits.flatten(0, 1)
         return logits if seen else logits[wanted.to(logits.device)]
 
-    def _decoded(self, forward: Forward, states: Tensor, point: Tensor | None) -> Any:
-        """The output of the model for some rows of a pack, given the states of the encoder."""
-        inputs = forward.inputs
-        encoder, decoder = (_Tokens.of(inputs, part) for part in PARTS)
+    def _decoder(self, pack: Pack, forward: Forward, point: Tensor | None) -> DecoderRows:
+        """The rows of the decoder for some rows of a pack."""
+        tokens = PartTokens.of(forward.inputs, DECODER)
+        first, number = self._distinct(pack, forward, point)
+        if len(first) == len(number) or self.longest_decoder < tokens.shape[1]:
+            return DecoderRows(tokens, number)
+        return DecoderRows.joined(tokens, number, self.longest_decoder)
+
+    def _decoded(
+        self,
+        forward: Forward,
+        states: tuple[Tensor, Tensor],
+        rows: DecoderRows,
+        point: Tensor | None,
+    ) -> Any:
+        """The output of the model for rows of the decoder, given the result of `_encoded`."""
+        tokens = forward.inputs.tokens
+        encoded, mask = (x[torch.tensor(rows.context, device=x.device)] for x in states)
         options = {
-            "encoder_outputs": BaseModelOutput(last_hidden_state=states),
-            "attention_mask": encoder.padded(torch.ones_like(inputs.tokens)),
-            "decoder_input_ids": decoder.padded(inputs.tokens),
+            "encoder_outputs": BaseModelOutput(last_hidden_state=encoded),
+            "attention_mask": mask,
+            "decoder_input_ids": rows.tokens.padded(tokens),
+            "decoder_attention_mask": rows.attention(self.model.dtype),
         }
-        with self._set_up(inputs.tokens), self._placed(DECODER, decoder, point):
+        counted = getattr(part_of(self.model, DECODER), "embed_positions", None)
+        with ExitStack() as stack:
+            stack.enter_context(self._set_up(tokens))
+            stack.enter_context(self._placed(DECODER, rows.tokens, point))
+            if rows.depth is not None and counted is not None:
+                stack.enter_context(edit_output(counted, rows.positions))
             return self.model(**options, **self.options)
 
-    def _encoded(self, pack: Pack, forward: Forward, point: Tensor | None) -> Tensor:
-        """The states of the encoder, (rows, longest context, H): equal ones are computed once."""
+    def _encoded(self, pack: Pack, forward: Forward, point: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The states of the encoder, (contexts, longest context, H), and their mask.
+
+        Equal contexts are computed once; see `_distinct`.
+        """
         inputs = forward.inputs
-        tokens = _Tokens.of(inputs, ENCODER)
-        first, number = self._distinct(pack, forward, point)
-        some = tokens.some(torch.tensor(first, device=inputs.tokens.device))
-        mask = some.padded(torch.ones_like(inputs.tokens))
-        with self._set_up(inputs.tokens), self._placed(ENCODER, some, point):
-            states: Tensor = self.encoder(
-                input_ids=some.padded(inputs.tokens), attention_mask=mask
-            ).last_hidden_state
-        if len(first) == len(number):
-            return states
-        return states[torch.tensor(number, device=states.device)]
+        first, _ = self._distinct(pack, forward, point)
+        tokens = PartTokens.of(inputs, ENCODER).some(
+            torch.tensor(first, device=inputs.tokens.device)
+        )
+        mask = tokens.padded(torch.ones_like(inputs.tokens))
+        with self._set_up(inputs.tokens), self._placed(ENCODER, tokens, point):
+            output = self.encoder(input_ids=tokens.padded(inputs.tokens), attention_mask=mask)
+        return output.last_hidden_state, mask
 
     def _distinct(
         self, pack: Pack, forward: Forward, point: Tensor | None
@@ -216,7 +208,7 @@ class PairScorer(Scorer):
         return first, number
 
     @contextmanager
-    def _placed(self, part: str, tokens: _Tokens, point: Tensor | None) -> Iterator[None]:
+    def _placed(self, part: str, tokens: PartTokens, point: Tensor | None) -> Iterator[None]:
         """While the context lasts, the hookpoint in a part returns the point."""
         module = self.hooks.get(part)
         if module is None or point is None:
@@ -224,6 +216,35 @@ class PairScorer(Scorer):
             return
         with edit_output(module, partial(tokens.put, point)):
             yield
+
+
+def longest_decoder(scorer: PairScorer, device: torch.device, pad: int = 0) -> int:
+    """Tries up to which length requests with the same context may share a row of the decoder.
+
+    A model does not support it (0) if its decoder ignores the mask, or counts positions by itself.
+    """
+    config = scorer.model.config
+    most = min(window(scorer), getattr(config, "max_position_embeddings", None) or sys.maxsize)
+    (several, _) = made_up(scorer)
+    requests = [scorer.request(r.tokens[:12], r.tokens[12:]) for r in several.requests]
+    pack = pack_rows([Question([r], [[i]]) for i, r in enumerate(requests)], pad).to(device)
+    logits = []
+    for longest in (0, most):
+        scorer.longest_decoder = longest
+        try:
+            with torch.no_grad():
+                logits.append(scorer.logits(pack, pack.scored.positions).float())
+        except Exception as error:
+            if should_reduce_batch_size(error):
+                raise
+            log.warning("decoder: a row for each request, because %s", one_line(error))
+            return 0
+        finally:
+            scorer.longest_decoder = 0
+    if equal_logits(scorer, logits[1], logits[0]):
+        return most
+    log.warning("decoder: a row for each request, because shared rows give other logits")
+    return 0
 
 
 def decoder_inputs(model: Any, continuation: Sequence[int]) -> list[int]:

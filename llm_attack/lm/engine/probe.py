@@ -41,10 +41,10 @@ def longest_tree(scorer: Scorer, device: torch.device, pad: int = 0) -> int:
     if wrong:
         log.warning("packing: off, because a trial of trees %s; every request gets a row", wrong)
         return 0
-    return _window(scorer)
+    return window(scorer)
 
 
-def _window(scorer: Scorer) -> int:
+def window(scorer: Scorer) -> int:
     """The smallest sliding window of all layers."""
     config = scorer.model.config
     configs = (config, getattr(config, "get_text_config", lambda: config)())
@@ -62,7 +62,7 @@ def longest_flat(scorer: Scorer, device: torch.device, pad: int = 0) -> int:
     if pack.flat is None or not scorer.together(pack):
         return 0
     slopes = []
-    for length in (0, _window(scorer)):
+    for length in (0, window(scorer)):
         scorer.longest_flat = length
         try:
             slopes.append(_slopes(scorer, pack, None))

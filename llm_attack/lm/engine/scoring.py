@@ -116,6 +116,15 @@ class Scorer:
         """The request in the form that this model reads."""
         return Request((*context, *continuation), len(continuation))
 
+    def prompt(self, tokens: Sequence[int], text: Sequence[int]) -> Request:
+        """A prompt as a request, whose loss an attack on it raises.
+
+        Args:
+            tokens: its tokens.
+            text: see `PairScorer.prompt`; other models predict their prompts.
+        """
+        return Request(tuple(tokens), 0)
+
     def point(self, pack: Pack) -> Tensor:
         """The clean point of `pack`, (B, L, H); zero at its prefix."""
         forwards = self._forwards(pack)

@@ -22,7 +22,7 @@ def check(model: PreTrainedModel, name: str, autocast: torch.dtype | None, parts
         model: the model.
         name: name of the dtype.
         autocast: dtype of mixed precision, or None.
-        parts: `tp_plan`, which gives each process a part of the model; None: there is none.
+        parts: the setting that gives each process a part of the model; None: there is none.
 
     Raises:
         UsageError: its weights are quantised, split, used in mixed precision, or have no more bits
@@ -33,7 +33,7 @@ def check(model: PreTrainedModel, name: str, autocast: torch.dtype | None, parts
     if getattr(model.config, "quantization_config", None) is not None:
         wrong = "a model without quantisation, whose weights can be converted"
     elif parts is not None:
-        wrong = f"left out with tp_plan={parts}, because no process has the whole model"
+        wrong = f"left out with {parts}, because no process has the whole model"
     elif autocast is not None:
         wrong = f"left out with mixed precision, which computes in {autocast}"
     elif model.dtype.itemsize <= dtype.itemsize:

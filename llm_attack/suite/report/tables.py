@@ -68,6 +68,9 @@ _MEANS = [
 ]
 
 
+_LONG = 40  # letters, of a text that is no number with its interval
+
+
 @dataclass(frozen=True)
 class Cells:
     """A table as text: heading and rows, left column first, and notes that explain it."""
@@ -86,7 +89,7 @@ class Cells:
     def rich(self, title: str = "") -> Table:
         """The table for rich: intervals on their own lines, a rule above the means.
 
-        If there is too little room, names in the first column are folded.
+        If there is too little room, names in the first column and long texts are folded.
         """
         from rich.box import HORIZONTALS
         from rich.table import Table
@@ -96,9 +99,10 @@ class Cells:
         caption = Text("\n".join(self.notes))
         table = Table(title=title and Text(title), caption=caption, box=HORIZONTALS, **form)
         table.add_column(self.heading[0], overflow="fold")
-        for heading in self.heading[1:]:
-            broken = re.sub(" |(?=@)", "\n", heading)
-            table.add_column(Text(broken), justify="right", no_wrap=True)
+        for heading, *cells in zip(self.heading[1:], *(row[1:] for row in self.rows), strict=True):
+            long = max(map(len, cells), default=0) > _LONG
+            broken = Text(re.sub(" |(?=@)", "\n", heading))
+            table.add_column(broken, justify="left" if long else "right", no_wrap=not long)
         for before, row in zip([self.heading, *self.rows], self.rows, strict=False):
             if row[0] == MEAN and before[0] != MEAN:
                 table.add_section()

@@ -29,6 +29,7 @@ from llm_attack.harness.model import AttackedHFLM
 from llm_attack.harness.patches import templates_compiled_once
 from llm_attack.harness.requests import Instance
 from llm_attack.harness.scores import Score
+from llm_attack.harness.seq2seq import CAUSAL
 from llm_attack.harness.tasks import look_up
 from llm_attack.harness.texts import without_choices
 from llm_attack.lm.engine.hookpoints import expand
@@ -260,7 +261,7 @@ def execute(prepared: Prepared, folder: Path, progress: str, console: Console) -
         run["of_tasks"] = rows.whole_tasks(requests, scores, list(infos), results)
         run[KNOWS_GOLD] = plan.needs_gold
         kinds = {str(r.task_name): str(r.request_type) for r in requests}
-        if of_texts := texts.record(kinds, plan.loss):
+        if of_texts := texts.record(kinds, plan.loss, lm.backend != CAUSAL):
             run["texts"] = of_texts
         of_questions = certificates.certificates(plan, lm, questions, requests, gathered)
         run |= certificates.record(plan, lm) | fixed.record(plan) | fit_to.record()

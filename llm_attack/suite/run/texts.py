@@ -14,6 +14,13 @@ from llm_attack.harness.texts import GENERATE, ROLLING, octets, target_of
 PARTS = ("parts_at", "parts_from", "parts_none", "parts_token")
 TYPES = {"parts_at": "Int64", "parts_from": "Int64", "prediction": "Int64"}
 
+# Of an encoder-decoder model, in place of the description of `GENERATE` below.
+_OF_ENCODER = (
+    "generates text. Each prompt is perturbed by itself, in the encoder; texts are decoded"
+    " greedily. The attack raises loss={loss} of the text that the model writes without an attack"
+    " (sequence: the negative log-likelihood of its tokens), which does not know the target"
+)
+
 # A description of the attack for each type of request; {loss} is the name of the loss.
 _PERTURBED = {
     GENERATE: "generates text. Each prompt is perturbed by itself, once, before the first token is"
@@ -110,15 +117,19 @@ def of_answer(
     }
 
 
-def record(requests: Mapping[str, str], loss: str) -> dict[str, dict[str, str]]:
+def record(
+    requests: Mapping[str, str], loss: str, encoder: bool = False
+) -> dict[str, dict[str, str]]:
     """The entries of `run.json` for tasks without choices, by task.
 
     Args:
         requests: lm-eval's type of request of each task.
         loss: the loss that attacks raise.
+        encoder: whether an encoder reads the prompts.
     """
+    about = _PERTURBED | ({GENERATE: _OF_ENCODER} if encoder else {})
     return {
-        task: {"request": kind, "loss": loss, "attack": _PERTURBED[kind].format(loss=loss)}
+        task: {"request": kind, "loss": loss, "attack": about[kind].format(loss=loss)}
         for task, kind in requests.items()
-        if kind in _PERTURBED
+        if kind in about
     }
