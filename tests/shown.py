@@ -256,6 +256,12 @@ RULES = (
         more="--limit 2",
     ),
     Rule(
+        r"llm-attack run --model out/sizes/width128/.*",
+        f"{FEW}; the bundled model in place of a checkpoint",
+        changes=((r"--model \S+", "--model demo"),),
+        more="--limit 2",
+    ),
+    Rule(
         r"llm-attack run --model out/sizes/width72 --revisions .*",
         FEW,
         changes=((r"out/sizes/width72", "checkpoints"), (r"out/critical/width72", "sizes")),

@@ -104,8 +104,9 @@ def test_it_asked_no_question_that_was_fitted():
 
 def test_transfer():
     shown = page("transfer").splitlines()
-    for row in lines(of_transfers("demo.csv", "mean")):
-        assert row in shown
+    for name in ("demo", "checkpoints"):
+        for row in lines(of_transfers(f"{name}.csv", "mean")):
+            assert row in shown
     short = {"SmolLM2-135M-Instruct.Q4_1.gguf": "Q4_1"}
     for row in lines(of_transfers("smollm2-135m.csv", "arc_easy", lambda n: short.get(n, n))):
         assert row in shown
@@ -113,10 +114,21 @@ def test_transfer():
 
 def test_what_is_said_of_transfers():
     """Control: at most a point, or one of 40 questions. All drops are above it, diagonals most."""
-    for name, task, most in (("demo", "mean", 1.0), ("smollm2-135m", "arc_easy", 2.5)):
+    runs = ("demo", "mean", 1.0), ("checkpoints", "mean", 1.0), ("smollm2-135m", "arc_easy", 2.5)
+    for name, task, most in runs:
         found = pd.read_csv(RESULTS / "transfer" / f"{name}.csv")
         found = found[found["task"] == task]
         assert found["drop_shuffled"].abs().max() <= most and len(found) == 9
         assert (found["difference_low"] > 0).all()
     largest = found.loc[found.groupby("found_under")["drop"].idxmax()]
     assert largest["same_weights"].all()
+
+
+def test_what_is_said_of_checkpoints():
+    found = pd.read_csv(RESULTS / "transfer" / "checkpoints.csv")
+    found = found[found["task"] == "mean"].set_index(["found_under", "scored_under"])["drop"]
+    early, middle, late = "step1000", "step1500", "step2000"
+    for first, second in ((early, middle), (early, late)):
+        assert found[second, first] > found[first, second]
+    assert found[middle, late] > 0.9 * found[middle, middle]
+    assert found[early, late] < 0.5 * found[early, early]
