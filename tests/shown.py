@@ -95,7 +95,7 @@ class Rule:
 MODEL = (
     (r"pretrained=[\w.-]+/[\w.-]+", "pretrained={model}"),
     (r"--model_args (?!\S*pretrained=)", "--model_args pretrained={model},"),
-    (r"--model (\w[\w.-]*/[\w.-]+|\.\.\.|\S+\.gguf)", "--model {model}"),
+    (r"--model (\w[\w.-]*(/[\w.-]+)+|\.\.\.|\S+\.gguf)", "--model {model}"),
 )
 # Without the data of the benchmarks, the demo's tasks of the same shapes; likewise images.
 TASKS = (
@@ -253,12 +253,6 @@ RULES = (
         r"llm-attack run --model out/robust/\S+ .*",
         f"{FEW}; the model is of another command",
         changes=((r"--model \S+", "--model demo"), (r"out/robust/run", "robust")),
-        more="--limit 2",
-    ),
-    Rule(
-        r"llm-attack run --model out/sizes/width128/.*",
-        f"{FEW}; the bundled model in place of a checkpoint",
-        changes=((r"--model \S+", "--model demo"),),
         more="--limit 2",
     ),
     Rule(
