@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
@@ -104,6 +104,16 @@ _progress = click.option(
     default="bar",
     help="How progress is shown: off a terminal, bar is a line per stage and every 30 seconds.",
 )
+
+
+def _output(text: str) -> Callable[..., Any]:
+    return click.option("-o", "--output", cls=Option, group="output", metavar="PATH", help=text)
+
+
+def _dry_run(text: str) -> Callable[..., Any]:
+    return click.option("--dry_run", cls=Option, group="output", is_flag=True, help=text)
+
+
 _verbose = click.option(
     "-v",
     "--verbose",
@@ -136,22 +146,11 @@ _verbose = click.option(
 )
 @_progress
 @_verbose
-@click.option(
-    "-o",
-    "--output",
-    cls=Option,
-    group="output",
-    metavar="PATH",
-    help="Folder for tables, figures, report and samples. To continue a stopped run, give its"
-    " folder.",
+@_output(
+    "Folder for tables, figures, report and samples. To continue a stopped run, give its folder."
 )
-@click.option(
-    "--dry_run",
-    cls=Option,
-    group="output",
-    is_flag=True,
-    help="Print what the run would need (tokens, FLOP, time on this device, memory), and write"
-    " nothing.",
+@_dry_run(
+    "Print what the run would need (tokens, FLOP, time on this device, memory), and write nothing."
 )
 @click.option(
     "--revisions",
@@ -276,6 +275,7 @@ class _OfUniversal(_OfPlan):
         *("equivalence", "save_perturbations", "path_points", "trace", "gradient_dtype"),
         *("sigmas", "draws", "selection_draws", "failure_probability"),
         *("perturbation", "perturbation_of", "half", "cells", "shard", "ray", "ray_workers"),
+        *("swaps", "exact_tokens", "candidates"),
     )
 
     @cached_property
@@ -299,14 +299,7 @@ class _OfUniversal(_OfPlan):
 )
 @_progress
 @_verbose
-@click.option(
-    "-o",
-    "--output",
-    cls=Option,
-    group="output",
-    metavar="PATH",
-    help="New file of safetensors for the perturbation.",
-)
+@_output("New file of safetensors for the perturbation.")
 @click.option(
     "--share",
     cls=Option,
@@ -315,12 +308,8 @@ class _OfUniversal(_OfPlan):
     default="token",
     help="Tokens that have one perturbation: those of a vocabulary entry, of a position, or all.",
 )
-@click.option(
-    "--dry_run",
-    cls=Option,
-    group="output",
-    is_flag=True,
-    help="Print what it would need (tokens, FLOP, time on this device, memory), and write nothing.",
+@_dry_run(
+    "Print what it would need (tokens, FLOP, time on this device, memory), and write nothing."
 )
 def universal(
     progress: str, verbose: int, output: str | None, share: str, dry_run: bool, **settings: Any
@@ -395,21 +384,8 @@ class _OfTrain(_OfPlan):
 )
 @_progress
 @_verbose
-@click.option(
-    "-o",
-    "--output",
-    cls=Option,
-    group="output",
-    metavar="PATH",
-    help="New folder for the model, or for its adapter.",
-)
-@click.option(
-    "--dry_run",
-    cls=Option,
-    group="output",
-    is_flag=True,
-    help="Print the passes and the time that it would need, and write nothing.",
-)
+@_output("New folder for the model, or for its adapter.")
+@_dry_run("Print the passes and the time that it would need, and write nothing.")
 def train(progress: str, verbose: int, output: str | None, dry_run: bool, **settings: Any) -> None:
     """Tune a model on text whose embeddings are under attack.
 
