@@ -37,7 +37,8 @@ def counts(frame: pd.DataFrame) -> pd.DataFrame:
             a swap.
         least_nearest: the smallest change by any swap of these tokens, as largest coordinate.
         tried, wrong: number of evaluated swaps of the right ones, and of wrong answers among them.
-        first: share of those that fell in which the changed tokens include the most salient one.
+        first: share of those that fell in which the changed tokens include the most salient one,
+            with which the greedy search begins.
     """
     by_task = frame.groupby(["task", "condition"], sort=False)
     rows = [_row(str(task), str(name), group) for (task, name), group in by_task]

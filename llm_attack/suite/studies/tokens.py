@@ -21,7 +21,8 @@ _FEW = 5
 
 _NOTES = {
     "token_sparse": "token_sparse: as few tokens as possible, each within epsilon; top token: share"
-    " of the fallen questions in which the token with the greatest gradient is among them",
+    " of the fallen questions in which the token with the greatest gradient is among them; the"
+    " greedy search begins with it",
     "swap": "swap: every token of the prompt, and every other token in its place",
     "hotflip": "hotflip: the swaps with the greatest first-order gains",
     "gcg": "gcg: greedy coordinate gradient, with as many swaps as its name says",
