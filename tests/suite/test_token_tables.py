@@ -5,9 +5,12 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from llm_attack import Plan, evaluate
 from llm_attack.base.errors import UsageError
+from llm_attack.demo import MODEL_PATH
 from llm_attack.lm.settings import condition_names
 from llm_attack.suite import results
 from llm_attack.suite.analysis import tokens as analysis
@@ -123,6 +126,19 @@ def test_a_row_for_each_question_and_attack(run):
             assert size >= row["nearest_linf"][i] * (1 - 1e-6)
 
 
+def test_sizes_are_those_of_embeddings_in_units_of_their_rms(run):
+    result, _ = run
+    table = load_file(MODEL_PATH / "model.safetensors")["model.embed_tokens.weight"].double()
+    ids = AutoTokenizer.from_pretrained(MODEL_PATH).convert_tokens_to_ids
+    rms = table.square().mean().sqrt()
+    swapped = result.changed[result.changed["new"].notna() & (result.changed["tokens"] > 0)]
+    assert len(swapped)
+    for row in swapped.to_dict("records"):
+        moved = (table[ids([*row["new"]])] - table[ids([*row["old"]])]) / rms
+        assert row["rms"] == pytest.approx(moved.square().mean(-1).sqrt().tolist(), rel=1e-5)
+        assert row["linf"] == pytest.approx(moved.abs().amax(-1).tolist(), rel=1e-5)
+
+
 def test_a_stored_run_is_read_again_and_says_what_is_missing(run):
     result, folder = run
     loaded = results.load(folder)
@@ -230,4 +246,5 @@ def test_nothing_fell():
     shown = tokens.cells(frame.assign(attack="gcg"))
     (row,), (sizes,) = shown[tokens.TITLE].rows, shown[tokens.SIZES].rows
     assert row == ["c", "1", "1", "0", "0", "0", "0", "–", "–"] and sizes == ["c", *"––––––"]
+    assert shown[tokens.EXAMPLES].rows == [["c", "a", "0", "–", "–"]]
     assert tokens.cells(None) == {}
