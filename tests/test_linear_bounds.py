@@ -129,7 +129,7 @@ def test_choices_share_the_change_of_their_common_tokens(model, other):
         slopes.append(torch.autograd.grad(values[-1], leaf)[0][0])
     shared = len(TOKENS)
     slope = torch.cat([slopes[0] - slopes[1][:shared], slopes[1][shared:]])
-    margin = float(values[0] - values[1])
+    margin = float((values[0] - values[1]).detach())
     gold = [margin > 0, margin < 0]
     with torch.no_grad():
         fine = Bounds(model, torch.tensor([1e-10], dtype=torch.float64))
