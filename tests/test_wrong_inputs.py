@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
+import pyarrow.parquet as parquet
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -364,6 +365,26 @@ def test_damaged_samples_are_refused(world, tmp_path, place, byte, cut):
         found = results.load_frames(tmp_path)
     except UsageError:
         return
+    pd.testing.assert_frame_equal(found["samples"], whole["samples"])
+
+
+@pytest.mark.parametrize("key", ["numpy_type", "field_name", "index_columns", "column_indexes"])
+def test_damaged_names_of_the_metadata_are_refused(world, tmp_path, key):
+    """pandas looks them up, and knows no file without them."""
+    for name in results.FRAMES:
+        shutil.copy(world / "good" / f"{name}.parquet", tmp_path)
+    path = tmp_path / "samples.parquet"
+    table = parquet.read_table(path)
+    content = table.schema.metadata[b"pandas"]
+    damaged = content.replace(f'"{key}"'.encode(), f'"{key[:-1]}_"'.encode())
+    assert damaged != content
+    parquet.write_table(table.replace_schema_metadata({"pandas": damaged}), path)
+    try:
+        found = results.load_frames(tmp_path)
+    except UsageError as error:
+        assert re.match(rf"{re.escape(str(path))}: cannot be read \(", str(error))
+        return
+    whole = results.load_frames(world / "good")
     pd.testing.assert_frame_equal(found["samples"], whole["samples"])
 
 

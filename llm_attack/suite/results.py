@@ -155,7 +155,7 @@ class Result:
         path = self.folder / f"{TRACE}.parquet"
         try:
             return pd.read_parquet(path)
-        except (OSError, TypeError, ValueError) as error:
+        except Exception as error:  # see `_read`
             raise UsageError(f"{path}: cannot be read ({one_line(error)})") from error
 
     @property
@@ -258,7 +258,7 @@ def _read(folder: Path, name: str) -> pd.DataFrame:
         raise UsageError(
             f"{folder}: has no {path.name}; must be the folder of a finished run"
         ) from None
-    except (OSError, TypeError, ValueError) as error:  # TypeError comes from a damaged dtype
+    except Exception as error:  # what a damaged file raises depends on the damage
         raise UsageError(f"{path}: cannot be read ({one_line(error)})") from error
 
 
