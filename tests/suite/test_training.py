@@ -1,12 +1,14 @@
 """`llm-attack train`: the folder that it writes, its adapter, and what the dry run says."""
 
 import json
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm_attack.base.errors import UsageError
 from llm_attack.demo import MODEL_PATH
@@ -16,7 +18,7 @@ from llm_attack.demo.world import SEED, World
 from llm_attack.lm.units import Epsilon
 from llm_attack.suite import train as commands
 from llm_attack.suite.plan.training import Training
-from llm_attack.suite.train import tune
+from llm_attack.suite.train import _batches, tune
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -124,3 +126,23 @@ def test_the_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
     rows = capsys.readouterr().out
     assert "passes, forward and backward" in rows and f"{7 * 4} " in rows
     assert not list(tmp_path.iterdir())
+
+
+def test_the_seed_chooses_the_texts_of_a_file():
+    """Also those of the last round, which takes only some of them."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
+    config = SimpleNamespace(pad_token_id=tokenizer.pad_token_id)
+    lm = SimpleNamespace(
+        tokenizer=tokenizer, max_length=9, device="cpu", model=SimpleNamespace(config=config)
+    )
+    texts = tokenizer.convert_ids_to_tokens(range(20, 40))
+    some = Training("none", updates=1, batch_size=25)
+
+    def chosen(seed):
+        (ids,) = _batches(lm, texts, some, seed)
+        return Counter(ids[:, 0].tolist())
+
+    first, other = chosen(0), chosen(1)
+    assert {*first} == set(range(20, 40)) == {*other}
+    assert sorted(first.values()) == [1] * 15 + [2] * 5
+    assert first != other == chosen(1)
